@@ -1,0 +1,57 @@
+"""Augmentation: one drawing for all frames of a clip, on uint8; normalisation happens on the device."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.transforms.v2 import functional as TF
+
+
+def _resized(frames: np.ndarray, top: int, left: int, height: int, width: int, size: int) -> Tensor:
+    """u8 [T, H, W, 3] -> u8 [3, T, size, size]: cut a box (pixels), resize it bilinearly with antialiasing."""
+    x = torch.from_numpy(frames[:, top : top + height, left : left + width]).permute(0, 3, 1, 2)
+    return TF.resize(x, [size, size], antialias=True).permute(1, 0, 2, 3).contiguous()
+
+
+@dataclass(frozen=True)
+class RandomCrop:
+    """Clip-consistent random resized crop and horizontal flip (Inception's crop; V-JEPA, app/vjepa/transforms.py)."""
+
+    size: int  # pixels, height and width of the clip
+    scale: tuple[float, float] = (0.3, 1.0)  # fraction of the frame's area
+    ratio: tuple[float, float] = (0.75, 1.35)  # width over height
+    flip: float = 0.0  # probability; leave 0 where left and right mean something
+
+    def __call__(self, frames: np.ndarray, rng: np.random.Generator) -> Tensor:
+        """u8 [T, H, W, 3] -> u8 [3, T, size, size]."""
+        height, width = frames.shape[1:3]
+        area = height * width * rng.uniform(*self.scale, 10)
+        ratio = np.exp(rng.uniform(*np.log(self.ratio), 10))
+        u, v, coin = rng.uniform(size=3)
+        w, h = np.sqrt(area * ratio).round().astype(int), np.sqrt(area / ratio).round().astype(int)
+        fits = np.flatnonzero((0 < w) & (w <= width) & (0 < h) & (h <= height))
+        if len(fits):
+            h, w = int(h[fits[0]]), int(w[fits[0]])
+            top, left = int(u * (height - h + 1)), int(v * (width - w + 1))
+        else:  # a frame too long for the ratios: its largest allowed middle
+            h, w = min(height, int(width / self.ratio[0])), min(width, int(height * self.ratio[1]))
+            top, left = (height - h) // 2, (width - w) // 2
+        clip = _resized(frames, top, left, h, w, self.size)
+        return clip.flip(-1) if coin < self.flip else clip
+
+
+@dataclass(frozen=True)
+class CenterCrop:
+    """The middle square, short side to `size` pixels: what evaluation sees."""
+
+    size: int
+
+    def __call__(self, frames: np.ndarray, rng: np.random.Generator | None = None) -> Tensor:
+        """u8 [T, H, W, 3] -> u8 [3, T, size, size]."""
+        height, width = frames.shape[1:3]
+        side = min(height, width)
+        return _resized(frames, (height - side) // 2, (width - side) // 2, side, side, self.size)
+
+
+AUGMENTS = {"random_crop": RandomCrop, "center_crop": CenterCrop}
