@@ -1,0 +1,183 @@
+"""Frozen evaluation: encoder -> tokens -> head chosen on held-out train -> one look at test -> probe.json.
+
+    accelerate launch vidssl/probe.py configs/probe/attentive.yaml encoder=RUN data.train=SHARDS data.test=SHARDS out=DIR
+"""
+
+import csv
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+
+import vidssl
+from vidssl import config
+from vidssl.config import Names, Part, Value
+from vidssl.data.shards import Sample, Shards
+from vidssl.errors import UserError, run_cli
+from vidssl.evaluation.features import Features, View, extract
+from vidssl.evaluation.heads import PROTOCOLS, Attentive, Labelled, fit, predict
+from vidssl.evaluation.metrics import accuracy, interval
+from vidssl.zoo import Loaded, load_encoder
+
+
+@dataclass(frozen=True)
+class ProbeData:
+    """The `data` section of a probe."""
+
+    train: Names  # packed folders with labels
+    test: Names
+    labels: Names | None = None  # label sets to probe; None: all that the data have
+    stride: int | None = None  # frames; None (and fps None): as the encoder was trained
+    fps: float | None = None  # frames a second
+
+
+SCHEMA: config.Schema = {
+    "encoder": Value(str),
+    "out": Value(str),
+    "random_init": Value(bool, False),  # the same encoder untrained, for comparison
+    "data": Part(ProbeData),
+    "probe": Part(PROTOCOLS),
+}
+
+
+def make_view(data: ProbeData, protocol: Attentive, loaded: Loaded, control: str) -> View:
+    """The clip the encoder was trained on, unless the configuration says otherwise."""
+    trained = loaded.about["config"]
+    stride, fps = data.stride, data.fps
+    if stride is None and fps is None:
+        stride, fps = trained["data"]["stride"], trained["data"]["fps"]
+    return View(trained["data"]["frames"], stride, fps, protocol.segments, trained["augment"]["size"], control)
+
+
+def label_sets(train: Shards, test: Shards, wanted: list[str] | None) -> list[str]:
+    """The label sets to probe; each must be in both data sets with the same classes."""
+    have = [name for name in train.classes if name in test.classes]
+    for name in wanted or have:
+        if name not in have:
+            raise UserError(f"data.labels: no label '{name}' in both data sets; there is {have or 'none'}")
+        if train.classes[name] != test.classes[name]:
+            raise UserError(f"label '{name}': the classes of train and test differ; pack both with one labels.csv")
+    if not have:
+        raise UserError("the data sets have no label in common: a probe needs labels (see data_prep.pack)")
+    return wanted or have
+
+
+def select(features: Features, samples: list[Sample], label: str, device: torch.device) -> tuple[Labelled, list[int]]:
+    """The samples that were read and carry the label, and their numbers."""
+    rows = [(i, n) for i, n in enumerate(features.read) if samples[n].meta["labels"].get(label, -1) >= 0]
+    if not rows:
+        raise UserError(f"no sample has a label of '{label}'")
+    tokens = features.tokens[[i for i, _ in rows]].to(device)
+    labels = torch.tensor([samples[n].meta["labels"][label] for _, n in rows], device=device)
+    return Labelled(tokens, labels), [n for _, n in rows]
+
+
+def groups_of(samples: list[Sample], numbers: list[int]) -> list[str]:
+    """A sample without a group is a group of its own."""
+    return [samples[n].meta.get("group") or f"sample {samples[n].key}" for n in numbers]
+
+
+def evaluate(
+    protocol: Attentive,
+    label: str,
+    classes: list[str],
+    sets: dict[str, tuple[Shards, Features]],
+    device: torch.device,
+) -> tuple[dict[str, Any], list[tuple[str, str, str]]]:
+    """One row of results, and (key, truth, predicted) of every labelled test sample; unreadable ones count as wrong."""
+    train_samples, test_samples = sets["train"][0].all(), sets["test"][0].all()
+    train, train_numbers = select(sets["train"][1], train_samples, label, device)
+    head, chosen = fit(protocol, train, groups_of(train_samples, train_numbers), len(classes))
+    test, numbers = select(sets["test"][1], test_samples, label, device)
+    guesses: dict[int, int] = dict(zip(numbers, predict(head, test.tokens, protocol.batch).argmax(1).tolist(), strict=True))
+    labelled = [n for n, s in enumerate(test_samples) if s.meta["labels"].get(label, -1) >= 0]
+    truth = [test_samples[n].meta["labels"][label] for n in labelled]
+    right = np.array([guesses.get(n, -1) == t for n, t in zip(labelled, truth, strict=True)])
+    row = {
+        "label": label,
+        "accuracy": accuracy(right),
+        "ci95": interval(right, groups_of(test_samples, labelled), protocol.seed),
+        "n_test": len(labelled),
+        "n_train": len(train.label),
+        "chance": round(100 / len(classes), 2),
+        "chosen": chosen,
+        "unreadable": {test_samples[n].key: r for n, r in sets["test"][1].unreadable.items()},
+    }
+    names = [classes[guesses[n]] if n in guesses else "" for n in labelled]
+    return row, [(test_samples[n].key, classes[t], g) for n, t, g in zip(labelled, truth, names, strict=True)]
+
+
+def check_readable(features: Features, shards: Shards, allowed: bool, name: str) -> None:
+    """Evaluation replaces nothing: a sample that cannot be read is an error unless it may be counted as wrong."""
+    if features.unreadable and not allowed:
+        samples = shards.all()
+        listed = ", ".join(f"{samples[n].key} ({reason})" for n, reason in list(features.unreadable.items())[:3])
+        raise UserError(
+            f"{len(features.unreadable)} {name} sample(s) cannot be decoded: {listed}; mend the data, or set "
+            f"probe.allow_unreadable=true (unreadable test samples then count as wrong and are listed)"
+        )
+
+
+def weights_hash(encoder: torch.nn.Module) -> str:
+    """SHA-256 over the names and bytes of the weights: what was really evaluated."""
+    digest = hashlib.sha256()
+    for name, value in sorted(encoder.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def main(argv: list[str]) -> None:
+    cfg = config.load(argv, SCHEMA)
+    data, protocol = config.build(cfg["data"], ProbeData), config.build(cfg["probe"], PROTOCOLS)
+    loaded = load_encoder(cfg["encoder"], protocol.seed if cfg["random_init"] else None)
+    shards = {"train": Shards(data.train), "test": Shards(data.test)}
+    labels = label_sets(shards["train"], shards["test"], data.labels)
+    out = Path(cfg["out"])
+    if (out / "probe.json").exists():
+        raise UserError(f"{out / 'probe.json'} exists: the test set was read for it; give another out=")
+
+    accelerator = Accelerator()
+    encoder = loaded.encoder.to(accelerator.device)
+    results: list[dict[str, Any]] = []
+    predictions: list[tuple[str, ...]] = []
+    for control in protocol.controls:
+        view = make_view(data, protocol, loaded, control)
+        sets = {}
+        for name, part in shards.items():
+            options = (protocol.encode_batch, protocol.workers, protocol.memory_gb)
+            features = extract(encoder, part, view, accelerator, *options)
+            check_readable(features, part, protocol.allow_unreadable, name)
+            sets[name] = part, features
+        if not accelerator.is_main_process:
+            continue
+        for label in labels:
+            row, told = evaluate(protocol, label, shards["train"].classes[label], sets, accelerator.device)
+            results.append({"control": control, "protocol": cfg["probe"]["kind"], **row})
+            predictions += [(label, control, *t) for t in told]
+            accelerator.print(f"{label:12s} {control:9s} {row['accuracy']:6.2f} %  [{row['ci95'][0]}, {row['ci95'][1]}]")
+    if accelerator.is_main_process:
+        out.mkdir(parents=True, exist_ok=True)
+        with open(out / "predictions.csv", "w", newline="") as f:
+            csv.writer(f).writerows([("label", "control", "key", "truth", "predicted"), *predictions])
+        report = {
+            "results": results,
+            "encoder": {"path": cfg["encoder"], "random_init": cfg["random_init"], "sha256": weights_hash(encoder)},
+            "trained": {"step": loaded.about["step"], "data": loaded.about["data"]},
+            "data": {name: part.hash for name, part in shards.items()},
+            "seed": protocol.seed,
+            "versions": {"vidssl": vidssl.__version__, "torch": torch.__version__},
+            "config": cfg,
+        }
+        (out / "probe.json").write_text(json.dumps(report, indent=1))
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    run_cli(main)
