@@ -75,7 +75,7 @@ def _read(action: Callable[[], Any], where: str) -> Any:
 
 
 def _leaves(node: Any, at: str) -> list[str]:
-    if not isinstance(node, dict):
+    if not isinstance(node, dict) or (at and not node):
         return [at]
     return [leaf for k, v in node.items() for leaf in _leaves(v, f"{at}.{k}" if at else str(k))]
 
