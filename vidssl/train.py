@@ -86,6 +86,8 @@ def make_objective(cfg: dict[str, Any]) -> Objective:
     predictor = config.build(method["predictor"], PREDICTORS, encoder=encoder, out=target.width)
     query = config.build(method["query"], QUERIES, width=predictor.width)
     mask, error = config.build(method["mask"], MASKS), config.build(method["error"], ERRORS)
+    one = torch.zeros(1, 3, cfg["data"]["frames"], size, size)
+    mask(one, encoder.grid, Draws(0, 0, torch.zeros(1, dtype=torch.int64)))  # a mask that cannot be is found here
     return Objective(encoder, mask, target, query, predictor, error)
 
 

@@ -14,6 +14,17 @@ def _resized(frames: np.ndarray, top: int, left: int, height: int, width: int, s
     return TF.resize(x, [size, size], antialias=True).permute(1, 0, 2, 3).contiguous()
 
 
+def scale(frames: np.ndarray, short_side: int | None) -> np.ndarray:
+    """u8 [T, H, W, 3], scaled so that the shorter side is `short_side` pixels if it is longer."""
+    height, width = frames.shape[1:3]
+    if short_side is None or min(height, width) <= short_side:
+        return frames
+    factor = short_side / min(height, width)
+    size = [round(height * factor), round(width * factor)]
+    scaled = TF.resize(torch.from_numpy(frames).permute(0, 3, 1, 2), size, antialias=True)
+    return np.ascontiguousarray(scaled.permute(0, 2, 3, 1).numpy())
+
+
 @dataclass(frozen=True)
 class RandomCrop:
     """Clip-consistent random resized crop and horizontal flip (Inception's crop; V-JEPA, app/vjepa/transforms.py)."""

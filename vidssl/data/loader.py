@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from vidssl.config import Names
-from vidssl.data.clips import Clip, choose, open_video
+from vidssl.data.augment import scale
+from vidssl.data.clips import choose, open_video
 from vidssl.data.order import Order, batches
 from vidssl.data.shards import Sample, Shards
 from vidssl.errors import DecodeError, UserError
@@ -27,6 +28,7 @@ class Data:
     frames: int  # in a clip
     stride: int | None = None  # between them, in frames of the video
     fps: float | None = None  # or in frames a second; give one of the two
+    short_side: int | None = None  # pixels; larger frames are scaled to it when decoded; None: as stored
     max_bad: float = 0.05  # fraction of samples that may fail to decode before the run stops
 
     def __post_init__(self) -> None:
@@ -60,26 +62,29 @@ def collate(items: list[Item]) -> Batch:
     )
 
 
+WHOLE = 256 << 20  # bytes; a video is decoded as a whole for the cache only if its frames take less
+
+
 class FrameCache:
-    """Whole decoded videos of this process, up to `limit` bytes; what is not in it is decoded frame by frame."""
+    """Whole decoded videos of this process, up to `limit` bytes; what does not fit is decoded clip by clip."""
 
-    def __init__(self, limit: int):
-        self.left, self.videos = limit, dict[tuple[int, int], tuple[np.ndarray, np.ndarray]]()
+    def __init__(self, shards: Shards, short_side: int | None, limit: int):
+        self.shards, self.short_side, self.left = shards, short_side, limit
+        self.videos: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
 
-    def clip(self, shards: Shards, sample: Sample, pick: Callable[[np.ndarray], np.ndarray]) -> Clip:
-        """pick: times f64 [n] -> indices [T]."""
-        held = self.videos.get((sample.shard, sample.offset))
-        if held is None:
-            video = open_video(shards.read(sample), sample.ext, sample.meta)
+    def clip(self, sample: Sample, pick: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+        """pick: times f64 [n] in seconds -> indices i64 [T]; returns frames u8 [T, H, W, 3]."""
+        place = sample.shard, sample.offset
+        if place not in self.videos:
+            video = open_video(self.shards.read(sample), sample.ext, sample.meta)
             size = len(video.times) * video.size[0] * video.size[1] * 3
-            if size > self.left:
-                chosen = pick(video.times)
-                return Clip(sample.key, video.get(chosen), video.times[chosen], sample.meta.get("label", -1))
-            held = video.get(np.arange(len(video.times))), video.times
-            self.videos[sample.shard, sample.offset] = held
-            self.left -= size
-        chosen = pick(held[1])
-        return Clip(sample.key, held[0][chosen], held[1][chosen], sample.meta.get("label", -1))
+            if size > WHOLE or self.left <= 0:
+                return scale(video.get(pick(video.times)), self.short_side)
+            frames = scale(video.get(np.arange(len(video.times))), self.short_side)
+            self.videos[place] = frames, video.times
+            self.left -= frames.nbytes
+        frames, times = self.videos[place]
+        return frames[pick(times)]
 
 
 class TrainClips(Dataset[Item]):
@@ -87,25 +92,21 @@ class TrainClips(Dataset[Item]):
 
     def __init__(self, shards: Shards, order: Order, data: Data, augment: Callable, cache_bytes: int = 0):
         self.shards, self.order, self.data, self.augment = shards, order, data, augment
-        self.cache = FrameCache(cache_bytes)
+        self.cache = FrameCache(shards, data.short_side, cache_bytes)
 
     def __getitem__(self, g: int) -> Item:
-        rng = np.random.default_rng((self.order.seed, 3, g))
+        rng, d = np.random.default_rng((self.order.seed, 3, g)), self.data
         start = rng.uniform()
         bad: list[tuple[str, str]] = []
         for attempt in range(ATTEMPTS):
             place = self.order.replacement(g, attempt) if attempt else self.order.at(g)
             sample = self.shards.sample(*place)
             try:
-                clip = self.cache.clip(
-                    self.shards,
-                    sample,
-                    lambda times: choose(times, self.data.frames, self.data.stride, self.data.fps, start),
-                )
+                frames = self.cache.clip(sample, lambda times: choose(times, d.frames, d.stride, d.fps, start))
             except DecodeError as e:
                 bad.append((sample.key, e.reason))
                 continue
-            return Item(g, clip.key, clip.label, self.augment(clip.frames, rng), bad)
+            return Item(g, sample.key, sample.meta.get("label", -1), self.augment(frames, rng), bad)
         return Item(g, "", -1, torch.empty(0), bad)
 
 

@@ -1,0 +1,203 @@
+"""The main job, end to end: videos -> shards -> two pre-trained encoders -> frozen probes -> a table and pictures.
+
+    python tools/quickstart.py [FOLDER] [--out runs/quickstart]     (tools/quickstart.sh installs first)
+
+Without FOLDER the corpus is rendered here. Every step is a command of the README and is skipped if its result is there,
+so a quickstart that was cut off goes on where it was. Writes OUT/summary.json and OUT/*.png.
+"""
+
+import argparse
+import csv
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+from show_masks import show
+from tqdm import tqdm
+
+from data_prep.synthetic import make_corpus
+from vidssl.errors import UserError, run_cli
+
+ROOT = Path(__file__).resolve().parents[1]
+METHODS = ("videomae", "vjepa")
+LABELS_OF_THE_BUILT_IN_CORPUS = ("motion", "appearance")
+PYTHON = [sys.executable, "-u"]
+LAUNCH = [*PYTHON, "-m", "accelerate.commands.launch", "--quiet", "--num_processes", "1", "--num_machines", "1"]
+LAUNCH += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+
+
+def start(command: list[str], log: Path, threads: int) -> subprocess.Popen:
+    """Run in the background with its output in a file."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+    return subprocess.Popen(command, cwd=ROOT, stdout=open(log, "w"), stderr=subprocess.STDOUT, env=environment)
+
+
+def finish(jobs: dict[str, subprocess.Popen], logs: dict[str, Path]) -> None:
+    """Wait for all; the first that failed ends the quickstart with its last line."""
+    for name, job in jobs.items():
+        if job.wait():
+            for other in jobs.values():
+                other.terminate()
+            said = [line for line in logs[name].read_text().splitlines() if line.strip()]
+            line = next((s for s in reversed(said) if s.startswith("error: ")), said[-1] if said else "no output")
+            raise UserError(f"{name} failed: {line.removeprefix('error: ')} (all of it: {logs[name]})")
+
+
+def steps_done(log: Path) -> list[dict]:
+    """Rows of a log.jsonl that may be growing."""
+    if not log.exists():
+        return []
+    return [json.loads(line) for line in log.read_text().splitlines() if line.endswith("}")]
+
+
+def pretrain(out: Path, data: str, extra: list[str], at_once: int, threads: int) -> None:
+    """One run a method, on the same shards; only the method's file differs."""
+    logs = {m: out / "logs" / f"{m}.txt" for m in METHODS}
+    bars = {m: tqdm(desc=f"pre-train {m}", unit="step", position=i, mininterval=1) for i, m in enumerate(METHODS)}
+    waiting, jobs = list(METHODS), dict[str, subprocess.Popen]()
+    while waiting or any(job.poll() is None for job in jobs.values()):
+        if waiting and sum(job.poll() is None for job in jobs.values()) < at_once:
+            m = waiting.pop(0)
+            files = [f"configs/method/{m}_tiny.yaml", "configs/model/vit_micro.yaml", data, "configs/run/quickstart.yaml"]
+            settings = [f"run.out={out / m}", f"data.train={out / 'shards' / 'train'}", f"efficiency.threads={threads}"]
+            jobs[m] = start([*LAUNCH, "vidssl/train.py", *files, *settings, *extra], logs[m], threads)
+        time.sleep(0.5)
+        for m, bar in bars.items():
+            rows = steps_done(out / m / "log.jsonl")
+            if rows:
+                bar.set_postfix(loss=f"{rows[-1]['loss']:.4f}", refresh=False)
+                bar.update(rows[-1]["step"] - bar.n)
+        if any(job.poll() for job in jobs.values()):
+            break
+    for bar in bars.values():
+        bar.close()
+    finish(jobs, logs)
+
+
+def probe(out: Path, extra: list[str], at_once: int, threads: int) -> list[dict]:
+    """Both encoders and an untrained one, frozen, on every label, in order and with frames shuffled -> summary rows."""
+    encoders = {m: [f"encoder={out / m}"] for m in METHODS}
+    encoders["random_init"] = [f"encoder={out / METHODS[0]}", "random_init=true"]
+    logs = {name: out / "logs" / f"probe_{name}.txt" for name in encoders}
+    shards = [f"data.{split}={out / 'shards' / split}" for split in ("train", "test")]
+    todo = [name for name in encoders if not (out / "probes" / name / "probe.json").exists()]
+    for i in tqdm(range(0, len(todo), at_once), desc="probe", unit="round"):
+        jobs = {}
+        for name in todo[i : i + at_once]:
+            command = [*LAUNCH, "vidssl/probe.py", "configs/probe/quickstart.yaml", *encoders[name], *shards]
+            jobs[name] = start([*command, f"out={out / 'probes' / name}", *extra], logs[name], threads)
+        finish(jobs, logs)
+    rows = []
+    for name in encoders:
+        for r in json.loads((out / "probes" / name / "probe.json").read_text())["results"]:
+            kept = {k: r[k] for k in ("label", "protocol", "control", "accuracy", "ci95", "n_test")}
+            rows.append({"encoder": name, **kept, "chance": r["chance"]})
+    return rows
+
+
+def table(rows: list[dict]) -> str:
+    """The results as text, a line an encoder and label."""
+    lines = [f"{'label':12s} {'encoder':12s} {'in order':>22s} {'frames shuffled':>22s} {'chance':>7s}"]
+    for label in dict.fromkeys(r["label"] for r in rows):
+        for encoder in dict.fromkeys(r["encoder"] for r in rows):
+            cells = []
+            for control in ("none", "shuffled"):
+                r = next(r for r in rows if (r["label"], r["encoder"], r["control"]) == (label, encoder, control))
+                cells.append(f"{r['accuracy']:6.1f} [{r['ci95'][0]:5.1f}, {r['ci95'][1]:5.1f}]")
+            lines.append(f"{label:12s} {encoder:12s} {cells[0]:>22s} {cells[1]:>22s} {r['chance']:7.1f}")
+    return "\n".join(lines)
+
+
+def draw(out: Path, rows: list[dict]) -> None:
+    """curves.png: losses and the spread of the features; accuracy.png: the table as bars."""
+    figure, axes = plt.subplots(1, 4, figsize=(15, 3.2))
+    for i, m in enumerate(METHODS):
+        log = steps_done(out / m / "log.jsonl")
+        axes[i].plot([r["step"] for r in log], [r["loss"] for r in log], lw=0.7, color=f"C{i}")
+        axes[i].set_title(f"{m}: loss")
+        health = [r for r in log if "health_std_time" in r]
+        axes[2].plot([r["step"] for r in health], [r["health_std_time"] for r in health], "o-", ms=3, label=m)
+        axes[3].plot([r["step"] for r in health], [r["health_rank"] for r in health], "o-", ms=3, label=m)
+    axes[2].set_title("features: deviation over time / rms")
+    axes[3].set_title("features: effective rank")
+    for axis in axes:
+        axis.set_xlabel("step")
+        axis.set_ylim(bottom=0)
+    axes[3].legend()
+    figure.tight_layout()
+    figure.savefig(out / "curves.png", dpi=110)
+    plt.close(figure)
+
+    labels = list(dict.fromkeys(r["label"] for r in rows))
+    encoders = list(dict.fromkeys(r["encoder"] for r in rows))
+    figure, axes = plt.subplots(1, len(labels), figsize=(5 * len(labels), 3.6), squeeze=False)
+    for axis, label in zip(axes[0], labels, strict=True):
+        for k, (control, colour) in enumerate((("none", "C0"), ("shuffled", "0.75"))):
+            mine = [r for r in rows if r["label"] == label and r["control"] == control]
+            height = [r["accuracy"] for r in mine]
+            error = [[max(0, r["accuracy"] - r["ci95"][0]) for r in mine], [max(0, r["ci95"][1] - r["accuracy"]) for r in mine]]
+            places = [encoders.index(r["encoder"]) + 0.4 * k - 0.2 for r in mine]
+            name = "in order" if control == "none" else "frames shuffled"
+            axis.bar(places, height, 0.38, yerr=error, color=colour, capsize=3, label=name)
+        axis.axhline(mine[0]["chance"], color="k", ls=":", lw=1, label="chance")
+        axis.set_xticks(range(len(encoders)), encoders)
+        axis.set_title(f"{label}: frozen attentive probe, % (95 % interval)")
+        axis.set_ylim(0, 100)
+    axes[0][0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(out / "accuracy.png", dpi=110)
+    plt.close(figure)
+
+
+def has_split(folder: Path) -> bool:
+    """Whether labels.csv says which videos are test."""
+    path = folder / "labels.csv"
+    if not path.is_file():
+        return False
+    with open(path, newline="") as f:
+        return "split" in (csv.DictReader(f).fieldnames or [])
+
+
+def main(argv: list[str]) -> None:
+    p = argparse.ArgumentParser(prog="quickstart", description=__doc__.split("\n")[0])
+    p.add_argument("folder", nargs="?", type=Path, help="your videos; none: a corpus is rendered")
+    p.add_argument("--out", type=Path, help="default: runs/quickstart, or runs/quickstart_NAME for a folder")
+    p.add_argument("--train", type=int, default=3000, help="videos rendered for training")
+    p.add_argument("--test", type=int, default=800, help="videos rendered for testing")
+    p.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="overrides for both trainings")
+    p.add_argument("--probe", nargs="*", default=[], metavar="KEY=VALUE", help="overrides for the probes")
+    a = p.parse_args(argv)
+    began, cores = time.time(), os.cpu_count() or 1
+    if a.folder is not None and not a.folder.is_dir():
+        raise UserError(f"{a.folder}: no such folder")
+    name = f"quickstart_{a.folder.resolve().name}" if a.folder else "quickstart"
+    out = (a.out or ROOT / "runs" / name).resolve()
+    source = a.folder.resolve() if a.folder else out / "corpus"
+    if a.folder is None and not (source / "labels.csv").exists():
+        make_corpus(source, a.train, a.test, workers=cores)
+    split = [] if has_split(source) else ["--test-fraction", "0.3"]
+    subprocess.run([*PYTHON, "-m", "data_prep.pack", source, out / "shards", *split], cwd=ROOT, check=True)
+
+    at_once = 1 if torch.cuda.is_available() else min(2, cores)  # small models use one core each better than all one
+    threads = max(1, cores // at_once)
+    data = f"configs/data/{'folder' if a.folder else 'quickstart'}.yaml"
+    pretrain(out, data, a.set, at_once, threads)
+    rows = probe(out, a.probe, at_once, threads)
+    (out / "summary.json").write_text(json.dumps(rows, indent=1))
+    draw(out, rows)
+    show([out / m for m in METHODS], out / "masks.png")
+    print(f"\n{table(rows)}\n")
+    print(f"wrote {out}/summary.json, masks.png, curves.png, accuracy.png in {(time.time() - began) / 60:.1f} minutes")
+
+
+if __name__ == "__main__":
+    run_cli(main)

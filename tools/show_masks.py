@@ -1,0 +1,74 @@
+"""A picture of masks on a clip: what the encoder of each method sees, and what it must predict.
+
+    python tools/show_masks.py RUN [RUN ...] OUT.png      RUN: folders written by vidssl/train.py
+"""
+
+import argparse
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+import yaml
+
+from vidssl import config
+from vidssl.data.augment import AUGMENTS
+from vidssl.data.loader import Data, TrainClips
+from vidssl.data.order import Order
+from vidssl.data.shards import Shards
+from vidssl.draws import Draws
+from vidssl.model.grid import Grid, Mask
+from vidssl.objective.masks import MASKS
+
+
+def paint(video: np.ndarray, mask: Mask, grid: Grid) -> list[np.ndarray]:
+    """video u8 [T, H, W, 3] and a mask of one sample -> two rows [H, T*W, 3]: the context, and the targets."""
+    frames, height, width = video.shape[:3]
+    rows = []
+    for ids in (mask.context[0], mask.target[0].flatten()):
+        shown = torch.zeros(grid.n, dtype=torch.bool)
+        shown[ids] = True
+        up = shown.reshape(grid).numpy().repeat(frames // grid.t, 0)
+        up = up.repeat(height // grid.h, 1).repeat(width // grid.w, 2)[..., None]
+        rows.append(np.concatenate(np.where(up, video, 235), 1))
+    return rows
+
+
+def show(runs: list[Path], out: Path) -> None:
+    """One clip of the first run's data; for every run and each of its masks a row of context and a row of targets."""
+    rows: list[tuple[str, np.ndarray]] = []
+    for run in runs:
+        cfg = yaml.safe_load((run / "config.yaml").read_text())
+        data = config.build(cfg["data"], Data)
+        shards = Shards(data.train)
+        order = Order(shards.counts, cfg["run"]["seed"], cfg["run"]["lanes"])
+        item = TrainClips(shards, order, data, config.build(cfg["augment"], AUGMENTS))[0]
+        video = item.video.permute(1, 2, 3, 0).numpy()
+        unit = cfg["model"]["tubelet"], cfg["model"]["patch"]
+        grid = Grid(video.shape[0] // unit[0], video.shape[1] // unit[1], video.shape[2] // unit[1])
+        if not rows:
+            rows.append(("clip", np.concatenate(video, 1)))
+        draws = Draws(cfg["run"]["seed"], 0, torch.tensor([0]))
+        for i, mask in enumerate(config.build(cfg["method"]["mask"], MASKS)(item.video[None], grid, draws)):
+            context, target = paint(video, mask, grid)
+            rows += [(f"{run.name}\nmask {i + 1}\ncontext", context), (f"{run.name}\nmask {i + 1}\ntarget", target)]
+    figure, axes = plt.subplots(len(rows), 1, figsize=(10, 1.35 * len(rows)))
+    for axis, (name, picture) in zip(np.atleast_1d(axes), rows, strict=True):
+        axis.imshow(picture, interpolation="nearest")
+        axis.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
+        axis.set_xticks([])
+        axis.set_yticks([])
+    figure.tight_layout()
+    figure.savefig(out, dpi=110)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p.add_argument("runs", nargs="+", type=Path)
+    p.add_argument("out", type=Path)
+    a = p.parse_args()
+    show(a.runs, a.out)
