@@ -1,0 +1,120 @@
+"""Fixtures shared by the tests: small videos, made here, whose frame index can be read from the pixels."""
+
+import io
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+FRAMES, WIDTH, HEIGHT, RATE = 20, 64, 48, 10
+CLASSES = ("clap", "run", "wave")
+
+
+def level_of(i: int) -> int:
+    """Grey level of frame i."""
+    return 20 + 10 * i
+
+
+def index_of(frame: np.ndarray) -> int:
+    """Frame index, from the pixels of a frame u8 [H,W,3]; its middle is grey."""
+    h, w = frame.shape[:2]
+    return round((float(frame[h // 3 : -h // 3, w // 3 : -w // 3].mean()) - 20) / 10)
+
+
+def encode_video(
+    frames: int = FRAMES,
+    times: list[int] | None = None,
+    rotation: int = 0,
+    hflip: bool = False,
+    codec: str = "libx264",
+    container: str = "mp4",
+    size: tuple[int, int] = (HEIGHT, WIDTH),
+    **options: str,
+) -> bytes:
+    """A video as bytes. times: of each frame in milliseconds (default: RATE frames a second). The stored picture has a
+    white upper-left corner (not a grey level), so that turns and flips show. rotation: degrees clockwise when shown."""
+    out = io.BytesIO()
+    with av.open(out, "w", format=container) as file:
+        stream = file.add_stream(codec, rate=RATE, options={"crf": "4", "g": "8", "bf": "2", **options})
+        stream.height, stream.width, stream.pix_fmt = *size, "yuv420p"
+        if times is not None:
+            stream.codec_context.time_base = stream.time_base = Fraction(1, 1000)
+        if rotation or hflip:
+            stream.set_display_rotation(-rotation, hflip=hflip)
+        for i in range(frames):
+            picture = np.full((*size, 3), level_of(i % FRAMES), np.uint8)
+            picture[: size[0] // 4, : size[1] // 4] = 255
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            if times is not None:
+                frame.pts, frame.time_base = times[i], Fraction(1, 1000)
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode())
+    return out.getvalue()
+
+
+def encode_image(kind: str, orientation: int = 1) -> bytes:
+    """A 64x48 picture (width x height) with a white upper-left corner as stored."""
+    picture = np.full((HEIGHT, WIDTH, 3), 100, np.uint8)
+    picture[: HEIGHT // 4, : WIDTH // 4] = 255
+    out, image = io.BytesIO(), Image.fromarray(picture)
+    exif = image.getexif()
+    exif[0x0112] = orientation
+    image.save(out, kind, exif=exif)
+    return out.getvalue()
+
+
+@pytest.fixture(scope="session")
+def make_video() -> Callable[..., bytes]:
+    return encode_video
+
+
+@pytest.fixture(scope="session")
+def make_image() -> Callable[..., bytes]:
+    return encode_image
+
+
+@pytest.fixture(scope="session")
+def frame_index() -> Callable[[np.ndarray], int]:
+    return index_of
+
+
+@pytest.fixture(scope="session")
+def tiny_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """12 H.264 files of 20 frames, 64x48, in 3 class folders. Do not write into it."""
+    root = tmp_path_factory.mktemp("tiny_corpus")
+    for c, name in enumerate(CLASSES):
+        (root / name).mkdir()
+        for i in range(4):
+            (root / name / f"{name} {i}.v.mp4").write_bytes(encode_video(FRAMES - c, g=str(5 + i)))
+    return root
+
+
+@pytest.fixture(scope="session")
+def odd_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One file of each kind that needs care, and some that are no video. Do not write into it."""
+    root = tmp_path_factory.mktemp("odd_corpus")
+    whole = encode_video(codec="mpeg4", container="matroska", bf="0")
+    files = {
+        "good/vfr.mp4": encode_video(6, times=[0, 100, 130, 500, 510, 900]),
+        "good/rotated.mp4": encode_video(rotation=90),
+        "good/mirrored.mp4": encode_video(hflip=True),
+        "good/short.mp4": encode_video(2),
+        "good/one.webm": encode_video(1, codec="libvpx-vp9", container="webm"),
+        "good/picture.JPG": encode_image("jpeg"),
+        "good/turned.jpeg": encode_image("jpeg", orientation=6),
+        "good/picture.png": encode_image("png"),
+        "good/truncated.mkv": whole[: int(len(whole) * 0.6)],
+        "bad/truncated.mp4": encode_video()[:1000],
+        "bad/text.mp4": b"this is not a video\n" * 50,
+        "bad/empty.mp4": b"",
+        "bad/text.png": b"this is not a picture\n" * 50,
+        "notes.txt": b"ignored",
+    }
+    for name, data in files.items():
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).write_bytes(data)
+    return root
