@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from vidssl.data.clips import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
+from vidssl.data.decoders import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
 from vidssl.errors import UserError
 
 EXTENSIONS = (*VIDEO_EXTENSIONS, *IMAGE_EXTENSIONS)

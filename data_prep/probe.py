@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vidssl.data.clips import IMAGE_EXTENSIONS, DecordVideo, ImageVideo, PyAVVideo, Video
+from vidssl.data.decoders import IMAGE_EXTENSIONS, DecordVideo, ImageVideo, PyAVVideo, Video
 from vidssl.errors import DecodeError
 
 GREY_LEVELS = 6.0  # decord and PyAV convert some pixel formats (10 bit, odd sizes) a little differently

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.index import dumps, file_sha256, media_of, read_index, tar_samples
-from vidssl.data.clips import PyAVVideo, open_video
+from vidssl.data.decoders import PyAVVideo, open_video
 from vidssl.errors import DecodeError, UserError, run_cli
 
 FRAME_FACTS = ("frames", "height", "width")

@@ -10,6 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data_prep import pack
+from data_prep.synthetic import make_corpus
+
 FRAMES, WIDTH, HEIGHT, RATE = 20, 64, 48, 10
 CLASSES = ("clap", "run", "wave")
 
@@ -118,3 +121,19 @@ def odd_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (root / name).parent.mkdir(exist_ok=True)
         (root / name).write_bytes(data)
     return root
+
+
+@pytest.fixture(scope="session")
+def synthetic_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """60 + 30 videos of data_prep.synthetic (seed 0), with truth and labels.csv. Do not write into it."""
+    root = tmp_path_factory.mktemp("synthetic") / "corpus"
+    make_corpus(root, train=60, test=30, workers=2)
+    return root
+
+
+@pytest.fixture(scope="session")
+def synthetic_shards(synthetic_corpus: Path) -> Path:
+    """A folder with `train` and `test`, packed from the synthetic corpus. Do not write into it."""
+    out = synthetic_corpus.parent / "shards"
+    pack.main([str(synthetic_corpus), str(out), "--workers", "2"])
+    return out

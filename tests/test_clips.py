@@ -1,20 +1,29 @@
-"""vidssl/data/clips.py: the right frames, and the right choice of frames."""
+"""vidssl/data/clips.py and decoders.py: the right frames, and the right choice of frames."""
 
 import io
 import itertools
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
 
 from data_prep.probe import probe
-from vidssl.data import clips
-from vidssl.data.clips import choose, open_video, segment_starts
+from vidssl.data import decoders
+from vidssl.data.clips import choose, segment_starts
+from vidssl.data.decoders import open_video
 from vidssl.errors import DecodeError
 
-TIMES = st.lists(st.floats(0.001, 0.2), min_size=0, max_size=60).map(lambda gaps: np.cumsum([0.0, *gaps]))
+
+def draws(n: int) -> Iterator[tuple[np.random.Generator, np.ndarray, int, float]]:
+    """n times: a generator, time stamps f64 [1..61] with gaps of 1 to 200 ms, a number of frames, a start in [0,1]."""
+    for seed in range(n):
+        rng = np.random.default_rng(seed)
+        gaps = rng.uniform(0.001, 0.2, rng.integers(61))
+        if seed % 2:  # evenly spaced
+            gaps[:] = rng.uniform(0.01, 0.1)
+        start = rng.choice([0.0, 1.0, rng.uniform(), rng.uniform()])
+        yield rng, np.cumsum([0.0, *gaps]), int(rng.integers(1, 21)), float(start)
 
 
 def packed_meta(data: bytes, ext: str = "mp4", decoder: str = "auto") -> dict:
@@ -23,28 +32,29 @@ def packed_meta(data: bytes, ext: str = "mp4", decoder: str = "auto") -> dict:
     return reports[-1]
 
 
-@given(TIMES, st.integers(1, 20), st.integers(1, 5), st.floats(0, 1))
-def test_choose_by_stride(times, frames, stride, start):
-    got = choose(times, frames, stride=stride, start=start)
-    assert got.dtype == np.int64 and got.shape == (frames,)
-    assert (np.diff(got) >= 0).all() and got[0] >= 0 and got[-1] < len(times)
-    span = (frames - 1) * stride
-    if span < len(times):
-        assert (np.diff(got) == stride).all()
-        assert choose(times, frames, stride=stride, start=0.0)[0] == 0
-        assert choose(times, frames, stride=stride, start=1.0)[-1] == len(times) - 1
-    else:
-        assert (got == np.minimum(np.arange(frames) * stride, len(times) - 1)).all()
+def test_choose_by_stride():
+    for rng, times, frames, start in draws(400):
+        stride = int(rng.integers(1, 6))
+        got = choose(times, frames, stride=stride, start=start)
+        assert got.dtype == np.int64 and got.shape == (frames,)
+        assert (np.diff(got) >= 0).all() and got[0] >= 0 and got[-1] < len(times)
+        if (frames - 1) * stride < len(times):
+            assert (np.diff(got) == stride).all()
+            assert choose(times, frames, stride=stride, start=0.0)[0] == 0
+            assert choose(times, frames, stride=stride, start=1.0)[-1] == len(times) - 1
+        else:
+            assert (got == np.minimum(np.arange(frames) * stride, len(times) - 1)).all()
 
 
-@given(TIMES, st.integers(1, 20), st.floats(0.5, 60), st.floats(0, 1))
-def test_choose_by_time_takes_the_nearest_frame(times, frames, fps, start):
-    got = choose(times, frames, fps=fps, start=start)
-    assert got.dtype == np.int64 and got.shape == (frames,)
-    assert (np.diff(got) >= 0).all() and got[0] >= 0 and got[-1] < len(times)
-    want = times[got[0]] + np.arange(frames) / fps
-    nearest = np.abs(times[None, :] - want[:, None]).min(axis=1)
-    assert (np.abs(times[got] - want) <= nearest + 2e-6).all()
+def test_choose_by_time_takes_the_nearest_frame():
+    for rng, times, frames, start in draws(400):
+        fps = rng.uniform(0.5, 60)
+        got = choose(times, frames, fps=fps, start=start)
+        assert got.dtype == np.int64 and got.shape == (frames,)
+        assert (np.diff(got) >= 0).all() and got[0] >= 0 and got[-1] < len(times)
+        want = times[got[0]] + np.arange(frames) / fps
+        nearest = np.abs(times[None, :] - want[:, None]).min(axis=1)
+        assert (np.abs(times[got] - want) <= nearest + 2e-6).all()
 
 
 def test_choose_reaches_every_start_equally():
@@ -202,7 +212,7 @@ def test_damaged_pictures_and_too_large_frames(make_image, make_video, monkeypat
         with pytest.raises(DecodeError) as e:
             open_video(make_image(kind)[:150], kind)
         assert e.value.reason in ("decode_error", "not_an_image")
-    monkeypatch.setattr(clips, "MAX_PIXELS", 1000)
+    monkeypatch.setattr(decoders, "MAX_PIXELS", 1000)
     for data, ext in ((make_image("png"), "png"), (make_video(2), "mp4")):
         with pytest.raises(DecodeError) as e:
             open_video(data, ext)

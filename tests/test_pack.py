@@ -20,7 +20,7 @@ from data_prep.folder import Item, read_source
 from data_prep.index import key_of
 from data_prep.pack import divide
 from data_prep.probe import Prober, Rejected
-from vidssl.data.clips import open_video
+from vidssl.data.decoders import open_video
 from vidssl.errors import UserError
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from data_prep import pack
-from vidssl.data.clips import open_video
+from vidssl.data.decoders import open_video
 
 ROBUST = Path(__file__).parents[1].parent / "shared/data/robust"
 pytestmark = pytest.mark.skipif(

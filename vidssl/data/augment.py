@@ -1,5 +1,6 @@
 """Augmentation: one drawing for all frames of a clip, on uint8; normalisation happens on the device."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,10 +39,10 @@ class RandomCrop:
         """u8 [T, H, W, 3] -> u8 [3, T, size, size]."""
         height, width = frames.shape[1:3]
         area = height * width * rng.uniform(*self.scale, 10)
-        ratio = np.exp(rng.uniform(*np.log(self.ratio), 10))
+        ratio = np.exp(rng.uniform(math.log(self.ratio[0]), math.log(self.ratio[1]), 10))
         u, v, coin = rng.uniform(size=3)
         w, h = np.sqrt(area * ratio).round().astype(int), np.sqrt(area / ratio).round().astype(int)
-        fits = np.flatnonzero((0 < w) & (w <= width) & (0 < h) & (h <= height))
+        fits = np.flatnonzero((w > 0) & (w <= width) & (h > 0) & (h <= height))
         if len(fits):
             h, w = int(h[fits[0]]), int(w[fits[0]])
             top, left = int(u * (height - h + 1)), int(v * (width - w + 1))

@@ -12,7 +12,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from vidssl.config import Names
 from vidssl.data.augment import scale
-from vidssl.data.clips import choose, open_video
+from vidssl.data.clips import choose
+from vidssl.data.decoders import Video, open_video
 from vidssl.data.order import Order, batches
 from vidssl.data.shards import Sample, Shards
 from vidssl.errors import DecodeError, UserError
@@ -76,15 +77,27 @@ class FrameCache:
         """pick: times f64 [n] in seconds -> indices i64 [T]; returns frames u8 [T, H, W, 3]."""
         place = sample.shard, sample.offset
         if place not in self.videos:
-            video = open_video(self.shards.read(sample), sample.ext, sample.meta)
+            video = self._open(sample)
             size = len(video.times) * video.size[0] * video.size[1] * 3
-            if size > WHOLE or self.left <= 0:
+            if size <= WHOLE and self.left > 0 and not self._keep(place, video):
+                video = self._open(sample)  # anew: a decoder that failed once may go on failing
+            if place not in self.videos:
                 return scale(video.get(pick(video.times)), self.short_side)
-            frames = scale(video.get(np.arange(len(video.times))), self.short_side)
-            self.videos[place] = frames, video.times
-            self.left -= frames.nbytes
         frames, times = self.videos[place]
         return frames[pick(times)]
+
+    def _open(self, sample: Sample) -> Video:
+        return open_video(self.shards.read(sample), sample.ext, sample.meta)
+
+    def _keep(self, place: tuple[int, int], video: Video) -> bool:
+        """False if some frame does not decode: a clip of the others still may, as it would without a cache."""
+        try:
+            frames = scale(video.get(np.arange(len(video.times))), self.short_side)
+        except DecodeError:
+            return False
+        self.videos[place] = frames, video.times
+        self.left -= frames.nbytes
+        return True
 
 
 class TrainClips(Dataset[Item]):
@@ -114,16 +127,17 @@ class Tally:
     """Counts what could not be decoded; stops the run when it is too much."""
 
     def __init__(self, limit: float):
-        self.limit, self.seen, self.reasons = limit, 0, Counter[str]()
+        self.limit, self.seen, self.reasons, self.last = limit, 0, Counter[str](), ""
 
     def add(self, positions: list[int], bad: list[tuple[str, str]], failed: bool) -> None:
         self.seen += len(positions)
         self.reasons.update(reason for _, reason in bad)
+        self.last = bad[-1][0] if bad else self.last
         share = self.reasons.total() / self.seen
         if failed or (self.seen >= 200 and share > self.limit):
             raise UserError(
                 f"{self.reasons.total()} of {self.seen} samples could not be decoded ({dict(self.reasons)}; last "
-                f"{bad[-1][0]}): over data.max_bad {self.limit}; python -m data_prep.verify names the files"
+                f"{self.last}): over data.max_bad {self.limit}; python -m data_prep.verify names the files"
             )
 
 

@@ -35,6 +35,9 @@ class Order:
         self._epoch = lru_cache(maxsize=2)(self._lay_out)
         self._shuffle = lru_cache(maxsize=2 * lanes)(self._permute)
 
+    def __reduce__(self) -> tuple[type["Order"], tuple[list[int], int, int, int]]:  # workers keep caches of their own
+        return Order, (self.counts.tolist(), self.seed, self.lanes, self.window)
+
     def _rng(self, *what: int) -> np.random.Generator:
         return np.random.default_rng((self.seed, *what))
 

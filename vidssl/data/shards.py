@@ -1,8 +1,8 @@
 """Where the bytes are: WebDataset tar shards and their index.
 
 A data set is a folder with `index.json` (classes, and a line for each shard), `shard-*.tar` and, beside each tar, a
-`.jsonl` that tells where each sample's bytes are; `data_prep.pack` writes all three, `data_prep.scan` makes the index of
-shards written by others. Only `index.json` is read to open a data set; a shard's `.jsonl` when it is first needed.
+`.jsonl` that tells where each sample's bytes are; `data_prep.pack` writes all three, `data_prep.scan` makes the index
+of shards written by others. Only `index.json` is read to open a data set; a shard's `.jsonl` when it is first needed.
 """
 
 import hashlib
@@ -61,10 +61,15 @@ class Shards:
 
     def _read_lines(self, shard: int) -> list[Sample]:
         path = self.paths[shard].with_suffix(".jsonl")
-        with open(path) as f:
-            rows = [json.loads(line) for line in f]
+        try:
+            with open(path, encoding="utf-8") as f:
+                rows = [json.loads(line) for line in f]
+        except (OSError, ValueError) as e:
+            raise UserError(f"{path}: {e}: run data_prep.verify") from e
         if len(rows) != self.counts[shard]:
-            raise UserError(f"{path}: {len(rows)} samples, but index.json says {self.counts[shard]}: run data_prep.verify")
+            raise UserError(
+                f"{path}: {len(rows)} samples, but index.json says {self.counts[shard]}: run data_prep.verify"
+            )
         return [Sample(r["key"], r["ext"], shard, r["offset"], r["size"], r["meta"]) for r in rows]
 
     def sample(self, shard: int, number: int) -> Sample:

@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from vidssl.data.augment import CenterCrop
-from vidssl.data.clips import choose, open_video, segment_starts
+from vidssl.data.clips import choose, segment_starts
+from vidssl.data.decoders import open_video
 from vidssl.data.shards import Sample, Shards
 from vidssl.errors import DecodeError, UserError
 from vidssl.objective.targets import normalise

@@ -1,5 +1,6 @@
 """Heads on frozen features: a grid trained on a part of train, the best by the held-out part, trained again on all."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ class Attentive:
     weight_decay: tuple[float, ...] = (0.01,)
     held_out: float = 0.2  # fraction of train on which the grid is compared
     controls: tuple[str, ...] = ("none",)  # "none", "shuffled"
+    standardise: bool = False  # tokens: mean of train at each token off, deviation of train in each channel to 1
     seed: int = 0
     allow_unreadable: bool = False  # a test video that cannot be read: an error, or counted wrong and listed
     memory_gb: float = 8.0  # of features
@@ -38,6 +40,18 @@ class Attentive:
 class Labelled(NamedTuple):
     tokens: Tensor  # f32 [n, N, D]
     label: Tensor  # i64 [n]
+
+
+def standardiser(train: Tensor) -> Callable[[Tensor], Tensor]:
+    """A function of tokens [n, N, D] that gives the train tokens mean 0 at each token and deviation 1 in each channel.
+
+    After the encoder's LayerNorm, what is common to all clips (positions above all) can be much larger than what tells
+    them apart, and differently so from encoder to encoder; a head at one learning rate then measures that ratio rather
+    than the information. Statistics come from train alone.
+    """
+    mean = train.mean(0, keepdim=True)
+    deviation = (train - mean).square().mean((0, 1), keepdim=True).sqrt().clamp_min(1e-6)
+    return lambda tokens: (tokens - mean) / deviation
 
 
 def hold_out(labels: Tensor, groups: list[str], fraction: float, seed: int) -> Tensor:

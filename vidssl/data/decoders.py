@@ -1,0 +1,325 @@
+"""Bytes -> frames.
+
+Two video decoders stand behind one interface. PyAV counts frames as they come out of the decoder, so what it calls
+frame i is frame i. decord trusts the container's packet table; on packed-B-frame AVI, edit lists, invisible VP9 frames
+and some H.263 that table is wrong, and it then serves other frames than it says, without an error (and some damaged
+files crash it). So decord serves a file only where `data_prep.pack` compared both and wrote `"decoder": "decord"`, or
+on request.
+
+Pixels: RGB, 8 bit, 0..255; alpha is dropped; non-square pixels stay as stored; HDR is converted without tone mapping.
+"""
+
+import io
+import math
+import struct
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import av
+import decord
+import numpy as np
+from av.sidedata.sidedata import Type
+from av.stream import Disposition
+from av.video.reformatter import VideoReformatter
+from decord._ffi.base import DECORDError, DECORDLimitReachedError
+from PIL import Image, ImageOps
+
+from vidssl.errors import DecodeError
+
+decord.logging.set_level(decord.logging.QUIET)
+
+# fmt: off
+VIDEO_EXTENSIONS = ("mp4", "avi", "webm", "mkv", "mov", "m4v", "mpg", "mpeg", "wmv", "flv", "3gp",
+                    "ts", "mts", "m2ts", "ogv", "asf", "vob", "gif")
+# fmt: on
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "bmp", "webp")
+MAX_PIXELS = 8192 * 8192  # of one frame; beyond that a header is damaged or hostile
+_DECORD_ERRORS = (DECORDError, DECORDLimitReachedError, RuntimeError, AssertionError, ValueError, StopIteration)
+_IMAGE_ERRORS = (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError)
+
+
+class Turn(NamedTuple):
+    """A display matrix with right angles: transpose if `swap`, then reverse rows and columns as asked."""
+
+    swap: bool = False
+    rows: bool = False
+    columns: bool = False
+
+    def __call__(self, frame: np.ndarray) -> np.ndarray:
+        """[H,W,3] as stored -> [H',W',3] as shown."""
+        frame = frame.transpose(1, 0, 2) if self.swap else frame
+        return frame[:: -1 if self.rows else 1, :: -1 if self.columns else 1]
+
+    @property
+    def degrees(self) -> int:
+        """Clockwise rotation in the matrix, as FFmpeg reads it; a mirroring is not told."""
+        return (270 if self.rows else 90) if self.swap else (180 if self.columns else 0)
+
+
+class Video:
+    """An open video. times f64 [n]: seconds since the first frame; size: (height, width) as shown."""
+
+    times: np.ndarray
+    size: tuple[int, int]
+    decoder: str
+    codec: str = ""
+    rotation: int = 0  # degrees clockwise, already applied; known after a full decode
+    errors: int = 0  # damaged packets passed over so far
+
+    def __len__(self) -> int:
+        return len(self.times)
+
+    def get(self, indices: np.ndarray | list[int]) -> np.ndarray:
+        """Frames at `indices` ([k], any order, repeats allowed) -> u8 [k,H,W,3]."""
+        wanted, back = np.unique(np.asarray(indices, dtype=np.int64), return_inverse=True)
+        if not len(wanted) or wanted[0] < 0 or wanted[-1] >= len(self):
+            raise IndexError(f"frame indices must be in 0..{len(self) - 1} and not empty")
+        out = np.empty((len(wanted), *self.size, 3), np.uint8)
+        filled = 0
+        for frame in self._frames(wanted):
+            if frame.shape != out.shape[1:]:
+                raise DecodeError("decode_error", f"frame of shape {frame.shape}, expected {out.shape[1:]}")
+            out[filled] = frame
+            filled += 1
+        if filled < len(wanted):
+            raise DecodeError("decode_error", f"frame {wanted[filled]} of {len(self)} does not decode")
+        return out if len(out) == len(back) and (np.diff(back) == 1).all() else out[back]
+
+    def _frames(self, wanted: np.ndarray) -> Iterator[np.ndarray]:
+        """Frames u8 [H,W,3] at `wanted`, ascending and unique."""
+        raise NotImplementedError
+
+
+class ImageVideo(Video):
+    """A picture: one frame, EXIF orientation applied. Of an animated WebP or PNG the first picture."""
+
+    decoder = "image"
+
+    def __init__(self, data: bytes):
+        try:
+            with Image.open(io.BytesIO(data)) as file:
+                if file.width * file.height > MAX_PIXELS:
+                    raise DecodeError("too_large", f"{file.width}x{file.height} pixels")
+                self.codec = (file.format or "").lower()
+                image = ImageOps.exif_transpose(file)
+                if image.mode.startswith("I"):  # 16-bit grey: PIL would clip it, not scale it
+                    image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+                self._pixels = np.asarray(image.convert("RGB"))
+        except _IMAGE_ERRORS as e:
+            raise DecodeError(
+                "not_an_image" if isinstance(e, Image.UnidentifiedImageError) else "decode_error", str(e)
+            ) from e
+        self.times, self.size = np.zeros(1), self._pixels.shape[:2]
+
+    def _frames(self, wanted: np.ndarray) -> Iterator[np.ndarray]:
+        yield self._pixels
+
+
+class PyAVVideo(Video):
+    """Frames by PyAV, on one thread.
+
+    Without `meta` the whole file is decoded once to learn what is in it (`.packets_tell`: whether the packets' time
+    stamps alone would have told the same). With the `meta` that pack wrote, opening costs no decoding, and where pack
+    found the packets to be right (no "times" in meta) `get` seeks to the key frame before the first wanted frame.
+    """
+
+    decoder = "pyav"
+
+    def __init__(self, data: bytes, meta: dict | None = None):
+        self._data, self._reformat = data, VideoReformatter().reformat
+        self._pts: list[int] | None = None  # one a frame, where seeking by them gives the right frames
+        self._open()
+        if meta is not None and "times" in meta:
+            even = np.arange(meta["frames"]) / (meta["fps"] or 1.0)
+            self.times = even if meta["times"] is None else np.array(meta["times"], dtype=np.float64)
+            self.size = (meta["height"], meta["width"])
+            return
+        packets = self._packet_pts()
+        if meta is not None and len(packets) == meta.get("frames"):
+            self.times, self.size = self._clean(packets), (meta["height"], meta["width"])
+            if meta.get("decoder") == "pyav" and len(set(packets)) == len(packets):
+                self._pts = packets
+        else:
+            self._index(packets)
+
+    def _open(self) -> None:
+        """(Re)open the container at its first packet."""
+        try:
+            self._container: Any = av.open(io.BytesIO(self._data))
+        except (av.FFmpegError, ValueError) as e:
+            raise DecodeError("not_a_video", getattr(e, "strerror", None) or _line(e)) from e
+        stream: Any = self._container.streams.best("video")
+        if stream is None or stream.disposition & Disposition.attached_pic:
+            raise DecodeError("no_video_stream")
+        if stream.codec_context is None:
+            raise DecodeError("no_decoder", "the codec is not built into FFmpeg")
+        if stream.codec_context.width * stream.codec_context.height > MAX_PIXELS:
+            raise DecodeError("too_large", f"{stream.codec_context.width}x{stream.codec_context.height} pixels")
+        stream.codec_context.thread_count = 1  # loader workers are processes
+        self._stream, self.codec = stream, stream.codec_context.codec.canonical_name
+        self.rate = float(stream.average_rate or stream.guessed_rate or 0)
+        self._fresh = True  # nothing was read from it since
+
+    def _packet_pts(self) -> list[int]:
+        """Time stamps, sorted, of the packets that ought to be shown; reads the container, decodes nothing."""
+        try:
+            pts = sorted(p.pts for p in self._container.demux(self._stream) if p.pts is not None and not p.is_discard)
+        except av.FFmpegError:
+            pts = []  # the decoding pass says what is wrong
+        self._fresh = False
+        return pts
+
+    def _decode(self, pts: int | None = None) -> Iterator[av.VideoFrame]:
+        """Every frame that decodes, from the first one or from the key frame before `pts`; skips damaged packets."""
+        if pts is None:
+            if not self._fresh:
+                self._open()
+        else:
+            try:
+                self._container.seek(pts, stream=self._stream, backward=True)
+            except av.FFmpegError:
+                self._open()  # no seeking here: the frame comes all the same, later
+        self._fresh = False
+        try:
+            for packet in self._container.demux(self._stream):
+                try:
+                    yield from packet.decode()
+                except av.FFmpegError:
+                    self.errors += 1
+        except av.FFmpegError:
+            self.errors += 1  # the container ends in the middle: what came before it stands
+
+    def _index(self, packets: list[int]) -> None:
+        """Decode everything once: times, size, rotation."""
+        pts: list[int | None] = []
+        first: Turn | None = None
+        for frame in self._decode():
+            if frame.width * frame.height > MAX_PIXELS:
+                raise DecodeError("too_large", f"{frame.width}x{frame.height} pixels")
+            if first is None:
+                first = _turn(frame)
+                self.rotation = first.degrees
+                self.size = (frame.width, frame.height) if first.swap else (frame.height, frame.width)
+            pts.append(frame.pts)
+        if first is None:
+            raise DecodeError("decode_error" if self.errors else "no_frames", f"{self.errors} damaged packets")
+        self.times = self._clean(pts)
+        self.packets_tell = pts == packets and not self.errors
+
+    def _clean(self, pts: Sequence[int | None]) -> np.ndarray:
+        """Time stamps -> seconds from 0, f64 [n]; missing, repeated or backward stamps: the average rate is used."""
+        known = [p for p in pts if p is not None]
+        if len(known) == len(pts) and all(a < b for a, b in pairwise(known)):
+            seconds = (np.array(known, dtype=np.float64) - known[0]) * float(self._stream.time_base)
+            if math.isfinite(seconds[-1]):
+                return seconds
+        return np.arange(len(pts)) / (self.rate or 25.0)
+
+    def _frames(self, wanted: np.ndarray) -> Iterator[np.ndarray]:
+        if self._pts is None or wanted[0] == 0:
+            yield from self._counted(wanted)
+            return
+        stamps = [self._pts[i] for i in wanted]
+        found = 0
+        for frame in self._decode(stamps[0]):
+            if frame.pts == stamps[found]:
+                yield self._rgb(frame)
+                found += 1
+            if found == len(stamps) or (not found and frame.pts is not None and frame.pts > stamps[0]):
+                break
+        if found < len(stamps):  # this seek went past the frame, or the stamps changed: count from the start instead
+            yield from self._counted(wanted[found:])
+
+    def _counted(self, wanted: np.ndarray) -> Iterator[np.ndarray]:
+        left = iter(wanted.tolist())
+        want = next(left)
+        for i, frame in enumerate(self._decode()):
+            if i == want:
+                yield self._rgb(frame)
+                want = next(left, None)
+                if want is None:
+                    return
+
+    def _rgb(self, frame: av.VideoFrame) -> np.ndarray:
+        """[H,W,3] as shown; a stream that changes its size is scaled to that of its first frame, as players do."""
+        turn = _turn(frame)
+        width, height = self.size if turn.swap else self.size[::-1]
+        return turn(self._reformat(frame, width, height, "rgb24", threads=1).to_ndarray())
+
+
+class DecordVideo(Video):
+    """Frames by decord, on one thread; it applies the rotation itself. Frames of one `get` are decoded once, forward.
+
+    `get_batch` is not used: it was reported to spin for ever on files whose time stamps are odd
+    (github.com/dmlc/decord issues 269 and 375).
+    """
+
+    decoder = "decord"
+
+    def __init__(self, data: bytes, meta: dict | None = None):
+        try:
+            self._reader = decord.VideoReader(io.BytesIO(data), num_threads=1)
+            times = self._reader.get_frame_timestamp(np.arange(len(self._reader)))[:, 0].astype(np.float64)
+            self._keys = np.array(self._reader.get_key_indices(), dtype=np.int64)
+            self.size = (meta["height"], meta["width"]) if meta and "height" in meta else self._reader[0].shape[:2]
+        except _DECORD_ERRORS as e:
+            raise DecodeError("decode_error", f"decord: {_line(e)}") from e
+        if meta and meta.get("frames", len(times)) != len(times):
+            raise DecodeError("decode_error", f"decord counts {len(times)} frames, packed were {meta['frames']}")
+        self.times = times - times[0]
+
+    def _frames(self, wanted: np.ndarray) -> Iterator[np.ndarray]:
+        at = -1  # index of the frame that `next` would give
+        try:
+            for i in wanted.tolist():
+                if at < 0 or ((self._keys > at) & (self._keys <= i)).any():
+                    self._reader.seek_accurate(i)
+                elif i > at:
+                    self._reader.skip_frames(i - at)
+                yield self._reader.next().asnumpy()
+                at = i + 1
+        except _DECORD_ERRORS as e:
+            raise DecodeError("decode_error", f"decord: {_line(e)}") from e
+
+
+def open_video(data: bytes, ext: str, meta: dict | None = None, decoder: str = "auto") -> Video:
+    """Open a video or image from memory.
+
+    `ext` (without dot) tells images from videos. `meta` is what pack wrote beside the sample; with it the right decoder
+    is known and opening is cheap, without it the file is decoded once by PyAV to be sure of its frames. `decoder`:
+    "auto", "decord" or "pyav". Raises DecodeError with a reason for anything that does not decode.
+    """
+    if decoder not in ("auto", "decord", "pyav"):
+        raise ValueError(f"decoder {decoder!r}: expected auto, decord or pyav")
+    if not data:
+        raise DecodeError("empty")
+    if ext.lower().lstrip(".") in IMAGE_EXTENSIONS:
+        return ImageVideo(data)
+    if meta is not None and "frames" not in meta:
+        meta = None  # written by others: nothing in it that was measured
+    use = (meta or {}).get("decoder", "pyav") if decoder == "auto" else decoder
+    return DecordVideo(data, meta) if use == "decord" else PyAVVideo(data, meta)
+
+
+def _turn(frame: av.VideoFrame) -> Turn:
+    """How a player turns this frame: its display matrix (a, b, u, c, d, v, x, y, w), to the nearest right angle."""
+    try:
+        data: Any = frame.side_data.get(Type.DISPLAYMATRIX)  # type: ignore[call-overload]
+    except ValueError:  # PyAV cannot name some other side data of this frame, but it knows the angle
+        quarter = {270: Turn(True, False, True), 180: Turn(False, True, True), 90: Turn(True, True, False)}
+        return quarter.get(frame.rotation % 360, Turn())
+    if data is None:
+        return Turn()
+    a, b, _, c, d, *_ = struct.unpack("9i", bytes(data))
+    if abs(a) + abs(d) >= abs(b) + abs(c):
+        return Turn(False, d < 0, a < 0)
+    return Turn(True, b < 0, c < 0)
+
+
+def _line(e: BaseException) -> str:
+    """The last non-empty line of a message: FFmpeg's own word, without decord's stack trace."""
+    lines = [line.strip() for line in str(e).splitlines() if line.strip()]
+    return next((line for line in lines if "ERROR" in line or "Check failed" in line), lines[0] if lines else "failed")[
+        :200
+    ]
