@@ -2,19 +2,20 @@
 
     python -m data_prep.synthetic OUT [--train 3000] [--test 800]
 
-Each video shows one to three textured objects of one shape (the *appearance* label: 6 shapes) that all do the same
-thing (the *motion* label: 10 classes) over a still, random background. What a frame shows is independent of the motion
-label by construction, not by luck: positions live on a torus (an object that leaves on one side comes in at the other)
-and are uniform in every frame; sizes grow or shrink around a cycle and are log-uniform in every frame; angles are
-uniform in every frame. So are the starts, so the first frame tells no more than the tenth. Eight classes are four
-pairs that are each other's time reversal, and so are the two orders of events.
+Each video shows one or two textured objects of one colour (the *appearance* label: 6 colours) and any shapes that all
+do the same thing (the *motion* label: 10 classes) over a still, random background. What a frame shows is independent of
+the motion label by construction, not by luck: positions live on a torus (an object that leaves on one side comes in at
+the other) and are uniform in every frame; sizes grow or shrink around a cycle and are log-uniform in every frame;
+angles are uniform in every frame. Eight classes are four pairs that are each other's time reversal, and so are the two
+orders of events.
 
 Beside each video stands its truth, `truth/KEY.npz` (no pickles): `masks` u8 packed bits of [T, n, H, W] (visible
 pixels of each object), `position` f32 [T, n, 2] (x, y; pixels), `size` f32 [T, n] (radius; pixels), `angle` f32 [T, n]
-(radians), `depth` i64 [n] (0 is nearest; nearer hides farther); the count is n.
+(radians), `shape` i64 [n] (of SHAPES), `depth` i64 [n] (0 is nearest; nearer hides farther); the count is n.
 """
 
 import argparse
+import colorsys
 import csv
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -27,11 +28,13 @@ from tqdm import tqdm
 from vidssl.errors import UserError, run_cli
 
 SIDE, FRAMES, FPS = 48, 24, 12  # pixels, frames, frames a second
-RADIUS = (6.0, 13.0)  # pixels; sizes are log-uniform between
+OBJECTS = 2  # at most
+RADIUS = (8.0, 17.0)  # pixels; sizes are log-uniform between
 MOTIONS = (
     *("right", "left", "up", "down", "clockwise", "anticlockwise", "approach", "retreat"),
     *("slide_then_spin", "spin_then_slide"),
 )
+COLOURS = ("red", "yellow", "green", "cyan", "blue", "magenta")  # a sixth of the colour circle each
 SHAPES = ("disc", "square", "triangle", "ring", "cross", "star")
 
 
@@ -46,9 +49,9 @@ class Track(NamedTuple):
 def tracks(motion: str, n: int, rng: np.random.Generator) -> Track:
     """Courses of n objects that do `motion`; every single frame has the same distribution for every motion."""
     t = np.arange(FRAMES)[:, None]
-    speed = rng.uniform(1.0, 1.8, n)  # pixels a frame
-    spin = rng.uniform(0.12, 0.22, n)  # radians a frame
-    growth = rng.uniform(0.025, 0.04, n)  # share of the size cycle a frame
+    speed = rng.uniform(1.4, 2.4, n)  # pixels a frame
+    spin = rng.uniform(0.16, 0.28, n)  # radians a frame
+    growth = rng.uniform(0.03, 0.045, n)  # share of the size cycle a frame
     slide, turn, grow = np.zeros((FRAMES, n, 2)), np.zeros((FRAMES, n)), np.zeros((FRAMES, n))
     half = FRAMES // 2
     if motion in ("right", "left", "up", "down"):
@@ -100,7 +103,7 @@ def texture(kind: int, phase: float, x: np.ndarray, y: np.ndarray) -> np.ndarray
 
 
 def background(rng: np.random.Generator) -> np.ndarray:
-    """f32 [H, W, 3] in 0..1: smooth noise at a random scale, a ramp, sometimes stripes; any two colours."""
+    """f32 [H, W, 3] in 0..1: smooth noise at a random scale, a ramp, sometimes stripes; two near colours."""
     coarse = int(rng.integers(2, 9))
     noise = rng.uniform(0, 1, (coarse + 1, coarse + 1))
     at = np.linspace(0, coarse, SIDE)
@@ -112,13 +115,25 @@ def background(rng: np.random.Generator) -> np.ndarray:
     field = 0.6 * field + 0.4 * (along - along.min()) / np.ptp(along)
     if rng.uniform() < 0.4:
         field = 0.7 * field + 0.3 * (np.sin(along * rng.uniform(15, 50)) > 0)
-    a, b = rng.uniform(0, 0.75, (2, 3))
+    a = rng.uniform(0.1, 0.7, 3)
+    b = a + rng.uniform(-0.25, 0.25, 3)
     return (a + field[..., None] * (b - a)).astype(np.float32)
 
 
-def render(motion: str, shape: str, rng: np.random.Generator) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """One video u8 [T, H, W, 3] and its truth (see the module)."""
-    n = int(rng.integers(1, 4))
+def paints(colour: str, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """A light and a dark tone, each f32 [3] in 0..1, within a sixteenth of the colour circle of `colour`."""
+    hue = COLOURS.index(colour) / len(COLOURS) + rng.uniform(-1, 1) / 32
+    light = colorsys.hsv_to_rgb(hue % 1, rng.uniform(0.4, 1), rng.uniform(0.75, 1))
+    dark = colorsys.hsv_to_rgb(hue % 1, rng.uniform(0.4, 1), rng.uniform(0.1, 0.4))
+    return np.array(light), np.array(dark)
+
+
+def render(
+    motion: str, colour: str, rng: np.random.Generator, shape: str | None = None
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """One video u8 [T, H, W, 3] and its truth (see the module); shape: of all objects (None: any)."""
+    n = int(rng.integers(1, OBJECTS + 1))
+    shapes = rng.integers(0, len(SHAPES), n) if shape is None else np.full(n, SHAPES.index(shape))
     track, scene = tracks(motion, n, rng), background(rng)
     frames = np.broadcast_to(scene, (FRAMES, SIDE, SIDE, 3)).copy()
     masks = np.zeros((FRAMES, n, SIDE, SIDE), bool)
@@ -131,8 +146,8 @@ def render(motion: str, shape: str, rng: np.random.Generator) -> tuple[np.ndarra
         )
         radius = track.size[:, i, None, None]
         x, y = (c * dx + s * dy) / radius, (c * dy - s * dx) / radius
-        cover = np.clip(0.5 - shape_distance(shape, x, y) * radius, 0, 1)  # antialiased over one pixel
-        light, dark = rng.uniform(0.55, 1, 3), rng.uniform(0, 0.45, 3)
+        cover = np.clip(0.5 - shape_distance(SHAPES[shapes[i]], x, y) * radius, 0, 1)  # antialiased over one pixel
+        light, dark = paints(colour, rng)
         pattern = texture(int(rng.integers(4)), float(rng.uniform(0, 6)), x, y)[..., None]
         frames += cover[..., None] * (dark + pattern * (light - dark) - frames)
         masks[:, :i] &= ~(cover > 0.5)[:, None]
@@ -141,6 +156,7 @@ def render(motion: str, shape: str, rng: np.random.Generator) -> tuple[np.ndarra
     truth = {
         "masks": np.packbits(masks),
         "masks_shape": np.array(masks.shape),
+        "shape": shapes,
         "depth": np.arange(n)[::-1].copy(),
         **track._asdict(),
     }
@@ -157,27 +173,27 @@ def write_video(path: Path, frames: np.ndarray, fps: int = FPS, crf: int = 18) -
         box.mux(stream.encode())
 
 
-def make_one(job: tuple[Path, str, str, str, int, int]) -> None:
-    """Render and write the video and truth of one (out, key, motion, shape, seed, index)."""
-    out, key, motion, shape, seed, index = job
-    frames, truth = render(motion, shape, np.random.default_rng((seed, index)))
+def make_one(job: tuple[Path, str, str, str, tuple[int, ...]]) -> None:
+    """Render and write the video and truth of one (out, key, motion, colour, seed)."""
+    out, key, motion, colour, seed = job
+    frames, truth = render(motion, colour, np.random.default_rng(seed))
     write_video(out / "videos" / f"{key}.mp4", frames)
     np.savez_compressed(out / "truth" / f"{key}.npz", **truth)  # type: ignore[arg-type]
 
 
 def make_corpus(out: Path, train: int, test: int, seed: int = 0, workers: int = 2) -> None:
-    """Write train + test videos, their truth and labels.csv; classes are balanced over motion x shape."""
+    """Write train + test videos, their truth and labels.csv; classes are balanced over motion x colour."""
     if (out / "labels.csv").exists():
         raise UserError(f"{out} already holds a corpus: give another folder, or remove it")
     for name in ("videos", "truth"):
         (out / name).mkdir(parents=True, exist_ok=True)
     rows, jobs = [], []
-    for index in range(train + test):
-        split, at = ("train", index) if index < train else ("test", index - train)
-        motion, shape = MOTIONS[at % len(MOTIONS)], SHAPES[at // len(MOTIONS) % len(SHAPES)]
-        key = f"{split}_{at:05d}"
-        rows.append((f"videos/{key}.mp4", motion, shape, split))
-        jobs.append((out, key, motion, shape, seed, index))
+    for number, (split, count) in enumerate((("train", train), ("test", test))):
+        for at in range(count):
+            motion, colour = MOTIONS[at % len(MOTIONS)], COLOURS[at // len(MOTIONS) % len(COLOURS)]
+            key = f"{split}_{at:05d}"
+            rows.append((f"videos/{key}.mp4", motion, colour, split))
+            jobs.append((out, key, motion, colour, (seed, number, at)))
     with ProcessPoolExecutor(workers) as pool:
         list(tqdm(pool.map(make_one, jobs, chunksize=32), total=len(jobs), desc="render", unit="video"))
     with open(out / "labels.csv", "w", newline="") as f:  # last: a folder with it is complete

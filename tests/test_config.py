@@ -34,7 +34,11 @@ class Run:
     steps: int = 3
 
 
-SCHEMA = {"part": {"shape": Part({"shape": Shape, "disc": Disc}, ("width",))}, "run": Part(Run), "name": Value(str, "x")}
+SCHEMA = {
+    "part": {"shape": Part({"shape": Shape, "disc": Disc}, ("width",))},
+    "run": Part(Run),
+    "name": Value(str, "x"),
+}
 
 
 def write(tmp_path, name, text):
@@ -110,7 +114,7 @@ def test_wrong_arguments(good):
         config.load(["nowhere.yaml"], SCHEMA)
     with pytest.raises(UserError, match="neither"):
         config.load([good, "steps"], SCHEMA)
-    with pytest.raises(UserError, match="'run.stepz=3'.*unknown key"):
+    with pytest.raises(UserError, match=r"'run.stepz=3'.*unknown key"):
         config.load([good, "run.stepz=3"], SCHEMA)
 
 

@@ -19,7 +19,19 @@ BUDGET = {  # lines of Python, comments and docstrings included
     "tools": 700,
 }
 STORIES = {"vidssl/train.py:main", "vidssl/probe.py:main"}  # may tell it in one longer function
-IN_USE = {"datasets", "transformers", "accelerate", "timm", "av", "decord", "webdataset", "einops", "yaml", "tqdm", "PIL"}
+IN_USE = {
+    "datasets",
+    "transformers",
+    "accelerate",
+    "timm",
+    "av",
+    "decord",
+    "webdataset",
+    "einops",
+    "yaml",
+    "tqdm",
+    "PIL",
+}
 
 
 def name(path: Path) -> str:

@@ -96,15 +96,17 @@ def test_kept_counts_are_whole_slices_and_leave_room():
         for group in (BlockGroup(8, 0.15), BlockGroup(2, 0.7)):
             nc, nt = kept_counts(group, (0.75, 1.5), 0.05, grid)
             assert nc % grid.t == 0 and nt % grid.t == 0
-            assert 0 < nc and 0 < nt and nc + nt <= grid.n
+            assert nc > 0 and nt > 0 and nc + nt <= grid.n
 
 
 def test_draws_are_uniform_and_independent_of_the_others_in_the_batch():
     draws = Draws(0, 0, torch.arange(20000))
     u = draws.rand(3)
-    assert 0 <= u.min() and u.max() < 1
+    assert u.min() >= 0 and u.max() < 1
     assert ((u.mean(0) - 0.5).abs() < 5 * (1 / 12 / 20000) ** 0.5).all()
-    assert (torch.corrcoef(torch.cat([u.T, u[1:, :1].T.new_tensor(u[:, 0].roll(1).tolist())[None]])).triu(1).abs() < 0.04).all()
+    assert (
+        torch.corrcoef(torch.cat([u.T, u[1:, :1].T.new_tensor(u[:, 0].roll(1).tolist())[None]])).triu(1).abs() < 0.04
+    ).all()
     assert not draws.rand(3).equal(u)
     assert Draws(0, 0, torch.tensor([17])).rand(3).equal(u[17:18])
     assert not Draws(1, 0, torch.tensor([17])).rand(3).equal(u[17:18])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from data_prep.folder import read_source
-from data_prep.synthetic import FRAMES, MOTIONS, RADIUS, SHAPES, SIDE, Track, make_one, render, tracks
+from data_prep.synthetic import COLOURS, FRAMES, MOTIONS, RADIUS, SHAPES, SIDE, Track, make_one, render, tracks
 
 OBJECTS, CALLS = 20, 100  # of a distribution: objects a drawing, drawings
 BOUND = 2.2  # of the scaled Kolmogorov-Smirnov distance: 1.4 is exceeded by chance once in 30 times, 2.2 in 8,000
@@ -24,7 +24,7 @@ def masks_of(truth: dict[str, np.ndarray]) -> np.ndarray:
 @pytest.fixture(scope="module", params=SHAPES)
 def scenes(request) -> tuple[str, list]:
     """(shape, [(frames u8 [T, H, W, 3], truth, masks)]), one for each motion."""
-    made = [render(m, request.param, np.random.default_rng((5, i))) for i, m in enumerate(MOTIONS)]
+    made = [render(m, "red", np.random.default_rng((5, i)), request.param) for i, m in enumerate(MOTIONS)]
     return request.param, [(frames, truth, masks_of(truth)) for frames, truth in made]
 
 
@@ -34,9 +34,9 @@ def test_masks_are_disjoint_and_differ_from_the_still_background(scenes):
     for frames, truth, masks in made:
         assert frames.shape == (FRAMES, SIDE, SIDE, 3) and frames.dtype == np.uint8
         assert masks.shape == (FRAMES, len(truth["depth"]), SIDE, SIDE) and masks.sum(1).max() <= 1
-        near = np.zeros_like(masks[:, 0])  # objects, and the blended pixels at their rims
-        for dy in (-1, 0, 1):
-            for dx in (-1, 0, 1):
+        near = np.zeros_like(masks[:, 0])  # objects, and the blended pixels at their rims (2 at a sharp corner)
+        for dy in range(-2, 3):
+            for dx in range(-2, 3):
                 near |= np.roll(masks.any(1), (dy, dx), (1, 2))
         away = np.where(near[..., None], np.nan, frames.astype(float))
         seen = (~near).sum(0) >= 3  # frames that show the background here
@@ -74,8 +74,8 @@ def test_position_size_and_angle_are_those_of_the_pixels(scenes):
 def test_nearer_hides_farther():
     """What the nearest object shows does not depend on the others; of the farther ones something is hidden."""
     hidden = 0
-    for seed in range(12):
-        _, truth = render("right", "disc", np.random.default_rng(seed))
+    for seed in range(24):
+        _, truth = render("right", "green", np.random.default_rng(seed), "disc")
         area = masks_of(truth).sum((2, 3)) / truth["size"] ** 2  # [T, n]: constant unless hidden
         order = np.argsort(truth["depth"])  # nearest first
         assert sorted(truth["depth"]) == list(range(len(order)))
@@ -164,7 +164,7 @@ def test_same_seed_same_bytes(tmp_path):
     for place, seed in (("a", 3), ("b", 3), ("c", 4)):
         for name in ("videos", "truth"):
             (tmp_path / place / name).mkdir(parents=True)
-        make_one((tmp_path / place, "k", "approach", "star", seed, 7))
+        make_one((tmp_path / place, "k", "approach", "blue", (seed, 0, 7)))
     video = {p: (tmp_path / p / "videos/k.mp4").read_bytes() for p in "abc"}
     truth = {p: dict(np.load(tmp_path / p / "truth/k.npz")) for p in "abc"}
     assert video["a"] == video["b"] != video["c"]
@@ -176,12 +176,12 @@ def test_the_file_holds_the_frames_that_were_drawn(synthetic_corpus):
     """Sample 13 of the train split, whatever process drew it; H.264 with halved colours is near, not equal."""
     with open(synthetic_corpus / "labels.csv", newline="") as f:
         row = list(csv.DictReader(f))[13]
-    frames, truth = render(row["label_motion"], row["label_appearance"], np.random.default_rng((0, 13)))
+    frames, truth = render(row["label_motion"], row["label_appearance"], np.random.default_rng((0, 0, 13)))
     with av.open(str(synthetic_corpus / row["path"])) as file:
         got = np.stack([frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)])
     assert got.shape == frames.shape and abs(got.astype(int) - frames).mean() < 8
     kept = np.load(synthetic_corpus / "truth" / "train_00013.npz", allow_pickle=False)
-    assert set(kept) == {"masks", "masks_shape", "depth", "position", "size", "angle"}
+    assert set(kept) == {"masks", "masks_shape", "depth", "position", "size", "angle", "shape"}
     assert all(np.array_equal(kept[k], truth[k]) for k in truth)
 
 
@@ -195,5 +195,5 @@ def test_classes_are_balanced_and_the_labels_are_read(synthetic_corpus):
         assert set(pairs.values()) == {1} and len(pairs) == samples  # of 60 combinations, none twice
         assert Counter(x["motion"] for x in labels) == dict.fromkeys(MOTIONS, samples // 10)
         assert set(Counter(x["appearance"] for x in labels).values()) == {10}
-    assert {x.labels["appearance"] for x in source.items} == set(SHAPES)
+    assert {x.labels["appearance"] for x in source.items} == set(COLOURS)
     assert all((synthetic_corpus / "truth" / f"{item.path[7:-4]}.npz").is_file() for item in source.items)

@@ -117,20 +117,22 @@ def test_a_folder_holds_one_run(whole, synthetic_shards):
     "wrong, words",
     [
         (["run.stepz=3"], "'run.stepz=3': unknown key; allowed: out, steps"),
-        (["method.mask.kind=tubes"], "no kind 'tubes'; allowed: random, tube, blocks"),
+        (["method.mask.kind=tubes"], "no kind 'tubes'; allowed: random, tube, future, blocks"),
         (["optim.lr=fast"], "'fast'"),
         (["data.train=nowhere"], "nowhere: no index.json"),
         (["run.batch=12"], "run.batch 12 is not a multiple of run.lanes 8"),
         (["augment.size=30"], "clip height 30 is not a multiple of the model's patch size 8"),
         (["model.heads=5"], "width 128 cannot be divided among 5 heads"),
-        (["method.mask={kind: random, ratio: 0.999}"], "hides 63"),
+        (["method.target.kind=pixel"], "no kind 'pixel'; allowed: pixels, ema"),
         (["configs/method/nothing.yaml"], "configs/method/nothing.yaml: no such file"),
         (["configs/method/videomae_tiny.yaml"], "is already set by configs/method/vjepa_tiny.yaml"),
         (["efficiency.micro_batches=3"], "efficiency.micro_batches 3 does not divide 8"),
         (["data.fps=4"], "data: give either stride"),
     ],
 )
-def test_a_wrong_configuration_is_one_line_status_2_and_nothing_written(wrong, words, synthetic_shards, tmp_path, capfd):
+def test_a_wrong_configuration_is_one_line_status_2_and_nothing_written(
+    wrong, words, synthetic_shards, tmp_path, capfd
+):
     """In this process, through the same entry, to save a dozen imports of torch."""
     from vidssl import train as module
     from vidssl.errors import run_cli

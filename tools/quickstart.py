@@ -67,7 +67,12 @@ def pretrain(out: Path, data: str, extra: list[str], at_once: int, threads: int)
     while waiting or any(job.poll() is None for job in jobs.values()):
         if waiting and sum(job.poll() is None for job in jobs.values()) < at_once:
             m = waiting.pop(0)
-            files = [f"configs/method/{m}_tiny.yaml", "configs/model/vit_micro.yaml", data, "configs/run/quickstart.yaml"]
+            files = [
+                f"configs/method/{m}_tiny.yaml",
+                "configs/model/vit_micro.yaml",
+                data,
+                "configs/run/quickstart.yaml",
+            ]
             settings = [f"run.out={out / m}", f"data.train={out / 'shards' / 'train'}", f"efficiency.threads={threads}"]
             jobs[m] = start([*LAUNCH, "vidssl/train.py", *files, *settings, *extra], logs[m], threads)
         time.sleep(0.5)
@@ -144,7 +149,10 @@ def draw(out: Path, rows: list[dict]) -> None:
         for k, (control, colour) in enumerate((("none", "C0"), ("shuffled", "0.75"))):
             mine = [r for r in rows if r["label"] == label and r["control"] == control]
             height = [r["accuracy"] for r in mine]
-            error = [[max(0, r["accuracy"] - r["ci95"][0]) for r in mine], [max(0, r["ci95"][1] - r["accuracy"]) for r in mine]]
+            error = [
+                [max(0, r["accuracy"] - r["ci95"][0]) for r in mine],
+                [max(0, r["ci95"][1] - r["accuracy"]) for r in mine],
+            ]
             places = [encoders.index(r["encoder"]) + 0.4 * k - 0.2 for r in mine]
             name = "in order" if control == "none" else "frames shuffled"
             axis.bar(places, height, 0.38, yerr=error, color=colour, capsize=3, label=name)

@@ -1,6 +1,6 @@
 """A picture of masks on a clip: what the encoder of each method sees, and what it must predict.
 
-    python tools/show_masks.py RUN [RUN ...] OUT.png      RUN: folders written by vidssl/train.py
+python tools/show_masks.py RUN [RUN ...] OUT.png      RUN: folders written by vidssl/train.py
 """
 
 import argparse

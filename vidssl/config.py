@@ -46,14 +46,15 @@ def load(argv: list[str], schema: Schema) -> dict[str, Any]:
 
 def merge(argv: list[str]) -> tuple[dict[str, Any], dict[str, str]]:
     """-> (the merged tree, {dotted key: the file or argument that set it})."""
-    merged, origin = OmegaConf.create({}), dict[str, str]()
+    merged: Any = OmegaConf.create({})
+    origin: dict[str, str] = {}
     for item in sorted(argv, key=lambda a: "=" in a):  # stable: files first, then overrides
         if "=" in item:
-            part = _read(lambda item=item: OmegaConf.from_dotlist([item]), item)
+            part = _read(partial(OmegaConf.from_dotlist, [item]), item)
         elif item.endswith((".yaml", ".yml")):
             if not Path(item).is_file():
                 raise UserError(f"{item}: no such file")
-            part = _read(lambda item=item: OmegaConf.load(item), item)
+            part = _read(partial(OmegaConf.load, item), item)
         else:
             raise UserError(f"'{item}' is neither a .yaml file nor key=value")
         if not isinstance(part, DictConfig):
@@ -61,7 +62,9 @@ def merge(argv: list[str]) -> tuple[dict[str, Any], dict[str, str]]:
         for key in _leaves(OmegaConf.to_container(part), ""):
             clash = next((k for k in origin if k == key or k.startswith(key + ".") or key.startswith(k + ".")), None)
             if clash and "=" not in item:
-                raise UserError(f"{item}: '{key}' is already set by {origin[clash]}; give it on the command line to override")
+                raise UserError(
+                    f"{item}: '{key}' is already set by {origin[clash]}; give it on the command line to override"
+                )
             origin[key] = item
         merged = OmegaConf.merge(merged, part)
     return _read(lambda: OmegaConf.to_container(merged, resolve=True), "configuration"), origin
@@ -133,7 +136,9 @@ def _arguments(node: Any, part: Part, at: str, origin: dict[str, str]) -> dict[s
 def _check(value: Any, hint: Any, at: str, origin: dict[str, str]) -> Any:
     """The value as plain data, once it is of the type that the hint asks for."""
     if value is inspect.Parameter.empty:
-        raise UserError(f"'{at}' is missing (expected {_name(hint)}): set it in a file, or {at}=... on the command line")
+        raise UserError(
+            f"'{at}' is missing (expected {_name(hint)}): set it in a file, or {at}=... on the command line"
+        )
     adapter = TypeAdapter(hint)
     try:
         return adapter.dump_python(adapter.validate_python(value), mode="json")

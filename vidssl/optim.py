@@ -54,7 +54,8 @@ def schedule(o: Optim, step: int, steps: int) -> dict[str, float]:
 
 def make_optimizer(model: nn.Module, o: Optim) -> torch.optim.AdamW:
     """AdamW; biases and 1-D parameters (norms) are not decayed, as published."""
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for name, p in model.named_parameters():
         if p.requires_grad:
             free = p.ndim <= 1 or name.endswith(".bias") or (not o.decay_tokens and "tokens" in name)

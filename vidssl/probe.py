@@ -1,6 +1,7 @@
-"""Frozen evaluation: encoder -> tokens -> head chosen on held-out train -> one look at test -> probe.json.
+r"""Frozen evaluation: encoder -> tokens -> head chosen on held-out train -> one look at test -> probe.json.
 
-    accelerate launch vidssl/probe.py configs/probe/attentive.yaml encoder=RUN data.train=SHARDS data.test=SHARDS out=DIR
+    accelerate launch vidssl/probe.py configs/probe/attentive.yaml encoder=RUN \
+        data.train=SHARDS data.test=SHARDS out=DIR
 """
 
 import csv
@@ -19,8 +20,8 @@ from vidssl import config
 from vidssl.config import Names, Part, Value
 from vidssl.data.shards import Sample, Shards
 from vidssl.errors import UserError, run_cli
-from vidssl.evaluation.features import Features, View, extract
-from vidssl.evaluation.heads import PROTOCOLS, Attentive, Labelled, fit, predict
+from vidssl.evaluation.features import Control, Features, View, extract
+from vidssl.evaluation.heads import PROTOCOLS, Attentive, Labelled, fit, predict, standardiser
 from vidssl.evaluation.metrics import accuracy, interval
 from vidssl.zoo import Loaded, load_encoder
 
@@ -45,7 +46,7 @@ SCHEMA: config.Schema = {
 }
 
 
-def make_view(data: ProbeData, protocol: Attentive, loaded: Loaded, control: str) -> View:
+def make_view(data: ProbeData, protocol: Attentive, loaded: Loaded, control: Control) -> View:
     """The clip the encoder was trained on, unless the configuration says otherwise."""
     trained = loaded.about["config"]
     stride, fps = data.stride, data.fps
@@ -92,9 +93,12 @@ def evaluate(
     """One row of results, and (key, truth, predicted) of every labelled test sample; unreadable ones count as wrong."""
     train_samples, test_samples = sets["train"][0].all(), sets["test"][0].all()
     train, train_numbers = select(sets["train"][1], train_samples, label, device)
+    prepare = standardiser(train.tokens) if protocol.standardise else lambda tokens: tokens
+    train = train._replace(tokens=prepare(train.tokens))
     head, chosen = fit(protocol, train, groups_of(train_samples, train_numbers), len(classes))
     test, numbers = select(sets["test"][1], test_samples, label, device)
-    guesses: dict[int, int] = dict(zip(numbers, predict(head, test.tokens, protocol.batch).argmax(1).tolist(), strict=True))
+    predicted = predict(head, prepare(test.tokens), protocol.batch).argmax(1).tolist()
+    guesses: dict[int, int] = dict(zip(numbers, predicted, strict=True))
     labelled = [n for n, s in enumerate(test_samples) if s.meta["labels"].get(label, -1) >= 0]
     truth = [test_samples[n].meta["labels"][label] for n in labelled]
     right = np.array([guesses.get(n, -1) == t for n, t in zip(labelled, truth, strict=True)])
@@ -142,7 +146,7 @@ def main(argv: list[str]) -> None:
     if (out / "probe.json").exists():
         raise UserError(f"{out / 'probe.json'} exists: the test set was read for it; give another out=")
 
-    accelerator = Accelerator()
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
     encoder = loaded.encoder.to(accelerator.device)
     results: list[dict[str, Any]] = []
     predictions: list[tuple[str, ...]] = []
@@ -160,7 +164,9 @@ def main(argv: list[str]) -> None:
             row, told = evaluate(protocol, label, shards["train"].classes[label], sets, accelerator.device)
             results.append({"control": control, "protocol": cfg["probe"]["kind"], **row})
             predictions += [(label, control, *t) for t in told]
-            accelerator.print(f"{label:12s} {control:9s} {row['accuracy']:6.2f} %  [{row['ci95'][0]}, {row['ci95'][1]}]")
+            accelerator.print(
+                f"{label:12s} {control:9s} {row['accuracy']:6.2f} %  [{row['ci95'][0]}, {row['ci95'][1]}]"
+            )
     if accelerator.is_main_process:
         out.mkdir(parents=True, exist_ok=True)
         with open(out / "predictions.csv", "w", newline="") as f:
@@ -171,7 +177,7 @@ def main(argv: list[str]) -> None:
             "trained": {"step": loaded.about["step"], "data": loaded.about["data"]},
             "data": {name: part.hash for name, part in shards.items()},
             "seed": protocol.seed,
-            "versions": {"vidssl": vidssl.__version__, "torch": torch.__version__},
+            "versions": {"vidssl": vidssl.__version__, "torch": str(torch.__version__)},
             "config": cfg,
         }
         (out / "probe.json").write_text(json.dumps(report, indent=1))

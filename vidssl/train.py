@@ -1,6 +1,6 @@
 """Pre-training, top to bottom: config -> loader -> Objective -> step loop -> checkpoint.
 
-    accelerate launch vidssl/train.py FILES.yaml ... key=value ...
+accelerate launch vidssl/train.py FILES.yaml ... key=value ...
 """
 
 import contextlib
@@ -102,7 +102,9 @@ def check_same_run(cfg: dict[str, Any], out: Path) -> None:
         if not any(key == free or key.startswith(free + ".") for free in FREE)
     ]
     if differing:
-        raise UserError(f"{out} holds another run: {'; '.join(differing[:3])}. Give another run.out, or the same values")
+        raise UserError(
+            f"{out} holds another run: {'; '.join(differing[:3])}. Give another run.out, or the same values"
+        )
 
 
 def forward_backward(
@@ -141,15 +143,17 @@ def main(argv: list[str]) -> None:
     out = Path(run.out)
     check_same_run(cfg, out)
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
-    accelerator = Accelerator(mixed_precision=eff.precision, kwargs_handlers=[ddp])
+    accelerator = Accelerator(mixed_precision=eff.precision, cpu=not torch.cuda.is_available(), kwargs_handlers=[ddp])
     rank, world, main_process = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
     check_split(run.batch, run.lanes, world)
     if run.batch // world % eff.micro_batches:
-        raise UserError(f"efficiency.micro_batches {eff.micro_batches} does not divide {run.batch // world} clips a process")
+        raise UserError(
+            f"efficiency.micro_batches {eff.micro_batches} does not divide {run.batch // world} clips a process"
+        )
 
     objective = make_objective(cfg)
     optimizer = make_optimizer(objective, optim)
-    provenance = {"config": cfg, "data": shards.hash, "vidssl": vidssl.__version__, "torch": torch.__version__}
+    provenance = {"config": cfg, "data": shards.hash, "vidssl": vidssl.__version__, "torch": str(torch.__version__)}
     start, state = 0, load_checkpoint(out / "checkpoints")
     if state:
         if state["provenance"]["data"] != shards.hash:
@@ -194,7 +198,12 @@ def main(argv: list[str]) -> None:
         took = time.perf_counter() - clock
         clock = time.perf_counter()
         if log:
-            row = {"step": done, **dict(zip(parts, means, strict=True)), **now, "grad_norm": float(norm)}
+            row: dict[str, Any] = {
+                "step": done,
+                **dict(zip(parts, means, strict=True)),
+                **now,
+                "grad_norm": float(norm),
+            }
             row |= {"clips_per_s": run.batch / took, "wait": waited / took, "keys": batch_hash(*seen.T), "bad": bad}
             if done % run.health_every == 0 or done == run.steps:
                 row |= health(objective, batch.video)

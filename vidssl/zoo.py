@@ -50,7 +50,12 @@ def load_encoder(where: str, random_init: int | None = None) -> Loaded:
 
 def from_vjepa(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """Encoder or predictor of a V-JEPA state dict (keys under `prefix`) -> our names. Positions are made, not read."""
-    names = {"predictor_embed": "embed", "predictor_blocks": "blocks", "predictor_norm": "norm", "predictor_proj": "proj"}
+    names = {
+        "predictor_embed": "embed",
+        "predictor_blocks": "blocks",
+        "predictor_norm": "norm",
+        "predictor_proj": "proj",
+    }
     out = {}
     for key, value in state.items():
         if key.startswith(prefix):

@@ -4,7 +4,7 @@ import torch
 from timm.layers import Mlp
 from torch import Tensor, nn
 
-from vidssl.model.vit import EPS, check_heads, init_weights
+from vidssl.model.vit import check_heads, init_weights
 
 
 class CrossAttention(nn.Module):

@@ -1,5 +1,6 @@
 """The encoder: a 3-D patch ViT that embeds and runs only the tokens it is given."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Literal
 
@@ -80,6 +81,8 @@ class Encoder(nn.Module):
     VisionTransformer, so its checkpoints map one to one.
     """
 
+    pos_embed: Tensor
+
     def __init__(
         self,
         frames: int,
@@ -118,7 +121,7 @@ class Encoder(nn.Module):
         return self.norm(x)
 
 
-MODELS = {
+MODELS: dict[str, Callable[..., Encoder]] = {
     "vit": Encoder,
     "vit_tiny": partial(Encoder, dim=192, depth=12, heads=3),
     "vit_small": partial(Encoder, dim=384, depth=12, heads=6),

@@ -54,6 +54,27 @@ class Tube:
         return [split(rank.repeat(1, grid.t), visible * grid.t)]
 
 
+@dataclass(frozen=True)
+class Future:
+    """Context in the past, target in the next slice of time: where the past ends is drawn once a step.
+
+    What moves must be carried on, so unlike in the other masks the still background is the easy part.
+    """
+
+    visible: float = 0.5  # fraction of the past's tokens that are context
+    past: int = 2  # fewest slices of the past
+
+    def __call__(self, video: Tensor, grid: Grid, draws: Draws) -> list[Mask]:
+        if not 1 <= self.past < grid.t:
+            raise UserError(f"method.mask.past: {self.past} must lie in 1..{grid.t - 1}, the clip has {grid.t} slices")
+        places = grid.h * grid.w
+        now = self.past + int(draws.shared(1) * (grid.t - self.past))
+        keep = max(1, round(self.visible * now * places))
+        context = draws.rand(now * places).argsort(1)[:, :keep].sort(1)[0]
+        target = torch.arange(now * places, (now + 1) * places, device=context.device)
+        return [Mask(context, target.expand(len(context), 1, -1))]
+
+
 class BlockGroup(NamedTuple):
     """`blocks` boxes, each over `scale` of a frame's area and the whole length of the clip; their union is hidden."""
 
@@ -99,7 +120,9 @@ class Blocks:
         return Mask(forward[:, :nc].sort(1)[0], forward[:, -nt:].sort(1)[0][:, None])
 
 
-ATTEMPTS = 8  # drawings of a sample's boxes until one leaves a context; fixed, so that no sample shifts another's numbers
+# Drawings of a sample's boxes, of which the first that leaves a context is used; a fixed number, so that no sample
+# shifts another's random numbers.
+ATTEMPTS = 8
 
 
 def hidden_places(group: BlockGroup, aspect: tuple[float, float], grid: Grid, draws: Draws) -> Tensor:
@@ -130,4 +153,4 @@ def kept_counts(group: BlockGroup, aspect: tuple[float, float], floor: float, gr
     return (places - int(count[len(count) - 1 - at])) * grid.t, int(count[at]) * grid.t
 
 
-MASKS = {"random": Random, "tube": Tube, "blocks": Blocks}
+MASKS = {"random": Random, "tube": Tube, "future": Future, "blocks": Blocks}

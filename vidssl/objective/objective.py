@@ -1,6 +1,7 @@
 """The formula: method = mask x target x query x predictor x error.
 
-    loss = mean over masks m of  weighted_mean error( predictor(encoder(video, m.context), m, query), take(target(video), m.target) )
+loss = mean over masks m of  weighted_mean error( predictor(encoder(video, m.context), m, query),
+                                                  take(target(video), m.target) )
 """
 
 from collections.abc import Callable

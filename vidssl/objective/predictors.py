@@ -25,6 +25,8 @@ class Token(nn.Module):
 class Joint(nn.Module):
     """Context and queries attend to one another in a narrow ViT (VideoMAE's decoder, V-JEPA's predictor)."""
 
+    pos_embed: Tensor
+
     def __init__(
         self,
         encoder: Encoder,
