@@ -181,8 +181,11 @@ def make_one(job: tuple[Path, str, str, str, tuple[int, ...]]) -> None:
     np.savez_compressed(out / "truth" / f"{key}.npz", **truth)  # type: ignore[arg-type]
 
 
-def make_corpus(out: Path, train: int, test: int, seed: int = 0, workers: int = 2) -> None:
-    """Write train + test videos, their truth and labels.csv; classes are balanced over motion x colour."""
+def make_corpus(out: Path, train: int, test: int, labelled: int | None = None, seed: int = 0, workers: int = 2) -> None:
+    """Write train + test videos, their truth and labels.csv; classes are balanced over motion x colour.
+
+    labelled: only the first so many train videos have labels in labels.csv (None: all), as in life.
+    """
     if (out / "labels.csv").exists():
         raise UserError(f"{out} already holds a corpus: give another folder, or remove it")
     for name in ("videos", "truth"):
@@ -192,7 +195,8 @@ def make_corpus(out: Path, train: int, test: int, seed: int = 0, workers: int = 
         for at in range(count):
             motion, colour = MOTIONS[at % len(MOTIONS)], COLOURS[at // len(MOTIONS) % len(COLOURS)]
             key = f"{split}_{at:05d}"
-            rows.append((f"videos/{key}.mp4", motion, colour, split))
+            told = split == "test" or labelled is None or at < labelled
+            rows.append((f"videos/{key}.mp4", *((motion, colour) if told else ("", "")), split))
             jobs.append((out, key, motion, colour, (seed, number, at)))
     with ProcessPoolExecutor(workers) as pool:
         list(tqdm(pool.map(make_one, jobs, chunksize=32), total=len(jobs), desc="render", unit="video"))
@@ -205,6 +209,7 @@ def main(argv: list[str]) -> None:
     p.add_argument("out", type=Path)
     p.add_argument("--train", type=int, default=3000, help="videos for training")
     p.add_argument("--test", type=int, default=800, help="videos for testing")
+    p.add_argument("--labelled", type=int, help="of the videos for training; default: all")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--workers", type=int, default=2, help="processes")
     make_corpus(**vars(p.parse_args(argv)))

@@ -7,7 +7,6 @@ so a quickstart that was cut off goes on where it was. Writes OUT/summary.json a
 """
 
 import argparse
-import csv
 import json
 import os
 import subprocess
@@ -23,6 +22,7 @@ import torch
 from show_masks import show
 from tqdm import tqdm
 
+from data_prep.folder import read_source
 from data_prep.synthetic import make_corpus
 from vidssl.errors import UserError, run_cli
 
@@ -166,21 +166,13 @@ def draw(out: Path, rows: list[dict]) -> None:
     plt.close(figure)
 
 
-def has_split(folder: Path) -> bool:
-    """Whether labels.csv says which videos are test."""
-    path = folder / "labels.csv"
-    if not path.is_file():
-        return False
-    with open(path, newline="") as f:
-        return "split" in (csv.DictReader(f).fieldnames or [])
-
-
 def main(argv: list[str]) -> None:
     p = argparse.ArgumentParser(prog="quickstart", description=__doc__.split("\n")[0])
     p.add_argument("folder", nargs="?", type=Path, help="your videos; none: a corpus is rendered")
     p.add_argument("--out", type=Path, help="default: runs/quickstart, or runs/quickstart_NAME for a folder")
     p.add_argument("--train", type=int, default=3000, help="videos rendered for training")
     p.add_argument("--test", type=int, default=800, help="videos rendered for testing")
+    p.add_argument("--labelled", type=int, default=1200, help="of those rendered for training")
     p.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="overrides for both trainings")
     p.add_argument("--probe", nargs="*", default=[], metavar="KEY=VALUE", help="overrides for the probes")
     a = p.parse_args(argv)
@@ -191,9 +183,14 @@ def main(argv: list[str]) -> None:
     out = (a.out or ROOT / "runs" / name).resolve()
     source = a.folder.resolve() if a.folder else out / "corpus"
     if a.folder is None and not (source / "labels.csv").exists():
-        make_corpus(source, a.train, a.test, workers=cores)
-    split = [] if has_split(source) else ["--test-fraction", "0.3"]
-    subprocess.run([*PYTHON, "-m", "data_prep.pack", source, out / "shards", *split], cwd=ROOT, check=True)
+        make_corpus(source, a.train, a.test, a.labelled, workers=cores)
+    split = [] if any(item.split for item in read_source(source).items) else ["--test-fraction", "0.3"]
+    packed = subprocess.run([*PYTHON, "-m", "data_prep.pack", source, out / "shards", *split], cwd=ROOT)
+    if packed.returncode:
+        sys.exit(packed.returncode)  # it has said why
+    for name in ("train", "test"):
+        if not (out / "shards" / name / "index.json").exists():
+            raise UserError(f"{source}: its splits must be called train and test")
 
     at_once = 1 if torch.cuda.is_available() else min(2, cores)  # small models use one core each better than all one
     threads = max(1, cores // at_once)

@@ -23,6 +23,13 @@ def batch_hash(positions: Tensor, hashes: Tensor) -> str:
     return hashlib.sha256(in_order.tobytes()).hexdigest()[:16]
 
 
+def note_bad(path: Path, step: int, bad: list[tuple[str, str]]) -> None:
+    """Append (key, reason) of samples that were replaced at this step; every process writes its own lines."""
+    if bad:
+        with open(path, "a") as f:
+            f.write("".join(json.dumps({"step": step, "key": key, "reason": why}) + "\n" for key, why in bad))
+
+
 class Log:
     """Writes log.jsonl and the progress line; made on the main process only."""
 

@@ -68,6 +68,11 @@ def label_sets(train: Shards, test: Shards, wanted: list[str] | None) -> list[st
     return wanted or have
 
 
+def labelled(shards: Shards, labels: list[str]) -> list[Sample]:
+    """The samples that carry any of the labels; the others are not even read."""
+    return [s for s in shards.all() if any(s.meta["labels"].get(name, -1) >= 0 for name in labels)]
+
+
 def select(features: Features, samples: list[Sample], label: str, device: torch.device) -> tuple[Labelled, list[int]]:
     """The samples that were read and carry the label, and their numbers."""
     rows = [(i, n) for i, n in enumerate(features.read) if samples[n].meta["labels"].get(label, -1) >= 0]
@@ -87,39 +92,38 @@ def evaluate(
     protocol: Attentive,
     label: str,
     classes: list[str],
-    sets: dict[str, tuple[Shards, Features]],
+    sets: dict[str, tuple[list[Sample], Features]],
     device: torch.device,
 ) -> tuple[dict[str, Any], list[tuple[str, str, str]]]:
     """One row of results, and (key, truth, predicted) of every labelled test sample; unreadable ones count as wrong."""
-    train_samples, test_samples = sets["train"][0].all(), sets["test"][0].all()
-    train, train_numbers = select(sets["train"][1], train_samples, label, device)
+    (train_samples, train_features), (test_samples, test_features) = sets["train"], sets["test"]
+    train, train_numbers = select(train_features, train_samples, label, device)
     prepare = standardiser(train.tokens) if protocol.standardise else lambda tokens: tokens
     train = train._replace(tokens=prepare(train.tokens))
     head, chosen = fit(protocol, train, groups_of(train_samples, train_numbers), len(classes))
-    test, numbers = select(sets["test"][1], test_samples, label, device)
+    test, numbers = select(test_features, test_samples, label, device)
     predicted = predict(head, prepare(test.tokens), protocol.batch).argmax(1).tolist()
     guesses: dict[int, int] = dict(zip(numbers, predicted, strict=True))
-    labelled = [n for n, s in enumerate(test_samples) if s.meta["labels"].get(label, -1) >= 0]
-    truth = [test_samples[n].meta["labels"][label] for n in labelled]
-    right = np.array([guesses.get(n, -1) == t for n, t in zip(labelled, truth, strict=True)])
+    asked = [n for n, s in enumerate(test_samples) if s.meta["labels"].get(label, -1) >= 0]
+    truth = [test_samples[n].meta["labels"][label] for n in asked]
+    right = np.array([guesses.get(n, -1) == t for n, t in zip(asked, truth, strict=True)])
     row = {
         "label": label,
         "accuracy": accuracy(right),
-        "ci95": interval(right, groups_of(test_samples, labelled), protocol.seed),
-        "n_test": len(labelled),
+        "ci95": interval(right, groups_of(test_samples, asked), protocol.seed),
+        "n_test": len(asked),
         "n_train": len(train.label),
         "chance": round(100 / len(classes), 2),
         "chosen": chosen,
-        "unreadable": {test_samples[n].key: r for n, r in sets["test"][1].unreadable.items()},
+        "unreadable": {test_samples[n].key: r for n, r in test_features.unreadable.items()},
     }
-    names = [classes[guesses[n]] if n in guesses else "" for n in labelled]
-    return row, [(test_samples[n].key, classes[t], g) for n, t, g in zip(labelled, truth, names, strict=True)]
+    names = [classes[guesses[n]] if n in guesses else "" for n in asked]
+    return row, [(test_samples[n].key, classes[t], g) for n, t, g in zip(asked, truth, names, strict=True)]
 
 
-def check_readable(features: Features, shards: Shards, allowed: bool, name: str) -> None:
+def check_readable(features: Features, samples: list[Sample], allowed: bool, name: str) -> None:
     """Evaluation replaces nothing: a sample that cannot be read is an error unless it may be counted as wrong."""
     if features.unreadable and not allowed:
-        samples = shards.all()
         listed = ", ".join(f"{samples[n].key} ({reason})" for n, reason in list(features.unreadable.items())[:3])
         raise UserError(
             f"{len(features.unreadable)} {name} sample(s) cannot be decoded: {listed}; mend the data, or set "
@@ -142,6 +146,7 @@ def main(argv: list[str]) -> None:
     loaded = load_encoder(cfg["encoder"], protocol.seed if cfg["random_init"] else None)
     shards = {"train": Shards(data.train), "test": Shards(data.test)}
     labels = label_sets(shards["train"], shards["test"], data.labels)
+    samples = {name: labelled(part, labels) for name, part in shards.items()}
     out = Path(cfg["out"])
     if (out / "probe.json").exists():
         raise UserError(f"{out / 'probe.json'} exists: the test set was read for it; give another out=")
@@ -155,9 +160,9 @@ def main(argv: list[str]) -> None:
         sets = {}
         for name, part in shards.items():
             options = (protocol.encode_batch, protocol.workers, protocol.memory_gb)
-            features = extract(encoder, part, view, accelerator, *options)
-            check_readable(features, part, protocol.allow_unreadable, name)
-            sets[name] = part, features
+            features = extract(encoder, part, samples[name], view, accelerator, *options)
+            check_readable(features, samples[name], protocol.allow_unreadable, name)
+            sets[name] = samples[name], features
         if not accelerator.is_main_process:
             continue
         for label in labels:

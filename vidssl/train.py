@@ -4,6 +4,7 @@ accelerate launch vidssl/train.py FILES.yaml ... key=value ...
 """
 
 import contextlib
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from vidssl.data.shards import Shards
 from vidssl.draws import Draws
 from vidssl.errors import UserError, run_cli
 from vidssl.health import spread
-from vidssl.log import Log, batch_hash, hash_keys
+from vidssl.log import Log, batch_hash, hash_keys, note_bad
 from vidssl.model.vit import MODELS
 from vidssl.objective.masks import MASKS
 from vidssl.objective.objective import ERRORS, Objective
@@ -74,7 +75,8 @@ SCHEMA: config.Schema = {
     "run": Part(Run),
     "efficiency": Part(Efficiency),
 }
-FREE = ("efficiency", "run.save_every", "run.keep", "run.out")  # what may change when a run is continued
+FREE = ("efficiency", "run.save_every", "run.keep", "run.out", "data.train")  # may change when a run is continued;
+# of data.train the hash is compared instead, so that a data set may move
 
 
 def make_objective(cfg: dict[str, Any]) -> Objective:
@@ -146,10 +148,8 @@ def main(argv: list[str]) -> None:
     accelerator = Accelerator(mixed_precision=eff.precision, cpu=not torch.cuda.is_available(), kwargs_handlers=[ddp])
     rank, world, main_process = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
     check_split(run.batch, run.lanes, world)
-    if run.batch // world % eff.micro_batches:
-        raise UserError(
-            f"efficiency.micro_batches {eff.micro_batches} does not divide {run.batch // world} clips a process"
-        )
+    if (share := run.batch // world) % eff.micro_batches:
+        raise UserError(f"efficiency.micro_batches {eff.micro_batches} does not divide {share} clips a process")
 
     objective = make_objective(cfg)
     optimizer = make_optimizer(objective, optim)
@@ -193,26 +193,23 @@ def main(argv: list[str]) -> None:
         means = accelerator.reduce(torch.stack([*parts.values()]), "mean").tolist()
         seen = accelerator.gather(torch.stack([batch.position, hash_keys(batch.key)], 1).to(accelerator.device))
         bad = int(accelerator.reduce(torch.tensor(len(batch.bad), device=accelerator.device)))
-        if not torch.isfinite(torch.tensor(means[0])):
+        if not math.isfinite(means[0]):
             raise UserError(f"step {done}: the loss is {means[0]}; the last checkpoint is in {out / 'checkpoints'}")
         took = time.perf_counter() - clock
         clock = time.perf_counter()
+        note_bad(out / "bad_samples.jsonl", done, batch.bad)
         if log:
-            row: dict[str, Any] = {
-                "step": done,
-                **dict(zip(parts, means, strict=True)),
-                **now,
-                "grad_norm": float(norm),
-            }
-            row |= {"clips_per_s": run.batch / took, "wait": waited / took, "keys": batch_hash(*seen.T), "bad": bad}
+            row: dict[str, Any] = {"step": done, **dict(zip(parts, means, strict=True)), **now}
+            row |= {"grad_norm": float(norm), "clips_per_s": run.batch / took, "wait": waited / took}
+            row |= {"keys": batch_hash(*seen.T), "bad": bad}
             if done % run.health_every == 0 or done == run.steps:
                 row |= health(objective, batch.video)
             log.write(row)
             if done % run.save_every == 0 or done == run.steps:
                 scaler = accelerator.scaler.state_dict() if accelerator.scaler else None
                 parts_of_run = {"model": objective.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler}
+                save_encoders(out, objective, {**provenance, "step": done})  # first: a finished run has its encoder
                 save_checkpoint(out / "checkpoints", done, {**parts_of_run, "provenance": provenance}, run.keep)
-                save_encoders(out, objective, {**provenance, "step": done})
     if log:
         log.close()
     accelerator.end_training()

@@ -68,6 +68,7 @@ class EvalClips(Dataset):
 def extract(
     encoder: Callable[[Tensor], Tensor],
     shards: Shards,
+    samples: list[Sample],
     view: View,
     accelerator: Accelerator,
     batch: int,
@@ -75,7 +76,6 @@ def extract(
     limit_gb: float,
 ) -> Features:
     """encoder: video f32 [B, 3, T, H, W] -> [B, N, D]. Each process encodes its share; all get the whole."""
-    samples = shards.all()
     mine = list(range(accelerator.process_index, len(samples), accelerator.num_processes))
     loader = DataLoader(EvalClips(shards, samples, view), batch, sampler=mine, num_workers=workers, collate_fn=list)
     found: list[tuple[int, Tensor | str]] = []

@@ -16,11 +16,19 @@ Positions = Literal["sincos_uniform", "sincos", "sincos_flat"]
 EPS = 1e-6  # of every LayerNorm, as in both V-JEPA and VideoMAE (torch's default is 1e-5)
 
 
-def init_weights(module: nn.Module, init: Init) -> None:
-    """Linear layers: truncated normal with deviation 0.02 (V-JEPA) or Xavier uniform (VideoMAE); zero biases."""
+def draw_weight(weight: Tensor, init: Init, std: float) -> None:
+    """Truncated normal (V-JEPA: deviation 0.02, made for widths near 1,000) or Xavier uniform (VideoMAE), in place."""
+    if init == "trunc_normal":
+        nn.init.trunc_normal_(weight, std=std)
+    else:
+        nn.init.xavier_uniform_(weight)
+
+
+def init_weights(module: nn.Module, init: Init, std: float = 0.02) -> None:
+    """Every linear layer; zero biases."""
     for m in module.modules():
         if isinstance(m, nn.Linear):
-            nn.init.trunc_normal_(m.weight, std=0.02) if init == "trunc_normal" else nn.init.xavier_uniform_(m.weight)
+            draw_weight(m.weight, init, std)
             if m.bias is not None:
                 nn.init.zeros_(m.bias)
 
@@ -57,12 +65,11 @@ class Block(nn.Module):
 class PatchEmbed(nn.Module):
     """patches [B, n, 3, tubelet, patch, patch] -> [B, n, D]: a 3-D convolution's weights, applied to chosen patches."""
 
-    def __init__(self, dim: int, tubelet: int, patch: int, init: Init):
+    def __init__(self, dim: int, tubelet: int, patch: int, init: Init, std: float):
         super().__init__()
         size = (tubelet, patch, patch)
         self.proj = nn.Conv3d(3, dim, size, stride=size)
-        flat = self.proj.weight.data.flatten(1)
-        nn.init.trunc_normal_(flat, std=0.02) if init == "trunc_normal" else nn.init.xavier_uniform_(flat)
+        draw_weight(self.proj.weight.data.flatten(1), init, std)
         nn.init.zeros_(self.proj.bias)  # type: ignore[arg-type]
 
     def forward(self, patches: Tensor) -> Tensor:
@@ -96,6 +103,7 @@ class Encoder(nn.Module):
         patch: int = 16,
         positions: Positions = "sincos_uniform",
         init: Init = "trunc_normal",
+        init_std: float = 0.02,
     ):
         """frames, height, width: of a clip, in frames and pixels; tubelet in frames, patch in pixels."""
         super().__init__()
@@ -105,11 +113,11 @@ class Encoder(nn.Module):
                 raise UserError(f"clip {name} {value} is not a multiple of the model's patch size {unit}")
         self.tubelet, self.patch, self.dim = tubelet, patch, dim
         self.grid = Grid(frames // tubelet, height // patch, width // patch)
-        self.patch_embed = PatchEmbed(dim, tubelet, patch, init)
+        self.patch_embed = PatchEmbed(dim, tubelet, patch, init, init_std)
         self.register_buffer("pos_embed", POSITIONS[positions](self.grid, dim)[None], persistent=False)
         self.blocks = nn.ModuleList(Block(dim, heads, mlp_ratio) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=EPS)
-        init_weights(self.blocks, init)
+        init_weights(self.blocks, init, init_std)
 
     def forward(self, video: Tensor, ids: Tensor | None = None) -> Tensor:
         patches, pos = patchify(video, self.tubelet, self.patch), self.pos_embed.expand(len(video), -1, -1)

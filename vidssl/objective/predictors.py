@@ -37,6 +37,7 @@ class Joint(nn.Module):
         embed_bias: bool = True,
         positions: Positions = "sincos_uniform",
         init: Init = "trunc_normal",
+        init_std: float = 0.02,
     ):
         """out: width K of the target; embed_bias: of the layer from encoder to predictor (VideoMAE has none)."""
         super().__init__()
@@ -47,7 +48,7 @@ class Joint(nn.Module):
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=EPS)
         self.proj = nn.Linear(width, out)
-        init_weights(self, init)
+        init_weights(self, init, init_std)
 
     def forward(self, z: Tensor, mask: Mask, query: Tensor) -> Tensor:
         """z [B, Nc, D], query [width] or [B, M, Nt, width] -> [B, M, Nt, K]; each target group is predicted alone."""
