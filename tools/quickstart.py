@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib
 
@@ -28,28 +29,19 @@ from vidssl.errors import UserError, run_cli
 
 ROOT = Path(__file__).resolve().parents[1]
 METHODS = ("videomae", "vjepa")
-LABELS_OF_THE_BUILT_IN_CORPUS = ("motion", "appearance")
 PYTHON = [sys.executable, "-u"]
 LAUNCH = [*PYTHON, "-m", "accelerate.commands.launch", "--quiet", "--num_processes", "1", "--num_machines", "1"]
 LAUNCH += ["--mixed_precision", "no", "--dynamo_backend", "no"]
 
 
-def start(command: list[str], log: Path, threads: int) -> subprocess.Popen:
-    """Run in the background with its output in a file."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
-    return subprocess.Popen(command, cwd=ROOT, stdout=open(log, "w"), stderr=subprocess.STDOUT, env=environment)
+class Job(NamedTuple):
+    """A command of the README, the jobs that must be done before it, and a file that is there when it is done (None:
+    the command finds out itself)."""
 
-
-def finish(jobs: dict[str, subprocess.Popen], logs: dict[str, Path]) -> None:
-    """Wait for all; the first that failed ends the quickstart with its last line."""
-    for name, job in jobs.items():
-        if job.wait():
-            for other in jobs.values():
-                other.terminate()
-            said = [line for line in logs[name].read_text().splitlines() if line.strip()]
-            line = next((s for s in reversed(said) if s.startswith("error: ")), said[-1] if said else "no output")
-            raise UserError(f"{name} failed: {line.removeprefix('error: ')} (all of it: {logs[name]})")
+    command: list[str]
+    needs: tuple[str, ...]
+    result: Path | None
+    log: Path
 
 
 def steps_done(log: Path) -> list[dict]:
@@ -59,50 +51,65 @@ def steps_done(log: Path) -> list[dict]:
     return [json.loads(line) for line in log.read_text().splitlines() if line.endswith("}")]
 
 
-def pretrain(out: Path, data: str, extra: list[str], at_once: int, threads: int) -> None:
-    """One run a method, on the same shards; only the method's file differs."""
-    logs = {m: out / "logs" / f"{m}.txt" for m in METHODS}
+def make_jobs(out: Path, kind: str, threads: int, extra: list[str], extra_probe: list[str]) -> dict[str, Job]:
+    """Two trainings that differ in the method's file alone, and a probe of each and of an untrained encoder."""
+    jobs, shards = {}, out / "shards"
+    for m in METHODS:
+        names = (f"method/{m}_tiny", "model/vit_micro", f"data/{kind}", f"run/{kind}")
+        files = [f"configs/{name}.yaml" for name in names]
+        settings = [f"run.out={out / m}", f"data.train={shards / 'train'}", f"efficiency.threads={threads}", *extra]
+        jobs[m] = Job([*LAUNCH, "vidssl/train.py", *files, *settings], (), None, out / "logs" / f"{m}.txt")
+    for name in (*METHODS, "random_init"):
+        trained = METHODS[0] if name == "random_init" else name
+        settings = [f"encoder={out / trained}", f"random_init={str(name == 'random_init').lower()}"]
+        settings += [f"data.train={shards / 'train'}", f"data.test={shards / 'test'}", f"out={out / 'probes' / name}"]
+        command = [*LAUNCH, "vidssl/probe.py", f"configs/probe/{kind}.yaml", *settings, *extra_probe]
+        result, log = out / "probes" / name / "probe.json", out / "logs" / f"probe_{name}.txt"
+        jobs[f"probe {name}"] = Job(command, (trained,), result, log)
+    return jobs
+
+
+def run_jobs(jobs: dict[str, Job], out: Path, at_once: int, threads: int) -> None:
+    """Run what is not done yet, `at_once` at a time, each with its output in a file; the first failure ends all."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+    (out / "logs").mkdir(exist_ok=True)
+    waiting = {name: job for name, job in jobs.items() if not (job.result and job.result.exists())}
+    running: dict[str, subprocess.Popen] = {}
     bars = {m: tqdm(desc=f"pre-train {m}", unit="step", position=i, mininterval=1) for i, m in enumerate(METHODS)}
-    waiting, jobs = list(METHODS), dict[str, subprocess.Popen]()
-    while waiting or any(job.poll() is None for job in jobs.values()):
-        if waiting and sum(job.poll() is None for job in jobs.values()) < at_once:
-            m = waiting.pop(0)
-            files = [
-                f"configs/method/{m}_tiny.yaml",
-                "configs/model/vit_micro.yaml",
-                data,
-                "configs/run/quickstart.yaml",
-            ]
-            settings = [f"run.out={out / m}", f"data.train={out / 'shards' / 'train'}", f"efficiency.threads={threads}"]
-            jobs[m] = start([*LAUNCH, "vidssl/train.py", *files, *settings, *extra], logs[m], threads)
+    while waiting or running:
+        for name, job in list(waiting.items()):
+            ready = not any(need in waiting or need in running for need in job.needs)
+            if ready and len(running) < at_once:
+                with open(job.log, "w") as log:
+                    running[name] = subprocess.Popen(job.command, cwd=ROOT, stdout=log, stderr=log, env=environment)
+                del waiting[name]
         time.sleep(0.5)
         for m, bar in bars.items():
-            rows = steps_done(out / m / "log.jsonl")
-            if rows:
-                bar.set_postfix(loss=f"{rows[-1]['loss']:.4f}", refresh=False)
+            if rows := steps_done(out / m / "log.jsonl"):
+                bar.set_postfix(loss=f"{rows[-1]['loss']:.4f}", now="+".join(running), refresh=False)
                 bar.update(rows[-1]["step"] - bar.n)
-        if any(job.poll() for job in jobs.values()):
-            break
+        for name, process in list(running.items()):
+            if process.poll() is not None:
+                del running[name]
+                if process.returncode:
+                    for other in running.values():
+                        other.terminate()
+                    raise UserError(f"{name} failed: {last_words(jobs[name].log)}")
     for bar in bars.values():
         bar.close()
-    finish(jobs, logs)
 
 
-def probe(out: Path, extra: list[str], at_once: int, threads: int) -> list[dict]:
-    """Both encoders and an untrained one, frozen, on every label, in order and with frames shuffled -> summary rows."""
-    encoders = {m: [f"encoder={out / m}"] for m in METHODS}
-    encoders["random_init"] = [f"encoder={out / METHODS[0]}", "random_init=true"]
-    logs = {name: out / "logs" / f"probe_{name}.txt" for name in encoders}
-    shards = [f"data.{split}={out / 'shards' / split}" for split in ("train", "test")]
-    todo = [name for name in encoders if not (out / "probes" / name / "probe.json").exists()]
-    for i in tqdm(range(0, len(todo), at_once), desc="probe", unit="round"):
-        jobs = {}
-        for name in todo[i : i + at_once]:
-            command = [*LAUNCH, "vidssl/probe.py", "configs/probe/quickstart.yaml", *encoders[name], *shards]
-            jobs[name] = start([*command, f"out={out / 'probes' / name}", *extra], logs[name], threads)
-        finish(jobs, logs)
+def last_words(log: Path) -> str:
+    """The error line of a job's output, or its last line, and where the rest is."""
+    said = [line for line in log.read_text().splitlines() if line.strip()] or ["no output"]
+    line = next((s for s in reversed(said) if s.startswith("error: ")), said[-1])
+    return f"{line.removeprefix('error: ')} (all of it: {log})"
+
+
+def summary(out: Path) -> list[dict]:
+    """A row for each encoder, label and control."""
     rows = []
-    for name in encoders:
+    for name in (*METHODS, "random_init"):
         for r in json.loads((out / "probes" / name / "probe.json").read_text())["results"]:
             kept = {k: r[k] for k in ("label", "protocol", "control", "accuracy", "ci95", "n_test")}
             rows.append({"encoder": name, **kept, "chance": r["chance"]})
@@ -184,7 +191,10 @@ def main(argv: list[str]) -> None:
     source = a.folder.resolve() if a.folder else out / "corpus"
     if a.folder is None and not (source / "labels.csv").exists():
         make_corpus(source, a.train, a.test, a.labelled, workers=cores)
-    split = [] if any(item.split for item in read_source(source).items) else ["--test-fraction", "0.3"]
+    found = read_source(source)
+    if not found.sets:
+        raise UserError(f"{source}: no labels, so nothing to probe; expected FOLDER/<class>/<file>, or labels.csv")
+    split = [] if any(item.split for item in found.items) else ["--test-fraction", "0.3"]
     packed = subprocess.run([*PYTHON, "-m", "data_prep.pack", source, out / "shards", *split], cwd=ROOT)
     if packed.returncode:
         sys.exit(packed.returncode)  # it has said why
@@ -194,9 +204,9 @@ def main(argv: list[str]) -> None:
 
     at_once = 1 if torch.cuda.is_available() else min(2, cores)  # small models use one core each better than all one
     threads = max(1, cores // at_once)
-    data = f"configs/data/{'folder' if a.folder else 'quickstart'}.yaml"
-    pretrain(out, data, a.set, at_once, threads)
-    rows = probe(out, a.probe, at_once, threads)
+    jobs = make_jobs(out, "folder" if a.folder else "quickstart", threads, a.set, a.probe)
+    run_jobs(jobs, out, at_once, threads)
+    rows = summary(out)
     (out / "summary.json").write_text(json.dumps(rows, indent=1))
     draw(out, rows)
     show([out / m for m in METHODS], out / "masks.png")
