@@ -25,7 +25,7 @@ from vidssl.objective.masks import MASKS
 
 
 def paint(video: np.ndarray, mask: Mask, grid: Grid) -> list[np.ndarray]:
-    """video u8 [T, H, W, 3] and a mask of one sample -> two rows [H, T*W, 3]: the context, and the targets."""
+    """video u8 [T, H, W, 3] and a mask of one sample -> two rows: the context, and the targets."""
     frames, height, width = video.shape[:3]
     rows = []
     for ids in (mask.context[0], mask.target[0].flatten()):
@@ -33,8 +33,13 @@ def paint(video: np.ndarray, mask: Mask, grid: Grid) -> list[np.ndarray]:
         shown[ids] = True
         up = shown.reshape(grid).numpy().repeat(frames // grid.t, 0)
         up = up.repeat(height // grid.h, 1).repeat(width // grid.w, 2)[..., None]
-        rows.append(np.concatenate(np.where(up, video, 235), 1))
+        rows.append(strip(np.where(up, video, 225)))
     return rows
+
+
+def strip(video: np.ndarray) -> np.ndarray:
+    """[T, H, W, 3] -> [H, T*(W+1), 3]: the frames side by side, a white line after each."""
+    return np.concatenate(np.pad(video, ((0, 0), (0, 0), (0, 1), (0, 0)), constant_values=255), 1).astype(np.uint8)
 
 
 def show(runs: list[Path], out: Path) -> None:
@@ -50,7 +55,7 @@ def show(runs: list[Path], out: Path) -> None:
         unit = cfg["model"]["tubelet"], cfg["model"]["patch"]
         grid = Grid(video.shape[0] // unit[0], video.shape[1] // unit[1], video.shape[2] // unit[1])
         if not rows:
-            rows.append(("clip", np.concatenate(video, 1)))
+            rows.append(("clip", strip(video)))
         draws = Draws(cfg["run"]["seed"], 0, torch.tensor([0]))
         for i, mask in enumerate(config.build(cfg["method"]["mask"], MASKS)(item.video[None], grid, draws)):
             context, target = paint(video, mask, grid)
@@ -62,7 +67,7 @@ def show(runs: list[Path], out: Path) -> None:
         axis.set_xticks([])
         axis.set_yticks([])
     figure.tight_layout()
-    figure.savefig(out, dpi=110)
+    figure.savefig(out, dpi=110, bbox_inches="tight")
     plt.close(figure)
 
 
