@@ -19,8 +19,8 @@ def call(*words, **options) -> subprocess.CompletedProcess:
 def quick(tmp_path_factory) -> Path:
     """The quickstart on the built-in corpus, a few steps long."""
     out = tmp_path_factory.mktemp("quick") / "quickstart"
-    small = ["--train", "64", "--test", "30", "--set", "run.steps=4", "run.health_every=2", "--probe", "probe.epochs=1"]
-    done = call(sys.executable, "tools/quickstart.py", "--out", out, *small)
+    small = ["--train", "64", "--test", "30", "--set", "run.steps=4", "run.save_every=2", "run.health_every=2"]
+    done = call(sys.executable, "tools/quickstart.py", "--out", out, *small, "--probe", "probe.epochs=1")
     assert done.returncode == 0, done.stdout + done.stderr
     return out
 
@@ -39,6 +39,12 @@ def test_the_summary_has_the_promised_rows(quick):
         assert 0 <= r["ci95"][0] <= r["accuracy"] <= r["ci95"][1] <= 100
 
 
+def test_snapshots_are_probed_along_the_way(quick):
+    for m in ("videomae", "vjepa"):
+        report = json.loads((quick / "probes" / f"{m}@2" / "probe.json").read_text())
+        assert report["trained"]["step"] == 2 and [r["label"] for r in report["results"]] == ["motion"]
+
+
 def test_the_pictures_are_there_and_not_blank(quick):
     from PIL import Image
 
@@ -55,7 +61,7 @@ def test_the_two_methods_saw_the_same_samples(quick):
 
 def test_a_second_call_reuses_what_is_there(quick):
     before = {p: p.stat().st_mtime_ns for p in quick.rglob("*.safetensors")}
-    small = ["--set", "run.steps=4", "run.health_every=2", "--probe", "probe.epochs=1"]
+    small = ["--set", "run.steps=4", "run.save_every=2", "run.health_every=2", "--probe", "probe.epochs=1"]
     done = call(sys.executable, "tools/quickstart.py", "--out", quick, *small)
     assert done.returncode == 0, done.stderr
     assert before == {p: p.stat().st_mtime_ns for p in quick.rglob("*.safetensors")}

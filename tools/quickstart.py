@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from data_prep.folder import read_source
 from data_prep.synthetic import make_corpus
+from vidssl import config
 from vidssl.errors import UserError, run_cli
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -51,21 +52,33 @@ def steps_done(log: Path) -> list[dict]:
     return [json.loads(line) for line in log.read_text().splitlines() if line.endswith("}")]
 
 
-def make_jobs(out: Path, kind: str, threads: int, extra: list[str], extra_probe: list[str]) -> dict[str, Job]:
-    """Two trainings that differ in the method's file alone, and a probe of each and of an untrained encoder."""
-    jobs, shards = {}, out / "shards"
+def make_jobs(
+    out: Path, kind: str, label: str, threads: int, extra: list[str], extra_probe: list[str]
+) -> dict[str, Job]:
+    """Two trainings that differ in the method's file alone, a probe of each and of an untrained encoder, and probes of
+    `label` from the snapshots, to see how it went."""
+    jobs: dict[str, Job] = {}
+    shards = [f"data.{split}={out / 'shards' / split}" for split in ("train", "test")]
+
+    def probe(name: str, trained: str, encoder: Path, *more: str) -> None:
+        place, log = out / "probes" / name, out / "logs" / f"probe_{name}.txt"
+        settings = [f"encoder={encoder}", f"out={place}", *shards, *extra_probe, *more]
+        command = [*LAUNCH, "vidssl/probe.py", f"configs/probe/{kind}.yaml", *settings]
+        jobs[f"probe {name}"] = Job(command, (trained,), place / "probe.json", log)
+
     for m in METHODS:
         names = (f"method/{m}_tiny", "model/vit_micro", f"data/{kind}", f"run/{kind}")
         files = [f"configs/{name}.yaml" for name in names]
-        settings = [f"run.out={out / m}", f"data.train={shards / 'train'}", f"efficiency.threads={threads}", *extra]
+        settings = [f"run.out={out / m}", shards[0], f"efficiency.threads={threads}", *extra]
         jobs[m] = Job([*LAUNCH, "vidssl/train.py", *files, *settings], (), None, out / "logs" / f"{m}.txt")
-    for name in (*METHODS, "random_init"):
-        trained = METHODS[0] if name == "random_init" else name
-        settings = [f"encoder={out / trained}", f"random_init={str(name == 'random_init').lower()}"]
-        settings += [f"data.train={shards / 'train'}", f"data.test={shards / 'test'}", f"out={out / 'probes' / name}"]
-        command = [*LAUNCH, "vidssl/probe.py", f"configs/probe/{kind}.yaml", *settings, *extra_probe]
-        result, log = out / "probes" / name / "probe.json", out / "logs" / f"probe_{name}.txt"
-        jobs[f"probe {name}"] = Job(command, (trained,), result, log)
+    for m in METHODS:
+        probe(m, m, out / m)
+    probe("random_init", METHODS[0], out / METHODS[0], "random_init=true")
+    run = config.merge([str(ROOT / f"configs/run/{kind}.yaml"), *extra])[0]["run"]
+    for m in METHODS:
+        for step in range(run["save_every"], run["steps"], run["save_every"]):
+            snapshot = out / m / "snapshots" / f"step-{step:08d}.safetensors"
+            probe(f"{m}@{step}", m, snapshot, "probe.controls=[none]", f"data.labels={label}")
     return jobs
 
 
@@ -75,7 +88,8 @@ def run_jobs(jobs: dict[str, Job], out: Path, at_once: int, threads: int) -> Non
     (out / "logs").mkdir(exist_ok=True)
     waiting = {name: job for name, job in jobs.items() if not (job.result and job.result.exists())}
     running: dict[str, subprocess.Popen] = {}
-    bars = {m: tqdm(desc=f"pre-train {m}", unit="step", position=i, mininterval=1) for i, m in enumerate(METHODS)}
+    pause = 1 if sys.stderr.isatty() else 30  # seconds between lines
+    bars = {m: tqdm(desc=f"pre-train {m}", unit="step", position=i, mininterval=pause) for i, m in enumerate(METHODS)}
     while waiting or running:
         for name, job in list(waiting.items()):
             ready = not any(need in waiting or need in running for need in job.needs)
@@ -129,9 +143,18 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def on_the_way(out: Path, method: str, last: int) -> list[tuple[int, float]]:
+    """(step, accuracy of the label that the snapshots were probed on), from the untrained encoder to the last."""
+    probes = {0: "random_init", last: method}
+    probes |= {int(p.name.split("@")[1]): p.name for p in (out / "probes").glob(f"{method}@*")}
+    reports = {s: json.loads((out / "probes" / n / "probe.json").read_text())["results"] for s, n in probes.items()}
+    label = next((r[0]["label"] for r in reports.values() if len(r) == 1), reports[0][0]["label"])
+    return [(s, next(r["accuracy"] for r in reports[s] if r["label"] == label)) for s in sorted(reports)]
+
+
 def draw(out: Path, rows: list[dict]) -> None:
-    """curves.png: losses and the spread of the features; accuracy.png: the table as bars."""
-    figure, axes = plt.subplots(1, 4, figsize=(15, 3.2))
+    """curves.png: losses, the spread of the features, probes along the way; accuracy.png: the table as bars."""
+    figure, axes = plt.subplots(1, 5, figsize=(18, 3.2))
     for i, m in enumerate(METHODS):
         log = steps_done(out / m / "log.jsonl")
         axes[i].plot([r["step"] for r in log], [r["loss"] for r in log], lw=0.7, color=f"C{i}")
@@ -139,6 +162,9 @@ def draw(out: Path, rows: list[dict]) -> None:
         health = [r for r in log if "health_std_time" in r]
         axes[2].plot([r["step"] for r in health], [r["health_std_time"] for r in health], "o-", ms=3, label=m)
         axes[3].plot([r["step"] for r in health], [r["health_rank"] for r in health], "o-", ms=3, label=m)
+        way = on_the_way(out, m, log[-1]["step"])
+        axes[4].plot(*zip(*way, strict=True), "o-", ms=3, label=m)
+    axes[4].set_title("frozen probe along the way, %")
     axes[2].set_title("features: deviation over time / rms")
     axes[3].set_title("features: effective rank")
     for axis in axes:
@@ -204,7 +230,7 @@ def main(argv: list[str]) -> None:
 
     at_once = 1 if torch.cuda.is_available() else min(2, cores)  # small models use one core each better than all one
     threads = max(1, cores // at_once)
-    jobs = make_jobs(out, "folder" if a.folder else "quickstart", threads, a.set, a.probe)
+    jobs = make_jobs(out, "folder" if a.folder else "quickstart", found.sets[0], threads, a.set, a.probe)
     run_jobs(jobs, out, at_once, threads)
     rows = summary(out)
     (out / "summary.json").write_text(json.dumps(rows, indent=1))

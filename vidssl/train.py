@@ -31,7 +31,7 @@ from vidssl.objective.objective import ERRORS, Objective
 from vidssl.objective.predictors import PREDICTORS, QUERIES
 from vidssl.objective.targets import TARGETS, Ema, normalise
 from vidssl.optim import Optim, make_optimizer, schedule, set_schedule
-from vidssl.zoo import save_encoders
+from vidssl.zoo import evaluated, save_encoders
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ class Run:
     window: int = 4096  # samples that are shuffled among themselves in a lane
     save_every: int = 500  # steps between checkpoints
     keep: int = 2  # newest checkpoints kept
+    snapshots: bool = False  # keep the encoder of every checkpoint, to probe how it went
     health_every: int = 100  # steps between measurements of the features
 
 
@@ -128,7 +129,7 @@ def forward_backward(
 @torch.no_grad()
 def health(objective: Objective, video: torch.Tensor) -> dict[str, float]:
     """The spread of the features that will be evaluated, on the clips u8 [B, 3, T, H, W] of one process."""
-    encoder = objective.target.net if isinstance(objective.target, Ema) else objective.encoder
+    encoder = evaluated(objective)
     features = encoder(normalise(video.to(next(encoder.parameters()).device)))
     return {f"health_{k}": v for k, v in spread(features, objective.encoder.grid.t).items()}
 
@@ -208,7 +209,8 @@ def main(argv: list[str]) -> None:
             if done % run.save_every == 0 or done == run.steps:
                 scaler = accelerator.scaler.state_dict() if accelerator.scaler else None
                 parts_of_run = {"model": objective.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler}
-                save_encoders(out, objective, {**provenance, "step": done})  # first: a finished run has its encoder
+                # first the encoder: a finished run has one
+                save_encoders(out, objective, {**provenance, "step": done}, run.snapshots)
                 save_checkpoint(out / "checkpoints", done, {**parts_of_run, "provenance": provenance}, run.keep)
     if log:
         log.close()

@@ -21,14 +21,21 @@ class Loaded(NamedTuple):
     about: dict[str, Any]  # config (resolved), data (hash), step, versions
 
 
-def save_encoders(folder: Path, objective: Objective, about: dict[str, Any]) -> None:
-    """encoder.safetensors is what evaluation uses: the momentum encoder where there is one (as V-JEPA does; the online
-    one is then kept as encoder_online.safetensors), else the trained encoder."""
+def evaluated(objective: Objective) -> Encoder:
+    """The encoder that evaluation uses: the momentum encoder where there is one (as V-JEPA does), else the trained."""
+    return objective.target.net if isinstance(objective.target, Ema) else objective.encoder
+
+
+def save_encoders(folder: Path, objective: Objective, about: dict[str, Any], snapshot: bool) -> None:
+    """encoder.safetensors: the evaluated one; encoder_online.safetensors where that is not the trained one; with
+    `snapshot` also snapshots/step-00000100.safetensors, which stays."""
+    weights = evaluated(objective).state_dict()
+    save_weights(folder / "encoder.safetensors", weights, about)
     if isinstance(objective.target, Ema):
         save_weights(folder / "encoder_online.safetensors", objective.encoder.state_dict(), about)
-        save_weights(folder / "encoder.safetensors", objective.target.net.state_dict(), about)
-    else:
-        save_weights(folder / "encoder.safetensors", objective.encoder.state_dict(), about)
+    if snapshot:
+        (folder / "snapshots").mkdir(exist_ok=True)
+        save_weights(folder / "snapshots" / f"step-{about['step']:08d}.safetensors", weights, about)
 
 
 def load_encoder(where: str, random_init: int | None = None) -> Loaded:
