@@ -167,9 +167,12 @@ def draw(out: Path, rows: list[dict]) -> None:
     axes[4].set_title("frozen probe along the way, %")
     axes[2].set_title("features: deviation over time / rms")
     axes[3].set_title("features: effective rank")
-    for axis in axes:
+    for i, axis in enumerate(axes):
         axis.set_xlabel("step")
-        axis.set_ylim(bottom=0)
+        if i < 2:
+            axis.set_yscale("log")
+        else:
+            axis.set_ylim(bottom=0)
     axes[3].legend()
     figure.tight_layout()
     figure.savefig(out / "curves.png", dpi=110)
