@@ -45,7 +45,9 @@ def read_source(root: Path) -> Source:
     if not source.items:
         others = ", ".join(f"{n} {ext}" for ext, n in source.ignored.most_common(5))
         if source.rejected:
-            raise UserError(f"{root}: none of its {len(source.rejected)} files is there, of a known kind")
+            raise UserError(
+                f"{root}: none of its {len(source.rejected)} files is there, of a known kind, named in UTF-8"
+            )
         raise UserError(f"{root}: no video or image in it" + (f" (other files: {others})" if others else ""))
     return source
 
@@ -59,9 +61,13 @@ def _from_folders(root: Path) -> Source:
         folders[:] = sorted(f for f in folders if not f.startswith("."))
         for name in files:
             item = Item((Path(folder) / name).relative_to(root).as_posix(), {})
+            shown = os.fsencode(item.path).decode("utf-8", "backslashreplace")
             if name.startswith(".") or item.ext not in EXTENSIONS:
-                ignored["." + item.ext if item.ext else "(no extension)"] += 1
-            elif not (root / item.path).is_file():
+                ext = Item(shown, {}).ext
+                ignored["." + ext if ext else "(no extension)"] += 1
+            elif shown != item.path:
+                rejected[shown] = "bad_name"  # not UTF-8: no JSON can hold it
+            elif not os.path.isfile(root / item.path):
                 rejected[item.path] = "missing"  # a link to nowhere
             else:
                 items.append(item)
@@ -93,7 +99,7 @@ def _from_csv(root: Path) -> Source:
                 seen[path] = rows.line_num
                 labels = {name: row[column].strip() for name, column in sets.items() if (row[column] or "").strip()}
                 item = Item(path, labels, *((row.get(c) or "").strip() or None for c in ("group", "split")))
-                if not (root / path).is_file():
+                if not os.path.isfile(root / path):  # nor can it be where the path is too long for one
                     rejected[path] = "missing"
                 elif item.ext not in EXTENSIONS:
                     rejected[path] = "unknown_extension"
@@ -119,9 +125,17 @@ def _label_columns(file: Path, columns: Sequence[str] | None) -> dict[str, str]:
         raise UserError(f"{file}: empty; expected a header line: path,label[,group][,split]")
     if "path" not in columns:
         raise UserError(f"{file}:1: no column `path` (found: {', '.join(columns)})")
-    sets = {
-        c.removeprefix("label_") if c != "label" else c: c for c in columns if c == "label" or c.startswith("label_")
-    }
+    sets: dict[str, str] = {}
+    for i, c in enumerate(columns):
+        if c and c in columns[:i]:
+            raise UserError(f"{file}:1: two columns {c!r}; expected each name once")
+        if c == "label" or c.startswith("label_"):
+            name = c.removeprefix("label_")
+            if not name:
+                raise UserError(f"{file}:1: column {c!r}: expected a name after `label_`")
+            if name in sets:
+                raise UserError(f"{file}:1: columns {sets[name]!r} and {c!r} are the same labels; rename one of them")
+            sets[name] = c
     if not sets:
         raise UserError(f"{file}:1: no column `label` or `label_NAME` (found: {', '.join(columns)})")
     return sets

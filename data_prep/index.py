@@ -53,6 +53,27 @@ def write_text(path: Path, lines: Iterable[str]) -> None:
     os.replace(beside, path)
 
 
+def read_lines(path: Path) -> list[str]:
+    """What write_text wrote. (str.splitlines would also cut at U+2028 and its like, which JSON leaves in names.)"""
+    return path.read_text(encoding="utf-8").split("\n")[:-1]
+
+
+def check_out(out: Path) -> None:
+    """A folder that files can be written into, or can become one; asked before any work is done."""
+    at = next(p for p in (out.absolute(), *out.absolute().parents) if os.path.lexists(p))
+    if not os.path.isdir(at):
+        raise UserError(f"{out}: {at} is not a folder; choose another place")
+    if not os.access(at, os.W_OK | os.X_OK):
+        raise UserError(f"{out}: {at} cannot be written to; choose another place")
+
+
+def make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:  # a name that is too long, a file system that takes no folders
+        raise UserError(f"{folder}: cannot be made: {e.strerror}") from e
+
+
 def shard_entry(tar: Path, samples: int) -> dict:
     """A line of index.json's "shards"."""
     return {
@@ -89,7 +110,11 @@ def read_index(folder: Path) -> dict:
 
 def class_lists(names: dict[str, set[str]]) -> dict[str, list[str]]:
     """Label set -> class names, sorted; by value where all are whole numbers, so that class 10 follows class 9."""
-    return {s: sorted(n, key=int if all(x.isdecimal() for x in n) else None) for s, n in sorted(names.items())}
+    return {s: sorted(n, key=_value if all(x.isdecimal() for x in n) else None) for s, n in sorted(names.items())}
+
+
+def _value(name: str) -> tuple[int, str]:
+    return int(name), name  # 1 and 01 are two classes; a set's own order differs from run to run
 
 
 def tar_samples(tar: Path) -> Iterator[tuple[str, dict[str, Member]]]:

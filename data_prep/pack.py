@@ -24,11 +24,14 @@ from tqdm import tqdm
 from data_prep.folder import Item, Source, read_source
 from data_prep.index import (
     Member,
+    check_out,
     class_lists,
     dumps,
     key_of,
     line_of,
+    make_folder,
     read_index,
+    read_lines,
     shard_entry,
     write_index,
     write_text,
@@ -148,7 +151,7 @@ def _cut(folder: Path, items: list[Item], sizes: dict[str, int], args: argparse.
 def open_out(out: Path, plan: Plan) -> bool:
     """Make OUT, or find this very plan in it; whether all its data sets are finished."""
     file = out / "plan.json"
-    if file.exists():
+    if os.path.exists(file):
         try:
             found = json.loads(file.read_text(encoding="utf-8")).get("plan")
         except (ValueError, AttributeError):
@@ -156,9 +159,9 @@ def open_out(out: Path, plan: Plan) -> bool:
         if found != plan.digest:
             raise UserError(f"{out}: holds a pack of other files or with other options; choose another folder")
         return all((folder / "index.json").exists() for folder in plan.sets)
-    if out.exists() and (not out.is_dir() or any(p.name != "plan.json.tmp" for p in out.iterdir())):
+    if os.path.exists(out) and (not out.is_dir() or any(p.name != "plan.json.tmp" for p in out.iterdir())):
         raise UserError(f"{out}: holds something else already; choose a new folder")
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     write_text(file, [dumps({"version": 1, "plan": plan.digest, "options": plan.options})])
     return False
 
@@ -245,9 +248,9 @@ def finish(plan: Plan) -> None:
     for folder, shards in plan.sets.items():
         rejected = [{"path": p, "reason": r, "detail": ""} for p, r in plan.rejected.get(folder, {}).items()]
         for shard in shards:
-            rejected += [json.loads(line) for line in _lines(shard.rejections)]
+            rejected += [json.loads(line) for line in read_lines(shard.rejections)]
         write_text(folder / "rejected.jsonl", map(dumps, sorted(rejected, key=lambda r: r["path"])))
-        full = [(s.tar, len(_lines(s.tar.with_suffix(".jsonl")))) for s in shards]
+        full = [(s.tar, len(read_lines(s.tar.with_suffix(".jsonl")))) for s in shards]
         entries = [shard_entry(tar, n) for tar, n in full if n]
         write_index(folder, plan.classes, entries, len(rejected), {**plan.options, "plan": plan.digest})
 
@@ -259,15 +262,11 @@ def clean(plan: Plan) -> None:
             shard.rejections.unlink(missing_ok=True)
 
 
-def _lines(path: Path) -> list[str]:
-    return path.read_text(encoding="utf-8").splitlines()
-
-
 def summarise(plan: Plan) -> None:
     """A line for each data set."""
     for folder in plan.sets:
         index = read_index(folder)
-        reasons = Counter(json.loads(line)["reason"] for line in _lines(folder / "rejected.jsonl"))
+        reasons = Counter(json.loads(line)["reason"] for line in read_lines(folder / "rejected.jsonl"))
         size = sum(s["bytes"] for s in index["shards"])
         print(f"{folder}: {index['samples']} samples in {len(index['shards'])} shards, {size / 1e6:.1f} MB", end="")
         why = ", ".join(f"{n} {reason}" for reason, n in sorted(reasons.items()))
@@ -298,13 +297,14 @@ def main(argv: list[str]) -> None:
     args = arguments(argv)
     if args.out.resolve().is_relative_to(args.src.resolve()):
         raise UserError(f"{args.out}: lies inside {args.src}; choose a folder outside the source")
+    check_out(args.out)
     source = read_source(args.src)
     plan = make_plan(source, args.src, args.out, args)
     if source.ignored:
         print(f"ignored {sum(source.ignored.values())} files by extension: "
               + ", ".join(f"{n} {ext}" for ext, n in source.ignored.most_common()))  # fmt: skip
     if source.rejected:
-        print(f"{args.src}: {len(source.rejected)} of the files named are missing or of unknown kind")
+        print(f"{args.src}: {len(source.rejected)} files are missing, of unknown kind or not named in UTF-8")
     if open_out(args.out, plan):
         print(f"{args.out}: is finished already")
     else:

@@ -17,6 +17,7 @@ pixels of each object), `position` f32 [T, n, 2] (x, y; pixels), `size` f32 [T, 
 import argparse
 import colorsys
 import csv
+import os
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -25,6 +26,7 @@ import av
 import numpy as np
 from tqdm import tqdm
 
+from data_prep.index import check_out, make_folder
 from vidssl.errors import UserError, run_cli
 
 SIDE, FRAMES, FPS = 48, 24, 12  # pixels, frames, frames a second
@@ -164,9 +166,11 @@ def render(
 
 
 def write_video(path: Path, frames: np.ndarray, fps: int = FPS, crf: int = 18) -> None:
-    """frames u8 [T, H, W, 3] -> an H.264 file (yuv420p, single-threaded: the same bytes every time)."""
+    """frames u8 [T, H, W, 3] -> an H.264 file, yuv420p, the same bytes every time: on pictures as small as these x264
+    is not repeatable with B-frames and macroblock trees (half of 3,800 files differed from one run to the next)."""
+    options = {"crf": str(crf), "preset": "veryfast", "threads": "1", "bf": "0", "x264-params": "mbtree=0"}
     with av.open(str(path), "w") as box:
-        stream = box.add_stream("libx264", rate=fps, options={"crf": str(crf), "preset": "veryfast", "threads": "1"})
+        stream = box.add_stream("libx264", rate=fps, options=options)
         stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
         for frame in frames:
             box.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
@@ -186,10 +190,13 @@ def make_corpus(out: Path, train: int, test: int, labelled: int | None = None, s
 
     labelled: only the first so many train videos have labels in labels.csv (None: all), as in life.
     """
-    if (out / "labels.csv").exists():
+    if min(train, test, labelled or 0, seed) < 0 or workers < 1:
+        raise UserError("--workers must be positive, --train, --test, --labelled and --seed >= 0")
+    check_out(out)
+    if os.path.exists(out / "labels.csv"):
         raise UserError(f"{out} already holds a corpus: give another folder, or remove it")
     for name in ("videos", "truth"):
-        (out / name).mkdir(parents=True, exist_ok=True)
+        make_folder(out / name)
     rows, jobs = [], []
     for number, (split, count) in enumerate((("train", train), ("test", test))):
         for at in range(count):

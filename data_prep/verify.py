@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.index import dumps, file_sha256, media_of, read_index, tar_samples
+from data_prep.index import dumps, file_sha256, media_of, read_index, read_lines, tar_samples
 from vidssl.data.decoders import PyAVVideo, open_video
 from vidssl.errors import DecodeError, UserError, run_cli
 
@@ -28,7 +28,7 @@ def check_shard(folder: Path, entry: dict, strict: bool) -> Iterator[str]:
         if file_sha256(file) != want:
             yield f"{file}: sha256 differs from index.json's"
             return
-    lines = read_lines(tar)
+    lines = shard_lines(tar)
     if len(lines) != entry["samples"]:
         yield f"{tar}: {len(lines)} samples in its jsonl, {entry['samples']} in index.json"
     inside = dict(tar_samples(tar))
@@ -44,8 +44,8 @@ def check_shard(folder: Path, entry: dict, strict: bool) -> Iterator[str]:
                     yield f"{tar}: {line['key']}: its .json differs from its jsonl line"
 
 
-def read_lines(tar: Path) -> list[dict]:
-    return [json.loads(line) for line in tar.with_suffix(".jsonl").read_text(encoding="utf-8").splitlines()]
+def shard_lines(tar: Path) -> list[dict]:
+    return [json.loads(line) for line in read_lines(tar.with_suffix(".jsonl"))]
 
 
 def check_sample(tar: Path, line: dict) -> Iterator[str]:
@@ -77,7 +77,7 @@ def check_set(folder: Path, decode: int) -> Iterator[str]:
         yield from problems
         if not problems:
             sound.append(folder / entry["name"])
-    samples = [(tar, line) for tar in sound for line in read_lines(tar)]
+    samples = [(tar, line) for tar in sound for line in shard_lines(tar)]
     for i in np.unique(np.linspace(0, len(samples) - 1, min(decode, len(samples))).astype(int)):
         yield from check_sample(*samples[i])
 

@@ -10,6 +10,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--num_processes", "1", "--cpu"]
 
+SHORT = ["--set=run.steps=4", "--set=run.save_every=2", "--set=run.health_every=2", "--probe=probe.epochs=1"]
+
 
 def call(*words, **options) -> subprocess.CompletedProcess:
     return subprocess.run([*map(str, words)], cwd=ROOT, capture_output=True, text=True, timeout=600, **options)
@@ -19,8 +21,7 @@ def call(*words, **options) -> subprocess.CompletedProcess:
 def quick(tmp_path_factory) -> Path:
     """The quickstart on the built-in corpus, a few steps long."""
     out = tmp_path_factory.mktemp("quick") / "quickstart"
-    small = ["--train", "64", "--test", "30", "--set", "run.steps=4", "run.save_every=2", "run.health_every=2"]
-    done = call(sys.executable, "tools/quickstart.py", "--out", out, *small, "--probe", "probe.epochs=1")
+    done = call(sys.executable, "tools/quickstart.py", "--out", out, "--train", 64, "--test", 30, *SHORT)
     assert done.returncode == 0, done.stdout + done.stderr
     return out
 
@@ -61,15 +62,14 @@ def test_the_two_methods_saw_the_same_samples(quick):
 
 def test_a_second_call_reuses_what_is_there(quick):
     before = {p: p.stat().st_mtime_ns for p in quick.rglob("*.safetensors")}
-    small = ["--set", "run.steps=4", "run.save_every=2", "run.health_every=2", "--probe", "probe.epochs=1"]
-    done = call(sys.executable, "tools/quickstart.py", "--out", quick, *small)
+    done = call(sys.executable, "tools/quickstart.py", "--out", quick, *SHORT)
     assert done.returncode == 0, done.stderr
     assert before == {p: p.stat().st_mtime_ns for p in quick.rglob("*.safetensors")}
 
 
 def test_the_quickstart_on_a_folder_of_classes(tiny_corpus, tmp_path):
-    small = ["--set", "run.steps=2", "run.batch=8", "--probe", "probe.epochs=1"]
-    done = call(sys.executable, "tools/quickstart.py", tiny_corpus, "--out", tmp_path / "out", *small)
+    short = ["--set=run.steps=2", "--set=run.batch=8", "--probe=probe.epochs=1"]
+    done = call("bash", "tools/quickstart.sh", tiny_corpus, "--out", tmp_path / "out", *short)
     assert done.returncode == 0, done.stdout + done.stderr
     assert {r["label"] for r in json.loads((tmp_path / "out" / "summary.json").read_text())} == {"label"}
     assert "frames shuffled" in done.stdout

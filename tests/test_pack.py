@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import itertools
 import json
 import os
 import signal
@@ -17,7 +18,7 @@ import pytest
 
 from data_prep import pack, scan, verify
 from data_prep.folder import Item, read_source
-from data_prep.index import key_of
+from data_prep.index import class_lists, key_of, read_lines
 from data_prep.pack import divide
 from data_prep.probe import Prober, Rejected
 from vidssl.data.decoders import open_video
@@ -31,7 +32,7 @@ def tree(folder: Path) -> dict[str, str]:
 
 
 def lines(folder: Path, pattern: str = "shard-*.jsonl") -> list[dict]:
-    return [json.loads(x) for p in sorted(folder.glob(pattern)) for x in p.read_text().splitlines()]
+    return [json.loads(x) for p in sorted(folder.glob(pattern)) for x in read_lines(p)]
 
 
 @pytest.fixture(scope="module")
@@ -211,6 +212,13 @@ def csv_folder(root: Path, text: str | bytes, *names: str) -> Path:
         ('path,label\na.mp4,"x\n', r"labels\.csv:\d: not a valid CSV line"),
         ("path,label,split\na.mp4,x,train\nb.mp4,x,\n", r"labels\.csv:3: split ''"),
         ("path,label,split\na.mp4,x,../up\n", r"labels\.csv:2: split '\.\./up'"),
+        (
+            "path,label,label_label\na.mp4,x,y\n",
+            r"labels\.csv:1: columns 'label' and 'label_label' are the same labels",
+        ),
+        ("path,label_,label\na.mp4,x,y\n", r"labels\.csv:1: column 'label_': expected a name"),
+        ("path,label,label\na.mp4,x,y\n", r"labels\.csv:1: two columns 'label'"),
+        ("path,label,group,group\na.mp4,x,y,z\n", r"labels\.csv:1: two columns 'group'"),
         ("path,label\nnone.mp4,x\n", "none of its 1 files is there, of a known kind"),
         (b"path,label\na.mp4,caf\xe9\n", r"labels\.csv: not UTF-8"),
     ],
@@ -254,6 +262,63 @@ def test_folders_without_labels_and_with_splits(tmp_path):
         Item("train/run/deep/1.mp4", {"label": "run"}, None, "train"),
         Item("val/run/2.MP4", {"label": "run"}, None, "val"),
     ]
+
+
+def test_names_with_line_separators(tmp_path, make_image, capsys):
+    """JSON leaves U+2028, U+2029 and U+0085 as they are; none of them ends a line."""
+    src, out = tmp_path / "src", tmp_path / "out"
+    odd = ["a\u2028b", "a\u2029b", "a\u0085b"]
+    for name in odd:
+        (src / name).mkdir(parents=True)
+        (src / name / f"{name}.png").write_bytes(make_image("png"))
+        (src / name / f"{name}.mp4").write_bytes(b"")
+    pack.main([str(src), str(out), "--workers", "1", "--samples-per-shard", "2"])
+    index = json.loads((out / "index.json").read_text(encoding="utf-8"))
+    assert (index["samples"], index["rejected"], index["classes"]) == (3, 3, {"label": sorted(odd)})
+    assert "3 rejected (3 empty)" in capsys.readouterr().out
+    verify.main([str(out), "--decode", "3"])
+    assert "no problems" in capsys.readouterr().out
+
+
+def test_names_that_no_json_can_hold(tmp_path, make_image, capsys):
+    src, out = tmp_path / "src", tmp_path / "out"
+    for name in (b"run/1.png", b"run/caf\xe9.png", b"caf\xe9/1.png", b"run/notes.\xe9", b"run/caf\xe9.txt"):
+        path = Path(os.fsdecode(os.fsencode(src) + b"/" + name))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(make_image("png"))
+    pack.main([str(src), str(out), "--workers", "1"])
+    assert [x["meta"]["source"] for x in lines(out)] == ["run/1.png"]
+    rejected = [(r["path"], r["reason"]) for r in lines(out, "rejected.jsonl")]
+    assert rejected == [("caf\\xe9/1.png", "bad_name"), ("run/caf\\xe9.png", "bad_name")]
+    said = capsys.readouterr().out
+    assert "2 rejected (2 bad_name)" in said and "1 .\\xe9" in said and "1 .txt" in said
+
+
+def test_a_path_too_long_for_any_file_is_missing(tmp_path):
+    long = "x" * 5000 + ".mp4"
+    source = read_source(csv_folder(tmp_path / "src", f"path,label\na.mp4,x\n{long},x\n", "a.mp4"))
+    assert [item.path for item in source.items] == ["a.mp4"] and source.rejected == {long: "missing"}
+
+
+def test_classes_of_one_value_have_one_order():
+    for names in itertools.permutations(["1", "01", "001", "10", "2"]):
+        assert class_lists({"label": names}) == {"label": ["001", "01", "1", "2", "10"]}  # a set's order is any of them
+
+
+def test_an_out_that_cannot_be_written(tiny_corpus, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("x")
+    monkeypatch.setattr(pack, "read_source", lambda root: pytest.fail("looked into the source first"))
+    for out in ("file", "file/out", "file/a/b"):
+        with pytest.raises(UserError, match="file is not a folder; choose another place"):
+            pack.main([str(tiny_corpus), str(tmp_path / out)])
+    real = os.access
+    monkeypatch.setattr(os, "access", lambda p, mode: not (p == tmp_path and mode & os.W_OK) and real(p, mode))
+    for out in ("", "a", "a/b"):
+        with pytest.raises(UserError, match="cannot be written to; choose another place"):
+            pack.main([str(tiny_corpus), str(tmp_path / out)])
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="cannot be made: File name too long"):
+        pack.main([str(tiny_corpus), str(tmp_path / ("x" * 300))])
 
 
 @pytest.mark.parametrize("seed", range(5))

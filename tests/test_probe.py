@@ -116,9 +116,16 @@ def test_an_unreadable_test_video_is_an_error_or_counted_wrong_and_listed(run, s
         (["probe.kind=linearr"], "no kind 'linearr'"),
         (["probe.memory_gb=0.0001"], "probe.memory_gb"),
         (["probe.heads=5"], "5 heads"),
+        (["probe.controls=[none,Shuffled]"], "'none' or 'shuffled'"),
+        (["probe.held_out=0"], "greater than 0"),
+        (["data.stride=-1"], "greater than or equal to 1"),
+        (["data.stride=1", "data.fps=2"], "not both"),
+        (["encoder=README.md"], "README.md: not a readable safetensors file"),
+        (["out=README.md/x"], "cannot be written"),
     ],
 )
-def test_wrong_calls(wrong, words, run, synthetic_shards, tmp_path):
+def test_wrong_calls(wrong, words, run, synthetic_shards, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
     with pytest.raises(UserError) as e:
         probe.main(arguments(run, synthetic_shards, tmp_path / "out", *wrong))
     assert words in str(e.value) and "\n" not in str(e.value)

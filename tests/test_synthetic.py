@@ -8,8 +8,10 @@ import av
 import numpy as np
 import pytest
 
+from data_prep import synthetic
 from data_prep.folder import read_source
 from data_prep.synthetic import COLOURS, FRAMES, MOTIONS, RADIUS, SHAPES, SIDE, Track, make_one, render, tracks
+from vidssl.errors import UserError
 
 OBJECTS, CALLS = 20, 100  # of a distribution: objects a drawing, drawings
 BOUND = 2.2  # of the scaled Kolmogorov-Smirnov distance: 1.4 is exceeded by chance once in 30 times, 2.2 in 8,000
@@ -197,3 +199,17 @@ def test_classes_are_balanced_and_the_labels_are_read(synthetic_corpus):
         assert set(Counter(x["appearance"] for x in labels).values()) == {10}
     assert {x.labels["appearance"] for x in source.items} == set(COLOURS)
     assert all((synthetic_corpus / "truth" / f"{item.path[7:-4]}.npz").is_file() for item in source.items)
+
+
+@pytest.mark.parametrize("wrong", ["--workers 0", "--train -5", "--test -1", "--labelled -1", "--seed -1"])
+def test_wrong_numbers_make_nothing(tmp_path, wrong):
+    with pytest.raises(UserError, match="--workers must be positive, --train") as e:
+        synthetic.main([str(tmp_path / "out"), "--train", "1", "--test", "0", *wrong.split()])
+    assert "\n" not in str(e.value) and not (tmp_path / "out").exists()
+
+
+def test_out_must_be_a_folder(tmp_path):
+    (tmp_path / "file").write_text("x")
+    for out in ("file", "file/out"):
+        with pytest.raises(UserError, match="file is not a folder"):
+            synthetic.main([str(tmp_path / out), "--train", "1", "--test", "0"])

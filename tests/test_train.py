@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,8 @@ import torch
 from safetensors.torch import load_file
 
 from vidssl.data.shards import Shards
+from vidssl.errors import UserError
+from vidssl.log import Log
 
 ROOT = Path(__file__).parents[1]
 FILES = ["configs/method/vjepa_tiny.yaml", "configs/model/vit_micro.yaml", "configs/data/quickstart.yaml"]
@@ -50,7 +53,7 @@ def test_the_run_folder(whole, synthetic_shards):
     assert [r["step"] for r in rows] == list(range(1, STEPS + 1))
     for key in ("loss", "loss_0", "lr", "weight_decay", "momentum", "grad_norm", "clips_per_s", "wait", "keys", "bad"):
         assert key in rows[0]
-    assert 0 < rows[0]["context_ratio_0"] < 1 and 0 < rows[0]["target_ratio_1"] < 1
+    assert 0 < rows[0]["context_ratio_0"] < 1 and 0 < rows[0]["target_ratio_0"] < 1
     assert rows[-1]["health_std_time"] > 0
     assert len({r["keys"] for r in rows}) == STEPS
     assert sorted(p.name for p in (whole / "checkpoints").iterdir()) == ["step-00000008.pt", "step-00000012.pt"]
@@ -110,7 +113,7 @@ def test_the_same_command_on_a_finished_run_leaves_it_alone(whole, synthetic_sha
 def test_a_folder_holds_one_run(whole, synthetic_shards):
     done = train(synthetic_shards / "train", whole, "optim.lr=0.5")
     assert done.returncode == 2
-    assert "optim.lr is 0.0004 there, 0.5 here" in done.stderr
+    assert "optim.lr is 0.003 there, 0.5 here" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -128,6 +131,16 @@ def test_a_folder_holds_one_run(whole, synthetic_shards):
         (["configs/method/videomae_tiny.yaml"], "is already set by configs/method/vjepa_tiny.yaml"),
         (["efficiency.micro_batches=3"], "efficiency.micro_batches 3 does not divide 8"),
         (["data.fps=4"], "data: give either stride"),
+        (["run.steps=0"], "'run.steps=0': input should be greater than or equal to 1"),
+        (["data.stride=-1"], "greater than or equal to 1"),
+        (["optim.lr=.nan"], "finite number"),
+        (["optim.clip_grad=-1"], "greater than 0"),
+        (["method.mask.visible=5"], "less than or equal to 1"),
+        (["method.mask.past=4"], "method.mask.past: 4 must lie in 1..3"),
+        (["augment.scale=[1,0.3]"], "the first must not be larger than the second"),
+        (["run.batch=???"], "'run.batch' is '???': give a value"),
+        (["run.out=/proc/nothing"], "/proc/nothing: cannot be written"),
+        (["run.out=README.md/run"], "README.md/run: cannot be written (README.md is a file)"),
     ],
 )
 def test_a_wrong_configuration_is_one_line_status_2_and_nothing_written(
@@ -150,6 +163,35 @@ def test_a_wrong_configuration_is_one_line_status_2_and_nothing_written(
     assert words in message
     assert len(message.strip().splitlines()) == 1 and message.startswith("error: ")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_corrupt_checkpoint_says_what_to_do_and_the_one_before_continues(whole, synthetic_shards, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+    last = tmp_path / "run" / "checkpoints" / "step-00000012.pt"
+    last.write_bytes(last.read_bytes()[:1000])
+    done = train(synthetic_shards / "train", tmp_path / "run")
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {last}: cannot be read") and len(done.stderr.splitlines()) == 1
+    last.unlink()
+    assert train(synthetic_shards / "train", tmp_path / "run").returncode == 0
+    assert [r["loss"] for r in log(tmp_path / "run")] == [r["loss"] for r in log(whole)]
+
+
+def test_a_run_that_diverges_stops_in_one_line_and_keeps_its_last_checkpoint(synthetic_shards, tmp_path):
+    more = ["optim.lr=1e18", "optim.warmup=0", "run.save_every=1", "efficiency.precision=no"]
+    done = train(synthetic_shards / "train", tmp_path / "run", *more)
+    assert done.returncode == 2
+    assert "gradient norm" in done.stderr.splitlines()[-1]
+    kept = load_file(tmp_path / "run" / "encoder.safetensors")
+    assert all(w.isfinite().all() for w in kept.values())
+
+
+def test_two_runs_cannot_share_a_folder(tmp_path):
+    first = Log(tmp_path, 0, 1)
+    with pytest.raises(UserError, match="another process is training"):
+        Log(tmp_path, 0, 1)
+    first.close()
+    Log(tmp_path, 0, 1).close()
 
 
 def test_from_the_shell_too_it_is_one_line_and_status_2(synthetic_shards, tmp_path):

@@ -9,6 +9,7 @@ so a quickstart that was cut off goes on where it was. Writes OUT/summary.json a
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -27,6 +28,7 @@ from data_prep.folder import read_source
 from data_prep.synthetic import make_corpus
 from vidssl import config
 from vidssl.errors import UserError, run_cli
+from vidssl.files import check_out, replace
 
 ROOT = Path(__file__).resolve().parents[1]
 METHODS = ("videomae", "vjepa")
@@ -45,11 +47,14 @@ class Job(NamedTuple):
     log: Path
 
 
-def steps_done(log: Path) -> list[dict]:
-    """Rows of a log.jsonl that may be growing."""
-    if not log.exists():
-        return []
-    return [json.loads(line) for line in log.read_text().splitlines() if line.endswith("}")]
+def last_row(log: Path) -> dict | None:
+    """The last whole row of a log.jsonl that may be growing."""
+    if not log.exists() or not log.stat().st_size:
+        return None
+    with open(log, "rb") as f:
+        f.seek(max(0, f.seek(0, os.SEEK_END) - 4096))
+        whole = f.read().split(b"\n")[1:-1]
+    return json.loads(whole[-1]) if whole else None
 
 
 def make_jobs(
@@ -84,31 +89,34 @@ def make_jobs(
 
 def run_jobs(jobs: dict[str, Job], out: Path, at_once: int, threads: int) -> None:
     """Run what is not done yet, `at_once` at a time, each with its output in a file; the first failure ends all."""
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+    options = {"cwd": ROOT, "env": {**os.environ, "OMP_NUM_THREADS": str(threads)}, "start_new_session": True}
     (out / "logs").mkdir(exist_ok=True)
     waiting = {name: job for name, job in jobs.items() if not (job.result and job.result.exists())}
     running: dict[str, subprocess.Popen] = {}
     pause = 1 if sys.stderr.isatty() else 30  # seconds between lines
     bars = {m: tqdm(desc=f"pre-train {m}", unit="step", position=i, mininterval=pause) for i, m in enumerate(METHODS)}
-    while waiting or running:
-        for name, job in list(waiting.items()):
-            ready = not any(need in waiting or need in running for need in job.needs)
-            if ready and len(running) < at_once:
-                with open(job.log, "w") as log:
-                    running[name] = subprocess.Popen(job.command, cwd=ROOT, stdout=log, stderr=log, env=environment)
-                del waiting[name]
-        time.sleep(0.5)
-        for m, bar in bars.items():
-            if rows := steps_done(out / m / "log.jsonl"):
-                bar.set_postfix(loss=f"{rows[-1]['loss']:.4f}", now="+".join(running), refresh=False)
-                bar.update(rows[-1]["step"] - bar.n)
-        for name, process in list(running.items()):
-            if process.poll() is not None:
-                del running[name]
-                if process.returncode:
-                    for other in running.values():
-                        other.terminate()
-                    raise UserError(f"{name} failed: {last_words(jobs[name].log)}")
+    try:
+        while waiting or running:
+            for name, job in list(waiting.items()):
+                ready = not any(need in waiting or need in running for need in job.needs)
+                if ready and len(running) < at_once:
+                    with open(job.log, "w") as log:
+                        running[name] = subprocess.Popen(job.command, stdout=log, stderr=log, **options)
+                    del waiting[name]
+            time.sleep(0.5)
+            for m, bar in bars.items():
+                if row := last_row(out / m / "log.jsonl"):
+                    bar.set_postfix(loss=f"{row['loss']:.4f}", now="+".join(running), refresh=False)
+                    bar.update(row["step"] - bar.n)
+            for name, process in list(running.items()):
+                if process.poll() is not None:
+                    del running[name]
+                    if process.returncode:
+                        raise UserError(f"{name} failed: {last_words(jobs[name].log)}")
+    finally:  # each job is a process group of its own: the launcher and what it launched
+        for process in running.values():
+            os.killpg(process.pid, signal.SIGTERM)
+            process.wait()
     for bar in bars.values():
         bar.close()
 
@@ -156,7 +164,7 @@ def draw(out: Path, rows: list[dict]) -> None:
     """curves.png: losses, the spread of the features, probes along the way; accuracy.png: the table as bars."""
     figure, axes = plt.subplots(1, 5, figsize=(18, 3.2))
     for i, m in enumerate(METHODS):
-        log = steps_done(out / m / "log.jsonl")
+        log = [json.loads(line) for line in (out / m / "log.jsonl").read_text().splitlines()]
         axes[i].plot([r["step"] for r in log], [r["loss"] for r in log], lw=0.7, color=f"C{i}")
         axes[i].set_title(f"{m}: loss")
         health = [r for r in log if "health_std_time" in r]
@@ -209,8 +217,8 @@ def main(argv: list[str]) -> None:
     p.add_argument("--train", type=int, default=3000, help="videos rendered for training")
     p.add_argument("--test", type=int, default=800, help="videos rendered for testing")
     p.add_argument("--labelled", type=int, default=1200, help="of those rendered for training")
-    p.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="overrides for both trainings")
-    p.add_argument("--probe", nargs="*", default=[], metavar="KEY=VALUE", help="overrides for the probes")
+    p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override for both trainings")
+    p.add_argument("--probe", action="append", default=[], metavar="KEY=VALUE", help="override for the probes")
     a = p.parse_args(argv)
     began, cores = time.time(), os.cpu_count() or 1
     if a.folder is not None and not a.folder.is_dir():
@@ -218,6 +226,8 @@ def main(argv: list[str]) -> None:
     name = f"quickstart_{a.folder.resolve().name}" if a.folder else "quickstart"
     out = (a.out or ROOT / "runs" / name).resolve()
     source = a.folder.resolve() if a.folder else out / "corpus"
+    check_out(out)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what runs in the background is ended, too
     if a.folder is None and not (source / "labels.csv").exists():
         make_corpus(source, a.train, a.test, a.labelled, workers=cores)
     found = read_source(source)
@@ -236,7 +246,7 @@ def main(argv: list[str]) -> None:
     jobs = make_jobs(out, "folder" if a.folder else "quickstart", found.sets[0], threads, a.set, a.probe)
     run_jobs(jobs, out, at_once, threads)
     rows = summary(out)
-    (out / "summary.json").write_text(json.dumps(rows, indent=1))
+    replace(out / "summary.json", lambda beside: beside.write_text(json.dumps(rows, indent=1)))
     draw(out, rows)
     show([out / m for m in METHODS], out / "masks.png")
     print(f"\n{table(rows)}\n")

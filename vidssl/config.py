@@ -15,9 +15,10 @@ from typing import Annotated, Any, NamedTuple, get_args, get_type_hints
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BeforeValidator, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, TypeAdapter, ValidationError
 
 from vidssl.errors import UserError
+from vidssl.files import replace
 
 
 class Part(NamedTuple):
@@ -35,7 +36,25 @@ class Value(NamedTuple):
 
 
 Schema = Mapping[str, Any]  # nested: names -> Part | Value | Schema
-Names = Annotated[list[str], BeforeValidator(lambda v: [v] if isinstance(v, str) else v)]  # one name, or several
+
+# Types of values. The signature is where a value's bounds stand, once.
+Names = Annotated[  # one name, or several
+    list[str], BeforeValidator(lambda v: [v] if isinstance(v, str) else v), Field(min_length=1)
+]
+Count = Annotated[int, Field(ge=1)]
+Size = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+def _rising(pair: tuple[float, float]) -> tuple[float, float]:
+    if pair[0] > pair[1]:
+        raise ValueError("the first must not be larger than the second")
+    return pair
+
+
+Range = Annotated[tuple[Positive, Positive], AfterValidator(_rising)]  # from, to
 
 
 def load(argv: list[str], schema: Schema) -> dict[str, Any]:
@@ -59,6 +78,8 @@ def merge(argv: list[str]) -> tuple[dict[str, Any], dict[str, str]]:
             raise UserError(f"'{item}' is neither a .yaml file nor key=value")
         if not isinstance(part, DictConfig):
             raise UserError(f"{item}: not a mapping of sections")
+        if missing := OmegaConf.missing_keys(part):
+            raise UserError(f"{item}: '{sorted(missing)[0]}' is '???': give a value")
         for key in _leaves(OmegaConf.to_container(part), ""):
             clash = next((k for k in origin if k == key or k.startswith(key + ".") or key.startswith(k + ".")), None)
             if clash and "=" not in item:
@@ -175,7 +196,7 @@ def build(values: dict[str, Any], table: Mapping[str, Callable] | Callable, **gi
 
 def save(tree: dict[str, Any], path: Path) -> None:
     """Write a resolved tree as YAML; it is itself a runnable configuration."""
-    path.write_text(yaml.safe_dump(tree, sort_keys=False))
+    replace(path, lambda beside: beside.write_text(yaml.safe_dump(tree, sort_keys=False)))
 
 
 def differences(a: Any, b: Any, at: str = "") -> list[tuple[str, Any, Any]]:

@@ -16,12 +16,16 @@ class DecodeError(Exception):
         self.reason = reason
 
 
-def run_cli(main: Callable[[list[str]], None]) -> None:
-    """Run main(argv); a UserError becomes one line on stderr and exit status 2."""
+def run_cli(main: Callable[[list[str]], None], about: str | None = None) -> None:
+    """Run main(argv); a UserError becomes one line on stderr and exit status 2. about: printed for --help."""
+    if about and {"-h", "--help"} & set(sys.argv[1:]):
+        print(about)
+        return
     try:
         main(sys.argv[1:])
     except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
+        last = str(e).strip().splitlines()[-1]  # raised in a loader worker, it comes with the worker's traceback
+        print(f"error: {last.removeprefix('vidssl.errors.UserError: ')}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -1,15 +1,19 @@
 """log.jsonl: a JSON object a step, always; and one live line of progress."""
 
+import fcntl
 import hashlib
 import json
-import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
+
+from vidssl.errors import UserError
+from vidssl.files import replace
 
 
 def hash_keys(keys: list[str]) -> Tensor:
@@ -33,15 +37,23 @@ def note_bad(path: Path, step: int, bad: list[tuple[str, str]]) -> None:
 class Log:
     """Writes log.jsonl and the progress line; made on the main process only."""
 
-    def __init__(self, path: Path, start: int, steps: int, name: str):
-        """Lines after step `start` are of a run that was cut off and are dropped: they will be written again."""
-        kept = [line for line in path.read_text().splitlines() if _step(line) <= start] if path.exists() else []
-        beside = path.with_name(path.name + ".tmp")
-        beside.write_text("".join(line + "\n" for line in kept))
-        os.replace(beside, path)
-        self.file = open(path, "a", buffering=1)  # noqa: SIM115
+    def __init__(self, out: Path, start: int, steps: int):
+        """Lines after step `start` are of a run that was cut off and are dropped: they will be written again. While it
+        is open, no other process can open the log of this folder."""
+        self.lock = open(out / ".lock", "w")  # noqa: SIM115
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"{out}: another process is training in this folder; wait for it, or end it") from None
+        for path in (out / "log.jsonl", out / "bad_samples.jsonl"):
+            if path.exists():
+                kept = [line + "\n" for line in path.read_text().splitlines() if _step(line) <= start]
+                replace(path, partial(Path.write_text, data="".join(kept)))
+        self.file = open(out / "log.jsonl", "a", buffering=1)  # noqa: SIM115
         live = sys.stderr.isatty()
-        self.bar = tqdm(total=steps, initial=start, desc=name, unit="step", mininterval=0.2 if live else 20, ncols=100)
+        self.bar = tqdm(
+            total=steps, initial=start, desc=out.name, unit="step", mininterval=0.2 if live else 20, ncols=100
+        )
 
     def write(self, row: dict[str, Any]) -> None:
         self.file.write(json.dumps(row) + "\n")
@@ -52,6 +64,7 @@ class Log:
     def close(self) -> None:
         self.file.close()
         self.bar.close()
+        self.lock.close()
 
 
 def _step(line: str) -> float:

@@ -2,34 +2,32 @@
 
 import math
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import nn
 
-from vidssl.errors import UserError
+from vidssl.config import Amount, Positive, Share, Size
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 @dataclass(frozen=True)
 class Optim:
     """The `optim` section. Rates are absolute, steps are optimiser steps."""
 
-    lr: float
-    lr_start: float = 0.0  # at the start of the warm-up
-    lr_end: float = 0.0  # at the end of the cosine
-    warmup: int = 0  # steps
-    weight_decay: float = 0.05
-    weight_decay_end: float | None = None  # cosine towards it; None: constant
-    momentum: tuple[float, float] = (0.998, 1.0)  # of the momentum encoder, linear from first to last step
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    clip_grad: float | None = None  # largest total norm
+    lr: Positive
+    lr_start: Amount = 0.0  # at the start of the warm-up
+    lr_end: Amount = 0.0  # at the end of the cosine
+    warmup: Size = 0  # steps
+    weight_decay: Amount = 0.05
+    weight_decay_end: Amount | None = None  # cosine towards it; None: constant
+    momentum: tuple[Share, Share] = (0.998, 1.0)  # of the momentum encoder, linear from first to last step
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    eps: Positive = 1e-8
+    clip_grad: Positive | None = None  # largest total norm
     decay_tokens: bool = True  # V-JEPA decays its mask tokens, VideoMAE does not
-
-    def __post_init__(self) -> None:
-        if self.lr <= 0:
-            raise UserError(f"optim.lr: {self.lr} must be positive")
-        if not all(0 <= m <= 1 for m in self.momentum):
-            raise UserError(f"optim.momentum: {list(self.momentum)} must lie in 0..1")
 
 
 def cosine(start: float, end: float, done: float) -> float:

@@ -8,21 +8,23 @@ import csv
 import hashlib
 import json
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
 
 import vidssl
 from vidssl import config
-from vidssl.config import Names, Part, Value
+from vidssl.config import Count, Names, Part, Positive, Value
 from vidssl.data.shards import Sample, Shards
 from vidssl.errors import UserError, run_cli
 from vidssl.evaluation.features import Control, Features, View, extract
 from vidssl.evaluation.heads import PROTOCOLS, Attentive, Labelled, fit, predict, standardiser
 from vidssl.evaluation.metrics import accuracy, interval
+from vidssl.files import check_out, replace
 from vidssl.zoo import Loaded, load_encoder
 
 
@@ -33,8 +35,12 @@ class ProbeData:
     train: Names  # packed folders with labels
     test: Names
     labels: Names | None = None  # label sets to probe; None: all that the data have
-    stride: int | None = None  # frames; None (and fps None): as the encoder was trained
-    fps: float | None = None  # frames a second
+    stride: Count | None = None  # frames; None (and fps None): as the encoder was trained
+    fps: Positive | None = None  # frames a second
+
+    def __post_init__(self) -> None:
+        if self.stride is not None and self.fps is not None:
+            raise UserError("data: give stride (in frames) or fps (frames a second), not both")
 
 
 SCHEMA: config.Schema = {
@@ -140,6 +146,11 @@ def weights_hash(encoder: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
+def write_csv(path: Path, predictions: list[tuple[str, ...]]) -> None:
+    with open(path, "w", newline="") as f:
+        csv.writer(f).writerows([("label", "control", "key", "truth", "predicted"), *predictions])
+
+
 def main(argv: list[str]) -> None:
     cfg = config.load(argv, SCHEMA)
     data, protocol = config.build(cfg["data"], ProbeData), config.build(cfg["probe"], PROTOCOLS)
@@ -151,7 +162,9 @@ def main(argv: list[str]) -> None:
     if (out / "probe.json").exists():
         raise UserError(f"{out / 'probe.json'} exists: the test set was read for it; give another out=")
 
-    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    check_out(out)
+    patience = InitProcessGroupKwargs(timeout=timedelta(days=1))  # the others wait while the first trains heads
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[patience])
     encoder = loaded.encoder.to(accelerator.device)
     results: list[dict[str, Any]] = []
     predictions: list[tuple[str, ...]] = []
@@ -174,8 +187,7 @@ def main(argv: list[str]) -> None:
             )
     if accelerator.is_main_process:
         out.mkdir(parents=True, exist_ok=True)
-        with open(out / "predictions.csv", "w", newline="") as f:
-            csv.writer(f).writerows([("label", "control", "key", "truth", "predicted"), *predictions])
+        replace(out / "predictions.csv", lambda beside: write_csv(beside, predictions))
         report = {
             "results": results,
             "encoder": {"path": cfg["encoder"], "random_init": cfg["random_init"], "sha256": weights_hash(encoder)},
@@ -185,10 +197,11 @@ def main(argv: list[str]) -> None:
             "versions": {"vidssl": vidssl.__version__, "torch": str(torch.__version__)},
             "config": cfg,
         }
-        (out / "probe.json").write_text(json.dumps(report, indent=1))
+        text = json.dumps(report, indent=1, allow_nan=False)
+        replace(out / "probe.json", lambda beside: beside.write_text(text))
     accelerator.wait_for_everyone()
     accelerator.end_training()
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    run_cli(main, __doc__)

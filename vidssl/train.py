@@ -16,13 +16,14 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 import vidssl
 from vidssl import config
 from vidssl.checkpoint import load_checkpoint, save_checkpoint
-from vidssl.config import Part
+from vidssl.config import Count, Part, Size
 from vidssl.data.augment import AUGMENTS
 from vidssl.data.loader import Batch, Data, TrainClips, train_batches
 from vidssl.data.order import Order, check_split
 from vidssl.data.shards import Shards
 from vidssl.draws import Draws
 from vidssl.errors import UserError, run_cli
+from vidssl.files import check_out
 from vidssl.health import spread
 from vidssl.log import Log, batch_hash, hash_keys, note_bad
 from vidssl.model.vit import MODELS
@@ -39,26 +40,26 @@ class Run:
     """The `run` section: what changes the result."""
 
     out: str  # folder
-    steps: int  # optimiser steps
-    batch: int  # clips a step, over all processes
-    seed: int = 0
-    lanes: int = 8  # a multiple of every number of processes that may be used
-    window: int = 4096  # samples that are shuffled among themselves in a lane
-    save_every: int = 500  # steps between checkpoints
-    keep: int = 2  # newest checkpoints kept
+    steps: Count  # optimiser steps
+    batch: Count  # clips a step, over all processes
+    seed: Size = 0
+    lanes: Count = 8  # a multiple of every number of processes that may be used
+    window: Count = 4096  # samples that are shuffled among themselves in a lane
+    save_every: Count = 500  # steps between checkpoints
+    keep: Count = 2  # newest checkpoints kept
     snapshots: bool = False  # keep the encoder of every checkpoint, to probe how it went
-    health_every: int = 100  # steps between measurements of the features
+    health_every: Count = 100  # steps between measurements of the features
 
 
 @dataclass(frozen=True)
 class Efficiency:
     """The `efficiency` section: what changes only the speed (up to rounding)."""
 
-    workers: int = 2  # loader processes for each training process
-    micro_batches: int = 1  # parts in which a process runs its share of the batch (gradient accumulation)
+    workers: Size = 2  # loader processes for each training process
+    micro_batches: Count = 1  # parts in which a process runs its share of the batch (gradient accumulation)
     precision: Literal["no", "bf16", "fp16"] = "no"
-    cache_mb: int = 0  # decoded frames each loader process may hold, in 2**20 bytes; for corpora that fit
-    threads: int | None = None  # of torch on the CPU, a process; None: torch's own choice
+    cache_mb: Size = 0  # decoded frames each loader process may hold, in 2**20 bytes; for corpora that fit
+    threads: Count | None = None  # of torch on the CPU, a process; None: torch's own choice
 
 
 SCHEMA: config.Schema = {
@@ -76,8 +77,8 @@ SCHEMA: config.Schema = {
     "run": Part(Run),
     "efficiency": Part(Efficiency),
 }
-FREE = ("efficiency", "run.save_every", "run.keep", "run.out", "data.train")  # may change when a run is continued;
-# of data.train the hash is compared instead, so that a data set may move
+# What may change when a run is continued. Of data.train the hash is compared instead, so that a data set may move.
+FREE = ("efficiency", "run.out", "run.save_every", "run.keep", "run.snapshots", "run.health_every", "data.train")
 
 
 def make_objective(cfg: dict[str, Any]) -> Objective:
@@ -94,11 +95,11 @@ def make_objective(cfg: dict[str, Any]) -> Objective:
     return Objective(encoder, mask, target, query, predictor, error)
 
 
-def check_same_run(cfg: dict[str, Any], out: Path) -> None:
-    """A folder holds one run: what changes its result must not change when it is continued."""
-    if not (out / "config.yaml").exists():
-        return
-    before, _ = config.merge([str(out / "config.yaml")])
+def check_same_run(cfg: dict[str, Any], data: str, state: dict[str, Any], out: Path) -> None:
+    """A folder holds one run: what changes its result must not change when it is continued from `state`."""
+    if state["provenance"]["data"] != data:
+        raise UserError(f"{out}: data.train is not what this run was started on (its index has another hash)")
+    before = state["provenance"]["config"]
     differing = [
         f"{key} is {old!r} there, {new!r} here"
         for key, old, new in config.differences(before, cfg)
@@ -144,7 +145,10 @@ def main(argv: list[str]) -> None:
     # Everything that can be wrong with the user's input is found before anything is written.
     shards = Shards(data.train)
     out = Path(run.out)
-    check_same_run(cfg, out)
+    check_out(out)
+    start, state = 0, load_checkpoint(out / "checkpoints")
+    if state:
+        check_same_run(cfg, shards.hash, state, out)
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
     accelerator = Accelerator(mixed_precision=eff.precision, cpu=not torch.cuda.is_available(), kwargs_handlers=[ddp])
     rank, world, main_process = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
@@ -155,25 +159,24 @@ def main(argv: list[str]) -> None:
     objective = make_objective(cfg)
     optimizer = make_optimizer(objective, optim)
     provenance = {"config": cfg, "data": shards.hash, "vidssl": vidssl.__version__, "torch": str(torch.__version__)}
-    start, state = 0, load_checkpoint(out / "checkpoints")
     if state:
-        if state["provenance"]["data"] != shards.hash:
-            raise UserError(f"{out}: data.train is not what this run was started on (its index has another hash)")
         objective.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         start = state["step"]
     if start == run.steps:
+        if main_process and not (out / "encoder.safetensors").exists():
+            save_encoders(out, objective, {**provenance, "step": start}, snapshot=False)
         accelerator.print(f"{out}: all {run.steps} steps are done")
         return
     model, optimizer = accelerator.prepare(objective, optimizer)
     if state and accelerator.scaler is not None and state["scaler"]:
         accelerator.scaler.load_state_dict(state["scaler"])
-    accelerator.wait_for_everyone()  # every process has read what the main one may now write
     log = None
     if main_process:
         out.mkdir(parents=True, exist_ok=True)
+        log = Log(out, start, run.steps)
         config.save(cfg, out / "config.yaml")
-        log = Log(out / "log.jsonl", start, run.steps, out.name)
+    accelerator.wait_for_everyone()
 
     order = Order(shards.counts, run.seed, run.lanes, run.window)
     clips = TrainClips(shards, order, data, config.build(cfg["augment"], AUGMENTS), eff.cache_mb << 20)
@@ -186,16 +189,19 @@ def main(argv: list[str]) -> None:
         optimizer.zero_grad()
         parts = forward_backward(accelerator, model, batch, run.seed, step, eff.micro_batches)
         norm = accelerator.clip_grad_norm_(model.parameters(), optim.clip_grad or float("inf"))
+        means = accelerator.reduce(torch.stack([*parts.values()]), "mean").tolist()
+        if not math.isfinite(means[0]) or (not accelerator.scaler and not math.isfinite(norm)):
+            raise UserError(
+                f"step {step + 1}: loss {means[0]}, gradient norm {float(norm)}; what was learned up to the last "
+                f"checkpoint is in {out}; a smaller optim.lr, a longer warm-up or optim.clip_grad may help"
+            )
         optimizer.step()
         if isinstance(objective.target, Ema):
             objective.target.update(objective.encoder, now["momentum"])
 
         done = step + 1
-        means = accelerator.reduce(torch.stack([*parts.values()]), "mean").tolist()
         seen = accelerator.gather(torch.stack([batch.position, hash_keys(batch.key)], 1).to(accelerator.device))
         bad = int(accelerator.reduce(torch.tensor(len(batch.bad), device=accelerator.device)))
-        if not math.isfinite(means[0]):
-            raise UserError(f"step {done}: the loss is {means[0]}; the last checkpoint is in {out / 'checkpoints'}")
         took = time.perf_counter() - clock
         clock = time.perf_counter()
         note_bad(out / "bad_samples.jsonl", done, batch.bad)
@@ -218,4 +224,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    run_cli(main, __doc__)

@@ -45,13 +45,18 @@ def load_encoder(where: str, random_init: int | None = None) -> Loaded:
     if not path.is_file():
         raise UserError(f"{path}: no such encoder; give a run folder with encoder.safetensors, or a .safetensors file")
     weights, about = load_weights(path)
-    cfg = about["config"]
     if random_init is not None:
         torch.manual_seed(random_init)
-    size = cfg["augment"]["size"]
-    encoder = config.build(cfg["model"], MODELS, frames=cfg["data"]["frames"], height=size, width=size)
-    if random_init is None:
-        encoder.load_state_dict(weights)
+    try:
+        cfg = about["config"]
+        size = cfg["augment"]["size"]
+        encoder = config.build(cfg["model"], MODELS, frames=cfg["data"]["frames"], height=size, width=size)
+        if random_init is None:
+            encoder.load_state_dict(weights)
+    except (KeyError, TypeError, RuntimeError) as e:
+        raise UserError(
+            f"{path}: its weights are not those its header describes ({' '.join(str(e).split())})"
+        ) from None
     return Loaded(encoder.eval().requires_grad_(False), about)
 
 

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
+from vidssl.config import Count, Range, Share
+
 
 def _resized(frames: np.ndarray, top: int, left: int, height: int, width: int, size: int) -> Tensor:
     """u8 [T, H, W, 3] -> u8 [3, T, size, size]: cut a box (pixels), resize it bilinearly with antialiasing."""
@@ -30,10 +32,10 @@ def scale(frames: np.ndarray, short_side: int | None) -> np.ndarray:
 class RandomCrop:
     """Clip-consistent random resized crop and horizontal flip (Inception's crop; V-JEPA, app/vjepa/transforms.py)."""
 
-    size: int  # pixels, height and width of the clip
-    scale: tuple[float, float] = (0.3, 1.0)  # fraction of the frame's area
-    ratio: tuple[float, float] = (0.75, 1.35)  # width over height
-    flip: float = 0.0  # probability; leave 0 where left and right mean something
+    size: Count  # pixels, height and width of the clip
+    scale: Range = (0.3, 1.0)  # fraction of the frame's area
+    ratio: Range = (0.75, 1.35)  # width over height
+    flip: Share = 0.0  # probability; leave 0 where left and right mean something
 
     def __call__(self, frames: np.ndarray, rng: np.random.Generator) -> Tensor:
         """u8 [T, H, W, 3] -> u8 [3, T, size, size]."""
@@ -57,7 +59,7 @@ class RandomCrop:
 class CenterCrop:
     """The middle square, short side to `size` pixels: what evaluation sees."""
 
-    size: int
+    size: Count
 
     def __call__(self, frames: np.ndarray, rng: np.random.Generator | None = None) -> Tensor:
         """u8 [T, H, W, 3] -> u8 [3, T, size, size]."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from vidssl.config import Names
+from vidssl.config import Count, Names, Positive, Share
 from vidssl.data.augment import scale
 from vidssl.data.clips import choose
 from vidssl.data.decoders import Video, open_video
@@ -26,11 +26,11 @@ class Data:
     """The `data` section: what is read, and which frames make a clip."""
 
     train: Names  # packed folders
-    frames: int  # in a clip
-    stride: int | None = None  # between them, in frames of the video
-    fps: float | None = None  # or in frames a second; give one of the two
-    short_side: int | None = None  # pixels; larger frames are scaled to it when decoded; None: as stored
-    max_bad: float = 0.05  # fraction of samples that may fail to decode before the run stops
+    frames: Count  # in a clip
+    stride: Count | None = None  # between them, in frames of the video
+    fps: Positive | None = None  # or in frames a second; give one of the two
+    short_side: Count | None = None  # pixels; larger frames are scaled to it when decoded; None: as stored
+    max_bad: Share = 0.05  # fraction of samples that may fail to decode before the run stops
 
     def __post_init__(self) -> None:
         if (self.stride is None) == (self.fps is None):

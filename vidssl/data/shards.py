@@ -35,25 +35,37 @@ class Shards:
         self.classes: dict[str, list[str]] = {}
         digest = hashlib.sha256()
         for folder in map(Path, folders):
-            text = self._read_index(folder)
-            index = json.loads(text)
+            text, index = self._read_index(folder)
             digest.update(text)
             for name, names in index["classes"].items():
                 if self.classes.setdefault(name, names) != names:
                     raise UserError(f"{folder}: the classes of label '{name}' differ from those of {folders[0]}")
-            self.paths += [folder / shard["name"] for shard in index["shards"]]
+            paths = [folder / shard["name"] for shard in index["shards"]]
+            if set(paths) & set(self.paths):
+                raise UserError(f"{folder}: named twice")
+            self.paths += paths
             self.counts += [shard["samples"] for shard in index["shards"]]
         self.n = sum(self.counts)
         self.hash = digest.hexdigest()  # the index holds each shard's checksum, so this names the data
         if not self.n:
             raise UserError(f"{', '.join(folders)}: the index lists no samples")
+        self._make_caches()
+
+    def _make_caches(self) -> None:
         self._lines = lru_cache(maxsize=256)(self._read_lines)
         self._open = lru_cache(maxsize=64)(lambda path: open(path, "rb"))  # noqa: SIM115
 
     @staticmethod
-    def _read_index(folder: Path) -> bytes:
+    def _read_index(folder: Path) -> tuple[bytes, dict[str, Any]]:
+        """index.json as it is written, and what it says."""
         try:
-            return (folder / "index.json").read_bytes()
+            text = (folder / "index.json").read_bytes()
+            index = json.loads(text)
+            if not isinstance(index, dict) or not {"classes", "shards"} <= index.keys():
+                raise UserError(f"{folder / 'index.json'}: not an index of shards")
+            return text, index
+        except (json.JSONDecodeError, UnicodeDecodeError, IsADirectoryError) as e:
+            raise UserError(f"{folder / 'index.json'}: not an index of shards ({e})") from None
         except (FileNotFoundError, NotADirectoryError):
             inside = sorted(p.parent.name for p in folder.glob("*/index.json"))
             hint = f"; did you mean one of {inside} in it?" if inside else "; make one with python -m data_prep.pack"
@@ -64,13 +76,14 @@ class Shards:
         try:
             with open(path, encoding="utf-8") as f:
                 rows = [json.loads(line) for line in f]
-        except (OSError, ValueError) as e:
+            samples = [Sample(r["key"], r["ext"], shard, r["offset"], r["size"], r["meta"]) for r in rows]
+        except (OSError, ValueError, KeyError, TypeError) as e:
             raise UserError(f"{path}: {e}: run data_prep.verify") from e
         if len(rows) != self.counts[shard]:
             raise UserError(
                 f"{path}: {len(rows)} samples, but index.json says {self.counts[shard]}: run data_prep.verify"
             )
-        return [Sample(r["key"], r["ext"], shard, r["offset"], r["size"], r["meta"]) for r in rows]
+        return samples
 
     def sample(self, shard: int, number: int) -> Sample:
         return self._lines(shard)[number]
@@ -81,12 +94,15 @@ class Shards:
 
     def read(self, sample: Sample) -> bytes:
         """The media bytes, as they were packed."""
-        return os.pread(self._open(self.paths[sample.shard]).fileno(), sample.size, sample.offset)
+        path = self.paths[sample.shard]
+        try:
+            return os.pread(self._open(path).fileno(), sample.size, sample.offset)
+        except OSError as e:
+            raise UserError(f"{path}: {e.strerror}; the index lists this shard: run data_prep.verify") from e
 
     def __getstate__(self) -> dict[str, Any]:  # workers open files of their own
         return {k: v for k, v in self.__dict__.items() if k not in ("_lines", "_open")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._lines = lru_cache(maxsize=256)(self._read_lines)
-        self._open = lru_cache(maxsize=64)(lambda path: open(path, "rb"))  # noqa: SIM115
+        self._make_caches()

@@ -22,6 +22,9 @@ from vidssl.objective.targets import normalise
 Control = Literal["none", "shuffled"]
 
 
+COPIES = 4  # of the features at the most: found one by one, stacked, selected by label, standardised
+
+
 class View(NamedTuple):
     """Which frames of a video the encoder sees."""
 
@@ -82,14 +85,14 @@ def extract(
     bar = tqdm(loader, desc=f"features ({view.control})", disable=not accelerator.is_main_process, mininterval=5)
     for items in bar:
         good = [(n, clips) for n, clips in items if isinstance(clips, Tensor)]
-        found += [(n, reason) for n, reason in items if isinstance(reason, str)]
         if good:
             video = torch.stack([clips for _, clips in good]).to(accelerator.device)
             tokens = encoder(normalise(video.flatten(0, 1))).float().cpu()
             tokens = tokens.unflatten(0, (len(good), -1)).flatten(1, 2)  # [b, segments * N, D]
-            if not bar.n:
-                check_memory(tokens[0].numel() * 4 * len(samples) / 2**30, limit_gb)
+            if not found:
+                check_memory(COPIES * tokens[0].numel() * 4 * len(samples) / 2**30, limit_gb)
             found += [(n, t) for (n, _), t in zip(good, tokens, strict=True)]
+        found += [(n, reason) for n, reason in items if isinstance(reason, str)]
     found = sorted(gather_object(found), key=lambda item: item[0])
     kept = [(n, t) for n, t in found if isinstance(t, Tensor)]
     if not kept:

@@ -2,13 +2,17 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor
 
+from vidssl.config import Amount, Count, Positive, Size
+from vidssl.errors import UserError
+from vidssl.evaluation.features import Control
 from vidssl.model.attentive import AttentiveHead
 from vidssl.optim import cosine
 
@@ -18,20 +22,20 @@ class Attentive:
     """The `probe` section of the attentive protocol (V-JEPA, evals/video_classification_frozen). Features are computed
     once for a video, without augmentation; the published protocol augments and encodes anew in every epoch."""
 
-    segments: int = 1  # clips of a video; the head attends over the tokens of all
-    heads: int = 12  # attention heads of the pooler
-    epochs: int = 20
-    batch: int = 64  # videos
-    lr: tuple[float, ...] = (1e-3,)  # the grid is lr x weight_decay
-    weight_decay: tuple[float, ...] = (0.01,)
-    held_out: float = 0.2  # fraction of train on which the grid is compared
-    controls: tuple[str, ...] = ("none",)  # "none", "shuffled"
+    segments: Count = 1  # clips of a video; the head attends over the tokens of all
+    heads: Count = 12  # attention heads of the pooler
+    epochs: Count = 20
+    batch: Count = 64  # videos
+    lr: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1e-3,)  # the grid is lr x weight_decay
+    weight_decay: Annotated[tuple[Amount, ...], Field(min_length=1)] = (0.01,)
+    held_out: Annotated[float, Field(gt=0, lt=1)] = 0.2  # fraction of train on which the grid is compared
+    controls: Annotated[tuple[Control, ...], Field(min_length=1)] = ("none",)
     standardise: bool = False  # tokens: mean of train at each token off, deviation of train in each channel to 1
-    seed: int = 0
+    seed: Size = 0
     allow_unreadable: bool = False  # a test video that cannot be read: an error, or counted wrong and listed
-    memory_gb: float = 8.0  # of features
-    encode_batch: int = 16  # videos
-    workers: int = 2  # processes that decode
+    memory_gb: Positive = 8.0  # that the features may take, copies included
+    encode_batch: Count = 16  # videos
+    workers: Size = 2  # processes that decode
 
     def head(self, dim: int, classes: int) -> AttentiveHead:
         return AttentiveHead(dim, self.heads, classes)
@@ -102,6 +106,8 @@ def fit(protocol: Attentive, data: Labelled, groups: list[str], classes: int) ->
     scores: list[float] = []
     out = hold_out(data.label, groups, protocol.held_out, protocol.seed)
     if len(grid) > 1:
+        if not out.any():
+            raise UserError("no group of train can be held out to choose the head on; give one lr and one weight_decay")
         fitting, choosing = Labelled(data.tokens[~out], data.label[~out]), Labelled(data.tokens[out], data.label[out])
         for lr, decay in grid:
             head = train_head(protocol, fitting, classes, lr, decay)

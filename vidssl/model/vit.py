@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from timm.layers import Mlp
 from torch import Tensor, nn
 
+from vidssl.config import Count, Positive
 from vidssl.errors import UserError
 from vidssl.model.grid import POSITIONS, Grid, patchify, take
 
@@ -95,15 +96,15 @@ class Encoder(nn.Module):
         frames: int,
         height: int,
         width: int,
-        dim: int,
-        depth: int,
-        heads: int,
-        mlp_ratio: float = 4.0,
-        tubelet: int = 2,
-        patch: int = 16,
+        dim: Count,
+        depth: Count,
+        heads: Count,
+        mlp_ratio: Positive = 4.0,
+        tubelet: Count = 2,
+        patch: Count = 16,
         positions: Positions = "sincos_uniform",
         init: Init = "trunc_normal",
-        init_std: float = 0.02,
+        init_std: Positive = 0.02,
     ):
         """frames, height, width: of a clip, in frames and pixels; tubelet in frames, patch in pixels."""
         super().__init__()

@@ -7,11 +7,13 @@ mask says otherwise.
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
+from vidssl.config import Count, Positive, Range, Share
 from vidssl.draws import Draws
 from vidssl.errors import UserError
 from vidssl.model.grid import Grid, Mask
@@ -35,7 +37,7 @@ def hidden_count(n: int, ratio: float) -> int:
 class Random:
     """Tokens hidden at random over time and space. Source: MAE-ST (arXiv 2205.09113), section 3."""
 
-    ratio: float = 0.9  # fraction of tokens hidden
+    ratio: Share = 0.9  # fraction of tokens hidden
 
     def __call__(self, video: Tensor, grid: Grid, draws: Draws) -> list[Mask]:
         return [split(draws.rand(grid.n), grid.n - hidden_count(grid.n, self.ratio))]
@@ -45,7 +47,7 @@ class Random:
 class Tube:
     """The same places hidden in every time slice. Source: VideoMAE (arXiv 2203.12602), section 3.3."""
 
-    ratio: float = 0.9  # fraction of the places of a slice hidden
+    ratio: Share = 0.9  # fraction of the places of a slice hidden
 
     def __call__(self, video: Tensor, grid: Grid, draws: Draws) -> list[Mask]:
         places = grid.h * grid.w
@@ -61,8 +63,8 @@ class Future:
     What moves must be carried on, so unlike in the other masks the still background is the easy part.
     """
 
-    visible: float = 0.5  # fraction of the past's tokens that are context
-    past: int = 2  # fewest slices of the past
+    visible: Share = 0.5  # fraction of the past's tokens that are context
+    past: Count = 2  # fewest slices of the past
 
     def __call__(self, video: Tensor, grid: Grid, draws: Draws) -> list[Mask]:
         if not 1 <= self.past < grid.t:
@@ -78,8 +80,8 @@ class Future:
 class BlockGroup(NamedTuple):
     """`blocks` boxes, each over `scale` of a frame's area and the whole length of the clip; their union is hidden."""
 
-    blocks: int
-    scale: float
+    blocks: Count
+    scale: Positive
 
 
 @dataclass(frozen=True)
@@ -97,10 +99,10 @@ class Blocks:
       runs do. It drops the end of the clip, the more the larger the per-process batch.
     """
 
-    groups: tuple[BlockGroup, ...] = (BlockGroup(8, 0.15), BlockGroup(2, 0.7))
-    aspect: tuple[float, float] = (0.75, 1.5)
+    groups: Annotated[tuple[BlockGroup, ...], Field(min_length=1)] = (BlockGroup(8, 0.15), BlockGroup(2, 0.7))
+    aspect: Range = (0.75, 1.5)  # height over width
     truncate: Literal["random", "raster"] = "random"
-    floor: float = 0.05
+    floor: Annotated[float, Field(ge=0, lt=0.5)] = 0.05
 
     def __call__(self, video: Tensor, grid: Grid, draws: Draws) -> list[Mask]:
         return [self._mask(group, grid, draws) for group in self.groups]

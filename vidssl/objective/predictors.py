@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from vidssl.config import Amount, Count, Positive
 from vidssl.model.grid import POSITIONS, Mask, take
 from vidssl.model.vit import EPS, Block, Encoder, Init, Positions, check_heads, init_weights
 
@@ -10,7 +11,7 @@ from vidssl.model.vit import EPS, Block, Encoder, Init, Positions, check_heads, 
 class Token(nn.Module):
     """A learned vector at every hidden place; `groups` of them, one a mask kind (V-JEPA 2, VideoMAE 1)."""
 
-    def __init__(self, width: int, groups: int = 1, std: float = 0.02):
+    def __init__(self, width: int, groups: Count = 1, std: Amount = 0.02):
         """std: deviation of the start values (VideoMAE 0.02; V-JEPA starts at zero)."""
         super().__init__()
         self.tokens = nn.Parameter(torch.zeros(groups, width))
@@ -31,13 +32,13 @@ class Joint(nn.Module):
         self,
         encoder: Encoder,
         out: int,
-        width: int = 384,
-        depth: int = 4,
-        heads: int = 6,
+        width: Count = 384,
+        depth: Count = 4,
+        heads: Count = 6,
         embed_bias: bool = True,
         positions: Positions = "sincos_uniform",
         init: Init = "trunc_normal",
-        init_std: float = 0.02,
+        init_std: Positive = 0.02,
     ):
         """out: width K of the target; embed_bias: of the layer from encoder to predictor (VideoMAE has none)."""
         super().__init__()
