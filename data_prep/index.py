@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from data_prep.folder import EXTENSIONS
 from vidssl.errors import UserError
+from vidssl.files import replace
 
 VERSION = 1
 
@@ -46,32 +47,14 @@ def file_sha256(path: Path) -> str:
 
 
 def write_text(path: Path, lines: Iterable[str]) -> None:
-    """Whole or not at all: written beside, then renamed."""
-    beside = path.with_name(path.name + ".tmp")
-    with open(beside, "w", encoding="utf-8", newline="\n") as f:
-        f.writelines(line + "\n" for line in lines)
-    os.replace(beside, path)
+    """Whole or not at all."""
+    text = "".join(line + "\n" for line in lines)
+    replace(path, lambda beside: beside.write_bytes(text.encode()))
 
 
 def read_lines(path: Path) -> list[str]:
     """What write_text wrote. (str.splitlines would also cut at U+2028 and its like, which JSON leaves in names.)"""
     return path.read_text(encoding="utf-8").split("\n")[:-1]
-
-
-def check_out(out: Path) -> None:
-    """A folder that files can be written into, or can become one; asked before any work is done."""
-    at = next(p for p in (out.absolute(), *out.absolute().parents) if os.path.lexists(p))
-    if not os.path.isdir(at):
-        raise UserError(f"{out}: {at} is not a folder; choose another place")
-    if not os.access(at, os.W_OK | os.X_OK):
-        raise UserError(f"{out}: {at} cannot be written to; choose another place")
-
-
-def make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as e:  # a name that is too long, a file system that takes no folders
-        raise UserError(f"{folder}: cannot be made: {e.strerror}") from e
 
 
 def shard_entry(tar: Path, samples: int) -> dict:

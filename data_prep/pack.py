@@ -24,12 +24,10 @@ from tqdm import tqdm
 from data_prep.folder import Item, Source, read_source
 from data_prep.index import (
     Member,
-    check_out,
     class_lists,
     dumps,
     key_of,
     line_of,
-    make_folder,
     read_index,
     read_lines,
     shard_entry,
@@ -38,6 +36,7 @@ from data_prep.index import (
 )
 from data_prep.probe import Prober, Rejected
 from vidssl.errors import UserError, run_cli
+from vidssl.files import check_out, make_folder
 
 SHARD_BYTES = 1_000_000_000  # of source files; a shard is closed before it grows beyond that
 

@@ -26,8 +26,8 @@ import av
 import numpy as np
 from tqdm import tqdm
 
-from data_prep.index import check_out, make_folder
 from vidssl.errors import UserError, run_cli
+from vidssl.files import check_out, make_folder
 
 SIDE, FRAMES, FPS = 48, 24, 12  # pixels, frames, frames a second
 OBJECTS = 2  # at most

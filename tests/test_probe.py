@@ -121,7 +121,7 @@ def test_an_unreadable_test_video_is_an_error_or_counted_wrong_and_listed(run, s
         (["data.stride=-1"], "greater than or equal to 1"),
         (["data.stride=1", "data.fps=2"], "not both"),
         (["encoder=README.md"], "README.md: not a readable safetensors file"),
-        (["out=README.md/x"], "cannot be written"),
+        (["out=README.md/x"], "README.md is not a folder"),
     ],
 )
 def test_wrong_calls(wrong, words, run, synthetic_shards, tmp_path, monkeypatch):

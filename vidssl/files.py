@@ -17,10 +17,17 @@ def replace(path: Path, write: Callable[[Path], Any]) -> None:
     os.replace(beside, path)
 
 
-def check_out(folder: Path) -> None:
-    """The folder exists or can be made, and can be written: asked before any work is done."""
-    there = folder
-    while not there.exists() and there != there.parent:
-        there = there.parent
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise UserError(f"{folder}: cannot be written ({there} is {'not writable' if there.is_dir() else 'a file'})")
+def check_out(out: Path) -> None:
+    """A folder that files can be written into, or can become one; asked before any work is done."""
+    at = next(p for p in (out.absolute(), *out.absolute().parents) if os.path.lexists(p))
+    if not os.path.isdir(at):
+        raise UserError(f"{out}: {at} is not a folder; choose another place")
+    if not os.access(at, os.W_OK | os.X_OK):
+        raise UserError(f"{out}: {at} cannot be written to; choose another place")
+
+
+def make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:  # a name that is too long, a file system that takes no folders
+        raise UserError(f"{folder}: cannot be made: {e.strerror}") from e

@@ -61,6 +61,12 @@ class Log:
         self.bar.set_postfix(shown, refresh=False)
         self.bar.update()
 
+    def __enter__(self) -> "Log":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def close(self) -> None:
         self.file.close()
         self.bar.close()

@@ -24,7 +24,7 @@ from vidssl.errors import UserError, run_cli
 from vidssl.evaluation.features import Control, Features, View, extract
 from vidssl.evaluation.heads import PROTOCOLS, Attentive, Labelled, fit, predict, standardiser
 from vidssl.evaluation.metrics import accuracy, interval
-from vidssl.files import check_out, replace
+from vidssl.files import check_out, make_folder, replace
 from vidssl.zoo import Loaded, load_encoder
 
 
@@ -186,7 +186,7 @@ def main(argv: list[str]) -> None:
                 f"{label:12s} {control:9s} {row['accuracy']:6.2f} %  [{row['ci95'][0]}, {row['ci95'][1]}]"
             )
     if accelerator.is_main_process:
-        out.mkdir(parents=True, exist_ok=True)
+        make_folder(out)
         replace(out / "predictions.csv", lambda beside: write_csv(beside, predictions))
         report = {
             "results": results,

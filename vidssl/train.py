@@ -23,7 +23,7 @@ from vidssl.data.order import Order, check_split
 from vidssl.data.shards import Shards
 from vidssl.draws import Draws
 from vidssl.errors import UserError, run_cli
-from vidssl.files import check_out
+from vidssl.files import check_out, make_folder
 from vidssl.health import spread
 from vidssl.log import Log, batch_hash, hash_keys, note_bad
 from vidssl.model.vit import MODELS
@@ -57,7 +57,7 @@ class Efficiency:
 
     workers: Size = 2  # loader processes for each training process
     micro_batches: Count = 1  # parts in which a process runs its share of the batch (gradient accumulation)
-    precision: Literal["no", "bf16", "fp16"] = "no"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the forward pass
     cache_mb: Size = 0  # decoded frames each loader process may hold, in 2**20 bytes; for corpora that fit
     threads: Count | None = None  # of torch on the CPU, a process; None: torch's own choice
 
@@ -150,7 +150,8 @@ def main(argv: list[str]) -> None:
     if state:
         check_same_run(cfg, shards.hash, state, out)
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
-    accelerator = Accelerator(mixed_precision=eff.precision, cpu=not torch.cuda.is_available(), kwargs_handlers=[ddp])
+    mixed = "no" if eff.precision == "fp32" else eff.precision
+    accelerator = Accelerator(mixed_precision=mixed, cpu=not torch.cuda.is_available(), kwargs_handlers=[ddp])
     rank, world, main_process = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
     check_split(run.batch, run.lanes, world)
     if (share := run.batch // world) % eff.micro_batches:
@@ -173,53 +174,53 @@ def main(argv: list[str]) -> None:
         accelerator.scaler.load_state_dict(state["scaler"])
     log = None
     if main_process:
-        out.mkdir(parents=True, exist_ok=True)
+        make_folder(out)
         log = Log(out, start, run.steps)
         config.save(cfg, out / "config.yaml")
     accelerator.wait_for_everyone()
 
     order = Order(shards.counts, run.seed, run.lanes, run.window)
     clips = TrainClips(shards, order, data, config.build(cfg["augment"], AUGMENTS), eff.cache_mb << 20)
-    clock = time.perf_counter()
-    for step, batch in enumerate(train_batches(clips, start, run.steps, run.batch, rank, world, eff.workers), start):
-        waited = time.perf_counter() - clock
-        torch.manual_seed(run.seed + step * world + rank)  # whatever else draws is a function of the step, too
-        now = schedule(optim, step, run.steps)
-        set_schedule(optimizer, now)
-        optimizer.zero_grad()
-        parts = forward_backward(accelerator, model, batch, run.seed, step, eff.micro_batches)
-        norm = accelerator.clip_grad_norm_(model.parameters(), optim.clip_grad or float("inf"))
-        means = accelerator.reduce(torch.stack([*parts.values()]), "mean").tolist()
-        if not math.isfinite(means[0]) or (not accelerator.scaler and not math.isfinite(norm)):
-            raise UserError(
-                f"step {step + 1}: loss {means[0]}, gradient norm {float(norm)}; what was learned up to the last "
-                f"checkpoint is in {out}; a smaller optim.lr, a longer warm-up or optim.clip_grad may help"
-            )
-        optimizer.step()
-        if isinstance(objective.target, Ema):
-            objective.target.update(objective.encoder, now["momentum"])
-
-        done = step + 1
-        seen = accelerator.gather(torch.stack([batch.position, hash_keys(batch.key)], 1).to(accelerator.device))
-        bad = int(accelerator.reduce(torch.tensor(len(batch.bad), device=accelerator.device)))
-        took = time.perf_counter() - clock
+    batches = train_batches(clips, start, run.steps, run.batch, rank, world, eff.workers)
+    with log or contextlib.nullcontext():
         clock = time.perf_counter()
-        note_bad(out / "bad_samples.jsonl", done, batch.bad)
-        if log:
-            row: dict[str, Any] = {"step": done, **dict(zip(parts, means, strict=True)), **now}
-            row |= {"grad_norm": float(norm), "clips_per_s": run.batch / took, "wait": waited / took}
-            row |= {"keys": batch_hash(*seen.T), "bad": bad}
-            if done % run.health_every == 0 or done == run.steps:
-                row |= health(objective, batch.video)
-            log.write(row)
-            if done % run.save_every == 0 or done == run.steps:
-                scaler = accelerator.scaler.state_dict() if accelerator.scaler else None
-                parts_of_run = {"model": objective.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler}
-                # first the encoder: a finished run has one
-                save_encoders(out, objective, {**provenance, "step": done}, run.snapshots)
-                save_checkpoint(out / "checkpoints", done, {**parts_of_run, "provenance": provenance}, run.keep)
-    if log:
-        log.close()
+        for step, batch in enumerate(batches, start):
+            waited = time.perf_counter() - clock
+            torch.manual_seed(run.seed + step * world + rank)  # whatever else draws is a function of the step, too
+            now = schedule(optim, step, run.steps)
+            set_schedule(optimizer, now)
+            optimizer.zero_grad()
+            parts = forward_backward(accelerator, model, batch, run.seed, step, eff.micro_batches)
+            norm = accelerator.clip_grad_norm_(model.parameters(), optim.clip_grad or float("inf"))
+            means = accelerator.reduce(torch.stack([*parts.values()]), "mean").tolist()
+            if not math.isfinite(means[0]) or (not accelerator.scaler and not math.isfinite(norm)):
+                raise UserError(
+                    f"step {step + 1}: loss {means[0]}, gradient norm {float(norm)}; what was learned up to the last "
+                    f"checkpoint is in {out}; a smaller optim.lr, a longer warm-up or optim.clip_grad may help"
+                )
+            optimizer.step()
+            if isinstance(objective.target, Ema):
+                objective.target.update(objective.encoder, now["momentum"])
+
+            done = step + 1
+            seen = accelerator.gather(torch.stack([batch.position, hash_keys(batch.key)], 1).to(accelerator.device))
+            bad = int(accelerator.reduce(torch.tensor(len(batch.bad), device=accelerator.device)))
+            took = time.perf_counter() - clock
+            clock = time.perf_counter()
+            note_bad(out / "bad_samples.jsonl", done, batch.bad)
+            if log:
+                row: dict[str, Any] = {"step": done, **dict(zip(parts, means, strict=True)), **now}
+                row |= {"grad_norm": float(norm), "clips_per_s": run.batch / took, "wait": waited / took}
+                row |= {"keys": batch_hash(*seen.T), "bad": bad}
+                if done % run.health_every == 0 or done == run.steps:
+                    row |= health(objective, batch.video)
+                log.write(row)
+                if done % run.save_every == 0 or done == run.steps:
+                    # First the encoder: a finished run has one.
+                    save_encoders(out, objective, {**provenance, "step": done}, run.snapshots)
+                    state = {"model": objective.state_dict(), "optimizer": optimizer.state_dict()}
+                    state["scaler"] = accelerator.scaler.state_dict() if accelerator.scaler else None
+                    save_checkpoint(out / "checkpoints", done, {**state, "provenance": provenance}, run.keep)
     accelerator.end_training()
 
 
