@@ -6,7 +6,7 @@ import torch
 from vidssl.draws import Draws
 from vidssl.errors import UserError
 from vidssl.model.grid import Grid
-from vidssl.objective.masks import BlockGroup, Blocks, Random, Tube, hidden_places, kept_counts
+from vidssl.objective.masks import BlockGroup, Blocks, Future, Random, Tube, hidden_places, kept_counts
 
 GRIDS = [Grid(1, 2, 2), Grid(2, 2, 3), Grid(4, 4, 4), Grid(2, 7, 5), Grid(8, 14, 14)]
 MASKERS = [
@@ -43,13 +43,30 @@ def test_random_and_tube_counts():
     assert (places == places[:, :1]).all()
 
 
+@pytest.mark.parametrize("grid", [Grid(2, 2, 3), Grid(4, 4, 4), Grid(8, 3, 5)], ids=str)
+def test_future_hides_one_whole_slice_and_shows_only_what_came_before(grid):
+    places, ends = grid.h * grid.w, set()
+    for step in range(60):
+        (mask,) = Future(visible=0.5, past=1)(None, grid, Draws(0, step, torch.arange(3)))
+        now = int(mask.target[0, 0, 0]) // places
+        ends.add(now)
+        assert (mask.target == torch.arange(now * places, (now + 1) * places)).all()
+        assert mask.context.shape == (3, max(1, round(0.5 * now * places)))
+        assert (mask.context.diff(dim=1) > 0).all() and mask.context.max() < now * places
+        assert not mask.context[0].equal(mask.context[1]) or mask.context.shape[1] < 4
+    assert ends == set(range(1, grid.t))
+    for past in (grid.t, grid.t + 1):
+        with pytest.raises(UserError, match=f"must lie in 1..{grid.t - 1}"):
+            Future(past=past)(None, grid, Draws(0, 0, torch.arange(2)))
+
+
 def test_a_ratio_that_leaves_nothing_is_an_error():
     for ratio in (0.0, 0.1, 1.0):
         with pytest.raises(UserError, match="at least one"):
             Tube(ratio)(None, Grid(2, 2, 2), Draws(0, 0, torch.arange(2)))
 
 
-@pytest.mark.parametrize("masker", [Random(0.75), Tube(0.75), Blocks()], ids=lambda m: type(m).__name__)
+@pytest.mark.parametrize("masker", [Random(0.75), Tube(0.75), Future(), Blocks()], ids=lambda m: type(m).__name__)
 def test_a_sample_s_mask_does_not_depend_on_its_batch(masker):
     grid = Grid(4, 8, 8)
     together = masker(None, grid, Draws(7, 3, torch.arange(12)))
