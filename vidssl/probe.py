@@ -74,18 +74,23 @@ def label_sets(train: Shards, test: Shards, wanted: list[str] | None) -> list[st
     return wanted or have
 
 
+def class_of(sample: Sample, label: str) -> int:
+    """Number of the sample's class; -1: it does not carry the label."""
+    return sample.meta["labels"].get(label, -1)
+
+
 def labelled(shards: Shards, labels: list[str]) -> list[Sample]:
     """The samples that carry any of the labels; the others are not even read."""
-    return [s for s in shards.all() if any(s.meta["labels"].get(name, -1) >= 0 for name in labels)]
+    return [s for s in shards.all() if any(class_of(s, name) >= 0 for name in labels)]
 
 
 def select(features: Features, samples: list[Sample], label: str, device: torch.device) -> tuple[Labelled, list[int]]:
     """The samples that were read and carry the label, and their numbers."""
-    rows = [(i, n) for i, n in enumerate(features.read) if samples[n].meta["labels"].get(label, -1) >= 0]
+    rows = [(i, n) for i, n in enumerate(features.read) if class_of(samples[n], label) >= 0]
     if not rows:
         raise UserError(f"no sample has a label of '{label}'")
     tokens = features.tokens[[i for i, _ in rows]].to(device)
-    labels = torch.tensor([samples[n].meta["labels"][label] for _, n in rows], device=device)
+    labels = torch.tensor([class_of(samples[n], label) for _, n in rows], device=device)
     return Labelled(tokens, labels), [n for _, n in rows]
 
 
@@ -110,8 +115,8 @@ def evaluate(
     test, numbers = select(test_features, test_samples, label, device)
     predicted = predict(head, prepare(test.tokens), protocol.batch).argmax(1).tolist()
     guesses: dict[int, int] = dict(zip(numbers, predicted, strict=True))
-    asked = [n for n, s in enumerate(test_samples) if s.meta["labels"].get(label, -1) >= 0]
-    truth = [test_samples[n].meta["labels"][label] for n in asked]
+    asked = [n for n, s in enumerate(test_samples) if class_of(s, label) >= 0]
+    truth = [class_of(test_samples[n], label) for n in asked]
     right = np.array([guesses.get(n, -1) == t for n, t in zip(asked, truth, strict=True)])
     row = {
         "label": label,

@@ -14,9 +14,15 @@ from vidssl.model.vit import Encoder
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's; a clip is normalised with these on the device
 
 
+def colour_statistics(video: Tensor) -> tuple[Tensor, Tensor]:
+    """MEAN and STD, each f32 [3, 1, 1, 1], where the video is."""
+    mean, std = (torch.tensor(v, device=video.device).view(3, 1, 1, 1) for v in (MEAN, STD))
+    return mean, std
+
+
 def normalise(video: Tensor) -> Tensor:
     """u8 [B, 3, T, H, W] -> f32, ImageNet-normalised."""
-    mean, std = (torch.tensor(v, device=video.device).view(3, 1, 1, 1) for v in (MEAN, STD))
+    mean, std = colour_statistics(video)
     return (video.float() / 255 - mean) / std
 
 
@@ -34,7 +40,7 @@ class Pixels(nn.Module):
 
     @torch.no_grad()
     def forward(self, video: Tensor) -> Tensor:
-        mean, std = (torch.tensor(v, device=video.device).view(3, 1, 1, 1) for v in (MEAN, STD))
+        mean, std = colour_statistics(video)
         x = rearrange(patchify(video.float() * std + mean, self.tubelet, self.patch), "b n c u p q -> b n (u p q) c")
         if self.norm == "channel":
             x = (x - x.mean(2, keepdim=True)) / (x.var(2, keepdim=True).sqrt() + 1e-6)
