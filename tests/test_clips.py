@@ -84,6 +84,49 @@ def test_choose_one_frame_and_bad_arguments():
     assert segment_starts(1) == [0.5] and segment_starts(3) == [0, 0.5, 1]
 
 
+EVERY_4_27 = [0, 4, 8, 12, 17, 21, 25, 29, 34, 38, 42, 46, 51, 55, 59, 63]  # 0, 64/15, 128/15 ... 64, the last cut
+
+
+@pytest.mark.parametrize(
+    "n, start, want",
+    [
+        (100, 0.0, EVERY_4_27),
+        (100, 1.0, [35 + i for i in EVERY_4_27]),  # the window ends before the last frame, 99
+        (100, 0.5, [18 + i for i in EVERY_4_27]),
+        (65, 1.0, EVERY_4_27),  # one place only
+        (64, 1.0, EVERY_4_27),  # not longer than the window: 64 // 4 = 16 points over all of it
+        (63, 0.3, [0, 4, 9, 13, 18, 22, 27, 31, 36, 40, 45, 49, 54, 58, 62, 62]),  # 15 points, 63/14 = 4.5 apart
+        (20, 0.3, [0, 5, 10, 15] + [19] * 12),
+        (8, 0.3, [0] + [7] * 15),
+        (4, 0.3, [0] + [3] * 15),
+        (3, 0.3, [2] * 16),
+        (1, 0.3, [0] * 16),
+    ],
+)
+def test_reference_rule_by_stride(n, start, want):
+    got = choose(np.arange(n) / 25, 16, stride=4, start=start, rule="reference")
+    assert got.dtype == np.int64 and got.tolist() == want
+
+
+def test_reference_rule_reaches_every_start_equally():
+    starts = [
+        choose(np.arange(12) / 25, 4, stride=2, start=s, rule="reference")[0]
+        for s in np.linspace(0, 1, 4000, endpoint=False)
+    ]
+    assert np.bincount(starts).tolist() == [1000] * 4  # of the 5 windows of 8 frames, not the one with the last frame
+
+
+@pytest.mark.parametrize(
+    "rate, fps, stride",
+    [(30, 4, 7), (30000 / 1001, 4, 7), (24, 4, 6), (24000 / 1001, 4, 6), (25, 4, 6), (60, 4, 15), (7, 4, 1), (2, 4, 1)],
+)
+def test_reference_rule_by_rate_is_a_whole_stride(rate, fps, stride):
+    for times in (np.arange(300) / rate, np.round(np.arange(300) / rate, 3)):  # exact, and as Matroska stores them
+        got = choose(times, 16, fps=fps, start=0.6, rule="reference")
+        assert (got == choose(times, 16, stride=stride, start=0.6, rule="reference")).all()
+    assert choose(np.zeros(1), 16, fps=fps, start=0.6, rule="reference").tolist() == [0] * 16
+
+
 @pytest.mark.parametrize("decoder", ["pyav", "decord"])
 @pytest.mark.parametrize("options", [{"bf": "0"}, {"bf": "2", "g": "8"}, {"bf": "3", "g": "250"}], ids=str)
 def test_every_frame_is_the_one_asked_for(make_video, frame_index, decoder, options):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from data_prep import pack
-from vidssl.data.augment import CenterCrop, RandomCrop, scale
+from vidssl.data.augment import PLACES, CenterCrop, MultiScaleCrop, RandomCrop, scale
 from vidssl.data.loader import Data, FrameCache, Item, Tally, TrainClips, train_batches
 from vidssl.data.order import Order
 from vidssl.data.shards import Shards
@@ -19,9 +19,9 @@ from vidssl.errors import UserError
 HEIGHT, WIDTH = 120, 200
 
 
-def coordinates(frames: int = 5) -> np.ndarray:
-    """u8 [T, 120, 200, 3] whose channels are the column, the row and ten times the frame's number."""
-    y, x = np.mgrid[0:HEIGHT, 0:WIDTH]
+def coordinates(frames: int = 5, height: int = HEIGHT, width: int = WIDTH) -> np.ndarray:
+    """u8 [T, H, W, 3] whose channels are the column, the row and ten times the frame's number."""
+    y, x = np.mgrid[0:height, 0:width]
     return np.stack([np.stack([x, y, np.full_like(x, 10 * t)], -1) for t in range(frames)]).astype(np.uint8)
 
 
@@ -121,6 +121,57 @@ def test_random_crop_of_a_frame_too_long_for_its_ratios_takes_the_middle():
     assert abs(width - 30) < 1.5 and abs(height - 40) < 1.5 and abs(left) < 1.5 and abs(top - 40) < 1.5
 
 
+def test_multi_scale_crop_takes_neighbouring_scales_of_the_short_side():
+    assert MultiScaleCrop(224).pairs(240) == [  # 240, 210, 180 and 158.4 pixels
+        *((240, 240), (240, 210), (210, 240), (210, 210), (210, 180)),
+        *((180, 210), (180, 180), (180, 158), (158, 180), (158, 158)),
+    ]
+    assert MultiScaleCrop(224, max_distort=0).pairs(256)[:2] == [(256, 256), (224, 224)]
+    assert MultiScaleCrop(222, max_distort=0).pairs(256)[1] == (222, 222)  # 224 is near enough
+    assert MultiScaleCrop(221, max_distort=0).pairs(256)[1] == (224, 224)
+    assert MultiScaleCrop(224, max_distort=0).pairs(223)[0] == (223, 223)  # a frame has no more than it has
+    assert len(MultiScaleCrop(224, max_distort=3).pairs(320)) == 16
+    assert MultiScaleCrop(8).pairs(1) == [(1, 1)] * 10
+
+
+@pytest.mark.parametrize("height, width, across, down", [(120, 200, 35, 15), (200, 120, 15, 35), (121, 83, 5, 15)])
+def test_multi_scale_crop_stands_at_thirteen_places(height, width, across, down):
+    """across, down: a quarter of the room that a box of 60 pixels has, rounded down."""
+    frames, crop, seen = coordinates(5, height, width), MultiScaleCrop(60, scales=(60.5 / min(height, width),)), []
+    for seed in range(600):
+        clip = crop(frames, rng(seed))
+        assert clip.shape == (3, 5, 60, 60) and clip.dtype == torch.uint8 and clip.is_contiguous()
+        assert all(clip[:2, t].equal(clip[:2, 0]) for t in range(5))  # the same box for all frames
+        assert [clip[2, t].unique().tolist() for t in range(5)] == [[10 * t] for t in range(5)]
+        seen.append((int(clip[0, 0, 0, 0]), int(clip[1, 0, 0, 0])))
+    steps = [(x, y) for x in (0, 2, 4) for y in (0, 2, 4)] + [(1, 1), (3, 1), (1, 3), (3, 3)]
+    counts = [seen.count((x * across, y * down)) for x, y in steps]
+    assert len(PLACES) == 13 and sum(counts) == 600
+    assert sum((n - 600 / 13) ** 2 / (600 / 13) for n in counts) < 33  # chi-square, 12 degrees: p = 0.001
+
+
+def test_multi_scale_crop_draws_all_pairs_equally():
+    frames, crop = coordinates(1), MultiScaleCrop(32)
+    sides = np.array([box(crop(frames, rng(seed)))[:1:-1] for seed in range(600)])  # height, width
+    pairs = np.array(crop.pairs(HEIGHT))
+    assert len(pairs) == 10 and pairs.max() == 120 and pairs.min() == 79
+    off = np.abs(sides[:, None] - pairs).max(-1)
+    assert off.min(1).max() < 2  # pixels
+    counts = np.bincount(off.argmin(1), minlength=10)
+    assert ((counts - 60) ** 2 / 60).sum() < 27.9  # chi-square, 9 degrees: p = 0.001
+
+
+def test_multi_scale_crop_flips_only_if_asked_and_is_a_function_of_the_generator():
+    frames = coordinates(2)
+    assert not any(box(MultiScaleCrop(32)(frames, rng(s)))[2] < 0 for s in range(50))
+    plain, mirrored = MultiScaleCrop(32)(frames, rng(4)), MultiScaleCrop(32, flip=1.0)(frames, rng(4))
+    assert mirrored.flip(-1).equal(plain) and not plain.equal(MultiScaleCrop(32)(frames, rng(5)))
+    used, fresh = rng(1), rng(1)
+    MultiScaleCrop(32)(frames, used)
+    MultiScaleCrop(32)(np.zeros((2, 20, 400, 3), np.uint8), fresh)
+    assert used.uniform() == fresh.uniform()  # what is drawn does not depend on the frames
+
+
 def test_center_crop_is_the_middle_square():
     left, top, width, height = box(CenterCrop(60)(coordinates()))
     assert abs(left - 40) < 1.5 and abs(top) < 1.5 and abs(width - 120) < 1.5 and abs(height - 120) < 1.5
@@ -168,6 +219,24 @@ def test_a_sample_seen_again_is_cut_anew(train):
         of_key.setdefault(clips[g].key, []).append(clips[g])
     assert len(of_key) == 60 and all(len(items) == 3 for items in of_key.values())
     assert not any(a.video.equal(b.video) for a, b, _ in of_key.values())
+
+
+def test_the_rule_for_frames_reaches_the_clips(train, monkeypatch):
+    picked = []
+    pick = FrameCache.clip
+
+    def spy(self, sample, choice):
+        picked.append(choice(np.arange(40) / 25).tolist())
+        return pick(self, sample, choice)
+
+    monkeypatch.setattr(FrameCache, "clip", spy)
+    for rule in ("exact", "reference"):
+        for g in range(20):
+            make_clips(train, rule=rule, stride=3)[g]
+    exact, reference = picked[:20], picked[20:]
+    assert {tuple(np.diff(p)) for p in exact} == {(3, 3, 3)}
+    assert {tuple(np.diff(p)) for p in reference} == {(4, 4, 3)}  # 4 points over 12 frames, the last one cut
+    assert len({p[0] for p in exact}) > 5 and len({p[0] for p in reference}) > 5
 
 
 def fetch(clips: TrainClips, g: int) -> Item:

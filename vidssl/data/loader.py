@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from vidssl.config import Count, Names, Positive, Share
 from vidssl.data.augment import scale
-from vidssl.data.clips import choose
+from vidssl.data.clips import Rule, choose
 from vidssl.data.decoders import Video, open_video
 from vidssl.data.order import Order, batches
 from vidssl.data.shards import Sample, Shards
@@ -29,6 +29,7 @@ class Data:
     frames: Count  # in a clip
     stride: Count | None = None  # between them, in frames of the video
     fps: Positive | None = None  # or in frames a second; give one of the two
+    rule: Rule = "exact"  # how stride and fps are meant; "reference": as V-JEPA's loader does, for published recipes
     short_side: Count | None = None  # pixels; larger frames are scaled to it when decoded; None: as stored
     max_bad: Share = 0.05  # fraction of samples that may fail to decode before the run stops
 
@@ -115,7 +116,7 @@ class TrainClips(Dataset[Item]):
             place = self.order.replacement(g, attempt) if attempt else self.order.at(g)
             sample = self.shards.sample(*place)
             try:
-                frames = self.cache.clip(sample, lambda times: choose(times, d.frames, d.stride, d.fps, start))
+                frames = self.cache.clip(sample, lambda times: choose(times, d.frames, d.stride, d.fps, start, d.rule))
             except DecodeError as e:
                 bad.append((sample.key, e.reason))
                 continue
