@@ -1,36 +1,66 @@
 """Every method's YAML builds and gives the losses written in tests/losses/: a refactor leaves them as they are.
 
-After a change that is meant to move them: python tests/test_methods.py, and say why in the commit.
+After a change that is meant to move them: python tests/test_methods.py [NAME ...], and say why in the commit.
 """
 
+import re
 import sys
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import yaml
+from accelerate import Accelerator
 
 from vidssl import config
 from vidssl.draws import Draws
+from vidssl.exchange import save_run
+from vidssl.model.vit import MODELS
+from vidssl.objective.masks import MASKS
+from vidssl.objective.predictors import PREDICTORS
 from vidssl.objective.targets import Ema, normalise
-from vidssl.optim import Optim, make_optimizer, schedule, set_schedule
+from vidssl.optim import Optim, clip_gradients, make_optimizer, schedule, set_schedule
 from vidssl.train import SCHEMA, make_objective
 
 ROOT = Path(__file__).parents[1]
 METHODS = sorted(p.stem for p in (ROOT / "configs/method").glob("*.yaml"))
+PUBLISHED = [m for m in METHODS if not m.endswith("_tiny")]
 STEPS = 5
-SMALL = ["run.out=x", "run.steps=5", "run.batch=8", "data.train=x", "data.frames=8", "data.stride=1"]
-SMALL += ["augment.kind=center_crop", "augment.size=32", "optim.warmup=0", "optim.lr=1e-3"]
+RUN = ["run.out=x", f"run.steps={STEPS}", "run.batch=8", "data.train=x"]
+SMALL = ["data.stride=1", "augment.kind=center_crop", "augment.size=32", "optim.warmup=0", "optim.lr=1e-3"]
 SMALL += ["method.predictor.width=24", "method.predictor.depth=1", "method.predictor.heads=2"]
+SMALL += ["model.kind=vit", "model.dim=48", "model.depth=2", "model.heads=3", "model.patch=8"]
+
+
+def own(method: str) -> dict[str, Any]:
+    """The method's file as it stands."""
+    return yaml.safe_load((ROOT / f"configs/method/{method}.yaml").read_text())
+
+
+def small(method: str, *more: str) -> dict[str, Any]:
+    """The method's file at a tiny size: nothing but sizes and the start of its schedules is not the file's own."""
+    model = own(method).get("model", {})
+    fit = [f"data.frames={1 if model.get('tubelet') == 1 else 8}"]
+    fit += ["model.levels=[0,1]"] if "levels" in model else []
+    fit += ["method.context.warmup=[0,0]"] if "context" in own(method)["method"] else []
+    return config.load([str(ROOT / f"configs/method/{method}.yaml"), *RUN, *SMALL, *fit, *more], SCHEMA)
 
 
 def losses(method: str) -> list[float]:
     """Five steps of a tiny encoder on moving noise."""
-    model = ["model.kind=vit", "model.dim=48", "model.depth=2", "model.heads=3", "model.patch=8"]
-    cfg = config.load([str(ROOT / f"configs/method/{method}.yaml"), *SMALL, *model], SCHEMA)
-    objective, optim = make_objective(cfg), config.build(cfg["optim"], Optim)
-    optimizer = make_optimizer(objective, optim)
+    with tempfile.TemporaryDirectory() as folder:
+        given = []
+        if own(method)["method"]["target"]["kind"] == "teacher":
+            larger = small("vjepa2_1", "model.dim=64", "model.heads=4", "run.seed=1")
+            save_run(Path(folder), make_objective(larger), {"config": larger, "step": 0}, snapshot=False)
+            given = [f"method.target.path={folder}"]
+        cfg = small(method, *given)
+        objective, optim = make_objective(cfg), config.build(cfg["optim"], Optim)
+    optimizer, accelerator, frames = make_optimizer(objective, optim), Accelerator(), cfg["data"]["frames"]
     noise = torch.randint(0, 256, (8, 3, 1, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    video = torch.cat([noise.roll(t, -1) for t in range(8)], 2)
+    video = torch.cat([noise.roll(t, -1) for t in range(frames)], 2)
     out = []
     for step in range(STEPS):
         now = schedule(optim, step, STEPS)
@@ -38,6 +68,7 @@ def losses(method: str) -> list[float]:
         loss = objective(normalise(video), Draws(0, step, torch.arange(8) + 8 * step))["loss"]
         optimizer.zero_grad()
         loss.backward()
+        clip_gradients(accelerator, objective, optim, step)
         optimizer.step()
         if isinstance(objective.target, Ema):
             objective.target.update(objective.encoder, now["momentum"])
@@ -56,27 +87,21 @@ def test_golden_losses(method):
     assert golden[-1] < golden[0]
 
 
-def test_parameters_without_decay_are_biases_and_norms():
-    cfg = config.load([str(ROOT / "configs/method/videomae.yaml"), *SMALL, "model.kind=vit_tiny"], SCHEMA)
-    objective = make_objective(cfg)
-    optimizer = make_optimizer(objective, config.build(cfg["optim"], Optim))
-    plain = {id(p) for p in optimizer.param_groups[1]["params"]}
-    names = {n for n, p in objective.named_parameters() if id(p) in plain}
-    assert all(p.ndim <= 1 or n == "query.tokens" for n, p in objective.named_parameters() if n in names)
-    assert {"query.tokens", "encoder.norm.weight", "encoder.blocks.0.attn.qkv.bias"} <= names
-    decayed = sum(p.numel() for p in optimizer.param_groups[0]["params"])
-    assert decayed + sum(p.numel() for p in optimizer.param_groups[1]["params"]) == sum(
-        p.numel() for p in objective.parameters() if p.requires_grad
-    )
-
-
-def test_schedules():
-    o = Optim(lr=1.0, lr_start=0.1, lr_end=0.2, warmup=10, weight_decay=0.04, weight_decay_end=0.4, momentum=(0.9, 1.0))
-    assert schedule(o, 0, 110)["lr"] == pytest.approx(0.19)
-    assert schedule(o, 9, 110)["lr"] == schedule(o, 10, 110)["lr"] == pytest.approx(1.0)
-    assert schedule(o, 60, 110)["lr"] == pytest.approx(0.6)
-    assert schedule(o, 110, 110) == pytest.approx({"lr": 0.2, "weight_decay": 0.4, "momentum": 1.0})
-    assert schedule(o, 55, 110)["weight_decay"] == pytest.approx(0.22)
+@pytest.mark.parametrize("method", PUBLISHED)
+def test_the_files_that_a_header_names_make_the_whole_recipe(method):
+    path = ROOT / f"configs/method/{method}.yaml"
+    header = path.read_text().split("method:\n")[0]
+    named = re.findall(r"\b(?:model|data)/\w+\.yaml", header)
+    assert sorted(name.split("/")[0] for name in named) == ["data", "model"]
+    given = ["method.target.path=x"] if method == "vjepa2_1_distilled" else []
+    cfg = config.load([str(path), *(str(ROOT / "configs" / name) for name in named), *RUN, *given], SCHEMA)
+    size = cfg["augment"]["size"]
+    with torch.device("meta"):  # sizes only
+        encoder = config.build(cfg["model"], MODELS, frames=cfg["data"]["frames"], height=size, width=size)
+        config.build(cfg["method"]["predictor"], PREDICTORS, encoder=encoder, out=encoder.width)
+    mask = config.build(cfg["method"]["mask"], MASKS)
+    for m in mask(torch.empty(0), encoder.grid, Draws(0, 0, torch.arange(2))):
+        assert 0 < m.context.shape[1] < encoder.grid.n and 0 < m.target.shape[2] < encoder.grid.n
 
 
 if __name__ == "__main__":
