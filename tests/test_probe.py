@@ -15,7 +15,7 @@ from vidssl import probe
 from vidssl.errors import UserError
 from vidssl.evaluation.heads import Attentive, Labelled, fit, hold_out, standardiser
 from vidssl.evaluation.metrics import accuracy, interval
-from vidssl.zoo import load_encoder
+from vidssl.zoo.native import load_encoder
 
 ROOT = Path(__file__).parents[1]
 

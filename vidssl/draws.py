@@ -30,6 +30,7 @@ class Draws:
 
     def __init__(self, seed: int, step: int, positions: Tensor):
         """positions i64 [B]: places of the samples in the training stream."""
+        self.step = step
         at = torch.tensor(seed, device=positions.device)
         self.keys = mix(mix(at + GOLDEN) + positions)
         self.step_key = mix(mix(at - GOLDEN) + step)[None]

@@ -25,7 +25,8 @@ from vidssl.evaluation.features import Control, Features, View, extract
 from vidssl.evaluation.heads import PROTOCOLS, Attentive, Labelled, fit, predict, standardiser
 from vidssl.evaluation.metrics import accuracy, interval
 from vidssl.files import check_out, make_folder, replace
-from vidssl.zoo import Loaded, load_encoder
+from vidssl.objective.targets import normalise
+from vidssl.zoo.native import Loaded, load_encoder
 
 
 @dataclass(frozen=True)
@@ -54,11 +55,20 @@ SCHEMA: config.Schema = {
 
 def make_view(data: ProbeData, protocol: Attentive, loaded: Loaded, control: Control) -> View:
     """The clip the encoder was trained on, unless the configuration says otherwise."""
-    trained = loaded.about["config"]
+    model, trained = loaded.about["model"], loaded.about.get("config")
+    if model["height"] != model["width"]:
+        raise UserError(f"encoder: its clips are {model['height']} x {model['width']} px; a probe's are square")
     stride, fps = data.stride, data.fps
     if stride is None and fps is None:
-        stride, fps = trained["data"]["stride"], trained["data"]["fps"]
-    return View(trained["data"]["frames"], stride, fps, protocol.segments, trained["augment"]["size"], control)
+        if model["frames"] == 1:
+            stride = 1
+        elif trained is None:
+            raise UserError(
+                "a public checkpoint does not say how far apart its frames are: give data.stride or data.fps"
+            )
+        else:
+            stride, fps = trained["data"]["stride"], trained["data"]["fps"]
+    return View(model["frames"], stride, fps, protocol.segments, model["height"], control)
 
 
 def label_sets(train: Shards, test: Shards, wanted: list[str] | None) -> list[str]:
@@ -171,6 +181,11 @@ def main(argv: list[str]) -> None:
     patience = InitProcessGroupKwargs(timeout=timedelta(days=1))  # the others wait while the first trains heads
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[patience])
     encoder = loaded.encoder.to(accelerator.device)
+    pixels = loaded.about["pixels"]["mean"], loaded.about["pixels"]["std"]
+
+    def encode(video: torch.Tensor) -> torch.Tensor:
+        return encoder(normalise(video, pixels))
+
     results: list[dict[str, Any]] = []
     predictions: list[tuple[str, ...]] = []
     for control in protocol.controls:
@@ -178,7 +193,9 @@ def main(argv: list[str]) -> None:
         sets = {}
         for name, part in shards.items():
             options = (protocol.encode_batch, protocol.workers, protocol.memory_gb)
-            features = extract(encoder, part, samples[name], view, accelerator, *options)
+            features = extract(
+                lambda video: encoder(normalise(video, pixels)), part, samples[name], view, accelerator, *options
+            )
             check_readable(features, samples[name], protocol.allow_unreadable, name)
             sets[name] = samples[name], features
         if not accelerator.is_main_process:
@@ -196,7 +213,7 @@ def main(argv: list[str]) -> None:
         report = {
             "results": results,
             "encoder": {"path": cfg["encoder"], "random_init": cfg["random_init"], "sha256": weights_hash(encoder)},
-            "trained": {"step": loaded.about["step"], "data": loaded.about["data"]},
+            "trained": {k: loaded.about.get(k) for k in ("step", "data", "source")},
             "data": {name: part.hash for name, part in shards.items()},
             "seed": protocol.seed,
             "versions": {"vidssl": vidssl.__version__, "torch": str(torch.__version__)},

@@ -23,16 +23,16 @@ from vidssl.data.order import Order, check_split
 from vidssl.data.shards import Shards
 from vidssl.draws import Draws
 from vidssl.errors import UserError, run_cli
+from vidssl.exchange import save_run, start_from
 from vidssl.files import check_out, make_folder
 from vidssl.health import spread
 from vidssl.log import Log, batch_hash, hash_keys, note_bad
-from vidssl.model.vit import MODELS
+from vidssl.model.vit import MODELS, Blocks
 from vidssl.objective.masks import MASKS
-from vidssl.objective.objective import ERRORS, Objective
+from vidssl.objective.objective import ERRORS, ContextLoss, Objective
 from vidssl.objective.predictors import PREDICTORS, QUERIES
 from vidssl.objective.targets import TARGETS, Ema, normalise
-from vidssl.optim import Optim, make_optimizer, schedule, set_schedule
-from vidssl.zoo import evaluated, save_encoders
+from vidssl.optim import Optim, clip_gradients, make_optimizer, schedule, set_schedule
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ class Run:
     out: str  # folder
     steps: Count  # optimiser steps
     batch: Count  # clips a step, over all processes
+    init: str | None = None  # a checkpoint to start from: a run folder, or a public one
     seed: Size = 0
     lanes: Count = 8  # a multiple of every number of processes that may be used
     window: Count = 4096  # samples that are shuffled among themselves in a lane
@@ -58,6 +59,7 @@ class Efficiency:
     workers: Size = 2  # loader processes for each training process
     micro_batches: Count = 1  # parts in which a process runs its share of the batch (gradient accumulation)
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the forward pass
+    recompute: bool = False  # activations of the transformer blocks in the backward pass, instead of keeping them
     cache_mb: Size = 0  # decoded frames each loader process may hold, in 2**20 bytes; for corpora that fit
     threads: Count | None = None  # of torch on the CPU, a process; None: torch's own choice
 
@@ -69,6 +71,7 @@ SCHEMA: config.Schema = {
         "query": Part(QUERIES, ("width",)),
         "predictor": Part(PREDICTORS, ("encoder", "out")),
         "error": Part(ERRORS),
+        "context": Part(ContextLoss),
     },
     "model": Part(MODELS, ("frames", "height", "width")),
     "data": Part(Data),
@@ -90,9 +93,10 @@ def make_objective(cfg: dict[str, Any]) -> Objective:
     predictor = config.build(method["predictor"], PREDICTORS, encoder=encoder, out=target.width)
     query = config.build(method["query"], QUERIES, width=predictor.width)
     mask, error = config.build(method["mask"], MASKS), config.build(method["error"], ERRORS)
+    context = config.build(method["context"], ContextLoss)
     one = torch.zeros(1, 3, cfg["data"]["frames"], size, size)
     mask(one, encoder.grid, Draws(0, 0, torch.zeros(1, dtype=torch.int64)))  # a mask that cannot be is found here
-    return Objective(encoder, mask, target, query, predictor, error)
+    return Objective(encoder, mask, target, query, predictor, error, context)
 
 
 def check_same_run(cfg: dict[str, Any], data: str, state: dict[str, Any], out: Path) -> None:
@@ -130,7 +134,7 @@ def forward_backward(
 @torch.no_grad()
 def health(objective: Objective, video: torch.Tensor) -> dict[str, float]:
     """The spread of the features that will be evaluated, on the clips u8 [B, 3, T, H, W] of one process."""
-    encoder = evaluated(objective)
+    encoder = objective.evaluated
     features = encoder(normalise(video.to(next(encoder.parameters()).device)))
     return {f"health_{k}": v for k, v in spread(features, objective.encoder.grid.t).items()}
 
@@ -149,7 +153,8 @@ def main(argv: list[str]) -> None:
     start, state = 0, load_checkpoint(out / "checkpoints")
     if state:
         check_same_run(cfg, shards.hash, state, out)
-    ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
+    unused = cfg["model"]["image_tokenizer"]  # gets no gradient from videos
+    ddp = DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=unused)
     mixed = "no" if eff.precision == "fp32" else eff.precision
     accelerator = Accelerator(mixed_precision=mixed, cpu=not torch.cuda.is_available(), kwargs_handlers=[ddp])
     rank, world, main_process = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
@@ -158,6 +163,8 @@ def main(argv: list[str]) -> None:
         raise UserError(f"efficiency.micro_batches {eff.micro_batches} does not divide {share} clips a process")
 
     objective = make_objective(cfg)
+    if run.init and not state:
+        start_from(objective, cfg)
     optimizer = make_optimizer(objective, optim)
     provenance = {"config": cfg, "data": shards.hash, "vidssl": vidssl.__version__, "torch": str(torch.__version__)}
     if state:
@@ -166,9 +173,12 @@ def main(argv: list[str]) -> None:
         start = state["step"]
     if start == run.steps:
         if main_process and not (out / "encoder.safetensors").exists():
-            save_encoders(out, objective, {**provenance, "step": start}, snapshot=False)
+            save_run(out, objective, {**provenance, "step": start}, snapshot=False)
         accelerator.print(f"{out}: all {run.steps} steps are done")
         return
+    for module in objective.modules():
+        if isinstance(module, Blocks):
+            module.recompute = eff.recompute
     model, optimizer = accelerator.prepare(objective, optimizer)
     if state and accelerator.scaler is not None and state["scaler"]:
         accelerator.scaler.load_state_dict(state["scaler"])
@@ -191,7 +201,7 @@ def main(argv: list[str]) -> None:
             set_schedule(optimizer, now)
             optimizer.zero_grad()
             parts = forward_backward(accelerator, model, batch, run.seed, step, eff.micro_batches)
-            norm = accelerator.clip_grad_norm_(model.parameters(), optim.clip_grad or float("inf"))
+            norm = clip_gradients(accelerator, model, optim, step)
             means = accelerator.reduce(torch.stack([*parts.values()]), "mean").tolist()
             if not math.isfinite(means[0]) or (not accelerator.scaler and not math.isfinite(norm)):
                 raise UserError(
@@ -217,7 +227,7 @@ def main(argv: list[str]) -> None:
                 log.write(row)
                 if done % run.save_every == 0 or done == run.steps:
                     # First the encoder: a finished run has one.
-                    save_encoders(out, objective, {**provenance, "step": done}, run.snapshots)
+                    save_run(out, objective, {**provenance, "step": done}, run.snapshots)
                     state = {"model": objective.state_dict(), "optimizer": optimizer.state_dict()}
                     state["scaler"] = accelerator.scaler.state_dict() if accelerator.scaler else None
                     save_checkpoint(out / "checkpoints", done, {**state, "provenance": provenance}, run.keep)

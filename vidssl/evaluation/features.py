@@ -17,7 +17,6 @@ from vidssl.data.clips import choose, segment_starts
 from vidssl.data.decoders import open_video
 from vidssl.data.shards import Sample, Shards
 from vidssl.errors import DecodeError, UserError
-from vidssl.objective.targets import normalise
 
 Control = Literal["none", "shuffled"]
 
@@ -78,7 +77,7 @@ def extract(
     workers: int,
     limit_gb: float,
 ) -> Features:
-    """encoder: video f32 [B, 3, T, H, W] -> [B, N, D]. Each process encodes its share; all get the whole."""
+    """encoder: video u8 [B, 3, T, H, W] -> [B, N, D]. Each process encodes its share; all get the whole."""
     mine = list(range(accelerator.process_index, len(samples), accelerator.num_processes))
     loader = DataLoader(EvalClips(shards, samples, view), batch, sampler=mine, num_workers=workers, collate_fn=list)
     found: list[tuple[int, Tensor | str]] = []
@@ -87,7 +86,7 @@ def extract(
         good = [(n, clips) for n, clips in items if isinstance(clips, Tensor)]
         if good:
             video = torch.stack([clips for _, clips in good]).to(accelerator.device)
-            tokens = encoder(normalise(video.flatten(0, 1))).float().cpu()
+            tokens = encoder(video.flatten(0, 1)).float().cpu()
             tokens = tokens.unflatten(0, (len(good), -1)).flatten(1, 2)  # [b, segments * N, D]
             if not found:
                 check_memory(COPIES * tokens[0].numel() * 4 * len(samples) / 2**30, limit_gb)

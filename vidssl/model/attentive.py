@@ -1,10 +1,12 @@
-"""The attentive probe head of V-JEPA: one learned query that cross-attends to all tokens."""
+"""Heads over frozen tokens: V-JEPA's attentive head, and the mean of the tokens."""
 
 import torch
 from timm.layers import Mlp
 from torch import Tensor, nn
 
-from vidssl.model.vit import check_heads, init_weights
+from vidssl.model.vit import EPS, Block, Blocks, check_heads, init_weights
+
+HEAD_EPS = 1e-5  # of the LayerNorms of the attentive head
 
 
 class CrossAttention(nn.Module):
@@ -32,28 +34,49 @@ class CrossAttention(nn.Module):
 
 
 class AttentiveHead(nn.Module):
-    """tokens [B, N, D] -> logits [B, classes].
+    """tokens [B, N, D] -> logits [B, classes]: one learned query that cross-attends to all tokens.
 
-    Source: V-JEPA, src/models/attentive_pooler.py with depth 1 (norm on keys and values only, residual to the query,
-    MLP of width 4D, then a linear layer); checked against its outputs and loss.
+    depth 1 is V-JEPA's: norm on keys and values only, residual to the query, MLP of width 4D, then a linear layer.
+    With depth d, d - 1 self-attention blocks over all tokens come first (V-JEPA 2: depth 4).
+    Source: V-JEPA and V-JEPA 2, src/models/attentive_pooler.py; checked against outputs and loss of both.
     """
 
-    def __init__(self, dim: int, heads: int, classes: int):
+    def __init__(self, dim: int, heads: int, classes: int, depth: int = 1):
         super().__init__()
         check_heads(dim, heads)
+        self.blocks = Blocks(Block(dim, heads, eps=HEAD_EPS) for _ in range(depth - 1))
         self.query_tokens = nn.Parameter(torch.empty(1, 1, dim))
-        self.norm1 = nn.LayerNorm(dim, eps=1e-5)
+        self.norm1 = nn.LayerNorm(dim, eps=HEAD_EPS)
         self.xattn = CrossAttention(dim, heads)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-5)
+        self.norm2 = nn.LayerNorm(dim, eps=HEAD_EPS)
         self.mlp = Mlp(dim, 4 * dim)
         self.linear = nn.Linear(dim, classes)
         init_weights(self, "trunc_normal")
         nn.init.trunc_normal_(self.query_tokens, std=0.02)
+        self.blocks.rescale()
         with torch.no_grad():
-            self.mlp.fc2.weight.div_(2**0.5)  # the reference's depth rescale, first layer
+            self.mlp.fc2.weight.div_((2 * depth) ** 0.5)  # the reference's depth rescale, last layer
 
     def forward(self, tokens: Tensor) -> Tensor:
+        if len(self.blocks):
+            (tokens,) = self.blocks(tokens, None, [len(self.blocks) - 1])
         query = self.query_tokens.expand(len(tokens), -1, -1)
         query = query + self.xattn(query, self.norm1(tokens))
         query = query + self.mlp(self.norm2(query))
         return self.linear(query[:, 0])
+
+
+class MeanHead(nn.Module):
+    """tokens [B, N, D] -> logits [B, classes]: mean, LayerNorm, linear layer, as VideoMAE fine-tunes."""
+
+    def __init__(self, dim: int, classes: int, eps: float = EPS):
+        super().__init__()
+        self.norm = nn.LayerNorm(dim, eps=eps)
+        self.linear = nn.Linear(dim, classes)
+
+    def features(self, tokens: Tensor) -> Tensor:
+        """[B, D]: what the linear layer reads."""
+        return self.norm(tokens.mean(1))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.linear(self.features(tokens))

@@ -5,18 +5,49 @@ loss = mean over masks m of  weighted_mean error( predictor(encoder(video, m.con
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from vidssl.config import Amount, Size
 from vidssl.draws import Draws
+from vidssl.errors import UserError
 from vidssl.model.grid import Grid, Mask, take
 from vidssl.model.vit import Encoder
+from vidssl.objective.predictors import Prediction
+from vidssl.objective.targets import Ema
 
 ERRORS: dict[str, Callable[[], Callable[[Tensor, Tensor], Tensor]]] = {  # [B, M, Nt, K] x 2 -> [B, M, Nt]
     "l1": lambda: lambda got, want: (got - want).abs().mean(-1),
     "l2": lambda: lambda got, want: (got - want).square().mean(-1),
+    "smooth_l1": lambda: lambda got, want: nn.functional.smooth_l1_loss(got, want, reduction="none").mean(-1),
 }
+
+
+@dataclass(frozen=True)
+class ContextLoss:
+    """The error at the tokens that the encoder was given, added to the loss. Source: V-JEPA 2.1 (app/vjepa_2_1)."""
+
+    weight: Amount = 0.0  # 0: none; V-JEPA 2.1: 0.5
+    by_distance: bool = True  # each token's error times 1 / sqrt(its distance in tokens to the nearest target)
+    warmup: tuple[Size, Size] = (0, 0)  # the weight rises from 0 between these steps
+
+    def at(self, step: int) -> float:
+        """The weight at a step."""
+        first, last = self.warmup
+        return self.weight * min(1.0, max(0.0, (step - first) / (last - first))) if last > first else self.weight
+
+
+def nearness(mask: Mask, grid: Grid) -> Tensor:
+    """f32 [B, 1, Nc]: 1 / sqrt(distance of each context token to the nearest target), in tokens."""
+
+    def places(ids: Tensor) -> Tensor:
+        row = grid.h * grid.w
+        return torch.stack([ids // row, ids % row // grid.w, ids % grid.w], -1).float()
+
+    distance = torch.cdist(places(mask.context), places(mask.target.flatten(1)))
+    return distance.amin(-1).rsqrt()[:, None]
 
 
 class Objective(nn.Module):
@@ -30,22 +61,38 @@ class Objective(nn.Module):
         query: nn.Module,
         predictor: nn.Module,
         error: Callable[[Tensor, Tensor], Tensor],
+        context: ContextLoss | None = None,
     ):
         super().__init__()
         self.encoder, self.mask, self.target = encoder, mask, target
-        self.query, self.predictor, self.error = query, predictor, error
+        self.query, self.predictor, self.error, self.context = query, predictor, error, context or ContextLoss()
+        if bool(self.context.weight) != (getattr(predictor, "proj_context", None) is not None):
+            raise UserError("method.context.weight and method.predictor.context_head go together: give both or neither")
+
+    @property
+    def evaluated(self) -> Encoder:
+        """What evaluation uses: the momentum encoder where there is one (as V-JEPA does), else the trained one."""
+        return self.target.net if isinstance(self.target, Ema) else self.encoder
 
     def forward(self, video: Tensor, draws: Draws) -> dict[str, Tensor]:
+        grid = self.encoder.grid_of(video)
         want_all = self.target(video)  # [B, N, K]
-        masks = self.mask(video, self.encoder.grid, draws)
+        masks = self.mask(video, grid, draws)
         parts: dict[str, Tensor] = {}
+        weight = self.context.at(draws.step)
+        losses = []
         for i, m in enumerate(masks):
-            z = self.encoder(video, m.context)  # [B, Nc, D]
-            got = self.predictor(z, m, self.query(i))  # [B, M, Nt, K]
-            parts[f"loss_{i}"] = self.reduce(self.error(got.float(), take(want_all, m.target).float()), m)
+            z = self.encoder(video, m.context, full=True)  # [B, (1 +) Nc, levels * D]
+            got: Prediction = self.predictor(z, m, self.query(i), grid)
+            parts[f"loss_{i}"] = self.reduce(self.error(got.target.float(), take(want_all, m.target).float()), m)
+            losses.append(parts[f"loss_{i}"])
+            if got.context is not None:
+                error = self.error(got.context.float(), take(want_all, m.context)[:, None].float())
+                parts[f"context_{i}"] = (error * nearness(m, grid) if self.context.by_distance else error).mean()
+                losses[-1] = losses[-1] + weight * parts[f"context_{i}"]
             for name, ids in (("context", m.context), ("target", m.target[:, 0])):
-                parts[f"{name}_ratio_{i}"] = video.new_tensor(ids.shape[1] / self.encoder.grid.n)
-        return {"loss": torch.stack([parts[f"loss_{i}"] for i in range(len(masks))]).mean(), **parts}
+                parts[f"{name}_ratio_{i}"] = video.new_tensor(ids.shape[1] / grid.n)
+        return {"loss": torch.stack(losses).mean(), **parts}
 
     @staticmethod
     def reduce(error: Tensor, mask: Mask) -> Tensor:

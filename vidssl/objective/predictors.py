@@ -1,11 +1,15 @@
 """Queries and predictors: what stands at a hidden place, and the network that turns it into a prediction."""
 
+from typing import Literal, NamedTuple
+
 import torch
 from torch import Tensor, nn
 
 from vidssl.config import Amount, Count, Positive
-from vidssl.model.grid import POSITIONS, Mask, take
-from vidssl.model.vit import EPS, Block, Encoder, Init, Positions, check_heads, init_weights
+from vidssl.errors import UserError
+from vidssl.model.grid import Grid, Mask
+from vidssl.model.positions import Position, Positions
+from vidssl.model.vit import EPS, Block, Blocks, Encoder, Feedforward, Init, check_heads, init_weights
 
 
 class Token(nn.Module):
@@ -23,10 +27,15 @@ class Token(nn.Module):
         return self.tokens[index % len(self.tokens)]
 
 
+class Prediction(NamedTuple):
+    """What a predictor says."""
+
+    target: Tensor  # [B, M, Nt, K]
+    context: Tensor | None  # [B, M, Nc, K], of predictors with a head for the tokens that the encoder was given
+
+
 class Joint(nn.Module):
     """Context and queries attend to one another in a narrow ViT (VideoMAE's decoder, V-JEPA's predictor)."""
-
-    pos_embed: Tensor
 
     def __init__(
         self,
@@ -35,32 +44,69 @@ class Joint(nn.Module):
         width: Count = 384,
         depth: Count = 4,
         heads: Count = 6,
+        mlp_ratio: Positive = 4.0,
+        mlp: Feedforward = "gelu",
         embed_bias: bool = True,
         positions: Positions = "sincos_uniform",
+        rope_grid: Count | None = None,
+        class_token: Literal["none", "own", "encoder"] = "none",
+        modality: bool = False,
+        context_head: bool = False,
+        eps: Positive = EPS,
         init: Init = "trunc_normal",
         init_std: Positive = 0.02,
+        depth_rescale: bool = False,
     ):
-        """out: width K of the target; embed_bias: of the layer from encoder to predictor (VideoMAE has none)."""
+        """out: width K of the target; embed_bias: of the layer from encoder to predictor (VideoMAE has none).
+
+        class_token: one of its own (MAE-ST), or the encoder's, embedded (MAE). modality: an added vector tells images
+        from videos; context_head: the encoder's tokens are predicted too, by a second head (both V-JEPA 2.1). Of an
+        encoder with several levels the embedding is an MLP (V-JEPA 2.1).
+        """
         super().__init__()
         check_heads(width, heads)
+        if class_token == "encoder" and encoder.class_token is None:
+            raise UserError("method.predictor.class_token: encoder needs model.class_token: true")
         self.width = width
-        self.embed = nn.Linear(encoder.dim, width, bias=embed_bias)
-        self.register_buffer("pos_embed", POSITIONS[positions](encoder.grid, width)[None], persistent=False)
-        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
-        self.norm = nn.LayerNorm(width, eps=EPS)
+        self.skip = int(encoder.class_token is not None and class_token != "encoder")
+        self.embed: nn.Module = nn.Linear(encoder.dim, width, bias=embed_bias)
+        if encoder.width > encoder.dim:
+            self.embed = nn.Sequential(nn.Linear(encoder.width, encoder.dim), nn.GELU(), self.embed)
+        self.positions = Position(positions, encoder.grid, width, heads, rope_grid)
+        if class_token != "none" and positions.startswith("rope"):
+            raise UserError("method.predictor.class_token has no place, so it does not go with rotary positions")
+        self.class_token = nn.Parameter(0.02 * torch.randn(width)) if class_token == "own" else None
+        self.modality = nn.Parameter(1e-6 * torch.randn(2, width)) if modality else None  # of videos, of images
+        self.blocks = Blocks(Block(width, heads, mlp_ratio, mlp, eps) for _ in range(depth))
+        self.norm = nn.LayerNorm(width, eps=eps)
         self.proj = nn.Linear(width, out)
+        self.proj_context = nn.Linear(width, out) if context_head else None
         init_weights(self, init, init_std)
+        if depth_rescale:
+            self.blocks.rescale()
 
-    def forward(self, z: Tensor, mask: Mask, query: Tensor) -> Tensor:
-        """z [B, Nc, D], query [width] or [B, M, Nt, width] -> [B, M, Nt, K]; each target group is predicted alone."""
-        groups = mask.target.shape[1]
-        pos = self.pos_embed.expand(len(z), -1, -1)
-        context = (self.embed(z) + take(pos, mask.context)).repeat_interleave(groups, 0)  # [B*M, Nc, width]
-        queries = (query + take(pos, mask.target)).flatten(0, 1)  # [B*M, Nt, width]
-        x = torch.cat([context, queries.to(context.dtype)], 1)
-        for block in self.blocks:
-            x = block(x)
-        return self.proj(self.norm(x[:, context.shape[1] :])).unflatten(0, (-1, groups))
+    def forward(self, z: Tensor, mask: Mask, query: Tensor, grid: Grid) -> Prediction:
+        """z [B, (1 +) Nc, D], query [width] or [B, M, Nt, width]; each target group is predicted alone."""
+        x, count = self.tokens(z, mask, query, grid)
+        target = self.proj(x[:, :, count:])
+        return Prediction(target, self.proj_context(x[:, :, :count]) if self.proj_context else None)
+
+    def tokens(self, z: Tensor, mask: Mask, query: Tensor, grid: Grid) -> tuple[Tensor, int]:
+        """-> normed tokens [B, M, Nc + Nt, width], context first, and Nc."""
+        groups, count = mask.target.shape[1], mask.context.shape[1]
+        z = self.embed(z[:, self.skip :])
+        special, z = z[:, :-count], z[:, -count:]
+        if self.class_token is not None:
+            special = self.class_token.expand(len(z), 1, -1).to(z.dtype)
+        queries = query + self.positions.added(grid, mask.target)
+        queries = queries.expand(*mask.target.shape, -1).to(z.dtype).flatten(0, 1)  # [B*M, Nt, width]
+        context = torch.cat([special, z + self.positions.added(grid, mask.context)], 1).repeat_interleave(groups, 0)
+        x = torch.cat([context, queries], 1)
+        if self.modality is not None:
+            x = x + self.modality[int(grid.t == 1)]
+        ids = torch.cat([mask.context.repeat_interleave(groups, 0), mask.target.flatten(0, 1)], 1)
+        (x,) = self.blocks(x, self.positions.turn(grid, ids, x.device), [len(self.blocks) - 1])
+        return self.norm(x[:, special.shape[1] :]).unflatten(0, (-1, groups)), count
 
 
 QUERIES = {"token": Token}

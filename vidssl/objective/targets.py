@@ -1,6 +1,7 @@
 """Targets: what is predicted at a token. A target maps the whole clip to [B, N, K]; `width` is K."""
 
 import copy
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -8,59 +9,87 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from vidssl.config import Count
+from vidssl.errors import UserError
 from vidssl.model.grid import patchify
 from vidssl.model.vit import Encoder
+from vidssl.zoo.native import load_encoder
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's; a clip is normalised with these on the device
 
 
-def colour_statistics(video: Tensor) -> tuple[Tensor, Tensor]:
-    """MEAN and STD, each f32 [3, 1, 1, 1], where the video is."""
-    mean, std = (torch.tensor(v, device=video.device).view(3, 1, 1, 1) for v in (MEAN, STD))
+def colour_statistics(video: Tensor, pixels: Sequence[Sequence[float]] = (MEAN, STD)) -> tuple[Tensor, Tensor]:
+    """Mean and deviation, each f32 [3, 1, 1, 1], where the video is."""
+    mean, std = (torch.tensor(v, device=video.device).view(3, 1, 1, 1) for v in pixels)
     return mean, std
 
 
-def normalise(video: Tensor) -> Tensor:
-    """u8 [B, 3, T, H, W] -> f32, ImageNet-normalised."""
-    mean, std = colour_statistics(video)
+def normalise(video: Tensor, pixels: Sequence[Sequence[float]] = (MEAN, STD)) -> Tensor:
+    """u8 [B, 3, T, H, W] -> f32, with the mean and deviation of each colour taken out."""
+    mean, std = colour_statistics(video, pixels)
     return (video.float() / 255 - mean) / std
 
 
 class Pixels(nn.Module):
-    """The pixels of a patch, in (frame, row, column, colour) order; K = tubelet * patch * patch * 3.
+    """The pixels of a patch, in (frame, row, column, colour) order; K = frames * patch * patch * 3.
 
     norm "channel": every colour of a patch has mean 0 and (unbiased) deviation 1, as in VideoMAE
-    (engine_for_pretraining.py; epsilon 1e-6 outside the root); "none": pixels in [0, 1].
+    (engine_for_pretraining.py; epsilon 1e-6 outside the root); "patch": all of a patch together, as in MAE and MAE-ST
+    (models_mae.py; epsilon inside the root); "none". space: pixels in [0, 1] ("rgb", VideoMAE) or as the encoder gets
+    them ("normalised", MAE and MAE-ST). per_tubelet: frames of each tubelet that are to be predicted, evenly chosen
+    over the clip (MAE-ST: 1 of 2); None: all.
     """
 
-    def __init__(self, encoder: Encoder, norm: Literal["channel", "none"] = "channel"):
+    def __init__(
+        self,
+        encoder: Encoder,
+        norm: Literal["channel", "patch", "none"] = "channel",
+        space: Literal["rgb", "normalised"] = "rgb",
+        per_tubelet: Count | None = None,
+    ):
         super().__init__()
-        self.tubelet, self.patch, self.norm = encoder.tubelet, encoder.patch, norm
-        self.width = 3 * encoder.tubelet * encoder.patch**2
+        self.tubelet, self.patch, self.norm, self.space = encoder.tubelet, encoder.patch, norm, space
+        self.frames = per_tubelet or encoder.tubelet
+        if self.frames > encoder.tubelet:
+            raise UserError(f"method.target.per_tubelet: {self.frames} of {encoder.tubelet} frames")
+        self.width = 3 * self.frames * encoder.patch**2
 
     @torch.no_grad()
     def forward(self, video: Tensor) -> Tensor:
-        mean, std = colour_statistics(video)
-        x = rearrange(patchify(video.float() * std + mean, self.tubelet, self.patch), "b n c u p q -> b n (u p q) c")
+        if self.space == "rgb":
+            mean, std = colour_statistics(video)
+            video = video.float() * std + mean
+        if self.frames < self.tubelet:
+            count = video.shape[2] // self.tubelet * self.frames
+            video = video[:, :, torch.linspace(0, video.shape[2] - 1, count).long()]
+        x = rearrange(patchify(video, self.frames, self.patch), "b n c u p q -> b n (u p q) c")
         if self.norm == "channel":
             x = (x - x.mean(2, keepdim=True)) / (x.var(2, keepdim=True).sqrt() + 1e-6)
+        elif self.norm == "patch":
+            x = (x - x.mean((2, 3), keepdim=True)) / (x.var((2, 3), keepdim=True) + 1e-6).sqrt()
         return x.flatten(2)
 
 
-class Ema(nn.Module):
-    """Layer-normed features of a momentum encoder that sees the whole clip; K = the encoder's width.
+def level_norm(features: Tensor, dim: int) -> Tensor:
+    """[B, N, levels * dim], every level layer-normed by itself, without weights."""
+    return F.layer_norm(features.unflatten(-1, (-1, dim)), (dim,)).flatten(2)
 
-    Source: V-JEPA (arXiv 2404.08471), section 3.1, app/vjepa/train.py.
+
+class Ema(nn.Module):
+    """Layer-normed features of a momentum encoder that sees the whole clip; K = the encoder's width, all its levels.
+
+    Source: V-JEPA (arXiv 2404.08471), section 3.1, app/vjepa/train.py; levels: V-JEPA 2.1, app/vjepa_2_1/train.py.
     """
 
     def __init__(self, encoder: Encoder):
         super().__init__()
         self.net = copy.deepcopy(encoder).requires_grad_(False)
-        self.width = encoder.dim
+        self.width = encoder.width
 
     @torch.no_grad()
     def forward(self, video: Tensor) -> Tensor:
-        return F.layer_norm(self.net(video), (self.width,))
+        features = self.net(video, full=True)
+        return level_norm(features[:, int(self.net.class_token is not None) :], self.net.dim)
 
     @torch.no_grad()
     def update(self, encoder: Encoder, momentum: float) -> None:
@@ -68,4 +97,28 @@ class Ema(nn.Module):
         torch._foreach_lerp_(list(self.net.parameters()), list(encoder.parameters()), 1 - momentum)
 
 
-TARGETS = {"pixels": Pixels, "ema": Ema}
+class Teacher(nn.Module):
+    """Layer-normed last features of a frozen, larger encoder: distillation (V-JEPA 2.1's ViT-B and ViT-L).
+
+    The teacher is read from `path` at every start and is not part of the checkpoints. It must cut a clip into the same
+    tokens.
+    """
+
+    def __init__(self, encoder: Encoder, path: str):
+        super().__init__()
+        net = load_encoder(path).encoder
+        if (net.tubelet, net.patch) != (encoder.tubelet, encoder.patch):
+            raise UserError(
+                f"method.target.path: {path} cuts tokens of {net.tubelet} frames x {net.patch} px, this model of "
+                f"{encoder.tubelet} x {encoder.patch}"
+            )
+        self.hidden = [net]  # in a list, so that it is no sub-module
+        self.width = net.dim
+
+    @torch.no_grad()
+    def forward(self, video: Tensor) -> Tensor:
+        self.hidden[0] = self.hidden[0].to(video.device)
+        return level_norm(self.hidden[0](video), self.width)
+
+
+TARGETS = {"pixels": Pixels, "ema": Ema, "teacher": Teacher}

@@ -1,0 +1,49 @@
+"""A checkpoint in another format.
+
+python tools/convert.py SRC DST --to native|hf [--video FRAMES] [key=value ...]
+
+SRC: a public checkpoint (V-JEPA, V-JEPA 2 and 2.1, VideoMAE and V2, MAE-ST, MAE, I-JEPA, a Hugging Face folder of
+videomae, vjepa2, ijepa or vit_mae, a ViT of timm) or a run folder. DST: a new folder. --video: an image encoder becomes
+the start of a video encoder. key=value: what the file does not say (heads=16 predictor_heads=12 frames=16 height=224
+width=224 positions=rope eps=1e-6).
+"""
+
+import argparse
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from vidssl.errors import UserError, run_cli
+from vidssl.files import check_out, make_folder
+from vidssl.zoo import native
+from vidssl.zoo.export import save_hf
+
+
+def main(argv: list[str]) -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("src")
+    p.add_argument("dst", type=Path)
+    p.add_argument("--to", choices=("native", "hf"), default="native")
+    p.add_argument("--video", type=int, metavar="FRAMES")
+    p.add_argument("given", nargs="*", metavar="key=value")
+    a = p.parse_args(argv)
+    if bad := [item for item in a.given if "=" not in item]:
+        p.error(f"'{bad[0]}' is not key=value")
+    if a.dst.exists() and (not a.dst.is_dir() or any(a.dst.iterdir())):
+        raise UserError(f"{a.dst}: is there already; give a new folder")
+    check_out(a.dst)
+    found, about = native.read(a.src, **OmegaConf.to_container(OmegaConf.from_dotlist(a.given)))
+    if a.video:
+        found = native.as_video(found, a.video, tubelet=2)
+    if a.to == "hf":
+        print(f"{a.dst}: transformers.{save_hf(a.dst, found)}.from_pretrained('{a.dst}')")
+    else:
+        make_folder(a.dst)
+        native.save(a.dst, found, {**about, "source": found.format})
+        print(f"{a.dst}: {found.format}, " + ", ".join(f"{k} {v}" for k, v in found.model.items()))
+    if found.unused:
+        print(f"not needed: {', '.join(found.unused)}")
+
+
+if __name__ == "__main__":
+    run_cli(main)
