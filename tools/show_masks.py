@@ -1,6 +1,7 @@
 """A picture of masks on a clip: what the encoder of each method sees, and what it must predict.
 
 python tools/show_masks.py RUN [RUN ...] OUT.png      RUN: folders written by vidssl/train.py
+python tools/show_masks.py --kinds OUT.png            every kind of mask with its defaults, on a blank clip
 """
 
 import argparse
@@ -25,10 +26,11 @@ from vidssl.objective.masks import MASKS
 
 
 def paint(video: np.ndarray, mask: Mask, grid: Grid) -> list[np.ndarray]:
-    """video u8 [T, H, W, 3] and a mask of one sample -> two rows: the context, and the targets."""
+    """video u8 [T, H, W, 3] and a mask of one sample -> two rows: the context, and the targets that count."""
     frames, height, width = video.shape[:3]
     rows = []
-    for ids in (mask.context[0], mask.target[0].flatten()):
+    target = mask.target[0] if mask.weight is None else mask.target[0][mask.weight[0] > 0]
+    for ids in (mask.context[0], target.flatten()):
         shown = torch.zeros(grid.n, dtype=torch.bool)
         shown[ids] = True
         up = shown.reshape(grid).numpy().repeat(frames // grid.t, 0)
@@ -60,6 +62,21 @@ def show(runs: list[Path], out: Path) -> None:
         for i, mask in enumerate(config.build(cfg["method"]["mask"], MASKS)(item.video[None], grid, draws)):
             context, target = paint(video, mask, grid)
             rows += [(f"{run.name}\nmask {i + 1}\ncontext", context), (f"{run.name}\nmask {i + 1}\ntarget", target)]
+    draw(rows, out)
+
+
+def show_kinds(out: Path, grid: Grid = Grid(4, 8, 8), pixels: int = 8) -> None:
+    """Every kind with its defaults on a blank clip of one frame a time slice."""
+    video, rows = np.full((grid.t, grid.h * pixels, grid.w * pixels, 3), 60, np.uint8), []
+    for kind, masker in MASKS.items():
+        for mask in masker()(None, grid, Draws(0, 0, torch.tensor([0]))):
+            context, target = paint(video, mask, grid)
+            rows += [(f"{kind}\ncontext", context), ("target", target)]
+    draw(rows, out)
+
+
+def draw(rows: list[tuple[str, np.ndarray]], out: Path) -> None:
+    """Named pictures, one below the other."""
     figure, axes = plt.subplots(len(rows), 1, figsize=(10, 1.35 * len(rows)))
     for axis, (name, picture) in zip(np.atleast_1d(axes), rows, strict=True):
         axis.imshow(picture, interpolation="nearest")
@@ -73,7 +90,13 @@ def show(runs: list[Path], out: Path) -> None:
 
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    p.add_argument("runs", nargs="+", type=Path)
+    p.add_argument("runs", nargs="*", type=Path)
     p.add_argument("out", type=Path)
+    p.add_argument("--kinds", action="store_true", help="every kind of mask with its defaults, on a blank clip")
     a = p.parse_args()
-    show(a.runs, a.out)
+    if bool(a.runs) == a.kinds:
+        p.error("give either runs or --kinds")
+    if a.kinds:
+        show_kinds(a.out)
+    else:
+        show(a.runs, a.out)

@@ -2,21 +2,19 @@
 
 A masker is called with (video, grid, draws) and returns a list of masks; a method with two mask kinds (V-JEPA) returns
 two. All samples of a batch have equal counts, and every sample's mask is a function of its own key alone, save where a
-mask says otherwise.
+mask says otherwise. An image is a grid of one time slice.
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Annotated, Literal, NamedTuple
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from vidssl.config import Count, Positive, Range, Share
+from vidssl.config import Count, Share
 from vidssl.draws import Draws
 from vidssl.errors import UserError
 from vidssl.model.grid import Grid, Mask
+from vidssl.objective.blocks import Block, Blocks, MultiBlock, chosen_ids
 
 
 def split(score: Tensor, keep: int) -> Mask:
@@ -25,12 +23,17 @@ def split(score: Tensor, keep: int) -> Mask:
     return Mask(order[:, :keep].sort(1)[0], order[:, keep:].sort(1)[0][:, None])
 
 
-def hidden_count(n: int, ratio: float) -> int:
-    """int(ratio * n), as VideoMAE counts; at least one token on each side, or an error."""
+def hidden_count(n: int, ratio: float, what: str) -> int:
+    """int(ratio * n), as VideoMAE counts; at least one of `what` on each side, or an error."""
     hidden = int(ratio * n)
     if not 0 < hidden < n:
-        raise UserError(f"method.mask.ratio: {ratio} of {n} tokens hides {hidden}; at least one must stay on each side")
+        raise UserError(f"method.mask.ratio: {ratio} of {n} {what} hides {hidden}; at least one must stay on each side")
     return hidden
+
+
+def ranks(draws: Draws, n: int) -> Tensor:
+    """i64 [B, n]: a random order of n things for each sample."""
+    return draws.rand(n).argsort(dim=1, stable=True).argsort(dim=1, stable=True)
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class Random:
     ratio: Share = 0.9  # fraction of tokens hidden
 
     def __call__(self, video: Tensor, grid: Grid, draws: Draws) -> list[Mask]:
-        return [split(draws.rand(grid.n), grid.n - hidden_count(grid.n, self.ratio))]
+        return [split(draws.rand(grid.n), grid.n - hidden_count(grid.n, self.ratio, "tokens"))]
 
 
 @dataclass(frozen=True)
@@ -51,9 +54,29 @@ class Tube:
 
     def __call__(self, video: Tensor, grid: Grid, draws: Draws) -> list[Mask]:
         places = grid.h * grid.w
-        rank = draws.rand(places).argsort(dim=1, stable=True).argsort(dim=1, stable=True)
-        visible = places - hidden_count(places, self.ratio)
-        return [split(rank.repeat(1, grid.t), visible * grid.t)]
+        visible = places - hidden_count(places, self.ratio, "places")
+        return [split(ranks(draws, places).repeat(1, grid.t), visible * grid.t)]
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Whole time slices hidden. Source: VideoMAE (arXiv 2203.12602), the ablation of masks, "frame": 7 of 8 slices."""
+
+    ratio: Share = 0.875  # fraction of the slices hidden
+
+    def __call__(self, video: Tensor, grid: Grid, draws: Draws) -> list[Mask]:
+        places = grid.h * grid.w
+        visible = grid.t - hidden_count(grid.t, self.ratio, "time slices")
+        return [split(ranks(draws, grid.t).repeat_interleave(places, 1), visible * places)]
+
+
+def past_slices(fewest: int, grid: Grid, draws: Draws) -> int:
+    """How many slices are the past: `fewest` to all but one, drawn once a step."""
+    if grid.t < 2:
+        raise UserError("method.mask.kind: this mask needs a clip of two or more time slices, not an image")
+    if not 1 <= fewest < grid.t:
+        raise UserError(f"method.mask.past: {fewest} must lie in 1..{grid.t - 1}, the clip has {grid.t} slices")
+    return fewest + int(draws.shared(1) * (grid.t - fewest))
 
 
 @dataclass(frozen=True)
@@ -67,92 +90,106 @@ class Future:
     past: Count = 2  # fewest slices of the past
 
     def __call__(self, video: Tensor, grid: Grid, draws: Draws) -> list[Mask]:
-        if not 1 <= self.past < grid.t:
-            raise UserError(f"method.mask.past: {self.past} must lie in 1..{grid.t - 1}, the clip has {grid.t} slices")
-        places = grid.h * grid.w
-        now = self.past + int(draws.shared(1) * (grid.t - self.past))
+        places, now = grid.h * grid.w, past_slices(self.past, grid, draws)
         keep = max(1, round(self.visible * now * places))
         context = draws.rand(now * places).argsort(1)[:, :keep].sort(1)[0]
         target = torch.arange(now * places, (now + 1) * places, device=context.device)
         return [Mask(context, target.expand(len(context), 1, -1))]
 
 
-class BlockGroup(NamedTuple):
-    """`blocks` boxes, each over `scale` of a frame's area and the whole length of the clip; their union is hidden."""
+@dataclass(frozen=True)
+class Causal:
+    """Context: all of the first slices; target: all later ones. Where the past ends is drawn once a step.
 
-    blocks: Count
-    scale: Positive
+    Drawn, so that every length of past and future is met, and once a step, so that counts are equal in the global
+    batch. (The causal masks of V-JEPA's ablation are `blocks` with `max_temporal_keep`.)
+    """
+
+    past: Count = 1  # fewest slices of the past
+
+    def __call__(self, video: Tensor, grid: Grid, draws: Draws) -> list[Mask]:
+        end = past_slices(self.past, grid, draws) * grid.h * grid.w
+        ids = torch.arange(grid.n, device=draws.keys.device).expand(len(draws.keys), -1)
+        return [Mask(ids[:, :end], ids[:, None, end:])]
 
 
 @dataclass(frozen=True)
-class Blocks:
-    """Multi-block masks: the union of boxes is the target, the rest the context; one mask a group.
+class Quadrants:
+    """One quarter of the frame, through all of time, is the context, the others are three target groups.
 
-    Source: V-JEPA (arXiv 2404.08471), section 3.2 and src/masks/multiblock3d.py. A box's shape is drawn once a step
-    for the whole batch, its place for each sample.
-
-    Unions differ in size, so counts must be evened out. `truncate`:
-    - "random" (default): the kept counts are fixed by the parameters and the grid (the `floor` quantile of the counts
-      that the parameters give), what is over is dropped at random over time and space; a sample with too few context
-      tokens (that quantile of them) takes random hidden ones. Unbiased, and independent of the batch.
-    - "raster": every sample is cut to the smallest of the per-process batch, in time-major order, as the published
-      runs do. It drops the end of the clip, the more the larger the per-process batch.
+    Source: I-JEPA (arXiv 2301.08243), table 6, "rasterized". The middle row or column of an odd side is left out, so
+    that the quarters are alike.
     """
 
-    groups: Annotated[tuple[BlockGroup, ...], Field(min_length=1)] = (BlockGroup(8, 0.15), BlockGroup(2, 0.7))
-    aspect: Range = (0.75, 1.5)  # height over width
-    truncate: Literal["random", "raster"] = "random"
-    floor: Annotated[float, Field(ge=0, lt=0.5)] = 0.05
+    def __call__(self, video: Tensor, grid: Grid, draws: Draws) -> list[Mask]:
+        h, w = grid.h // 2, grid.w // 2
+        if not h * w:
+            raise UserError(f"method.mask.kind: quadrants need 2 x 2 places or more, not {grid.h} x {grid.w}")
+        ids = torch.arange(grid.n, device=draws.keys.device).reshape(grid)
+        corners = [ids[:, y : y + h, x : x + w].flatten() for y in (0, grid.h - h) for x in (0, grid.w - w)]
+        first = (draws.rand(1) * 4).long()  # [B, 1]
+        quarters = torch.stack(corners)[(first + torch.arange(4, device=ids.device)) % 4]  # i64 [B, 4, Nt]
+        return [Mask(quarters[:, 0], quarters[:, 1:])]
+
+
+def running_cell_maps(grid: Grid, ratio: float) -> Tensor:
+    """bool [4, N], True = dropped from the decoder: the running cell from each of its four starts.
+
+    A cell is 2 x 2 places, of which int(4 * ratio) are dropped; from slice to slice the dropped ones run on by one
+    place of the cell, counted row by row. Cells cover the frame; what juts out of an odd one is cut.
+    Source: VideoMAE V2 (arXiv 2303.16727), section 3, and dataset/masking_generator.py.
+    """
+    t, y, x = torch.meshgrid(*(torch.arange(n) for n in grid), indexing="ij")
+    turn = t + 1 + 2 * (y % 2) + x % 2  # the pointer moves on before the first slice
+    return ((torch.arange(4)[:, None] + turn.flatten()) % 4) < int(4 * ratio)
+
+
+def dual(hidden: Tensor, dropped: Tensor) -> Mask:
+    """hidden bool [B, N] from the encoder, dropped bool [B, N] from the decoder, as many in each sample -> Mask.
+
+    Every token that is not dropped is decoded, those that the encoder saw too; they carry no loss (weight 0).
+    """
+    context = chosen_ids(~hidden, int((~hidden[0]).sum()))
+    target = chosen_ids(~dropped, int((~dropped[0]).sum()))
+    return Mask(context, target[:, None], hidden.gather(1, target).float()[:, None])
+
+
+@dataclass(frozen=True)
+class RunningCell:
+    """Dual masking: a tube hides tokens from the encoder, a running cell drops tokens from the decoder.
+
+    The loss counts the tokens that are hidden from the encoder and decoded. Where the cell starts is drawn for each
+    sample. The four starts decode unequally many tokens of an odd frame: then all are cut to the fewest, at random,
+    those without loss first. Source: VideoMAE V2 (arXiv 2303.16727), section 3.
+    """
+
+    ratio: Share = 0.9  # fraction of the places of a slice hidden from the encoder
+    decode_ratio: Share = 0.5  # fraction of a cell dropped from the decoder, in whole quarters
 
     def __call__(self, video: Tensor, grid: Grid, draws: Draws) -> list[Mask]:
-        return [self._mask(group, grid, draws) for group in self.groups]
-
-    def _mask(self, group: BlockGroup, grid: Grid, draws: Draws) -> Mask:
-        hidden = hidden_places(group, self.aspect, grid, draws).repeat(1, grid.t)  # bool [B, N]
-        if self.truncate == "random":
-            nc, nt = kept_counts(group, self.aspect, self.floor, grid)
-            score = hidden + draws.rand(grid.n)
-        else:
-            nc, nt = int((~hidden).sum(1).min()), int(hidden.sum(1).min())
-            score = hidden.float()
-        forward = score.argsort(dim=1, stable=True)
-        if self.truncate == "raster":  # the first nt hidden ones in raster order, not the last
-            backward = (1 - score).argsort(dim=1, stable=True)
-            return Mask(forward[:, :nc], backward[:, None, :nt])
-        return Mask(forward[:, :nc].sort(1)[0], forward[:, -nt:].sort(1)[0][:, None])
+        if int(4 * self.decode_ratio) == 4:
+            raise UserError(f"method.mask.decode_ratio: {self.decode_ratio} leaves nothing to decode; 0.75 is the most")
+        context = Tube(self.ratio)(video, grid, draws)[0].context
+        maps = running_cell_maps(grid, self.decode_ratio).to(context.device)
+        hidden = torch.ones(len(context), grid.n, dtype=torch.bool, device=context.device).scatter(1, context, False)
+        turn = ((draws.rand(1) * 4).long() + torch.arange(4, device=context.device)) % 4  # i64 [B, 4]: starts, in turn
+        useful = (hidden[:, None] & ~maps).any(2).gather(1, turn)  # on tiny grids, a start may decode nothing hidden
+        dropped = maps[turn.gather(1, useful.int().argmax(1, keepdim=True))[:, 0]]
+        decoded = (~maps).sum(1)
+        order = (2.0 * dropped + ~hidden + draws.rand(grid.n)).argsort(dim=1, stable=True)
+        kept = order[:, : int(decoded[decoded > 0].min())]
+        return [dual(hidden, torch.ones_like(hidden).scatter(1, kept, False))]
 
 
-# Drawings of a sample's boxes, of which the first that leaves a context is used; a fixed number, so that no sample
-# shifts another's random numbers.
-ATTEMPTS = 8
-
-
-def hidden_places(group: BlockGroup, aspect: tuple[float, float], grid: Grid, draws: Draws) -> Tensor:
-    """bool [B, h*w]: the union of the boxes of a slice; at least one place stays visible and one hidden."""
-    ratio = aspect[0] + (aspect[1] - aspect[0]) * float(draws.shared(1))
-    area = grid.h * grid.w * group.scale
-    h = min(grid.h, max(1, round((area * ratio) ** 0.5)))
-    w = min(grid.w, max(1, round((area / ratio) ** 0.5)))
-    u = draws.rand(ATTEMPTS, group.blocks, 2)
-    top, left = (u[..., 0] * (grid.h - h + 1)).long(), (u[..., 1] * (grid.w - w + 1)).long()
-    y, x = torch.arange(grid.h, device=u.device), torch.arange(grid.w, device=u.device)
-    rows = (y >= top[..., None]) & (y < top[..., None] + h)  # bool [B, ATTEMPTS, blocks, h]
-    columns = (x >= left[..., None]) & (x < left[..., None] + w)
-    union = (rows[..., :, None] & columns[..., None, :]).any(2).flatten(2)  # bool [B, ATTEMPTS, h*w]
-    usable = (~union.all(2)).float()
-    hidden = union.gather(1, usable.argmax(1)[:, None, None].expand(-1, 1, union.shape[2]))[:, 0]
-    spare = draws.rand(grid.h * grid.w).argmax(1, keepdim=True)  # no drawing left a context: one place does
-    return hidden.scatter(1, spare, hidden.gather(1, spare) & ~hidden.all(1, keepdim=True))
-
-
-@lru_cache(maxsize=64)
-def kept_counts(group: BlockGroup, aspect: tuple[float, float], floor: float, grid: Grid) -> tuple[int, int]:
-    """(context, target) tokens to keep: the `floor` quantile of each, over 64 box shapes x 64 samples."""
-    hidden = [hidden_places(group, aspect, grid, Draws(0, step, torch.arange(64))).sum(1) for step in range(64)]
-    count = torch.cat(hidden).sort()[0]
-    at = int(floor * len(count))
-    places = grid.h * grid.w
-    return (places - int(count[len(count) - 1 - at])) * grid.t, int(count[at]) * grid.t
-
-
-MASKS = {"random": Random, "tube": Tube, "future": Future, "blocks": Blocks}
+MASKS = {
+    "random": Random,
+    "tube": Tube,
+    "frame": Frame,
+    "future": Future,
+    "causal": Causal,
+    "quadrants": Quadrants,
+    "running_cell": RunningCell,
+    "blocks": Blocks,
+    "block": Block,
+    "multiblock": MultiBlock,
+}

@@ -47,6 +47,8 @@ def nearness(mask: Mask, grid: Grid) -> Tensor:
         return torch.stack([ids // row, ids % row // grid.w, ids % grid.w], -1).float()
 
     distance = torch.cdist(places(mask.context), places(mask.target.flatten(1)))
+    if mask.weight is not None:
+        distance = distance.masked_fill(mask.weight.flatten(1)[:, None] == 0, torch.inf)
     return distance.amin(-1).rsqrt()[:, None]
 
 
@@ -90,8 +92,9 @@ class Objective(nn.Module):
                 error = self.error(got.context.float(), take(want_all, m.context)[:, None].float())
                 parts[f"context_{i}"] = (error * nearness(m, grid) if self.context.by_distance else error).mean()
                 losses[-1] = losses[-1] + weight * parts[f"context_{i}"]
-            for name, ids in (("context", m.context), ("target", m.target[:, 0])):
-                parts[f"{name}_ratio_{i}"] = video.new_tensor(ids.shape[1] / grid.n)
+            counted = m.target[0].numel() if m.weight is None else (m.weight > 0).float().sum() / len(m.weight)
+            for name, count in (("context", m.context.shape[1]), ("target", counted)):
+                parts[f"{name}_ratio_{i}"] = video.new_tensor(count / grid.n)
         return {"loss": torch.stack(losses).mean(), **parts}
 
     @staticmethod
