@@ -10,6 +10,7 @@ width=224 positions=rope eps=1e-6).
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from omegaconf import OmegaConf
 
@@ -32,7 +33,8 @@ def main(argv: list[str]) -> None:
     if a.dst.exists() and (not a.dst.is_dir() or any(a.dst.iterdir())):
         raise UserError(f"{a.dst}: is there already; give a new folder")
     check_out(a.dst)
-    found, about = native.read(a.src, **OmegaConf.to_container(OmegaConf.from_dotlist(a.given)))
+    given: Any = OmegaConf.to_container(OmegaConf.from_dotlist(a.given))
+    found, about = native.read(a.src, **given)
     if a.video:
         found = native.as_video(found, a.video, tubelet=2)
     if a.to == "hf":

@@ -94,7 +94,7 @@ class Objective(nn.Module):
                 losses[-1] = losses[-1] + weight * parts[f"context_{i}"]
             counted = m.target[0].numel() if m.weight is None else (m.weight > 0).float().sum() / len(m.weight)
             for name, count in (("context", m.context.shape[1]), ("target", counted)):
-                parts[f"{name}_ratio_{i}"] = video.new_tensor(count / grid.n)
+                parts[f"{name}_ratio_{i}"] = torch.as_tensor(count / grid.n, device=video.device)
         return {"loss": torch.stack(losses).mean(), **parts}
 
     @staticmethod

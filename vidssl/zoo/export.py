@@ -1,6 +1,7 @@
 """Our checkpoints as Hugging Face folders, which transformers loads with the same outputs: videomae and vjepa2."""
 
 import json
+import math
 import re
 from functools import partial
 from pathlib import Path
@@ -34,6 +35,15 @@ VJEPA2_BLOCK = {
 }
 
 
+VJEPA2_POOLER_BLOCK = {
+    "attn.q": "self_attn.q_proj",
+    "attn.k": "self_attn.k_proj",
+    "attn.v": "self_attn.v_proj",
+    "attn.proj": "self_attn.out_proj",
+    "norm": "layer_norm",
+}
+
+
 def save_hf(folder: Path, found: Checkpoint) -> str:
     """config.json, model.safetensors and a preprocessor's statistics; -> the class of transformers that reads them."""
     m = found.model
@@ -64,11 +74,13 @@ def write_json(content: dict[str, Any], path: Path) -> None:
 
 
 def unpack(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """attn.qkv.* -> attn.q.*, attn.k.*, attn.v.*."""
+    """attn.qkv.* -> attn.q.*, attn.k.*, attn.v.*, and the same of xattn.kv.*."""
     out: dict[str, Tensor] = {}
     for key, value in weights.items():
-        if ".attn.qkv." in key:
-            out |= {key.replace("qkv", part): piece for part, piece in zip("qkv", value.chunk(3), strict=True)}
+        parts = next((parts for parts in ("qkv", "kv") if f"attn.{parts}." in key), "")
+        if parts:
+            pieces = zip(parts, value.chunk(len(parts)), strict=True)
+            out |= {key.replace(parts, part): piece for part, piece in pieces}
         else:
             out[key] = value
     return out
@@ -117,6 +129,8 @@ def videomae(found: Checkpoint) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if found.predictor is not None and found.query is not None:
         p = found.predictor
         check_predictor(p, "sincos_flat", embed_bias=False)
+        if p["out"] != 3 * m["tubelet"] * m["patch"] ** 2:
+            raise UserError(f"transformers' VideoMAE predicts all pixels of a patch, this one {p['out']} values")
         config |= {
             "architectures": ["VideoMAEForPreTraining"],
             "decoder_num_attention_heads": p["heads"],
@@ -130,13 +144,17 @@ def videomae(found: Checkpoint) -> tuple[dict[str, Tensor], dict[str, Any]]:
         weights |= renamed(decoder, "decoder.decoder_layers", VIDEOMAE_BLOCK, ends)
         weights["mask_token"] = one_token(found.query)[None, None]
     elif found.head:
-        config |= {"architectures": ["VideoMAEForVideoClassification"]}
-        classes = len(found.head["linear.weight"])
-        config["id2label"] = {str(i): str(i) for i in range(classes)}
-        config["label2id"] = {str(i): i for i in range(classes)}
-        ends = {"norm": "fc_norm", "linear": "classifier"}
-        weights |= renamed(found.head, "", {}, ends)
+        if "query_tokens" in found.head:
+            raise UserError("transformers' VideoMAE classifies by the mean of tokens, this one by an attentive head")
+        config |= {"architectures": ["VideoMAEForVideoClassification"], **labels(found)}
+        weights |= renamed(found.head, "", {}, {"norm": "fc_norm", "linear": "classifier"})
     return weights, config
+
+
+def labels(found: Checkpoint) -> dict[str, Any]:
+    """Numbers as names of the classes: the files do not hold the names."""
+    classes = range(len(found.head["linear.weight"]))
+    return {"id2label": {str(i): str(i) for i in classes}, "label2id": {str(i): i for i in classes}}
 
 
 def vjepa2(found: Checkpoint) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -157,7 +175,7 @@ def vjepa2(found: Checkpoint) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "in_chans": 3,
         "num_attention_heads": m["heads"],
         "num_hidden_layers": m["depth"],
-        "mlp_ratio": m["mlp_ratio"],
+        "mlp_ratio": ratio(m["mlp_ratio"], m["dim"]),
         "layer_norm_eps": m["eps"],
         "qkv_bias": True,
         "hidden_act": "gelu",
@@ -165,7 +183,7 @@ def vjepa2(found: Checkpoint) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "pred_num_attention_heads": p["heads"],
         "pred_num_hidden_layers": p["depth"],
         "pred_num_mask_tokens": len(found.query),
-        "pred_mlp_ratio": p["mlp_ratio"],
+        "pred_mlp_ratio": ratio(p["mlp_ratio"], p["width"]),
     }
     ends = {"patch_embed.proj": "encoder.embeddings.patch_embeddings.proj", "norm": "encoder.layernorm"}
     weights = renamed(found.encoder, "encoder.layer", VJEPA2_BLOCK, ends)
@@ -176,7 +194,22 @@ def vjepa2(found: Checkpoint) -> tuple[dict[str, Tensor], dict[str, Any]]:
     }
     weights |= renamed(found.predictor_weights, "predictor.layer", VJEPA2_BLOCK, ends)
     weights["predictor.embeddings.mask_tokens"] = found.query[:, None, None]
+    if found.head:
+        if "query_tokens" not in found.head or found.head_heads != m["heads"]:
+            raise UserError(f"transformers' V-JEPA 2 has an attentive head of {m['heads']} heads; this one is another")
+        depth = len({k.split(".")[1] for k in found.head if k.startswith("blocks.")})
+        config |= {"architectures": ["VJEPA2ForVideoClassification"], "num_pooler_layers": depth, **labels(found)}
+        cross = "pooler.cross_attention_layer"
+        ends = {"query_tokens": "pooler.query_tokens", "norm": f"{cross}.layer_norm", "mlp": f"{cross}.mlp"}
+        ends |= {f"xattn.{part}": f"{cross}.cross_attn.{part}_proj" for part in "qkv"} | {"linear": "classifier"}
+        weights = {f"vjepa2.{k}": v for k, v in weights.items()}
+        weights |= renamed(found.head, "pooler.self_attention_layers", VJEPA2_POOLER_BLOCK, ends)
     return weights, config
+
+
+def ratio(mlp_ratio: float, dim: int) -> float:
+    """The ratio whose product transformers, which rounds down, makes the same hidden width."""
+    return mlp_ratio if int(dim * mlp_ratio) == round(dim * mlp_ratio) else math.nextafter(mlp_ratio, math.inf)
 
 
 def check_predictor(p: dict[str, Any], positions: str, embed_bias: bool) -> None:

@@ -172,22 +172,39 @@ def rename(state: dict[str, Tensor], rules: Rules, where: str) -> Renamed:
         raise UserError(
             f"{where}: unexpected {', '.join(map(repr, unknown[:4]))}{more}: a variant that is not known here"
         )
+    return Renamed(pack(found, origin, where), origin, unused)
+
+
+def pack(found: dict[str, Tensor], origin: dict[str, str], where: str) -> dict[str, Tensor]:
+    """q, k and v of an attention, keys and values of a probe's, and numbered rows, each into one tensor."""
     packed: dict[str, Tensor] = {}
+
+    def join(parts: list[Tensor], name: str, source: str) -> None:
+        if len({p.shape for p in parts}) > 1:
+            shapes = ", ".join(str(tuple(p.shape)) for p in parts)
+            raise UserError(f"{where}: '{origin[source]}' and its like have shapes {shapes}, not one")
+        packed[name], origin[name] = torch.cat(parts), origin[source]
+
+    keyless = not any(name.endswith(".attn.k.bias") for name in found)  # VideoMAE's keys have no bias: it is zero
     for name, value in found.items():
-        if m := re.fullmatch(r"(.*\.attn\.)q\.(weight|bias)", name):
-            k, v = f"{m[1]}k.{m[2]}", f"{m[1]}v.{m[2]}"
-            if v not in found or (k not in found and m[2] == "weight"):
-                raise UserError(f"{where}: '{origin[name]}' is there, its key or value part is not")
-            middle = found.get(k, torch.zeros_like(value))  # VideoMAE's keys have no bias, which is to say zero
-            packed[f"{m[1]}qkv.{m[2]}"] = torch.cat([value, middle, found[v]])
-            origin[f"{m[1]}qkv.{m[2]}"] = origin[name]
-        elif not re.fullmatch(r".*\.attn\.[kv]\.(weight|bias)", name):
+        if m := re.fullmatch(r"(.*\.(?:attn|xattn)\.)([qkv])\.(weight|bias)", name):
+            if m[1] == "head.xattn." and m[2] == "q":
+                packed[name] = value
+            first = "k" if m[1] == "head.xattn." else "q"
+            if m[2] != first:
+                continue
+            rest = {part: found.get(f"{m[1]}{part}.{m[3]}") for part in "qkv"["qkv".index(first) :]}
+            if rest.get("k") is None and keyless and m[3] == "bias":
+                rest["k"] = torch.zeros_like(value)
+            if missing := [part for part, x in rest.items() if x is None]:
+                raise UserError(f"{where}: '{origin[name]}' is there, its {missing[0]} part is not")
+            join(list(rest.values()), f"{m[1]}{''.join(rest)}.{m[3]}", name)  # type: ignore[arg-type]
+        else:
             packed[name] = value
-    for end in ("weight", "bias"):
-        if f"head.xattn.k.{end}" in packed:
-            packed[f"head.xattn.kv.{end}"] = torch.cat([packed.pop(f"head.xattn.{part}.{end}") for part in "kv"])
     for stem in ("query.tokens", "predictor.modality"):
-        rows = [packed.pop(f"{stem}.{i}") for i in range(len(packed)) if f"{stem}.{i}" in packed]
+        rows = sorted((name for name in packed if name.startswith(f"{stem}.")), key=lambda k: int(k.rsplit(".", 1)[1]))
+        if rows and rows != [f"{stem}.{i}" for i in range(len(rows))]:
+            raise UserError(f"{where}: '{origin[rows[-1]]}' is there, one before it is not")
         if rows:
-            packed[stem], origin[stem] = torch.cat([r.reshape(1, -1) for r in rows]), origin[f"{stem}.0"]
-    return Renamed(packed, origin, unused)
+            join([packed.pop(name).reshape(1, -1) for name in rows], stem, rows[0])
+    return packed

@@ -1,7 +1,7 @@
 """Our own files: safetensors whose header says what they are. A run folder and a converted checkpoint look the same.
 
 encoder.safetensors (the evaluated one), encoder_online.safetensors (the trained one, where that is another),
-predictor.safetensors (predictor and mask tokens).
+predictor.safetensors (predictor and mask tokens), head.safetensors (a classifier).
 """
 
 from pathlib import Path
@@ -36,6 +36,9 @@ def save(folder: Path, found: Checkpoint, about: dict[str, Any]) -> None:
     if found.predictor is not None and found.query is not None:
         weights = {f"predictor.{k}": v for k, v in found.predictor_weights.items()} | {"query.tokens": found.query}
         save_weights(folder / "predictor.safetensors", weights, {**about, "predictor": found.predictor})
+    if found.head:
+        head = {"heads": found.head_heads, "eps": found.head_eps}
+        save_weights(folder / "head.safetensors", found.head, {**about, "head": head})
 
 
 def read(where: str, **given: Any) -> tuple[Checkpoint, dict[str, Any]]:
@@ -60,6 +63,9 @@ def read(where: str, **given: Any) -> tuple[Checkpoint, dict[str, Any]]:
         parts, header = load_weights(predictor)
         found.predictor, found.query = header["predictor"], parts.pop("query.tokens")
         found.predictor_weights = {k.removeprefix("predictor."): v for k, v in parts.items()}
+    if path.is_dir() and (head := path / "head.safetensors").is_file():
+        found.head, header = load_weights(head)
+        found.head_heads, found.head_eps = header["head"]["heads"], header["head"]["eps"]
     return found, about
 
 
@@ -100,6 +106,8 @@ def as_video(found: Checkpoint, frames: int, tubelet: int) -> Checkpoint:
     model = dict(found.model)
     if model["tubelet"] != 1 or model["frames"] != 1:
         raise UserError(f"this {found.format} checkpoint is of a video model already")
+    if frames < tubelet or frames % tubelet:
+        raise UserError(f"{frames} frames are not a multiple of the {tubelet} of one patch")
     kernel = found.encoder["patch_embed.proj.weight"]
     weights = {**found.encoder, "patch_embed.proj.weight": kernel.repeat(1, 1, tubelet, 1, 1) / tubelet}
     if model["positions"] in ("learned", "sincos_2d"):
@@ -108,4 +116,4 @@ def as_video(found: Checkpoint, frames: int, tubelet: int) -> Checkpoint:
         weights["positions.time"] = torch.zeros(frames // tubelet, table.shape[1])
         model["positions"] = "learned_separable"
     model |= {"frames": frames, "tubelet": tubelet}
-    return Checkpoint(found.format, model, weights, found.pixels)
+    return Checkpoint(found.format, model, weights, found.pixels, unused=found.unused)

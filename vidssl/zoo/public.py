@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from vidssl.errors import UserError
-from vidssl.model.attentive import AttentiveHead
-from vidssl.zoo.describe import Checkpoint, describe
+from vidssl.model.attentive import HEAD_EPS, AttentiveHead
+from vidssl.zoo.describe import Checkpoint, check_ranks, describe, fit, make_head
 from vidssl.zoo.formats import ATTENTIVE, HUGGING_FACE, JEPA, MAE, VIDEOMAE, VIDEOMAE_FINETUNED, Renamed, Rules, rename
 
 
@@ -42,8 +42,12 @@ def load(path: Path) -> dict[str, Any]:
             return load_file(path)
         with torch.serialization.safe_globals(harmless):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, UnpicklingError, OSError, ValueError, AttributeError, SafetensorError) as e:
-        raise UserError(f"{path}: not a readable checkpoint ({str(e).strip().splitlines()[0]})") from None
+    except UnpicklingError as e:
+        if code := re.search(r"GLOBAL (\S+)", str(e)):
+            raise UserError(f"{path}: refused, it would run code ({code[1]}); save it again as plain tensors") from None
+        raise UserError(f"{path}: not a readable checkpoint (no weights in a form that torch knows)") from None
+    except (RuntimeError, EOFError, OSError, LookupError, ValueError, AttributeError, SafetensorError) as e:
+        raise UserError(f"{path}: not a readable checkpoint ({' '.join(str(e).split())[:200]})") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}, not a dictionary of weights")
     return content
@@ -51,10 +55,10 @@ def load(path: Path) -> dict[str, Any]:
 
 def unwrap(content: dict[str, Any], where: str) -> dict[str, Tensor]:
     """The state dict inside, one flat dictionary; of the JEPA family `encoder.`, `predictor.`, `target_encoder.`."""
-    jepa = {"target_encoder", "ema_encoder", "encoder", "predictor"} & content.keys()
-    if jepa and any(isinstance(content[part], dict) for part in jepa):
+    jepa = [p for p in ("target_encoder", "ema_encoder", "encoder", "predictor") if isinstance(content.get(p), dict)]
+    if jepa:
         flat = {}
-        for part in sorted(jepa):
+        for part in jepa:
             for key, value in content[part].items():
                 flat[f"{part}.{re.sub(r'^(module[.])?(backbone[.])?', '', key)}"] = value
         return flat
@@ -72,15 +76,19 @@ def read_state(state: dict[str, Tensor], where: str, given: dict[str, Any]) -> C
     name, rules = detect(state, where, given)
     if rules is not JEPA:
         return describe(rename(state, rules, where), name, where, given)
-    # The momentum encoder is the evaluated one; the other comes beside it.
+    # The momentum encoder is the evaluated one; the trained one comes beside it. A distilled model has its own average
+    # (ema_encoder), and then target_encoder is the teacher.
     encoders = {p: part(state, p) for p in ("ema_encoder", "target_encoder", "encoder") if part(state, p)}
     predictor = {k: v for k, v in state.items() if k.startswith("predictor.")}
-    found = [
-        describe(settle(rename({**encoder, **predictor}, JEPA, where), name, given), name, where, given)
-        for encoder in encoders.values()
-    ]
-    found[0].online = found[1].encoder if len(found) > 1 else None
-    return found[0]
+    found = {
+        p: describe(settle(rename({**encoder, **predictor}, JEPA, where), name, given), name, where, given)
+        for p, encoder in encoders.items()
+        if p != "target_encoder" or "ema_encoder" not in encoders
+    }
+    evaluated, *online = found.values()
+    evaluated.online = online[0].encoder if online else None
+    evaluated.unused += [k for k in state if "ema_encoder" in found and k.startswith("target_encoder.")]
+    return evaluated
 
 
 def part(state: dict[str, Tensor], name: str) -> dict[str, Tensor]:
@@ -91,6 +99,8 @@ def part(state: dict[str, Tensor], name: str) -> dict[str, Tensor]:
 def detect(state: dict[str, Tensor], where: str, given: dict[str, Any]) -> tuple[str, Rules]:
     """The format that a state dict has, and its rules."""
     kernel = state.get("patch_embed.proj.weight")
+    if any("embeddings.patch_embeddings." in k for k in state):
+        raise UserError(f"{where}: a file of transformers; give the folder that it lies in, with its config.json")
     if "encoder_to_decoder.weight" in state:
         return "VideoMAE", VIDEOMAE
     if any(k.startswith(("encoder.", "target_encoder.", "ema_encoder.")) for k in state):
@@ -116,7 +126,7 @@ def detect_jepa(state: dict[str, Tensor], where: str, given: dict[str, Any]) -> 
     if any(".norms_block." in k for k in state):
         return "V-JEPA 2.1"
     tokens = sum(k.startswith("predictor.mask_tokens.") for k in state)
-    table = any(k.endswith("encoder.pos_embed") for k in state)
+    table = any(k.endswith("pos_embed") for k in state)
     if not table or tokens > 2 or str(given.get("positions")).startswith("rope"):
         return "V-JEPA 2"
     if tokens or "positions" in given:
@@ -159,38 +169,72 @@ def read_folder(path: Path, given: dict[str, Any]) -> Checkpoint:
     """A folder with config.json, as Hugging Face's hub serves it: transformers' models, and ViTs of timm."""
     if not (path / "config.json").is_file():
         raise UserError(f"{path}: neither encoder.safetensors nor config.json in it")
-    c = json.loads((path / "config.json").read_text())
+    c = read_json(path / "config.json")
     state: dict[str, Any] = {}
-    names = sorted(path.glob("model*.safetensors")) or sorted(path.glob("pytorch_model*.bin"))
-    for file in names:
+    for file in weight_files(path):
         state |= load(file)
-    if not names:
-        raise UserError(f"{path}: no model.safetensors or pytorch_model.bin in it")
     if "architecture" in c:
-        pixels = {k: c.get("pretrained_cfg", {}).get(k) for k in ("mean", "std")}
+        pixels = {k: v for k, v in c.get("pretrained_cfg", {}).items() if k in ("mean", "std")}
         return describe(rename(state, MAE, str(path)), "ViT", str(path), {**pixels, **given})
+    names = {"videomae": "VideoMAE", "vjepa2": "V-JEPA 2", "ijepa": "I-JEPA", "vit_mae": "MAE"}
     kind = c.get("model_type")
-    if kind not in ("videomae", "vjepa2", "ijepa", "vit_mae"):
-        raise UserError(f"{path}: model_type {kind!r}; known are videomae, vjepa2, ijepa, vit_mae and ViTs of timm")
+    if kind not in names:
+        raise UserError(f"{path}: model_type {kind!r}; known are {', '.join(names)} and ViTs of timm")
     if c.get("hidden_act", "gelu") != "gelu":
         raise UserError(f"{path}: hidden_act {c['hidden_act']!r}; only 'gelu' is known here")
+    try:
+        said = said_by(c, kind)
+    except KeyError as e:
+        raise UserError(f"{path}/config.json: {e} is missing") from None
+    if (path / "preprocessor_config.json").is_file():
+        pre = read_json(path / "preprocessor_config.json")
+        said |= {"mean": pre["image_mean"], "std": pre["image_std"]} if "image_mean" in pre else {}
+    r = rename(state, HUGGING_FACE, str(path))
+    if kind in ("ijepa", "vit_mae"):  # a classifier of images
+        for key in [k for k in r.tensors if k.startswith("head.")]:
+            r.unused.append(r.origin[key])
+            del r.tensors[key]
+    return describe(r, names[kind], str(path), {**said, **given})
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as e:
+        raise UserError(f"{path}: not JSON ({e})") from None
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The one file of weights in a folder, or all that its index names."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (path / name).is_file():
+            return [path / name]
+        if (path / f"{name}.index.json").is_file():
+            names = sorted(set(read_json(path / f"{name}.index.json").get("weight_map", {}).values()))
+            if missing := [n for n in names if not (path / n).is_file()]:
+                raise UserError(f"{path}: {name}.index.json names {missing[0]}, which is not there")
+            return [path / n for n in names]
+    raise UserError(f"{path}: no model.safetensors or pytorch_model.bin in it")
+
+
+def said_by(c: dict[str, Any], kind: str) -> dict[str, Any]:
+    """What the config.json of transformers says of a model, in our words."""
     said: dict[str, Any] = {"heads": c["num_attention_heads"], "eps": c.get("layer_norm_eps", 1e-12)}
     if kind == "vjepa2":
         said |= {"positions": "rope", "frames": c["frames_per_clip"], "height": c["crop_size"], "width": c["crop_size"]}
-        said |= {"predictor_heads": c["pred_num_attention_heads"]}
-    else:
-        size = c["image_size"] if isinstance(c["image_size"], list) else [c["image_size"]] * 2
-        said |= {"frames": c.get("num_frames", 1), "height": size[0], "width": size[1]}
-        said |= {"predictor_heads": c["decoder_num_attention_heads"]} if "decoder_num_attention_heads" in c else {}
-    if (path / "preprocessor_config.json").is_file():
-        pre = json.loads((path / "preprocessor_config.json").read_text())
-        said |= {"mean": pre["image_mean"], "std": pre["image_std"]} if "image_mean" in pre else {}
-    name = {"videomae": "VideoMAE", "vjepa2": "V-JEPA 2", "ijepa": "I-JEPA", "vit_mae": "MAE"}[kind]
-    return describe(rename(state, HUGGING_FACE, str(path)), name, str(path), {**said, **given})
+        return said | {"predictor_heads": c["pred_num_attention_heads"], "head_eps": said["eps"]}
+    size = c["image_size"] if isinstance(c["image_size"], list) else [c["image_size"]] * 2
+    said |= {"frames": c.get("num_frames", 1), "height": size[0], "width": size[1]}
+    said |= {"head_eps": 1e-5} if kind == "videomae" else {}  # transformers' fc_norm; the official code's is 1e-6
+    return said | ({"predictor_heads": c["decoder_num_attention_heads"]} if "decoder_num_attention_heads" in c else {})
 
 
 def read_attentive(state: dict[str, Tensor], heads: int, where: str) -> AttentiveHead:
     """The head of a published probe (its `classifier`, or one of its `classifiers`), keys without `module.`."""
     r = rename(state, ATTENTIVE, where)
+    check_ranks(r, where)
     weights = {k.removeprefix("head."): v.float() for k, v in r.tensors.items()}
+    if "linear.weight" not in weights or "query_tokens" not in weights:
+        raise UserError(f"{where}: not an attentive head (no query_tokens, or no last layer)")
+    fit(lambda: make_head(weights, heads, HEAD_EPS), weights, "head.", r, where)
     return Checkpoint("probe", {}, {}, head=weights, head_heads=heads).build_head()  # type: ignore[return-value]
