@@ -10,13 +10,13 @@ import re
 import tarfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
-from data_prep.folder import EXTENSIONS
+from data_prep.sources import EXTENSIONS
+from vidssl.data.index import VERSION
+from vidssl.data.remote import sha256_of
 from vidssl.errors import UserError
 from vidssl.files import replace
-
-VERSION = 1
 
 
 class Member(NamedTuple):
@@ -32,18 +32,19 @@ def dumps(value: Any) -> str:
     return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(", ", ": "), allow_nan=False)
 
 
-def key_of(path: str) -> str:
-    """Sample key of a relative path: readable, unique, without slash or dot (WebDataset cuts at the first dot)."""
+def key_of(path: str, start: float | None = None, end: float | None = None) -> str:
+    """Sample key of a relative path, or of a piece of that file (start, end in seconds; None: of the file): readable,
+    unique, without slash or dot (WebDataset cuts at the first dot)."""
     slug = re.sub(r"[^A-Za-z0-9_-]+", "-", os.path.splitext(path)[0]).strip("-")[-80:]
-    return f"{slug}-{hashlib.sha256(path.encode()).hexdigest()[:8]}"
+    if start is None and end is None:
+        return f"{slug}-{hashlib.sha256(path.encode()).hexdigest()[:8]}"
+    times = "-".join("end" if t is None else f"{round(1000 * t):08d}" for t in (start or 0.0, end))  # milliseconds
+    return f"{slug}-{times}-{hashlib.sha256(f'{path} {times}'.encode()).hexdigest()[:8]}"
 
 
 def file_sha256(path: Path) -> str:
-    digest = hashlib.sha256()
     with open(path, "rb") as f:
-        while block := f.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return sha256_of(f)
 
 
 def write_text(path: Path, lines: Iterable[str]) -> None:
@@ -81,16 +82,6 @@ def write_index(folder: Path, classes: dict[str, list[str]], shards: list[dict],
     write_text(folder / "index.json", [json.dumps(index, sort_keys=True, ensure_ascii=False, indent=1)])
 
 
-def read_index(folder: Path) -> dict:
-    try:
-        index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise UserError(f"{folder / 'index.json'}: {e}") from e
-    if not isinstance(index, dict) or index.get("version") != VERSION:
-        raise UserError(f"{folder / 'index.json'}: not an index of version {VERSION}")
-    return index
-
-
 def class_lists(names: dict[str, set[str]]) -> dict[str, list[str]]:
     """Label set -> class names, sorted; by value where all are whole numbers, so that class 10 follows class 9."""
     return {s: sorted(n, key=_value if all(x.isdecimal() for x in n) else None) for s, n in sorted(names.items())}
@@ -100,12 +91,15 @@ def _value(name: str) -> tuple[int, str]:
     return int(name), name  # 1 and 01 are two classes; a set's own order differs from run to run
 
 
-def tar_samples(tar: Path) -> Iterator[tuple[str, dict[str, Member]]]:
-    """(key, {ext: member}) in order, from the headers. WebDataset's rule: the key ends at the first dot of the name."""
+def tar_samples(tar: Path, file: BinaryIO | None = None) -> Iterator[tuple[str, dict[str, Member]]]:
+    """(key, {ext: member}) in order, from the headers. WebDataset's rule: the key ends at the first dot of the name.
+
+    file: the tar, open; None: it is opened. A name that is not UTF-8 makes a key that cannot be encoded.
+    """
     key = ""
     members: dict[str, Member] = {}
     try:
-        with tarfile.open(tar, "r:") as archive:
+        with tarfile.open(tar, "r:", fileobj=file) as archive:
             while (info := archive.next()) is not None:
                 archive.members = []  # type: ignore[attr-defined]  # tarfile keeps every header otherwise
                 if not info.isfile():

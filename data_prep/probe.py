@@ -1,18 +1,21 @@
-"""What is in a file, found out in a child process: a decoder that crashes or hangs costs one file, not the run."""
+"""What is in a file, found out in a child process, and there cut and encoded where that is asked for: a decoder that
+crashes or hangs costs one file, not the run."""
 
 import math
 import multiprocessing
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
+from data_prep.encode import Recipe, Sample, Span, cut
+from data_prep.filters import NO_FILTERS, Filters, Rejected, looks, thumb
+from data_prep.reader import Reader
 from vidssl.data.decoders import IMAGE_EXTENSIONS, DecordVideo, ImageVideo, PyAVVideo, Video
 from vidssl.errors import DecodeError
 
@@ -23,17 +26,12 @@ EVEN = 1e-4  # seconds that a frame may be off i / fps where only the fps is wri
 SECONDS = 2e-3  # decord keeps time stamps in 32 bits
 
 
-class Rejected(NamedTuple):
-    reason: str
-    detail: str
-
-
 def probe(data: bytes, ext: str, decoder: str, report: Callable[[dict], None]) -> None:
     """Calls `report` with what a sample's meta says about its frames; a second time when more is known.
 
     The first report holds whatever comes after: frames are those of a full decode with PyAV, and "times" (seconds, one
-    a frame; null: evenly spaced) makes PyAV serve exactly these by counting from the start. Then decord, which may
-    crash, is compared with that (unless `decoder` is "pyav" or the file is damaged); where it fails, PyAV's seeking is.
+    a frame; null: evenly spaced) makes PyAV serve exactly these by counting from the start. Then PyAV's seeking is
+    compared with that, and decord, which may crash (unless `decoder` is "pyav" or the file is damaged).
     """
     if not data:
         raise DecodeError("empty")
@@ -49,10 +47,11 @@ def probe(data: bytes, ext: str, decoder: str, report: Callable[[dict], None]) -
     anchors = np.unique(np.linspace(0, len(truth) - 1, looks).astype(int))
     near = np.unique(np.concatenate([anchors - 1, anchors, anchors + 1]).clip(0, len(truth) - 1))
     frames = dict(zip(near.tolist(), map(_thin, truth.get(near)), strict=True))
-    if decoder == "auto" and not truth.errors and _serves(DecordVideo, data, meta, truth, anchors, frames):
-        report({**meta, "decoder": "decord"})
-    elif truth.packets_tell and _serves(PyAVVideo, data, meta, truth, anchors, frames):
+    seeks = truth.packets_tell and _serves(PyAVVideo, data, meta, truth, anchors, frames)
+    if seeks:
         report(meta)
+    if decoder == "auto" and not truth.errors and _serves(DecordVideo, data, meta, truth, anchors, frames):
+        report({**meta, "decoder": "pyav" if seeks else "decord", "decord": True})
 
 
 def _meta(video: Video) -> dict:
@@ -98,17 +97,61 @@ def _thin(frame: np.ndarray) -> np.ndarray:
     return frame[::k, ::k].copy()
 
 
-def _serve(conn: Connection, decoder: str) -> None:
-    """The child: paths come in; ("known", meta) once or twice, then ("done", None) or ("rejected", reason) go out."""
+class _DroppedError(Exception):
+    """A filter wants the file out."""
+
+
+def original(
+    path: Path, ext: str, decoder: str, filters: Filters, report: Callable[[dict], None], alive: Callable[[], None]
+) -> None:
+    """Probe a file whose bytes are kept; raises _DroppedError(Rejected) before anything else is known of it."""
+
+    def check_first(meta: dict) -> None:
+        dropped = filters.of_size(min(meta["height"], meta["width"]))
+        if dropped is None and meta["decoder"] != "image":
+            dropped = filters.of_clip(meta["duration"], lambda: _thumbs(path, meta["frames"], alive))
+        if dropped is not None:
+            raise _DroppedError(dropped)
+        report(meta)
+
+    probe(path.read_bytes(), ext, decoder, check_first)
+
+
+def _thumbs(path: Path, frames: int, alive: Callable[[], None]) -> list[np.ndarray]:
+    wanted = set(looks(frames).tolist())
+    found = []
+    with open(path, "rb") as file:
+        for i, frame in enumerate(Reader(file).decode()):
+            if i % 32 == 0:
+                alive()
+            if i in wanted:
+                found.append(thumb(frame))
+    return found
+
+
+def _serve(conn: Connection, decoder: str, recipe: Recipe | None, filters: Filters) -> None:
+    """The child: (path, ext, spans) come in; any number of ("alive", None) and ("known", found) go out, then
+    ("done", None) if the last found stands, or ("rejected", reason). found: a list of Sample and Rejected."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends us
+    alive: Callable[[], None] = lambda: conn.send(("alive", None))  # noqa: E731
     while True:
         try:
-            path, ext = conn.recv()
+            path, ext, spans = conn.recv()
         except EOFError:
             return
         try:
-            probe(Path(path).read_bytes(), ext, decoder, lambda meta: conn.send(("known", meta)))
+            if recipe and ext not in IMAGE_EXTENSIONS:
+                with open(path, "rb") as file:
+                    if not file.read(1):
+                        raise DecodeError("empty")
+                    conn.send(("known", cut(file, spans, recipe, filters, alive)))
+            elif any(span != (None, None) for span in spans):
+                raise DecodeError("not_a_video", "a picture has no segments")
+            else:
+                original(Path(path), ext, decoder, filters, lambda m: conn.send(("known", [Sample(m)])), alive)
             conn.send(("done", None))
+        except _DroppedError as e:
+            conn.send(("rejected", e.args[0]))
         except DecodeError as e:
             conn.send(("rejected", Rejected(e.reason, str(e).removeprefix(e.reason).removeprefix(": "))))
         except OSError as e:
@@ -118,24 +161,36 @@ def _serve(conn: Connection, decoder: str) -> None:
 
 
 class Prober:
-    """Looks into files, one child process per calling thread; a child that dies or is late is replaced."""
+    """Looks into files, one child process per calling thread; a child that dies or is late is replaced.
 
-    def __init__(self, decoder: str, timeout: float):
-        self._decoder, self._timeout = decoder, timeout  # seconds a file
+    timeout: seconds without a sign of progress.
+    """
+
+    def __init__(self, decoder: str, timeout: float, recipe: Recipe | None = None, filters: Filters = NO_FILTERS):
+        self._timeout, self._wishes = timeout, (decoder, recipe, filters)
         self._local, self._lock = threading.local(), threading.Lock()
         self._children: list[BaseProcess] = []
         self._spawn = multiprocessing.get_context("spawn")
 
-    def __call__(self, path: Path, ext: str) -> dict | Rejected:
-        """meta of the file's frames, or why it is rejected."""
+    def __call__(self, path: Path, ext: str, spans: Sequence[Span] = ((None, None),)) -> list[Sample | Rejected]:
+        """What the file gives. Where it is rejected as a whole: the reason, for each of `spans`."""
+        found = self._ask(path, ext, spans)
+        if isinstance(found, Rejected):
+            return [found._replace(item=i, start=start, end=end) for i, (start, end) in enumerate(spans)]
+        return found
+
+    def _ask(self, path: Path, ext: str, spans: Sequence[Span]) -> list[Sample | Rejected] | Rejected:
         if getattr(self._local, "child", None) is None:
             self._start()
-        conn, deadline, known = self._local.conn, time.monotonic() + self._timeout, None
+        conn, known = self._local.conn, None
         try:
-            conn.send((str(path), ext))
+            conn.send((str(path), ext, spans))
+            deadline = time.monotonic() + self._timeout
             while conn.poll(max(0.0, deadline - time.monotonic())):
                 kind, value = conn.recv()
-                if kind == "known":
+                if kind == "alive":
+                    deadline = time.monotonic() + self._timeout
+                elif kind == "known":
                     known = value
                 elif kind == "done" and known is not None:
                     return known
@@ -151,7 +206,7 @@ class Prober:
 
     def _start(self) -> None:
         ours, theirs = self._spawn.Pipe()
-        child = self._spawn.Process(target=_serve, args=(theirs, self._decoder), daemon=True)
+        child = self._spawn.Process(target=_serve, args=(theirs, *self._wishes), daemon=True)
         with self._lock:  # so that no other child is started while `theirs` is open here
             child.start()
             theirs.close()

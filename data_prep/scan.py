@@ -14,12 +14,12 @@ from data_prep.index import (
     dumps,
     line_of,
     media_of,
-    read_index,
     shard_entry,
     tar_samples,
     write_index,
     write_text,
 )
+from vidssl.data.index import read_index
 from vidssl.errors import UserError, run_cli
 
 
@@ -28,6 +28,9 @@ def read_shard(tar: Path, skipped: Counter) -> list[dict]:
     lines, seen = [], set()
     with open(tar, "rb") as f:
         for key, members in tar_samples(tar):
+            if not is_utf8(key):  # its index could not be written
+                skipped["with a name that is not UTF-8"] += 1
+                continue
             media = media_of(members)
             if media is None:
                 skipped["without a video or image"] += 1
@@ -45,6 +48,11 @@ def read_shard(tar: Path, skipped: Counter) -> list[dict]:
                 meta = {"label": int(text)} if text.isdecimal() else {"class": text}
             lines.append(line_of(key, media, meta))
     return lines
+
+
+def is_utf8(name: str) -> bool:
+    """Whether a name from a tar was: tarfile puts lone surrogates for other bytes."""
+    return not any("\ud800" <= c <= "\udfff" for c in name)
 
 
 def _parse_json(where: str, data: bytes) -> dict:

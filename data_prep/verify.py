@@ -1,59 +1,85 @@
-"""Is what pack wrote still whole? `python -m data_prep.verify OUT [--decode N]`.
+"""Is what pack wrote still whole? `python -m data_prep.verify OUT [--decode N]`, OUT a folder or the URL of a data set.
 
-Prints one line per problem; exit status 1 if there is any.
+Prints one line per problem; exit status 1 if there is any. Remote files are fetched one shard at a time, past any
+cache, into a temporary file.
 """
 
 import argparse
 import json
 import sys
+import tempfile
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import accumulate
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
-from data_prep.index import dumps, file_sha256, media_of, read_index, read_lines, tar_samples
+from data_prep.index import dumps, media_of, tar_samples
 from vidssl.data.decoders import PyAVVideo, open_video
+from vidssl.data.index import entries, read_index
+from vidssl.data.remote import ShardError, fetch, is_url, join, local, sha256_of, shown
 from vidssl.errors import DecodeError, UserError, run_cli
 
 FRAME_FACTS = ("frames", "height", "width")
 
 
-def check_shard(folder: Path, entry: dict, strict: bool) -> Iterator[str]:
-    """Problems of one shard: bytes, and jsonl against tar. `strict`: the .json in the tar equals the jsonl's meta."""
-    tar = folder / entry["name"]
-    for file, want in ((tar, entry["sha256"]), (tar.with_suffix(".jsonl"), entry["index_sha256"])):
-        if not file.is_file():
-            yield f"{file}: missing"
+@contextmanager
+def opened(where: str, size: int | None, sha256: str) -> Iterator[BinaryIO]:
+    """A file of a data set, as it is now at its path or address; ShardError if it is not as indexed."""
+    if not is_url(where) and not Path(where).is_file():
+        raise ShardError(f"{where}: missing")
+    with tempfile.TemporaryFile() if is_url(where) else open(where, "rb") as file:
+        if is_url(where):
+            fetch(where, file, size)
+        if sha256_of(file) != sha256:
+            raise ShardError(f"{shown(where)}: sha256 differs from index.json's")
+        yield file
+
+
+def check_shard(folder: str, entry: dict, strict: bool, decode: list[int]) -> Iterator[str]:
+    """Problems of one shard: bytes, jsonl against tar, and the samples numbered in `decode`.
+
+    strict: the .json in the tar equals the jsonl's meta.
+    """
+    where = join(folder, entry["name"])
+    jsonl = join(folder, entry["name"].removesuffix(".tar") + ".jsonl")
+    with ExitStack() as stack:
+        try:
+            tar = stack.enter_context(opened(where, entry["bytes"], entry["sha256"]))
+            text = stack.enter_context(opened(jsonl, None, entry["index_sha256"]))
+        except ShardError as e:
+            yield str(e)
             return
-        if file_sha256(file) != want:
-            yield f"{file}: sha256 differs from index.json's"
-            return
-    lines = shard_lines(tar)
-    if len(lines) != entry["samples"]:
-        yield f"{tar}: {len(lines)} samples in its jsonl, {entry['samples']} in index.json"
-    inside = dict(tar_samples(tar))
-    with open(tar, "rb") as f:
-        for line in lines:
-            members = inside.get(line["key"], {})
-            media = media_of(members)
-            if media is None or (media.ext, media.offset, media.size) != (line["ext"], line["offset"], line["size"]):
-                yield f"{tar}: {line['key']}: not where its jsonl says"
-            elif strict:
-                f.seek(members["json"].offset)
-                if f.read(members["json"].size) != dumps(line["meta"]).encode():
-                    yield f"{tar}: {line['key']}: its .json differs from its jsonl line"
+        where = shown(where)
+        lines = [json.loads(line) for line in text]
+        problems = list(check_lines(where, tar, lines, strict))
+        if len(lines) != entry["samples"]:
+            problems.append(f"{where}: {len(lines)} samples in its jsonl, {entry['samples']} in index.json")
+        yield from problems
+        for i in decode if not problems else []:
+            yield from check_sample(where, tar, lines[i])
 
 
-def shard_lines(tar: Path) -> list[dict]:
-    return [json.loads(line) for line in read_lines(tar.with_suffix(".jsonl"))]
+def check_lines(where: str, tar: BinaryIO, lines: list[dict], strict: bool) -> Iterator[str]:
+    inside = dict(tar_samples(Path(where), tar))
+    for line in lines:
+        members = inside.get(line["key"], {})
+        media = media_of(members)
+        if media is None or (media.ext, media.offset, media.size) != (line["ext"], line["offset"], line["size"]):
+            yield f"{where}: {line['key']}: not where its jsonl says"
+        elif strict:
+            tar.seek(members["json"].offset)
+            if tar.read(members["json"].size) != dumps(line["meta"]).encode():
+                yield f"{where}: {line['key']}: its .json differs from its jsonl line"
 
 
-def check_sample(tar: Path, line: dict) -> Iterator[str]:
+def check_sample(tar_name: str, tar: BinaryIO, line: dict) -> Iterator[str]:
     """Problems of one sample: decoded in full, and by the decoder that training will use."""
-    where, meta = f"{tar}: {line['key']}", line["meta"]
-    with open(tar, "rb") as f:
-        f.seek(line["offset"])
-        data = f.read(line["size"])
+    where, meta = f"{tar_name}: {line['key']}", line["meta"]
+    tar.seek(line["offset"])
+    data = tar.read(line["size"])
     try:
         video = open_video(data, line["ext"], meta)
         video.get([0, len(video) // 2, len(video) - 1])
@@ -68,26 +94,24 @@ def check_sample(tar: Path, line: dict) -> Iterator[str]:
         yield f"{where}: {e}"
 
 
-def check_set(folder: Path, decode: int) -> Iterator[str]:
+def check_set(folder: str, decode: int) -> Iterator[str]:
     """Problems of one data set; `decode` samples, evenly spread, are decoded."""
     index = read_index(folder)
-    sound = []
-    for entry in index["shards"]:
-        problems = list(check_shard(folder, entry, strict="plan" in index["pack"]))
-        yield from problems
-        if not problems:
-            sound.append(folder / entry["name"])
-    samples = [(tar, line) for tar in sound for line in shard_lines(tar)]
-    for i in np.unique(np.linspace(0, len(samples) - 1, min(decode, len(samples))).astype(int)):
-        yield from check_sample(*samples[i])
+    entries(index, folder)  # are its lines in order?
+    ends = list(accumulate(entry["samples"] for entry in index["shards"]))
+    total = ends[-1] if ends else 0
+    chosen = np.unique(np.linspace(0, total - 1, min(decode, total)).astype(int)).tolist()
+    for entry, end in zip(index["shards"], ends, strict=True):
+        begin = end - entry["samples"]
+        yield from check_shard(folder, entry, "plan" in index["pack"], [i - begin for i in chosen if begin <= i < end])
 
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m data_prep.verify", description="Check packed data sets.")
-    parser.add_argument("out", type=Path, help="a folder with index.json in it or below it")
+    parser.add_argument("out", type=local, help="a folder with index.json in it or below it, or a data set's URL")
     parser.add_argument("--decode", type=int, default=32, help="samples of each data set to decode (default 32)")
     args = parser.parse_args(argv)
-    folders = sorted(p.parent for p in args.out.rglob("index.json"))
+    folders = [args.out] if is_url(args.out) else sorted(str(p.parent) for p in Path(args.out).rglob("index.json"))
     if not folders:
         raise UserError(f"{args.out}: no index.json in it or below it; shards of others need: data_prep.scan")
     bad = 0

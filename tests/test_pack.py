@@ -17,10 +17,11 @@ import numpy as np
 import pytest
 
 from data_prep import pack, scan, verify
-from data_prep.folder import Item, read_source
+from data_prep.encode import Sample
 from data_prep.index import class_lists, key_of, read_lines
-from data_prep.pack import divide
+from data_prep.plan import divide
 from data_prep.probe import Prober, Rejected
+from data_prep.sources import Item, read_source
 from vidssl.data.decoders import open_video
 from vidssl.errors import UserError
 
@@ -48,9 +49,13 @@ def test_what_a_pack_holds(packed, tiny_corpus, frame_index):
     assert index["classes"] == {"label": ["clap", "run", "wave"]}
     assert [s["samples"] for s in index["shards"]] == [3] * 4
     assert (packed / "rejected.jsonl").read_text() == ""
-    assert {p.name for p in packed.iterdir()} == {"index.json", "plan.json", "rejected.jsonl"} | {
-        f"shard-{i:06d}.{e}" for i in range(4) for e in ("tar", "jsonl")
-    }
+    assert {p.name for p in packed.iterdir()} == {
+        "index.json",
+        "plan.json",
+        "rejected.jsonl",
+        "report.json",
+        "report.png",
+    } | {f"shard-{i:06d}.{e}" for i in range(4) for e in ("tar", "jsonl")}
     seen = set()
     for shard in index["shards"]:
         tar = (packed / shard["name"]).read_bytes()
@@ -63,7 +68,8 @@ def test_what_a_pack_holds(packed, tiny_corpus, frame_index):
             assert meta["class"] == meta["source"].split("/")[0] == index["classes"]["label"][meta["label"]]
             assert meta["labels"] == {"label": meta["label"]} and meta["group"] is None
             assert (meta["frames"], meta["height"], meta["width"]) == (20 - meta["label"], 48, 64)
-            assert (meta["fps"], meta["codec"], meta["rotation"], meta["decoder"]) == (10.0, "h264", 0, "decord")
+            assert (meta["fps"], meta["codec"], meta["rotation"], meta["decoder"]) == (10.0, "h264", 0, "pyav")
+            assert meta["decord"]  # proven, too
             assert meta["duration"] == pytest.approx(meta["frames"] / 10)
             video = open_video(data, line["ext"], meta)
             assert frame_index(video.get([meta["frames"] - 1])[0]) == meta["frames"] - 1
@@ -158,18 +164,21 @@ def test_nothing_decodes(odd_corpus, tmp_path):
         pack.main([str(tmp_path / "empty"), str(tmp_path / "out2")])
 
 
+KNOWN = {"frames": 1, "height": 2, "width": 2, "duration": 1.0, "decoder": "pyav"}
+
+
 def _die(data, ext, decoder, report):
-    report({"frames": 1}) if data == b"later" else None
+    report(KNOWN) if data == b"later" else None
     if data != b"hang":
         os.kill(os.getpid(), signal.SIGSEGV)
     time.sleep(60)
 
 
-def _crashing_child(conn, decoder):
+def _crashing_child(conn, *wishes):
     from data_prep import probe as module
 
     module.probe = _die
-    module._serve(conn, decoder)
+    module._serve(conn, *wishes)
 
 
 def test_a_decoder_that_crashes_or_hangs_costs_one_file(tmp_path, tiny_corpus, monkeypatch):
@@ -177,15 +186,15 @@ def test_a_decoder_that_crashes_or_hangs_costs_one_file(tmp_path, tiny_corpus, m
     for name, path in files.items():
         path.write_bytes(name.encode())
     monkeypatch.setattr("data_prep.probe._serve", _crashing_child)
-    probers = Prober("auto", timeout=20)
-    assert probers(files["now"], "mp4") == Rejected("decoder_crash", "the decoder's process ended with -11")
-    assert probers(files["later"], "mp4") == {"frames": 1}  # known before decord crashed: PyAV serves it
+    probers = Prober("auto", timeout=120)
+    assert probers(files["now"], "mp4") == [Rejected("decoder_crash", "the decoder's process ended with -11")]
+    assert probers(files["later"], "mp4") == [Sample(KNOWN)]  # known before decord crashed: PyAV serves it
     probers._timeout = 1.0
-    assert probers(files["hang"], "mp4") == Rejected("timeout", "no answer in 1 s")
+    assert probers(files["hang"], "mp4") == [Rejected("timeout", "no answer in 1 s")]
     monkeypatch.undo()
-    probers._timeout = 60.0
+    probers._timeout = 120.0
     found = probers(next(tiny_corpus.rglob("*.mp4")), "mp4")
-    assert isinstance(found, dict) and found["frames"] >= 18
+    assert isinstance(found[0], Sample) and found[0].meta["frames"] >= 18
     probers.close()
 
 
@@ -307,7 +316,7 @@ def test_classes_of_one_value_have_one_order():
 
 def test_an_out_that_cannot_be_written(tiny_corpus, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("x")
-    monkeypatch.setattr(pack, "read_source", lambda root: pytest.fail("looked into the source first"))
+    monkeypatch.setattr(pack, "read_source", lambda *_: pytest.fail("looked into the source first"))
     for out in ("file", "file/out", "file/a/b"):
         with pytest.raises(UserError, match="file is not a folder; choose another place"):
             pack.main([str(tiny_corpus), str(tmp_path / out)])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from data_prep import synthetic
-from data_prep.folder import read_source
+from data_prep.sources import read_source
 from data_prep.synthetic import COLOURS, FRAMES, MOTIONS, RADIUS, SHAPES, SIDE, Track, make_one, render, tracks
 from vidssl.errors import UserError
 

@@ -24,7 +24,7 @@ import torch
 from show_masks import show
 from tqdm import tqdm
 
-from data_prep.folder import read_source
+from data_prep.sources import read_source
 from data_prep.synthetic import make_corpus
 from vidssl import config
 from vidssl.errors import UserError, run_cli

@@ -1,0 +1,190 @@
+"""Which file goes to which data set and shard, decided before any video is opened: all that decides the bytes."""
+
+import argparse
+import hashlib
+import math
+from collections import Counter, defaultdict
+from itertools import groupby
+from pathlib import Path
+from typing import NamedTuple
+
+import av
+
+from data_prep.encode import Recipe, Span
+from data_prep.filters import Filters, same_files
+from data_prep.index import class_lists, dumps, key_of
+from data_prep.sources import Item, Source
+from vidssl.errors import UserError
+
+SHARD_BYTES = 1_000_000_000  # of source files; a shard is closed before it grows beyond that
+
+
+class Shard(NamedTuple):
+    """One shard to be: `tar` is where it will stand. Items of one file follow each other."""
+
+    tar: Path
+    items: list[Item]
+
+    @property
+    def rejections(self) -> Path:
+        return self.tar.with_suffix(".rejected")
+
+    def files(self) -> list[tuple[str, list[Item]]]:
+        """Each file with all that is cut from it."""
+        return [(path, list(items)) for path, items in groupby(self.items, lambda item: item.path)]
+
+    def is_finished(self) -> bool:
+        """The tar is renamed into place last, so it vouches for the files beside it."""
+        return self.tar.exists() and self.tar.with_suffix(".jsonl").exists() and self.rejections.exists()
+
+
+class Plan(NamedTuple):
+    """sets: folder of each data set -> its shards. options: all that decides the bytes beside the source.
+
+    recipe: None where the files' own bytes are kept. rejected: known without opening a video (lines of
+    rejected.jsonl). bytes_in: of each data set's files.
+    """
+
+    source: Path
+    sets: dict[Path, list[Shard]]
+    classes: dict[str, list[str]]
+    first_set: str | None
+    rejected: dict[Path, list[dict]]
+    bytes_in: dict[Path, int]
+    recipe: Recipe | None
+    filters: Filters
+    options: dict
+    digest: str
+
+    def shards(self) -> list[Shard]:
+        return [shard for shards in self.sets.values() for shard in shards]
+
+
+def span_of(item: Item) -> Span:
+    return item.start, item.end
+
+
+def divide(items: list[Item], label_set: str | None, fraction: float, seed: int) -> dict[str, list[Item]]:
+    """Into train and test: whole groups (a file without group is its own), about `fraction` of each class to test.
+
+    A class with two groups or more has at least one in test and one in train.
+    """
+    units: dict[str, list[Item]] = defaultdict(list)
+    for item in items:
+        units[f"group {item.group}" if item.group else f"file {item.path}"].append(item)
+    counts = {u: Counter(i.labels.get(label_set or "", "") for i in members) for u, members in units.items()}
+    of_class: dict[str, list[str]] = defaultdict(list)
+    for u in sorted(units, key=lambda u: _draw(seed, u)):
+        for c in counts[u]:
+            of_class[c].append(u)
+    test: set[str] = set()
+    for c in sorted(of_class, key=lambda c: (len(of_class[c]), c)):
+        want = max(1, round(fraction * sum(counts[u][c] for u in of_class[c])))
+        for u in of_class[c]:
+            have = sum(counts[v][c] for v in of_class[c] if v in test)
+            if have >= want:
+                break
+            keeps_train = all(any(v not in test and v != u for v in of_class[k]) for k in counts[u])
+            if u not in test and keeps_train and (not have or have + counts[u][c] <= want):
+                test.add(u)
+    parts: dict[str, list[Item]] = {"train": [], "test": []}
+    for u, members in units.items():
+        parts["test" if u in test else "train"].extend(members)
+    return {name: sorted(members, key=lambda item: item.place) for name, members in parts.items()}
+
+
+def _draw(seed: int, name: str) -> bytes:
+    """A pseudo-random sort key that depends on nothing else (no library's generator, no order)."""
+    return hashlib.sha256(f"{seed} {name}".encode()).digest()
+
+
+def make_plan(source: Source, root: Path, out: Path, args: argparse.Namespace) -> Plan:
+    """args: those of pack, with `recipe` and `filters` made of them."""
+    first = source.sets[0] if source.sets else None
+    parts: dict[Path, list[Item]] = defaultdict(list)
+    if any(item.split for item in source.items):
+        if args.test_fraction:
+            raise UserError(f"{root}: names its own splits; leave out --test-fraction")
+        for item in source.items:
+            parts[out / str(item.split)].append(item)
+    elif args.test_fraction:
+        parts |= {out / k: v for k, v in divide(source.items, first, args.test_fraction, args.seed).items() if v}
+    else:
+        parts[out] = source.items
+    names: dict[str, set[str]] = defaultdict(set)
+    for item in source.items:
+        for label_set, name in item.labels.items():
+            names[label_set].add(name)
+    keys = {key_of(item.path, *span_of(item)): span_of(item) for item in source.items}
+    if len(keys) < len(source.items):
+        raise UserError(f"{root}: two paths have the same key, or a file the same segment twice; rename or remove one")
+    recipe, cuts = args.recipe, any(span != (None, None) for span in keys.values())
+    if cuts and recipe and (recipe.window or recipe.scenes):
+        raise UserError(f"{root}: its annotations name segments; leave out --window, --hop and --scenes")
+    recipe = recipe or (Recipe() if cuts else None)
+    sizes = {item.path: (root / item.path).stat().st_size for item in source.items}
+    options = _options(args, recipe)
+    digest = hashlib.sha256(dumps({"version": 2, **options}).encode())
+    for item in source.items:
+        digest.update(dumps([*item, sizes[item.path]]).encode())
+    digest.update(dumps(source.rejected).encode())
+    rejected: dict[Path, list[dict]] = defaultdict(list)
+    for path, reason in source.rejected.items():  # no split was read for them: the first data set keeps the list
+        rejected[min(parts)].append({"path": path, "reason": reason, "detail": ""})
+    bytes_in = {folder: sum(sizes[p] for p in {item.path for item in items}) for folder, items in parts.items()}
+    for folder, items in parts.items() if args.drop_duplicates else ():
+        parts[folder], more = without_duplicates(items, root)
+        rejected[folder] += more
+    sets = {folder: _cut(folder, parts[folder], sizes, args) for folder in sorted(parts)}
+    classes = class_lists(names)
+    return Plan(
+        root, sets, classes, first, rejected, bytes_in, recipe, args.filters, options, digest.hexdigest()
+    )  # fmt: skip
+
+
+def _options(args: argparse.Namespace, recipe: Recipe | None) -> dict:
+    """What decides the bytes and stands in index.json."""
+    options = {
+        "decoder": args.decoder,
+        "samples_per_shard": args.samples_per_shard,
+        "seed": args.seed,
+        "test_fraction": args.test_fraction,
+        "drop_duplicates": args.drop_duplicates,
+        "filters": args.filters._asdict(),
+    }
+    if recipe:  # another encoder writes other bytes
+        options |= {"encode": recipe._asdict(), "libavcodec": ".".join(map(str, av.library_versions["libavcodec"]))}
+    return options
+
+
+def without_duplicates(items: list[Item], root: Path) -> tuple[list[Item], list[dict]]:
+    """Of files of one data set that hold the same bytes, what is cut from the first by path stays."""
+    paths = sorted({item.path for item in items})
+    same = {str(k.relative_to(root)): str(v.relative_to(root)) for k, v in same_files(root / p for p in paths).items()}
+    there = {(item.path, *span_of(item)) for item in items}
+    kept, rejected = [], []
+    for item in items:
+        first = same.get(item.path)
+        if first is None or (first, *span_of(item)) not in there:
+            kept.append(item)
+            continue
+        line = {"path": item.path, "reason": "duplicate", "detail": f"the same bytes as {first}", "value": 0}
+        times = {"start": item.start, "end": item.end}
+        rejected.append(line | {k: t for k, t in times.items() if t is not None})
+    return kept, rejected
+
+
+def _cut(folder: Path, items: list[Item], sizes: dict[str, int], args: argparse.Namespace) -> list[Shard]:
+    """Shuffle files by seed and cut into shards, by count of samples and by bytes; a file is in one shard."""
+    most = args.samples_per_shard or max(8, min(1000, math.ceil(len(items) / 16)))
+    shards: list[list[Item]] = [[]]
+    filled = 0
+    by_draw = sorted(items, key=lambda item: (_draw(args.seed, item.path), item.place))
+    for path, together in groupby(by_draw, lambda item: item.path):
+        group = list(together)
+        if shards[-1] and (len(shards[-1]) + len(group) > most or filled + sizes[path] > SHARD_BYTES):
+            shards.append([])
+            filled = 0
+        shards[-1] += group
+        filled += sizes[path]
+    return [Shard(folder / f"shard-{i:06d}.tar", part) for i, part in enumerate(shards)]

@@ -1,0 +1,95 @@
+"""How much of ffmpeg's throughput does re-encoding with pack keep? `python tools/bench_pack.py FOLDER`.
+
+Both encode the same videos with the same settings of x264 on the same number of processes, in turn; CPU seconds are
+counted over all processes, with decoding, starting up, checking and writing shards. ffmpeg is the binary of
+imageio-ffmpeg. pack's fixed costs (Python and its imports, in every process) are measured on one file a process and
+shown apart.
+"""
+
+import argparse
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from vidssl.data.decoders import VIDEO_EXTENSIONS
+from vidssl.errors import UserError, run_cli
+
+
+def measure(work: Callable[[], object]) -> tuple[float, float]:
+    """CPU seconds of the processes that `work` starts, and seconds on the wall."""
+    before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
+    work()
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, time.monotonic() - start
+
+
+def by_pack(files: list[Path], out: Path, args: argparse.Namespace) -> None:
+    """Into one folder of shards."""
+    source = out / "source"
+    source.mkdir()
+    for i, file in enumerate(files):
+        (source / f"{i}{file.suffix}").symlink_to(file.resolve())
+    command = [sys.executable, "-m", "data_prep.pack", str(source), str(out / "shards")]
+    command += ["--workers", str(args.processes), "--short-side", str(args.short_side), "--fps", str(args.fps)]
+    command += ["--keyframe-every", str(args.keyframe_every), "--crf", str(args.crf), "--preset", args.preset]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def by_ffmpeg(files: list[Path], out: Path, args: argparse.Namespace) -> None:
+    """Into a file each."""
+    import imageio_ffmpeg
+
+    n, every = args.short_side, str(args.keyframe_every)
+    scale = f"scale=w='if(gt(iw,ih),-2,min({n},iw))':h='if(gt(iw,ih),min({n},ih),-2)':flags=bicubic"
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-threads", "1", "-filter_threads", "1", "-i"]
+    coding = ["-an", "-vf", f"fps={args.fps},{scale}", "-pix_fmt", "yuv420p", "-c:v", "libx264", "-threads", "1"]
+    coding += ["-crf", str(args.crf), "-preset", args.preset, "-bf", "0", "-g", every, "-keyint_min", every]
+    coding += ["-sc_threshold", "0", "-x264-params", "mbtree=0", "-movflags", "faststart"]
+
+    def encode(job: tuple[int, Path]) -> None:
+        subprocess.run([*command, str(job[1]), *coding, str(out / f"{job[0]}.mp4")], check=True)
+
+    with ThreadPoolExecutor(args.processes) as pool:
+        list(pool.map(encode, enumerate(files)))
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python tools/bench_pack.py", description=__doc__.split("\n")[0])
+    parser.add_argument("folder", type=Path, help="of videos, also below it")
+    parser.add_argument("--files", type=int, default=40, help="so many of them, evenly spread")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--short-side", type=int, default=224)
+    parser.add_argument("--fps", type=int, default=8)
+    parser.add_argument("--keyframe-every", type=int, default=8)
+    parser.add_argument("--crf", type=int, default=23)
+    parser.add_argument("--preset", default="medium")
+    args = parser.parse_args(argv)
+    found = sorted(p for p in args.folder.rglob("*") if p.suffix[1:].lower() in VIDEO_EXTENSIONS)
+    if not found:
+        raise UserError(f"{args.folder}: no video in it")
+    files = found[:: max(1, len(found) // args.files)][: args.files]
+    print(f"{len(files)} videos, {args.processes} processes")
+    totals = {"pack": [0.0, 0.0], "ffmpeg": [0.0, 0.0], "pack, start": [0.0, 0.0], "ffmpeg, start": [0.0, 0.0]}
+    for _ in range(args.rounds):
+        for name, work in (("pack", by_pack), ("ffmpeg", by_ffmpeg)):
+            for label, some in ((name, files), (f"{name}, start", files[: args.processes])):
+                with tempfile.TemporaryDirectory() as folder:
+                    spent = measure(lambda w=work, s=some, f=folder: w(s, Path(f), args))  # type: ignore[misc]
+                totals[label] = [a + b / args.rounds for a, b in zip(totals[label], spent, strict=True)]
+    for label, (cpu, wall) in totals.items():
+        print(f"{label:17} {cpu:7.2f} CPU s {wall:7.2f} s")
+    fixed = totals["pack, start"][0] - totals["ffmpeg, start"][0]
+    theirs = totals["ffmpeg"][0]
+    print(f"throughput of pack over ffmpeg's, by CPU: {theirs / totals['pack'][0]:.2f};", end=" ")
+    print(f"without its fixed {fixed:.1f} s: {theirs / (totals['pack'][0] - fixed):.2f}")
+
+
+if __name__ == "__main__":
+    run_cli(main)
