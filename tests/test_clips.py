@@ -10,7 +10,7 @@ from PIL import Image
 
 from data_prep.probe import probe
 from vidssl.data import decoders
-from vidssl.data.clips import choose, segment_starts
+from vidssl.data.clips import choose, choose_several, repeated, segment_starts
 from vidssl.data.decoders import open_video
 from vidssl.errors import DecodeError
 
@@ -270,3 +270,24 @@ def test_meta_that_does_not_fit_the_file(make_video):
     assert len(open_video(data, "mp4", {"label": 3})) == 20  # meta written by others
     with pytest.raises(ValueError, match="expected auto, decord or pyav"):
         open_video(data, "mp4", None, "opencv")
+
+
+@pytest.mark.parametrize("repeat, lanes, batch", [(1, 4, 8), (2, 4, 8), (4, 1, 8), (4, 8, 64), (3, 2, 12)])
+def test_repeated_copies_share_lane_and_batch(repeat, lanes, batch):
+    samples, epochs = 5 * lanes * batch, 2
+    seen = [repeated(g, repeat, lanes) for g in range(epochs * samples * repeat)]
+    assert sorted(seen) == [(p, c) for p in range(epochs * samples) for c in range(repeat)]
+    assert all(p % lanes == g % lanes for g, (p, _) in enumerate(seen))  # so one process has all copies
+    for i in range(0, len(seen), batch):
+        ps = [p for p, _ in seen[i : i + batch]]
+        assert len(set(ps)) == batch // repeat and all(ps.count(p) == repeat for p in ps)
+    one_epoch = [p % samples for p, _ in seen[: samples * repeat]]
+    assert (np.bincount(one_epoch) == repeat).all()
+
+
+def test_several_clips_of_one_open_video(make_video, frame_index):
+    video = open_video(make_video(), "mp4")
+    picked = choose_several(video.times, [0.9, 0.0, 0.4], frames=4, stride=3)
+    assert (picked == [choose(video.times, 4, stride=3, start=s) for s in (0.9, 0.0, 0.4)]).all()
+    together = video.get(picked.reshape(-1))
+    assert [frame_index(f) for f in together] == picked.reshape(-1).tolist()

@@ -10,13 +10,14 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted(p for d in ("vidssl", "data_prep", "tools") for p in (ROOT / d).rglob("*.py"))
 BUDGET = {  # lines of Python, comments and docstrings included
-    "vidssl/data": 1000,
-    "vidssl/model": 400,
-    "vidssl/objective": 500,
-    "vidssl/evaluation": 500,
-    "vidssl": 3500,
-    "data_prep": 1500,
-    "tools": 700,
+    "vidssl/data": 2150,
+    "vidssl/model": 600,
+    "vidssl/objective": 850,
+    "vidssl/evaluation": 1300,
+    "vidssl/zoo": 1150,
+    "vidssl": 7900,
+    "data_prep": 3200,
+    "tools": 2600,
 }
 STORIES = {"vidssl/train.py:main", "vidssl/probe.py:main"}  # may tell it in one longer function
 IN_USE = {

@@ -1,5 +1,6 @@
 """vidssl/data/shards.py, augment.py and loader.py: an item is a function of (seed, position), and of nothing else."""
 
+import hashlib
 import json
 import multiprocessing
 import shutil
@@ -10,11 +11,13 @@ import pytest
 import torch
 
 from data_prep import pack
+from vidssl.data import decoders
 from vidssl.data.augment import PLACES, CenterCrop, MultiScaleCrop, RandomCrop, scale
+from vidssl.data.decoders import served_by
 from vidssl.data.loader import Data, FrameCache, Item, Tally, TrainClips, train_batches
 from vidssl.data.order import Order
 from vidssl.data.shards import Shards
-from vidssl.errors import UserError
+from vidssl.errors import DecodeError, UserError
 
 HEIGHT, WIDTH = 120, 200
 
@@ -63,7 +66,7 @@ def copy_with_damage(folder: Path, out: Path, damaged: dict[tuple[int, int], flo
     shards = Shards([str(out)])
     for place, fraction in damaged.items():
         sample, begin = shards.sample(*place), int(shards.sample(*place).size * fraction)
-        with open(shards.paths[sample.shard], "r+b") as f:
+        with open(shards.path(sample.shard), "r+b") as f:
             f.seek(sample.offset + begin)
             f.write(bytes(sample.size - begin))
     return out
@@ -278,6 +281,9 @@ def test_the_cache_changes_nothing_for_a_video_that_decodes_in_part(train, tmp_p
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     lines[0]["meta"] |= {"decoder": "pyav", "times": None, "frames": 40}  # it has 24
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    index = json.loads((folder / "index.json").read_text())
+    index["shards"][2]["index_sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
+    (folder / "index.json").write_text(json.dumps(index))
     plain, kept = make_clips(folder), make_clips(folder, cache=1 << 30)
     assert all(same(plain[g], kept[g]) for g in range(480))
     bad = [b for g in range(480) for b in plain[g].bad]  # of the 8 clips of it
@@ -436,3 +442,60 @@ def test_frame_cache_counts_bytes(train):
     for sample in shards.all()[:5]:
         assert cache.clip(sample, lambda times: np.array([0, len(times) - 1])).shape == (2, 48, 48, 3)
     assert (1 << 30) - cache.left == 5 * 24 * 48 * 48 * 3
+
+
+# --- decoders ---
+
+
+@pytest.fixture(scope="module")
+def proven(tiny_corpus, tmp_path_factory) -> Path:
+    """Files of which pack found that decord serves them right."""
+    out = tmp_path_factory.mktemp("proven") / "shards"
+    pack.main([str(tiny_corpus), str(out), "--workers", "1"])
+    return out
+
+
+@pytest.mark.parametrize("decoder", ["decord", "pyav", "torchcodec"])
+def test_decoders_agree_to_within_two_grey_levels(decoder, proven):
+    """H.264, 8 bit, even sizes; 10 bit and odd sizes are converted with up to 4 levels of difference."""
+    if decoder == "torchcodec":
+        pytest.importorskip("torchcodec")
+        try:
+            Data(["x"], 4, 2, decoder="torchcodec")
+        except UserError as e:
+            pytest.skip(str(e))
+    clips, want = make_clips(proven, decoder=decoder), make_clips(proven, decoder="pyav")
+    assert {served_by(s.ext, s.meta, decoder) for s in clips.shards.all()} == {decoder}
+    for g in range(24):
+        got, auto = clips[g], want[g]
+        assert got.key == auto.key and not got.bad
+        assert abs(got.video.float() - auto.video.float()).mean() < 2
+
+
+def test_which_decoder_serves():
+    counted, stamped = {"frames": 9, "decoder": "pyav", "times": None}, {}
+    proven = {"frames": 9, "decoder": "pyav", "decord": True}
+    only = {**proven, "decoder": "decord"}
+    for decoder, want in (
+        ("auto", ["pyav", "decord", "pyav", "pyav", "pyav"]),
+        ("decord", ["decord", "decord", "pyav", "decord", "decord"]),
+        ("torchcodec", ["torchcodec", "torchcodec", "pyav", "pyav", "pyav"]),
+        ("pyav", ["pyav"] * 5),
+    ):
+        assert [served_by("mp4", meta, decoder) for meta in (proven, only, counted, stamped, None)] == want
+        assert served_by(".PNG", proven, decoder) == "image"
+
+
+def test_what_decord_cannot_serve_pyav_does(proven, monkeypatch):
+    want = make_clips(proven, decoder="pyav")[3]
+    opened = []
+
+    class Broken:
+        def __init__(self, *_):
+            opened.append(1)
+            raise DecodeError("decode_error")
+
+    monkeypatch.setattr(decoders, "DecordVideo", Broken)
+    for cache in (0, 1 << 30):
+        assert same(make_clips(proven, cache=cache, decoder="decord")[3], want)
+    assert len(opened) == 2

@@ -1,6 +1,8 @@
 """Evaluation that does not lie: counted accuracy, test read once, nothing replaced, selection within train by group."""
 
 import csv
+import hashlib
+import importlib
 import json
 import shutil
 import subprocess
@@ -9,12 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from vidssl import probe
 from vidssl.errors import UserError
-from vidssl.evaluation.heads import Attentive, Labelled, fit, hold_out, standardiser
 from vidssl.evaluation.metrics import accuracy, interval
+from vidssl.evaluation.report import weights_hash
 from vidssl.zoo.native import load_encoder
 
 ROOT = Path(__file__).parents[1]
@@ -65,7 +66,7 @@ def test_accuracy_is_what_a_count_of_the_predictions_gives(probed, synthetic_sha
 
 def test_the_report_names_encoder_data_seed_and_choices(probed, run, synthetic_shards):
     report, _ = read(probed)
-    assert report["encoder"]["sha256"] == probe.weights_hash(load_encoder(str(run)).encoder)
+    assert report["encoder"]["sha256"] == weights_hash(load_encoder(str(run)).encoder)
     assert set(report["data"]) == {"train", "test"} and report["seed"] == 0
     for row in report["results"]:
         tried = row["chosen"]["tried"]
@@ -79,10 +80,15 @@ def test_the_test_set_is_not_read_twice_into_one_place(probed, run, synthetic_sh
         probe.main(arguments(run, synthetic_shards, probed))
 
 
+def test_a_test_sample_that_is_in_train_is_an_error(run, synthetic_shards, tmp_path):
+    with pytest.raises(UserError, match=r"60 sample\(s\) are in train and in test"):
+        probe.main(arguments(run, synthetic_shards, tmp_path / "out", test="train"))
+
+
 def test_random_init_is_another_encoder_and_the_same_every_time(run):
     trained, a, b = load_encoder(str(run)), load_encoder(str(run), 0), load_encoder(str(run), 0)
-    assert probe.weights_hash(a.encoder) == probe.weights_hash(b.encoder)
-    assert probe.weights_hash(a.encoder) != probe.weights_hash(trained.encoder)
+    assert weights_hash(a.encoder) == weights_hash(b.encoder)
+    assert weights_hash(a.encoder) != weights_hash(trained.encoder)
 
 
 def test_an_unreadable_test_video_is_an_error_or_counted_wrong_and_listed(run, synthetic_shards, tmp_path):
@@ -110,17 +116,19 @@ def test_an_unreadable_test_video_is_an_error_or_counted_wrong_and_listed(run, s
 @pytest.mark.parametrize(
     "wrong, words",
     [
-        (["encoder=nowhere"], "nowhere: no such encoder"),
+        (["encoder=nowhere"], "nowhere: no such"),
         (["data.labels=colour"], "no label 'colour'"),
         (["data.test=nowhere"], "nowhere: no index.json"),
         (["probe.kind=linearr"], "no kind 'linearr'"),
-        (["probe.memory_gb=0.0001"], "probe.memory_gb"),
+        (["probe.memory_gb=0.0001", "probe.stream=never"], "probe.memory_gb"),
+        (["data.numbers=[motion]"], "label 'motion' is not numeric"),
+        (["data.share=2"], "less than 1"),
         (["probe.heads=5"], "5 heads"),
-        (["probe.controls=[none,Shuffled]"], "'none' or 'shuffled'"),
+        (["probe.controls=[none,Shuffled]"], "'none', 'shuffled'"),
         (["probe.held_out=0"], "greater than 0"),
         (["data.stride=-1"], "greater than or equal to 1"),
         (["data.stride=1", "data.fps=2"], "not both"),
-        (["encoder=README.md"], "README.md: not a readable safetensors file"),
+        (["encoder=README.md"], "README.md: not a readable"),
         (["out=README.md/x"], "README.md is not a folder"),
     ],
 )
@@ -130,46 +138,6 @@ def test_wrong_calls(wrong, words, run, synthetic_shards, tmp_path, monkeypatch)
         probe.main(arguments(run, synthetic_shards, tmp_path / "out", *wrong))
     assert words in str(e.value) and "\n" not in str(e.value)
     assert not (tmp_path / "out").exists()
-
-
-def test_held_out_groups_never_straddle_and_no_class_is_lost():
-    labels = torch.tensor([0] * 12 + [1] * 8 + [2] * 2)
-    groups = [f"a{i // 3}" for i in range(12)] + [f"b{i // 2}" for i in range(8)] + ["c", "c"]
-    for seed in range(20):
-        out = hold_out(labels, groups, 0.25, seed)
-        for g in set(groups):
-            assert len({bool(o) for o, name in zip(out, groups, strict=True) if name == g}) == 1
-        assert [int(out[labels == c].sum()) for c in range(3)] == [3, 2, 0]  # class 2 is one group: it stays
-
-
-def test_a_group_that_holds_two_classes_does_not_straddle_either():
-    labels, groups = torch.tensor([0, 1] * 10), [f"g{i // 4}" for i in range(20)]
-    out = hold_out(labels, groups, 0.3, 0)
-    assert 0 < out.sum() < 20
-    for g in set(groups):
-        assert len({bool(o) for o, name in zip(out, groups, strict=True) if name == g}) == 1
-
-
-def test_the_choice_sees_only_train():
-    """With labels that are noise on the held-out groups' side the choice is whatever scores best there, and the held
-    out accuracy is a count over exactly those samples."""
-    torch.manual_seed(0)
-    tokens, labels = torch.randn(60, 4, 8), torch.arange(60) % 3
-    tokens[:, :, 0] += 3 * labels[:, None]
-    protocol = Attentive(heads=2, epochs=10, batch=16, lr=(1e-2, 1e-9))
-    _, chosen = fit(protocol, Labelled(tokens, labels), [str(i) for i in range(60)], 3)
-    assert chosen["lr"] == 1e-2 and chosen["n_held_out"] == 12
-    scores = [t["held_out_accuracy"] for t in chosen["tried"]]
-    assert all(round(s * 12 / 100) == pytest.approx(s * 12 / 100, abs=0.01) for s in scores)
-    assert scores[0] > scores[1]
-
-
-def test_standardised_tokens():
-    torch.manual_seed(0)
-    train = torch.randn(50, 3, 4) * torch.tensor([1.0, 10, 0.1, 5]) + torch.randn(3, 4)
-    out = standardiser(train)(train)
-    assert out.mean(0).abs().max() < 1e-5
-    assert (out.square().mean((0, 1)) - 1).abs().max() < 1e-4
 
 
 def test_interval_covers_and_widens_with_groups():
@@ -185,3 +153,98 @@ def test_interval_covers_and_widens_with_groups():
     grouped = interval(right, [str(k // 10) for k in range(200)])
     assert grouped[1] - grouped[0] > 2 * (single[1] - single[0])
     assert accuracy(np.array([True, False, True])) == pytest.approx(66.6667, abs=1e-3)
+
+
+def test_every_control_low_shot_lists_and_the_tables(run, synthetic_shards, tmp_path):
+    """One call of everything; every figure is what a count of predictions.csv gives."""
+    settings = ["probe.controls=[none,reversed,still,random_init,pixels]", "data.labels=motion", "data.share=0.5"]
+    probe.main(arguments(run, synthetic_shards, tmp_path / "a", *settings, "data.seeds=[0,1]", "probe.crops=2"))
+    report, told = read(tmp_path / "a")
+    controls = ["none", "reversed", "still", "random_init", "pixels"]
+    assert [(r["control"], r["list_seed"]) for r in report["results"]] == [(c, s) for c in controls for s in (0, 1)]
+    with open(tmp_path / "a" / "per_class.csv", newline="") as f:
+        classes = list(csv.DictReader(f))
+    with open(tmp_path / "a" / "confusion.csv", newline="") as f:
+        confusion = list(csv.DictReader(f))
+    names = json.loads((synthetic_shards / "test" / "index.json").read_text())["classes"]["motion"]
+    for row in report["results"]:
+        which = (row["control"], str(row["list_seed"]))
+        mine = [t for t in told if (t["control"], t["seed"]) == which]
+        right = [t["truth"] == t["predicted"] for t in mine]
+        assert row["value"] == pytest.approx(100 * sum(right) / len(mine), abs=1e-3)
+        order = [np.argsort([-float(x) for x in t["outputs"].split()], kind="stable") for t in mine]
+        assert [names[o[0]] for o in order] == [t["predicted"] for t in mine]
+        top5 = [t["truth"] in [names[i] for i in o[:5]] for t, o in zip(mine, order, strict=True)]
+        assert row["top5"] == pytest.approx(100 * np.mean(top5), abs=1e-3)
+        some = [c for c in classes if (c["control"], c["seed"]) == which]
+        assert row["mean_per_class"] == pytest.approx(np.mean([float(c["accuracy"]) for c in some]), abs=0.01)
+        assert sum(int(c["n"]) for c in some) == len(mine) == 30
+        table = [c for c in confusion if (c["control"], c["seed"]) == which]
+        assert sum(int(c["n"]) for c in table if c["truth"] == c["predicted"]) == sum(right)
+        text = (tmp_path / "a" / row["list"]).read_text()
+        assert hashlib.sha256(text.encode()).hexdigest() == row["list_sha256"]
+        assert len(text.split()) == row["n_train"] == 30
+    for summary in report["low_shot"]:
+        values = [r["value"] for r in report["results"] if r["control"] == summary["control"]]
+        assert summary["mean"] == pytest.approx(np.mean(values), abs=1e-3) and len(summary["lists"]) == 2
+    assert report["versions"]["code"] and report["config_sha256"] and report["test_samples_of_train_groups"] == 0
+    still = [t["outputs"] for t in told if t["control"] == "still"]
+    assert still != [t["outputs"] for t in told if t["control"] == "none"]
+
+
+@pytest.mark.parametrize("kind", ["linear", "knn", "retrieval"])
+def test_the_other_protocols(kind, run, synthetic_shards, tmp_path):
+    call = [str(ROOT / f"configs/probe/{kind}.yaml"), f"encoder={run}", f"out={tmp_path / 'a'}", "probe.workers=0"]
+    call += [f"data.train={synthetic_shards / 'train'}", f"data.test={synthetic_shards / 'test'}"]
+    probe.main([*call, "data.labels=[appearance]"])
+    report, told = read(tmp_path / "a")
+    (row,) = report["results"]
+    assert row["protocol"] == kind and row["n_test"] == len(told) == 30
+    assert row["accuracy"] == pytest.approx(100 * np.mean([t["truth"] == t["predicted"] for t in told]), abs=1e-3)
+    if kind == "retrieval":
+        assert row["accuracy"] <= row["recall_at_5"] and 0 < row["retrieval_mAP"] < 100
+
+
+def test_processes_and_the_cache_change_nothing(run, synthetic_shards, tmp_path):
+    """Two processes that write a cache, one that finds it, and none: the same predictions (30 and 60 samples: odd
+    shares)."""
+    plain = arguments(run, synthetic_shards, tmp_path / "a", "data.labels=motion", "probe.controls=[none]")
+    probe.main(plain)
+    cached = [f"out={tmp_path / 'b'}" if a.startswith("out=") else a for a in plain] + [f"probe.cache={tmp_path / 'c'}"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "vidssl/probe.py"]
+    subprocess.run([*launch, *cached], cwd=ROOT, check=True, capture_output=True)
+    times = [p.stat().st_mtime_ns for p in sorted((tmp_path / "c").glob("*/blocks/*"))]
+    probe.main([f"out={tmp_path / 'd'}" if a.startswith("out=") else a for a in cached])
+    assert times and times == [p.stat().st_mtime_ns for p in sorted((tmp_path / "c").glob("*/blocks/*"))]
+    (first, told), (second, others), (third, again) = (read(tmp_path / name) for name in "abd")
+    for report in (second, third):
+        assert report["results"][0]["accuracy"] == first["results"][0]["accuracy"]
+        assert report["results"][0]["n_test"] == 30 == len({t["key"] for t in others})
+    for a, b in ((told, others), (others, again)):
+        assert [t["predicted"] for t in a] == [t["predicted"] for t in b]
+
+
+def test_differences_are_paired_by_sample(probed, tmp_path, capsys, monkeypatch):
+    """Against a copy in which three samples of one label turn from wrong to right, lines in another order."""
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    compare = importlib.import_module("compare")
+    shutil.copytree(probed, tmp_path / "better")
+    report, told = read(probed)
+    mine = [t for t in told if (t["label"], t["control"]) == ("motion", "none")]
+    for t in [t for t in mine if t["truth"] != t["predicted"]][:3]:
+        t["predicted"] = t["truth"]
+    with open(tmp_path / "better" / "predictions.csv", "w", newline="") as f:
+        writer = csv.DictWriter(f, told[0])
+        writer.writeheader()
+        writer.writerows(reversed(told))
+    compare.main([str(probed), str(tmp_path / "better"), f"--csv={tmp_path / 'c.csv'}", f"--plot={tmp_path / 'c.png'}"])
+    with open(tmp_path / "c.csv", newline="") as f:
+        rows = {(r["name"], r["label"], r["control"]): r for r in csv.DictReader(f)}
+    better = rows["better", "motion", "none"]
+    assert float(better["difference"]) == 10  # 3 of 30
+    assert 0 <= float(better["difference_low"]) < 10 < float(better["difference_high"]) <= 30
+    assert float(rows["better", "appearance", "none"]["difference"]) == 0
+    assert "+10.00" in capsys.readouterr().out and (tmp_path / "c.png").stat().st_size > 5000
+    (tmp_path / "better" / "probe.json").write_text(json.dumps({**report, "data": {"test": "other"}}))
+    with pytest.raises(UserError, match="tested on different data"):
+        compare.main([str(probed), str(tmp_path / "better")])

@@ -61,8 +61,12 @@ def as_checkpoint(objective: Objective, cfg: dict[str, Any]) -> Checkpoint:
 
 
 def save_run(out: Path, objective: Objective, about: dict[str, Any], snapshot: bool) -> None:
+    """What `objective` has learned, as `write_run` writes it."""
+    write_run(out, as_checkpoint(objective, about["config"]), about, snapshot)
+
+
+def write_run(out: Path, found: Checkpoint, about: dict[str, Any], snapshot: bool) -> None:
     """encoder.safetensors and what stands beside it; with `snapshot` also snapshots/step-00000100, which stays."""
-    found = as_checkpoint(objective, about["config"])
     native.save(out, found, about)
     if snapshot:
         place = out / "snapshots"

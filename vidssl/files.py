@@ -1,7 +1,9 @@
 """Files that a kill leaves old or new, never half-written; and folders that can be written."""
 
+import contextlib
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +11,26 @@ from vidssl.errors import UserError
 
 
 def replace(path: Path, write: Callable[[Path], Any]) -> None:
-    """write(temporary path), sync it to the disk, rename it to `path`."""
+    """write(temporary path), sync it to the disk, rename it to `path`; what cannot be written leaves nothing behind."""
     beside = path.with_name(path.name + ".tmp")
-    write(beside)
-    with open(beside, "rb+") as f:
-        os.fsync(f.fileno())
-    os.replace(beside, path)
+    try:
+        write(beside)
+        sync(beside)
+        os.replace(beside, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """What is in a file, or which files are in a folder, is on the disk."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
 
 
 def check_out(out: Path) -> None:
@@ -31,3 +47,18 @@ def make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:  # a name that is too long, a file system that takes no folders
         raise UserError(f"{folder}: cannot be made: {e.strerror}") from e
+
+
+def say(text: str) -> None:
+    """A line on stderr, which may be a file on a full disk."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def writing(out: Path) -> Iterator[None]:
+    """What cannot be written in here is a UserError that says so."""
+    try:
+        yield
+    except OSError as e:
+        raise UserError(f"{e.filename or out}: cannot be written: {e.strerror or e}") from e

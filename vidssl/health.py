@@ -1,24 +1,156 @@
-"""How the representation is doing: its spread over clips and over time, and its effective rank."""
+"""How the representation is doing: its spread over clips, places and time, its rank, and whether it collapses.
+
+Measured on one process, on a few clips of the batch, without gradients; tools/bench_health.py says what it costs.
+"""
+
+from collections import deque
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from vidssl.objective.objective import Objective
+from vidssl.objective.targets import Ema, normalise
+
+CLIPS = (8, 32)  # at least and at most, of which the figures are
+ONLINE = 4  # every so many of them also go through the target and the online encoder
+TOKENS = 4096  # at most, of which the singular values are
+SHARE = 0.05  # of the start's deviation, under which the features count as collapsed
 
 
 @torch.no_grad()
 def spread(features: Tensor, slices: int) -> dict[str, float]:
-    """features [B, N, D] (N = slices * places, time first) -> figures that go to 0 (rank: to 1) in a collapse.
+    """features [B, N, D] (N = slices * places, time first) -> figures that go to 0 (ranks: to 1) in a collapse.
 
-    std_clips: deviation over clips at a token, std_time: deviation over time within a clip after the mean over clips
-    (the positions' share) is taken off; both relative to the features' root mean square, averaged over channels.
-    rank: RankMe (Garrido et al. 2023, arXiv 2210.02885), exp of the entropy of the singular values, of the tokens.
+    All deviations are relative to the features' root mean square. std_clips: over clips at a token, mean over tokens;
+    std_clips_min: at the token where it is least; std_channel_min: over clips and tokens, of the channel where it is
+    least; std_tokens: over the tokens of a clip; std_time: over time within a clip after the mean over clips (the
+    positions' share) is taken off. rank: RankMe (Garrido et al. 2023, arXiv 2210.02885), exp of the entropy of the
+    singular values, of the tokens; rank_slice: the same of each time slice alone, their mean. alpha: alpha-ReQ (Agrawal
+    et al. 2022, arXiv 2202.05808), the power with which the eigenvalues of the covariance fall, fitted from the tenth
+    to the middle one; large in a collapse. cosine: of the mean tokens of two clips, mean over pairs; 1 in a collapse.
     """
     x = features.float().unflatten(1, (slices, -1))
-    rms = x.square().mean().sqrt()
+    rms = x.square().mean().sqrt().clamp_min(1e-12)
     free = x - x.mean(0)
-    values = torch.linalg.svdvals(free.flatten(0, 2)[:: max(1, free[..., 0].numel() // 4096)])
-    p = values / values.sum() + 1e-7
+    at_token = free.square().mean((0, 3)).sqrt() / rms
+    values = singular_values(free)
+    each = [singular_values(free[:, t]) for t in range(slices)]
+    pooled = F.normalize(x.mean((1, 2)), dim=-1)
+    n = len(pooled)
     return {
         "std_clips": float(free.square().mean().sqrt() / rms),
+        "std_clips_min": float(at_token.min()),
+        "std_channel_min": float(x.flatten(0, 2).std(0).min() / rms),
+        "std_tokens": float((x - x.mean((1, 2), keepdim=True)).square().mean().sqrt() / rms),
         "std_time": float(free.std(1).square().mean().sqrt() / rms) if slices > 1 else 0.0,
-        "rank": float(torch.exp(-(p * p.log()).sum())),
+        "rank": rank(values),
+        "rank_slice": sum(map(rank, each)) / slices,
+        "alpha": decay(values),
+        "cosine": float((pooled.sum(0).square().sum() - n) / max(1, n * (n - 1))),
     }
+
+
+def singular_values(x: Tensor) -> Tensor:
+    """[..., D] -> f32 [min(n, D)], of at most TOKENS rows, evenly taken; nan where they cannot be found."""
+    rows = x.flatten(0, -2)
+    rows = rows[:: -(-len(rows) // TOKENS)]
+    if not rows.isfinite().all():
+        return rows.new_full((min(rows.shape),), torch.nan)
+    return torch.linalg.svdvals(rows)
+
+
+def rank(values: Tensor) -> float:
+    """RankMe of singular values."""
+    p = values / values.sum().clamp_min(1e-12) + 1e-7
+    return float(torch.exp(-(p * p.log()).sum()))
+
+
+def decay(values: Tensor) -> float:
+    """alpha-ReQ of singular values: minus the slope of log eigenvalue over log index."""
+    first, last = min(10, len(values) // 4), max(len(values) // 2, 3)
+    index = torch.arange(first + 1, last + 1, device=values.device).float().log()
+    height = 2 * values[first:last].clamp_min(1e-12).log()
+    index, height = index - index.mean(), height - height.mean()
+    return float(-(index * height).sum() / index.square().sum().clamp_min(1e-12))
+
+
+@torch.no_grad()
+def drift(objective: Objective, video: Tensor, slow: Tensor) -> dict[str, float]:
+    """Of a momentum encoder, how far the online one is from it: relative L2 distance of the weights, and 1 - cosine of
+    the features. video f32 [b, 3, T, H, W]; slow [b, N, D]: its features by the momentum encoder."""
+    online, momentum = list(objective.encoder.parameters()), list(objective.evaluated.parameters())
+    apart = torch.stack([(a - b).square().sum() for a, b in zip(online, momentum, strict=True)]).sum().sqrt()
+    size = torch.stack([b.square().sum() for b in momentum]).sum().sqrt()
+    near = F.cosine_similarity(objective.encoder(video).float(), slow.float(), dim=-1).mean()
+    return {"drift_weights": float(apart / size), "drift_features": float(1 - near)}
+
+
+class Health:
+    """Keeps the last clips of this process and what the features were like at the start."""
+
+    def __init__(self) -> None:
+        self.clips: deque[Tensor] = deque()  # u8 [b, 3, T, H, W] of the last steps, as many as CLIPS[0] takes
+        self.start: dict[str, float] = {}  # the first figures of the run
+        self.low = 0  # measurements in a row that look like a collapse
+
+    def see(self, video: Tensor) -> None:
+        """The clips u8 [b, 3, T, H, W] of a step."""
+        if self.clips and self.clips[0].shape[1:] != video.shape[1:]:
+            self.clips.clear()
+        self.clips.append(video[: CLIPS[1]])
+        while sum(map(len, self.clips)) - len(self.clips[0]) >= CLIPS[0]:
+            self.clips.popleft()
+
+    @torch.no_grad()
+    def measure(self, objective: Objective) -> dict[str, float]:
+        """The figures of the encoder that will be evaluated, "health_...", on health_clips of the last clips."""
+        encoder = objective.evaluated
+        u8 = torch.cat(list(self.clips))[-CLIPS[1] :]
+        video = normalise(u8.to(next(encoder.parameters()).device))
+        was = objective.training
+        objective.eval()
+        features = encoder(video)
+        found = spread(features, encoder.grid_of(video).t)
+        few = video[::ONLINE]
+        found["target_var"] = float(objective.target(few).float().flatten(0, 1).var(0).mean())
+        if isinstance(objective.target, Ema):
+            found |= drift(objective, few, features[::ONLINE])
+        objective.train(was)
+        self.start = self.start or found
+        self.low = self.low + 1 if self.looks_bad(found) else 0
+        return {"health_clips": len(u8), **{f"health_{k}": v for k, v in found.items()}}
+
+    def looks_bad(self, now: dict[str, float]) -> bool:
+        """The rule of a collapse: the deviation over clips or over tokens is under SHARE of what it was after the first
+        step, or the rank is under 2.
+
+        In our healthy runs the first stayed over 0.12 (of pixels, whose features tell places more than clips), from 0.5
+        to 0.9 at the start; in a run made to collapse it was 0.04 of the start's after 100 steps. RankMe is no part of
+        the rule beyond that: it is of what the features differ in, however little that is, and did not fall there.
+        """
+        return now["rank"] < 2 or any(now[k] < SHARE * self.start[k] for k in ("std_clips", "std_tokens"))
+
+    @property
+    def collapsed(self) -> bool:
+        """Two measurements in a row looked bad, and nothing better has come since."""
+        return self.low >= 2
+
+    def collapse(self, row: dict[str, Any]) -> str | None:
+        """The line to be said when a second measurement in a row looks bad."""
+        if self.low != 2:
+            return None
+        told = (
+            f"{k} {row[f'health_{k}']:.3g} (at the start {self.start[k]:.3g})"
+            for k in ("std_clips", "std_tokens", "rank", "cosine")
+        )
+        return f"step {row['step']}: the features have collapsed: {', '.join(told)}"
+
+    def state(self) -> dict[str, Any]:
+        """Plain data, for the checkpoint."""
+        return {"start": self.start, "low": self.low}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` gave."""
+        self.start, self.low = state["start"], state["low"]

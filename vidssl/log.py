@@ -1,19 +1,25 @@
-"""log.jsonl: a JSON object a step, always; and one live line of progress."""
+"""log.jsonl: a JSON object a step, always; one live line of progress; and trackers that were asked for."""
 
+import contextlib
 import fcntl
 import hashlib
+import importlib.util
 import json
+import math
+import os
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
 from vidssl.errors import UserError
-from vidssl.files import replace
+from vidssl.files import replace, say
 
 
 def hash_keys(keys: list[str]) -> Tensor:
@@ -27,19 +33,79 @@ def batch_hash(positions: Tensor, hashes: Tensor) -> str:
     return hashlib.sha256(in_order.tobytes()).hexdigest()[:16]
 
 
-def note_bad(path: Path, step: int, bad: list[tuple[str, str]]) -> None:
-    """Append (key, reason) of samples that were replaced at this step; every process writes its own lines."""
-    if bad:
-        with open(path, "a") as f:
-            f.write("".join(json.dumps({"step": step, "key": key, "reason": why}) + "\n" for key, why in bad))
+class Lines:
+    """A file of JSON objects, one a line, that is only added to. What a full disk does not take is kept and tried
+    again with the next."""
+
+    def __init__(self, path: Path):
+        self.path, self.left, self.number = path, b"", -1
+
+    def add(self, *rows: dict[str, Any]) -> str | None:
+        """Write the rows and what is left of earlier ones; why that did not work, if it did not."""
+        self.left += "".join(json.dumps(row) + "\n" for row in rows).encode()
+        try:
+            if self.left and self.number < 0:
+                self.number = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+            while self.left:
+                self.left = self.left[os.write(self.number, self.left) :]
+        except OSError as e:
+            return e.strerror or str(e)
+        return None
+
+    def sync(self) -> None:
+        """All of it is on the disk; OSError if it is not."""
+        if why := self.add():
+            raise OSError(f"{self.path.name}: {why}")
+        if self.number >= 0:
+            os.fsync(self.number)
+
+    def close(self) -> None:
+        """Try what is left a last time."""
+        if why := self.add():
+            say(f"warning: {self.path}: its last lines are lost: {why}")
+        if self.number >= 0:
+            os.close(self.number)
+            self.number = -1
+
+
+Tracker = Literal["tensorboard", "wandb", "trackio"]
+
+
+def check_trackers(names: tuple[Tracker, ...]) -> None:
+    """An error that says what to install."""
+    for name in names:
+        if not importlib.util.find_spec(name):
+            raise UserError(f"run.trackers: {name} is not installed: pip install {name}")
+
+
+def start_trackers(accelerator: Accelerator, cfg: dict[str, Any]) -> Callable[[dict[str, Any]], None]:
+    """-> what passes a row of the log on to the trackers."""
+    plain = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in _flat(cfg).items()}
+    accelerator.init_trackers("vidssl", plain)
+
+    def track(row: dict[str, Any]) -> None:
+        numbers = {k: v for k, v in row.items() if isinstance(v, (int, float)) and math.isfinite(v)}
+        accelerator.log(numbers, step=row["step"])
+
+    return track
+
+
+def _flat(tree: dict[str, Any], at: str = "") -> dict[str, Any]:
+    """Nested sections as dotted keys."""
+    return {
+        k: v
+        for key, value in tree.items()
+        for k, v in (_flat(value, f"{at}{key}.").items() if isinstance(value, dict) else [(f"{at}{key}", value)])
+    }
 
 
 class Log:
     """Writes log.jsonl and the progress line; made on the main process only."""
 
-    def __init__(self, out: Path, start: int, steps: int):
+    def __init__(self, out: Path, start: int, steps: int, track: Callable[[dict[str, Any]], None] | None = None):
         """Lines after step `start` are of a run that was cut off and are dropped: they will be written again. While it
         is open, no other process can open the log of this folder."""
+        self.out, self.track, self.full = out, track, False
         self.lock = open(out / ".lock", "w")  # noqa: SIM115
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -49,17 +115,42 @@ class Log:
             if path.exists():
                 kept = [line + "\n" for line in path.read_text().splitlines() if _step(line) <= start]
                 replace(path, partial(Path.write_text, data="".join(kept)))
-        self.file = open(out / "log.jsonl", "a", buffering=1)  # noqa: SIM115
+        self.lines = Lines(out / "log.jsonl")
         live = sys.stderr.isatty()
         self.bar = tqdm(
-            total=steps, initial=start, desc=out.name, unit="step", mininterval=0.2 if live else 20, ncols=100
+            total=steps,
+            initial=start,
+            desc=out.name,
+            unit="step",
+            mininterval=0.2 if live else 20,
+            delay=0.1,
+            dynamic_ncols=True,
+            bar_format="{desc} {n_fmt}/{total_fmt}{postfix} | {elapsed}, {remaining} left, ends {eta:%d %b %H:%M}",
         )
 
     def write(self, row: dict[str, Any]) -> None:
-        self.file.write(json.dumps(row) + "\n")
+        """A step's row into the file, to the trackers and onto the line."""
+        why = self.lines.add(row)
+        if bool(why) != self.full:
+            self.full = bool(why)
+            self.say(f"warning: log.jsonl: {why}; its lines are kept" if why else "log.jsonl is written again")
+        if self.track:
+            try:
+                self.track(row)
+            except OSError as e:
+                self.say(f"warning: a tracker did not take step {row['step']}: {e}")
         shown = {"loss": f"{row['loss']:.4f}", "clips/s": f"{row['clips_per_s']:.0f}", "wait": f"{row['wait']:.0%}"}
-        self.bar.set_postfix(shown, refresh=False)
-        self.bar.update()
+        shown |= {"GB": f"{row['memory'] / 1e9:.1f}"} if "memory" in row else {}
+        shown |= {"mfu": f"{row['mfu']:.0%}"} if "mfu" in row else {}
+        shown |= {"skipped": row["skipped"]} if row.get("skipped") else {}
+        with contextlib.suppress(OSError):  # stderr may be a file on a full disk
+            self.bar.set_postfix(shown, refresh=False)
+            self.bar.update()
+
+    def say(self, text: str) -> None:
+        """A line beside the progress line."""
+        with contextlib.suppress(OSError):
+            tqdm.write(text, file=sys.stderr)
 
     def __enter__(self) -> "Log":
         return self
@@ -68,8 +159,9 @@ class Log:
         self.close()
 
     def close(self) -> None:
-        self.file.close()
-        self.bar.close()
+        self.lines.close()
+        with contextlib.suppress(OSError):
+            self.bar.close()
         self.lock.close()
 
 

@@ -4,35 +4,40 @@ accelerate launch vidssl/train.py FILES.yaml ... key=value ...
 """
 
 import contextlib
-import math
+import hashlib
+import sys
 import time
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
-import vidssl
 from vidssl import config
-from vidssl.checkpoint import load_checkpoint, save_checkpoint
-from vidssl.config import Count, Part, Size
+from vidssl.checkpoint import load_checkpoint, provenance, set_aside
+from vidssl.config import Count, Part, Positive, Size
 from vidssl.data.augment import AUGMENTS
-from vidssl.data.loader import Batch, Data, TrainClips, train_batches
-from vidssl.data.order import Order, check_split
+from vidssl.data.loader import Batch, Data, make_streams, train_steps
+from vidssl.data.order import check_split
 from vidssl.data.shards import Shards
 from vidssl.draws import Draws
 from vidssl.errors import UserError, run_cli
-from vidssl.exchange import save_run, start_from
-from vidssl.files import check_out, make_folder
-from vidssl.health import spread
-from vidssl.log import Log, batch_hash, hash_keys, note_bad
+from vidssl.exchange import as_checkpoint, start_from, write_run
+from vidssl.files import check_out, make_folder, say, writing
+from vidssl.health import Health
+from vidssl.log import Lines, Log, Tracker, batch_hash, check_trackers, hash_keys, start_trackers
+from vidssl.meter import Meter
 from vidssl.model.vit import MODELS, Blocks
 from vidssl.objective.masks import MASKS
 from vidssl.objective.objective import ERRORS, ContextLoss, Objective
 from vidssl.objective.predictors import PREDICTORS, QUERIES
 from vidssl.objective.targets import TARGETS, Ema, normalise
 from vidssl.optim import Optim, clip_gradients, make_optimizer, schedule, set_schedule
+from vidssl.resume import Resume
+from vidssl.survive import REQUEUE, Guard, Stop, let_go, meet, peers
+from vidssl.watch import Watch, Watched
 
 
 @dataclass(frozen=True)
@@ -48,8 +53,14 @@ class Run:
     window: Count = 4096  # samples that are shuffled among themselves in a lane
     save_every: Count = 500  # steps between checkpoints
     keep: Count = 2  # newest checkpoints kept
+    keep_every: Size = 0  # steps: checkpoints at multiples of it are kept, too; 0: none
     snapshots: bool = False  # keep the encoder of every checkpoint, to probe how it went
+    skip_bad: Size = 3  # steps in a row whose loss or gradients are not finite are left out, before going back
+    rollbacks: Size = 2  # to the last checkpoint, before the run stops
+    spike: Positive | None = None  # deviations of the last 128 steps above their mean at which a step is left out, too
     health_every: Count = 100  # steps between measurements of the features
+    stop_on_collapse: bool = False  # else a collapse is only said
+    trackers: tuple[Tracker, ...] = ()  # besides log.jsonl
 
 
 @dataclass(frozen=True)
@@ -60,8 +71,10 @@ class Efficiency:
     micro_batches: Count = 1  # parts in which a process runs its share of the batch (gradient accumulation)
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the forward pass
     recompute: bool = False  # activations of the transformer blocks in the backward pass, instead of keeping them
+    isolate: bool = True  # decode in child processes, so that a file that hangs or crashes a decoder costs itself only
     cache_mb: Size = 0  # decoded frames each loader process may hold, in 2**20 bytes; for corpora that fit
     threads: Count | None = None  # of torch on the CPU, a process; None: torch's own choice
+    timeout: Count = 600  # seconds that a process waits for another one before it gives up
 
 
 SCHEMA: config.Schema = {
@@ -78,10 +91,22 @@ SCHEMA: config.Schema = {
     "augment": Part(AUGMENTS),
     "optim": Part(Optim),
     "run": Part(Run),
+    "watch": Part(Watch),
     "efficiency": Part(Efficiency),
 }
-# What may change when a run is continued. Of data.train the hash is compared instead, so that a data set may move.
-FREE = ("efficiency", "run.out", "run.save_every", "run.keep", "run.snapshots", "run.health_every", "data.train")
+# What may change when a run is continued. Of what is read the hash is compared, so that a data set may move.
+FREE: tuple[str, ...] = ("efficiency", "watch", "run.out", "run.save_every", "run.keep", "run.keep_every")
+FREE = (*FREE, "run.snapshots", "run.skip_bad", "run.rollbacks", "run.spike", "run.health_every")
+FREE = (
+    *FREE,
+    "run.stop_on_collapse",
+    "run.trackers",
+    "data.train",
+    "data.cache_dir",
+    "data.cache_gb",
+    "data.deadline",
+    "data.memory_mb",
+)
 
 
 def make_objective(cfg: dict[str, Any]) -> Objective:
@@ -94,9 +119,23 @@ def make_objective(cfg: dict[str, Any]) -> Objective:
     query = config.build(method["query"], QUERIES, width=predictor.width)
     mask, error = config.build(method["mask"], MASKS), config.build(method["error"], ERRORS)
     context = config.build(method["context"], ContextLoss)
-    one = torch.zeros(1, 3, cfg["data"]["frames"], size, size)
-    mask(one, encoder.grid, Draws(0, 0, torch.zeros(1, dtype=torch.int64)))  # a mask that cannot be is found here
+    for stream in (cfg["data"], *cfg["data"]["also"]):  # a mask that cannot be is found here
+        one = torch.zeros(1, 3, stream["frames"], size, size)
+        mask(one, encoder.grid_of(one), Draws(0, 0, torch.zeros(1, dtype=torch.int64)))
     return Objective(encoder, mask, target, query, predictor, error, context)
+
+
+def unplaced(cfg: dict[str, Any]) -> dict[str, Any]:
+    """The configuration without the places of the further streams' data."""
+    data = cfg["data"]
+    return {**cfg, "data": {**data, "also": [{**a, "train": None} for a in data.get("also", [])]}}
+
+
+def open_shards(data: Data) -> tuple[list[Shards], str]:
+    """Shards of each stream, and a hash of what they hold."""
+    shards = [Shards(d.train, d.cache_dir, d.cache_gb, d.on_missing) for d in data.streams()]
+    hashes = [s.hash for s in shards]
+    return shards, hashes[0] if len(hashes) == 1 else hashlib.sha256(" ".join(hashes).encode()).hexdigest()
 
 
 def check_same_run(cfg: dict[str, Any], data: str, state: dict[str, Any], out: Path) -> None:
@@ -106,7 +145,7 @@ def check_same_run(cfg: dict[str, Any], data: str, state: dict[str, Any], out: P
     before = state["provenance"]["config"]
     differing = [
         f"{key} is {old!r} there, {new!r} here"
-        for key, old, new in config.differences(before, cfg)
+        for key, old, new in config.differences(unplaced(before), unplaced(cfg))
         if not any(key == free or key.startswith(free + ".") for free in FREE)
     ]
     if differing:
@@ -116,122 +155,175 @@ def check_same_run(cfg: dict[str, Any], data: str, state: dict[str, Any], out: P
 
 
 def forward_backward(
-    accelerator: Accelerator, model: torch.nn.Module, batch: Batch, seed: int, step: int, parts: int
+    accelerator: Accelerator, model: torch.nn.Module, batches: list[Batch], seed: int, step: int, parts: int
 ) -> dict[str, torch.Tensor]:
-    """Gradients of this process's share of the batch, in `parts` equal parts -> the loss and its parts, averaged."""
-    video, position = batch.video.to(accelerator.device), batch.position.to(accelerator.device)
+    """Gradients of this process's share of the step's clips -> the loss and its parts, averaged over the clips.
+
+    batches: of each stream; each is run in `parts` equal parts, one after another. With several streams the loss of
+    each is told too.
+    """
+    pieces = []
+    for number, batch in enumerate(batches):
+        video, position = batch.video.to(accelerator.device), batch.position.to(accelerator.device)
+        pieces += [(number, *piece) for piece in zip(video.chunk(parts), position.chunk(parts), strict=True)]
+    clips = sum(len(position) for _, _, position in pieces)
     total: dict[str, torch.Tensor] = {}
-    for i, (v, p) in enumerate(zip(video.chunk(parts), position.chunk(parts), strict=True)):
-        with contextlib.nullcontext() if i == parts - 1 else accelerator.no_sync(model):
+    weights: dict[str, float] = {}
+    for i, (number, video, position) in enumerate(pieces):
+        share = len(position) / clips
+        with contextlib.nullcontext() if i == len(pieces) - 1 else accelerator.no_sync(model):
             with accelerator.autocast():
-                got = model(normalise(v), Draws(seed, step, p))
-            accelerator.backward(got["loss"] / parts)
+                got = model(normalise(video), Draws(seed, step, position))
+            accelerator.backward(got["loss"] * share)
+        if len(batches) > 1:
+            got[f"loss_stream_{number}"] = got["loss"]
         for name, value in got.items():
-            total[name] = total.get(name, torch.zeros_like(value)) + value.detach() / parts
+            total[name] = total.get(name, torch.zeros_like(value)) + value.detach() * share
+            weights[name] = weights.get(name, 0.0) + share
+    if len(batches) > 1:  # what some streams do not tell (as their own losses) is a mean over those that do
+        total = {name: value / weights[name] for name, value in total.items()}
     return total
 
 
-@torch.no_grad()
-def health(objective: Objective, video: torch.Tensor) -> dict[str, float]:
-    """The spread of the features that will be evaluated, on the clips u8 [B, 3, T, H, W] of one process."""
-    encoder = objective.evaluated
-    features = encoder(normalise(video.to(next(encoder.parameters()).device)))
-    return {f"health_{k}": v for k, v in spread(features, objective.encoder.grid.t).items()}
-
-
+@peers()
 def main(argv: list[str]) -> None:
     cfg = config.load(argv, SCHEMA)
     run, eff = config.build(cfg["run"], Run), config.build(cfg["efficiency"], Efficiency)
     data, optim = config.build(cfg["data"], Data), config.build(cfg["optim"], Optim)
+    watch = config.build(cfg["watch"], Watch)
     if eff.threads:
         torch.set_num_threads(eff.threads)
 
     # Everything that can be wrong with the user's input is found before anything is written.
-    shards = Shards(data.train)
+    shards, data_hash = open_shards(data)
     out = Path(run.out)
     check_out(out)
-    start, state = 0, load_checkpoint(out / "checkpoints")
+    check_trackers(run.trackers)
+    state = load_checkpoint(out / "checkpoints")
     if state:
-        check_same_run(cfg, shards.hash, state, out)
+        check_same_run(cfg, data_hash, state, out)
     unused = cfg["model"]["image_tokenizer"]  # gets no gradient from videos
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=unused)
     mixed = "no" if eff.precision == "fp32" else eff.precision
-    accelerator = Accelerator(mixed_precision=mixed, cpu=not torch.cuda.is_available(), kwargs_handlers=[ddp])
+    group = InitProcessGroupKwargs(timeout=timedelta(seconds=eff.timeout))
+    accelerator = Accelerator(
+        mixed_precision=mixed,
+        cpu=not torch.cuda.is_available(),
+        log_with=list(run.trackers) or None,
+        project_dir=out,
+        kwargs_handlers=[ddp, group],
+    )
     rank, world, main_process = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
-    check_split(run.batch, run.lanes, world)
-    if (share := run.batch // world) % eff.micro_batches:
-        raise UserError(f"efficiency.micro_batches {eff.micro_batches} does not divide {share} clips a process")
+    sizes = data.clips(run.batch)
+    for i, n in enumerate(sizes):
+        what = f"data.also[{i - 1}].clips" if i else "run.batch"
+        check_split(n, run.lanes, world, what if i or len(sizes) == 1 else f"{what} less data.also's clips:")
+        if (share := n // world) % eff.micro_batches:
+            raise UserError(f"efficiency.micro_batches {eff.micro_batches} does not divide {share} clips a process")
 
     objective = make_objective(cfg)
     if run.init and not state:
         start_from(objective, cfg)
     optimizer = make_optimizer(objective, optim)
-    provenance = {"config": cfg, "data": shards.hash, "vidssl": vidssl.__version__, "torch": str(torch.__version__)}
-    if state:
-        objective.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        start = state["step"]
-    if start == run.steps:
-        if main_process and not (out / "encoder.safetensors").exists():
-            save_run(out, objective, {**provenance, "step": start}, snapshot=False)
-        accelerator.print(f"{out}: all {run.steps} steps are done")
-        return
+    watched = None
+    if main_process and watch.train is not None:
+        watched = Watched(watch, data.frames, cfg["augment"]["size"], data.stride, data.fps)
     for module in objective.modules():
         if isinstance(module, Blocks):
             module.recompute = eff.recompute
     model, optimizer = accelerator.prepare(objective, optimizer)
-    if state and accelerator.scaler is not None and state["scaler"]:
-        accelerator.scaler.load_state_dict(state["scaler"])
-    log = None
+    about = provenance(cfg, data_hash)
+    guard = Guard(run.skip_bad, run.rollbacks, run.spike, scaled=accelerator.scaler is not None)
+    health = Health()
+    resume = Resume(accelerator, objective, optimizer, guard, health, out, about)
+    start, state = resume.load(state) if state else 0, None
+    if start == run.steps:
+        if main_process and not (out / "encoder.safetensors").exists():
+            write_run(out, as_checkpoint(objective, cfg), {**about, "step": start}, snapshot=False)
+        accelerator.print(f"{out}: all {run.steps} steps are done")
+        return
+    log = meter = None
     if main_process:
         make_folder(out)
-        log = Log(out, start, run.steps)
-        config.save(cfg, out / "config.yaml")
+        with writing(out):
+            log = Log(out, start, run.steps, start_trackers(accelerator, cfg) if run.trackers else None)
+            set_aside(out / "checkpoints", start)
+            config.save(cfg, out / "config.yaml")
+        meter = Meter(accelerator.device, eff.precision)
     accelerator.wait_for_everyone()
 
-    order = Order(shards.counts, run.seed, run.lanes, run.window)
-    clips = TrainClips(shards, order, data, config.build(cfg["augment"], AUGMENTS), eff.cache_mb << 20)
-    batches = train_batches(clips, start, run.steps, run.batch, rank, world, eff.workers)
-    with log or contextlib.nullcontext():
+    augment = config.build(cfg["augment"], AUGMENTS)
+    streams = make_streams(data, shards, augment, run.seed, run.lanes, run.window, eff.cache_mb << 20)
+    loader = train_steps(streams, start, run.steps, sizes, rank, world, eff.workers, eff.isolate)
+    bad_lines = Lines(out / "bad_samples.jsonl")
+    with log or contextlib.nullcontext(), Stop() as stop, resume.writer, contextlib.closing(loader):  # type: ignore
         clock = time.perf_counter()
-        for step, batch in enumerate(batches, start):
+        for step, batches in enumerate(loader, start):
             waited = time.perf_counter() - clock
             torch.manual_seed(run.seed + step * world + rank)  # whatever else draws is a function of the step, too
             now = schedule(optim, step, run.steps)
             set_schedule(optimizer, now)
             optimizer.zero_grad()
-            parts = forward_backward(accelerator, model, batch, run.seed, step, eff.micro_batches)
+            shape = tuple(b.video.shape for b in batches)
+            with meter.counting(shape) if meter else contextlib.nullcontext(True) as known:
+                parts = forward_backward(accelerator, model, batches, run.seed, step, eff.micro_batches)
             norm = clip_gradients(accelerator, model, optim, step)
-            means = accelerator.reduce(torch.stack([*parts.values()]), "mean").tolist()
-            if not math.isfinite(means[0]) or (not accelerator.scaler and not math.isfinite(norm)):
-                raise UserError(
-                    f"step {step + 1}: loss {means[0]}, gradient norm {float(norm)}; what was learned up to the last "
-                    f"checkpoint is in {out}; a smaller optim.lr, a longer warm-up or optim.clip_grad may help"
-                )
-            optimizer.step()
-            if isinstance(objective.target, Ema):
-                objective.target.update(objective.encoder, now["momentum"])
+            done, replaced = step + 1, [(key, reason) for b in batches for key, reason in b.bad]
+            flags = {"bad": len(replaced), "stop": stop.asked, "collapsed": run.stop_on_collapse and health.collapsed}
+            met = meet(accelerator, {**parts, "grad_norm": norm}, flags)
 
-            done = step + 1
-            seen = accelerator.gather(torch.stack([batch.position, hash_keys(batch.key)], 1).to(accelerator.device))
-            bad = int(accelerator.reduce(torch.tensor(len(batch.bad), device=accelerator.device)))
+            if (why := guard.objection(met)) is None:
+                optimizer.step()
+                if isinstance(objective.target, Ema):
+                    objective.target.update(objective.encoder, now["momentum"])
+            else:
+                let_go(accelerator)
+            if log and why:
+                log.say(f"step {done}: not taken: {why}")
+            if guard.enough:
+                back = resume.go_back(f"step {done}: {why}")
+                if log:
+                    log.say(f"step {done}: back to what was learned up to step {back}; the data go on")
+
+            shown = torch.cat([torch.stack([b.position, hash_keys(b.key)], 1) for b in batches])
+            seen = accelerator.gather(shown.to(accelerator.device))
             took = time.perf_counter() - clock
             clock = time.perf_counter()
-            note_bad(out / "bad_samples.jsonl", done, batch.bad)
-            if log:
-                row: dict[str, Any] = {"step": done, **dict(zip(parts, means, strict=True)), **now}
-                row |= {"grad_norm": float(norm), "clips_per_s": run.batch / took, "wait": waited / took}
-                row |= {"keys": batch_hash(*seen.T), "bad": bad}
-                if done % run.health_every == 0 or done == run.steps:
-                    row |= health(objective, batch.video)
+            bad_lines.add(*({"step": done, "key": key, "reason": reason} for key, reason in replaced))
+            if log and meter:
+                health.see(batches[0].video)
+                row: dict[str, Any] = {"step": done, **{k: met[k] for k in parts}, **now, "grad_norm": met["grad_norm"]}
+                row |= {"clips_per_s": run.batch / took, "wait": waited / took, "memory": meter.memory()}
+                row |= {"mfu": meter.used(shape, took)} if known else {}
+                row |= {"keys": batch_hash(*seen.T), "bad": int(met["bad"]), "skipped": guard.skipped}
+                if done % run.health_every == 0 or done in (1, run.steps):
+                    row |= health.measure(objective)
+                    if line := health.collapse(row):
+                        log.say(line)
+                if watched and (done % watch.every == 0 or done == run.steps):
+                    row |= watched.measure(objective.evaluated)
                 log.write(row)
-                if done % run.save_every == 0 or done == run.steps:
-                    # First the encoder: a finished run has one.
-                    save_run(out, objective, {**provenance, "step": done}, run.snapshots)
-                    state = {"model": objective.state_dict(), "optimizer": optimizer.state_dict()}
-                    state["scaler"] = accelerator.scaler.state_dict() if accelerator.scaler else None
-                    save_checkpoint(out / "checkpoints", done, {**state, "provenance": provenance}, run.keep)
+                for line in resume.writer.news():
+                    log.say(f"step {done}: {line}; the run goes on")
+                if done == run.steps or (
+                    not guard.row and (done % run.save_every == 0 or met["stop"] or met["collapsed"])
+                ):
+                    resume.save(done, run, log.lines)
+            if met["stop"] or met["collapsed"]:
+                break
+        bad_lines.close()
+    accelerator.wait_for_everyone()  # a launcher may end all processes when the first one ends
     accelerator.end_training()
+    for line in resume.writer.news():
+        say(f"step {done}: {line}")
+    if resume.writer.failed:
+        raise UserError(f"{out}: what was learned up to step {done} could not be written: {resume.writer.failed}")
+    if done < run.steps and met["collapsed"]:
+        raise UserError(f"{out}: stopped at step {done}, since the features have collapsed (run.stop_on_collapse)")
+    if done < run.steps:
+        if main_process:
+            say(f"{out}: asked to end after step {done}; the same command goes on (exit status {REQUEUE})")
+        sys.exit(REQUEUE)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Which frames of a video make a clip; `vidssl.data.decoders` reads them."""
 
 import math
-from typing import Literal
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import numpy as np
 
@@ -43,6 +44,11 @@ def choose(
     return _nearest(times, begin + steps / fps)
 
 
+def choose_several(times: np.ndarray, starts: Sequence[float], **rule: Any) -> np.ndarray:
+    """`choose` for each of several starts -> i64 [len(starts), frames], for clips that share one decoding."""
+    return np.stack([choose(times, start=start, **rule) for start in starts])
+
+
 def _reference(n: int, frames: int, stride: int, start: float) -> np.ndarray:
     """V-JEPA's choice among n frames (src/datasets/video_dataset.py), a quirk that the published encoders have learned.
 
@@ -69,6 +75,17 @@ def _whole_stride(times: np.ndarray, fps: float | None) -> int:
     span = times[-1] - times[0]
     rate = (len(times) - 1) / span if span > 0 else 0.0
     return max(1, int(math.ceil(rate - _SAME_RATE) // fps))
+
+
+def repeated(g: int, repeat: int, lanes: int) -> tuple[int, int]:
+    """Position g of a stream that shows every sample `repeat` times in a row -> (position of the sample, which copy).
+
+    The copies stand `lanes` positions apart, so that all are in the lane of their sample (position mod lanes): one
+    process has them, in one batch if the global batch is a multiple of lanes * repeat, and can decode the video once.
+    Such a batch holds batch / repeat samples, and as many positions as there are samples, times `repeat`, are an epoch.
+    """
+    row, lane = divmod(g, lanes)
+    return row // repeat * lanes + lane, row % repeat
 
 
 def segment_starts(segments: int) -> list[float]:

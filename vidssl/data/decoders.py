@@ -1,30 +1,28 @@
 """Bytes -> frames.
 
-Two video decoders stand behind one interface. PyAV counts frames as they come out of the decoder, so what it calls
-frame i is frame i. decord trusts the container's packet table; on packed-B-frame AVI, edit lists, invisible VP9 frames
-and some H.263 that table is wrong, and it then serves other frames than it says, without an error (and some damaged
-files crash it). So decord serves a file only where `data_prep.pack` compared both and wrote `"decoder": "decord"`, or
-on request.
-
-Pixels: RGB, 8 bit, 0..255; alpha is dropped; non-square pixels stay as stored; HDR is converted without tone mapping.
+Two video decoders stand behind one interface. PyAV counts frames as they come out of the decoder, which is right for any
+file. decord counts packets, which is wrong for some (and then it gives other frames than asked, or crashes), so it serves
+only where `data_prep.pack` compared both. A file that pack did not measure is decoded once by PyAV to know its frames.
+Pixels: RGB, 8 bit, 0..255; alpha is dropped; non-square pixels stay as stored; rotation is applied.
 """
 
 import io
 import math
 import struct
-from collections.abc import Iterator, Sequence
-from itertools import pairwise
-from typing import Any, NamedTuple
+from collections.abc import Container, Iterator, Sequence
+from itertools import islice, pairwise
+from typing import Any, Literal, get_args
 
 import av
 import decord
 import numpy as np
-from av.sidedata.sidedata import Type
 from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
 from decord._ffi.base import DECORDError, DECORDLimitReachedError
 from PIL import Image, ImageOps
 
+from vidssl.data.turn import Turn
+from vidssl.data.turn import turn_of as _turn
 from vidssl.errors import DecodeError
 
 decord.logging.set_level(decord.logging.QUIET)
@@ -33,28 +31,15 @@ decord.logging.set_level(decord.logging.QUIET)
 VIDEO_EXTENSIONS = ("mp4", "avi", "webm", "mkv", "mov", "m4v", "mpg", "mpeg", "wmv", "flv", "3gp",
                     "ts", "mts", "m2ts", "ogv", "asf", "vob", "gif")
 # fmt: on
+Decoder = Literal["auto", "decord", "pyav", "torchcodec"]
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "bmp", "webp")
-MAX_PIXELS = 8192 * 8192  # of one frame; beyond that a header is damaged or hostile
+# Beyond these a file is damaged or hostile ("too_large", "too_long"), or has to be cut into pieces by pack.
+MAX_PIXELS = 8192 * 8192  # of one frame
+MAX_FRAMES = 2_000_000  # of one file: 18 hours at 30 a second
+MAX_BYTES = 8 << 30  # of one file as stored
+MAX_DECODED = 4 << 30  # bytes of the frames of one clip
 _DECORD_ERRORS = (DECORDError, DECORDLimitReachedError, RuntimeError, AssertionError, ValueError, StopIteration)
 _IMAGE_ERRORS = (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError)
-
-
-class Turn(NamedTuple):
-    """A display matrix with right angles: transpose if `swap`, then reverse rows and columns as asked."""
-
-    swap: bool = False
-    rows: bool = False
-    columns: bool = False
-
-    def __call__(self, frame: np.ndarray) -> np.ndarray:
-        """[H,W,3] as stored -> [H',W',3] as shown."""
-        frame = frame.transpose(1, 0, 2) if self.swap else frame
-        return frame[:: -1 if self.rows else 1, :: -1 if self.columns else 1]
-
-    @property
-    def degrees(self) -> int:
-        """Clockwise rotation in the matrix, as FFmpeg reads it; a mirroring is not told."""
-        return (270 if self.rows else 90) if self.swap else (180 if self.columns else 0)
 
 
 class Video:
@@ -75,6 +60,8 @@ class Video:
         wanted, back = np.unique(np.asarray(indices, dtype=np.int64), return_inverse=True)
         if not len(wanted) or wanted[0] < 0 or wanted[-1] >= len(self):
             raise IndexError(f"frame indices must be in 0..{len(self) - 1} and not empty")
+        if len(wanted) * self.size[0] * self.size[1] * 3 > MAX_DECODED:
+            raise DecodeError("too_large", f"{len(wanted)} frames of {self.size[1]}x{self.size[0]} pixels")
         out = np.empty((len(wanted), *self.size, 3), np.uint8)
         filled = 0
         for frame in self._frames(wanted):
@@ -130,6 +117,7 @@ class PyAVVideo(Video):
         self._data, self._reformat = data, VideoReformatter().reformat
         self._pts: list[int] | None = None  # one a frame, where seeking by them gives the right frames
         self._open()
+        check_length(meta["frames"] if meta else 0)
         if meta is not None and "times" in meta:
             even = np.arange(meta["frames"]) / (meta["fps"] or 1.0)
             self.times = even if meta["times"] is None else np.array(meta["times"], dtype=np.float64)
@@ -164,14 +152,20 @@ class PyAVVideo(Video):
     def _packet_pts(self) -> list[int]:
         """Time stamps, sorted, of the packets that ought to be shown; reads the container, decodes nothing."""
         try:
-            pts = sorted(p.pts for p in self._container.demux(self._stream) if p.pts is not None and not p.is_discard)
+            shown = (p.pts for p in self._container.demux(self._stream) if p.pts is not None and not p.is_discard)
+            pts = sorted(islice(shown, MAX_FRAMES + 1))
         except av.FFmpegError:
             pts = []  # the decoding pass says what is wrong
         self._fresh = False
+        check_length(len(pts))
         return pts
 
-    def _decode(self, pts: int | None = None) -> Iterator[av.VideoFrame]:
-        """Every frame that decodes, from the first one or from the key frame before `pts`; skips damaged packets."""
+    def _decode(self, pts: int | None = None, only: Container[int] | None = None) -> Iterator[av.VideoFrame]:
+        """Every frame that decodes, from the first one or from the key frame before `pts`; skips damaged packets.
+
+        only: time stamps; a frame with another one is decoded only where further frames refer to it. With x264's
+        default B-frames that spares about half of the frames.
+        """
         if pts is None:
             if not self._fresh:
                 self._open()
@@ -181,8 +175,12 @@ class PyAVVideo(Video):
             except av.FFmpegError:
                 self._open()  # no seeking here: the frame comes all the same, later
         self._fresh = False
+        context, mode = self._stream.codec_context, ""
         try:
             for packet in self._container.demux(self._stream):
+                skip = "DEFAULT" if only is None or packet.pts in only else "NONREF"
+                if skip != mode:
+                    context.skip_frame = mode = skip
                 try:
                     yield from packet.decode()
                 except av.FFmpegError:
@@ -202,6 +200,7 @@ class PyAVVideo(Video):
                 self.rotation = first.degrees
                 self.size = (frame.width, frame.height) if first.swap else (frame.height, frame.width)
             pts.append(frame.pts)
+            check_length(len(pts))
         if first is None:
             raise DecodeError("decode_error" if self.errors else "no_frames", f"{self.errors} damaged packets")
         self.times = self._clean(pts)
@@ -217,12 +216,12 @@ class PyAVVideo(Video):
         return np.arange(len(pts)) / (self.rate or 25.0)
 
     def _frames(self, wanted: np.ndarray) -> Iterator[np.ndarray]:
-        if self._pts is None or wanted[0] == 0:
+        if self._pts is None:
             yield from self._counted(wanted)
             return
         stamps = [self._pts[i] for i in wanted]
         found = 0
-        for frame in self._decode(stamps[0]):
+        for frame in self._decode(stamps[0], only=set(stamps)):
             if frame.pts == stamps[found]:
                 yield self._rgb(frame)
                 found += 1
@@ -260,6 +259,7 @@ class DecordVideo(Video):
     def __init__(self, data: bytes, meta: dict | None = None):
         try:
             self._reader = decord.VideoReader(io.BytesIO(data), num_threads=1)
+            check_length(len(self._reader))
             times = self._reader.get_frame_timestamp(np.arange(len(self._reader)))[:, 0].astype(np.float64)
             self._keys = np.array(self._reader.get_key_indices(), dtype=np.int64)
             self.size = (meta["height"], meta["width"]) if meta and "height" in meta else self._reader[0].shape[:2]
@@ -267,6 +267,8 @@ class DecordVideo(Video):
             raise DecodeError("decode_error", f"decord: {_line(e)}") from e
         if meta and meta.get("frames", len(times)) != len(times):
             raise DecodeError("decode_error", f"decord counts {len(times)} frames, packed were {meta['frames']}")
+        if self.size[0] * self.size[1] > MAX_PIXELS:
+            raise DecodeError("too_large", f"{self.size[1]}x{self.size[0]} pixels")
         self.times = times - times[0]
 
     def _frames(self, wanted: np.ndarray) -> Iterator[np.ndarray]:
@@ -283,38 +285,52 @@ class DecordVideo(Video):
             raise DecodeError("decode_error", f"decord: {_line(e)}") from e
 
 
-def open_video(data: bytes, ext: str, meta: dict | None = None, decoder: str = "auto") -> Video:
-    """Open a video or image from memory.
+def served_by(ext: str, meta: dict | None, decoder: Decoder) -> str:
+    """Which of image, decord, torchcodec and pyav opens a file. meta: what pack wrote beside it. `decoder`:
 
-    `ext` (without dot) tells images from videos. `meta` is what pack wrote beside the sample; with it the right decoder
-    is known and opening is cheap, without it the file is decoded once by PyAV to be sure of its frames. `decoder`:
-    "auto", "decord" or "pyav". Raises DecodeError with a reason for anything that does not decode.
+    - "auto": PyAV, which seeks where pack found that to be right; decord where only that was;
+    - "decord": where pack found its frames to be right, and files that pack has not measured; else PyAV;
+    - "torchcodec": where pack found decord right (it does not mirror, and counts frames that an edit list hides);
+    - "pyav": PyAV.
     """
-    if decoder not in ("auto", "decord", "pyav"):
-        raise ValueError(f"decoder {decoder!r}: expected auto, decord or pyav")
+    if decoder not in get_args(Decoder):
+        raise ValueError(f"decoder {decoder!r}: expected auto, decord or pyav, or torchcodec")
+    if ext.lower().lstrip(".") in IMAGE_EXTENSIONS:
+        return "image"
+    if meta is None or "frames" not in meta:  # written by others: nothing in it that was measured
+        return "decord" if decoder == "decord" else "pyav"
+    if decoder == "auto":
+        return meta.get("decoder", "pyav")
+    return decoder if meta.get("decord") else "pyav"
+
+
+def open_video(data: bytes, ext: str, meta: dict | None = None, decoder: Decoder = "auto") -> Video:
+    """Open a video or image from memory. `ext` is without dot; for `meta` and `decoder` see `served_by`.
+
+    With meta opening is cheap; without it the file is decoded once by PyAV to be sure of its frames. Raises DecodeError
+    with a reason for anything that does not decode.
+    """
+    kind = served_by(ext, meta, decoder)
     if not data:
         raise DecodeError("empty")
-    if ext.lower().lstrip(".") in IMAGE_EXTENSIONS:
+    if len(data) > MAX_BYTES:
+        raise DecodeError("too_large", f"{len(data)} bytes")
+    if kind == "image":
         return ImageVideo(data)
     if meta is not None and "frames" not in meta:
-        meta = None  # written by others: nothing in it that was measured
-    use = (meta or {}).get("decoder", "pyav") if decoder == "auto" else decoder
-    return DecordVideo(data, meta) if use == "decord" else PyAVVideo(data, meta)
+        meta = None
+    if kind == "decord":
+        return DecordVideo(data, meta)
+    if kind == "torchcodec" and meta is not None:
+        from vidssl.data.torchcodec_video import TorchCodecVideo  # an optional dependency
+
+        return TorchCodecVideo(data, meta)
+    return PyAVVideo(data, meta)
 
 
-def _turn(frame: av.VideoFrame) -> Turn:
-    """How a player turns this frame: its display matrix (a, b, u, c, d, v, x, y, w), to the nearest right angle."""
-    try:
-        data: Any = frame.side_data.get(Type.DISPLAYMATRIX)  # type: ignore[call-overload]
-    except ValueError:  # PyAV cannot name some other side data of this frame, but it knows the angle
-        quarter = {270: Turn(True, False, True), 180: Turn(False, True, True), 90: Turn(True, True, False)}
-        return quarter.get(frame.rotation % 360, Turn())
-    if data is None:
-        return Turn()
-    a, b, _, c, d, *_ = struct.unpack("9i", bytes(data))
-    if abs(a) + abs(d) >= abs(b) + abs(c):
-        return Turn(False, d < 0, a < 0)
-    return Turn(True, b < 0, c < 0)
+def check_length(frames: int) -> None:
+    if frames > MAX_FRAMES:
+        raise DecodeError("too_long", f"more than {MAX_FRAMES} frames")
 
 
 def _line(e: BaseException) -> str:

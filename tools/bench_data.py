@@ -1,0 +1,223 @@
+"""CPU seconds per training clip, of the common practice and of this loader, and of FFmpeg decoding alone.
+
+python tools/bench_data.py FOLDER [--videos 16] [--source DIR] [--clips 96] [--rounds 3] [--workers 2] [--out FILE.json]
+
+FOLDER keeps the files that the tool makes: 10 s of H.264, 340 x 256, 30 frames a second, with the B-frames and key
+frames that FFmpeg gives by default, from the videos below --source (looped and scaled), else drawn; the same packed as
+they are, and packed clip-ready. A clip is 16 frames, every fourth, in random crops of 224 px. The contenders take turns
+in fresh processes; what counts is the CPU time of a process and its workers, the median of the rounds.
+
+- common: decord's get_batch at full size, float, torch crop, resize and normalise, float batches out of the workers
+- original: this loader on the same bytes, same clips and crops
+- clip-ready: this loader on `pack --short-side 256 --fps 8 --keyframe-every 8` of them, every frame
+
+share: frames that have to be decoded for the clips (from the key frame before to the last) per CPU second, over the
+frames per CPU second that single-threaded FFmpeg decodes of the same files.
+"""
+
+import argparse
+import io
+import json
+import resource
+import shutil
+import statistics
+import subprocess
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import av
+import decord
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import RandomResizedCrop
+
+from data_prep import pack
+from vidssl.data.augment import RandomCrop
+from vidssl.data.clips import choose
+from vidssl.data.decoders import VIDEO_EXTENSIONS
+from vidssl.data.loader import Data, TrainClips, train_batches
+from vidssl.data.order import Order
+from vidssl.data.shards import Shards
+from vidssl.errors import UserError, run_cli
+from vidssl.objective.targets import MEAN, STD
+
+BATCH, CROP = 8, RandomCrop(224, flip=0.5)
+CLIP_READY = ["--short-side", "256", "--fps", "8", "--keyframe-every", "8"]
+
+
+class Common(Dataset[torch.Tensor]):
+    """What most training code does for a clip (the steps of V-JEPA's loader), at the same positions as `clips`."""
+
+    def __init__(self, clips: TrainClips, crop: RandomCrop):
+        self.clips, self.crop = clips, crop
+
+    def __getitem__(self, g: int) -> torch.Tensor:
+        """-> normalised f32 [3, T, size, size]."""
+        shards, d, crop = self.clips.shards, self.clips.data, self.crop
+        start = np.random.default_rng((self.clips.order.seed, 3, g)).uniform()
+        reader = decord.VideoReader(io.BytesIO(shards.read(shards.sample(*self.clips.order.at(g)))), num_threads=1)
+        frames = reader.get_batch(choose(np.arange(len(reader)), d.frames, d.stride, start=start)).asnumpy()
+        video = torch.from_numpy(frames).float().permute(3, 0, 1, 2)
+        top, left, height, width = RandomResizedCrop.get_params(video, list(crop.scale), list(crop.ratio))
+        video = video[:, :, top : top + height, left : left + width]
+        video = torch.nn.functional.interpolate(video, (crop.size, crop.size), mode="bilinear", align_corners=False)
+        if torch.rand(()) < crop.flip:
+            video = video.flip(-1)
+        mean, std = (255 * torch.tensor(c).view(3, 1, 1, 1) for c in (MEAN, STD))
+        return video.sub_(mean).div_(std)
+
+
+def make_clips(folder: Path, stride: int, seed: int) -> TrainClips:
+    shards = Shards([str(folder)])
+    data = Data([str(folder)], frames=16, stride=stride)
+    return TrainClips(shards, Order(shards.counts, seed), data, CROP)
+
+
+def contender(name: str, folder: Path, clips: int, workers: int, seed: int) -> float:
+    """CPU seconds of this process and its workers for so many clips, less what a run of one batch costs: the start."""
+    torch.set_num_threads(1)
+    is_packed = name == "clip-ready"
+    ours = make_clips(folder / ("clip-ready" if is_packed else "original"), 1 if is_packed else 4, seed)
+    marks = [cpu_seconds()]
+    for count in (BATCH, BATCH + clips):
+        if name == "common":
+            loader = DataLoader(Common(ours, CROP), BATCH, sampler=range(count), num_workers=workers)
+            seen = sum(len(b) for b in loader)
+        else:
+            seen = sum(len(b.video) for b in train_batches(ours, 0, count // BATCH, BATCH, 0, 1, workers))
+        assert seen == count
+        marks.append(cpu_seconds())
+    return marks[2] - marks[1] - (marks[1] - marks[0])
+
+
+def cpu_seconds() -> float:
+    """Of this process and of its children that have ended."""
+    use = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(u.ru_utime + u.ru_stime for u in use)
+
+
+def ffmpeg_binary() -> str:
+    if found := shutil.which("ffmpeg"):
+        return found
+    try:
+        import imageio_ffmpeg
+    except ImportError:
+        raise UserError("no ffmpeg on the path: install it, or pip install imageio-ffmpeg") from None
+    return imageio_ffmpeg.get_ffmpeg_exe()
+
+
+def decoding_rate(ffmpeg: str, files: list[Path], beside: Path) -> float:
+    """Frames that single-threaded FFmpeg decodes per CPU second, all files in one process."""
+    beside.write_text("".join(f"file '{f.resolve()}'\n" for f in files))
+    begun = cpu_seconds()
+    args = ["-threads", "1", "-f", "concat", "-safe", "0", "-i", str(beside), "-fps_mode", "passthrough", "-f", "null"]
+    subprocess.run([ffmpeg, "-v", "error", "-filter_threads", "1", *args, "-"], check=True, stdin=subprocess.DEVNULL)
+    used = cpu_seconds() - begun
+    return sum(frames_in(f) for f in files) / used
+
+
+def frames_in(file: Path) -> int:
+    with av.open(str(file)) as container:
+        return container.streams.video[0].frames
+
+
+def unpack(clips: TrainClips, folder: Path) -> list[Path]:
+    """The media files in the shards."""
+    folder.mkdir(exist_ok=True)
+    for sample in clips.shards.all():
+        (folder / f"{sample.key}.{sample.ext}").write_bytes(clips.shards.read(sample))
+    return sorted(folder.iterdir())
+
+
+def make_files(folder: Path, source: Path | None, videos: int, ffmpeg: str, workers: int) -> list[Path]:
+    """The corpus and both its packs, unless they are there."""
+    corpus = folder / "files"
+    corpus.mkdir(parents=True, exist_ok=True)
+    found = sorted(p for p in source.rglob("*") if p.suffix[1:].lower() in VIDEO_EXTENSIONS) if source else []
+    if source and not found:
+        raise UserError(f"{source}: no videos in it")
+    files = [corpus / f"{i:03d}.mp4" for i in range(videos)]
+    for i, file in enumerate(files):
+        if file.exists():
+            continue
+        if found:
+            taken = ["-stream_loop", "-1", "-i", str(found[i * len(found) // videos])]
+        else:  # a slow zoom into a fractal under camera noise
+            taken = ["-f", "lavfi", "-i", f"mandelbrot=340x256:rate=30:start_x={-0.7 - i / 100},noise=alls=8:allf=t"]
+        beside = file.with_suffix(".part")
+        codec = ["-vf", "scale=340:256", "-r", "30", "-t", "10", "-an", "-pix_fmt", "yuv420p", "-c:v", "libx264"]
+        args = [*taken, *codec, "-threads", "1", "-f", "mp4", str(beside)]
+        subprocess.run([ffmpeg, "-v", "error", "-y", *args], check=True, stdin=subprocess.DEVNULL)
+        beside.rename(file)
+    for name, options in (("original", []), ("clip-ready", CLIP_READY)):
+        pack.main([str(corpus), str(folder / name), "--workers", str(workers), *options])
+    return files
+
+
+def frames_to_decode(clips: TrainClips, count: int) -> float:
+    """Mean over the clips: frames from the key frame before the first one to the last."""
+    keys: dict[str, np.ndarray] = {}
+    needed = []
+    for g in range(count):
+        sample = clips.shards.sample(*clips.order.at(g))
+        if sample.key not in keys:
+            with av.open(io.BytesIO(clips.shards.read(sample))) as file:
+                demuxed: Any = file.demux(video=0)  # type: ignore[union-attr]
+                packets = sorted((p.pts, p.is_keyframe) for p in demuxed if p.pts is not None)
+            keys[sample.key] = np.flatnonzero([is_key for _, is_key in packets])
+        start = np.random.default_rng((clips.order.seed, 3, g)).uniform()
+        indices = choose(np.arange(sample.meta["frames"]), clips.data.frames, clips.data.stride, start=start)
+        before = keys[sample.key]
+        needed.append(indices[-1] - before[before <= indices[0]].max() + 1)
+    return float(np.mean(needed))
+
+
+def main(argv: list[str]) -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("folder", type=Path)
+    p.add_argument("--videos", type=int, default=16)
+    p.add_argument("--source", type=Path)
+    p.add_argument("--clips", type=int, default=96, help="a round; a multiple of 8")
+    p.add_argument("--rounds", type=int, default=3)
+    p.add_argument("--workers", type=int, default=2)
+    p.add_argument("--out", type=Path)
+    a = p.parse_args(argv)
+    if a.clips % BATCH:
+        raise UserError(f"--clips {a.clips}: expected a multiple of {BATCH}")
+    ffmpeg = ffmpeg_binary()
+    files = {"original": make_files(a.folder, a.source, a.videos, ffmpeg, a.workers)}
+    files["clip-ready"] = unpack(make_clips(a.folder / "clip-ready", 1, 0), a.folder / "clip-ready-files")
+    seconds: dict[str, list[float]] = {"common": [], "original": [], "clip-ready": []}
+    rates: dict[str, list[float]] = {name: [] for name in files}
+    for seed in range(a.rounds):
+        for name, each in rates.items():
+            each.append(decoding_rate(ffmpeg, files[name], a.folder / "files.txt"))
+        for name, measured in seconds.items():
+            with ProcessPoolExecutor(1, get_context("fork")) as fresh:
+                used = fresh.submit(contender, name, a.folder, a.clips, a.workers, seed).result()
+            measured.append(used / a.clips)
+    report: dict[str, Any] = {}
+    print(f"{a.rounds} x {a.clips} clips, {a.workers} workers, {a.videos} videos")
+    print(
+        f"{'':12s}{'CPU ms/clip':>12s}{'(spread)':>18s}{'of common':>11s}{'frames':>8s}{'ffmpeg f/s':>12s}{'share':>7s}"
+    )
+    for name, measured in seconds.items():
+        kind = "clip-ready" if name == "clip-ready" else "original"
+        clips = [make_clips(a.folder / kind, 1 if name == "clip-ready" else 4, seed) for seed in range(a.rounds)]
+        needed = statistics.mean(frames_to_decode(c, a.clips) for c in clips)
+        median, rate = statistics.median(measured), statistics.median(rates[kind])
+        row = {"cpu_s": median, "rounds": measured, "of_common": median / statistics.median(seconds["common"])}
+        row |= {"frames": needed, "ffmpeg_frames_per_s": rate, "share": needed / median / rate}
+        report[name] = row
+        spread = f"{1e3 * min(measured):.1f} .. {1e3 * max(measured):.1f}"
+        print(f"{name:12s}{1e3 * median:12.1f}{spread:>18s}{row['of_common']:11.2f}", end="")
+        print(f"{needed:8.0f}{rate:12.0f}{row['share']:7.2f}")
+    if a.out:
+        a.out.write_text(json.dumps(report, indent=1))
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,79 @@
+"""What the measurements of the representation cost, against the steps between them.
+
+python tools/bench_health.py [--model vit_small] [--batch 8] [--size 224] [--every 100] [--steps 3]
+
+For VideoMAE and V-JEPA, on noise: FLOPs as torch counts them (matrix products, convolutions, attention) and CPU seconds
+of this process (which also hold the singular values), of one measurement and of `every` steps; best of a few.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from vidssl import config
+from vidssl.draws import Draws
+from vidssl.errors import run_cli
+from vidssl.health import Health
+from vidssl.objective.targets import Ema, normalise
+from vidssl.optim import Optim, make_optimizer
+from vidssl.train import SCHEMA, make_objective
+
+ROOT = Path(__file__).parents[1]
+
+
+def cost(action: Callable[[], object], times: int) -> tuple[int, float]:
+    """FLOPs, and the fewest CPU seconds of some calls."""
+    with FlopCounterMode(display=False) as counter:
+        action()
+    seconds = []
+    for _ in range(times):
+        start = time.process_time()
+        action()
+        seconds.append(time.process_time() - start)
+    return counter.get_total_flops(), min(seconds)
+
+
+def main(argv: list[str]) -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--model", default="vit_small")
+    p.add_argument("--batch", type=int, default=8, help="clips of one process")
+    p.add_argument("--size", type=int, default=224, help="pixels")
+    p.add_argument("--every", type=int, default=100, help="steps between measurements (run.health_every)")
+    p.add_argument("--steps", type=int, default=3, help="calls of which the fastest counts")
+    a = p.parse_args(argv)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    u8 = torch.randint(0, 256, (a.batch, 3, 16, a.size, a.size), dtype=torch.uint8, device=device)
+    print(f"{a.model}, 16 x {a.size} px, {a.batch} clips, {device}, torch {torch.__version__}, every {a.every} steps")
+    print(f"{'':12s}{'GFLOP step':>12s}{'measure':>10s}{'share':>8s}{'CPU s step':>12s}{'measure':>10s}{'share':>8s}")
+    for method in ("videomae", "vjepa"):
+        files = [str(ROOT / f"configs/{n}.yaml") for n in (f"method/{method}", f"model/{a.model}", "data/clips_16x4")]
+        sizes = [f"augment.size={a.size}", f"run.batch={a.batch}", "run.out=x", "run.steps=1000"]
+        heads = config.merge([*files, *sizes])[0]["method"]["predictor"]["heads"]
+        width = config.merge([*files, *sizes])[0]["method"]["predictor"]["width"]
+        sizes += [f"method.predictor.heads={heads if width % heads == 0 else width // 64}"]
+        cfg = config.load([*files, *sizes], SCHEMA)
+        objective, health = make_objective(cfg).to(device), Health()
+        optimizer = make_optimizer(objective, config.build(cfg["optim"], Optim))
+
+        def step(objective=objective, optimizer=optimizer) -> None:
+            optimizer.zero_grad()
+            objective(normalise(u8), Draws(0, 0, torch.arange(a.batch, device=device)))["loss"].backward()
+            optimizer.step()
+            if isinstance(objective.target, Ema):
+                objective.target.update(objective.encoder, 0.999)
+
+        health.see(u8)
+        (f, s), (fm, sm) = cost(step, a.steps), cost(lambda h=health, o=objective: h.measure(o), a.steps)  # type: ignore[misc]
+        shares = [x / (a.every * y + x) for x, y in ((fm, f), (sm, s))]
+        print(
+            f"{method:12s}{f / 1e9:12.1f}{fm / 1e9:10.1f}{shares[0]:8.2%}{s:12.2f}{sm:10.2f}{shares[1]:8.2%}",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    run_cli(main)

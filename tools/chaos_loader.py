@@ -1,0 +1,113 @@
+"""Kill a loading run again and again, with other numbers of processes and workers: is a sample lost or repeated?
+
+python tools/chaos_loader.py SHARDS [kills=300] [seed=0]
+
+A run is `world` processes that load their parts of the same global batches and write down what they showed, a line a
+step. All are killed (SIGKILL) at a random moment; the next run begins, as training would, after the last step that
+every process had written.
+"""
+
+import json
+import multiprocessing
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vidssl.data.augment import RandomCrop
+from vidssl.data.loader import Data, TrainClips, train_batches
+from vidssl.data.order import Order
+from vidssl.data.shards import Shards
+from vidssl.errors import UserError, run_cli
+
+BATCH, LANES = 16, 8
+SETTINGS = [(world, workers) for world in (1, 2, 4) for workers in (0, 1, 2)]
+Shown = list[tuple[int, str]]  # (position, key)
+
+
+def make_clips(folder: Path, seed: int) -> TrainClips:
+    shards = Shards([str(folder)])
+    order = Order(shards.counts, seed, LANES, window=16)
+    return TrainClips(shards, order, Data([str(folder)], frames=2, stride=2), RandomCrop(16))
+
+
+def load(clips: TrainClips, start: int, rank: int, world: int, workers: int, out: Path) -> None:
+    """A process of the run; it goes on until it is killed."""
+    with open(out, "w", buffering=1) as file:
+        for batch in train_batches(clips, start, 10**9, BATCH, rank, world, workers, isolate=True):
+            shown = list(zip(batch.position.tolist(), batch.key, strict=True))
+            file.write(json.dumps(shown) + "\n")
+
+
+def whole_steps(paths: list[Path]) -> list[Shown]:
+    """Steps that all processes have written, in order; a line that the kill cut short does not count."""
+    parts = []
+    for path in paths:
+        lines = path.read_text().split("\n")[:-1] if path.exists() else []
+        parts.append([json.loads(line) for line in lines])
+    return [[tuple(s) for part in step for s in part] for step in zip(*parts, strict=False)]
+
+
+def check(steps: list[Shown], clips: TrainClips) -> list[str]:
+    """What is wrong with what was shown; held to Order itself, and to every epoch's being a permutation."""
+    wrong = []
+    for number, step in enumerate(steps):
+        positions = range(number * BATCH, (number + 1) * BATCH)
+        want = {g: clips.shards.sample(*clips.order.at(g)).key for g in positions}
+        if len(step) != BATCH or dict(step) != want:
+            wrong.append(f"step {number}: {sorted(step)[:3]}...")
+    keys = [key for step in steps for _, key in sorted(step)]
+    n = clips.shards.n
+    for epoch in range(len(keys) // n):
+        if set(Counter(keys[epoch * n : (epoch + 1) * n]).values()) != {1}:
+            wrong.append(f"epoch {epoch}: not every sample once")
+    return wrong
+
+
+def run(folder: Path, kills: int, seed: int) -> dict[str, Any]:
+    """kills: how many runs are started and killed -> what happened, and what was wrong with it."""
+    fork, rng = multiprocessing.get_context("fork"), np.random.default_rng(seed)
+    clips = make_clips(folder, seed)
+    steps: list[Shown] = []
+    used = Counter[str]()
+    with tempfile.TemporaryDirectory() as out:
+        for kill in range(kills):
+            world, workers = SETTINGS[int(rng.integers(len(SETTINGS)))]
+            paths = [Path(out) / f"{kill}-{rank}.jsonl" for rank in range(world)]
+            ranks = [
+                fork.Process(target=load, args=(clips, len(steps), rank, world, workers, path))
+                for rank, path in enumerate(paths)
+            ]
+            for process in ranks:
+                process.start()
+            wanted, until = int(rng.integers(3)), time.monotonic() + 60  # some are killed before their first step
+            while len(whole_steps(paths)) < wanted and time.monotonic() < until:
+                time.sleep(0.01)
+            time.sleep(rng.uniform(0, 0.2))
+            for process in ranks:
+                process.kill()
+            for process in ranks:
+                process.join()
+            steps += whole_steps(paths)
+            used[f"{world} processes x {workers} workers"] += 1
+    samples = len(steps) * BATCH
+    return {"kills": kills, "settings": dict(used), "steps": len(steps), "samples": samples,
+            "epochs": samples // clips.shards.n, "wrong": check(steps, clips)}  # fmt: skip
+
+
+def main(argv: list[str]) -> None:
+    settings = dict(a.split("=", 1) for a in argv[1:])
+    if not argv or settings.keys() - {"kills", "seed"}:
+        raise UserError("expected: SHARDS [kills=300] [seed=0]")
+    report = run(Path(argv[0]), int(settings.get("kills", 300)), int(settings.get("seed", 0)))
+    print(json.dumps(report, indent=2))
+    if report["wrong"]:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    run_cli(main, __doc__)

@@ -1,0 +1,105 @@
+"""Damage real files in many ways and decode them as a training run would, in an isolated child process.
+
+python tools/fuzz_decode.py FOLDER [count=5000] [seed=0] [deadline=20] -> a table of outcomes
+"""
+
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from data_prep.encode import Sample
+from data_prep.probe import Prober
+from vidssl.data.clips import choose
+from vidssl.data.decoders import VIDEO_EXTENSIONS, open_video
+from vidssl.data.isolate import Isolated
+from vidssl.data.item import Bad, Item
+from vidssl.errors import DecodeError, UserError, run_cli
+
+MUTATIONS = ("flip", "flip_header", "cut_end", "cut_out", "zeros", "swap_header", "repeat", "noise")
+LARGEST = 8 << 20  # bytes of a file that is taken
+
+
+def mutate(data: bytes, other: bytes, rng: np.random.Generator) -> tuple[str, bytes]:
+    """-> (kind of damage, the damaged file). other: a second file, for a change of headers."""
+    kind, out, n = str(rng.choice(MUTATIONS)), bytearray(data), len(data)
+    at, length = int(rng.integers(n)), int(rng.integers(1, max(2, n // 8)))
+    if kind in ("flip", "flip_header"):
+        for _ in range(int(2 ** rng.uniform(0, 8))):
+            out[int(rng.integers(min(n, 4096) if kind == "flip_header" else n))] ^= int(rng.integers(1, 256))
+    elif kind == "cut_end":
+        del out[at:]
+    elif kind == "cut_out":
+        del out[at : at + length]
+    elif kind == "zeros":
+        out[at : at + length] = bytes(len(out[at : at + length]))
+    elif kind == "noise":
+        out[at : at + length] = rng.bytes(len(out[at : at + length]))
+    elif kind == "repeat":
+        out[at:at] = out[at : at + length]
+    else:
+        size = int(2 ** rng.uniform(3, 12))
+        out[:size] = other[:size]
+    return kind, bytes(out)
+
+
+class Damaged:
+    """Position -> a damaged file and what becomes of it; half of them with what pack knows of the whole file."""
+
+    def __init__(self, files: list[Path], metas: list[dict[str, Any]], seed: int):
+        self.files, self.metas, self.seed, self.on_decode = files, metas, seed, lambda: None
+
+    def key(self, position: int, attempt: int) -> str:
+        return str(self.files[position % len(self.files)])
+
+    def attempt(self, position: int, attempt: int) -> Item | Bad:
+        rng, number = np.random.default_rng((self.seed, position)), position % len(self.files)
+        file, other = self.files[number], self.files[int(rng.integers(len(self.files)))]
+        kind, data = mutate(file.read_bytes(), other.read_bytes(), rng)
+        meta = self.metas[number] if rng.uniform() < 0.5 else None
+        self.on_decode()
+        try:
+            video = open_video(data, file.suffix[1:], meta)
+            frames = video.get(choose(video.times, 8, stride=2, start=rng.uniform()))
+        except DecodeError as e:
+            return Bad(kind, e.reason)
+        return Item(position, kind, -1, torch.from_numpy(frames), [])
+
+
+def run(files: list[Path], count: int, seed: int, deadline: float) -> tuple[Counter[str], list[float]]:
+    """-> (how many ended how, seconds of each)."""
+    prober = Prober("auto", 60.0)
+    found = [(f, prober(f, f.suffix[1:].lower())[0]) for f in files]
+    known = [(f, sample.meta) for f, sample in found if isinstance(sample, Sample)]
+    prober.close()
+    isolated = Isolated(Damaged([f for f, _ in known], [m for _, m in known], seed), deadline, memory=2 << 30)
+    outcomes, seconds = Counter[str](), []
+    for position in range(count):
+        start = time.perf_counter()
+        got = isolated.attempt(position, 0)
+        seconds.append(time.perf_counter() - start)
+        outcomes["decoded" if isinstance(got, Item) else got.reason] += 1
+        if isinstance(got, Bad) and got.reason in ("hang", "crash", "memory"):
+            print(f"{got.reason}: position {position}, from {got.key}", flush=True)
+    isolated.close()
+    return outcomes, seconds
+
+
+def main(argv: list[str]) -> None:
+    settings = dict(a.split("=", 1) for a in argv[1:])
+    if not argv or settings.keys() - {"count", "seed", "deadline"}:
+        raise UserError("expected: FOLDER [count=5000] [seed=0] [deadline=20]")
+    files = [f for f in sorted(Path(argv[0]).rglob("*")) if f.suffix[1:].lower() in VIDEO_EXTENSIONS]
+    files = [f for f in files if 0 < f.stat().st_size <= LARGEST]
+    count, seed = int(settings.get("count", 5000)), int(settings.get("seed", 0))
+    outcomes, seconds = run(files, count, seed, float(settings.get("deadline", 20)))
+    for outcome, n in outcomes.most_common():
+        print(f"{outcome:20} {n:6}")
+    print(f"{count} damaged files made of {len(files)}; mean {np.mean(seconds):.3f} s, longest {max(seconds):.1f} s")
+
+
+if __name__ == "__main__":
+    run_cli(main, __doc__)

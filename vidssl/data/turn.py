@@ -1,0 +1,41 @@
+"""Display matrices: how a player turns the frames of a video that was taken with a tilted camera."""
+
+import struct
+from typing import Any, NamedTuple
+
+import av
+import numpy as np
+from av.sidedata.sidedata import Type
+
+
+class Turn(NamedTuple):
+    """A display matrix with right angles: transpose if `swap`, then reverse rows and columns as asked."""
+
+    swap: bool = False
+    rows: bool = False
+    columns: bool = False
+
+    def __call__(self, frame: np.ndarray) -> np.ndarray:
+        """[H,W,3] as stored -> [H',W',3] as shown."""
+        frame = frame.transpose(1, 0, 2) if self.swap else frame
+        return frame[:: -1 if self.rows else 1, :: -1 if self.columns else 1]
+
+    @property
+    def degrees(self) -> int:
+        """Clockwise rotation in the matrix, as FFmpeg reads it; a mirroring is not told."""
+        return (270 if self.rows else 90) if self.swap else (180 if self.columns else 0)
+
+
+def turn_of(frame: av.VideoFrame) -> Turn:
+    """How a player turns this frame: its display matrix (a, b, u, c, d, v, x, y, w), to the nearest right angle."""
+    try:
+        data: Any = frame.side_data.get(Type.DISPLAYMATRIX)  # type: ignore[call-overload]
+    except ValueError:  # PyAV cannot name some other side data of this frame, but it knows the angle
+        quarter = {270: Turn(True, False, True), 180: Turn(False, True, True), 90: Turn(True, True, False)}
+        return quarter.get(frame.rotation % 360, Turn())
+    if data is None:
+        return Turn()
+    a, b, _, c, d, *_ = struct.unpack("9i", bytes(data))
+    if abs(a) + abs(d) >= abs(b) + abs(c):
+        return Turn(False, d < 0, a < 0)
+    return Turn(True, b < 0, c < 0)
