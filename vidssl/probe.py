@@ -4,29 +4,47 @@ r"""Frozen evaluation: encoder -> tokens -> head chosen on held-out train -> one
         data.train=SHARDS data.test=SHARDS out=DIR
 """
 
-import csv
 import hashlib
 import json
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NamedTuple
 
-import numpy as np
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
+from pydantic import BeforeValidator, Field
+from torch import Tensor
 
 import vidssl
 from vidssl import config
-from vidssl.config import Count, Names, Part, Positive, Value
+from vidssl.config import Count, Names, Part, Positive, Size, Value
 from vidssl.data.shards import Sample, Shards
 from vidssl.errors import UserError, run_cli
-from vidssl.evaluation.features import Control, Features, View, extract
-from vidssl.evaluation.heads import PROTOCOLS, Attentive, Labelled, fit, predict, standardiser
-from vidssl.evaluation.metrics import accuracy, interval
+from vidssl.evaluation.features import Encode, Feed, Source, make_features, place
+from vidssl.evaluation.heads import Attentive, Linear
+from vidssl.evaluation.judge import Asked, check_apart, check_readable, evaluate
+from vidssl.evaluation.neighbours import Knn, Retrieval
+from vidssl.evaluation.protocol import Protocol
+from vidssl.evaluation.report import (
+    Told,
+    code_hash,
+    low_shot_summary,
+    weights_hash,
+    write_lists,
+    write_tables,
+)
+from vidssl.evaluation.subsets import list_text, low_shot
+from vidssl.evaluation.tasks import class_of, make_task
+from vidssl.evaluation.views import Control, Order, PatchMeans, View
 from vidssl.files import check_out, make_folder, replace
 from vidssl.objective.targets import normalise
 from vidssl.zoo.native import Loaded, load_encoder
+
+PROTOCOLS = {"attentive": Attentive, "linear": Linear, "knn": Knn, "retrieval": Retrieval}
+FEATURE_CODE = ("data/", "model/", "zoo/", "evaluation/views.py")  # what decides features: a change asks for new ones
+Portion = Annotated[float, Field(gt=0, lt=1)]
+Shares = Annotated[tuple[Portion, ...], BeforeValidator(lambda v: v if isinstance(v, list | tuple) else [v])]
 
 
 @dataclass(frozen=True)
@@ -36,8 +54,12 @@ class ProbeData:
     train: Names  # packed folders with labels
     test: Names
     labels: Names | None = None  # label sets to probe; None: all that the data have
+    tags: tuple[str, ...] = ()  # of these, label sets whose classes are several, joined by "|" (multi-label)
+    numbers: tuple[str, ...] = ()  # of these, label sets whose classes are numbers (regression)
     stride: Count | None = None  # frames; None (and fps None): as the encoder was trained
     fps: Positive | None = None  # frames a second
+    share: Shares = ()  # low-shot: parts of train, each drawn anew with each of `seeds`; (): all of train
+    seeds: Annotated[tuple[Size, ...], Field(min_length=1)] = (0, 1, 2)
 
     def __post_init__(self) -> None:
         if self.stride is not None and self.fps is not None:
@@ -53,7 +75,21 @@ SCHEMA: config.Schema = {
 }
 
 
-def make_view(data: ProbeData, protocol: Attentive, loaded: Loaded, control: Control) -> View:
+class Side(NamedTuple):
+    """Train or test."""
+
+    shards: Shards
+    samples: list[Sample]  # that carry any of the labels; the others are not even read
+
+
+class Eye(NamedTuple):
+    """What looks at the videos: an encoder, and all that decides its features."""
+
+    encode: Encode
+    about: dict[str, Any]
+
+
+def make_view(data: ProbeData, protocol: Protocol, loaded: Loaded, control: Control) -> View:
     """The clip the encoder was trained on, unless the configuration says otherwise."""
     model, trained = loaded.about["model"], loaded.about.get("config")
     if model["height"] != model["width"]:
@@ -68,7 +104,26 @@ def make_view(data: ProbeData, protocol: Attentive, loaded: Loaded, control: Con
             )
         else:
             stride, fps = trained["data"]["stride"], trained["data"]["fps"]
-    return View(model["frames"], stride, fps, protocol.segments, model["height"], control)
+    order: Order = "none" if control in ("random_init", "pixels") else control  # type: ignore[assignment]
+    return View(model["frames"], stride, fps, protocol.segments, protocol.crops, model["height"], order)
+
+
+def make_eye(where: str, loaded: Loaded, control: Control, seed: int, accelerator: Accelerator) -> Eye:
+    """The encoder, or what a control puts in its place."""
+    model, pixels = loaded.about["model"], loaded.about["pixels"]
+    if control == "pixels":
+        means = PatchMeans(model["tubelet"], model["patch"])
+        about = {"encoder": "patch means", "tubelet": means.tubelet, "patch": means.patch}
+        return Eye(lambda video: means(normalise(video, (pixels["mean"], pixels["std"]))), {**about, "pixels": pixels})
+    encoder = loaded.encoder if control != "random_init" else load_encoder(where, seed).encoder
+    encoder.to(accelerator.device)
+
+    def encode(video: Tensor) -> Tensor:
+        with accelerator.autocast():
+            return encoder(normalise(video, (pixels["mean"], pixels["std"]))).float()
+
+    about = {"encoder": weights_hash(encoder), "model": model, "precision": accelerator.mixed_precision}
+    return Eye(encode, {**about, "pixels": pixels})
 
 
 def label_sets(train: Shards, test: Shards, wanted: list[str] | None) -> list[str]:
@@ -84,86 +139,37 @@ def label_sets(train: Shards, test: Shards, wanted: list[str] | None) -> list[st
     return wanted or have
 
 
-def class_of(sample: Sample, label: str) -> int:
-    """Number of the sample's class; -1: it does not carry the label."""
-    return sample.meta["labels"].get(label, -1)
-
-
 def labelled(shards: Shards, labels: list[str]) -> list[Sample]:
     """The samples that carry any of the labels; the others are not even read."""
-    return [s for s in shards.all() if any(class_of(s, name) >= 0 for name in labels)]
+    return [s for s in shards.all() if any(class_of(s, name) is not None for name in labels)]
 
 
-def select(features: Features, samples: list[Sample], label: str, device: torch.device) -> tuple[Labelled, list[int]]:
-    """The samples that were read and carry the label, and their numbers."""
-    rows = [(i, n) for i, n in enumerate(features.read) if class_of(samples[n], label) >= 0]
-    if not rows:
-        raise UserError(f"no sample has a label of '{label}'")
-    tokens = features.tokens[[i for i, _ in rows]].to(device)
-    labels = torch.tensor([class_of(samples[n], label) for _, n in rows], device=device)
-    return Labelled(tokens, labels), [n for _, n in rows]
-
-
-def groups_of(samples: list[Sample], numbers: list[int]) -> list[str]:
-    """A sample without a group is a group of its own."""
-    return [samples[n].meta.get("group") or f"sample {samples[n].key}" for n in numbers]
-
-
-def evaluate(
-    protocol: Attentive,
-    label: str,
-    classes: list[str],
-    sets: dict[str, tuple[list[Sample], Features]],
-    device: torch.device,
-) -> tuple[dict[str, Any], list[tuple[str, str, str]]]:
-    """One row of results, and (key, truth, predicted) of every labelled test sample; unreadable ones count as wrong."""
-    (train_samples, train_features), (test_samples, test_features) = sets["train"], sets["test"]
-    train, train_numbers = select(train_features, train_samples, label, device)
-    prepare = standardiser(train.tokens) if protocol.standardise else lambda tokens: tokens
-    train = train._replace(tokens=prepare(train.tokens))
-    head, chosen = fit(protocol, train, groups_of(train_samples, train_numbers), len(classes))
-    test, numbers = select(test_features, test_samples, label, device)
-    predicted = predict(head, prepare(test.tokens), protocol.batch).argmax(1).tolist()
-    guesses: dict[int, int] = dict(zip(numbers, predicted, strict=True))
-    asked = [n for n, s in enumerate(test_samples) if class_of(s, label) >= 0]
-    truth = [class_of(test_samples[n], label) for n in asked]
-    right = np.array([guesses.get(n, -1) == t for n, t in zip(asked, truth, strict=True)])
-    row = {
-        "label": label,
-        "accuracy": accuracy(right),
-        "ci95": interval(right, groups_of(test_samples, asked), protocol.seed),
-        "n_test": len(asked),
-        "n_train": len(train.label),
-        "chance": round(100 / len(classes), 2),
-        "chosen": chosen,
-        "unreadable": {test_samples[n].key: r for n, r in test_features.unreadable.items()},
+def look(
+    protocol: Protocol, eye: Eye, view: View, sides: dict[str, Side], accelerator: Accelerator, control: Control
+) -> dict[str, tuple[Source, dict[int, str]]]:
+    """The features of train and test under a control: (what heads see of them, number -> why it could not be read)."""
+    feeds = {
+        name: Feed(eye.encode, side.shards, side.samples, view, accelerator, protocol, f"features {name} ({control})")
+        for name, side in sides.items()
     }
-    names = [classes[guesses[n]] if n in guesses else "" for n in asked]
-    return row, [(test_samples[n].key, classes[t], g) for n, t, g in zip(asked, truth, names, strict=True)]
-
-
-def check_readable(features: Features, samples: list[Sample], allowed: bool, name: str) -> None:
-    """Evaluation replaces nothing: a sample that cannot be read is an error unless it may be counted as wrong."""
-    if features.unreadable and not allowed:
-        listed = ", ".join(f"{samples[n].key} ({reason})" for n, reason in list(features.unreadable.items())[:3])
-        raise UserError(
-            f"{len(features.unreadable)} {name} sample(s) cannot be decoded: {listed}; mend the data, or set "
-            f"probe.allow_unreadable=true (unreadable test samples then count as wrong and are listed)"
-        )
-
-
-def weights_hash(encoder: torch.nn.Module) -> str:
-    """SHA-256 over the names and bytes of the weights: what was really evaluated."""
-    digest = hashlib.sha256()
-    for name, value in sorted(encoder.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def write_csv(path: Path, predictions: list[tuple[str, ...]]) -> None:
-    with open(path, "w", newline="") as f:
-        csv.writer(f).writerows([("label", "control", "key", "truth", "predicted"), *predictions])
+    shape = feeds["train"].shape()
+    shapes = {name: shape._replace(samples=len(side.samples)) for name, side in sides.items()}
+    code = code_hash(*FEATURE_CODE)
+    keys = {n: hashlib.sha256("\n".join(s.key for s in side.samples).encode()).hexdigest() for n, side in sides.items()}
+    abouts = {
+        name: {**eye.about, "view": list(view), "data": side.shards.hash, "samples": keys[name], "code": code}
+        for name, side in sides.items()
+    }
+    where, said = place([*shapes.values()], [*abouts.values()], protocol, accelerator.num_processes)
+    accelerator.print(f"{control}: {said}")
+    out = {}
+    for name, side in sides.items():
+        features = make_features(feeds[name], shapes[name], where, abouts[name])
+        check_readable(features, side.samples, protocol.allow_unreadable, name)
+        read = [n for n in range(len(side.samples)) if n not in features.unreadable]
+        if accelerator.is_main_process:
+            out[name] = protocol.look(features.source, read, accelerator.device), features.unreadable
+    return out
 
 
 def main(argv: list[str]) -> None:
@@ -172,51 +178,64 @@ def main(argv: list[str]) -> None:
     loaded = load_encoder(cfg["encoder"], protocol.seed if cfg["random_init"] else None)
     shards = {"train": Shards(data.train), "test": Shards(data.test)}
     labels = label_sets(shards["train"], shards["test"], data.labels)
-    samples = {name: labelled(part, labels) for name, part in shards.items()}
+    sides = {name: Side(part, labelled(part, labels)) for name, part in shards.items()}
+    train, test = sides["train"].samples, sides["test"].samples
+    shared_groups, keys = check_apart(train, test), [s.key for s in train]
+    kinds = dict.fromkeys(data.tags, "tags") | dict.fromkeys(data.numbers, "number")
+    tasks = {n: make_task(n, shards["train"].classes[n], train, test, kinds.get(n, "class")) for n in labels}
     out = Path(cfg["out"])
     if (out / "probe.json").exists():
         raise UserError(f"{out / 'probe.json'} exists: the test set was read for it; give another out=")
-
     check_out(out)
     patience = InitProcessGroupKwargs(timeout=timedelta(days=1))  # the others wait while the first trains heads
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[patience])
-    encoder = loaded.encoder.to(accelerator.device)
-    pixels = loaded.about["pixels"]["mean"], loaded.about["pixels"]["std"]
-
-    def encode(video: torch.Tensor) -> torch.Tensor:
-        return encoder(normalise(video, pixels))
 
     results: list[dict[str, Any]] = []
-    predictions: list[tuple[str, ...]] = []
+    told: list[Told] = []
+    lists: dict[str, str] = {}
     for control in protocol.controls:
         view = make_view(data, protocol, loaded, control)
-        sets = {}
-        for name, part in shards.items():
-            options = (protocol.encode_batch, protocol.workers, protocol.memory_gb)
-            features = extract(
-                lambda video: encoder(normalise(video, pixels)), part, samples[name], view, accelerator, *options
-            )
-            check_readable(features, samples[name], protocol.allow_unreadable, name)
-            sets[name] = samples[name], features
+        eye = make_eye(cfg["encoder"], loaded, control, protocol.seed, accelerator)
+        seen = look(protocol, eye, view, sides, accelerator, control)
         if not accelerator.is_main_process:
             continue
-        for label in labels:
-            row, told = evaluate(protocol, label, shards["train"].classes[label], sets, accelerator.device)
-            results.append({"control": control, "protocol": cfg["probe"]["kind"], **row})
-            predictions += [(label, control, *t) for t in told]
-            accelerator.print(
-                f"{label:12s} {control:9s} {row['accuracy']:6.2f} %  [{row['ci95'][0]}, {row['ci95'][1]}]"
+        for label, (task, *truths) in tasks.items():
+            first, second = (
+                Asked(seen[name][0], side.samples, truth, seen[name][1])
+                for (name, side), truth in zip(sides.items(), truths, strict=True)
             )
+            for share, seed in [(s, seed) for s in data.share for seed in data.seeds] or [(None, None)]:
+                about: dict[str, Any] = {"control": control, "protocol": cfg["probe"]["kind"]}
+                among = None
+                if share is not None:
+                    among = low_shot(task, keys, truths[0], share, seed)
+                    lists[name := f"{label}-{share:g}-seed{seed}.txt"] = text = list_text(keys, among)
+                    sha256 = hashlib.sha256(text.encode()).hexdigest()
+                    about |= {"share": share, "list_seed": seed, "list": f"lists/{name}", "list_sha256": sha256}
+                row, lines = evaluate(protocol, task, first, second, among, accelerator.device)
+                results.append({**about, **row})
+                which = (label, control, "" if share is None else f"{share:g}", "" if seed is None else str(seed))
+                told += [Told(*which, *line) for line in lines]
+                low, high = row["ci95"]
+                accelerator.print(f"{' '.join(which):22s} {row['metric']} {row['value']:6.2f}  [{low}, {high}]")
     if accelerator.is_main_process:
         make_folder(out)
-        replace(out / "predictions.csv", lambda beside: write_csv(beside, predictions))
+        write_lists(out, lists)
+        write_tables(out, told, {label for label, (task, *_) in tasks.items() if task.kind == "class"})
         report = {
             "results": results,
-            "encoder": {"path": cfg["encoder"], "random_init": cfg["random_init"], "sha256": weights_hash(encoder)},
+            "low_shot": low_shot_summary(results),
+            "encoder": {
+                "path": cfg["encoder"],
+                "random_init": cfg["random_init"],
+                "sha256": weights_hash(loaded.encoder),
+            },
             "trained": {k: loaded.about.get(k) for k in ("step", "data", "source")},
             "data": {name: part.hash for name, part in shards.items()},
+            "test_samples_of_train_groups": shared_groups,
             "seed": protocol.seed,
-            "versions": {"vidssl": vidssl.__version__, "torch": str(torch.__version__)},
+            "versions": {"vidssl": vidssl.__version__, "torch": str(torch.__version__), "code": code_hash()},
+            "config_sha256": hashlib.sha256(json.dumps(cfg, sort_keys=True).encode()).hexdigest(),
             "config": cfg,
         }
         text = json.dumps(report, indent=1, allow_nan=False)

@@ -1,122 +1,177 @@
-"""Heads on frozen features: a grid trained on a part of train, the best by the held-out part, trained again on all."""
+"""Heads that are trained on frozen tokens: attentive and linear. All heads of a grid see each batch together."""
 
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
-from vidssl.config import Amount, Count, Positive, Size
-from vidssl.errors import UserError
-from vidssl.evaluation.features import Control
-from vidssl.model.attentive import AttentiveHead
+from vidssl.config import Amount, Count, Positive
+from vidssl.evaluation.features import Source
+from vidssl.evaluation.protocol import Grid, Protocol, Train, chunks, pooled
+from vidssl.evaluation.tasks import Task
+from vidssl.model.attentive import HEAD_EPS, AttentiveHead
 from vidssl.optim import cosine
 
+LBFGS_STEPS, LBFGS_TOLERANCE = 500, 1e-5  # at the most; of the largest entry of the gradient
 
-@dataclass(frozen=True)
-class Attentive:
-    """The `probe` section of the attentive protocol (V-JEPA, evals/video_classification_frozen). Features are computed
-    once for a video, without augmentation; the published protocol augments and encodes anew in every epoch."""
 
-    segments: Count = 1  # clips of a video; the head attends over the tokens of all
-    heads: Count = 12  # attention heads of the pooler
+def is_joint(heads: Sequence[nn.Module]) -> bool:
+    """Whether the heads are attentive ones that only cross-attend."""
+    return all(isinstance(head, AttentiveHead) and not len(head.blocks) for head in heads)
+
+
+def attend(heads: Sequence[AttentiveHead], tokens: Tensor) -> Iterator[Tensor]:
+    """tokens f32 [B, N, D] -> logits [B, C] of each head of depth 1; the same as each head alone.
+
+    The tokens are normed once, the norm's scale and shift being moved behind the products (a shift of the keys adds the
+    same to all scores of a query, which the softmax takes away); the queries of all heads are then one matrix product.
+    """
+    x = F.layer_norm(tokens, tokens.shape[-1:], eps=HEAD_EPS)
+    reaches = []
+    for head in heads:
+        q = head.xattn.q(head.query_tokens[0, 0]).unflatten(0, (head.xattn.heads, -1))  # [H, D/H]
+        key = head.xattn.kv.weight.chunk(2)[0].unflatten(0, (head.xattn.heads, -1))  # [H, D/H, D]
+        reaches.append(torch.einsum("he,hed->hd", q, key) * head.norm1.weight / q.shape[-1] ** 0.5)
+    score = torch.cat(reaches).expand(len(x), -1, -1) @ x.transpose(1, 2)  # [B, G * H, N]
+    for head, pooled_tokens in zip(heads, (score.softmax(-1) @ x).chunk(len(heads), 1), strict=True):
+        value, bias = head.xattn.kv.weight.chunk(2)[1], head.xattn.kv.bias.chunk(2)[1]
+        value = value.unflatten(0, (head.xattn.heads, -1))
+        mixed = pooled_tokens * head.norm1.weight + head.norm1.bias  # [B, H, D]
+        query = head.query_tokens[0] + torch.einsum("bhd,hed->bhe", mixed, value).flatten(1) + bias
+        yield head.linear(query + head.mlp(head.norm2(query)))
+
+
+class LinearHead(nn.Module):
+    """[B, 1, D] -> logits [B, C]."""
+
+    def __init__(self, dim: int, outputs: int):
+        super().__init__()
+        self.linear = nn.Linear(dim, outputs)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.linear(tokens[:, 0])
+
+
+def logits_of(heads: Sequence[nn.Module], tokens: Tensor) -> Iterator[Tensor]:
+    """[B, C] of each head."""
+    return attend(heads, tokens) if is_joint(heads) else (head(tokens) for head in heads)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained(Protocol):
+    """Heads that AdamW trains, the rate falling to zero along a cosine."""
+
     epochs: Count = 20
     batch: Count = 64  # videos
     lr: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1e-3,)  # the grid is lr x weight_decay
     weight_decay: Annotated[tuple[Amount, ...], Field(min_length=1)] = (0.01,)
-    held_out: Annotated[float, Field(gt=0, lt=1)] = 0.2  # fraction of train on which the grid is compared
-    controls: Annotated[tuple[Control, ...], Field(min_length=1)] = ("none",)
-    standardise: bool = False  # tokens: mean of train at each token off, deviation of train in each channel to 1
-    seed: Size = 0
-    allow_unreadable: bool = False  # a test video that cannot be read: an error, or counted wrong and listed
-    memory_gb: Positive = 8.0  # that the features may take, copies included
-    encode_batch: Count = 16  # videos
-    workers: Size = 2  # processes that decode
+    clip: Positive | None = 1.0  # norm of a head's gradient (V-JEPA 2: null)
 
-    def head(self, dim: int, classes: int) -> AttentiveHead:
-        return AttentiveHead(dim, self.heads, classes)
+    def grid(self) -> Grid:
+        return [{"lr": lr, "weight_decay": decay} for lr in self.lr for decay in self.weight_decay]
 
+    def head(self, dim: int, outputs: int) -> nn.Module:
+        raise NotImplementedError
 
-class Labelled(NamedTuple):
-    tokens: Tensor  # f32 [n, N, D]
-    label: Tensor  # i64 [n]
-
-
-def standardiser(train: Tensor) -> Callable[[Tensor], Tensor]:
-    """A function of tokens [n, N, D] that gives the train tokens mean 0 at each token and deviation 1 in each channel.
-
-    After the encoder's LayerNorm, what is common to all clips (positions above all) can be much larger than what tells
-    them apart, and differently so from encoder to encoder; a head at one learning rate then measures that ratio rather
-    than the information. Statistics come from train alone.
-    """
-    mean = train.mean(0, keepdim=True)
-    deviation = (train - mean).square().mean((0, 1), keepdim=True).sqrt().clamp_min(1e-6)
-    return lambda tokens: (tokens - mean) / deviation
-
-
-def hold_out(labels: Tensor, groups: list[str], fraction: float, seed: int) -> Tensor:
-    """bool [n]: which samples are held out. Whole groups (clips of one source video are one group), class by class:
-    of each class the groups, in random order, until `fraction` of its samples are out; never all of a class."""
-    rng = np.random.default_rng((seed, 4))
-    rank = {g: r for r, g in enumerate(rng.permutation(sorted(set(groups))).tolist())}
-    out: set[str] = set()
-    for c in labels.unique().tolist():
-        members = [g for g, y in zip(groups, labels.tolist(), strict=True) if y == c]
-        names = sorted(set(members), key=rank.__getitem__)
-        for name in names[:-1]:
-            if sum(g in out for g in members) >= fraction * len(members):
-                break
-            out.add(name)
-    return torch.tensor([g in out for g in groups])
-
-
-def train_head(protocol: Attentive, data: Labelled, classes: int, lr: float, weight_decay: float) -> torch.nn.Module:
-    """AdamW, cosine to zero; a function of (data, protocol, lr, weight decay)."""
-    torch.manual_seed(protocol.seed)
-    device = data.tokens.device
-    head = protocol.head(data.tokens.shape[-1], classes).to(device)
-    optimizer = torch.optim.AdamW(head.parameters(), lr=lr, weight_decay=weight_decay)
-    steps, done = protocol.epochs * -(-len(data.label) // protocol.batch), 0
-    for _ in range(protocol.epochs):
-        for ids in torch.randperm(len(data.label)).split(protocol.batch):
-            for group in optimizer.param_groups:
-                group["lr"] = cosine(lr, 0.0, done / steps)
-            loss = F.cross_entropy(head(data.tokens[ids]), data.label[ids])
+    def train(self, task: Task, data: Train, grid: Grid) -> list[nn.Module]:
+        """A head for each setting, from the same start, with the same batches in one pass. Of a sample with several
+        views an epoch sees one, drawn at random."""
+        torch.manual_seed(self.seed)
+        first, device = self.head(data.source.shape.width, task.outputs), data.target.device
+        heads = [deepcopy(first).to(device) for _ in grid]
+        rates = [{"params": list(head.parameters()), **setting} for head, setting in zip(heads, grid, strict=True)]
+        optimizer = torch.optim.AdamW(rates, fused=True)
+        orders = [order for _ in range(self.epochs) for order in torch.randperm(len(data.numbers)).split(self.batch)]
+        views = np.random.default_rng((self.seed, 6))
+        lists = [[data.numbers[i] * self.views + int(views.integers(self.views)) for i in o.tolist()] for o in orders]
+        parts = [heads] if is_joint(heads) else [[head] for head in heads]  # deep ones one by one: they keep much
+        for step, tokens in enumerate(data.source.batches(self.per(data.source), lists)):
+            target = data.target[orders[step].to(device)]
+            for group, setting in zip(optimizer.param_groups, grid, strict=True):
+                group["lr"] = cosine(setting["lr"], 0.0, step / len(lists))
             optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(head.parameters(), 1.0)
+            for some in parts:
+                torch.stack([task.loss(logits, target) for logits in logits_of(some, tokens)]).sum().backward()
+            for head in heads if self.clip is not None else ():
+                torch.nn.utils.clip_grad_norm_(head.parameters(), self.clip)  # type: ignore[arg-type]
             optimizer.step()
-            done += 1
+        return [head.eval() for head in heads]
+
+    @torch.no_grad()
+    def predict(self, models: list[nn.Module], source: Source, numbers: list[int], task: Task) -> Tensor:
+        found = []
+        for tokens in source.batches(self.per(source), chunks(self.examples(numbers), self.batch)):
+            found.append(torch.stack([task.probabilities(logits).cpu() for logits in logits_of(models, tokens)]))
+        return torch.cat(found, 1).unflatten(1, (len(numbers), self.views)).mean(2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attentive(Trained):
+    """V-JEPA's probe (evals/video_classification_frozen), and with depth 4 V-JEPA 2's. Features are computed once for a
+    video, without augmentation; the published protocols augment and encode anew in every epoch."""
+
+    depth: Count = 1  # depth - 1 self-attention blocks over all tokens, then the cross-attention
+    heads: Count = 12  # attention heads of the pooler
+
+    def head(self, dim: int, outputs: int) -> nn.Module:
+        return AttentiveHead(dim, self.heads, outputs, self.depth)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Linear(Trained):
+    """Logistic (of numbers: ridge) regression on the mean token. solver "lbfgs": to the minimum of
+    mean loss + l2 / 2 * |W|^2, where the grid is l2; "adamw": as the attentive heads."""
+
+    solver: Literal["lbfgs", "adamw"] = "lbfgs"
+    l2: Annotated[tuple[Amount, ...], Field(min_length=1)] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+    slices: Count = 1  # parts of a clip's tokens, time first, whose means stand end to end
+    standardise: bool = True
+
+    def grid(self) -> Grid:
+        return [{"l2": l2} for l2 in self.l2] if self.solver == "lbfgs" else super().grid()
+
+    def look(self, source: Source, numbers: list[int], device: torch.device) -> Source:
+        return pooled(source, numbers, self, self.slices, device)
+
+    def head(self, dim: int, outputs: int) -> nn.Module:
+        return LinearHead(dim, outputs)
+
+    def train(self, task: Task, data: Train, grid: Grid) -> list[nn.Module]:
+        if self.solver == "adamw":
+            return super().train(task, data, grid)
+        (tokens,) = data.source.batches(1, [self.examples(data.numbers)])
+        target, heads = data.target.repeat_interleave(self.views, 0), []
+        for setting in grid:
+            head = LinearHead(tokens.shape[-1], task.outputs).to(tokens.device)
+            heads.append(minimise(head, tokens, target, task, setting["l2"]))
+        return heads  # type: ignore[return-value]
+
+
+def minimise(head: LinearHead, tokens: Tensor, target: Tensor, task: Task, l2: float) -> LinearHead:
+    """L-BFGS on all of train at once."""
+    optimizer = torch.optim.LBFGS(
+        head.parameters(),
+        max_iter=LBFGS_STEPS,
+        max_eval=2 * LBFGS_STEPS,
+        tolerance_grad=LBFGS_TOLERANCE,
+        tolerance_change=1e-12,
+        history_size=20,
+        line_search_fn="strong_wolfe",
+    )
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = task.loss(head(tokens), target) + l2 / 2 * head.linear.weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
     return head.eval()
-
-
-@torch.no_grad()
-def predict(head: torch.nn.Module, tokens: Tensor, batch: int) -> Tensor:
-    """[n, N, D] -> logits [n, classes]."""
-    return torch.cat([head(part) for part in tokens.split(batch)])
-
-
-def fit(protocol: Attentive, data: Labelled, groups: list[str], classes: int) -> tuple[torch.nn.Module, dict[str, Any]]:
-    """-> (the head, what was chosen and why). The test set plays no part."""
-    grid = [(lr, decay) for lr in protocol.lr for decay in protocol.weight_decay]
-    scores: list[float] = []
-    out = hold_out(data.label, groups, protocol.held_out, protocol.seed)
-    if len(grid) > 1:
-        if not out.any():
-            raise UserError("no group of train can be held out to choose the head on; give one lr and one weight_decay")
-        fitting, choosing = Labelled(data.tokens[~out], data.label[~out]), Labelled(data.tokens[out], data.label[out])
-        for lr, decay in grid:
-            head = train_head(protocol, fitting, classes, lr, decay)
-            hits = predict(head, choosing.tokens, protocol.batch).argmax(1) == choosing.label
-            scores.append(round(100 * hits.float().mean().item(), 2))
-    lr, decay = grid[int(np.argmax(scores)) if scores else 0]
-    tried = [{"lr": a, "weight_decay": b, "held_out_accuracy": s} for (a, b), s in zip(grid, scores, strict=False)]
-    chosen = {"lr": lr, "weight_decay": decay, "tried": tried, "n_held_out": int(out.sum()) if scores else 0}
-    return train_head(protocol, data, classes, lr, decay), chosen
-
-
-PROTOCOLS = {"attentive": Attentive}

@@ -1,0 +1,99 @@
+"""What a probe leaves behind beside probe.json: predictions, tables of classes, the low-shot lists; and hashes."""
+
+import csv
+import hashlib
+from collections import Counter
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+import vidssl
+from vidssl.files import make_folder, replace
+
+
+class Told(NamedTuple):
+    """A test sample, and what a head says of it: a line of predictions.csv."""
+
+    label: str
+    control: str
+    share: str  # of train (low-shot), or nothing
+    seed: str  # of the list
+    key: str
+    group: str  # nothing: the sample is its own
+    truth: str
+    predicted: str  # nothing: it could not be read
+    outputs: str  # probabilities in the order of the classes, or the number
+
+
+def outputs_text(output: np.ndarray) -> str:
+    return " ".join(f"{value:.4g}" for value in output)
+
+
+def write_csv(path: Path, header: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
+    def write(beside: Path) -> None:
+        with open(beside, "w", newline="") as f:
+            csv.writer(f).writerows([header, *rows])
+
+    replace(path, write)
+
+
+def write_tables(out: Path, told: list[Told], class_labels: set[str]) -> None:
+    """predictions.csv; and of labels with one class a sample per_class.csv and confusion.csv (what occurs)."""
+    write_csv(out / "predictions.csv", Told._fields, told)
+    pairs = Counter((*t[:4], t.truth, t.predicted) for t in told if t.label in class_labels)
+    write_csv(
+        out / "confusion.csv", (*Told._fields[:4], "truth", "predicted", "n"), ((*k, n) for k, n in pairs.items())
+    )
+    sizes: Counter[tuple] = Counter()
+    for (*run, truth, _), n in pairs.items():
+        sizes[(*run, truth)] += n
+    rows = [(*k, n, pairs[(*k, k[-1])], round(100 * pairs[(*k, k[-1])] / n, 2)) for k, n in sizes.items()]
+    write_csv(out / "per_class.csv", (*Told._fields[:4], "class", "n", "right", "accuracy"), rows)
+
+
+def write_lists(out: Path, lists: dict[str, str]) -> None:
+    """Name -> text of each low-shot list, into OUT/lists."""
+    if lists:
+        make_folder(out / "lists")
+    for name, text in lists.items():
+        replace(out / "lists" / name, partial(Path.write_text, data=text))
+
+
+def low_shot_summary(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Mean and deviation (n - 1) over the lists of each label, control and share."""
+    parts: dict[tuple, list[dict[str, Any]]] = {}
+    for row in results:
+        if "share" in row:
+            parts.setdefault((row["label"], row["control"], row["share"]), []).append(row)
+    out = []
+    for (label, control, share), rows in parts.items():
+        values = np.array([row["value"] for row in rows])
+        deviation = round(float(values.std(ddof=1)), 4) if len(rows) > 1 else None
+        told = {"metric": rows[0]["metric"], "mean": round(float(values.mean()), 4), "deviation": deviation}
+        lists = {str(row["list_seed"]): row["list_sha256"] for row in rows}
+        out.append({"label": label, "control": control, "share": share, **told, "lists": lists})
+    return out
+
+
+def weights_hash(encoder: nn.Module) -> str:
+    """SHA-256 over the names and bytes of the weights: what was really evaluated."""
+    digest = hashlib.sha256()
+    for name, value in sorted(encoder.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().flatten().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def code_hash(*parts: str) -> str:
+    """SHA-256 over the names and text of vidssl's modules (under `parts`, if given)."""
+    root, digest = Path(vidssl.__file__).parent, hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        name = path.relative_to(root).as_posix()
+        if not parts or name.startswith(parts):
+            digest.update(name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
