@@ -1,9 +1,10 @@
 """Bytes -> frames.
 
-Two video decoders stand behind one interface. PyAV counts frames as they come out of the decoder, which is right for any
-file. decord counts packets, which is wrong for some (and then it gives other frames than asked, or crashes), so it serves
-only where `data_prep.pack` compared both. A file that pack did not measure is decoded once by PyAV to know its frames.
-Pixels: RGB, 8 bit, 0..255; alpha is dropped; non-square pixels stay as stored; rotation is applied.
+Two video decoders stand behind one interface. PyAV counts frames as they come out of the decoder, which is right for
+any file. decord counts packets, which is wrong for some, so it serves only where `data_prep.pack` compared both. A file
+that pack did not measure is decoded once by PyAV to know its frames.
+
+Pixels: RGB, 8 bit, 0..255; alpha is dropped; non-square pixels stay as stored; HDR is converted without tone mapping.
 """
 
 import io
@@ -336,6 +337,5 @@ def check_length(frames: int) -> None:
 def _line(e: BaseException) -> str:
     """The last non-empty line of a message: FFmpeg's own word, without decord's stack trace."""
     lines = [line.strip() for line in str(e).splitlines() if line.strip()]
-    return next((line for line in lines if "ERROR" in line or "Check failed" in line), lines[0] if lines else "failed")[
-        :200
-    ]
+    told = (line for line in lines if "ERROR" in line or "Check failed" in line)
+    return next(told, lines[0] if lines else "failed")[:200]
