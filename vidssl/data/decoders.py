@@ -28,7 +28,7 @@ from vidssl.errors import DecodeError
 
 decord.logging.set_level(decord.logging.QUIET)
 
-VIDEO_EXTENSIONS = tuple("mp4 avi webm mkv mov m4v mpg mpeg wmv flv 3gp ts mts m2ts ogv asf vob gif".split())
+VIDEO_EXTENSIONS = tuple("mp4 avi webm mkv mov m4v mpg mpeg wmv flv 3gp ts mts m2ts ogv asf vob gif".split())  # noqa: SIM905
 Decoder = Literal["auto", "decord", "pyav", "torchcodec"]
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "bmp", "webp")
 # Beyond these a file is damaged or hostile ("too_large", "too_long"), or has to be cut into pieces by pack.
