@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 
 import av
 import numpy as np
-from av.video.reformatter import ColorRange, Colorspace
+from av.video.reformatter import ColorRange
 
-from data_prep.index import file_sha256
+from vidssl.files import file_sha256
 
 LOOKS = 16  # frames of a clip that are looked at
 SIDE, SUB = 32, 4  # blocks along each side of a thumbnail; pixels looked at along each side of a block
@@ -89,12 +89,6 @@ def thumb(frame: av.VideoFrame) -> np.ndarray:
     small = _blocks(np.frombuffer(plane, np.uint8).reshape(plane.height, plane.line_size)[:, : plane.width])
     full = frame.color_range == ColorRange.JPEG or frame.format.name.startswith("yuvj")
     return small if full else ((small - 16) * np.float32(255 / 219)).clip(0, 255)
-
-
-def thumb_rgb(frame: np.ndarray, colorspace: int = 0) -> np.ndarray:
-    """The same of u8 [H,W,3] that was decoded from `colorspace`."""
-    weights = [0.2126, 0.7152, 0.0722] if colorspace == Colorspace.ITU709 else [0.299, 0.587, 0.114]
-    return _blocks(frame) @ np.array(weights, np.float32)
 
 
 def _blocks(pixels: np.ndarray) -> np.ndarray:

@@ -14,9 +14,8 @@ from typing import Any, BinaryIO, NamedTuple
 
 from data_prep.sources import EXTENSIONS
 from vidssl.data.index import VERSION
-from vidssl.data.remote import sha256_of
 from vidssl.errors import UserError
-from vidssl.files import replace
+from vidssl.files import file_sha256, replace
 
 
 class Member(NamedTuple):
@@ -40,11 +39,6 @@ def key_of(path: str, start: float | None = None, end: float | None = None) -> s
         return f"{slug}-{hashlib.sha256(path.encode()).hexdigest()[:8]}"
     times = "-".join("end" if t is None else f"{round(1000 * t):08d}" for t in (start or 0.0, end))  # milliseconds
     return f"{slug}-{times}-{hashlib.sha256(f'{path} {times}'.encode()).hexdigest()[:8]}"
-
-
-def file_sha256(path: Path) -> str:
-    with open(path, "rb") as f:
-        return sha256_of(f)
 
 
 def write_text(path: Path, lines: Iterable[str]) -> None:

@@ -19,8 +19,9 @@ import numpy as np
 from data_prep.index import dumps, media_of, tar_samples
 from vidssl.data.decoders import PyAVVideo, open_video
 from vidssl.data.index import entries, read_index
-from vidssl.data.remote import ShardError, fetch, is_url, join, local, sha256_of, shown
+from vidssl.data.remote import ShardError, fetch, is_url, join, local, shown
 from vidssl.errors import DecodeError, UserError, run_cli
+from vidssl.files import sha256_of
 
 FRAME_FACTS = ("frames", "height", "width")
 

@@ -5,7 +5,6 @@ is no tensor and the SHA-256 of the two files, so that a file that is damaged is
 """
 
 import dataclasses
-import hashlib
 import importlib.metadata
 import json
 import platform
@@ -24,7 +23,7 @@ from torch import Tensor
 
 import vidssl
 from vidssl.errors import UserError
-from vidssl.files import replace, say, sync
+from vidssl.files import file_sha256, replace, say, sync
 
 LIBRARIES = ("torchvision", "accelerate", "numpy", "safetensors", "av", "decord2")
 TENSORS = ("model", "optimizer")
@@ -86,7 +85,7 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int, k
         for name, tensors in files.items():
             write_tensors(beside / f"{name}.safetensors", tensors)
         plain = {k: v for k, v in state.items() if k not in TENSORS}
-        sums = {name: digest(beside / f"{name}.safetensors") for name in files}
+        sums = {name: file_sha256(beside / f"{name}.safetensors") for name in files}
         (beside / "state.json").write_text(json.dumps({"step": step, **plain, "groups": groups, "sha256": sums}))
         for path in (*beside.iterdir(), beside):
             sync(path)
@@ -115,15 +114,6 @@ def unflat(tensors: dict[str, Tensor], groups: list[dict[str, Any]]) -> dict[str
     return {"state": state, "param_groups": groups}
 
 
-def digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    sha = hashlib.sha256()
-    with open(path, "rb") as f:
-        while block := f.read(1 << 22):
-            sha.update(block)
-    return sha.hexdigest()
-
-
 def found_in(folder: Path) -> list[Path]:
     """The checkpoints of a folder, oldest first."""
     return sorted(p for p in folder.glob("step-*") if re.fullmatch(r"step-\d{8}", p.name))
@@ -148,7 +138,7 @@ def read_checkpoint(place: Path) -> dict[str, Any]:
     state = json.loads((place / "state.json").read_text())
     for name in TENSORS:
         path = place / f"{name}.safetensors"
-        if digest(path) != state["sha256"][name]:
+        if file_sha256(path) != state["sha256"][name]:
             raise ValueError(f"{path.name} is not what was written")
         try:
             state[name] = load_file(path)

@@ -71,5 +71,4 @@ def write_run(out: Path, found: Checkpoint, about: dict[str, Any], snapshot: boo
     if snapshot:
         place = out / "snapshots"
         place.mkdir(exist_ok=True)
-        about = {**about, "model": found.model, "pixels": found.pixels}
-        save_weights(place / f"step-{about['step']:08d}.safetensors", found.encoder, about)
+        save_weights(place / f"step-{about['step']:08d}.safetensors", found.encoder, native.header(found, about))

@@ -1,11 +1,12 @@
 """Files that a kill leaves old or new, never half-written; and folders that can be written."""
 
 import contextlib
+import hashlib
 import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from vidssl.errors import UserError
 
@@ -31,6 +32,21 @@ def sync(path: Path) -> None:
         os.fsync(number)
     finally:
         os.close(number)
+
+
+def sha256_of(file: BinaryIO) -> str:
+    """Of the whole file, whose beginning is what is read next."""
+    file.seek(0)
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    file.seek(0)
+    return digest.hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    with open(path, "rb") as f:
+        return sha256_of(f)
 
 
 def check_out(out: Path) -> None:

@@ -24,7 +24,7 @@ from vidssl.data.order import check_split
 from vidssl.data.shards import Shards
 from vidssl.draws import Draws
 from vidssl.errors import UserError, run_cli
-from vidssl.exchange import as_checkpoint, start_from, write_run
+from vidssl.exchange import save_run, start_from
 from vidssl.files import check_out, make_folder, say, writing
 from vidssl.health import Health
 from vidssl.log import Lines, Log, Tracker, batch_hash, check_trackers, hash_keys, start_trackers
@@ -239,7 +239,7 @@ def main(argv: list[str]) -> None:
     start, state = resume.load(state) if state else 0, None
     if start == run.steps:
         if main_process and not (out / "encoder.safetensors").exists():
-            write_run(out, as_checkpoint(objective, cfg), {**about, "step": start}, snapshot=False)
+            save_run(out, objective, {**about, "step": start}, snapshot=False)
         accelerator.print(f"{out}: all {run.steps} steps are done")
         return
     log = meter = None

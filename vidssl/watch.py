@@ -8,11 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vidssl.config import Count, Names, Positive, Size
-from vidssl.data.augment import CenterCrop
-from vidssl.data.clips import choose
-from vidssl.data.decoders import open_video
 from vidssl.data.shards import Sample, Shards
-from vidssl.errors import DecodeError, UserError
+from vidssl.errors import UserError
+from vidssl.evaluation.views import EvalClips, View
 from vidssl.model.vit import Encoder
 from vidssl.objective.targets import normalise
 
@@ -44,8 +42,8 @@ class Watched:
     """The decoded clips of both parts, u8 [n, 3, T, S, S], and their classes."""
 
     def __init__(self, watch: Watch, frames: int, size: int, stride: int | None, fps: float | None):
-        self.rate = (watch.stride, watch.fps) if watch.stride or watch.fps else (stride, fps)
-        self.crop, self.frames = CenterCrop(size), frames
+        rate = (watch.stride, watch.fps) if watch.stride or watch.fps else (stride, fps)
+        self.view = View(frames, *rate, segments=1, crops=1, size=size)
         need = 2 * watch.samples * 3 * frames * size * size >> 20
         if need > watch.keep_mb:
             raise UserError(f"watch.samples {watch.samples} take {need} MB, watch.keep_mb is {watch.keep_mb}")
@@ -64,13 +62,12 @@ class Watched:
         samples = [s for s in shards.all() if class_of(s, label) >= 0]
         samples = [samples[i] for i in np.unique(np.linspace(0, len(samples) - 1, count).round().astype(int))]
         clips, labels = [], []
-        for sample in samples:
-            try:
-                video = open_video(shards.read(sample), sample.ext, sample.meta)
-                clips.append(self.crop(video.get(choose(video.times, self.frames, *self.rate, 0.5))))
-            except DecodeError:
-                continue  # a quick figure; probe.py counts it
-            labels.append(class_of(sample, label))
+        seen = EvalClips(shards, samples, self.view, 1)
+        for i, sample in enumerate(samples):
+            _, clip = seen[i]
+            if isinstance(clip, Tensor):  # else it cannot be decoded; this is a quick figure, and probe.py counts it
+                clips.append(clip[0])
+                labels.append(class_of(sample, label))
         if not clips:
             raise UserError(f"watch: {', '.join(shards.folders)}: no labelled sample can be decoded")
         return torch.stack(clips), torch.tensor(labels)

@@ -22,8 +22,7 @@ from av.video.reformatter import VideoReformatter
 from decord._ffi.base import DECORDError, DECORDLimitReachedError
 from PIL import Image, ImageOps
 
-from vidssl.data.turn import Turn
-from vidssl.data.turn import turn_of as _turn
+from vidssl.data.turn import Turn, turn_of
 from vidssl.errors import DecodeError
 
 decord.logging.set_level(decord.logging.QUIET)
@@ -194,7 +193,7 @@ class PyAVVideo(Video):
             if frame.width * frame.height > MAX_PIXELS:
                 raise DecodeError("too_large", f"{frame.width}x{frame.height} pixels")
             if first is None:
-                first = _turn(frame)
+                first = turn_of(frame)
                 self.rotation = first.degrees
                 self.size = (frame.width, frame.height) if first.swap else (frame.height, frame.width)
             pts.append(frame.pts)
@@ -240,7 +239,7 @@ class PyAVVideo(Video):
 
     def _rgb(self, frame: av.VideoFrame) -> np.ndarray:
         """[H,W,3] as shown; a stream that changes its size is scaled to that of its first frame, as players do."""
-        turn = _turn(frame)
+        turn = turn_of(frame)
         width, height = self.size if turn.swap else self.size[::-1]
         return turn(self._reformat(frame, width, height, "rgb24", threads=1).to_ndarray())
 

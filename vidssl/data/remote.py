@@ -7,7 +7,6 @@ gcsfs, ...), which take endpoint and credentials from the usual places (AWS_* va
 import asyncio
 import errno
 import fcntl
-import hashlib
 import http.client
 import io
 import os
@@ -25,7 +24,7 @@ from fsspec.asyn import sync
 from fsspec.core import url_to_fs
 
 from vidssl.errors import UserError
-from vidssl.files import check_out, make_folder
+from vidssl.files import check_out, make_folder, sha256_of
 
 QUIET = 30.0  # seconds without a byte, until a connection counts as dead
 BLOCK = 8 << 20  # bytes of one request where fsspec reads; must arrive within 2 * QUIET
@@ -68,16 +67,6 @@ def join(folder: str, name: str) -> str:
 def shown(url: str) -> str:
     """An address without what signs it."""
     return url.split("?")[0] if is_url(url) else url
-
-
-def sha256_of(file: BinaryIO) -> str:
-    """Of the whole file, whose beginning is what is read next."""
-    file.seek(0)
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
-    file.seek(0)
-    return digest.hexdigest()
 
 
 def fetch_small(url: str) -> bytes:

@@ -29,7 +29,7 @@ class Loaded(NamedTuple):
 
 def save(folder: Path, found: Checkpoint, about: dict[str, Any]) -> None:
     """Every part of a checkpoint into its file, with `about`, the model and the input's statistics in the headers."""
-    about = {**about, "model": found.model, "pixels": found.pixels}
+    about = header(found, about)
     save_weights(folder / "encoder.safetensors", found.encoder, about)
     if found.online is not None:
         save_weights(folder / "encoder_online.safetensors", found.online, about)
@@ -39,6 +39,11 @@ def save(folder: Path, found: Checkpoint, about: dict[str, Any]) -> None:
     if found.head:
         head = {"heads": found.head_heads, "eps": found.head_eps}
         save_weights(folder / "head.safetensors", found.head, {**about, "head": head})
+
+
+def header(found: Checkpoint, about: dict[str, Any]) -> dict[str, Any]:
+    """What the file of an encoder says of itself."""
+    return {**about, "model": found.model, "pixels": found.pixels}
 
 
 def read(where: str, **given: Any) -> tuple[Checkpoint, dict[str, Any]]:
