@@ -310,6 +310,38 @@ def test_the_same_batches_with_any_number_of_workers_and_processes(train, cache)
 # --- what cannot be decoded ---
 
 
+@pytest.mark.parametrize("world", [1, 2])
+def test_repeated_clips_share_a_decoding_and_are_functions_of_their_position(train, world, monkeypatch):
+    clips, repeat = make_clips(train, repeat=3), 3
+    opened: list[bytes] = []
+    real = decoders.open_video
+    monkeypatch.setattr("vidssl.data.loader.open_video", lambda data, *rest: opened.append(data) or real(data, *rest))
+    batches = [b for r in range(world) for b in train_batches(clips, 0, 2, 24, r, world, 0)]
+    assert len(opened) == 2 * 24 // repeat  # a video once, although other lanes stand between its clips
+    assert sorted(int(p) for b in batches for p in b.position) == list(range(48))
+    starts = []
+    for b in batches:
+        for i in range(0, len(b.key), repeat):
+            assert (
+                len(set(b.key[i : i + repeat])) == 1 and len({c.numpy().tobytes() for c in b.video[i : i + repeat]}) > 1
+            )
+            starts.append([int(p) % 4 for p in b.position[i : i + repeat]])
+        for video, position, key in zip(b.video, b.position, b.key, strict=True):
+            alone = make_clips(train, repeat=3)[int(position)]  # a fresh one, asked for this position only
+            assert alone.key == key and alone.video.equal(video)
+    assert all(len(set(lanes)) == 1 for lanes in starts)
+    shown = [make_clips(train, repeat=1)[p].key for p in range(16)]
+    assert sorted({k for b in batches for k in b.key}) == sorted(
+        set(shown)
+    )  # the first of the order
+
+
+def test_clips_of_a_video_are_replaced_together(train, tmp_path):
+    clips = make_clips(copy_with_damage(train, tmp_path / "bad", {make_clips(train).order.at(1): 0.0}), repeat=2)
+    items = [clips[g] for g in (1, 5)]  # lanes are 4: the two clips of the sample at 1
+    assert [len(i.bad) for i in items] == [1, 1] and items[0].key == items[1].key != make_clips(train)[1].key
+
+
 def test_an_undecodable_sample_is_replaced_and_told(train, tmp_path):
     folder = copy_with_damage(train, tmp_path / "damaged", {(1, 3): 0.0})
     clips, sound = make_clips(folder), make_clips(train)

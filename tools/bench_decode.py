@@ -1,6 +1,6 @@
 """What isolation costs, and whether a decoder leaks: CPU seconds over all processes, and resident memory over decodes.
 
-python tools/bench_decode.py cost SHARDS [clips=200] [rounds=3]    a clip of 16 frames, stride 4, 224 px
+python tools/bench_decode.py cost SHARDS [clips=400]    a clip of 16 frames, stride 4, 224 px
 python tools/bench_decode.py leak SHARDS [decodes=20000] [decoder=auto]    a clip of 2 frames, cut to 16 px
 """
 
@@ -8,33 +8,44 @@ import os
 import resource
 
 import numpy as np
+import psutil
 
 from vidssl.data.augment import RandomCrop
-from vidssl.data.isolate import resident
-from vidssl.data.loader import Data, TrainClips, train_batches
+from vidssl.data.isolate import Isolated, resident
+from vidssl.data.loader import Data, Streams, TrainClips
 from vidssl.data.order import Order
 from vidssl.data.shards import Shards
 from vidssl.errors import UserError, run_cli
 
-
-def cpu_seconds() -> float:
-    """Of this process and of the children that have ended."""
-    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(u.ru_utime + u.ru_stime for u in used)
+BLOCK = 8  # clips that the two ways take in turn, so that a slower hour of the machine meets both
 
 
-def cost(shards: Shards, clips: int, rounds: int) -> None:
-    order, data = Order(shards.counts, 0), Data(["-"], frames=16, stride=4)
-    used: dict[bool, list[float]] = {False: [], True: []}
-    for _ in range(rounds):
-        for isolate, seconds in used.items():
-            before = cpu_seconds()
-            work = TrainClips(shards, order, data, RandomCrop(224))
-            for _batch in train_batches(work, 0, clips // 8, 8, 0, 1, 0, isolate):
-                pass
-            seconds.append((cpu_seconds() - before) / (clips // 8 * 8))
-    plain, apart = (min(seconds) for seconds in used.values())
-    print(f"CPU ms a clip: here {1e3 * plain:.2f}, isolated {1e3 * apart:.2f}: {100 * (apart / plain - 1):+.1f} %")
+def cpu_seconds(*processes: psutil.Process) -> float:
+    return sum(sum(p.cpu_times()[:2]) for p in processes)
+
+
+def cost(shards: Shards, clips: int) -> None:
+    """The same clips here and in a child, by turns; the start of the child is not counted (once a worker)."""
+    clip = TrainClips(shards, Order(shards.counts, 0), Data(["-"], frames=16, stride=4), RandomCrop(224))
+    isolated = Isolated(Streams([clip]), 60, 4 << 30)
+    isolated.attempt(0, 0)
+    assert isolated._child is not None
+    here = psutil.Process()
+    both = (here, psutil.Process(isolated._child.pid))
+    used: dict[str, list[float]] = {"here": [], "isolated": []}
+    for start in range(0, clips, BLOCK):
+        ways = [("here", clip, (here,)), ("isolated", isolated, both)]
+        for name, way, processes in ways[:: 1 if start // BLOCK % 2 else -1]:
+            before = cpu_seconds(*processes)
+            for g in range(start, start + BLOCK):
+                way.attempt(g, 0)
+            used[name].append((cpu_seconds(*processes) - before) / BLOCK)
+    isolated.close()
+    plain, apart = (1e3 * np.array(seconds) for seconds in used.values())
+    spread = (apart - plain).std(ddof=1) / len(plain) ** 0.5
+    print(f"CPU ms a clip: here {plain.mean():.2f}, isolated {apart.mean():.2f};", end=" ")
+    difference = (apart - plain).mean()
+    print(f"difference {difference:.2f} +- {spread:.2f}: {100 * difference / plain.mean():+.1f} %")
 
 
 def leak(shards: Shards, decodes: int, decoder: str) -> None:
@@ -60,14 +71,14 @@ def leak(shards: Shards, decodes: int, decoder: str) -> None:
 
 
 def main(argv: list[str]) -> None:
-    settings = {"clips": "200", "rounds": "3", "decodes": "20000", "decoder": "auto"}
+    settings = {"clips": "400", "decodes": "20000", "decoder": "auto"}
     given = dict(a.split("=", 1) for a in argv[2:])
     if len(argv) < 2 or argv[0] not in ("cost", "leak") or given.keys() - settings.keys():
-        raise UserError("expected: cost|leak SHARDS [clips=200] [rounds=3] [decodes=20000] [decoder=auto]")
+        raise UserError("expected: cost|leak SHARDS [clips=400] [decodes=20000] [decoder=auto]")
     settings |= given
     shards = Shards([argv[1]])
     if argv[0] == "cost":
-        cost(shards, int(settings["clips"]), int(settings["rounds"]))
+        cost(shards, int(settings["clips"]))
     else:
         leak(shards, int(settings["decodes"]), settings["decoder"])
 

@@ -216,8 +216,8 @@ def main(argv: list[str]) -> None:
     rank, world, main_process = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
     sizes = data.clips(run.batch)
     for i, n in enumerate(sizes):
-        what = f"data.also[{i - 1}].clips" if i else "run.batch"
-        check_split(n, run.lanes, world, what if i or len(sizes) == 1 else f"{what} less data.also's clips:")
+        what = f"data.also[{i - 1}].clips" if i else "run.batch" + (" less data.also's clips:" if data.also else "")
+        check_split(n, run.lanes, world, what, data.repeat)
         if (share := n // world) % eff.micro_batches:
             raise UserError(f"efficiency.micro_batches {eff.micro_batches} does not divide {share} clips a process")
 

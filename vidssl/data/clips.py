@@ -88,6 +88,12 @@ def repeated(g: int, repeat: int, lanes: int) -> tuple[int, int]:
     return row // repeat * lanes + lane, row % repeat
 
 
+def copies(g: int, repeat: int, lanes: int) -> list[int]:
+    """The positions, g among them, that show the sample of position g (see `repeated`)."""
+    row, lane = divmod(g, lanes)
+    return [(row // repeat * repeat + copy) * lanes + lane for copy in range(repeat)]
+
+
 def segment_starts(segments: int) -> list[float]:
     """Evenly spread `start`s for `choose`; the middle if there is one segment."""
     return [0.5] if segments == 1 else np.linspace(0, 1, segments).tolist()

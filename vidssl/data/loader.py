@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from vidssl.config import Count, Names, Positive, Share
 from vidssl.data.augment import scale
-from vidssl.data.clips import Rule, choose
+from vidssl.data.clips import Rule, choose_several, copies, repeated
 from vidssl.data.decoders import Decoder, Video, open_video, served_by
 from vidssl.data.isolate import Isolated
 from vidssl.data.item import Bad, Item, first_good
@@ -59,6 +59,7 @@ class Data:
     rule: Rule = "exact"  # how stride and fps are meant; "reference": as V-JEPA's loader does, for published recipes
     weights: Weights | None = None  # share of the clips that are of each of `train`; None: by their sizes
     also: tuple[Also, ...] = ()  # further streams
+    repeat: Count = 1  # clips of a video that is decoded once (repeated augmentation): of a batch so many show the same
     short_side: Count | None = None  # pixels; larger frames are scaled to it when decoded; None: as stored
     decoder: Decoder = "auto"  # see decoders.served_by
     max_bad: Share = 0.05  # fraction of samples that may fail to decode before the run stops
@@ -168,21 +169,37 @@ class TrainClips(Dataset[Item]):
         """number: of the stream, where a run has several."""
         self.shards, self.order, self.data, self.augment, self.number = shards, order, data, augment, number
         self.cache = FrameCache(shards, data.short_side, cache_bytes, data.decoder)
+        self._decoded: tuple[Any, np.ndarray] = (None, np.empty(0))  # the last sample's clips u8 [repeat, T, H, W, 3]
 
     def __getitem__(self, g: int) -> Item:
         return first_good(g, self.attempt)
 
     def _sample(self, g: int, attempt: int) -> Sample:
-        return self.shards.sample(*(self.order.replacement(g, attempt) if attempt else self.order.at(g)))
+        p, _ = repeated(g, self.data.repeat, self.order.lanes)
+        return self.shards.sample(*(self.order.replacement(p, attempt) if attempt else self.order.at(p)))
+
+    def _rng(self, g: int) -> np.random.Generator:
+        """Of the clip at g; its first number is where in the video the clip starts."""
+        return np.random.default_rng((self.order.seed, 3, g + self.number * STREAM))
+
+    def _clips(self, g: int, attempt: int, sample: Sample) -> np.ndarray:
+        """All clips of the sample at g, decoded together: what one of them cannot show, none can."""
+        d, together = self.data, copies(g, self.data.repeat, self.order.lanes)
+        if self._decoded[0] != (together, attempt):
+            starts = [self._rng(copy).uniform() for copy in together]
+            rate = {"frames": d.frames, "stride": d.stride, "fps": d.fps, "rule": d.rule}
+            frames = self.cache.clip(sample, lambda times: choose_several(times, starts, **rate).ravel())
+            self._decoded = (together, attempt), frames.reshape(len(together), d.frames, *frames.shape[1:])
+        return self._decoded[1]
 
     def attempt(self, g: int, attempt: int) -> Item | Bad:
-        position = g + self.number * STREAM
-        rng, d = np.random.default_rng((self.order.seed, 3, position)), self.data
-        start, sample = rng.uniform(), self._sample(g, attempt)
+        sample, rng, (_, copy) = self._sample(g, attempt), self._rng(g), repeated(g, self.data.repeat, self.order.lanes)
+        rng.uniform()  # the start
         try:
-            frames = self.cache.clip(sample, lambda times: choose(times, d.frames, d.stride, d.fps, start, d.rule))
+            frames = self._clips(g, attempt, sample)[copy]
         except DecodeError as e:
             return Bad(sample.key, e.reason)
+        position = g + self.number * STREAM
         return Item(position, sample.key, sample.meta.get("label", -1), self.augment(frames, rng), [])
 
 
@@ -211,9 +228,14 @@ class Streams(Dataset[Item]):
         return self.clips[position // STREAM]._sample(position % STREAM, attempt).key
 
     def positions(self, start: int, stop: int, sizes: list[int], rank: int, world: int) -> Iterator[list[int]]:
-        """Of process `rank` of `world` at steps start..stop-1; sizes: clips of each stream in a global batch."""
+        """Of process `rank` of `world` at steps start..stop-1; sizes: clips of each stream in a global batch.
+
+        Clips of one video follow each other.
+        """
         each = [batches(start, stop, n, c.order.lanes, rank, world) for c, n in zip(self.clips, sizes, strict=True)]
         for parts in zip(*each, strict=True):
+            for c, part in zip(self.clips, parts, strict=True):
+                part.sort(key=lambda g, c=c: repeated(g, c.data.repeat, c.order.lanes))  # type: ignore[misc]
             yield [i * STREAM + g for i, part in enumerate(parts) for g in part]
 
 

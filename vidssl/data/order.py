@@ -185,9 +185,10 @@ def batches(start: int, stop: int, batch: int, lanes: int, rank: int, world: int
         yield [step * batch + j for j in mine]
 
 
-def check_split(batch: int, lanes: int, world: int, what: str = "run.batch") -> None:
-    """The global batch is a multiple of the lanes, the lanes of the processes."""
-    if batch % lanes or batch < 1:
-        raise UserError(f"{what} {batch} is not a multiple of run.lanes {lanes}")
+def check_split(batch: int, lanes: int, world: int, what: str = "run.batch", repeat: int = 1) -> None:
+    """The global batch is a multiple of the lanes (times the clips of a video), the lanes of the processes."""
+    if batch % (lanes * repeat) or batch < 1:
+        times = f" x data.repeat {repeat}" if repeat > 1 else ""
+        raise UserError(f"{what} {batch} is not a multiple of run.lanes {lanes}{times}")
     if lanes % world:
         raise UserError(f"run.lanes {lanes} is not a multiple of the {world} processes: choose a common multiple")
