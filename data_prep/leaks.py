@@ -156,10 +156,16 @@ class Table:
         return sorted(out, key=lambda p: (-p.votes, p.bits))[:MOST]
 
 
-def moving(sample: Sample, data: bytes, start: float, end: float) -> tuple[float, np.ndarray]:
+class File(NamedTuple):
+    data: bytes
+    ext: str
+    meta: dict | None = None
+
+
+def moving(file: File, start: float, end: float) -> tuple[float, np.ndarray]:
     """From the first frame after `start` to the last before `end` (seconds): its time, and 8x8 thumbnails f32 [n,64],
     FINE a second, linear in between those of the frames."""
-    video = open_video(data, sample.ext, sample.meta)
+    video = open_video(*file)
     indices = np.flatnonzero((video.times >= start) & (video.times <= end))
     if len(indices) < 2:
         return 0.0, np.zeros((0, 64), np.float32)
@@ -184,12 +190,12 @@ def align(train: np.ndarray, test: np.ndarray) -> tuple[float, int, int]:
     return best
 
 
-def compare(pair: Pair, test: Sample, train: Sample) -> dict | None:
+def compare(pair: Pair, test: File, train: File) -> dict | None:
     """What is written of a pair, or None if it is not the same video."""
     told = {"bits": round(pair.bits, 2), "shift": pair.shift}
     start, end = pair.at - SPAN / 2, pair.at + SPAN / 2
-    t0, b = moving(test, _DATA["test"].read(test), start, end)
-    s0, a = moving(train, _DATA["train"].read(train), start + pair.shift - AROUND, end + pair.shift + AROUND)
+    t0, b = moving(test, start, end)
+    s0, a = moving(train, start + pair.shift - AROUND, end + pair.shift + AROUND)
     if not len(a) or not len(b) or min(a.std(0).mean(), b.std(0).mean()) < STILL:
         return {**told, "why": "still pictures"} if pair.bits <= SAME else None
     alike, shift, common = align(a, b)
@@ -212,8 +218,10 @@ def _look(job: tuple[str, Sample]) -> Looks | None:
 
 
 def _compare(job: tuple[Pair, Sample, Sample]) -> dict | None:
+    pair, *samples = job
     try:
-        return compare(*job)
+        parts = zip(("test", "train"), samples, strict=True)
+        return compare(pair, *(File(_DATA[kind].read(s), s.ext, s.meta) for kind, s in parts))
     except DecodeError:
         return None
 

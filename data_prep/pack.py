@@ -1,6 +1,6 @@
 """Corpus -> shards: `python -m data_prep.pack SRC OUT`.
 
-Everything that decides the bytes is in a plan, made before any file is opened: which file goes to which data set
+Everything that decides the bytes is in a plan, made before any file is packed: which file goes to which data set
 and shard, and what is done with it. Shards are then made one after the other, each written beside and renamed into
 place, so a run that was killed goes on where it stopped, and the result depends neither on that nor on the number of
 workers or on the engine.
@@ -19,7 +19,7 @@ from data_prep import engine
 from data_prep.encode import Recipe
 from data_prep.filters import Filters
 from data_prep.index import dumps, read_lines, shard_entry, write_index, write_text
-from data_prep.plan import Plan, make_plan
+from data_prep.plan import NEAR, Plan, make_plan
 from data_prep.report import write_report
 from data_prep.sources import SOURCES, read_source
 from vidssl.data.index import read_index
@@ -27,6 +27,7 @@ from vidssl.errors import UserError, run_cli
 from vidssl.files import check_out, make_folder
 
 PRESETS = ("ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow")
+FIRST = ("plan.json.tmp", NEAR)  # what is written before plan.json
 
 
 def open_out(out: Path, plan: Plan) -> bool:
@@ -40,7 +41,7 @@ def open_out(out: Path, plan: Plan) -> bool:
         if found != plan.digest:
             raise UserError(f"{out}: holds a pack of other files or with other options; choose another folder")
         return all((folder / "index.json").exists() for folder in plan.sets)
-    if os.path.exists(out) and (not out.is_dir() or any(p.name != "plan.json.tmp" for p in out.iterdir())):
+    if os.path.exists(out) and (not out.is_dir() or any(not p.name.startswith(FIRST) for p in out.iterdir())):
         raise UserError(f"{out}: holds something else already; choose a new folder")
     make_folder(out)
     write_text(file, [dumps({"version": 1, "plan": plan.digest, "options": plan.options})])
@@ -120,7 +121,8 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     add("--drop-dark", type=float, nargs="?", const=16.0, default=0.0, metavar="LUMA", help="mean under this (16)")
     add("--drop-static", type=float, nargs="?", const=0.5, default=0.0, metavar="LUMA",
         help="mean change from one of 16 frames to the next under this (0.5)")  # fmt: skip
-    add("--drop-duplicates", action="store_true", help="of files with the same bytes keep the first")
+    add("--drop-duplicates", nargs="?", const="bytes", choices=("bytes", "near"),
+        help="of files with the same bytes keep the first; near: with the same pictures, too")  # fmt: skip
     args = parser.parse_args(argv)
     if args.workers < 1 or args.samples_per_shard < 0 or not 0 <= args.test_fraction < 1 or args.timeout <= 0:
         raise UserError("--workers and --timeout must be positive, --samples-per-shard >= 0, --test-fraction in [0,1)")

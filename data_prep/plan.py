@@ -1,4 +1,4 @@
-"""Which file goes to which data set and shard, decided before any video is opened: all that decides the bytes."""
+"""Which file goes to which data set and shard, decided before any is packed: all that decides the bytes."""
 
 import argparse
 import hashlib
@@ -13,9 +13,11 @@ import av
 from data_prep.encode import Recipe, Span
 from data_prep.filters import Filters, same_files
 from data_prep.index import class_lists, dumps, key_of
+from data_prep.near import near_files, remembered
 from data_prep.sources import Item, Source
 from vidssl.errors import UserError
 
+NEAR = "near-"  # how the files begin that remember near duplicates
 SHARD_BYTES = 1_000_000_000  # of source files; a shard is closed before it grows beyond that
 
 
@@ -132,9 +134,16 @@ def make_plan(source: Source, root: Path, out: Path, args: argparse.Namespace) -
     for path, reason in source.rejected.items():  # no split was read for them: the first data set keeps the list
         rejected[min(parts)].append({"path": path, "reason": reason, "detail": ""})
     bytes_in = {folder: sum(sizes[p] for p in {item.path for item in items}) for folder, items in parts.items()}
-    for folder, items in parts.items() if args.drop_duplicates else ():
-        parts[folder], more = without_duplicates(items, root)
-        rejected[folder] += more
+    if args.drop_duplicates:
+        for folder, items in parts.items():
+            parts[folder], more = without_duplicates(items, same_bytes(items, root))
+            rejected[folder] += more
+    if args.drop_duplicates == "near":
+        for folder, items in parts.items():
+            parts[folder], more = without_duplicates(
+                items, same_pictures(items, root, out / f"{NEAR}{folder.name}.jsonl", args)
+            )
+            rejected[folder] += more
     sets = {folder: _cut(folder, parts[folder], sizes, args) for folder in sorted(parts)}
     classes = class_lists(names)
     return Plan(
@@ -157,18 +166,29 @@ def _options(args: argparse.Namespace, recipe: Recipe | None) -> dict:
     return options
 
 
-def without_duplicates(items: list[Item], root: Path) -> tuple[list[Item], list[dict]]:
-    """Of files of one data set that hold the same bytes, what is cut from the first by path stays."""
-    paths = sorted({item.path for item in items})
-    same = {str(k.relative_to(root)): str(v.relative_to(root)) for k, v in same_files(root / p for p in paths).items()}
+def same_bytes(items: list[Item], root: Path) -> dict[str, tuple[str, dict]]:
+    """Path -> the first by path that holds the same bytes, and what is told of it."""
+    same = same_files(root / path for path in sorted({item.path for item in items}))
+    named = {str(k.relative_to(root)): str(v.relative_to(root)) for k, v in same.items()}
+    return {k: (v, {"detail": f"the same bytes as {v}", "value": 0}) for k, v in named.items()}
+
+
+def same_pictures(items: list[Item], root: Path, file: Path, args: argparse.Namespace) -> dict[str, tuple[str, dict]]:
+    """The same for what shows the same pictures; remembered in `file`."""
+    found = remembered(file, root, items, lambda: near_files(root, items, args.workers, args.timeout))
+    return {k: (v["first"], {"detail": f"the same pictures as {v['first']}", **v}) for k, v in found.items()}
+
+
+def without_duplicates(items: list[Item], same: dict[str, tuple[str, dict]]) -> tuple[list[Item], list[dict]]:
+    """Of files of one data set that are the same, what is cut from the first by path stays."""
     there = {(item.path, *span_of(item)) for item in items}
     kept, rejected = [], []
     for item in items:
-        first = same.get(item.path)
+        first, told = same.get(item.path, (None, {}))
         if first is None or (first, *span_of(item)) not in there:
             kept.append(item)
             continue
-        line = {"path": item.path, "reason": "duplicate", "detail": f"the same bytes as {first}", "value": 0}
+        line = {"path": item.path, "reason": "duplicate", **told}
         times = {"start": item.start, "end": item.end}
         rejected.append(line | {k: t for k, t in times.items() if t is not None})
     return kept, rejected

@@ -7,16 +7,19 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from data_prep.encode import Recipe, Sample, Span, cut
 from data_prep.filters import NO_FILTERS, Filters, Rejected, looks, thumb
 from data_prep.reader import Reader
-from vidssl.data.decoders import IMAGE_EXTENSIONS, DecordVideo, ImageVideo, PyAVVideo, Video
+from vidssl.data.decoders import IMAGE_EXTENSIONS, ImageVideo, PyAVVideo, Video
+from vidssl.data.decord_video import DecordVideo
 from vidssl.errors import DecodeError
 
 GREY_LEVELS = 6.0  # decord and PyAV convert some pixel formats (10 bit, odd sizes) a little differently
@@ -129,26 +132,20 @@ def _thumbs(path: Path, frames: int, alive: Callable[[], None]) -> list[np.ndarr
     return found
 
 
-def _serve(conn: Connection, decoder: str, recipe: Recipe | None, filters: Filters) -> None:
-    """The child: (path, ext, spans) come in; any number of ("alive", None) and ("known", found) go out, then
-    ("done", None) if the last found stands, or ("rejected", reason). found: a list of Sample and Rejected."""
+Send = Callable[[tuple[str, object]], None]
+
+
+def serve(conn: Connection, answer: Callable[..., None]) -> None:
+    """The child: jobs come in, answer(*job, send) sends any number of ("alive", None) and ("known", found); then goes
+    ("done", None) if the last found stands, or ("rejected", reason)."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends us
-    alive: Callable[[], None] = lambda: conn.send(("alive", None))  # noqa: E731
     while True:
         try:
-            path, ext, spans = conn.recv()
+            job = conn.recv()
         except EOFError:
             return
         try:
-            if recipe and ext not in IMAGE_EXTENSIONS:
-                with open(path, "rb") as file:
-                    if not file.read(1):
-                        raise DecodeError("empty")
-                    conn.send(("known", cut(file, spans, recipe, filters, alive)))
-            elif any(span != (None, None) for span in spans):
-                raise DecodeError("not_a_video", "a picture has no segments")
-            else:
-                original(Path(path), ext, decoder, filters, lambda m: conn.send(("known", [Sample(m)])), alive)
+            answer(*job, conn.send)
             conn.send(("done", None))
         except _DroppedError as e:
             conn.send(("rejected", e.args[0]))
@@ -160,31 +157,45 @@ def _serve(conn: Connection, decoder: str, recipe: Recipe | None, filters: Filte
             conn.send(("rejected", Rejected("too_large", "out of memory")))
 
 
-class Prober:
-    """Looks into files, one child process per calling thread; a child that dies or is late is replaced.
+def _look_into(
+    decoder: str, recipe: Recipe | None, filters: Filters, path: str, ext: str, spans: Sequence[Span], send: Send
+) -> None:
+    """Found is a list of Sample and Rejected."""
+    alive: Callable[[], None] = lambda: send(("alive", None))  # noqa: E731
+    if recipe and ext not in IMAGE_EXTENSIONS:
+        with open(path, "rb") as file:
+            if not file.read(1):
+                raise DecodeError("empty")
+            send(("known", cut(file, spans, recipe, filters, alive)))
+    elif any(span != (None, None) for span in spans):
+        raise DecodeError("not_a_video", "a picture has no segments")
+    else:
+        original(Path(path), ext, decoder, filters, lambda meta: send(("known", [Sample(meta)])), alive)
 
-    timeout: seconds without a sign of progress.
+
+def _serve(conn: Connection, decoder: str, recipe: Recipe | None, filters: Filters) -> None:
+    serve(conn, partial(_look_into, decoder, recipe, filters))
+
+
+class Children:
+    """Child processes, one per calling thread, that answer jobs; one that dies or is late is replaced.
+
+    target: what a child runs, with its end of a pipe and `wishes`. timeout: seconds without a sign of progress.
     """
 
-    def __init__(self, decoder: str, timeout: float, recipe: Recipe | None = None, filters: Filters = NO_FILTERS):
-        self._timeout, self._wishes = timeout, (decoder, recipe, filters)
+    def __init__(self, target: Callable[..., None], wishes: tuple, timeout: float):
+        self._target, self._timeout, self._wishes = target, timeout, wishes
         self._local, self._lock = threading.local(), threading.Lock()
         self._children: list[BaseProcess] = []
         self._spawn = multiprocessing.get_context("spawn")
 
-    def __call__(self, path: Path, ext: str, spans: Sequence[Span] = ((None, None),)) -> list[Sample | Rejected]:
-        """What the file gives. Where it is rejected as a whole: the reason, for each of `spans`."""
-        found = self._ask(path, ext, spans)
-        if isinstance(found, Rejected):
-            return [found._replace(item=i, start=start, end=end) for i, (start, end) in enumerate(spans)]
-        return found
-
-    def _ask(self, path: Path, ext: str, spans: Sequence[Span]) -> list[Sample | Rejected] | Rejected:
+    def ask(self, *job: Any) -> Any:
+        """What a child found, or Rejected."""
         if getattr(self._local, "child", None) is None:
             self._start()
         conn, known = self._local.conn, None
         try:
-            conn.send((str(path), ext, spans))
+            conn.send(job)
             deadline = time.monotonic() + self._timeout
             while conn.poll(max(0.0, deadline - time.monotonic())):
                 kind, value = conn.recv()
@@ -206,7 +217,7 @@ class Prober:
 
     def _start(self) -> None:
         ours, theirs = self._spawn.Pipe()
-        child = self._spawn.Process(target=_serve, args=(theirs, *self._wishes), daemon=True)
+        child = self._spawn.Process(target=self._target, args=(theirs, *self._wishes), daemon=True)
         with self._lock:  # so that no other child is started while `theirs` is open here
             child.start()
             theirs.close()
@@ -217,3 +228,17 @@ class Prober:
         for child in self._children:
             child.kill()
             child.join()
+
+
+class Prober(Children):
+    """Looks into files."""
+
+    def __init__(self, decoder: str, timeout: float, recipe: Recipe | None = None, filters: Filters = NO_FILTERS):
+        super().__init__(_serve, (decoder, recipe, filters), timeout)
+
+    def __call__(self, path: Path, ext: str, spans: Sequence[Span] = ((None, None),)) -> list[Sample | Rejected]:
+        """What the file gives. Where it is rejected as a whole: the reason, for each of `spans`."""
+        found = self.ask(str(path), ext, spans)
+        if isinstance(found, Rejected):
+            return [found._replace(item=i, start=start, end=end) for i, (start, end) in enumerate(spans)]
+        return found

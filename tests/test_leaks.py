@@ -115,7 +115,7 @@ def test_another_take_of_a_scene_is_no_copy(found):
     )
     far = [distance(seen[0][x].hashes, seen[1][j].hashes).mean() for x in (i, i - 1)]
     assert far[0] < far[1] / 1.5  # the scene is the same
-    assert leaks.compare(Pair(j, i, 32, 2.0, 0.0, far[0]), samples[1][j], samples[0][i]) is None
+    assert leaks._compare((Pair(j, i, 32, 2.0, 0.0, far[0]), samples[1][j], samples[0][i])) is None
 
 
 def test_no_leak_is_exit_status_0(found, tmp_path, capsys):
@@ -176,3 +176,34 @@ def test_align():
 def test_a_film_in_black_is_not_looked_up():
     assert len(look(encode(np.zeros((48, 96, 128, 3), np.uint8)), "mp4", None).hashes) == 0
     assert look(encode(film(1, 2.0)), "mp4", None).numbers.tolist() == list(range(16))
+
+
+def test_pack_drops_near_duplicates_and_remembers_them(tmp_path, monkeypatch):
+    films = {i: film(i) for i in range(3)}
+    back = np.asarray(Image.fromarray(np.median(films[2], 0).astype(np.uint8)))
+    files = {f"a{i}.mp4": encode(frames) for i, frames in films.items()}
+    files |= {
+        "b_same.mp4": files["a0.mp4"],
+        "b_worse.mp4": encode(films[0], (96, 72), every=2, crf=34),
+        "b_cut.mp4": encode(films[1][24:], crf=30),
+        "b_take.mp4": encode(spots(back, np.random.default_rng(99), 4.0)),  # before the background of a2
+        "b_broken.mp4": files["a2.mp4"][:300],
+    }
+    (tmp_path / "videos").mkdir()
+    for name, data in files.items():
+        (tmp_path / "videos" / name).write_bytes(data)
+    command = [str(tmp_path / "videos"), str(tmp_path / "out"), "--workers", "1", "--drop-duplicates", "near"]
+    with monkeypatch.context() as cut_off, pytest.raises(KeyboardInterrupt):
+        cut_off.setattr(pack.engine, "make", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        pack.main(command)
+    monkeypatch.setattr("data_prep.plan.near_files", lambda *_: pytest.fail("looked again"))
+    pack.main(command)
+    rejected = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
+    why = {r["path"]: r.get("first", r["detail"]) for r in rejected if r["reason"] == "duplicate"}
+    assert why == {"b_same.mp4": "the same bytes as a0.mp4", "b_worse.mp4": "a0.mp4", "b_cut.mp4": "a1.mp4"}
+    assert [r["path"] for r in rejected if r["reason"] != "duplicate"] == ["b_broken.mp4"]
+    kept = [s.meta["source"] for s in leaks.Shards([str(tmp_path / "out")]).all()]
+    assert sorted(kept) == ["a0.mp4", "a1.mp4", "a2.mp4", "b_take.mp4"]
+    (tmp_path / "videos" / "more.mp4").write_bytes(encode(film(60)))
+    with pytest.raises(UserError, match="is of other files; choose another folder, or remove it"):
+        pack.main(command)

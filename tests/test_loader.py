@@ -527,7 +527,7 @@ def test_what_decord_cannot_serve_pyav_does(proven, monkeypatch):
             opened.append(1)
             raise DecodeError("decode_error")
 
-    monkeypatch.setattr(decoders, "DecordVideo", Broken)
+    monkeypatch.setattr("vidssl.data.decord_video.DecordVideo", Broken)
     for cache in (0, 1 << 30):
         assert same(make_clips(proven, cache=cache, decoder="decord")[3], want)
     assert len(opened) == 2

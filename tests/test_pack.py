@@ -192,7 +192,8 @@ def test_a_decoder_that_crashes_or_hangs_costs_one_file(tmp_path, tiny_corpus, m
     probers._timeout = 1.0
     assert probers(files["hang"], "mp4") == [Rejected("timeout", "no answer in 1 s")]
     monkeypatch.undo()
-    probers._timeout = 120.0
+    probers.close()
+    probers = Prober("auto", timeout=120)
     found = probers(next(tiny_corpus.rglob("*.mp4")), "mp4")
     assert isinstance(found[0], Sample) and found[0].meta["frames"] >= 18
     probers.close()

@@ -7,6 +7,7 @@ that pack did not measure is decoded once by PyAV to know its frames.
 Pixels: RGB, 8 bit, 0..255; alpha is dropped; non-square pixels stay as stored; HDR is converted without tone mapping.
 """
 
+import gc
 import io
 import math
 import struct
@@ -15,17 +16,13 @@ from itertools import islice, pairwise
 from typing import Any, Literal, get_args
 
 import av
-import decord
 import numpy as np
 from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
-from decord._ffi.base import DECORDError, DECORDLimitReachedError
 from PIL import Image, ImageOps
 
-from vidssl.data.turn import Turn, turn_of
+from vidssl.data.turn import TurnOf
 from vidssl.errors import DecodeError
-
-decord.logging.set_level(decord.logging.QUIET)
 
 VIDEO_EXTENSIONS = tuple("mp4 avi webm mkv mov m4v mpg mpeg wmv flv 3gp ts mts m2ts ogv asf vob gif".split())  # noqa: SIM905
 Decoder = Literal["auto", "decord", "pyav", "torchcodec"]
@@ -35,7 +32,6 @@ MAX_PIXELS = 8192 * 8192  # of one frame
 MAX_FRAMES = 2_000_000  # of one file: 18 hours at 30 a second
 MAX_BYTES = 8 << 30  # of one file as stored
 MAX_DECODED = 4 << 30  # bytes of the frames of one clip
-_DECORD_ERRORS = (DECORDError, DECORDLimitReachedError, RuntimeError, AssertionError, ValueError, StopIteration)
 _IMAGE_ERRORS = (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError)
 
 
@@ -91,9 +87,8 @@ class ImageVideo(Video):
                     image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
                 self._pixels = np.asarray(image.convert("RGB"))
         except _IMAGE_ERRORS as e:
-            raise DecodeError(
-                "not_an_image" if isinstance(e, Image.UnidentifiedImageError) else "decode_error", str(e)
-            ) from e
+            reason = "not_an_image" if isinstance(e, Image.UnidentifiedImageError) else "decode_error"
+            raise DecodeError(reason, str(e)) from e
         self.times, self.size = np.zeros(1), self._pixels.shape[:2]
 
     def _frames(self, wanted: np.ndarray) -> Iterator[np.ndarray]:
@@ -109,10 +104,12 @@ class PyAVVideo(Video):
     """
 
     decoder = "pyav"
+    _container: Any = None
 
     def __init__(self, data: bytes, meta: dict | None = None):
         self._data, self._reformat = data, VideoReformatter().reformat
         self._pts: list[int] | None = None  # one a frame, where seeking by them gives the right frames
+        self._turn = TurnOf()
         self._open()
         check_length(meta["frames"] if meta else 0)
         if meta is not None and "times" in meta:
@@ -128,10 +125,21 @@ class PyAVVideo(Video):
         else:
             self._index(packets)
 
+    def close(self) -> None:
+        if self._container is not None:
+            self._container.close()
+
+    def __del__(self) -> None:
+        """PyAV's containers and frames lie in reference cycles: what grew old enough would stay for thousands of files,
+        so it is looked for while it is young."""
+        self.close()
+        gc.collect(1)
+
     def _open(self) -> None:
         """(Re)open the container at its first packet."""
+        self.close()
         try:
-            self._container: Any = av.open(io.BytesIO(self._data))
+            self._container = av.open(io.BytesIO(self._data))
         except (av.FFmpegError, ValueError) as e:
             raise DecodeError("not_a_video", getattr(e, "strerror", None) or _line(e)) from e
         stream: Any = self._container.streams.best("video")
@@ -188,17 +196,16 @@ class PyAVVideo(Video):
     def _index(self, packets: list[int]) -> None:
         """Decode everything once: times, size, rotation."""
         pts: list[int | None] = []
-        first: Turn | None = None
         for frame in self._decode():
             if frame.width * frame.height > MAX_PIXELS:
                 raise DecodeError("too_large", f"{frame.width}x{frame.height} pixels")
-            if first is None:
-                first = turn_of(frame)
-                self.rotation = first.degrees
-                self.size = (frame.width, frame.height) if first.swap else (frame.height, frame.width)
+            if not pts:
+                turn = self._turn(frame)
+                self.rotation = turn.degrees
+                self.size = (frame.width, frame.height) if turn.swap else (frame.height, frame.width)
             pts.append(frame.pts)
             check_length(len(pts))
-        if first is None:
+        if not pts:
             raise DecodeError("decode_error" if self.errors else "no_frames", f"{self.errors} damaged packets")
         self.times = self._clean(pts)
         self.packets_tell = pts == packets and not self.errors
@@ -239,47 +246,9 @@ class PyAVVideo(Video):
 
     def _rgb(self, frame: av.VideoFrame) -> np.ndarray:
         """[H,W,3] as shown; a stream that changes its size is scaled to that of its first frame, as players do."""
-        turn = turn_of(frame)
+        turn = self._turn(frame)
         width, height = self.size if turn.swap else self.size[::-1]
         return turn(self._reformat(frame, width, height, "rgb24", threads=1).to_ndarray())
-
-
-class DecordVideo(Video):
-    """Frames by decord, on one thread; it applies the rotation itself. Frames of one `get` are decoded once, forward.
-
-    `get_batch` is not used: it was reported to spin for ever on files whose time stamps are odd
-    (github.com/dmlc/decord issues 269 and 375).
-    """
-
-    decoder = "decord"
-
-    def __init__(self, data: bytes, meta: dict | None = None):
-        try:
-            self._reader = decord.VideoReader(io.BytesIO(data), num_threads=1)
-            check_length(len(self._reader))
-            times = self._reader.get_frame_timestamp(np.arange(len(self._reader)))[:, 0].astype(np.float64)
-            self._keys = np.array(self._reader.get_key_indices(), dtype=np.int64)
-            self.size = (meta["height"], meta["width"]) if meta and "height" in meta else self._reader[0].shape[:2]
-        except _DECORD_ERRORS as e:
-            raise DecodeError("decode_error", f"decord: {_line(e)}") from e
-        if meta and meta.get("frames", len(times)) != len(times):
-            raise DecodeError("decode_error", f"decord counts {len(times)} frames, packed were {meta['frames']}")
-        if self.size[0] * self.size[1] > MAX_PIXELS:
-            raise DecodeError("too_large", f"{self.size[1]}x{self.size[0]} pixels")
-        self.times = times - times[0]
-
-    def _frames(self, wanted: np.ndarray) -> Iterator[np.ndarray]:
-        at = -1  # index of the frame that `next` would give
-        try:
-            for i in wanted.tolist():
-                if at < 0 or ((self._keys > at) & (self._keys <= i)).any():
-                    self._reader.seek_accurate(i)
-                elif i > at:
-                    self._reader.skip_frames(i - at)
-                yield self._reader.next().asnumpy()
-                at = i + 1
-        except _DECORD_ERRORS as e:
-            raise DecodeError("decode_error", f"decord: {_line(e)}") from e
 
 
 def served_by(ext: str, meta: dict | None, decoder: Decoder) -> str:
@@ -314,9 +283,10 @@ def open_video(data: bytes, ext: str, meta: dict | None = None, decoder: Decoder
         raise DecodeError("too_large", f"{len(data)} bytes")
     if kind == "image":
         return ImageVideo(data)
-    if meta is not None and "frames" not in meta:
-        meta = None
+    meta = meta if meta and "frames" in meta else None
     if kind == "decord":
+        from vidssl.data.decord_video import DecordVideo  # it builds on this module
+
         return DecordVideo(data, meta)
     if kind == "torchcodec" and meta is not None:
         from vidssl.data.torchcodec_video import TorchCodecVideo  # an optional dependency

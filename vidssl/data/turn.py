@@ -39,3 +39,17 @@ def turn_of(frame: av.VideoFrame) -> Turn:
     if abs(a) + abs(d) >= abs(b) + abs(c):
         return Turn(False, d < 0, a < 0)
     return Turn(True, b < 0, c < 0)
+
+
+class TurnOf:
+    """`turn_of` the frames of one video, looked up anew when their angle changes: looking makes a reference cycle,
+    which keeps a frame's memory until some garbage collection."""
+
+    def __init__(self) -> None:
+        self._angle: int | None = None
+        self._turn = Turn()
+
+    def __call__(self, frame: av.VideoFrame) -> Turn:
+        if self._angle != frame.rotation:
+            self._angle, self._turn = frame.rotation, turn_of(frame)
+        return self._turn
