@@ -11,14 +11,57 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
+from scipy.stats import spearmanr
+from server import serving
 
+from data_prep import pack
+from data_prep.synthetic import SHAPES, SIDE
 from vidssl import probe
+from vidssl.data.shards import Shards
 from vidssl.errors import UserError
+from vidssl.evaluation.features import Kept
 from vidssl.evaluation.metrics import accuracy, interval
+from vidssl.evaluation.neighbours import Knn
+from vidssl.evaluation.protocol import label_free
 from vidssl.evaluation.report import weights_hash
-from vidssl.zoo.native import load_encoder
+from vidssl.evaluation.views import EvalClips
+from vidssl.model.vit import Encoder
+from vidssl.zoo.native import Loaded, load_encoder
 
 ROOT = Path(__file__).parents[1]
+
+
+def spoil(shards: Path) -> str:
+    """Zeros for the bytes of the first test sample -> its key."""
+    tar = sorted((shards / "test").glob("*.tar"))[0]
+    line = json.loads(tar.with_suffix(".jsonl").read_text().splitlines()[0])
+    with open(tar, "rb+") as f:
+        f.seek(line["offset"])
+        f.write(bytes(line["size"]))
+    return line["key"]
+
+
+@pytest.fixture(scope="module")
+def odd(synthetic_corpus, tmp_path_factory) -> Path:
+    """25 train and 13 test videos, one of these broken: the shapes there are (tags), how many objects, how far the
+    nearest one is from the middle in pixels."""
+    root = tmp_path_factory.mktemp("odd")
+    (root / "corpus").mkdir()
+    rows = []
+    for split, count in (("train", 25), ("test", 13)):
+        for path in sorted((synthetic_corpus / "videos").glob(f"{split}_*.mp4"))[:count]:
+            shutil.copy(path, root / "corpus")
+            with np.load(synthetic_corpus / "truth" / f"{path.stem}.npz") as truth:
+                shapes = "|".join(sorted({SHAPES[i] for i in truth["shape"]}))
+                far = np.hypot(*(truth["position"][0, -1] - SIDE / 2))
+                rows.append((path.name, shapes, len(truth["shape"]), f"{far:.2f}", split))
+    with open(root / "corpus" / "labels.csv", "w", newline="") as f:
+        csv.writer(f).writerows([("path", "label_shapes", "label_count", "label_distance", "split"), *rows])
+    pack.main([str(root / "corpus"), str(root / "shards"), "--workers", "2"])
+    (root / "broken.txt").write_text(spoil(root / "shards"))
+    return root / "shards"
 
 
 @pytest.fixture(scope="module")
@@ -94,21 +137,17 @@ def test_random_init_is_another_encoder_and_the_same_every_time(run):
 def test_an_unreadable_test_video_is_an_error_or_counted_wrong_and_listed(run, synthetic_shards, tmp_path):
     shards = tmp_path / "shards"
     shutil.copytree(synthetic_shards, shards)
-    tar = sorted((shards / "test").glob("*.tar"))[0]
-    line = json.loads(tar.with_suffix(".jsonl").read_text().splitlines()[0])
-    with open(tar, "rb+") as f:
-        f.seek(line["offset"])
-        f.write(bytes(line["size"]))
-    with pytest.raises(UserError, match=line["key"]):
+    key = spoil(shards)
+    with pytest.raises(UserError, match=key):
         probe.main(arguments(run, shards, tmp_path / "a"))
     assert not (tmp_path / "a").exists()
     probe.main(arguments(run, shards, tmp_path / "b", "probe.allow_unreadable=true", "probe.controls=[none]"))
     report, predictions = read(tmp_path / "b")
     for row in report["results"]:
-        assert list(row["unreadable"]) == [line["key"]]
+        assert list(row["unreadable"]) == [key]
         told = [p for p in predictions if p["label"] == row["label"]]
         assert len(told) == row["n_test"]
-        assert next(p["predicted"] for p in told if p["key"] == line["key"]) == ""
+        assert next(p["predicted"] for p in told if p["key"] == key) == ""
         hits = sum(p["truth"] == p["predicted"] for p in told)
         assert row["accuracy"] == pytest.approx(100 * hits / row["n_test"], abs=1e-3)
 
@@ -205,10 +244,53 @@ def test_the_other_protocols(kind, run, synthetic_shards, tmp_path):
         assert row["accuracy"] <= row["recall_at_5"] and 0 < row["retrieval_mAP"] < 100
 
 
-def test_processes_and_the_cache_change_nothing(run, synthetic_shards, tmp_path):
-    """Two processes that write a cache, one that finds it, and none: the same predictions (30 and 60 samples: odd
-    shares)."""
-    plain = arguments(run, synthetic_shards, tmp_path / "a", "data.labels=motion", "probe.controls=[none]")
+def average_precision(told: list[dict], tag: str, column: int) -> float | None:
+    """From the lines of predictions.csv, by its definition; what could not be read comes last."""
+    hits = [tag in t["truth"].split("|") for t in told]
+    scores = [float(t["outputs"].split()[column]) if t["outputs"] else -1.0 for t in told]
+    precisions = []
+    for hit, score in zip(hits, scores, strict=True):
+        if hit:  # those that stand before it: higher scores, of equal ones the wrong ones, and of the right ones itself
+            before = [h for h, s in zip(hits, scores, strict=True) if s > score or (s == score and not h)]
+            precisions.append((sum(before) + 1) / (len(before) + 1))
+    return float(np.mean(precisions)) if precisions else None
+
+
+def test_tags_and_numbers_are_what_the_predictions_give(run, odd, tmp_path):
+    """mAP, R2 and mean error of an odd-sized set with a broken file, from predictions.csv and labels.csv alone."""
+    call = [str(ROOT / "configs/probe/linear.yaml"), f"encoder={run}", f"out={tmp_path / 'a'}", "probe.workers=0"]
+    call += ["data.tags=[shapes]", "data.numbers=[count,distance]", "probe.allow_unreadable=true", "probe.l2=[1]"]
+    probe.main([*call, *(f"data.{side}={odd / side}" for side in ("train", "test"))])
+    report, told = read(tmp_path / "a")
+    with open(odd.parent / "corpus" / "labels.csv", newline="") as f:
+        truths = {Path(row["path"]).stem: row for row in csv.DictReader(f)}
+    broken = (odd.parent / "broken.txt").read_text()
+    rows = {row["label"]: row for row in report["results"]}
+    assert {name: row["metric"] for name, row in rows.items()} == {"shapes": "mAP", "count": "R2", "distance": "R2"}
+    for label, row in rows.items():
+        mine = [t for t in told if t["label"] == label]
+        assert len(mine) == row["n_test"] == 13 and row["n_train"] == 25 and list(row["unreadable"]) == [broken]
+        assert [t["key"] for t in mine if t["predicted"] == "" == t["outputs"]] == [broken]
+        want = {t["key"]: truths[t["key"].rsplit("-", 1)[0]][f"label_{label}"] for t in mine}
+        if label == "shapes":
+            assert all(t["truth"] == want[t["key"]] for t in mine)
+            tags = sorted({tag for row in truths.values() for tag in row["label_shapes"].split("|")})
+            found = [average_precision(mine, tag, column) for column, tag in enumerate(tags)]
+            assert row["value"] == pytest.approx(100 * np.mean([f for f in found if f is not None]), abs=1e-3)
+            continue
+        known = np.array([float(want[t["key"]]) for t in mine])
+        mean = np.mean([float(row[f"label_{label}"]) for name, row in truths.items() if name.startswith("train")])
+        guess = np.array([float(t["predicted"] or mean) for t in mine])
+        r2 = 1 - np.square(guess - known).sum() / np.square(known - known.mean()).sum()
+        assert row["value"] == pytest.approx(r2, rel=1e-3, abs=1e-3)
+        assert row["mae"] == pytest.approx(np.abs(guess - known).mean(), rel=1e-3)
+
+
+def test_processes_and_the_cache_change_nothing(run, odd, tmp_path):
+    """Two processes that write a cache, one that finds it, and none: the same predictions, of 13 and 25 samples of
+    which one is broken."""
+    plain = arguments(run, odd, tmp_path / "a", "probe.controls=[none]", "probe.allow_unreadable=true")
+    plain += ["data.tags=[shapes]", "data.numbers=[count,distance]"]
     probe.main(plain)
     cached = [f"out={tmp_path / 'b'}" if a.startswith("out=") else a for a in plain] + [f"probe.cache={tmp_path / 'c'}"]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "vidssl/probe.py"]
@@ -217,11 +299,83 @@ def test_processes_and_the_cache_change_nothing(run, synthetic_shards, tmp_path)
     probe.main([f"out={tmp_path / 'd'}" if a.startswith("out=") else a for a in cached])
     assert times and times == [p.stat().st_mtime_ns for p in sorted((tmp_path / "c").glob("*/blocks/*"))]
     (first, told), (second, others), (third, again) = (read(tmp_path / name) for name in "abd")
+    assert len(told) == 3 * 13 and len({t["key"] for t in told}) == 13
     for report in (second, third):
-        assert report["results"][0]["accuracy"] == first["results"][0]["accuracy"]
-        assert report["results"][0]["n_test"] == 30 == len({t["key"] for t in others})
-    for a, b in ((told, others), (others, again)):
-        assert [t["predicted"] for t in a] == [t["predicted"] for t in b]
+        for row, want in zip(report["results"], first["results"], strict=True):
+            assert row["n_test"] == 13 and row["unreadable"] == want["unreadable"] != {}
+            assert row["value"] == pytest.approx(want["value"], abs=1e-2)
+        assert report["label_free"]["none"] == pytest.approx(first["label_free"]["none"], rel=1e-3)
+    assert [t["key"] for t in told] == [t["key"] for t in others]
+    assert [t["predicted"] for t in others] == [t["predicted"] for t in again]
+
+
+def test_an_image_is_a_still_clip_or_one_patch_of_time(run, tmp_path):
+    """Repeated frames are what `still` makes of a video; the one-frame path is another clip, of one tubelet."""
+    rng = np.random.default_rng(0)
+    for name, low in (("dark", 0), ("light", 120)):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for i in range(10):
+            picture = rng.integers(low, low + 120, (40, 56, 3)).astype(np.uint8)
+            Image.fromarray(picture).save(tmp_path / "images" / name / f"{name} {i}.png")
+    shards = tmp_path / "shards"
+    pack.main([str(tmp_path / "images"), str(shards), "--test-fraction", "0.4", "--workers", "1"])
+    probe.main(arguments(run, shards, tmp_path / "a", "probe.controls=[none,still,single]"))
+    report, told = read(tmp_path / "a")
+    none, still, single = ([t["outputs"] for t in told if t["control"] == c] for c in ("none", "still", "single"))
+    assert none == still != single and all(r["n_test"] == 8 for r in report["results"])
+
+
+@pytest.mark.parametrize("tokenizer, frames", [(False, 2), (True, 1)])
+def test_single_is_the_middle_frame_as_the_encoder_takes_an_image(tokenizer, frames, synthetic_shards):
+    options = {"frames": 4, "height": 32, "width": 32, "dim": 24, "depth": 1, "heads": 2, "image_tokenizer": tokenizer}
+    about = {"model": {**options, "tubelet": 2, "patch": 16}, "pixels": {"mean": [0.5] * 3, "std": [0.5] * 3}}
+    data = probe.ProbeData(["a"], ["b"], stride=2)
+    views = [probe.make_view(data, Knn(), Loaded(None, about), control) for control in ("none", "single")]
+    shards = Shards([str(synthetic_shards / "test")])
+    whole, single = (EvalClips(shards, shards.all()[:1], view, 1)[0][1] for view in views)
+    assert whole.shape == (1, 3, 4, 32, 32) and single.shape == (1, 3, frames, 32, 32)
+    assert all(torch.equal(single[:, :, t], whole[:, :, 2]) for t in range(frames))
+    assert Encoder(**options)(single.float()).shape == (1, 4, 24)
+
+
+def test_other_clips_than_the_encoders_own(run, synthetic_shards, tmp_path):
+    """data.frames and data.size: positions are interpolated."""
+    more = ["data.frames=4", "data.size=16", "probe.controls=[none]", "data.labels=motion"]
+    probe.main([*arguments(run, synthetic_shards, tmp_path / "a", *more), f"probe.cache={tmp_path / 'c'}"])
+    abouts = [json.loads(p.read_text()) for p in (tmp_path / "c").glob("*/about.json")]
+    assert [a["view"][0] for a in abouts] == [4, 4] and {tuple(a["shape"][1:]) for a in abouts} == {(1, 2 * 2 * 2, 128)}
+    with pytest.raises(UserError, match="not a multiple of the model's patch size"):
+        probe.main([*arguments(run, synthetic_shards, tmp_path / "b", *more[1:], "data.frames=3")])
+
+
+def test_scores_without_labels_are_those_of_the_mean_tokens():
+    """Three directions of equal size in the means of the samples that are asked for; what differs within a sample, and
+    an offset that all share, does not count."""
+    means = torch.zeros(40, 8)
+    means[:30] = torch.eye(3).repeat(10, 1) @ torch.linalg.qr(torch.randn(8, 3))[0].T
+    within = torch.randn(40, 2, 4, 8)
+    tokens = means[:, None, None] + 5.0 + within - within.mean((1, 2), keepdim=True)
+    tokens[30:] = 1e3 * torch.randn(10, 2, 4, 8)
+    found = label_free(Kept(tokens, torch.device("cpu")), list(range(30)), Knn(segments=2))
+    assert found["samples"] == 30
+    assert found["rankme"] == pytest.approx(2, abs=0.01)  # three points about their mean span a plane
+
+
+def test_remote_shards_go_into_the_cache_that_is_named(run, synthetic_shards, tmp_path, monkeypatch):
+    monkeypatch.setenv("no_proxy", "*")
+    call = [str(ROOT / "configs/probe/knn.yaml"), f"encoder={run}", f"out={tmp_path / 'a'}", "probe.workers=0"]
+    call += [
+        "data.labels=[appearance]",
+        f"data.cache_dir={tmp_path / 'kept'}",
+        f"data.test={synthetic_shards / 'test'}",
+    ]
+    with serving(synthetic_shards.parent) as server:
+        call += [f"data.train={server.url('shards/train')}"]
+        probe.main(call)
+        assert read(tmp_path / "a")[0]["results"][0]["n_train"] == 60
+        assert len(list((tmp_path / "kept").rglob("*.tar"))) == len(list((synthetic_shards / "train").glob("*.tar")))
+        with pytest.raises(UserError, match=r"data\.cache_gb"):
+            probe.main([*call, "data.cache_gb=1e-6", f"out={tmp_path / 'b'}"])
 
 
 def test_differences_are_paired_by_sample(probed, tmp_path, capsys, monkeypatch):
@@ -244,7 +398,21 @@ def test_differences_are_paired_by_sample(probed, tmp_path, capsys, monkeypatch)
     assert float(better["difference"]) == 10  # 3 of 30
     assert 0 <= float(better["difference_low"]) < 10 < float(better["difference_high"]) <= 30
     assert float(rows["better", "appearance", "none"]["difference"]) == 0
+    assert "rankme" in rows["better", "motion", "none"] and float(better["rankme"]) >= 1
+    with pytest.raises(UserError, match="three probes or more with rankme"):
+        compare.main([str(probed), str(tmp_path / "better"), "--rank"])
     assert "+10.00" in capsys.readouterr().out and (tmp_path / "c.png").stat().st_size > 5000
     (tmp_path / "better" / "probe.json").write_text(json.dumps({**report, "data": {"test": "other"}}))
     with pytest.raises(UserError, match="tested on different data"):
         compare.main([str(probed), str(tmp_path / "better")])
+
+
+def test_rank_correlations_are_exact(monkeypatch):
+    """Spearman's rho as scipy has it; p counts the orders of three points, where a formula for many would say 0."""
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    spearman = importlib.import_module("compare").spearman
+    assert spearman([1, 2, 3], [10, 30, 90]) == pytest.approx((1, 1 / 3))
+    x, y = [3, 1, 4, 1, 5, 9, 2, 6], [2, 7, 1, 8, 2, 8, 1, 8]
+    rho, p = spearman(x, y)
+    assert rho == pytest.approx(spearmanr(x, y).statistic) and abs(p - spearmanr(x, y).pvalue) < 0.1
+    assert spearman([1, 2, 3], [5, 5, 5]) == (0, 1)

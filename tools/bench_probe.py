@@ -64,7 +64,7 @@ def main(argv: list[str]) -> None:
     label = label_sets(shards["train"], shards["test"], data.labels)[0]
     samples = {name: labelled(part, [label]) for name, part in shards.items()}
     task, *truths = make_task(label, shards["train"].classes[label], samples["train"], samples["test"], "class")
-    eye = make_eye(cfg["encoder"], loaded, "none", protocol.seed, accelerator)
+    eye = make_eye(lambda seed: loaded, loaded, "none", protocol.seed, accelerator)
     view = make_view(data, protocol, loaded, "none")
     feeds = {n: Feed(eye.encode, shards[n], samples[n], view, accelerator, protocol, n) for n in shards}
     numbers = {name: list(range(len(part))) for name, part in samples.items()}

@@ -1,10 +1,13 @@
 """Probes side by side: a table, differences with paired intervals, and a plot.
 
-    python tools/compare.py A/probe.json B/probe.json ... [--csv OUT.csv] [--plot OUT.png] [--names a b ...]
+    python tools/compare.py A/probe.json B/probe.json ... [--csv OUT.csv] [--plot OUT.png] [--names a b ...] [--rank]
 
 The folder of each probe.json holds its predictions.csv. A difference is to the first probe's row of the same label,
 control and share, sample by sample: groups of test samples are drawn anew for both together, so that what is hard for
 both does not widen the interval. Rows of numbers or tags have no right or wrong and get no difference.
+
+--rank: Spearman's correlation, over the probes, of each score that needs no labels (RankMe, alpha-ReQ of the mean
+tokens of train) with the figure on test; p: two-sided, by all permutations of up to 7 probes, of more by 9,999 random.
 """
 
 import argparse
@@ -23,8 +26,9 @@ from vidssl.errors import UserError, run_cli
 from vidssl.evaluation.metrics import interval
 
 COLUMNS = ("name", "label", "control", "protocol", "share", "seed", "metric", "value", "low", "high", "chance")
-COLUMNS = (*COLUMNS, "n_test", "difference", "difference_low", "difference_high")
-CONTROLS = ("none", "shuffled", "reversed", "still", "random_init", "pixels")
+SCORES = ("rankme", "alpha")
+COLUMNS = (*COLUMNS, "n_test", "difference", "difference_low", "difference_high", *SCORES)
+CONTROLS = ("none", "shuffled", "reversed", "still", "single", "random_init", "pixels")
 
 
 def read_probe(path: Path, name: str) -> tuple[str, list[dict[str, Any]]]:
@@ -33,7 +37,8 @@ def read_probe(path: Path, name: str) -> tuple[str, list[dict[str, Any]]]:
         report = json.loads(path.read_text())
         with open(path.with_name("predictions.csv"), newline="") as f:
             told = list(csv.DictReader(f))
-        return report["data"]["test"], [as_row(name, result, told) for result in report["results"]]
+        rows = [as_row(name, result, told) for result in report["results"]]
+        return report["data"]["test"], [row | report.get("label_free", {}).get(row["control"], {}) for row in rows]
     except OSError as e:
         raise UserError(f"{e.filename}: {e.strerror}; give the probe.json of a probe's folder") from None
     except (ValueError, KeyError) as e:
@@ -85,6 +90,40 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def spearman(x: list[float], y: list[float]) -> tuple[float, float]:
+    """-> (rho, p). A test that assumes many points gives p = 0 for any three in order; permutations give 1/3."""
+    try:
+        from scipy.stats import permutation_test, rankdata
+    except ImportError:
+        raise UserError("--rank needs scipy: pip install scipy") from None
+    a, b = (rankdata(values) - (len(values) + 1) / 2 for values in (x, y))
+    size = np.sqrt((a @ a) * (b @ b))
+    if size == 0:  # all are equal
+        return 0.0, 1.0
+    found = permutation_test(
+        (a,), lambda v, axis=-1: (v * b).sum(axis) / size, permutation_type="pairings", vectorized=True, rng=0
+    )
+    return float(found.statistic), float(found.pvalue)
+
+
+def ranking(rows: list[dict[str, Any]]) -> list[str]:
+    """A line for each score and each kind of row without a control; at least three probes must have them."""
+    kinds: dict[tuple, list[dict[str, Any]]] = {}
+    for row in rows:
+        if row["control"] == "none":
+            kinds.setdefault(tuple(row[k] for k in ("label", "share", "seed", "metric")), []).append(row)
+    lines = []
+    for (label, share, seed, metric), mine in kinds.items():
+        which = f"{label} {share}/{seed}" if share else label
+        for score in SCORES:
+            some = [r for r in mine if score in r]
+            if len(some) < 3:
+                raise UserError(f"--rank needs three probes or more with {score}; of '{which}' there are {len(some)}")
+            rho, p = spearman(*([r[key] for r in some] for key in (score, "value")))
+            lines.append(f"{score:6s} against {metric} of {which}: rho {rho:+.3f}, p {p:.3g}, {len(some)} probes")
+    return lines
+
+
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """A panel a label; for each probe a bar a control (of several lists the mean)."""
     labels, names = (list(dict.fromkeys(r[k] for r in rows)) for k in ("label", "name"))
@@ -119,6 +158,7 @@ def main(argv: list[str]) -> None:
     p.add_argument("--names", nargs="+", help="default: the folders' names")
     p.add_argument("--csv", type=Path)
     p.add_argument("--plot", type=Path)
+    p.add_argument("--rank", action="store_true", help="scores without labels against the figures on test")
     a = p.parse_args(argv)
     paths = [path / "probe.json" if path.is_dir() else path for path in a.probes]
     names = a.names or [path.resolve().parent.name for path in paths]
@@ -131,6 +171,8 @@ def main(argv: list[str]) -> None:
     rows.sort(key=lambda r: (r["label"], r["share"], r["seed"], CONTROLS.index(r["control"])))
     add_differences(rows)
     print(table(rows))
+    if a.rank:
+        print("\n" + "\n".join(ranking(rows)))
     if a.csv:
         with open(a.csv, "w", newline="") as f:
             writer = csv.DictWriter(f, COLUMNS, extrasaction="ignore")

@@ -2,12 +2,16 @@ r"""Frozen evaluation: encoder -> tokens -> head chosen on held-out train -> one
 
     accelerate launch vidssl/probe.py configs/probe/attentive.yaml encoder=RUN \
         data.train=SHARDS data.test=SHARDS out=DIR
+
+encoder: a run folder, a file of ours, a public checkpoint, timm:NAME or hf:FOLDER_OR_NAME (see zoo/foreign.py).
 """
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -25,7 +29,7 @@ from vidssl.evaluation.features import Encode, Feed, Source, make_features, plac
 from vidssl.evaluation.heads import Attentive, Linear
 from vidssl.evaluation.judge import Asked, check_apart, check_readable, evaluate
 from vidssl.evaluation.neighbours import Knn, Retrieval
-from vidssl.evaluation.protocol import Protocol
+from vidssl.evaluation.protocol import Protocol, label_free
 from vidssl.evaluation.report import (
     Told,
     code_hash,
@@ -39,7 +43,8 @@ from vidssl.evaluation.tasks import class_of, make_task
 from vidssl.evaluation.views import Control, Order, PatchMeans, View
 from vidssl.files import check_out, make_folder, replace
 from vidssl.objective.targets import normalise
-from vidssl.zoo.native import Loaded, load_encoder
+from vidssl.zoo.foreign import open_encoder
+from vidssl.zoo.native import Loaded
 
 PROTOCOLS = {"attentive": Attentive, "linear": Linear, "knn": Knn, "retrieval": Retrieval}
 FEATURE_CODE = ("data/", "model/", "zoo/", "evaluation/views.py")  # what decides features: a change asks for new ones
@@ -56,10 +61,14 @@ class ProbeData:
     labels: Names | None = None  # label sets to probe; None: all that the data have
     tags: tuple[str, ...] = ()  # of these, label sets whose classes are several, joined by "|" (multi-label)
     numbers: tuple[str, ...] = ()  # of these, label sets whose classes are numbers (regression)
+    frames: Count | None = None  # of a clip; None: the encoder's own (an image model has none)
+    size: Count | None = None  # pixels; None: the encoder's own
     stride: Count | None = None  # frames; None (and fps None): as the encoder was trained
     fps: Positive | None = None  # frames a second
     share: Shares = ()  # low-shot: parts of train, each drawn anew with each of `seeds`; (): all of train
     seeds: Annotated[tuple[Size, ...], Field(min_length=1)] = (0, 1, 2)
+    cache_dir: str | None = None  # where remote shards are kept; None: the user's cache folder
+    cache_gb: Positive = 100  # how much of them
 
     def __post_init__(self) -> None:
         if self.stride is not None and self.fps is not None:
@@ -68,11 +77,15 @@ class ProbeData:
 
 SCHEMA: config.Schema = {
     "encoder": Value(str),
+    "encoder_file": Value(str | None, None),  # weights of a timm model; None: timm downloads them
     "out": Value(str),
     "random_init": Value(bool, False),  # the same encoder untrained, for comparison
     "data": Part(ProbeData),
     "probe": Part(PROTOCOLS),
 }
+
+
+Open = Callable[[int | None], Loaded]  # a seed for the encoder untrained, or None
 
 
 class Side(NamedTuple):
@@ -94,9 +107,9 @@ def make_view(data: ProbeData, protocol: Protocol, loaded: Loaded, control: Cont
     model, trained = loaded.about["model"], loaded.about.get("config")
     if model["height"] != model["width"]:
         raise UserError(f"encoder: its clips are {model['height']} x {model['width']} px; a probe's are square")
-    stride, fps = data.stride, data.fps
+    stride, fps, frames = data.stride, data.fps, data.frames or model["frames"]
     if stride is None and fps is None:
-        if model["frames"] == 1:
+        if frames == 1:
             stride = 1
         elif trained is None:
             raise UserError(
@@ -105,17 +118,22 @@ def make_view(data: ProbeData, protocol: Protocol, loaded: Loaded, control: Cont
         else:
             stride, fps = trained["data"]["stride"], trained["data"]["fps"]
     order: Order = "none" if control in ("random_init", "pixels") else control  # type: ignore[assignment]
-    return View(model["frames"], stride, fps, protocol.segments, protocol.crops, model["height"], order)
+    seen = None
+    if control == "single":  # by the model's own embedding of images, or repeated to fill one patch
+        if model.get("fixed"):
+            raise UserError(f"{model['name']} sees clips of {frames} frames only: use the control 'still'")
+        order, seen = "still", 1 if model.get("image_tokenizer") else model["tubelet"]
+    return View(frames, stride, fps, protocol.segments, protocol.crops, data.size or model["height"], order, seen)
 
 
-def make_eye(where: str, loaded: Loaded, control: Control, seed: int, accelerator: Accelerator) -> Eye:
-    """The encoder, or what a control puts in its place."""
+def make_eye(anew: Open, loaded: Loaded, control: Control, seed: int, accelerator: Accelerator) -> Eye:
+    """The encoder, or what a control puts in its place; anew: opens it untrained, with a seed."""
     model, pixels = loaded.about["model"], loaded.about["pixels"]
     if control == "pixels":
         means = PatchMeans(model["tubelet"], model["patch"])
         about = {"encoder": "patch means", "tubelet": means.tubelet, "patch": means.patch}
         return Eye(lambda video: means(normalise(video, (pixels["mean"], pixels["std"]))), {**about, "pixels": pixels})
-    encoder = loaded.encoder if control != "random_init" else load_encoder(where, seed).encoder
+    encoder = loaded.encoder if control != "random_init" else anew(seed).encoder
     encoder.to(accelerator.device)
 
     def encode(video: Tensor) -> Tensor:
@@ -146,8 +164,9 @@ def labelled(shards: Shards, labels: list[str]) -> list[Sample]:
 
 def look(
     protocol: Protocol, eye: Eye, view: View, sides: dict[str, Side], accelerator: Accelerator, control: Control
-) -> dict[str, tuple[Source, dict[int, str]]]:
-    """The features of train and test under a control: (what heads see of them, number -> why it could not be read)."""
+) -> tuple[dict[str, tuple[Source, dict[int, str]]], dict[str, float]]:
+    """The features of train and test under a control: (what heads see of them, number -> why it could not be read); and
+    scores of train's that need no labels."""
     feeds = {
         name: Feed(eye.encode, side.shards, side.samples, view, accelerator, protocol, f"features {name} ({control})")
         for name, side in sides.items()
@@ -162,21 +181,24 @@ def look(
     }
     where, said = place([*shapes.values()], [*abouts.values()], protocol, accelerator.num_processes)
     accelerator.print(f"{control}: {said}")
-    out = {}
+    out, scores = {}, {}
     for name, side in sides.items():
         features = make_features(feeds[name], shapes[name], where, abouts[name])
         check_readable(features, side.samples, protocol.allow_unreadable, name)
         read = [n for n in range(len(side.samples)) if n not in features.unreadable]
         if accelerator.is_main_process:
             out[name] = protocol.look(features.source, read, accelerator.device), features.unreadable
-    return out
+            if name == "train":
+                scores = label_free(features.source, read, protocol)
+    return out, scores
 
 
 def main(argv: list[str]) -> None:
     cfg = config.load(argv, SCHEMA)
     data, protocol = config.build(cfg["data"], ProbeData), config.build(cfg["probe"], PROTOCOLS)
-    loaded = load_encoder(cfg["encoder"], protocol.seed if cfg["random_init"] else None)
-    shards = {"train": Shards(data.train), "test": Shards(data.test)}
+    opened: Open = partial(open_encoder, cfg["encoder"], file=cfg["encoder_file"], frames=data.frames, size=data.size)
+    loaded = opened(protocol.seed if cfg["random_init"] else None)
+    shards = {n: Shards(d, data.cache_dir, data.cache_gb) for n, d in (("train", data.train), ("test", data.test))}
     labels = label_sets(shards["train"], shards["test"], data.labels)
     sides = {name: Side(part, labelled(part, labels)) for name, part in shards.items()}
     train, test = sides["train"].samples, sides["test"].samples
@@ -193,10 +215,11 @@ def main(argv: list[str]) -> None:
     results: list[dict[str, Any]] = []
     told: list[Told] = []
     lists: dict[str, str] = {}
+    scores: dict[str, dict[str, float]] = {}
     for control in protocol.controls:
         view = make_view(data, protocol, loaded, control)
-        eye = make_eye(cfg["encoder"], loaded, control, protocol.seed, accelerator)
-        seen = look(protocol, eye, view, sides, accelerator, control)
+        eye = make_eye(opened, loaded, control, protocol.seed, accelerator)
+        seen, scores[control] = look(protocol, eye, view, sides, accelerator, control)
         if not accelerator.is_main_process:
             continue
         for label, (task, *truths) in tasks.items():
@@ -225,8 +248,10 @@ def main(argv: list[str]) -> None:
         report = {
             "results": results,
             "low_shot": low_shot_summary(results),
+            "label_free": scores,
             "encoder": {
                 "path": cfg["encoder"],
+                "file": cfg["encoder_file"],
                 "random_init": cfg["random_init"],
                 "sha256": weights_hash(loaded.encoder),
             },

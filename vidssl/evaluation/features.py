@@ -138,7 +138,7 @@ class Feed(NamedTuple):
     def shape(self) -> Shape:
         """From one black clip."""
         v = self.view
-        clip = torch.zeros(1, 3, v.frames, v.size, v.size, dtype=torch.uint8, device=self.accelerator.device)
+        clip = torch.zeros(1, 3, v.seen or v.frames, v.size, v.size, dtype=torch.uint8, device=self.accelerator.device)
         return Shape(len(self.samples), v.clips, *self.encode(clip).shape[1:])
 
     def rows(self, numbers: list[int], shape: Shape) -> Iterator[tuple[int, Tensor | str]]:

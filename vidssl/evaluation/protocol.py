@@ -14,6 +14,7 @@ from vidssl.errors import UserError
 from vidssl.evaluation.features import Kept, Reading, Source, Standardised, statistics
 from vidssl.evaluation.tasks import Task
 from vidssl.evaluation.views import Control
+from vidssl.health import TOKENS, decay, rank, singular_values
 
 Grid = list[dict[str, Any]]  # settings, of which one is chosen
 
@@ -86,6 +87,16 @@ def pooled(source: Source, numbers: list[int], protocol: Protocol, slices: int, 
     for examples, tokens in zip(lists, source.batches(per, lists), strict=True):
         found[examples] = tokens.unflatten(1, (per, slices, -1)).mean((1, 3)).flatten(1)[:, None].cpu()
     return Kept(found.unflatten(0, (s.samples, protocol.views)), device)
+
+
+def label_free(source: Source, numbers: list[int], protocol: Protocol) -> dict[str, float]:
+    """Scores of the samples' mean tokens for which no label is needed (vidssl/health.py): RankMe and alpha-ReQ, of at
+    most TOKENS samples, evenly taken, with their mean taken off. Comparable at equal `samples` only."""
+    numbers = numbers[:: -(-len(numbers) // TOKENS)]
+    means = pooled(source, numbers, protocol, 1, torch.device("cpu")).tokens[numbers].mean((1, 2))
+    values = singular_values(means - means.mean(0))
+    found = {"rankme": rank(values), "alpha": decay(values)} if len(values) > 3 else {}
+    return {**{k: round(v, 4) for k, v in found.items() if np.isfinite(v)}, "samples": len(numbers)}
 
 
 def hold_out(classes: list[Any], groups: list[str], fraction: float, seed: int) -> np.ndarray:

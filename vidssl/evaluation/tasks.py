@@ -77,7 +77,7 @@ class Task:
         bad = np.isnan(output).all(1)
         if self.kind == "class":
             truth = np.array(truths)
-            rank = np.where(bad, len(self.names), metrics.ranks(np.nan_to_num(output), truth))
+            rank = np.where(bad, max(5, len(self.names)), metrics.ranks(np.nan_to_num(output), truth))
             value, ci95 = metrics.accuracy(rank < 1), metrics.interval(rank < 1, groups, seed)
             more: dict[str, Any] = {"accuracy": value, "chance": round(100 / len(self.names), 2)}
             more |= {"top5": metrics.accuracy(rank < 5), "mean_per_class": metrics.mean_per_class(rank < 1, truth)}

@@ -16,14 +16,15 @@ from vidssl.data.shards import Sample, Shards
 from vidssl.errors import DecodeError
 
 Order = Literal["none", "shuffled", "reversed", "still"]  # what is done to the frames of each clip
-Control = Literal["none", "shuffled", "reversed", "still", "random_init", "pixels"]  # the last two: another encoder
+# "single": the middle frame alone, as an image; of "random_init" and "pixels" it is the encoder that is another
+Control = Literal["none", "shuffled", "reversed", "still", "single", "random_init", "pixels"]
 
 
 class View(NamedTuple):
     """Which frames and pixels of a video the encoder sees: segments * crops clips, the crops of a place together.
 
     order: "shuffled" draws one order of a clip's frames from the sample's key, "reversed" runs backwards, "still"
-    repeats the middle frame.
+    repeats the middle frame. Of an image every frame is the same one.
     """
 
     frames: int  # in a clip
@@ -33,6 +34,7 @@ class View(NamedTuple):
     crops: int  # squares, evenly spread along the longer side; 1: the middle
     size: int  # pixels; the short side is resized to it
     order: Order = "none"
+    seen: int | None = None  # frames of it, from its start after `order`; None: all
 
     @property
     def clips(self) -> int:
@@ -78,7 +80,7 @@ class EvalClips(Dataset):
         rng = np.random.default_rng(int.from_bytes(hashlib.sha256(sample.key.encode()).digest()[:8], "big"))
         shuffles = [rng.permutation(v.frames) for _ in range(v.segments)]
         parts = zip(segments, np.split(frames, len(segments)), strict=True)
-        clips = {s: reorder(clip, v.order, shuffles[s]) for s, clip in parts}
+        clips = {s: reorder(clip, v.order, shuffles[s])[: v.seen] for s, clip in parts}
         return example, torch.stack([self.resize(square(clips[s], crop, v.crops)) for crop, s in wanted])
 
 
