@@ -64,8 +64,9 @@ class Sample(NamedTuple):
 class Piece:
     """One clip in the making: from `start` until `end` (seconds in the source; infinite: until the file ends)."""
 
-    def __init__(self, recipe: Recipe, item: int, start: float, end: float):
-        self.item, self.start, self.end = item, start, end
+    def __init__(self, recipe: Recipe, look: bool, item: int, start: float, end: float):
+        """look: keep thumbnails for the filters."""
+        self.item, self.start, self.end, self._look = item, start, end, look
         self.stamps: list[int] = []  # of its frames, in `unit` seconds
         self.thumbs: list[np.ndarray] = []  # of every `step`-th frame, at most THUMBS
         self.step = 1
@@ -97,7 +98,7 @@ class Piece:
             self._open(picture)
         frame.pts, frame.time_base = stamp, self.unit
         self._box.mux(self._stream.encode(frame))
-        if len(self.stamps) % self.step == 0:
+        if self._look and len(self.stamps) % self.step == 0:
             self.thumbs.append(picture.thumb())
         if len(self.thumbs) > THUMBS:
             self.thumbs, self.step = self.thumbs[::2], 2 * self.step
@@ -143,7 +144,7 @@ def cut(
 def _cut(
     reader: Reader, spans: Sequence[Span], recipe: Recipe, filters: Filters, alive: Callable[[], None]
 ) -> list[Sample | Rejected]:
-    coming = _pieces(spans, recipe)
+    coming = _pieces(spans, recipe, filters.look)
     after: Piece | None = next(coming)
     going: list[Piece] = []
     found: list[Sample | Rejected] = []
@@ -159,7 +160,7 @@ def _cut(
             if small:
                 return [small._replace(item=k, start=s, end=e) for k, (s, e) in enumerate(spans)]
         if recipe.scenes and scenes.begins(picture):
-            going[-1].end, after = start, Piece(recipe, 0, start, math.inf)
+            going[-1].end, after = start, Piece(recipe, filters.look, 0, start, math.inf)
         while after is not None and after.start <= max(start, end - SLACK):
             going.append(after)
             after = next(coming, None)
@@ -182,15 +183,15 @@ def _cut(
     return sorted(found, key=lambda f: (f.item, f.start or 0.0))
 
 
-def _pieces(spans: Sequence[Span], recipe: Recipe) -> Iterator[Piece]:
+def _pieces(spans: Sequence[Span], recipe: Recipe, look: bool) -> Iterator[Piece]:
     """In the order of their starts; windows without end. (Scenes are found on the way.)"""
     if recipe.window:
         for k in itertools.count():
             start = k * (recipe.hop or recipe.window)
-            yield Piece(recipe, 0, start, start + recipe.window)
+            yield Piece(recipe, look, 0, start, start + recipe.window)
     for item in sorted(range(len(spans)), key=lambda k: spans[k][0] or 0.0):
         first, last = spans[item]
-        yield Piece(recipe, item, first or 0.0, math.inf if last is None else last)
+        yield Piece(recipe, look, item, first or 0.0, math.inf if last is None else last)
 
 
 class Scenes:

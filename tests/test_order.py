@@ -87,6 +87,9 @@ def test_batch_lanes_and_processes_must_divide():
         check_split(12, 8, 1)
     with pytest.raises(UserError, match="3 processes"):
         check_split(16, 8, 3)
+    check_split(48, 8, 2, repeat=3)
+    with pytest.raises(UserError, match=r"run\.batch 16 is not a multiple of run\.lanes 8 x data\.repeat 3"):
+        check_split(16, 8, 2, repeat=3)
 
 
 # --- mixtures ---
