@@ -19,7 +19,6 @@ from data_prep.encode import Recipe, Sample, Span, cut
 from data_prep.filters import NO_FILTERS, Filters, Rejected, looks, thumb
 from data_prep.reader import Reader
 from vidssl.data.decoders import IMAGE_EXTENSIONS, ImageVideo, PyAVVideo, Video
-from vidssl.data.decord_video import DecordVideo
 from vidssl.errors import DecodeError
 
 GREY_LEVELS = 6.0  # decord and PyAV convert some pixel formats (10 bit, odd sizes) a little differently
@@ -53,7 +52,11 @@ def probe(data: bytes, ext: str, decoder: str, report: Callable[[dict], None]) -
     seeks = truth.packets_tell and _serves(PyAVVideo, data, meta, truth, anchors, frames)
     if seeks:
         report(meta)
-    if decoder == "auto" and not truth.errors and _serves(DecordVideo, data, meta, truth, anchors, frames):
+    if decoder != "auto" or truth.errors:
+        return
+    from vidssl.data.decord_video import DecordVideo  # it needs torch, which takes a while
+
+    if _serves(DecordVideo, data, meta, truth, anchors, frames):
         report({**meta, "decoder": "pyav" if seeks else "decord", "decord": True})
 
 
@@ -74,7 +77,7 @@ def _meta(video: Video) -> dict:
 
 
 def _serves(
-    kind: type[DecordVideo] | type[PyAVVideo], data: bytes, meta: dict, truth: Video, anchors: np.ndarray, frames: dict
+    kind: Callable[[bytes, dict], Video], data: bytes, meta: dict, truth: Video, anchors: np.ndarray, frames: dict
 ) -> bool:
     """Whether `kind` gives the true frames: one by one backwards (each a seek), then in one forward run."""
     try:

@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import Any
 
 import av
-import decord
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -38,6 +37,7 @@ from data_prep import pack
 from vidssl.data.augment import RandomCrop
 from vidssl.data.clips import choose
 from vidssl.data.decoders import VIDEO_EXTENSIONS
+from vidssl.data.decord_video import decord
 from vidssl.data.loader import Data, TrainClips, train_batches
 from vidssl.data.order import Order
 from vidssl.data.shards import Shards

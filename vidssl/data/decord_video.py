@@ -3,6 +3,7 @@
 import io
 from collections.abc import Iterator
 
+import torch  # noqa: F401  # isort: skip  (before decord: after it, torch's products on the CPU crash with decord2)
 import decord
 import numpy as np
 from decord._ffi.base import DECORDError, DECORDLimitReachedError
