@@ -1,0 +1,116 @@
+r"""Dense frozen evaluation: encoder -> tokens of frames -> depth, masks, key points -> one look at test -> dense.json.
+
+    python vidssl/dense.py configs/dense/propagation.yaml encoder=RUN data.test=DAVIS out=DIR
+
+encoder: as vidssl/probe.py takes it. data.test: the folder of a data set, which has its train list, too.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+import vidssl
+from vidssl import config
+from vidssl.config import Count, Part, Value
+from vidssl.errors import UserError, run_cli
+from vidssl.evaluation.dense_data import READERS, Item, data_hash
+from vidssl.evaluation.depth import Depth
+from vidssl.evaluation.frames import make_look
+from vidssl.evaluation.propagation import Keypoints, Masks
+from vidssl.evaluation.report import code_hash, weights_hash, write_csv
+from vidssl.files import check_out, make_folder, replace
+from vidssl.zoo.foreign import open_encoder
+
+TASKS = {"depth": Depth, "masks": Masks, "keypoints": Keypoints}
+
+
+@dataclass(frozen=True)
+class DenseData:
+    """The `data` section: a data set's own folder, which has lists of train and test."""
+
+    test: str  # its test list is evaluated
+    format: str  # davis, jhmdb, nyu or synthetic
+    train: str | None = None  # its train list is for heads and choices; None: the folder of test
+    limit: Count | None = None  # sequences of train at most, evenly spread over the list
+
+
+SCHEMA: config.Schema = {
+    "encoder": Value(str),
+    "encoder_file": Value(str | None, None),  # weights of a timm model; None: timm downloads them
+    "out": Value(str),
+    "data": Part(DenseData),
+    "task": Part(TASKS),
+}
+
+
+def read_items(data: DenseData, truth: str) -> dict[str, list[Item]]:
+    """Train and test, which have nothing in common."""
+    readers = READERS[truth]
+    if data.format not in readers:
+        raise UserError(f"data.format: no '{data.format}' with {truth}; there is {', '.join(readers)}")
+    folders = {"train": Path(data.train or data.test), "test": Path(data.test)}
+    for folder in folders.values():
+        if not folder.is_dir():
+            raise UserError(f"{folder}: no such folder")
+    items = {side: readers[data.format](folder, side) for side, folder in folders.items()}
+    for side, some in items.items():
+        if not some:
+            raise UserError(f"{folders[side]}: its {side} list is empty")
+    files = {side: {file.resolve() for item in some for file in item.files} for side, some in items.items()}
+    if both := files["train"] & files["test"]:
+        raise UserError(f"{min(both)} and {len(both) - 1} more files are in train and in test: the test must be new")
+    if data.limit is not None and data.limit < len(items["train"]):
+        count = len(items["train"])
+        items["train"] = [items["train"][n * count // data.limit] for n in range(data.limit)]
+    return items
+
+
+def main(argv: list[str]) -> None:
+    cfg = config.load(argv, SCHEMA)
+    data, task = config.build(cfg["data"], DenseData), config.build(cfg["task"], TASKS)
+    anew = partial(open_encoder, cfg["encoder"], file=cfg["encoder_file"], frames=task.frames, size=task.size)
+    loaded = anew(None)
+    items, out = read_items(data, task.truth), Path(cfg["out"])
+    if (out / "dense.json").exists():
+        raise UserError(f"{out / 'dense.json'} exists: the test set was read for it; give another out=")
+    check_out(out)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    results: list[dict[str, Any]] = []
+    told: list[tuple[Any, ...]] = []
+    for control in task.controls:
+        look, eye = make_look(anew, loaded, control, task, device)
+        model, chosen = task.fit(look, items["train"])
+        rows = [task.measure(look, model, item) for item in tqdm(items["test"], desc=f"test ({control})")]
+        row = task.figures(rows, [item.group for item in items["test"]])
+        counts = {"n_test": len(items["test"]), "n_train": len(items["train"])}
+        results.append({"control": control, "task": cfg["task"]["kind"], **row, **counts, "chosen": chosen, "eye": eye})
+        for item, figures in zip(items["test"], rows, strict=True):
+            told += [(control, item.name, item.group, n, *map("{:.6g}".format, f)) for n, f in enumerate(figures)]
+        print(f"{control:12s} {row['metric']} {row['value']:.4g}  {row['ci95']}")
+
+    make_folder(out)
+    write_csv(out / "sequences.csv", ("control", "sequence", "group", "row", *task.columns), told)
+    folders = {"train": Path(data.train or data.test), "test": Path(data.test)}
+    report = {
+        "results": results,
+        "encoder": {"path": cfg["encoder"], "sha256": weights_hash(loaded.encoder)},
+        "trained": {k: loaded.about.get(k) for k in ("step", "data", "source")},
+        "data": {side: data_hash(folders[side], some) for side, some in items.items()},
+        "seed": task.seed,
+        "versions": {"vidssl": vidssl.__version__, "torch": str(torch.__version__), "code": code_hash()},
+        "config_sha256": hashlib.sha256(json.dumps(cfg, sort_keys=True).encode()).hexdigest(),
+        "config": cfg,
+    }
+    text = json.dumps(report, indent=1, allow_nan=False)
+    replace(out / "dense.json", lambda beside: beside.write_text(text))
+
+
+if __name__ == "__main__":
+    run_cli(main, __doc__)

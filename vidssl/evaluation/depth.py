@@ -1,0 +1,160 @@
+"""Depth from frozen tokens by a linear head: DINOv2's linear protocol (arXiv 2304.07193, section 7.4; eval/depth)."""
+
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from vidssl.config import Amount, Count, Positive
+from vidssl.errors import UserError
+from vidssl.evaluation.dense_data import Item
+from vidssl.evaluation.frames import Frames, Look
+from vidssl.evaluation.metrics import resampled
+from vidssl.evaluation.protocol import hold_out
+from vidssl.optim import cosine
+
+LEAST = 1e-3  # metres; as in DINOv2
+FINER = 4  # times the tokens' grid, on which the head decides
+
+
+class DepthHead(nn.Module):
+    """tokens f32 [B, h, w, D] -> depth f32 [B, 4 h, 4 w]: a linear layer on bilinearly upsampled tokens, whose outputs,
+    cut off below 0 and normalised by their sum (AdaBins, arXiv 2011.14141), weigh bins evenly laid from 0 to `most`."""
+
+    bins: Tensor
+
+    def __init__(self, dim: int, bins: int, most: float):
+        super().__init__()
+        self.linear = nn.Linear(dim, bins)
+        self.register_buffer("bins", torch.linspace(LEAST, most, bins))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        score = F.interpolate(self.linear(tokens).permute(0, 3, 1, 2), scale_factor=FINER, mode="bilinear")
+        share = score.relu() + 0.1  # so that no sum is 0
+        return torch.einsum("bkhw,k->bhw", share / share.sum(1, keepdim=True), self.bins)
+
+
+def resize(depth: Tensor, like: Tensor) -> Tensor:
+    """[B, h, w], [..., H, W] -> [B, H, W]."""
+    return F.interpolate(depth[:, None], like.shape[-2:], mode="bilinear")[:, 0]
+
+
+def log_loss(guess: Tensor, truth: Tensor, most: float) -> Tensor:
+    """Scale-invariant log loss (arXiv 1406.2283, 2011.14141) over the pixels of a batch whose depth is known, [B, H, W]
+    each: sqrt(var + 0.15 mean^2) of log ratios. Source: DINOv2, sigloss.py."""
+    known = (truth > 0) & (truth <= most)
+    ratio = torch.log(guess[known] + LEAST) - torch.log(truth[known] + LEAST)
+    return (ratio.var() + 0.15 * ratio.mean() ** 2 + 1e-12).sqrt()
+
+
+def depth_errors(guess: Tensor, truth: Tensor, most: float) -> np.ndarray:
+    """[T, H, W] each -> f64 [T, 3]: RMSE, mean of |error| / depth, share of pixels whose ratio is under 1.25, of each
+    frame over the pixels whose depth is known; NaN where none is."""
+    rows = []
+    for g, t in zip(guess.double(), truth.double(), strict=True):
+        known = (t > 0) & (t <= most)
+        g, t = g[known], t[known]
+        off = g - t
+        figures = (
+            off.square().mean().sqrt(),
+            (off.abs() / t).mean(),
+            (torch.maximum(g / t, t / g) < 1.25).double().mean(),
+        )
+        rows.append([float(f) for f in figures])
+    return np.array(rows)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Depth(Frames):
+    """A head for each learning rate, of which that with the least RMSE on held-out groups of train is trained again on
+    all of it (AdamW, cosine to 0)."""
+
+    lr: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1e-3, 3e-4)
+    weight_decay: Amount = 0.01
+    epochs: Count = 20
+    batch: Count = 16  # frames
+    bins: Annotated[int, Field(ge=2)] = 256
+    max_depth: Positive = 10.0  # metres; deeper pixels do not count
+    held_out: Annotated[float, Field(gt=0, lt=1)] = 0.2  # of the sequences of train
+
+    truth = "depth"
+    columns = ("rmse", "abs_rel", "delta_1.25")  # one row
+
+    def fit(self, look: Look, train: list[Item]) -> tuple[DepthHead, dict[str, Any]]:
+        """-> (the head, what was tried). Tokens of all frames of train are kept in memory, in half precision."""
+        kept, truths, owner = [], [], []
+        for number, item in enumerate(tqdm(train, desc="features", unit="sequence")):
+            frames, depth = item.load()
+            kept.append(look(frames).half().cpu())
+            small = F.interpolate(torch.from_numpy(depth)[:, None], look.scaled(*depth.shape[1:]), mode="nearest-exact")
+            truths.append(small[:, 0])
+            owner += [number] * len(frames)
+        if len({t.shape[1:] for t in truths}) > 1:
+            raise UserError("depth: the pictures of train differ in size; give them one")
+        tokens, truth = torch.cat(kept), torch.cat(truths)
+        lr, tried = self.lr[0], []
+        if len(self.lr) > 1:
+            out = hold_out([0] * len(train), [item.group for item in train], self.held_out, self.seed)[owner]
+            if not out.any():
+                raise UserError("no group of train can be held out to choose task.lr on; give one value")
+            there, away = (torch.from_numpy(np.flatnonzero(part)) for part in (~out, out))
+            heads = self.train(look, tokens, truth, there, self.lr)
+            scores = [float(np.nanmean(self.errors(look, h, tokens[away], truth[away])[:, 0])) for h in heads]
+            tried = [{"lr": lr, "held_out_rmse": round(s, 4)} for lr, s in zip(self.lr, scores, strict=True)]
+            lr = self.lr[int(np.nanargmin(scores))]
+        (head,) = self.train(look, tokens, truth, torch.arange(len(tokens)), (lr,))
+        return head, {"lr": lr, "tried": tried}
+
+    def train(
+        self, look: Look, tokens: Tensor, truth: Tensor, rows: Tensor, rates: tuple[float, ...]
+    ) -> list[DepthHead]:
+        """A head for each rate, all on the same batches of the frames `rows`."""
+        torch.manual_seed(self.seed)
+        first = DepthHead(tokens.shape[-1], self.bins, self.max_depth)
+        heads = [DepthHead(tokens.shape[-1], self.bins, self.max_depth).to(look.device) for _ in rates]
+        for head in heads:
+            head.load_state_dict(first.state_dict())
+        groups = [{"params": head.parameters(), "lr": rate} for head, rate in zip(heads, rates, strict=True)]
+        optimiser = torch.optim.AdamW(groups, weight_decay=self.weight_decay)
+        rng, steps = torch.Generator().manual_seed(self.seed), self.epochs * -(-len(rows) // self.batch)
+        batches = (
+            b for _ in range(self.epochs) for b in rows[torch.randperm(len(rows), generator=rng)].split(self.batch)
+        )
+        for step, batch in enumerate(tqdm(batches, desc="head", total=steps)):
+            x, y = tokens[batch].to(look.device).float(), truth[batch].to(look.device)
+            if not ((y > 0) & (y <= self.max_depth)).any():
+                continue
+            for group, rate in zip(optimiser.param_groups, rates, strict=True):
+                group["lr"] = cosine(rate, 0.0, step / steps)
+            optimiser.zero_grad()
+            losses = [log_loss(resize(head(x), y), y, self.max_depth) for head in heads]
+            torch.stack(losses).sum().backward()
+            optimiser.step()
+        return heads
+
+    @torch.no_grad()
+    def errors(self, look: Look, head: DepthHead, tokens: Tensor, truth: Tensor) -> np.ndarray:
+        """See depth_errors."""
+        parts = zip(tokens.split(self.batch), truth.split(self.batch), strict=True)
+        rows = [depth_errors(resize(head(x.to(look.device).float()), y).cpu(), y, self.max_depth) for x, y in parts]
+        return np.concatenate(rows)
+
+    def measure(self, look: Look, model: DepthHead, item: Item) -> np.ndarray:
+        """[1, 3]: means over the frames of a sequence; see `columns`."""
+        frames, depth = item.load()
+        rows = self.errors(look, model, look(frames), torch.from_numpy(depth))
+        if np.isnan(rows).all():
+            raise UserError(f"{item.name}: no pixel has a known depth of at most task.max_depth {self.max_depth:g}")
+        return np.nanmean(rows, 0, keepdims=True)
+
+    def figures(self, rows: list[np.ndarray], groups: list[str]) -> dict[str, Any]:
+        every = np.concatenate(rows)
+        rmse, relative, close = every.mean(0)
+        ci95 = resampled(lambda i: float(every[i, 0].mean()), groups, self.seed)
+        told = {"metric": "rmse", "value": round(float(rmse), 4), "ci95": ci95, "abs_rel": round(float(relative), 4)}
+        return {**told, "delta_1.25": round(100 * float(close), 4)}
