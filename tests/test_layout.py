@@ -13,10 +13,10 @@ BUDGET = {  # lines of Python, comments and docstrings included
     "vidssl/data": 2150,
     "vidssl/model": 600,
     "vidssl/objective": 850,
-    "vidssl/evaluation": 1300,
-    "vidssl/zoo": 1150,
-    "vidssl": 7900,
-    "data_prep": 3200,
+    "vidssl/evaluation": 2250,
+    "vidssl/zoo": 1400,
+    "vidssl": 9900,
+    "data_prep": 3350,
     "tools": 2600,
 }
 STORIES = {"vidssl/train.py:main", "vidssl/probe.py:main"}  # may tell it in one longer function
@@ -102,7 +102,7 @@ def test_the_tree_in_the_readme_is_the_tree():
         if not entry.endswith("/"):
             told.add("".join(folder))
     there = {name(p) for p in SOURCES if p.name != "__init__.py"}
-    for folder_name, pattern in (("configs", "*.yaml"), ("tools", "*.sh"), ("tests", "test_*.py")):
+    for folder_name, pattern in (("configs", "*.yaml"), ("tools", "*.sh"), ("tools", "*.yaml"), ("tests", "test_*.py")):
         there |= {name(p) for p in (ROOT / folder_name).rglob(pattern)}
     there |= {"README.md", "pyproject.toml", "tests/conftest.py", ".ci/run"}
     assert told == there

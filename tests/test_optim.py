@@ -1,6 +1,10 @@
-"""vidssl/optim.py: schedules against the reference's trace, and who is decayed and clipped."""
+"""vidssl/optim.py: schedules against the reference's trace, who is decayed and clipped, runs that go on from others."""
 
+import itertools
 import json
+import math
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +14,16 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch import nn
 
-from vidssl import config
-from vidssl.optim import Optim, clip_gradients, is_token, make_optimizer, schedule
+from vidssl import config, train
+from vidssl.checkpoint import load_checkpoint
+from vidssl.errors import UserError
+from vidssl.exchange import start_from
+from vidssl.model.grid import Grid
+from vidssl.model.positions import resize
+from vidssl.model.vit import Block, Blocks
+from vidssl.optim import Optim, clip_gradients, is_token, make_optimizer, schedule, set_schedule
 from vidssl.train import SCHEMA, make_objective
+from vidssl.zoo.native import load_encoder
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT.parent / "shared" / "golden"
@@ -182,3 +193,225 @@ def test_the_scale_of_fp16_is_undone_once_a_step(accelerator, each, monkeypatch)
     monkeypatch.setattr(accelerator, "unscale_gradients", lambda: calls.append(1))
     clip_gradients(accelerator, parts(*GIVEN), Optim(lr=1.0, clip_grad=1.0, clip_each=each), 0)
     assert calls == [1]
+
+
+INFINITE = {"lr": 1.0, "lr_end": 0.1, "warmup": 10, "settle": 40, "weight_decay_end": 0.4, "momentum": (0.9, 0.99)}
+
+
+def test_an_infinite_run_settles_and_does_not_know_its_length():
+    o = Optim(**INFINITE)
+    rows = [schedule(o, step, 60) for step in range(200)]
+    assert rows == [schedule(o, step, 10**6) for step in range(200)]
+    assert rows[9]["lr"] == 1.0 and rows[29]["lr"] == pytest.approx(0.55) and rows[49]["lr"] == pytest.approx(0.1)
+    assert all(row == pytest.approx({"lr": 0.1, "weight_decay": 0.4, "momentum": 0.99}) for row in rows[50:])
+
+
+def test_an_annealing_branch_starts_at_the_constant_rate_and_ends_where_it_should():
+    o = Optim(lr=0.1, lr_end=0.001, decay="exponential")
+    rates = [0.1, *(schedule(o, step, 20)["lr"] for step in range(20))]
+    assert rates[20] == pytest.approx(0.001) and rates[10] == pytest.approx(0.01)
+    assert [b / a for a, b in itertools.pairwise(rates)] == pytest.approx([0.01**0.05] * 20)
+    with pytest.raises(UserError, match="exponential decay cannot end at 0"):
+        Optim(lr=0.1, decay="exponential")
+
+
+@pytest.mark.parametrize(
+    "options, momentum, want",
+    [
+        ({}, True, False),
+        ({"decay": "linear"}, False, False),
+        ({"decay": "constant"}, True, False),  # the momentum goes from 0.998 to 1 over run.steps
+        ({"decay": "constant"}, False, True),
+        ({"decay": "constant", "momentum": (0.99, 0.99)}, True, True),
+        ({"decay": "constant", "weight_decay_end": 0.4}, False, False),
+        ({"settle": 40, "weight_decay_end": 0.4}, True, True),
+    ],
+)
+def test_what_may_be_prolonged_does_not_depend_on_the_length(options, momentum, want):
+    o = Optim(lr=1.0, lr_end=0.1, warmup=5, **options)
+    assert o.endless(momentum) == want
+    rows = [[schedule(o, step, steps) for step in range(50)] for steps in (50, 80)]
+    for row in () if momentum else rows[0] + rows[1]:
+        del row["momentum"]
+    assert (rows[0] == rows[1]) == want
+
+
+def test_rates_for_so_many_clips_are_scaled_to_the_batch():
+    o = Optim(**LR, lr_per=256)
+    assert [getattr(o.scaled(64), k) for k in ("lr", "lr_start", "lr_end")] == pytest.approx([0.25, 0.025, 0.05])
+    assert Optim(lr=3.0, lr_per=1024, lr_rule="sqrt").scaled(256).lr == pytest.approx(1.5)
+    assert Optim(**LR).scaled(64) == Optim(**LR)
+    assert Optim(lr=1.5e-4, lr_per=256).scaled(2048).lr == pytest.approx(
+        1.2e-3
+    )  # VideoMAE's, as its recipe here has it
+
+
+def test_rates_by_layer_and_the_two_groups_without():
+    objective, o = make(
+        "mae_st", "optim.layer_decay=0.5", "model.depth=2", "model.kind=vit", "model.dim=24", "model.heads=2"
+    )
+    optimizer = make_optimizer(objective, o)
+    set_schedule(optimizer, {"lr": 2.0, "weight_decay": 0.1})
+    rates = {id(p): g["lr"] for g in optimizer.param_groups for p in g["params"]}
+    for name, p in objective.named_parameters():
+        want = next((r for part, r in LAYERS.items() if name.startswith("encoder." + part)), 2.0)
+        assert rates.pop(id(p)) == want, name
+    assert not rates
+    plain = make_optimizer(objective, replace(o, layer_decay=1.0)).state_dict()["param_groups"]
+    assert [(g["decay"], "scale" in g) for g in plain] == [(True, False), (False, False)]
+
+
+LAYERS = {"patch_embed": 0.25, "class_token": 0.25, "positions": 0.25, "blocks.0": 0.5, "blocks.1": 1.0}
+
+
+def test_drop_path_passes_samples_by_in_training_only():
+    torch.manual_seed(0)
+    blocks = Blocks(Block(8, 2) for _ in range(3))
+    blocks.set_drop_path(0.5)
+    assert [b.drop_path.drop_prob for b in blocks] == [0.0, 0.25, 0.5]
+    block, x = blocks[2], torch.randn(400, 3, 8)
+    nn.init.zeros_(block.mlp.fc2.weight)
+    nn.init.zeros_(block.mlp.fc2.bias)  # what remains is the attention
+    branch, left = block.attn(block.norm1(x)), (block(x) - x)
+    kept = left.flatten(1).any(1)
+    assert 0.4 < kept.float().mean() < 0.6 and torch.allclose(left[kept], 2 * branch[kept], atol=1e-5)
+    assert torch.allclose(block.eval()(x), x + branch) and not any("drop" in k for k in blocks.state_dict())
+
+
+def test_drop_path_is_of_the_trained_encoder_alone():
+    objective, _ = make("vjepa", "model.drop_path=0.4", "model.depth=3")
+    rates = {
+        name: [b.drop_path.drop_prob for b in part.blocks]
+        for name, part in (
+            ("online", objective.encoder),
+            ("slow", objective.target.net),
+            ("predictor", objective.predictor),
+        )
+    }
+    assert rates["online"] == pytest.approx([0.0, 0.2, 0.4]) and not any(rates["slow"]) and not any(rates["predictor"])
+
+
+# Runs that go on from one another, in this process.
+TINY = [
+    "model.kind=vit",
+    "model.dim=24",
+    "model.depth=1",
+    "model.heads=2",
+    "model.patch=8",
+    "run.batch=8",
+    "run.lanes=8",
+]
+TINY += ["method.predictor.width=16", "method.predictor.depth=1", "method.predictor.heads=2", "efficiency.workers=0"]
+TINY += [
+    "data.stride=1",
+    "efficiency.isolate=false",
+    "run.health_every=100",
+    "optim.warmup=1",
+    "augment.kind=random_crop",
+]
+HELD = ["optim.lr=2e-3", "optim.lr_end=1e-3", "optim.settle=2", "optim.momentum=[0.9,0.99]"]
+
+
+def run(shards: Path, out: Path, *more: str, frames: int = 4, size: int = 16) -> list[dict]:
+    """-> the log of a tiny V-JEPA-like run."""
+    where = [
+        f"data.train={shards / 'train'}",
+        f"run.out={out}",
+        f"data.frames={frames}",
+        f"augment.size={size}",
+        "method.mask.past=1",
+    ]
+    train.main([str(ROOT / "configs/method/vjepa_tiny.yaml"), *TINY, *where, *more])
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def infinite(synthetic_shards, tmp_path_factory) -> Path:
+    """Four steps with checkpoints at two and four."""
+    out = tmp_path_factory.mktemp("infinite") / "run"
+    run(synthetic_shards, out, *HELD, "run.steps=4", "run.save_every=2")
+    return out
+
+
+def test_a_prolonged_infinite_run_is_the_long_one(infinite, synthetic_shards, tmp_path):
+    whole = run(synthetic_shards, tmp_path / "whole", *HELD, "run.steps=6")
+    shutil.copytree(infinite, tmp_path / "run")
+    longer = run(synthetic_shards, tmp_path / "run", *HELD, "run.steps=6")
+    for key in ("loss", "lr", "momentum", "weight_decay", "keys"):
+        assert [r[key] for r in longer] == [r[key] for r in whole], key
+    a, b = (load_file(tmp_path / name / "encoder.safetensors") for name in ("whole", "run"))
+    assert all(a[k].equal(b[k]) for k in a)
+    with pytest.raises(UserError, match=r"6 steps are done, more than run\.steps 4"):
+        run(synthetic_shards, tmp_path / "run", *HELD, "run.steps=4")
+
+
+def test_other_runs_cannot_be_prolonged(synthetic_shards, tmp_path):
+    run(synthetic_shards, tmp_path / "run", "run.steps=1")
+    with pytest.raises(UserError, match=r"run\.steps is 1 there, 2 here"):
+        run(synthetic_shards, tmp_path / "run", "run.steps=2")
+    with pytest.raises(UserError, match="the target stands still once it is 1"):
+        run(synthetic_shards, tmp_path / "other", "run.steps=2", "optim.settle=2", "optim.momentum=[0.9,1]")
+
+
+@pytest.mark.parametrize("file", ["infinite", "anneal"])
+def test_the_files_of_such_runs_go_with_a_published_method(file):
+    method, data = ROOT / "configs/method/vjepa2.yaml", ROOT / "configs/data/vjepa2_16f_4fps.yaml"
+    more = (
+        ["optim.decay=cosine", "optim.lr_end=2e-4"]
+        if file == "infinite"
+        else ["optim.warmup=0", "optim.decay=linear", "optim.lr_end=1e-6"]
+    )
+    files = [str(p) for p in (method, data, ROOT / f"configs/run/{file}.yaml")]
+    cfg = config.load([*files, "model.kind=vit_tiny", "data.train=x", *more], SCHEMA)
+    o = config.build(cfg["optim"], Optim)
+    rates = [schedule(o, step, cfg["run"]["steps"])["lr"] for step in (60_000, cfg["run"]["steps"] - 1)]
+    assert rates == pytest.approx([2e-4, 2e-4] if file == "infinite" else [1e-6, 1e-6])
+
+
+@pytest.mark.parametrize("step", [None, 2])
+def test_a_branch_starts_from_a_run_or_one_of_its_checkpoints(step, infinite, synthetic_shards, tmp_path):
+    """A checkpoint brings AdamW's moments along."""
+    place = infinite / "checkpoints" / f"step-{step or 4:08d}"
+    where = place if step else infinite
+    fall = [
+        "optim.lr=5e-4",
+        "optim.lr_end=5e-6",
+        "optim.lr_per=4",
+        "optim.decay=exponential",
+        "optim.warmup=0",
+        "run.steps=2",
+    ]
+    fall += ["optim.momentum=[0.99,0.99]", "optim.betas=[0.9,0.99]"]
+    rows = run(synthetic_shards, tmp_path / "run", *fall, f"run.init={where}")
+    assert [r["lr"] for r in rows] == pytest.approx([1e-4, 1e-5])
+    state = load_checkpoint(tmp_path / "run" / "checkpoints")
+    assert {float(of["step"]) for of in state["optimizer"]["state"].values()} == {2.0 + (step or 0)}
+    assert {tuple(g["betas"]) for g in state["optimizer"]["param_groups"]} == {(0.9, 0.99)}
+    objective = make_objective(state["provenance"]["config"])
+    start_from(objective, state["provenance"]["config"])
+    before = load_file(place / "model.safetensors")
+    assert all(before[k].equal(v) for k, v in objective.state_dict().items())
+
+
+@pytest.mark.parametrize("positions", ["sincos_uniform", "learned", "learned_separable", "rope"])
+def test_a_cooldown_goes_on_with_larger_and_longer_clips(positions, synthetic_shards, tmp_path):
+    kind = [f"model.positions={positions}", f"method.predictor.positions={positions}", "run.steps=1"]
+    run(synthetic_shards, tmp_path / "small", *kind)
+    where = tmp_path / "small" / "checkpoints" / "step-00000001"
+    (row,) = run(synthetic_shards, tmp_path / "large", *kind, f"run.init={where}", frames=8, size=32)
+    assert math.isfinite(row["loss"]) and row["lr"] > 0
+    cfg = load_checkpoint(tmp_path / "large" / "checkpoints")["provenance"]["config"]
+    objective, before = make_objective(cfg), load_file(where / "model.safetensors")
+    start_from(objective, cfg)
+    for name, value in objective.state_dict().items():
+        if "positions." not in name:
+            assert value.equal(before[name]), name
+        else:
+            axes = {"table": "thw", "time": "t", "space": "hw"}[name.rsplit(".", 1)[1]]
+            old, new = (Grid(*(n if axis in axes else 1 for axis, n in zip("thw", g, strict=True))) for g in GRIDS)
+            assert value.equal(resize(before[name], old, new)), name
+            assert len(value) == new.n
+    assert load_encoder(str(tmp_path / "large")).encoder.grid == GRIDS[1]
+
+
+GRIDS = Grid(2, 2, 2), Grid(4, 4, 4)

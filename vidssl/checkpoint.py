@@ -4,7 +4,6 @@ A checkpoint is a folder `step-00000100`: model.safetensors, optimizer.safetenso
 is no tensor and the SHA-256 of the two files, so that a file that is damaged is never taken for a whole one.
 """
 
-import dataclasses
 import importlib.metadata
 import json
 import platform
@@ -24,6 +23,7 @@ from torch import Tensor
 import vidssl
 from vidssl.errors import UserError
 from vidssl.files import file_sha256, replace, say, sync
+from vidssl.fsdp import whole
 
 LIBRARIES = ("torchvision", "accelerate", "numpy", "safetensors", "av", "decord2")
 TENSORS = ("model", "optimizer")
@@ -52,20 +52,16 @@ def revision() -> str:
     return vidssl.__version__
 
 
-def copied(tree: Any, seen: dict[tuple, Tensor] | None = None) -> Any:
-    """The same tree with every tensor copied to the memory of the CPU; one that occurs twice is copied once."""
-    seen = {} if seen is None else seen
+def copied(tree: Any, keep: bool = True) -> Any:
+    """The same tree with every tensor whole and copied to the memory of the CPU. Of pieces (FSDP2), all processes must
+    take part; without `keep` None is put in the place of every tensor."""
     if isinstance(tree, Tensor):
-        key = (tree.data_ptr(), tree.shape, tree.stride(), tree.dtype)
-        if key not in seen:
-            seen[key] = tree.detach().to("cpu", copy=True).contiguous()
-        return seen[key]
+        full = whole(tree.detach())
+        return full.to("cpu", copy=True).contiguous() if keep else None
     if isinstance(tree, dict):
-        return {k: copied(v, seen) for k, v in tree.items()}
+        return {k: copied(v, keep) for k, v in tree.items()}
     if isinstance(tree, (list, tuple)):
-        return type(tree)(copied(v, seen) for v in tree)
-    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
-        return dataclasses.replace(tree, **{k: copied(v, seen) for k, v in vars(tree).items()})
+        return type(tree)(copied(v, keep) for v in tree)
     return tree
 
 

@@ -6,22 +6,26 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vidssl.checkpoint import save_weights
+from vidssl.checkpoint import read_checkpoint, save_weights
 from vidssl.errors import UserError
+from vidssl.model.grid import Grid
+from vidssl.model.positions import resize
 from vidssl.objective.objective import Objective
 from vidssl.objective.targets import MEAN, STD, Ema
 from vidssl.zoo import native
-from vidssl.zoo.describe import Checkpoint
+from vidssl.zoo.describe import Checkpoint, grid_of
 
 
 def start_from(objective: Objective, cfg: dict[str, Any]) -> None:
-    """The weights of run.init, ours or public, into encoder, momentum encoder and (where the file has one) predictor.
+    """The weights of run.init into encoder, momentum encoder and (where there is one) predictor. It names a run, a
+    public checkpoint, or one of a run's own (RUN/checkpoints/step-00000100).
 
     The configuration must describe the same networks: rotary and fixed positions, heads and epsilons leave no trace in
-    the weights, so that a wrong one would load. Only the native size of a clip may differ.
+    the weights, so that a wrong one would load. Only the native size of a clip may differ: learned places are then
+    interpolated, fixed and rotary ones are those of the new size.
     """
     where = cfg["run"]["init"]
-    found, _ = native.read(where)
+    found = of_step(Path(where), objective) if (Path(where) / "state.json").is_file() else native.read(where)[0]
     check_same("model", found.model, cfg["model"], where)
     parts: list[tuple[nn.Module, dict[str, Tensor]]] = [(objective.encoder, found.online or found.encoder)]
     if isinstance(objective.target, Ema):
@@ -32,9 +36,28 @@ def start_from(objective: Objective, cfg: dict[str, Any]) -> None:
         parts += [(objective.predictor, found.predictor_weights), (objective.query, {"tokens": found.query[:groups]})]
     for module, weights in parts:
         try:
-            module.load_state_dict(weights)
+            module.load_state_dict(refit(weights, grid_of(found.model), objective.encoder.grid))
         except RuntimeError as e:
             raise UserError(f"run.init: {where} does not fit: {' '.join(str(e).split())}") from None
+
+
+def refit(weights: dict[str, Tensor], old: Grid, new: Grid) -> dict[str, Tensor]:
+    """The weights of an encoder or predictor with its learned places interpolated from one grid to another."""
+    for name, axes in (("table", "thw"), ("time", "t"), ("space", "hw")):
+        key = f"positions.{name}"
+        a, b = (Grid(*(n if axis in axes else 1 for axis, n in zip("thw", g, strict=True))) for g in (old, new))
+        if key in weights and a != b:
+            weights = {**weights, key: resize(weights[key], a, b)}
+    return weights
+
+
+def of_step(place: Path, objective: Objective) -> Checkpoint:
+    """What a run had learned by the step of one of its checkpoints."""
+    try:
+        state = read_checkpoint(place)
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise UserError(f"run.init: {place}: cannot be read ({str(e).strip().splitlines()[0]})") from None
+    return as_checkpoint(objective, state["provenance"]["config"], state["model"])
 
 
 def check_same(section: str, theirs: dict[str, Any], ours: dict[str, Any], where: str) -> None:
@@ -46,23 +69,32 @@ def check_same(section: str, theirs: dict[str, Any], ours: dict[str, Any], where
             raise UserError(f"run.init: {where} has {section}.{key}={a}, not {b}: set that")
 
 
-def as_checkpoint(objective: Objective, cfg: dict[str, Any]) -> Checkpoint:
-    """What a run has learned. cfg: the resolved configuration it was made from."""
-    size, predictor = cfg["augment"]["size"], dict(cfg["method"]["predictor"])
-    model = {k: v for k, v in cfg["model"].items() if k != "kind"}
-    model |= {"frames": cfg["data"]["frames"], "height": size, "width": size}
-    found = Checkpoint("vidssl", model, objective.evaluated.state_dict(), {"mean": list(MEAN), "std": list(STD)})
-    if isinstance(objective.target, Ema):
-        found.online = objective.encoder.state_dict()
+def model_of(cfg: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of Encoder, but for what only training knows. cfg: the resolved configuration of a run."""
+    model = {k: v for k, v in cfg["model"].items() if k not in ("kind", "drop_path")}
+    return model | {"frames": cfg["data"]["frames"], "height": cfg["augment"]["size"], "width": cfg["augment"]["size"]}
+
+
+def as_checkpoint(objective: Objective, cfg: dict[str, Any], learned: dict[str, Tensor]) -> Checkpoint:
+    """What a run has learned. cfg: the resolved configuration it was made from; learned: the objective's state dict,
+    whole."""
+
+    def part(name: str) -> dict[str, Tensor]:
+        return {k.removeprefix(f"{name}."): v for k, v in learned.items() if k.startswith(f"{name}.")}
+
+    predictor, slow = dict(cfg["method"]["predictor"]), part("target.net")
+    found = Checkpoint("vidssl", model_of(cfg), slow or part("encoder"), {"mean": list(MEAN), "std": list(STD)})
+    if slow:
+        found.online = part("encoder")
     if predictor.pop("kind") == "joint":
         found.predictor = {**predictor, "out": objective.target.width}
-        found.predictor_weights, found.query = objective.predictor.state_dict(), objective.query.state_dict()["tokens"]
+        found.predictor_weights, found.query = part("predictor"), learned["query.tokens"]
     return found
 
 
 def save_run(out: Path, objective: Objective, about: dict[str, Any], snapshot: bool) -> None:
     """What `objective` has learned, as `write_run` writes it."""
-    write_run(out, as_checkpoint(objective, about["config"]), about, snapshot)
+    write_run(out, as_checkpoint(objective, about["config"], objective.state_dict()), about, snapshot)
 
 
 def write_run(out: Path, found: Checkpoint, about: dict[str, Any], snapshot: bool) -> None:

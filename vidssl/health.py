@@ -4,12 +4,14 @@ Measured on one process, on a few clips of the batch, without gradients; tools/b
 """
 
 from collections import deque
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vidssl.fsdp import gathered, whole
 from vidssl.objective.objective import Objective
 from vidssl.objective.targets import Ema, normalise
 
@@ -81,10 +83,15 @@ def drift(objective: Objective, video: Tensor, slow: Tensor) -> dict[str, float]
     """Of a momentum encoder, how far the online one is from it: relative L2 distance of the weights, and 1 - cosine of
     the features. video f32 [b, 3, T, H, W]; slow [b, N, D]: its features by the momentum encoder."""
     online, momentum = list(objective.encoder.parameters()), list(objective.evaluated.parameters())
-    apart = torch.stack([(a - b).square().sum() for a, b in zip(online, momentum, strict=True)]).sum().sqrt()
-    size = torch.stack([b.square().sum() for b in momentum]).sum().sqrt()
-    near = F.cosine_similarity(objective.encoder(video).float(), slow.float(), dim=-1).mean()
+    apart, size = length([a - b for a, b in zip(online, momentum, strict=True)]), length(momentum)
+    with gathered(objective):
+        near = F.cosine_similarity(objective.encoder(video).float(), slow.float(), dim=-1).mean()
     return {"drift_weights": float(apart / size), "drift_features": float(1 - near)}
+
+
+def length(tensors: Sequence[Tensor]) -> Tensor:
+    """The L2 norm of all together, f32."""
+    return whole(torch.stack([t.square().sum() for t in tensors]).sum()).sqrt()
 
 
 class Health:
@@ -105,16 +112,18 @@ class Health:
 
     @torch.no_grad()
     def measure(self, objective: Objective) -> dict[str, float]:
-        """The figures of the encoder that will be evaluated, "health_...", on health_clips of the last clips."""
+        """The figures of the encoder that will be evaluated, "health_...", on health_clips of the last clips. With
+        shards (FSDP2) all processes must measure."""
         encoder = objective.evaluated
         u8 = torch.cat(list(self.clips))[-CLIPS[1] :]
         video = normalise(u8.to(next(encoder.parameters()).device))
         was = objective.training
         objective.eval()
-        features = encoder(video)
-        found = spread(features, encoder.grid_of(video).t)
         few = video[::ONLINE]
-        found["target_var"] = float(objective.target(few).float().flatten(0, 1).var(0).mean())
+        with gathered(objective):
+            features, target = encoder(video), objective.target(few)
+        found = spread(features, encoder.grid_of(video).t)
+        found["target_var"] = float(target.float().flatten(0, 1).var(0).mean())
         if isinstance(objective.target, Ema):
             found |= drift(objective, few, features[::ONLINE])
         objective.train(was)

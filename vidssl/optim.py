@@ -1,15 +1,16 @@
 """Optimiser, schedules and clipping; a schedule is a function of the step."""
 
 import math
-from dataclasses import dataclass
-from typing import Annotated, Literal
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Literal
 
 import torch
 from accelerate import Accelerator
 from pydantic import Field
 from torch import Tensor, nn
 
-from vidssl.config import Amount, Positive, Share, Size
+from vidssl.config import Amount, Count, Positive, Share, Size
+from vidssl.errors import UserError
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 NO_LIMIT = float("inf")
@@ -17,14 +18,23 @@ NO_LIMIT = float("inf")
 
 @dataclass(frozen=True)
 class Optim:
-    """The `optim` section. Rates are absolute, steps are optimiser steps."""
+    """The `optim` section. Rates are absolute (without lr_per), steps are optimiser steps.
+
+    An infinite run (Ibrahim et al. 2024, arXiv 2403.08763) is decay "cosine" to the constant rate lr_end
+    with `settle`; it can be prolonged by a larger run.steps. An annealing branch of it is a run of its own with
+    run.init=THAT_RUN, lr at the constant rate, no warm-up and decay "exponential" (as in the paper) or another.
+    """
 
     lr: Positive
     lr_start: Amount = 0.0  # at the start of the warm-up
     lr_end: Amount = 0.0  # at the end of the decay
+    lr_per: Count | None = None  # clips of run.batch that these three rates are for; None: they are what they are
+    lr_rule: Literal["linear", "sqrt"] = "linear"  # of run.batch / lr_per: MAE, VideoMAE (256); DINOv2 (1024)
     warmup: Size = 0  # steps
-    decay: Literal["cosine", "linear", "constant"] = "cosine"  # of lr after the warm-up, towards lr_end
+    decay: Literal["cosine", "linear", "exponential", "constant"] = "cosine"  # of lr after the warm-up, towards lr_end
     stretch: Positive = 1.0  # schedules are drawn over stretch x run.steps and cut there (V-JEPA's ipe_scale: 1.25)
+    settle: Count | None = None  # steps after the warm-up by which all schedules end and stay, whatever run.steps
+    layer_decay: Share = 1.0  # of the rate, from each layer of the encoder to the one below it (fine-tuning)
     weight_decay: Amount = 0.05
     weight_decay_end: Amount | None = None  # cosine towards it; None: constant
     momentum: tuple[Share, Share] = (0.998, 1.0)  # of the momentum encoder, linear from first to last step
@@ -34,6 +44,27 @@ class Optim:
     clip_each: bool = False  # of the encoder's and of the rest's, each by itself (V-JEPA); else of all together
     clip_from: Size = 0  # steps before it are not clipped (V-JEPA does not clip during its warm-up)
     decay_tokens: bool = True  # and learned positions: V-JEPA and MAE decay them, VideoMAE does not
+
+    def __post_init__(self) -> None:
+        if self.decay == "exponential" and not self.lr_end:
+            raise UserError("optim.lr_end: an exponential decay cannot end at 0; give a rate, or another optim.decay")
+        if self.settle is not None and self.stretch != 1:
+            raise UserError("optim.settle says when the schedules end, optim.stretch too: give one of them")
+
+    def scaled(self, batch: int) -> "Optim":
+        """With the rates of a global batch of so many clips.
+
+        Source: Goyal et al. 2017 (arXiv 1706.02677), VideoMAE run_mae_pretraining.py; the root: DINOv2 (AdamW too).
+        """
+        if self.lr_per is None:
+            return self
+        by = batch / self.lr_per if self.lr_rule == "linear" else math.sqrt(batch / self.lr_per)
+        return replace(self, lr=by * self.lr, lr_start=by * self.lr_start, lr_end=by * self.lr_end, lr_per=None)
+
+    def endless(self, momentum: bool) -> bool:
+        """Whether no step depends on run.steps, so that a run can be prolonged; momentum: is it made use of?"""
+        flat = self.weight_decay_end in (None, self.weight_decay) and (not momentum or len(set(self.momentum)) == 1)
+        return self.settle is not None or (self.decay == "constant" and flat)
 
 
 def cosine(start: float, end: float, done: float) -> float:
@@ -46,6 +77,14 @@ def linear(start: float, end: float, done: float) -> float:
     return start + (end - start) * min(done, 1.0)
 
 
+def exponential(start: float, end: float, done: float) -> float:
+    """From start (done 0) to end (done 1 and later), by the same factor a step."""
+    return start * (end / start) ** min(done, 1.0)
+
+
+FALLS = {"cosine": cosine, "linear": linear, "exponential": exponential}
+
+
 def schedule(o: Optim, step: int, steps: int) -> dict[str, float]:
     """lr, weight decay and momentum at step 0..steps-1.
 
@@ -53,14 +92,13 @@ def schedule(o: Optim, step: int, steps: int) -> dict[str, float]:
     Source: V-JEPA, app/vjepa/{train,utils}.py and src/utils/schedulers.py; decay: V-JEPA 2 (constant, linear when
     cooling down). Checked against a trace of its training loop.
     """
-    total, count = max(1, int(steps * o.stretch)), step + 1
+    total, count = max(1, int(steps * o.stretch)) if o.settle is None else o.warmup + o.settle, step + 1
     if count < o.warmup:
         lr = linear(o.lr_start, o.lr, count / o.warmup)
     elif o.decay == "constant":
         lr = o.lr
     else:
-        fall = linear if o.decay == "linear" else cosine
-        lr = fall(o.lr, o.lr_end, (count - o.warmup) / max(1, total - o.warmup))
+        lr = FALLS[o.decay](o.lr, o.lr_end, (count - o.warmup) / max(1, total - o.warmup))
     decay_end = o.weight_decay if o.weight_decay_end is None else o.weight_decay_end
     return {
         "lr": lr,
@@ -69,16 +107,39 @@ def schedule(o: Optim, step: int, steps: int) -> dict[str, float]:
     }
 
 
-def make_optimizer(model: nn.Module, o: Optim) -> torch.optim.AdamW:
-    """AdamW; biases and 1-D parameters (norms) are not decayed, as published."""
-    decayed: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            free = not o.decay_tokens if is_token(name) else p.ndim <= 1 or name.endswith(".bias")
-            (plain if free else decayed).append(p)
-    groups = [{"params": decayed, "decay": True}, {"params": plain, "decay": False}]
-    return torch.optim.AdamW(groups, lr=o.lr, betas=o.betas, eps=o.eps)
+def make_optimizer(model: nn.Module, o: Optim, fused: bool = False) -> torch.optim.AdamW:
+    """AdamW; biases and 1-D parameters (norms) are not decayed, as published.
+
+    With layer_decay there are two groups for each layer, else two in all. fused: one kernel for the whole update.
+    """
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    layers = [layer_of(name) for name, _ in named]
+    top = max((layer for layer in layers if layer is not None), default=0) + 1
+    parts: dict[int, tuple[list[nn.Parameter], list[nn.Parameter]]] = {top: ([], [])}  # by layer: decayed, others
+    for (name, p), layer in zip(named, layers, strict=True):
+        at = top if layer is None or o.layer_decay == 1 else layer
+        free = not o.decay_tokens if is_token(name) else p.ndim <= 1 or name.endswith(".bias")
+        parts.setdefault(at, ([], []))[free].append(p)
+    groups: list[dict[str, Any]] = []
+    for at, (decayed, others) in parts.items():
+        scale = {} if o.layer_decay == 1 else {"scale": o.layer_decay ** (top - at)}
+        groups += [{"params": decayed, "decay": True, **scale}, {"params": others, "decay": False, **scale}]
+    return torch.optim.AdamW(groups, lr=o.lr, betas=o.betas, eps=o.eps, fused=fused or None)
+
+
+def layer_of(name: str) -> int | None:
+    """Of an encoder's parameter, by its dotted name: 0 of what makes tokens, i + 1 of block i; None: above all blocks,
+    or not of an encoder.
+
+    Source: BEiT's layer-wise rates as in VideoMAE, optim_factory.py: the rate of layer l of depth L is layer_decay to
+    the power L + 1 - l, that of the last norm and the head is whole.
+    """
+    parts = name.split(".")
+    inside = parts[parts.index("encoder") + 1 :] if "encoder" in parts else []
+    if inside[:1] == ["blocks"]:
+        return int(inside[1]) + 1
+    embeds = inside and (inside[0].startswith("patch_embed") or is_token(".".join(inside)))
+    return 0 if embeds else None
 
 
 TOKENS = ("token", "tokens", "modality", "mod_embed")
@@ -94,7 +155,7 @@ def is_token(name: str) -> bool:
 
 def set_schedule(optimizer: torch.optim.Optimizer, now: dict[str, float]) -> None:
     for group in optimizer.param_groups:
-        group["lr"] = now["lr"]
+        group["lr"] = now["lr"] * group.get("scale", 1.0)
         group["weight_decay"] = now["weight_decay"] if group["decay"] else 0.0
 
 

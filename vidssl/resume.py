@@ -4,11 +4,14 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from torch import Tensor
 
-from vidssl.checkpoint import Writer, copied, load_checkpoint, save_checkpoint
+from vidssl.checkpoint import Writer, copied, load_checkpoint, read_checkpoint, save_checkpoint
 from vidssl.errors import UserError
 from vidssl.exchange import as_checkpoint, write_run
+from vidssl.fsdp import cut_as
 from vidssl.health import Health
+from vidssl.log import Lines
 from vidssl.objective.objective import Objective
 from vidssl.survive import Guard, same_everywhere
 
@@ -39,10 +42,31 @@ class Resume:
 
     def _learned(self, state: dict[str, Any]) -> None:
         same_everywhere(self.accelerator, state["step"])
-        self.objective.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        places = self.objective.state_dict()
+        model = {k: cut_as(v, places[k]) if k in places else v for k, v in state["model"].items()}
+        self.objective.load_state_dict(model)
+        groups, saved = self.optimizer.param_groups, state["optimizer"]
+        for group, old in zip(groups, saved["param_groups"], strict=True):
+            old["fused"] = group["fused"]  # a matter of speed, which may change
+        self.optimizer.load_state_dict({**saved, "state": self._moments(saved)})
         if self.accelerator.scaler is not None and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
+
+    def _moments(self, saved: dict[str, Any]) -> dict[int, dict[str, Tensor]]:
+        """AdamW's, of the parameters that have kept their shape."""
+        params = [p for group in self.optimizer.param_groups for p in group["params"]]
+        kept = {i: of for i, of in saved["state"].items() if of["exp_avg"].shape == params[i].shape}
+        return {i: {k: cut_as(v, params[i]) for k, v in of.items()} for i, of in kept.items()}
+
+    def branch(self, place: Path) -> None:
+        """The moments, too, of the checkpoint of another run whose weights this one starts from (`start_from`); what
+        is no such checkpoint, but a run's folder or a public file, has none."""
+        if not (place / "state.json").is_file():
+            return
+        saved, groups = read_checkpoint(place)["optimizer"], self.optimizer.state_dict()["param_groups"]
+        if [len(g["params"]) for g in saved["param_groups"]] != [len(g["params"]) for g in groups]:
+            raise UserError(f"run.init: {place} has other groups of parameters; its run's folder gives weights alone")
+        self.optimizer.load_state_dict({"state": self._moments(saved), "param_groups": groups})
 
     def go_back(self, why: str) -> int:
         """To what was learned up to the last checkpoint -> its step; an error when that was done too often."""
@@ -60,18 +84,25 @@ class Resume:
         guard.rolled_back, guard.row = guard.rolled_back + 1, 0
         return state["step"]
 
-    def save(self, step: int, run: Any, lines: Any) -> None:
+    def save(self, step: int, run: Any, lines: Lines | None) -> None:
         """Copy what was learned up to this step, and write it while the next ones run, once the log's lines are on the
-        disk. run: the `run` section."""
+        disk. run: the `run` section. Of shards, all processes must take part; the one that has the lines writes."""
         self.writer.wait()  # so that there are never two copies
+        learned = {"model": self.objective.state_dict(), "optimizer": self.optimizer.state_dict()}
+        learned = copied(learned, keep=lines is not None)
+        if lines is None:
+            return
         scaler = self.accelerator.scaler
-        state = {"model": self.objective.state_dict(), "optimizer": self.optimizer.state_dict()}
-        state |= {"scaler": scaler.state_dict() if scaler else None, "provenance": self.about}
+        state = {**learned, "scaler": scaler.state_dict() if scaler else None, "provenance": self.about}
         state |= {"guard": self.guard.state(), "health": self.health.state()}
-        found, state = copied((as_checkpoint(self.objective, self.about["config"]), state))
 
         def write() -> None:
-            write_run(self.out, found, {**self.about, "step": step}, run.snapshots)  # a finished run has an encoder
+            self.export(step, learned["model"], run.snapshots)  # a finished run has an encoder
             save_checkpoint(self.out / "checkpoints", step, state, run.keep, run.keep_every)
 
         self.writer.start(f"the checkpoint of step {step}", lines.sync, write)
+
+    def export(self, step: int, learned: dict[str, Tensor], snapshot: bool) -> None:
+        """encoder.safetensors and what stands beside it. learned: the objective's state dict, whole."""
+        found = as_checkpoint(self.objective, self.about["config"], learned)
+        write_run(self.out, found, {**self.about, "step": step}, snapshot)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vidssl.errors import UserError
 from vidssl.files import say
+from vidssl.fsdp import whole
 
 REQUEUE = 75  # exit status, EX_TEMPFAIL of sysexits.h: the same command again goes on where this one ended
 WINDOW, FEWEST = 128, 32  # accepted steps that say what is usual; and how many it takes to say so
@@ -109,7 +110,7 @@ class Guard:
 
 def meet(accelerator: Accelerator, means: dict[str, Tensor], sums: dict[str, float]) -> dict[str, float]:
     """Averages and sums over all processes, the same in each, in one exchange."""
-    own = [v.detach().double().to(accelerator.device) for v in means.values()]
+    own = [whole(v.detach()).double().to(accelerator.device) for v in means.values()]
     each = torch.stack([*own, *torch.tensor([*sums.values()], dtype=torch.float64, device=accelerator.device)])
     total = accelerator.reduce(each, "sum").tolist()
     world = accelerator.num_processes

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
-from vidssl import config
+from vidssl import config, fsdp
 from vidssl.checkpoint import load_checkpoint, provenance, set_aside
 from vidssl.config import Count, Part, Positive, Size
 from vidssl.data.augment import AUGMENTS
@@ -24,7 +24,7 @@ from vidssl.data.order import check_split
 from vidssl.data.shards import Shards
 from vidssl.draws import Draws
 from vidssl.errors import UserError, run_cli
-from vidssl.exchange import save_run, start_from
+from vidssl.exchange import start_from
 from vidssl.files import check_out, make_folder, say, writing
 from vidssl.health import Health
 from vidssl.log import Lines, Log, Tracker, batch_hash, check_trackers, hash_keys, start_trackers
@@ -70,6 +70,8 @@ class Efficiency:
     workers: Size = 2  # loader processes for each training process
     micro_batches: Count = 1  # parts in which a process runs its share of the batch (gradient accumulation)
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the forward pass
+    compile: bool = False  # the transformer blocks, by torch.compile: needs a C++ compiler, and minutes at the start
+    fused: bool = True  # the optimiser's step is one kernel
     recompute: bool = False  # activations of the transformer blocks in the backward pass, instead of keeping them
     isolate: bool = True  # decode in child processes, so that a file that hangs or crashes a decoder costs itself only
     cache_mb: Size = 0  # decoded frames each loader process may hold, in 2**20 bytes; for corpora that fit
@@ -96,17 +98,8 @@ SCHEMA: config.Schema = {
 }
 # What may change when a run is continued. Of what is read the hash is compared, so that a data set may move.
 FREE: tuple[str, ...] = ("efficiency", "watch", "run.out", "run.save_every", "run.keep", "run.keep_every")
-FREE = (*FREE, "run.snapshots", "run.skip_bad", "run.rollbacks", "run.spike", "run.health_every")
-FREE = (
-    *FREE,
-    "run.stop_on_collapse",
-    "run.trackers",
-    "data.train",
-    "data.cache_dir",
-    "data.cache_gb",
-    "data.deadline",
-    "data.memory_mb",
-)
+FREE += ("run.snapshots", "run.skip_bad", "run.rollbacks", "run.spike", "run.health_every", "run.stop_on_collapse")
+FREE += ("run.trackers", "data.train", "data.cache_dir", "data.cache_gb", "data.deadline", "data.memory_mb")
 
 
 def make_objective(cfg: dict[str, Any]) -> Objective:
@@ -119,6 +112,8 @@ def make_objective(cfg: dict[str, Any]) -> Objective:
     query = config.build(method["query"], QUERIES, width=predictor.width)
     mask, error = config.build(method["mask"], MASKS), config.build(method["error"], ERRORS)
     context = config.build(method["context"], ContextLoss)
+    if isinstance(target, Ema) and cfg["optim"]["settle"] and cfg["optim"]["momentum"][1] == 1:
+        raise UserError("optim.momentum: the target stands still once it is 1, and with optim.settle the run goes on")
     for stream in (cfg["data"], *cfg["data"]["also"]):  # a mask that cannot be is found here
         one = torch.zeros(1, 3, stream["frames"], size, size)
         mask(one, encoder.grid_of(one), Draws(0, 0, torch.zeros(1, dtype=torch.int64)))
@@ -143,11 +138,16 @@ def check_same_run(cfg: dict[str, Any], data: str, state: dict[str, Any], out: P
     if state["provenance"]["data"] != data:
         raise UserError(f"{out}: data.train is not what this run was started on (its index has another hash)")
     before = state["provenance"]["config"]
+    free = FREE
+    if config.build(cfg["optim"], Optim).endless(cfg["method"]["target"]["kind"] == "ema"):
+        free = (*FREE, "run.steps")
     differing = [
         f"{key} is {old!r} there, {new!r} here"
         for key, old, new in config.differences(unplaced(before), unplaced(cfg))
-        if not any(key == free or key.startswith(free + ".") for free in FREE)
+        if not any(key == one or key.startswith(one + ".") for one in free)
     ]
+    if state["step"] > cfg["run"]["steps"]:
+        raise UserError(f"{out}: {state['step']} steps are done, more than run.steps {cfg['run']['steps']}")
     if differing:
         raise UserError(
             f"{out} holds another run: {'; '.join(differing[:3])}. Give another run.out, or the same values"
@@ -189,7 +189,7 @@ def forward_backward(
 def main(argv: list[str]) -> None:
     cfg = config.load(argv, SCHEMA)
     run, eff = config.build(cfg["run"], Run), config.build(cfg["efficiency"], Efficiency)
-    data, optim = config.build(cfg["data"], Data), config.build(cfg["optim"], Optim)
+    data, optim = config.build(cfg["data"], Data), config.build(cfg["optim"], Optim).scaled(run.batch)
     watch = config.build(cfg["watch"], Watch)
     if eff.threads:
         torch.set_num_threads(eff.threads)
@@ -204,11 +204,9 @@ def main(argv: list[str]) -> None:
         check_same_run(cfg, data_hash, state, out)
     unused = cfg["model"]["image_tokenizer"]  # gets no gradient from videos
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=unused)
-    mixed = "no" if eff.precision == "fp32" else eff.precision
     group = InitProcessGroupKwargs(timeout=timedelta(seconds=eff.timeout))
-    accelerator = Accelerator(
-        mixed_precision=mixed,
-        cpu=not torch.cuda.is_available(),
+    accelerator = fsdp.make_accelerator(
+        eff.precision,
         log_with=list(run.trackers) or None,
         project_dir=out,
         kwargs_handlers=[ddp, group],
@@ -224,25 +222,29 @@ def main(argv: list[str]) -> None:
     objective = make_objective(cfg)
     if run.init and not state:
         start_from(objective, cfg)
-    optimizer = make_optimizer(objective, optim)
-    watched = None
-    if main_process and watch.train is not None:
-        watched = Watched(watch, data.frames, cfg["augment"]["size"], data.stride, data.fps)
+    optimizer = make_optimizer(objective, optim, eff.fused)
     for module in objective.modules():
         if isinstance(module, Blocks):
             module.recompute = eff.recompute
+            for block in module if eff.compile else ():
+                block.compile(dynamic=True)  # one for all numbers of tokens; names of weights stay as they are
     model, optimizer = accelerator.prepare(objective, optimizer)
+    watched, takes_part = None, main_process or fsdp.is_sharded(model)  # in measuring and saving
+    if takes_part and watch.train is not None:
+        watched = Watched(watch, data.frames, cfg["augment"]["size"], data.stride, data.fps)
     about = provenance(cfg, data_hash)
     guard = Guard(run.skip_bad, run.rollbacks, run.spike, scaled=accelerator.scaler is not None)
     health = Health()
     resume = Resume(accelerator, objective, optimizer, guard, health, out, about)
-    start, state = resume.load(state) if state else 0, None
-    if start == run.steps:
+    start = resume.load(state) if state else 0
+    if run.init and not state:
+        resume.branch(Path(run.init))
+    if state and start == run.steps:
         if main_process and not (out / "encoder.safetensors").exists():
-            save_run(out, objective, {**about, "step": start}, snapshot=False)
+            resume.export(start, state["model"], snapshot=False)
         accelerator.print(f"{out}: all {run.steps} steps are done")
         return
-    log = meter = None
+    log = meter = state = None
     if main_process:
         make_folder(out)
         with writing(out):
@@ -269,7 +271,8 @@ def main(argv: list[str]) -> None:
                 parts = forward_backward(accelerator, model, batches, run.seed, step, eff.micro_batches)
             norm = clip_gradients(accelerator, model, optim, step)
             done, replaced = step + 1, [(key, reason) for b in batches for key, reason in b.bad]
-            flags = {"bad": len(replaced), "stop": stop.asked, "collapsed": run.stop_on_collapse and health.collapsed}
+            collapsed = main_process and run.stop_on_collapse and health.collapsed
+            flags = {"bad": len(replaced), "stop": stop.asked, "collapsed": collapsed}
             met = meet(accelerator, {**parts, "grad_norm": norm}, flags)
 
             if (why := guard.objection(met)) is None:
@@ -290,25 +293,27 @@ def main(argv: list[str]) -> None:
             took = time.perf_counter() - clock
             clock = time.perf_counter()
             bad_lines.add(*({"step": done, "key": key, "reason": reason} for key, reason in replaced))
-            if log and meter:
+            measuring, figures = done % run.health_every == 0 or done in (1, run.steps), {}
+            if takes_part:
                 health.see(batches[0].video)
+                with torch.compiler.set_stance("force_eager") if eff.compile else contextlib.nullcontext():
+                    figures = health.measure(objective) if measuring else {}
+                    if watched and (done % watch.every == 0 or done == run.steps):
+                        figures |= watched.measure(objective)
+            if log and meter:
                 row: dict[str, Any] = {"step": done, **{k: met[k] for k in parts}, **now, "grad_norm": met["grad_norm"]}
                 row |= {"clips_per_s": run.batch / took, "wait": waited / took, "memory": meter.memory()}
                 row |= {"mfu": meter.used(shape, took)} if known else {}
                 row |= {"keys": batch_hash(*seen.T), "bad": int(met["bad"]), "skipped": guard.skipped}
-                if done % run.health_every == 0 or done in (1, run.steps):
-                    row |= health.measure(objective)
-                    if line := health.collapse(row):
-                        log.say(line)
-                if watched and (done % watch.every == 0 or done == run.steps):
-                    row |= watched.measure(objective.evaluated)
+                row |= figures
+                if measuring and (line := health.collapse(row)):
+                    log.say(line)
                 log.write(row)
                 for line in resume.writer.news():
                     log.say(f"step {done}: {line}; the run goes on")
-                if done == run.steps or (
-                    not guard.row and (done % run.save_every == 0 or met["stop"] or met["collapsed"])
-                ):
-                    resume.save(done, run, log.lines)
+            due = not guard.row and (done % run.save_every == 0 or met["stop"] or met["collapsed"])
+            if takes_part and (due or done == run.steps):
+                resume.save(done, run, log.lines if log else None)
             if met["stop"] or met["collapsed"]:
                 break
         bad_lines.close()

@@ -11,7 +11,8 @@ from vidssl.config import Count, Names, Positive, Size
 from vidssl.data.shards import Sample, Shards
 from vidssl.errors import UserError
 from vidssl.evaluation.views import EvalClips, View
-from vidssl.model.vit import Encoder
+from vidssl.fsdp import gathered
+from vidssl.objective.objective import Objective
 from vidssl.objective.targets import normalise
 
 NEIGHBOURS, TEMPERATURE = 20, 0.07  # as DINO's k-NN (arXiv 2104.14294)
@@ -73,13 +74,16 @@ class Watched:
         return torch.stack(clips), torch.tensor(labels)
 
     @torch.no_grad()
-    def measure(self, encoder: Encoder) -> dict[str, float]:
-        """Percent of test that k nearest neighbours and a ridge classifier get right; chance is 100 / classes."""
+    def measure(self, objective: Objective) -> dict[str, float]:
+        """Percent of test that k nearest neighbours and a ridge classifier get right; chance is 100 / classes. With
+        shards (FSDP2) all processes must measure."""
+        encoder = objective.evaluated
         was, device = encoder.training, next(encoder.parameters()).device
         encoder.eval()
         found = {}
         for part, (clips, labels) in self.parts.items():
-            pooled = [encoder(normalise(b.to(device))).float().mean(1).cpu() for b in clips.split(BATCH)]
+            with gathered(objective):
+                pooled = [encoder(normalise(b.to(device))).float().mean(1).cpu() for b in clips.split(BATCH)]
             found[part] = torch.cat(pooled), labels
         encoder.train(was)
         train, test = found["train"], found["test"]

@@ -23,13 +23,14 @@ def check_apart(train: list[Sample], test: list[Sample]) -> int:
     return sum(s.meta.get("group") in groups for s in test)
 
 
-def check_readable(features: Features, samples: list[Sample], allowed: bool, name: str) -> None:
-    """Evaluation replaces nothing: a sample that cannot be read is an error unless it may be counted as wrong."""
+def check_readable(features: Features, samples: list[Sample], allowed: bool, name: str, section: str = "probe") -> None:
+    """Evaluation replaces nothing: a sample that cannot be read is an error unless it may be counted as wrong.
+    section: of the configuration, where that is said."""
     if features.unreadable and not allowed:
         listed = ", ".join(f"{samples[n].key} ({reason})" for n, reason in list(features.unreadable.items())[:3])
         raise UserError(
             f"{len(features.unreadable)} {name} sample(s) cannot be decoded: {listed}; mend the data, or set "
-            f"probe.allow_unreadable=true (unreadable test samples then count as wrong and are listed)"
+            f"{section}.allow_unreadable=true (unreadable test samples then count as wrong and are listed)"
         )
 
 
@@ -72,16 +73,24 @@ def evaluate(
     outputs = np.full((len(asked), task.outputs), np.nan)
     said = protocol.predict([model], dress(test.source), read, task)[0].double().numpy()
     outputs[np.isin(asked, read)] = said
-    row = {
-        "label": task.label,
-        **task.figures(outputs, [test.truths[n] for n in asked], groups_of(test.samples, asked), protocol.seed),
-        "n_test": len(asked),
-        "n_train": len(numbers),
-        "chosen": chosen,
-        "unreadable": {test.samples[n].key: r for n, r in test.unreadable.items() if n in set(asked)},
-    }
+    row, told = verdict(task, test, asked, outputs, protocol.seed)
+    row |= {"n_train": len(numbers), "chosen": chosen}
     more = protocol.more(model, dress(test.source), read, task, known)
     row |= {name: round(value * len(read) / len(asked), 4) for name, value in more.items()}
+    return row, told
+
+
+def verdict(
+    task: Task, test: Asked, asked: list[int], outputs: np.ndarray, seed: int
+) -> tuple[dict[str, Any], list[tuple[str, str, str, str, str]]]:
+    """The figures, and the lines of predictions.csv, of outputs f64 [n, C] of the asked test samples; those of a sample
+    that could not be read are NaN."""
+    row = {
+        "label": task.label,
+        **task.figures(outputs, [test.truths[n] for n in asked], groups_of(test.samples, asked), seed),
+        "n_test": len(asked),
+        "unreadable": {test.samples[n].key: r for n, r in test.unreadable.items() if n in set(asked)},
+    }
     told = []
     for n, output in zip(asked, outputs, strict=True):
         sample, bad = test.samples[n], bool(np.isnan(output).all())

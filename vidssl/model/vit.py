@@ -6,11 +6,11 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Mlp, SwiGLU
+from timm.layers import DropPath, Mlp, SwiGLU
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vidssl.config import Count, Positive, Size
+from vidssl.config import Count, Positive, Share, Size
 from vidssl.errors import UserError
 from vidssl.model.grid import Grid, patchify, take
 from vidssl.model.positions import Position, Positions, Rotation, rotate
@@ -63,10 +63,11 @@ class Block(nn.Module):
         self.attn = Attention(dim, heads)
         self.norm2 = nn.LayerNorm(dim, eps=eps)
         self.mlp = Mlp(dim, hidden) if mlp == "gelu" else SwiGLU(dim, -(-(2 * hidden // 3) // 8) * 8)
+        self.drop_path = DropPath()
 
     def forward(self, x: Tensor, turn: Rotation | None = None) -> Tensor:
-        x = x + self.attn(self.norm1(x), turn)
-        return x + self.mlp(self.norm2(x))
+        x = x + self.drop_path(self.attn(self.norm1(x), turn))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
 class Blocks(nn.ModuleList):
@@ -85,6 +86,13 @@ class Blocks(nn.ModuleList):
             if i in layers:
                 out.append(x)
         return out
+
+    def set_drop_path(self, rate: float) -> None:
+        """Stochastic depth (Huang et al. 2016, arXiv 1603.09382): in training a sample passes by each half of a block
+        with a chance that rises evenly from 0 in the first block to `rate` in the last."""
+        for i, block in enumerate(self):
+            assert isinstance(block, Block)
+            block.drop_path.drop_prob = rate * i / max(1, len(self) - 1)
 
     def rescale(self) -> None:
         """Divide each block's two output weights by sqrt(2 * its number from 1), so that the sum of many grows less.
@@ -149,6 +157,7 @@ class Encoder(nn.Module):
         init: Init = "trunc_normal",
         init_std: Positive = 0.02,
         depth_rescale: bool = False,
+        drop_path: Share = 0.0,
     ):
         """frames, height, width: of a native clip, in frames and pixels; tubelet in frames, patch in pixels.
 
@@ -157,7 +166,7 @@ class Encoder(nn.Module):
         (MAE, MAE-ST). image_tokenizer: a clip of one frame has an embedding of its own, and an added vector tells
         images from videos (V-JEPA 2.1). levels: layers, from 0, of which a predictor gets the normed output beside the
         last (V-JEPA 2.1); the last one must be among them. final_norm: off in models fine-tuned on the mean of tokens
-        (VideoMAE). depth_rescale: see Blocks.rescale.
+        (VideoMAE). depth_rescale: see Blocks.rescale; drop_path: see Blocks.set_drop_path.
         """
         super().__init__()
         check_heads(dim, heads)
@@ -180,6 +189,7 @@ class Encoder(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=eps) if final_norm else nn.Identity()
         self.level_norms = nn.ModuleList(nn.LayerNorm(dim, eps=eps) for _ in self.levels[:-1])
         init_weights(self.blocks, init, init_std)
+        self.blocks.set_drop_path(drop_path)
         if depth_rescale:
             self.blocks.rescale()
 

@@ -84,6 +84,7 @@ class Ema(nn.Module):
     def __init__(self, encoder: Encoder):
         super().__init__()
         self.net = copy.deepcopy(encoder).requires_grad_(False)
+        self.net.blocks.set_drop_path(0.0)
         self.width = encoder.width
 
     @torch.no_grad()

@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# One training process for each GPU of this node. SIGTERM is passed on to them, and this ends with their status, which
+# torchrun and accelerate launch would turn into 1: 75 asks for the same command again.
+#   NODES=2 NODE=0 MASTER_ADDR=HOST bash tools/launch/node.sh FILES.yaml ... key=value ...
+# NODE: this one's number from 0. GPUS: on each node (else what nvidia-smi lists). ACCELERATE_USE_FSDP=true
+# FSDP_VERSION=2: shards (configs/accelerate/fsdp2.yaml).
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+gpus=${GPUS:-$(nvidia-smi --list-gpus | wc -l)}
+export WORLD_SIZE=$((NODES * gpus)) LOCAL_WORLD_SIZE=$gpus MASTER_ADDR MASTER_PORT=${MASTER_PORT:-29500}
+pids=() told=0
+trap 'told=$((told + 1)); kill -TERM "${pids[@]}" 2>/dev/null' TERM
+for ((i = 0; i < gpus; i++)); do
+  RANK=$((NODE * gpus + i)) LOCAL_RANK=$i python vidssl/train.py "$@" &
+  pids+=($!)
+done
+ended=0
+for pid in "${pids[@]}"; do
+  seen=-1
+  while ((seen != told)); do # the signal cuts a wait short
+    seen=$told
+    wait "$pid"
+    status=$?
+  done
+  if ((status != 0 && (ended == 0 || ended == 75))); then ended=$status; fi # any failure counts more than 75
+done
+exit "$ended"

@@ -1,0 +1,339 @@
+r"""Fine-tuning: encoder and head trained end to end on labelled shards, one look at test -> probe.json.
+
+    accelerate launch vidssl/finetune.py configs/finetune/videomae_k400.yaml encoder=RUN \
+        data.train=SHARDS data.test=SHARDS out=DIR
+
+The epoch is chosen on a part of train that is held out by groups. After a kill the same command goes on from the end of
+its last epoch.
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import vidssl
+from vidssl import config
+from vidssl.checkpoint import copied, load_checkpoint, provenance, save_checkpoint
+from vidssl.config import Count, Part, Size, Value
+from vidssl.data.augment import AUGMENTS
+from vidssl.data.loader import Batch, Data, Streams, train_steps
+from vidssl.data.shards import Sample, Shards
+from vidssl.errors import UserError, run_cli
+from vidssl.evaluation.cache import Shape
+from vidssl.evaluation.features import Feed, make_features
+from vidssl.evaluation.finetuning import (
+    HEADS,
+    Chosen,
+    Classifier,
+    LabelledClips,
+    Mixer,
+    Parts,
+    Tune,
+    TuneData,
+    make_classifier,
+    open_parts,
+)
+from vidssl.evaluation.judge import Asked, check_readable, verdict
+from vidssl.evaluation.protocol import Protocol
+from vidssl.evaluation.report import Told, code_hash, weights_hash, write_tables
+from vidssl.evaluation.views import View
+from vidssl.files import check_out, make_folder, replace, writing
+from vidssl.model.attentive import HEAD_EPS, AttentiveHead
+from vidssl.model.vit import EPS
+from vidssl.objective.targets import normalise
+from vidssl.optim import Optim, clip_gradients, make_optimizer, schedule, set_schedule
+from vidssl.probe import ProbeData, make_view
+from vidssl.survive import meet, peers, same_everywhere
+from vidssl.zoo import native
+from vidssl.zoo.describe import Checkpoint
+from vidssl.zoo.native import Loaded, load_encoder
+
+
+@dataclass(frozen=True)
+class Speed:
+    """The `efficiency` section: what changes only the speed (up to rounding)."""
+
+    workers: Size = 2  # loader processes for each training process
+    micro_batches: Count = 1  # parts in which a process runs its share of the batch
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    recompute: bool = False  # activations in the backward pass, instead of keeping them
+    isolate: bool = True  # decode in child processes
+    eval_batch: Count = 16  # clips, when nothing is trained
+
+
+SCHEMA: config.Schema = {
+    "encoder": Value(str),
+    "out": Value(str),
+    "random_init": Value(bool, False),  # the same encoder untrained, for comparison
+    "data": Part(TuneData),
+    "augment": Part(AUGMENTS, ("size",)),
+    "head": Part(HEADS, ("dim", "classes")),
+    "optim": Part(Optim, ("warmup",)),
+    "tune": Part(Tune),
+    "efficiency": Part(Speed),
+}
+FREE = ("out", "data.train", "data.test", "tune.allow_unreadable", "efficiency")  # of data the hashes are compared
+
+
+def check(tune: Tune, speed: Speed, world: int) -> None:
+    """Numbers that must divide one another."""
+    for what, n, of, by in (
+        ("tune.batch", tune.batch, "tune.lanes", tune.lanes),
+        ("tune.lanes", tune.lanes, "the number of processes", world),
+        ("the clips of a process", tune.batch * tune.repeat // world, "efficiency.micro_batches", speed.micro_batches),
+    ):
+        if n % by:
+            raise UserError(f"{what} {n}: give a multiple of {of}, {by}")
+    if (tune.mixup or tune.cutmix) and tune.batch % (2 * tune.lanes):
+        raise UserError(f"tune.batch {tune.batch}: to mix clips give a multiple of 2 x tune.lanes, {2 * tune.lanes}")
+
+
+class Run(NamedTuple):
+    """What a run of these parts needs at every turn."""
+
+    accelerator: Accelerator
+    model: nn.Module  # as prepared
+    classifier: Classifier
+    optimizer: Any
+    optim: Optim
+    tune: Tune
+    speed: Speed
+    colours: tuple[list[float], list[float]]  # mean and deviation of the input
+
+    def step(self, batch: Batch, mixer: Mixer, step: int, steps: int) -> dict[str, float]:
+        """One update -> loss and norm of the gradients, over all processes."""
+        a, parts = self.accelerator, self.speed.micro_batches
+        torch.manual_seed(self.tune.seed + step * a.num_processes + a.process_index)  # of drop path
+        set_schedule(self.optimizer, schedule(self.optim, step, steps))
+        self.optimizer.zero_grad()
+        video, target = mixer(normalise(batch.video.to(a.device), self.colours), batch, step)
+        total = torch.zeros((), device=a.device)
+        for i, (some, want) in enumerate(zip(video.chunk(parts), target.chunk(parts), strict=True)):
+            with contextlib.nullcontext() if i == parts - 1 else a.no_sync(self.model):
+                with a.autocast():
+                    loss = F.cross_entropy(self.model(some).float(), want) / parts
+                a.backward(loss)
+            total += loss.detach()
+        norm = clip_gradients(a, self.model, self.optim, step)
+        met = meet(a, {"loss": total, "grad_norm": norm}, {})
+        if not math.isfinite(met["loss"]):
+            raise UserError(
+                f"step {step + 1}: the loss is {met['loss']}; a smaller optim.lr or optim.clip_grad may help"
+            )
+        self.optimizer.step()
+        return met
+
+    def look(self, shards: Shards, samples: list[Sample], truths: list[Any], view: View, name: str) -> Asked:
+        """Probabilities [n, clips, 1, C], by all processes; all get the whole. What cannot be read of the held-out part
+        has no say; of test it is an error, or allowed."""
+        classes = self.classifier.head.linear.out_features
+
+        def encode(video: Tensor) -> Tensor:
+            with self.accelerator.autocast():
+                logits = self.classifier(normalise(video, self.colours))
+            return logits.float().softmax(-1)[:, None]
+
+        videos = max(1, self.speed.eval_batch // view.clips)
+        reading = Protocol(encode_batch=videos, workers=self.speed.workers)
+        self.classifier.eval()
+        feed = Feed(encode, shards, samples, view, self.accelerator, reading, name)
+        found = make_features(feed, Shape(len(samples), view.clips, 1, classes), "memory", {})
+        self.classifier.train()
+        if name == "test":
+            check_readable(found, samples, self.tune.allow_unreadable, name, "tune")
+        return Asked(found.source, samples, truths, found.unreadable)
+
+
+def outputs_of(asked: Asked) -> np.ndarray:
+    """f64 [n, C]: probabilities averaged over a sample's clips; NaN where it was not read."""
+    n, clips = asked.source.shape[:2]
+    (tokens,) = asked.source.batches(clips, [list(range(n))])
+    outputs = tokens.mean(1).double().cpu().numpy()
+    outputs[list(asked.unreadable)] = np.nan
+    return outputs
+
+
+def check_same(state: dict[str, Any], about: dict[str, Any], out: Path) -> None:
+    """A folder holds one run."""
+    before = state["provenance"]
+    changed = config.differences(before["config"], about["config"])
+    changed = [c for c in changed if not any(c[0] == free or c[0].startswith(free + ".") for free in FREE)]
+    if changed or before["data"] != about["data"]:
+        key, old, new = changed[0] if changed else ("the data or the encoder", "another", "this one")
+        raise UserError(f"{out} holds another run: {key} is {old!r} there, {new!r} here; give another out=")
+
+
+class Course:
+    """Where training stands: a row for each epoch, and the weights of the best one so far."""
+
+    def __init__(self, run: Run, parts: Parts, out: Path, about: dict[str, Any], state: dict[str, Any] | None):
+        """state: a checkpoint to go on from."""
+        self.run, self.parts, self.out, self.about = run, parts, out, about
+        self.rows: list[dict[str, Any]] = []
+        self.best: dict[str, Tensor] = {}
+        self.start = 0  # step
+        if state:
+            same_everywhere(run.accelerator, state["step"])
+            now, self.best = (
+                {k.removeprefix(part): v for k, v in state["model"].items() if k.startswith(part)}
+                for part in ("now.", "best.")
+            )
+            run.classifier.load_state_dict(now)
+            run.optimizer.load_state_dict(state["optimizer"])
+            if run.accelerator.scaler is not None:
+                run.accelerator.scaler.load_state_dict(state["scaler"])
+            self.rows, self.start = state["epochs"], state["step"]
+
+    def end_epoch(self, step: int, losses: list[float], view: View) -> None:
+        """After `step` steps: look at what is held out, and write a checkpoint. view: of a test video."""
+        row: dict[str, Any] = {"epoch": len(self.rows) + 1, "step": step, "loss": float(np.mean(losses))}
+        samples, truths = self.parts.held
+        if samples:
+            view = view._replace(segments=1, crops=1)
+            seen = self.run.look(self.parts.shards["train"], samples, truths, view, "held-out train")
+            read = seen.read()
+            row["held_out_accuracy"] = self.parts.task.score(outputs_of(seen)[read], [truths[n] for n in read])
+            if all(row["held_out_accuracy"] >= before["held_out_accuracy"] for before in self.rows):
+                self.best = copied(self.run.classifier.state_dict())
+        self.rows.append(row)
+        self.run.accelerator.print(", ".join(f"{k} {v:.6g}" for k, v in row.items()))
+        if self.run.accelerator.is_main_process:
+            scaler = self.run.accelerator.scaler
+            parts = {"now.": self.run.classifier.state_dict(), "best.": self.best}
+            state: dict[str, Any] = {"provenance": self.about, "epochs": self.rows, "guard": None, "health": None}
+            state["model"] = {part + k: v for part, weights in parts.items() for k, v in weights.items()}
+            state["optimizer"] = self.run.optimizer.state_dict()
+            state["scaler"] = scaler.state_dict() if scaler else None
+            with writing(self.out):
+                save_checkpoint(self.out / "checkpoints", step, copied(state), keep=1)
+
+    def chosen(self) -> dict[str, Any]:
+        """The classifier is then that of the best epoch (the last of equal ones), or of the last if nothing was held
+        out -> which, and why."""
+        if not self.best:
+            return {**self.rows[-1], "epochs": len(self.rows), "n_held_out": 0}
+        self.run.classifier.load_state_dict(self.best)
+        best = max(reversed(self.rows), key=lambda row: row["held_out_accuracy"])
+        return {**best, "epochs": len(self.rows), "n_held_out": len(self.parts.held[0]), "tried": self.rows}
+
+
+def fit(course: Course, view: View, augment: Any, per_epoch: int, data: Data) -> None:
+    """From where it stands to the end of the last epoch."""
+    run, parts = course.run, course.parts
+    a, tune, speed, steps = run.accelerator, run.tune, run.speed, per_epoch * run.tune.epochs
+    stream = Chosen(parts.places, tune.seed, tune.lanes)
+    clips = LabelledClips(parts.task.label, parts.shards["train"], stream, data, augment)
+    shares = a.process_index, a.num_processes
+    clips_a_step = [tune.batch * tune.repeat]
+    loader: Any = train_steps(
+        Streams([clips]), course.start, steps, clips_a_step, *shares, speed.workers, speed.isolate
+    )
+    mixer, losses = Mixer(tune, len(parts.task.names)), []
+    run.classifier.train()
+    with contextlib.closing(loader):
+        bar = tqdm(loader, course.out.name, steps, initial=course.start, disable=not a.is_main_process, mininterval=20)
+        for done, (batch,) in enumerate(bar, course.start + 1):
+            losses.append(run.step(batch, mixer, done - 1, steps)["loss"])
+            if done % per_epoch == 0:
+                course.end_epoch(done, losses, view)
+                losses = []
+
+
+def write(
+    out: Path, cfg: dict, loaded: Loaded, parts: Parts, row: dict[str, Any], told: list[tuple], about: Any
+) -> None:
+    """probe.json and the tables beside it, as of a probe."""
+    label = parts.task.label
+    write_tables(out, [Told(label, "none", "", "", *line) for line in told], {label})
+    report = {
+        "results": [{"control": "none", "protocol": "finetune", **row}],
+        "low_shot": [],
+        "encoder": {"path": cfg["encoder"], "random_init": cfg["random_init"], "sha256": weights_hash(loaded.encoder)},
+        "trained": {k: loaded.about.get(k) for k in ("step", "data", "source")},
+        "data": {name: part.hash for name, part in parts.shards.items()},
+        "test_samples_of_train_groups": parts.shared_groups,
+        "seed": cfg["tune"]["seed"],
+        "versions": {"vidssl": vidssl.__version__, "torch": str(torch.__version__), "code": code_hash()},
+        "config_sha256": hashlib.sha256(json.dumps(cfg, sort_keys=True).encode()).hexdigest(),
+        "config": cfg,
+        "libraries": about["libraries"],
+    }
+    replace(out / "probe.json", partial(Path.write_text, data=json.dumps(report, indent=1, allow_nan=False)))
+
+
+def save(out: Path, classifier: Classifier, model: dict, loaded: Loaded, about: dict[str, Any]) -> None:
+    """encoder.safetensors and head.safetensors: for a probe, for another fine-tuning, for conversion."""
+    found = Checkpoint("vidssl", model, classifier.encoder.state_dict(), loaded.about["pixels"])
+    found.head, found.head_eps = classifier.head.state_dict(), EPS
+    if isinstance(classifier.head, AttentiveHead):
+        found.head_heads, found.head_eps = classifier.head.xattn.heads, HEAD_EPS
+    native.save(out, found, about)
+
+
+@peers()
+def main(argv: list[str]) -> None:
+    cfg = config.load(argv, SCHEMA)
+    data, tune, speed = (
+        config.build(cfg[k], t) for k, t in (("data", TuneData), ("tune", Tune), ("efficiency", Speed))
+    )
+    out = Path(cfg["out"])
+    if (out / "probe.json").exists():
+        raise UserError(f"{out / 'probe.json'} exists: the test set was read for it; give another out=")
+    check_out(out)
+    loaded = load_encoder(cfg["encoder"], tune.seed if cfg["random_init"] else None)
+    parts = open_parts(data, tune)
+    places = {"train": data.train, "test": data.test, "stride": data.stride, "fps": data.fps}
+    view = make_view(ProbeData(**places), Protocol(segments=tune.segments, crops=tune.crops), loaded, "none")
+    cfg["data"] |= {"stride": view.stride, "fps": view.fps}
+    hashes = [*(part.hash for part in parts.shards.values()), weights_hash(loaded.encoder)]
+    about = provenance(cfg, hashlib.sha256(" ".join(hashes).encode()).hexdigest())
+    if state := load_checkpoint(out / "checkpoints"):
+        check_same(state, about, out)
+    unused = loaded.encoder.patch_embed_img is not None or len(loaded.encoder.level_norms) > 0
+    ddp = DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=unused)
+    mixed = "no" if speed.precision == "fp32" else speed.precision
+    accelerator = Accelerator(mixed_precision=mixed, cpu=not torch.cuda.is_available(), kwargs_handlers=[ddp])
+    check(tune, speed, accelerator.num_processes)
+
+    per_epoch = max(1, len(parts.places) // tune.batch)
+    optim = config.build(cfg["optim"], Optim, warmup=round(tune.warmup * per_epoch)).scaled(tune.batch)
+    classifier, model = make_classifier(loaded, cfg["head"], len(parts.task.names), tune)
+    classifier.encoder.blocks.recompute = speed.recompute
+    prepared, optimizer = accelerator.prepare(classifier, make_optimizer(classifier, optim, fused=True))
+    colours = loaded.about["pixels"]["mean"], loaded.about["pixels"]["std"]
+    run = Run(accelerator, prepared, classifier, optimizer, optim, tune, speed, colours)
+    if accelerator.is_main_process:
+        make_folder(out)
+        config.save(cfg, out / "config.yaml")
+    accelerator.wait_for_everyone()
+    course = Course(run, parts, out, about, state)
+    augment = config.build(cfg["augment"], AUGMENTS, size=view.size)
+    read = Data(train=data.train, frames=view.frames, stride=view.stride, fps=view.fps, repeat=tune.repeat)
+    fit(course, view, augment, per_epoch, read)
+
+    chosen = course.chosen()
+    seen = run.look(parts.shards["test"], *parts.test, view, "test")
+    if accelerator.is_main_process:
+        row, told = verdict(parts.task, seen, list(range(len(seen.samples))), outputs_of(seen), tune.seed)
+        row |= {"n_train": len(parts.places), "chosen": chosen}
+        save(out, classifier, model, loaded, {**about, "step": chosen["step"]})
+        write(out, cfg, loaded, parts, row, told, about)
+        accelerator.print(f"{row['label']} {row['metric']} {row['value']:.2f}  {row['ci95']}")
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    run_cli(main, __doc__)

@@ -1,0 +1,102 @@
+"""Sharded training (FSDP2): weights, gradients and optimiser state cut over the processes, and whole where they must.
+
+`accelerate launch` asks for it by environment variables (configs/accelerate/fsdp2.yaml). Each Block of the encoder, the
+momentum encoder and the predictor is a unit of its own, what is left is the last one, and all parameters are cut in the
+same way, so that optimiser and momentum update work on each process's own pieces.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from vidssl.errors import UserError
+
+
+def make_accelerator(precision: str, **options: Any) -> Accelerator:
+    """The processes as they were launched; in shards if that was asked for. precision: fp32, bf16 or fp16."""
+    wanted, cpu = plugin(precision), not torch.cuda.is_available()
+    mixed = "no" if precision == "fp32" else precision
+    accelerator = Accelerator(mixed_precision=mixed, cpu=cpu, fsdp_plugin=wanted, **options)
+    if wanted is not None and accelerator.distributed_type == DistributedType.MULTI_CPU:
+        # Accelerate (1.15, AcceleratorState.__init__) heeds the plugin on accelerators only, though all that it then
+        # does works on processes of a CPU, too.
+        accelerator.state.fsdp_plugin = wanted
+        accelerator.state.distributed_type = DistributedType.FSDP
+        PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+    return accelerator
+
+
+def plugin(precision: str) -> FullyShardedDataParallelPlugin | None:
+    """What the launcher asks for; None: no shards.
+
+    On GPUs, of bf16 and fp16 the weights are gathered in that precision, and the gradients summed in f32; what is
+    computed in f32 all the same is left to autocast, as without shards. On CPUs autocast leaves LayerNorm's weights as
+    they are, so there they are gathered in f32.
+    """
+    if asked("ACCELERATE_USE_DEEPSPEED"):
+        raise UserError(
+            "DeepSpeed takes its optimiser step inside the backward pass, where none can be left out: use "
+            "configs/accelerate/fsdp2.yaml (fsdp_reshard_after_forward: false is its ZeRO-2, true its ZeRO-3)"
+        )
+    if not asked("ACCELERATE_USE_FSDP"):
+        return None
+    if os.environ.get("FSDP_VERSION", "1") != "2":
+        raise UserError("FSDP 1 is not supported: set fsdp_version: 2, as in configs/accelerate/fsdp2.yaml")
+    if asked("FSDP_ACTIVATION_CHECKPOINTING"):
+        raise UserError("fsdp_activation_checkpointing: use efficiency.recompute=true instead")
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision) if torch.cuda.is_available() else None
+    return FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        mixed_precision_policy=MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False),
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=["Block"],
+    )
+
+
+def asked(name: str) -> bool:
+    """Is an environment variable of `accelerate launch` true?"""
+    return os.environ.get(name, "false").lower() in ("1", "true", "yes")
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Then every process must take part in forward passes and in copies of what was learned."""
+    return isinstance(module, FSDPModule)
+
+
+def whole(t: Tensor) -> Tensor:
+    """The whole tensor, of which each process has a piece; all processes must ask for it."""
+    return t.full_tensor() if isinstance(t, DTensor) else t
+
+
+def cut_as(full: Tensor, other: Tensor) -> Tensor:
+    """Of a whole tensor the piece that this process has of `other`; all processes must ask for it."""
+    if not isinstance(other, DTensor) or full.shape != other.shape:
+        return full
+    return distribute_tensor(full.to(other.device), other.device_mesh, other.placements)
+
+
+@contextlib.contextmanager
+def gathered(model: nn.Module) -> Iterator[None]:
+    """In here parts of a sharded model can be called by themselves: its last unit is whole, its blocks are while they
+    run, and autocast is on where they are gathered in low precision. All processes must enter and call the same."""
+    if not isinstance(model, FSDPModule):
+        yield
+        return
+    model.unshard()
+    try:
+        here = next(p for p in model.parameters() if not isinstance(p, DTensor))
+        with torch.autocast(here.device.type, here.dtype, enabled=here.dtype != torch.float32):
+            yield
+    finally:  # blocks, too: fsdp_reshard_after_forward: false leaves them whole until a backward pass
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
