@@ -331,9 +331,7 @@ def test_repeated_clips_share_a_decoding_and_are_functions_of_their_position(tra
             assert alone.key == key and alone.video.equal(video)
     assert all(len(set(lanes)) == 1 for lanes in starts)
     shown = [make_clips(train, repeat=1)[p].key for p in range(16)]
-    assert sorted({k for b in batches for k in b.key}) == sorted(
-        set(shown)
-    )  # the first of the order
+    assert sorted({k for b in batches for k in b.key}) == sorted(set(shown))  # the first of the order
 
 
 def test_clips_of_a_video_are_replaced_together(train, tmp_path):
