@@ -168,7 +168,7 @@ def keeping(net: nn.Module) -> Iterator[dict[int, int]]:
 
 def where_time_goes(contender: Contender, video: Tensor) -> dict[str, float]:
     """Kind of operation -> share of a step's time on the CPU or device."""
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
+    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if video.is_cuda else [])]) as seen:
         contender.step(video, 1)
     cuda = video.device.type == "cuda"
     shares = dict.fromkeys([*KINDS, "the rest"], 0.0)
@@ -277,7 +277,7 @@ def main(argv: list[str]) -> None:
     with torch.autocast(device, torch.bfloat16, enabled=dtype != torch.float32):
         for name, c in contenders.items():
             with keeping(c.net) as storages:
-                losses[name] = float(c.forward(video, 0))
+                losses[name] = float(c.forward(video, 0).detach())
             kept[name] = sum(storages.values())
             flops[name] = count_flops(partial(c.step, video, 0))  # this warms up, too
         names = list(contenders)
