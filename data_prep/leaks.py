@@ -55,6 +55,9 @@ _BITS = np.array([bin(i).count("1") for i in range(1 << 16)], np.uint8)
 _DATA: dict[str, Shards] = {}  # of a worker process: TRAIN and TEST
 
 
+Alive = Callable[[], None]
+
+
 class Looks(NamedTuple):
     """digest: of the file's bytes. hashes u64 [n]; numbers i32 [n]: at which look, so the time is numbers / RATE."""
 
@@ -88,21 +91,27 @@ def distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return _BITS[np.bitwise_xor(a, b)[:, None].view(np.uint16)].sum(1, dtype=np.int64)
 
 
-def grey(video: Any, indices: np.ndarray, side: int) -> np.ndarray:
-    """Frames at `indices`, as u8 [n,side,side]."""
-    out = np.empty((len(indices), side, side), np.uint8)
-    for i in range(0, len(indices), 32):
-        for j, frame in enumerate(video.get(indices[i : i + 32])):
-            small = Image.fromarray(frame).convert("L").resize((side, side), Image.Resampling.BOX)
-            out[i + j] = np.asarray(small)
-    return out
+def nothing() -> None:
+    pass
 
 
-def look(data: bytes, ext: str, meta: dict | None) -> Looks:
-    """Look at the frame that is shown at 0, 1 / RATE, 2 / RATE, ... seconds."""
+def grey(video: Any, indices: np.ndarray, side: int, alive: Alive) -> np.ndarray:
+    """Frames at `indices`, as u8 [n,side,side]; decoded in one pass, one held at a time."""
+    wanted, back = np.unique(indices, return_inverse=True)
+    out = np.empty((len(wanted), side, side), np.uint8)
+    for i, frame in enumerate(video.each(wanted)):
+        out[i] = np.asarray(Image.fromarray(frame).convert("L").resize((side, side), Image.Resampling.BOX))
+        if i % 32 == 0:
+            alive()
+    return out[back]
+
+
+def look(data: bytes, ext: str, meta: dict | None, alive: Alive = nothing) -> Looks:
+    """Look at the frame that is shown at 0, 1 / RATE, 2 / RATE, ... seconds. alive: called now and then."""
     video = open_video(data, ext, meta)
+    alive()
     when = np.arange(0.0, video.times[-1] + 1e-6, 1 / RATE)
-    pictures = grey(video, np.searchsorted(video.times, when + 1e-6, side="right") - 1, 32)
+    pictures = grey(video, np.searchsorted(video.times, when + 1e-6, side="right") - 1, 32, alive)
     keep = np.flatnonzero(pictures.std((1, 2)) >= FLAT)
     return Looks(sha256(data).digest(), phash(pictures)[keep], keep.astype(np.int32))
 
@@ -162,14 +171,14 @@ class File(NamedTuple):
     meta: dict | None = None
 
 
-def moving(file: File, start: float, end: float) -> tuple[float, np.ndarray]:
+def moving(file: File, start: float, end: float, alive: Alive) -> tuple[float, np.ndarray]:
     """From the first frame after `start` to the last before `end` (seconds): its time, and 8x8 thumbnails f32 [n,64],
     FINE a second, linear in between those of the frames."""
     video = open_video(*file)
     indices = np.flatnonzero((video.times >= start) & (video.times <= end))
     if len(indices) < 2:
         return 0.0, np.zeros((0, 64), np.float32)
-    times, thumbs = video.times[indices], grey(video, indices, 8).reshape(-1, 64).astype(np.float32)
+    times, thumbs = video.times[indices], grey(video, indices, 8, alive).reshape(-1, 64).astype(np.float32)
     when = np.arange(times[0], times[-1] + 1e-6, 1 / FINE)
     before = np.searchsorted(times, when, side="right").clip(1, len(times) - 1) - 1
     part = ((when - times[before]) / (times[before + 1] - times[before])).astype(np.float32)[:, None]
@@ -190,12 +199,12 @@ def align(train: np.ndarray, test: np.ndarray) -> tuple[float, int, int]:
     return best
 
 
-def compare(pair: Pair, test: File, train: File) -> dict | None:
+def compare(pair: Pair, test: File, train: File, alive: Alive = nothing) -> dict | None:
     """What is written of a pair, or None if it is not the same video."""
     told = {"bits": round(pair.bits, 2), "shift": pair.shift}
     start, end = pair.at - SPAN / 2, pair.at + SPAN / 2
-    t0, b = moving(test, start, end)
-    s0, a = moving(train, start + pair.shift - AROUND, end + pair.shift + AROUND)
+    t0, b = moving(test, start, end, alive)
+    s0, a = moving(train, start + pair.shift - AROUND, end + pair.shift + AROUND, alive)
     if not len(a) or not len(b) or min(a.std(0).mean(), b.std(0).mean()) < STILL:
         return {**told, "why": "still pictures"} if pair.bits <= SAME else None
     alike, shift, common = align(a, b)
@@ -221,7 +230,8 @@ def _compare(job: tuple[Pair, Sample, Sample]) -> dict | None:
     pair, *samples = job
     try:
         parts = zip(("test", "train"), samples, strict=True)
-        return compare(pair, *(File(_DATA[kind].read(s), s.ext, s.meta) for kind, s in parts))
+        test, train = (File(_DATA[kind].read(s), s.ext, s.meta) for kind, s in parts)
+        return compare(pair, test, train)
     except DecodeError:
         return None
 

@@ -1,9 +1,11 @@
-"""Files that show the same pictures as one before them, re-encoded or scaled or trimmed: what
+"""Files all of whose pictures another one shows too, re-encoded or scaled or trimmed: what
 `pack --drop-duplicates near` drops.
 
 Looked for as `leaks` does (its page says how): perceptual hashes find pairs, and what moves in the two decides, here at
-SURE, since takes of one scene are not duplicates. Pictures and films in which nothing moves go by their hashes. Files
-are opened in child processes with a deadline; one that cannot be decoded is left for pack to reject.
+SURE, since takes of one scene are not duplicates. Pictures and films in which nothing moves go by their hashes. Of a
+pair the later one by name is dropped if WITHIN of its looks are in the other one; else the earlier one, if it is in the
+later one. What is in none that is kept, is kept. Files are opened in child processes with a deadline; those that could
+not be looked at are kept, counted and listed.
 """
 
 import hashlib
@@ -11,6 +13,7 @@ import json
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -19,7 +22,7 @@ from tqdm import tqdm
 
 from data_prep.filters import Rejected
 from data_prep.index import dumps, read_lines, write_text
-from data_prep.leaks import File, Looks, Table, compare, look
+from data_prep.leaks import File, Looks, Pair, Table, compare, look
 from data_prep.probe import Children, serve
 from data_prep.sources.common import Item
 from vidssl.errors import UserError
@@ -27,16 +30,20 @@ from vidssl.files import make_folder
 
 SURE = 0.985  # correlation of what moves, from which on a file is dropped: re-encoded copies of UCF101 have 0.989 to 1
 
+WITHIN = 0.8  # of a file's looks
+
 
 def _answer(what: str, *job: Any) -> None:
     """In the child: ("look", path, ext, send) or ("compare", pair, (path, ext), (path, ext), send)."""
     *given, send = job
+    alive = partial(send, ("alive", None))
     if what == "look":
         path, ext = given
-        send(("known", look(Path(path).read_bytes(), ext, None)))
+        send(("known", look(Path(path).read_bytes(), ext, None, alive)))
     else:
         pair, *both = given
-        send(("known", (compare(pair, *(File(Path(path).read_bytes(), ext) for path, ext in both)),)))
+        test, train = (File(Path(path).read_bytes(), ext) for path, ext in both)
+        send(("known", (compare(pair, test, train, alive),)))
 
 
 def _serve(conn: Connection) -> None:
@@ -44,7 +51,7 @@ def _serve(conn: Connection) -> None:
 
 
 def near_files(root: Path, items: list[Item], workers: int, timeout: float) -> dict[str, dict]:
-    """Path -> {"first": path of the file before it (by name) that it repeats, "why", "alike", ...}."""
+    """Path -> {"first": file that shows it too, "why", "alike", ...}, or {"unseen": why it was not looked at}."""
     files = sorted({item.path: item.ext for item in items}.items())
     places = [(str(root / path), ext) for path, ext in files]
     children = Children(_serve, (), timeout)
@@ -56,16 +63,27 @@ def near_files(root: Path, items: list[Item], workers: int, timeout: float) -> d
     with closing(children):
         found = ask([("look", *place) for place in places], "look for duplicates")
         seen: list[Looks | None] = [None if isinstance(looks, Rejected) else looks for looks in found]
+        lost = [(path, f) for (path, _), f in zip(files, found, strict=True) if isinstance(f, Rejected)]
+        told: dict[str, dict] = {path: {"unseen": f.reason} for path, f in lost}
         table = Table(seen)
         pairs = [p for i, looks in enumerate(seen) if looks for p in table.pairs(i, looks) if p.train < i]
+        pairs.sort(key=lambda p: (p.test, p.train))
         answers = ask([("compare", p, places[p.test], places[p.train]) for p in pairs], "compare")
-    same: dict[str, dict] = {}
     for pair, answer in zip(pairs, answers, strict=True):
-        told = None if isinstance(answer, Rejected) else answer[0]
         path, first = files[pair.test][0], files[pair.train][0]
-        if told and told.get("alike", 1.0) >= SURE and (path not in same or first < same[path]["first"]):
-            same[path] = {"first": first, **told}
-    return same
+        if isinstance(answer, Rejected):
+            told.setdefault(path, {"unseen": answer.reason})
+        elif answer[0] and answer[0].get("alike", 1.0) >= SURE and not {path, first} & told.keys():
+            if is_within(pair, seen[pair.test]):
+                told[path] = {"first": first, **answer[0]}
+            elif is_within(pair, seen[pair.train]):
+                told[first] = {"first": path, **answer[0], "shift": -answer[0]["shift"]}
+    return told
+
+
+def is_within(pair: Pair, looks: Looks | None) -> bool:
+    """Is most of this one of the two in the other one?"""
+    return looks is not None and pair.votes >= WITHIN * len(looks.hashes)
 
 
 def remembered(file: Path, root: Path, items: list[Item], search: Callable[[], dict[str, dict]]) -> dict[str, dict]:
@@ -80,6 +98,8 @@ def remembered(file: Path, root: Path, items: list[Item], search: Callable[[], d
     same = search()
     make_folder(file.parent)
     write_text(file, map(dumps, _lines(listed, same)))
+    if unseen := [path for path, told in same.items() if "unseen" in told]:
+        print(f"{len(unseen)} files could not be looked at for duplicates, {unseen[0]} first: {file} lists them")
     return same
 
 

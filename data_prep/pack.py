@@ -30,6 +30,14 @@ PRESETS = ("ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "sl
 FIRST = ("plan.json.tmp", NEAR)  # what is written before plan.json
 
 
+def check_free(out: Path) -> None:
+    """OUT is new, or that of a pack."""
+    if (out / "plan.json").exists() or not os.path.exists(out):
+        return
+    if not out.is_dir() or any(not p.name.startswith(FIRST) for p in out.iterdir()):
+        raise UserError(f"{out}: holds something else already; choose a new folder")
+
+
 def open_out(out: Path, plan: Plan) -> bool:
     """Make OUT, or find this very plan in it; whether all its data sets are finished."""
     file = out / "plan.json"
@@ -41,8 +49,6 @@ def open_out(out: Path, plan: Plan) -> bool:
         if found != plan.digest:
             raise UserError(f"{out}: holds a pack of other files or with other options; choose another folder")
         return all((folder / "index.json").exists() for folder in plan.sets)
-    if os.path.exists(out) and (not out.is_dir() or any(not p.name.startswith(FIRST) for p in out.iterdir())):
-        raise UserError(f"{out}: holds something else already; choose a new folder")
     make_folder(out)
     write_text(file, [dumps({"version": 1, "plan": plan.digest, "options": plan.options})])
     return False
@@ -160,6 +166,7 @@ def main(argv: list[str]) -> None:
     if args.out.resolve().is_relative_to(args.src.resolve()):
         raise UserError(f"{args.out}: lies inside {args.src}; choose a folder outside the source")
     check_out(args.out)
+    check_free(args.out)
     source = read_source(args.src, args.source, args.annotations)
     plan = make_plan(source, args.src, args.out, args)
     if source.ignored:

@@ -123,6 +123,8 @@ def make_plan(source: Source, root: Path, out: Path, args: argparse.Namespace) -
     recipe, cuts = args.recipe, any(span != (None, None) for span in keys.values())
     if cuts and recipe and (recipe.window or recipe.scenes):
         raise UserError(f"{root}: its annotations name segments; leave out --window, --hop and --scenes")
+    if cuts and args.drop_duplicates == "near":
+        raise UserError(f"{root}: its annotations name segments, and near duplicates are whole files")
     recipe = recipe or (Recipe() if cuts else None)
     sizes = {item.path: (root / item.path).stat().st_size for item in source.items}
     options = _options(args, recipe)
@@ -140,9 +142,9 @@ def make_plan(source: Source, root: Path, out: Path, args: argparse.Namespace) -
             rejected[folder] += more
     if args.drop_duplicates == "near":
         for folder, items in parts.items():
-            parts[folder], more = without_duplicates(
-                items, same_pictures(items, root, out / f"{NEAR}{folder.name}.jsonl", args)
-            )
+            same = same_pictures(items, root, out / f"{NEAR}{folder.name}.jsonl", args)
+            digest.update(dumps(same).encode())
+            parts[folder], more = without_duplicates(items, same)
             rejected[folder] += more
     sets = {folder: _cut(folder, parts[folder], sizes, args) for folder in sorted(parts)}
     classes = class_lists(names)
@@ -176,7 +178,8 @@ def same_bytes(items: list[Item], root: Path) -> dict[str, tuple[str, dict]]:
 def same_pictures(items: list[Item], root: Path, file: Path, args: argparse.Namespace) -> dict[str, tuple[str, dict]]:
     """The same for what shows the same pictures; remembered in `file`."""
     found = remembered(file, root, items, lambda: near_files(root, items, args.workers, args.timeout))
-    return {k: (v["first"], {"detail": f"the same pictures as {v['first']}", **v}) for k, v in found.items()}
+    same = {k: v for k, v in found.items() if "first" in v}
+    return {k: (v["first"], {"detail": f"its pictures are in {v['first']}", **v}) for k, v in same.items()}
 
 
 def without_duplicates(items: list[Item], same: dict[str, tuple[str, dict]]) -> tuple[list[Item], list[dict]]:

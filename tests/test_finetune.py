@@ -23,7 +23,7 @@ from vidssl.evaluation.features import Kept
 from vidssl.evaluation.finetuning import Chosen, Mixer, Tune, in_pairs, make_classifier
 from vidssl.evaluation.judge import Asked
 from vidssl.evaluation.report import weights_hash
-from vidssl.exchange import save_run
+from vidssl.exchange import as_checkpoint, write_run
 from vidssl.optim import Optim, clip_gradients, make_optimizer, schedule, set_schedule
 from vidssl.train import SCHEMA, make_objective
 from vidssl.zoo.native import load_encoder, read
@@ -62,7 +62,8 @@ def encoder(tmp_path_factory) -> Path:
     clip = ["augment.kind=center_crop", "augment.size=16", "data.stride=1", "data.train=x"]
     clip.append("method.mask.past=1")
     cfg = config.load([method, *sizes, *clip, "run.out=x", "run.steps=1", "run.batch=8"], SCHEMA)
-    save_run(out, make_objective(cfg), {"config": cfg, "step": 0}, snapshot=False)
+    objective = make_objective(cfg)
+    write_run(out, as_checkpoint(objective, cfg, objective.state_dict()), {"config": cfg, "step": 0}, snapshot=False)
     return out
 
 

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 
 from vidssl import config
 from vidssl.draws import Draws
-from vidssl.exchange import save_run
+from vidssl.exchange import as_checkpoint, write_run
 from vidssl.model.vit import MODELS
 from vidssl.objective.masks import MASKS
 from vidssl.objective.predictors import PREDICTORS
@@ -54,7 +54,9 @@ def losses(method: str) -> list[float]:
         given = []
         if own(method)["method"]["target"]["kind"] == "teacher":
             larger = small("vjepa2_1", "model.dim=64", "model.heads=4", "run.seed=1")
-            save_run(Path(folder), make_objective(larger), {"config": larger, "step": 0}, snapshot=False)
+            objective = make_objective(larger)
+            found = as_checkpoint(objective, larger, objective.state_dict())
+            write_run(Path(folder), found, {"config": larger, "step": 0}, snapshot=False)
             given = [f"method.target.path={folder}"]
         cfg = small(method, *given)
         objective, optim = make_objective(cfg), config.build(cfg["optim"], Optim)

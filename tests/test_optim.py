@@ -350,7 +350,10 @@ def test_other_runs_cannot_be_prolonged(synthetic_shards, tmp_path):
     with pytest.raises(UserError, match=r"run\.steps is 1 there, 2 here"):
         run(synthetic_shards, tmp_path / "run", "run.steps=2")
     with pytest.raises(UserError, match="the target stands still once it is 1"):
-        run(synthetic_shards, tmp_path / "other", "run.steps=2", "optim.settle=2", "optim.momentum=[0.9,1]")
+        still = ("optim.settle=2", "optim.lr_end=1e-4", "optim.momentum=[0.9,1]")
+        run(synthetic_shards, tmp_path / "other", "run.steps=2", *still)
+    with pytest.raises(UserError, match=r"optim\.lr_end: with optim\.settle it is the rate that is kept"):
+        run(synthetic_shards, tmp_path / "other", "run.steps=2", "optim.settle=2")
 
 
 @pytest.mark.parametrize("file", ["infinite", "anneal"])

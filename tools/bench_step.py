@@ -12,8 +12,8 @@ first losses (of V-JEPA 2 the features) must agree:
 
 FLOPs are counted by torch, of matrix products, convolutions and attention. `share` is FLOPs a second over what the same
 machine reaches in a 4096 x 4096 product of the same precision, measured between the rounds. `kept` are the bytes that a
-forward pass keeps for the backward pass, each storage once, weights left out. Then come, of both our methods, where a
-step's time goes, and of V-JEPA what is beyond encoder and predictor: its share of the time and of the FLOPs.
+forward pass keeps for the backward pass, each storage once, weights left out (not their casts). Then come, of both our
+methods, where a step's time goes, and of V-JEPA what is beyond encoder and predictor: its share of time and FLOPs.
 """
 
 import argparse
@@ -65,10 +65,16 @@ class Contender(NamedTuple):
     forward: Callable[[Tensor, int], Tensor]  # (video, number of the step) -> loss
     finish: Callable[[], None]  # after the backward pass
     net: nn.Module  # whose parameters are trained
+    bf16: bool = False
+
+    def loss(self, video: Tensor, number: int) -> Tensor:
+        """In bf16, if that was asked for; weights are cast anew, as they are in training."""
+        with torch.autocast(video.device.type, torch.bfloat16, enabled=self.bf16):
+            return self.forward(video, number)
 
     def step(self, video: Tensor, number: int) -> None:
         self.net.zero_grad()
-        self.forward(video, number).backward()
+        self.loss(video, number).backward()
         self.finish()
 
 
@@ -270,25 +276,25 @@ def main(argv: list[str]) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.float32 if a.precision == "fp32" else torch.bfloat16
     contenders, jepa = make_contenders(a.model, device, a.compile)
+    contenders = {name: c._replace(bf16=dtype != torch.float32) for name, c in contenders.items()}
     video = torch.randn(a.batch, 3, 16, 224, 224, device=device)
     square = torch.randn(4096, 4096, device=device, dtype=dtype)
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     products, losses, flops, kept = [], {}, {}, {}
-    with torch.autocast(device, torch.bfloat16, enabled=dtype != torch.float32):
+    for name, c in contenders.items():
+        with keeping(c.net) as storages:
+            losses[name] = float(c.loss(video, 0).detach())
+        kept[name] = sum(storages.values())
+        flops[name] = count_flops(partial(c.step, video, 0))  # this warms up, too
+    names = list(contenders)
+    for pair in zip(names[::2], names[1::2], strict=True) if dtype == torch.float32 else ():
+        check_equal(*pair, losses)
+    for number in range(1, a.rounds + 1):
+        products.append(timed(lambda: square @ square, device))
         for name, c in contenders.items():
-            with keeping(c.net) as storages:
-                losses[name] = float(c.forward(video, 0).detach())
-            kept[name] = sum(storages.values())
-            flops[name] = count_flops(partial(c.step, video, 0))  # this warms up, too
-        names = list(contenders)
-        for pair in zip(names[::2], names[1::2], strict=True) if dtype == torch.float32 else ():
-            check_equal(*pair, losses)
-        for number in range(1, a.rounds + 1):
-            products.append(timed(lambda: square @ square, device))
-            for name, c in contenders.items():
-                seconds[name].append(timed(partial(c.step, video, number), device))
-        shares = {name: where_time_goes(contenders[name], video) for name in ("vidssl VideoMAE", "vidssl V-JEPA")}
-        rest = beyond(jepa, video, device, a.rounds)
+            seconds[name].append(timed(partial(c.step, video, number), device))
+    shares = {name: where_time_goes(contenders[name], video) for name in ("vidssl VideoMAE", "vidssl V-JEPA")}
+    rest = beyond(jepa, video, device, a.rounds)
     rate = 2 * 4096**3 / statistics.median(products)
     report: dict[str, Any] = {"device": device, "threads": torch.get_num_threads(), "torch": str(torch.__version__)}
     report |= {"model": a.model, "batch": a.batch, "precision": a.precision, "compile": a.compile}

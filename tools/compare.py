@@ -119,6 +119,8 @@ def ranking(rows: list[dict[str, Any]]) -> list[str]:
             some = [r for r in mine if score in r]
             if len(some) < 3:
                 raise UserError(f"--rank needs three probes or more with {score}; of '{which}' there are {len(some)}")
+            if len({r["samples"] for r in some}) > 1:
+                raise UserError(f"--rank: {score} depends on the number of training videos, and these probes' differ")
             rho, p = spearman(*([r[key] for r in some] for key in (score, "value")))
             lines.append(f"{score:6s} against {metric} of {which}: rho {rho:+.3f}, p {p:.3g}, {len(some)} probes")
     return lines
@@ -171,8 +173,6 @@ def main(argv: list[str]) -> None:
     rows.sort(key=lambda r: (r["label"], r["share"], r["seed"], CONTROLS.index(r["control"])))
     add_differences(rows)
     print(table(rows))
-    if a.rank:
-        print("\n" + "\n".join(ranking(rows)))
     if a.csv:
         with open(a.csv, "w", newline="") as f:
             writer = csv.DictWriter(f, COLUMNS, extrasaction="ignore")
@@ -180,6 +180,8 @@ def main(argv: list[str]) -> None:
             writer.writerows(rows)
     if a.plot:
         plot(rows, a.plot)
+    if a.rank:
+        print("\n" + "\n".join(ranking(rows)))
 
 
 if __name__ == "__main__":

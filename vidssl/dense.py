@@ -58,7 +58,13 @@ def read_items(data: DenseData, truth: str) -> dict[str, list[Item]]:
     for folder in folders.values():
         if not folder.is_dir():
             raise UserError(f"{folder}: no such folder")
-    items = {side: readers[data.format](folder, side) for side, folder in folders.items()}
+    items = {}
+    for side, folder in folders.items():
+        try:
+            items[side] = readers[data.format](folder, side)
+        except (ValueError, KeyError, OSError) as e:
+            said = f"{type(e).__name__}: {e}"
+            raise UserError(f"{folder}: its {side} list is not one of {data.format} ({said})") from None
     for side, some in items.items():
         if not some:
             raise UserError(f"{folders[side]}: its {side} list is empty")
@@ -74,13 +80,15 @@ def read_items(data: DenseData, truth: str) -> dict[str, list[Item]]:
 def main(argv: list[str]) -> None:
     cfg = config.load(argv, SCHEMA)
     data, task = config.build(cfg["data"], DenseData), config.build(cfg["task"], TASKS)
-    anew = partial(open_encoder, cfg["encoder"], file=cfg["encoder_file"], frames=task.frames, size=task.size)
+    anew = partial(open_encoder, cfg["encoder"], file=cfg["encoder_file"], frames=task.frames, size=task.size, alone=1)
     loaded = anew(None)
     items, out = read_items(data, task.truth), Path(cfg["out"])
     if (out / "dense.json").exists():
         raise UserError(f"{out / 'dense.json'} exists: the test set was read for it; give another out=")
     check_out(out)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    folders = {"train": Path(data.train or data.test), "test": Path(data.test)}
+    hashes = {side: data_hash(folders[side], some) for side, some in items.items()}
 
     results: list[dict[str, Any]] = []
     told: list[tuple[Any, ...]] = []
@@ -97,12 +105,11 @@ def main(argv: list[str]) -> None:
 
     make_folder(out)
     write_csv(out / "sequences.csv", ("control", "sequence", "group", "row", *task.columns), told)
-    folders = {"train": Path(data.train or data.test), "test": Path(data.test)}
     report = {
         "results": results,
         "encoder": {"path": cfg["encoder"], "sha256": weights_hash(loaded.encoder)},
         "trained": {k: loaded.about.get(k) for k in ("step", "data", "source")},
-        "data": {side: data_hash(folders[side], some) for side, some in items.items()},
+        "data": hashes,
         "seed": task.seed,
         "versions": {"vidssl": vidssl.__version__, "torch": str(torch.__version__), "code": code_hash()},
         "config_sha256": hashlib.sha256(json.dumps(cfg, sort_keys=True).encode()).hexdigest(),

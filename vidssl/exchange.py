@@ -57,7 +57,10 @@ def of_step(place: Path, objective: Objective) -> Checkpoint:
         state = read_checkpoint(place)
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise UserError(f"run.init: {place}: cannot be read ({str(e).strip().splitlines()[0]})") from None
-    return as_checkpoint(objective, state["provenance"]["config"], state["model"])
+    cfg = state["provenance"]["config"]
+    if "method" not in cfg:
+        raise UserError(f"run.init: {place} is not of a pre-training run; give the run's folder")
+    return as_checkpoint(objective, cfg, state["model"])
 
 
 def check_same(section: str, theirs: dict[str, Any], ours: dict[str, Any], where: str) -> None:
@@ -90,11 +93,6 @@ def as_checkpoint(objective: Objective, cfg: dict[str, Any], learned: dict[str, 
         found.predictor = {**predictor, "out": objective.target.width}
         found.predictor_weights, found.query = part("predictor"), learned["query.tokens"]
     return found
-
-
-def save_run(out: Path, objective: Objective, about: dict[str, Any], snapshot: bool) -> None:
-    """What `objective` has learned, as `write_run` writes it."""
-    write_run(out, as_checkpoint(objective, about["config"], objective.state_dict()), about, snapshot)
 
 
 def write_run(out: Path, found: Checkpoint, about: dict[str, Any], snapshot: bool) -> None:

@@ -11,10 +11,9 @@ import contextlib
 import hashlib
 import json
 import math
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,9 +23,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import vidssl
-from vidssl import config
+from vidssl import config, fsdp
 from vidssl.checkpoint import copied, load_checkpoint, provenance, save_checkpoint
-from vidssl.config import Count, Part, Size, Value
+from vidssl.config import Part, Value
 from vidssl.data.augment import AUGMENTS
 from vidssl.data.loader import Batch, Data, Streams, train_steps
 from vidssl.data.shards import Sample, Shards
@@ -40,8 +39,10 @@ from vidssl.evaluation.finetuning import (
     LabelledClips,
     Mixer,
     Parts,
+    Speed,
     Tune,
     TuneData,
+    check,
     make_classifier,
     open_parts,
 )
@@ -60,19 +61,6 @@ from vidssl.zoo import native
 from vidssl.zoo.describe import Checkpoint
 from vidssl.zoo.native import Loaded, load_encoder
 
-
-@dataclass(frozen=True)
-class Speed:
-    """The `efficiency` section: what changes only the speed (up to rounding)."""
-
-    workers: Size = 2  # loader processes for each training process
-    micro_batches: Count = 1  # parts in which a process runs its share of the batch
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    recompute: bool = False  # activations in the backward pass, instead of keeping them
-    isolate: bool = True  # decode in child processes
-    eval_batch: Count = 16  # clips, when nothing is trained
-
-
 SCHEMA: config.Schema = {
     "encoder": Value(str),
     "out": Value(str),
@@ -84,20 +72,7 @@ SCHEMA: config.Schema = {
     "tune": Part(Tune),
     "efficiency": Part(Speed),
 }
-FREE = ("out", "data.train", "data.test", "tune.allow_unreadable", "efficiency")  # of data the hashes are compared
-
-
-def check(tune: Tune, speed: Speed, world: int) -> None:
-    """Numbers that must divide one another."""
-    for what, n, of, by in (
-        ("tune.batch", tune.batch, "tune.lanes", tune.lanes),
-        ("tune.lanes", tune.lanes, "the number of processes", world),
-        ("the clips of a process", tune.batch * tune.repeat // world, "efficiency.micro_batches", speed.micro_batches),
-    ):
-        if n % by:
-            raise UserError(f"{what} {n}: give a multiple of {of}, {by}")
-    if (tune.mixup or tune.cutmix) and tune.batch % (2 * tune.lanes):
-        raise UserError(f"tune.batch {tune.batch}: to mix clips give a multiple of 2 x tune.lanes, {2 * tune.lanes}")
+FREE = ("out", "data.train", "data.test", "data.max_bad", "tune.allow_unreadable", "efficiency")  # of data: the hashes
 
 
 class Run(NamedTuple):
@@ -128,10 +103,9 @@ class Run(NamedTuple):
             total += loss.detach()
         norm = clip_gradients(a, self.model, self.optim, step)
         met = meet(a, {"loss": total, "grad_norm": norm}, {})
-        if not math.isfinite(met["loss"]):
-            raise UserError(
-                f"step {step + 1}: the loss is {met['loss']}; a smaller optim.lr or optim.clip_grad may help"
-            )
+        bad = [name for name in met if not math.isfinite(met[name]) and (name == "loss" or a.scaler is None)]
+        if bad:  # fp16's scaler leaves out steps by itself
+            raise UserError(f"step {step + 1}: {bad[0]} is not finite; a smaller optim.lr or optim.clip_grad may help")
         self.optimizer.step()
         return met
 
@@ -184,15 +158,15 @@ class Course:
         self.rows: list[dict[str, Any]] = []
         self.best: dict[str, Tensor] = {}
         self.start = 0  # step
+        same_everywhere(run.accelerator, state)
         if state:
-            same_everywhere(run.accelerator, state["step"])
             now, self.best = (
                 {k.removeprefix(part): v for k, v in state["model"].items() if k.startswith(part)}
                 for part in ("now.", "best.")
             )
             run.classifier.load_state_dict(now)
             run.optimizer.load_state_dict(state["optimizer"])
-            if run.accelerator.scaler is not None:
+            if run.accelerator.scaler is not None and state["scaler"]:
                 run.accelerator.scaler.load_state_dict(state["scaler"])
             self.rows, self.start = state["epochs"], state["step"]
 
@@ -303,8 +277,9 @@ def main(argv: list[str]) -> None:
         check_same(state, about, out)
     unused = loaded.encoder.patch_embed_img is not None or len(loaded.encoder.level_norms) > 0
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=unused)
-    mixed = "no" if speed.precision == "fp32" else speed.precision
-    accelerator = Accelerator(mixed_precision=mixed, cpu=not torch.cuda.is_available(), kwargs_handlers=[ddp])
+    if fsdp.plugin(speed.precision) is not None:
+        raise UserError("fine-tuning is of whole models: use configs/accelerate/ddp.yaml")
+    accelerator = fsdp.make_accelerator(speed.precision, kwargs_handlers=[ddp])
     check(tune, speed, accelerator.num_processes)
 
     per_epoch = max(1, len(parts.places) // tune.batch)
@@ -316,11 +291,13 @@ def main(argv: list[str]) -> None:
     run = Run(accelerator, prepared, classifier, optimizer, optim, tune, speed, colours)
     if accelerator.is_main_process:
         make_folder(out)
-        config.save(cfg, out / "config.yaml")
+        with writing(out):
+            config.save(cfg, out / "config.yaml")
     accelerator.wait_for_everyone()
     course = Course(run, parts, out, about, state)
     augment = config.build(cfg["augment"], AUGMENTS, size=view.size)
-    read = Data(train=data.train, frames=view.frames, stride=view.stride, fps=view.fps, repeat=tune.repeat)
+    clip: dict[str, Any] = {"frames": view.frames, "stride": view.stride, "fps": view.fps}
+    read = Data(train=data.train, **clip, repeat=tune.repeat, max_bad=data.max_bad)
     fit(course, view, augment, per_epoch, read)
 
     chosen = course.chosen()
@@ -328,8 +305,9 @@ def main(argv: list[str]) -> None:
     if accelerator.is_main_process:
         row, told = verdict(parts.task, seen, list(range(len(seen.samples))), outputs_of(seen), tune.seed)
         row |= {"n_train": len(parts.places), "chosen": chosen}
-        save(out, classifier, model, loaded, {**about, "step": chosen["step"]})
-        write(out, cfg, loaded, parts, row, told, about)
+        with writing(out):
+            save(out, classifier, model, loaded, {**about, "step": chosen["step"]})
+            write(out, cfg, loaded, parts, row, told, about)
         accelerator.print(f"{row['label']} {row['metric']} {row['value']:.2f}  {row['ci95']}")
     accelerator.wait_for_everyone()
     accelerator.end_training()

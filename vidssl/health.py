@@ -1,6 +1,7 @@
 """How the representation is doing: its spread over clips, places and time, its rank, and whether it collapses.
 
-Measured on one process, on a few clips of the batch, without gradients; tools/bench_health.py says what it costs.
+Measured on a few clips of the main process's batch, without gradients (with shards all processes take part);
+tools/bench_health.py says what it costs.
 """
 
 from collections import deque

@@ -48,6 +48,8 @@ class Optim:
     def __post_init__(self) -> None:
         if self.decay == "exponential" and not self.lr_end:
             raise UserError("optim.lr_end: an exponential decay cannot end at 0; give a rate, or another optim.decay")
+        if self.settle is not None and self.decay != "constant" and not self.lr_end:
+            raise UserError("optim.lr_end: with optim.settle it is the rate that is kept; give one above 0")
         if self.settle is not None and self.stretch != 1:
             raise UserError("optim.settle says when the schedules end, optim.stretch too: give one of them")
 

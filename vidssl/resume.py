@@ -33,15 +33,17 @@ class Resume:
         self.guard, self.health, self.out, self.about = guard, health, out, about
         self.writer = Writer()
 
-    def load(self, state: dict[str, Any]) -> int:
-        """Be where a checkpoint was -> its step."""
+    def load(self, state: dict[str, Any] | None) -> int:
+        """Be where a checkpoint was, if there is one -> its step. All processes must ask."""
+        same_everywhere(self.accelerator, state)
+        if state is None:
+            return 0
         self._learned(state)
         self.guard.load(state["guard"])
         self.health.load(state["health"])
         return state["step"]
 
     def _learned(self, state: dict[str, Any]) -> None:
-        same_everywhere(self.accelerator, state["step"])
         places = self.objective.state_dict()
         model = {k: cut_as(v, places[k]) if k in places else v for k, v in state["model"].items()}
         self.objective.load_state_dict(model)
@@ -75,6 +77,7 @@ class Resume:
         self.accelerator.wait_for_everyone()
         if guard.rolled_back < guard.rollbacks:
             state = load_checkpoint(self.out / "checkpoints")
+            same_everywhere(self.accelerator, state)
         if state is None:
             raise UserError(
                 f"{why} ({guard.row} steps in a row, gone back {guard.rolled_back} times); what was learned up to the "

@@ -123,12 +123,13 @@ def let_go(accelerator: Accelerator) -> None:
         accelerator.scaler.update()
 
 
-def same_everywhere(accelerator: Accelerator, step: int) -> None:
-    """An error if the processes have read different checkpoints."""
-    steps = accelerator.gather(torch.tensor([step], device=accelerator.device)).tolist()
-    if len(set(steps)) > 1:
+def same_everywhere(accelerator: Accelerator, state: dict[str, Any] | None) -> None:
+    """An error if the processes have read different checkpoints, or some of them none. All processes must ask."""
+    mine = torch.tensor([state["step"] if state else 0], device=accelerator.device)
+    steps = sorted(set(accelerator.gather(mine).tolist()))
+    if len(steps) > 1:
         raise UserError(
-            f"the processes have read checkpoints of different steps {sorted(set(steps))}: run.out is not shared"
+            f"the processes have read checkpoints of different steps {steps} (0: none): the folder is not shared"
         )
 
 

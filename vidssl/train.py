@@ -236,7 +236,7 @@ def main(argv: list[str]) -> None:
     guard = Guard(run.skip_bad, run.rollbacks, run.spike, scaled=accelerator.scaler is not None)
     health = Health()
     resume = Resume(accelerator, objective, optimizer, guard, health, out, about)
-    start = resume.load(state) if state else 0
+    start = resume.load(state)
     if run.init and not state:
         resume.branch(Path(run.init))
     if state and start == run.steps:

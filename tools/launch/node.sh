@@ -2,6 +2,7 @@
 # One training process for each GPU of this node. SIGTERM is passed on to them, and this ends with their status, which
 # torchrun and accelerate launch would turn into 1: 75 asks for the same command again.
 #   NODES=2 NODE=0 MASTER_ADDR=HOST bash tools/launch/node.sh FILES.yaml ... key=value ...
+# FAILURES=100: a status that is neither 0 nor 75 is told that much larger, for who keeps the largest of several nodes'.
 # NODE: this one's number from 0. GPUS: on each node (else what nvidia-smi lists). ACCELERATE_USE_FSDP=true
 # FSDP_VERSION=2: shards (configs/accelerate/fsdp2.yaml).
 set -uo pipefail
@@ -24,4 +25,5 @@ for pid in "${pids[@]}"; do
   done
   if ((status != 0 && (ended == 0 || ended == 75))); then ended=$status; fi # any failure counts more than 75
 done
+if ((ended != 0 && ended != 75)); then ended=$((ended + ${FAILURES:-0} < 256 ? ended + ${FAILURES:-0} : 255)); fi
 exit "$ended"

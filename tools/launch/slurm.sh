@@ -18,9 +18,10 @@ cd "$SLURM_SUBMIT_DIR"
 export NODES=$SLURM_NNODES GPUS=${SLURM_GPUS_ON_NODE:-8} SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000)) # jobs that share a node must not meet
-export MASTER_ADDR MASTER_PORT
+export MASTER_ADDR MASTER_PORT FAILURES=100 # srun ends with the largest status of all nodes, and no failure may hide
 export ACCELERATE_USE_FSDP=true FSDP_VERSION=2 # shards; without this line the whole model on every GPU
 srun bash -c 'NODE=$SLURM_NODEID exec bash tools/launch/node.sh "$@"' node "$@"
 status=$?
 if ((status == 75)); then scontrol requeue "$SLURM_JOB_ID"; fi
+if ((status > FAILURES)); then status=$((status - FAILURES)); fi
 exit "$status"

@@ -31,7 +31,7 @@ IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "bmp", "webp")
 MAX_PIXELS = 8192 * 8192  # of one frame
 MAX_FRAMES = 2_000_000  # of one file: 18 hours at 30 a second
 MAX_BYTES = 8 << 30  # of one file as stored
-MAX_DECODED = 4 << 30  # bytes of the frames of one clip
+MAX_DECODED = 4 << 30  # bytes of the frames that are asked for at once
 _IMAGE_ERRORS = (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError)
 
 
@@ -56,18 +56,23 @@ class Video:
         if len(wanted) * self.size[0] * self.size[1] * 3 > MAX_DECODED:
             raise DecodeError("too_large", f"{len(wanted)} frames of {self.size[1]}x{self.size[0]} pixels")
         out = np.empty((len(wanted), *self.size, 3), np.uint8)
-        filled = 0
-        for frame in self._frames(wanted):
-            if frame.shape != out.shape[1:]:
-                raise DecodeError("decode_error", f"frame of shape {frame.shape}, expected {out.shape[1:]}")
-            out[filled] = frame
-            filled += 1
-        if filled < len(wanted):
-            raise DecodeError("decode_error", f"frame {wanted[filled]} of {len(self)} does not decode")
+        for i, frame in enumerate(self.each(wanted)):
+            out[i] = frame
         return out if len(out) == len(back) and (np.diff(back) == 1).all() else out[back]
 
+    def each(self, wanted: np.ndarray) -> Iterator[np.ndarray]:
+        """The frames u8 [H,W,3] at `wanted`, ascending and unique, one after the other."""
+        found = 0
+        for frame in self._frames(wanted):
+            if frame.shape != (*self.size, 3):
+                raise DecodeError("decode_error", f"frame of shape {frame.shape}, expected {(*self.size, 3)}")
+            yield frame
+            found += 1
+        if found < len(wanted):
+            raise DecodeError("decode_error", f"frame {wanted[found]} of {len(self)} does not decode")
+
     def _frames(self, wanted: np.ndarray) -> Iterator[np.ndarray]:
-        """Frames u8 [H,W,3] at `wanted`, ascending and unique."""
+        """The same, unchecked."""
         raise NotImplementedError
 
 

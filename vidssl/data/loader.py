@@ -38,7 +38,7 @@ class Also:
     __pydantic_config__: ClassVar[ConfigDict] = {"extra": "forbid"}
     train: Names  # as in Data, up to `rule`
     frames: Count
-    clips: Count  # how many of the run.batch clips of a step are of this stream; a multiple of run.lanes
+    clips: Count  # how many of the run.batch clips of a step are of this stream; a multiple of run.lanes x data.repeat
     stride: Count | None = None
     fps: Positive | None = None
     weights: Weights | None = None
@@ -186,10 +186,14 @@ class TrainClips(Dataset[Item]):
         """All clips of the sample at g, decoded together: what one of them cannot show, none can."""
         d, together = self.data, copies(g, self.data.repeat, self.order.lanes)
         if self._decoded[0] != (together, attempt):
+            self._decoded = None, np.empty(0)  # so that they are not held beside the next ones
             starts = [self._rng(copy).uniform() for copy in together]
             rate = {"frames": d.frames, "stride": d.stride, "fps": d.fps, "rule": d.rule}
             frames = self.cache.clip(sample, lambda times: choose_several(times, starts, **rate).ravel())
-            self._decoded = (together, attempt), frames.reshape(len(together), d.frames, *frames.shape[1:])
+            clips = frames.reshape(len(together), d.frames, *frames.shape[1:])
+            if d.repeat == 1:
+                return clips
+            self._decoded = (together, attempt), clips
         return self._decoded[1]
 
     def attempt(self, g: int, attempt: int) -> Item | Bad:

@@ -52,7 +52,8 @@ def data_hash(folder: Path, items: list[Item]) -> str:
     """SHA-256 over the names and contents of all files that are read."""
     digest = hashlib.sha256()
     for path in sorted({file for item in items for file in item.files}):
-        digest.update(f"{path.relative_to(folder).as_posix()} {file_sha256(path)}\n".encode())
+        name = path.relative_to(folder) if path.is_relative_to(folder) else path
+        digest.update(f"{name.as_posix()} {file_sha256(path)}\n".encode())
     return digest.hexdigest()
 
 

@@ -1,5 +1,6 @@
 """Depth from frozen tokens by a linear head: DINOv2's linear protocol (arXiv 2304.07193, section 7.4; eval/depth)."""
 
+import math
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -97,6 +98,7 @@ class Depth(Frames):
         if len({t.shape[1:] for t in truths}) > 1:
             raise UserError("depth: the pictures of train differ in size; give them one")
         tokens, truth = torch.cat(kept), torch.cat(truths)
+        del kept, truths  # else they would stay beside their copies
         lr, tried = self.lr[0], []
         if len(self.lr) > 1:
             out = hold_out([0] * len(train), [item.group for item in train], self.held_out, self.seed)[owner]
@@ -104,9 +106,16 @@ class Depth(Frames):
                 raise UserError("no group of train can be held out to choose task.lr on; give one value")
             there, away = (torch.from_numpy(np.flatnonzero(part)) for part in (~out, out))
             heads = self.train(look, tokens, truth, there, self.lr)
-            scores = [float(np.nanmean(self.errors(look, h, tokens[away], truth[away])[:, 0])) for h in heads]
-            tried = [{"lr": lr, "held_out_rmse": round(s, 4)} for lr, s in zip(self.lr, scores, strict=True)]
-            lr = self.lr[int(np.nanargmin(scores))]
+            errors = [self.errors(look, h, tokens[away], truth[away])[:, 0] for h in heads]
+            scores = [float(np.nanmean(e)) if np.isfinite(e).any() else math.inf for e in errors]
+            if min(scores) == math.inf:
+                raise UserError(
+                    f"depth: no head has a finite error on held-out train: task.max_depth {self.max_depth:g} leaves no "
+                    "pixel, or every task.lr is too large"
+                )
+            told = [round(s, 4) if s < math.inf else None for s in scores]
+            tried = [{"lr": lr, "held_out_rmse": s} for lr, s in zip(self.lr, told, strict=True)]
+            lr = self.lr[int(np.argmin(scores))]
         (head,) = self.train(look, tokens, truth, torch.arange(len(tokens)), (lr,))
         return head, {"lr": lr, "tried": tried}
 

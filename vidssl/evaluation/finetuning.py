@@ -1,7 +1,7 @@
 """What is fine-tuned, and on what: the classifier, the samples of train and test, clips mixed in pairs."""
 
 from dataclasses import dataclass
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -36,6 +36,7 @@ class TuneData:
     label: str | None = None  # the label set; None: the only one
     stride: Count | None = None  # frames; None (and fps None): as the encoder was trained
     fps: Positive | None = None  # frames a second
+    max_bad: Share = 0.05  # fraction of training samples that may fail to decode before the run stops
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,31 @@ class Tune:
     allow_unreadable: bool = False  # a test video that cannot be read: an error, or counted wrong and listed
     lanes: Count = 8  # a multiple of every number of processes that may be used
     seed: Size = 0
+
+
+@dataclass(frozen=True)
+class Speed:
+    """The `efficiency` section: what changes only the speed (up to rounding)."""
+
+    workers: Size = 2  # loader processes for each training process
+    micro_batches: Count = 1  # parts in which a process runs its share of the batch
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    recompute: bool = False  # activations in the backward pass, instead of keeping them
+    isolate: bool = True  # decode in child processes
+    eval_batch: Count = 16  # clips, when nothing is trained
+
+
+def check(tune: Tune, speed: Speed, world: int) -> None:
+    """Numbers that must divide one another."""
+    for what, n, of, by in (
+        ("tune.batch", tune.batch, "tune.lanes", tune.lanes),
+        ("tune.lanes", tune.lanes, "the number of processes", world),
+        ("the clips of a process", tune.batch * tune.repeat // world, "efficiency.micro_batches", speed.micro_batches),
+    ):
+        if n % by:
+            raise UserError(f"{what} {n}: give a multiple of {of}, {by}")
+    if (tune.mixup or tune.cutmix) and tune.batch % (2 * tune.lanes):
+        raise UserError(f"tune.batch {tune.batch}: to mix clips give a multiple of 2 x tune.lanes, {2 * tune.lanes}")
 
 
 class Classifier(nn.Module):

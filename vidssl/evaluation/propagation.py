@@ -138,6 +138,8 @@ class Masks(Propagation):
         object's stretched to 0 .. 1, the largest taken."""
         h, w = tokens.shape[1:3]
         ids = torch.tensor(sorted({0, *np.unique(truth[0]).tolist()}), device=tokens.device)
+        if len(ids) == 1:  # the first frame shows no object
+            return np.zeros((0, 2))
         real = torch.from_numpy(truth[:, None].astype(np.int64)).to(tokens.device) == ids[:, None, None]  # [T, C, H, W]
         labels = propagate(tokens, F.interpolate(real[:1].float(), (h, w), mode="nearest-exact")[0], setting)
         rows = []
@@ -150,14 +152,15 @@ class Masks(Propagation):
         return torch.stack(rows).mean(0).cpu().numpy()
 
     def score(self, rows: list[np.ndarray]) -> float:
-        return 100 * float(np.concatenate(rows).mean())
-
-    def figures(self, rows: list[np.ndarray], groups: list[str]) -> dict[str, Any]:
         both = np.concatenate(rows)
         if not len(both):
             raise UserError("no first frame shows an object")
+        return 100 * float(both.mean())
+
+    def figures(self, rows: list[np.ndarray], groups: list[str]) -> dict[str, Any]:
+        value, both = round(self.score(rows), 4), np.concatenate(rows)
         of = [g for g, row in zip(groups, rows, strict=True) for _ in row]
-        told = {"metric": "J&F", "value": round(self.score(rows), 4), "ci95": interval(both.mean(1), of, self.seed)}
+        told = {"metric": "J&F", "value": value, "ci95": interval(both.mean(1), of, self.seed)}
         j, f = (round(100 * float(v), 4) for v in both.mean(0))
         return {**told, "J": j, "F": f, "objects": len(both)}
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import timm
 import torch
+from safetensors import SafetensorError
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
@@ -26,7 +27,7 @@ VIDEO = ("videomae", "vjepa2", "timesformer", "vivit", "videoprism_vision_model"
 ANY_LENGTH = ("vjepa2", "timesformer")  # of these: clips of other lengths than the config's
 SETTINGS = ("video_preprocessor_config.json", "preprocessor_config.json", "processor_config.json")
 PREFIX = 64  # tokens without a place, at most
-FAILURES = (OSError, RuntimeError, ValueError, LookupError, TypeError)  # of other libraries
+FAILURES = (OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, SafetensorError)  # of others
 
 
 class Foreign(nn.Module):
@@ -65,10 +66,12 @@ def open_encoder(
     file: str | None = None,
     frames: int | None = None,
     size: int | None = None,
+    alone: int | None = None,
 ) -> Loaded:
     """An encoder of ours, a public checkpoint, or a model of another library; random_init: untrained, with that seed.
 
-    file: weights of a timm model; frames: in a clip (an image model needs it); size: pixels, instead of the model's.
+    file: weights of a timm model; frames: in a clip; size: pixels, instead of the model's; alone: frames in a clip of
+    an image model, where `frames` does not say.
     """
     library, _, name = where.partition(":")
     if library not in ("timm", "hf"):
@@ -81,7 +84,7 @@ def open_encoder(
     trained = random_init is None
     try:
         made = from_timm(name, trained, file, size) if library == "timm" else from_transformers(name, trained, size)
-        length = frames or made.frames
+        length = frames or made.frames or alone
         if length is None:
             raise UserError(f"encoder={where} sees each frame alone: say with data.frames how many of a clip")
         if made.fixed and length != made.frames:
