@@ -105,7 +105,9 @@ class Run(NamedTuple):
         met = meet(a, {"loss": total, "grad_norm": norm}, {})
         bad = [name for name in met if not math.isfinite(met[name]) and (name == "loss" or a.scaler is None)]
         if bad:  # fp16's scaler leaves out steps by itself
-            raise UserError(f"step {step + 1}: {bad[0]} is not finite; a smaller optim.lr or optim.clip_grad may help")
+            raise UserError(
+                f"step {step + 1}: the {bad[0]} is {met[bad[0]]}; a smaller optim.lr or optim.clip_grad may help"
+            )
         self.optimizer.step()
         return met
 
