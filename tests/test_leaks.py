@@ -182,6 +182,7 @@ def test_pack_drops_near_duplicates_and_remembers_them(tmp_path, monkeypatch):
     films = {i: film(i) for i in range(3)}
     back = np.asarray(Image.fromarray(np.median(films[2], 0).astype(np.uint8)))
     files = {f"a{i}.mp4": encode(frames) for i, frames in films.items()}
+    files |= {"a8_part.mp4": encode(film(8)[20:70]), "b8_whole.mp4": encode(film(8), crf=26)}
     files |= {
         "b_same.mp4": files["a0.mp4"],
         "b_worse.mp4": encode(films[0], (96, 72), every=2, crf=34),
@@ -200,10 +201,13 @@ def test_pack_drops_near_duplicates_and_remembers_them(tmp_path, monkeypatch):
     pack.main(command)
     rejected = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
     why = {r["path"]: r.get("first", r["detail"]) for r in rejected if r["reason"] == "duplicate"}
-    assert why == {"b_same.mp4": "the same bytes as a0.mp4", "b_worse.mp4": "a0.mp4", "b_cut.mp4": "a1.mp4"}
+    copies = {"b_same.mp4": "the same bytes as a0.mp4", "b_worse.mp4": "a0.mp4", "b_cut.mp4": "a1.mp4"}
+    assert why == {**copies, "a8_part.mp4": "b8_whole.mp4"}  # what shows more stays, also if it comes later
+    seen = [json.loads(line) for line in (tmp_path / "out" / "near-out.jsonl").read_text().splitlines()[1:]]
+    assert {line["path"] for line in seen if "unseen" in line} == {"b_broken.mp4"}
     assert [r["path"] for r in rejected if r["reason"] != "duplicate"] == ["b_broken.mp4"]
     kept = [s.meta["source"] for s in leaks.Shards([str(tmp_path / "out")]).all()]
-    assert sorted(kept) == ["a0.mp4", "a1.mp4", "a2.mp4", "b_take.mp4"]
+    assert sorted(kept) == ["a0.mp4", "a1.mp4", "a2.mp4", "b8_whole.mp4", "b_take.mp4"]
     (tmp_path / "videos" / "more.mp4").write_bytes(encode(film(60)))
     with pytest.raises(UserError, match="is of other files; choose another folder, or remove it"):
         pack.main(command)
