@@ -32,7 +32,7 @@ FIRST = ("plan.json.tmp", NEAR)  # what is written before plan.json
 
 def check_free(out: Path) -> None:
     """OUT is new, or that of a pack."""
-    if (out / "plan.json").exists() or not os.path.exists(out):
+    if os.path.exists(out / "plan.json") or not os.path.exists(out):
         return
     if not out.is_dir() or any(not p.name.startswith(FIRST) for p in out.iterdir()):
         raise UserError(f"{out}: holds something else already; choose a new folder")
