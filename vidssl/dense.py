@@ -5,8 +5,6 @@ r"""Dense frozen evaluation: encoder -> tokens of frames -> depth, masks, key po
 encoder: as vidssl/probe.py takes it. data.test: the folder of a data set, which has its train list, too.
 """
 
-import hashlib
-import json
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,7 +13,6 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-import vidssl
 from vidssl import config
 from vidssl.config import Count, Part, Value
 from vidssl.errors import UserError, run_cli
@@ -23,8 +20,8 @@ from vidssl.evaluation.dense_data import READERS, Item, data_hash
 from vidssl.evaluation.depth import Depth
 from vidssl.evaluation.frames import make_look
 from vidssl.evaluation.propagation import Keypoints, Masks
-from vidssl.evaluation.report import code_hash, weights_hash, write_csv
-from vidssl.files import check_out, make_folder, replace
+from vidssl.evaluation.report import write_csv, write_report
+from vidssl.files import check_out, make_folder
 from vidssl.zoo.foreign import open_encoder
 
 TASKS = {"depth": Depth, "masks": Masks, "keypoints": Keypoints}
@@ -105,18 +102,8 @@ def main(argv: list[str]) -> None:
 
     make_folder(out)
     write_csv(out / "sequences.csv", ("control", "sequence", "group", "row", *task.columns), told)
-    report = {
-        "results": results,
-        "encoder": {"path": cfg["encoder"], "sha256": weights_hash(loaded.encoder)},
-        "trained": {k: loaded.about.get(k) for k in ("step", "data", "source")},
-        "data": hashes,
-        "seed": task.seed,
-        "versions": {"vidssl": vidssl.__version__, "torch": str(torch.__version__), "code": code_hash()},
-        "config_sha256": hashlib.sha256(json.dumps(cfg, sort_keys=True).encode()).hexdigest(),
-        "config": cfg,
-    }
-    text = json.dumps(report, indent=1, allow_nan=False)
-    replace(out / "dense.json", lambda beside: beside.write_text(text))
+    report = {"results": results, "data": hashes, "seed": task.seed}
+    write_report(out / "dense.json", cfg, loaded, report)
 
 
 if __name__ == "__main__":

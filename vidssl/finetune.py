@@ -9,9 +9,7 @@ its last epoch.
 
 import contextlib
 import hashlib
-import json
 import math
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +20,6 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import vidssl
 from vidssl import config, fsdp
 from vidssl.checkpoint import copied, load_checkpoint, provenance, save_checkpoint
 from vidssl.config import Part, Value
@@ -48,9 +45,9 @@ from vidssl.evaluation.finetuning import (
 )
 from vidssl.evaluation.judge import Asked, check_readable, verdict
 from vidssl.evaluation.protocol import Protocol
-from vidssl.evaluation.report import Told, code_hash, weights_hash, write_tables
+from vidssl.evaluation.report import Told, weights_hash, write_report, write_tables
 from vidssl.evaluation.views import View
-from vidssl.files import check_out, make_folder, replace, writing
+from vidssl.files import check_out, make_folder, writing
 from vidssl.model.attentive import HEAD_EPS, AttentiveHead
 from vidssl.model.vit import EPS
 from vidssl.objective.targets import normalise
@@ -236,17 +233,12 @@ def write(
     report = {
         "results": [{"control": "none", "protocol": "finetune", **row}],
         "low_shot": [],
-        "encoder": {"path": cfg["encoder"], "random_init": cfg["random_init"], "sha256": weights_hash(loaded.encoder)},
-        "trained": {k: loaded.about.get(k) for k in ("step", "data", "source")},
         "data": {name: part.hash for name, part in parts.shards.items()},
         "test_samples_of_train_groups": parts.shared_groups,
         "seed": cfg["tune"]["seed"],
-        "versions": {"vidssl": vidssl.__version__, "torch": str(torch.__version__), "code": code_hash()},
-        "config_sha256": hashlib.sha256(json.dumps(cfg, sort_keys=True).encode()).hexdigest(),
-        "config": cfg,
         "libraries": about["libraries"],
     }
-    replace(out / "probe.json", partial(Path.write_text, data=json.dumps(report, indent=1, allow_nan=False)))
+    write_report(out / "probe.json", cfg, loaded, report)
 
 
 def save(out: Path, classifier: Classifier, model: dict, loaded: Loaded, about: dict[str, Any]) -> None:

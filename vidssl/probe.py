@@ -7,7 +7,6 @@ encoder: a run folder, a file of ours, a public checkpoint, timm:NAME or hf:FOLD
 """
 
 import hashlib
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -20,7 +19,6 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from pydantic import BeforeValidator, Field
 from torch import Tensor
 
-import vidssl
 from vidssl import config
 from vidssl.config import Count, Names, Part, Positive, Size, Value
 from vidssl.data.shards import Sample, Shards
@@ -36,12 +34,13 @@ from vidssl.evaluation.report import (
     low_shot_summary,
     weights_hash,
     write_lists,
+    write_report,
     write_tables,
 )
 from vidssl.evaluation.subsets import list_text, low_shot
 from vidssl.evaluation.tasks import class_of, make_task
 from vidssl.evaluation.views import Control, Order, PatchMeans, View
-from vidssl.files import check_out, make_folder, replace
+from vidssl.files import check_out, make_folder
 from vidssl.objective.targets import normalise
 from vidssl.zoo.foreign import open_encoder
 from vidssl.zoo.native import Loaded
@@ -249,22 +248,11 @@ def main(argv: list[str]) -> None:
             "results": results,
             "low_shot": low_shot_summary(results),
             "label_free": scores,
-            "encoder": {
-                "path": cfg["encoder"],
-                "file": cfg["encoder_file"],
-                "random_init": cfg["random_init"],
-                "sha256": weights_hash(loaded.encoder),
-            },
-            "trained": {k: loaded.about.get(k) for k in ("step", "data", "source")},
             "data": {name: part.hash for name, part in shards.items()},
             "test_samples_of_train_groups": shared_groups,
             "seed": protocol.seed,
-            "versions": {"vidssl": vidssl.__version__, "torch": str(torch.__version__), "code": code_hash()},
-            "config_sha256": hashlib.sha256(json.dumps(cfg, sort_keys=True).encode()).hexdigest(),
-            "config": cfg,
         }
-        text = json.dumps(report, indent=1, allow_nan=False)
-        replace(out / "probe.json", lambda beside: beside.write_text(text))
+        write_report(out / "probe.json", cfg, loaded, report)
     accelerator.wait_for_everyone()
     accelerator.end_training()
 

@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Iterable
 from functools import partial
@@ -14,6 +15,7 @@ from torch import nn
 
 import vidssl
 from vidssl.files import make_folder, replace
+from vidssl.zoo.native import Loaded
 
 
 class Told(NamedTuple):
@@ -97,3 +99,18 @@ def code_hash(*parts: str) -> str:
         if not parts or name.startswith(parts):
             digest.update(name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
+
+
+def write_report(path: Path, cfg: dict[str, Any], loaded: Loaded, own: dict[str, Any]) -> None:
+    """probe.json or dense.json: its own part, and what every report says of the encoder, the code and the options."""
+    encoder: dict[str, Any] = {k: cfg[k] for k in ("random_init", "encoder_file") if k in cfg}
+    report = {
+        **own,
+        "encoder": {"path": cfg["encoder"], **encoder, "sha256": weights_hash(loaded.encoder)},
+        "trained": {k: loaded.about.get(k) for k in ("step", "data", "source")},
+        "versions": {"vidssl": vidssl.__version__, "torch": str(torch.__version__), "code": code_hash()},
+        "config_sha256": hashlib.sha256(json.dumps(cfg, sort_keys=True).encode()).hexdigest(),
+        "config": cfg,
+    }
+    text = json.dumps(report, indent=1, allow_nan=False)
+    replace(path, lambda beside: beside.write_text(text))
