@@ -29,7 +29,6 @@ from vidssl.errors import UserError
 from vidssl.files import make_folder
 
 SURE = 0.985  # correlation of what moves, from which on a file is dropped: re-encoded copies of UCF101 have 0.989 to 1
-
 WITHIN = 0.8  # of a file's looks
 
 

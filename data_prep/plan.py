@@ -183,7 +183,7 @@ def same_pictures(items: list[Item], root: Path, file: Path, args: argparse.Name
 
 
 def without_duplicates(items: list[Item], same: dict[str, tuple[str, dict]]) -> tuple[list[Item], list[dict]]:
-    """Of files of one data set that are the same, what is cut from the first by path stays."""
+    """Of files of one data set that are the same, what is cut from the one that `same` names stays."""
     there = {(item.path, *span_of(item)) for item in items}
     kept, rejected = [], []
     for item in items:

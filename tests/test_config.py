@@ -118,6 +118,11 @@ def test_wrong_arguments(good):
         config.load([good, "run.stepz=3"], SCHEMA)
 
 
+def test_what_may_differ_is_left_out_with_all_below_it():
+    a, b = {"a": {"b": 1, "c": 2}, "ab": 1, "d": {"e": 1}}, {"a": {"b": 2}, "ab": 2, "d": {"e": 2}}
+    assert config.differences(a, b, ("a", "d.e")) == [("ab", 1, 2)]
+
+
 def test_differences():
     assert config.differences({"a": {"b": 1}, "c": 2}, {"a": {"b": 3}, "d": 4}) == [
         ("a.b", 1, 3),

@@ -7,7 +7,7 @@ that names file, key and what is allowed.
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, get_args, get_type_hints
@@ -199,9 +199,12 @@ def save(tree: dict[str, Any], path: Path) -> None:
     replace(path, lambda beside: beside.write_text(yaml.safe_dump(tree, sort_keys=False)))
 
 
-def differences(a: Any, b: Any, at: str = "") -> list[tuple[str, Any, Any]]:
-    """(dotted key, value in a, value in b) wherever two trees differ; None where a key is absent."""
+def differences(a: Any, b: Any, free: Sequence[str] = (), at: str = "") -> list[tuple[str, Any, Any]]:
+    """(dotted key, value in a, value in b) wherever two trees differ; None where a key is absent. free: dotted keys
+    that may differ, with all below them."""
+    if at in free:
+        return []
     if isinstance(a, dict) and isinstance(b, dict):
         keys = list(dict.fromkeys([*a, *b]))
-        return [d for k in keys for d in differences(a.get(k), b.get(k), f"{at}.{k}" if at else k)]
+        return [d for k in keys for d in differences(a.get(k), b.get(k), free, f"{at}.{k}" if at else k)]
     return [] if a == b else [(at, a, b)]

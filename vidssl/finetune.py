@@ -141,8 +141,7 @@ def outputs_of(asked: Asked) -> np.ndarray:
 def check_same(state: dict[str, Any], about: dict[str, Any], out: Path) -> None:
     """A folder holds one run."""
     before = state["provenance"]
-    changed = config.differences(before["config"], about["config"])
-    changed = [c for c in changed if not any(c[0] == free or c[0].startswith(free + ".") for free in FREE)]
+    changed = config.differences(before["config"], about["config"], FREE)
     if changed or before["data"] != about["data"]:
         key, old, new = changed[0] if changed else ("the data or the encoder", "another", "this one")
         raise UserError(f"{out} holds another run: {key} is {old!r} there, {new!r} here; give another out=")

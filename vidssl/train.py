@@ -143,8 +143,7 @@ def check_same_run(cfg: dict[str, Any], data: str, state: dict[str, Any], out: P
         free = (*FREE, "run.steps")
     differing = [
         f"{key} is {old!r} there, {new!r} here"
-        for key, old, new in config.differences(unplaced(before), unplaced(cfg))
-        if not any(key == one or key.startswith(one + ".") for one in free)
+        for key, old, new in config.differences(unplaced(before), unplaced(cfg), free)
     ]
     if state["step"] > cfg["run"]["steps"]:
         raise UserError(f"{out}: {state['step']} steps are done, more than run.steps {cfg['run']['steps']}")
