@@ -6,6 +6,7 @@ the imports take longer than the jobs: {"shards": ..., "groups": [[world, [[name
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -14,13 +15,14 @@ import time
 import traceback
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils.launch import prepare_multi_gpu_env
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from safetensors.torch import load_file
 from torch import nn
 from torch._dynamo.utils import counters
@@ -44,7 +46,7 @@ METHODS = {
     ],  # two of its steps are spoiled
     "vjepa": [str(ROOT / "configs/method/vjepa_tiny.yaml"), "model.depth=2", "optim.clip_each=true"],
 }
-LAUNCH = {name: ROOT / f"configs/accelerate/{name}.yaml" for name in ("ddp", "fsdp2")}
+LAUNCH = {name: ROOT / f"configs/accelerate/{name}.yaml" for name in ("ddp", "fsdp2", "zero1", "zero2")}
 
 
 def arguments(method: str, shards: Path, out: Path, *more: str) -> list[str]:
@@ -82,25 +84,33 @@ def go(argv: list[str], stop: int = STEPS) -> None:
 def launcher_variables(name: str) -> dict[str, str]:
     """What `accelerate launch --config_file` tells the processes."""
     args = launch_command_parser().parse_args(["--config_file", str(LAUNCH[name]), "vidssl/train.py"])
-    env = prepare_multi_gpu_env(_validate_launch_command(args)[0])
+    args, defaults, _ = _validate_launch_command(args)
+    args.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
+    env = prepare_deepspeed_cmd_env(args)[1] if args.use_deepspeed else prepare_multi_gpu_env(args)
     return {k: v for k, v in env.items() if k.startswith(("ACCELERATE_", "FSDP_"))}
 
 
+def share(tensors) -> float:
+    pairs = [(t.to_local().numel() if isinstance(t, fsdp.DTensor) else t.numel(), t.numel()) for t in tensors]
+    return sum(a for a, _ in pairs) / sum(b for _, b in pairs)
+
+
 def see_shares(out: Path) -> None:
-    """Note how much of the weights each process holds, and of how many units they are."""
+    """Note how much of the weights and moments each process holds, and of how many units they are."""
     honest = train.clip_gradients
 
     def clip(accelerator, model, optim, step):
-        def share(tensors) -> float:
-            pairs = [(t.to_local().numel() if isinstance(t, fsdp.DTensor) else t.numel(), t.numel()) for t in tensors]
-            return sum(a for a, _ in pairs) / sum(b for _, b in pairs)
-
         if step == 2:
             (optimizer,) = accelerator._optimizers
-            parts = {n: [*m.parameters()] for n, m in model.named_children()}
-            told = {n: share(p) for n, p in parts.items() if len(p) > 1}
-            told["moments"] = share([s["exp_avg"] for s in optimizer.state.values()])
-            told["units"] = sorted(type(m).__name__ for m in model.modules() if fsdp.is_sharded(m))
+            parts = {n: [*m.parameters()] for n, m in getattr(model, "module", model).named_children()}
+            told: dict[str, Any] = {n: share(p) for n, p in parts.items() if len(p) > 1}
+            if (zero := fsdp.zero_of(accelerator)) is None:
+                told["moments"] = share([s["exp_avg"] for s in optimizer.state.values()])
+                told["units"] = sorted(type(m).__name__ for m in model.modules() if isinstance(m, fsdp.FSDPModule))
+            else:
+                held = sum(s["exp_avg"].numel() for s in zero.engine.optimizer.state.values())
+                told["moments"] = held / sum(p.numel() for p in model.parameters() if p.requires_grad)
+                told["stage"] = zero.engine.zero_optimization_stage()
             out.mkdir(parents=True, exist_ok=True)
             (out / f"shares-{accelerator.process_index}.json").write_text(json.dumps(told))
         return honest(accelerator, model, optim, step)
@@ -114,8 +124,11 @@ def one_process(plan: dict, world: int, rank: int, port: int, jobs: list) -> Non
     PartialState.destroy_process_group = lambda *_: None  # type: ignore[method-assign]
     honest = train.clip_gradients
     for launch, argv, stop in jobs:
-        os.environ |= {"ACCELERATE_USE_FSDP": "false", **plan["launch"][launch]}
-        if launch == "fsdp2":
+        os.environ |= {
+            **dict.fromkeys(("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"), "false"),
+            **plan["launch"][launch],
+        }
+        if launch in ("fsdp2", "zero1", "zero2"):
             see_shares(Path(next(a for a in argv if a.startswith("run.out=")).removeprefix("run.out=")))
         go(argv, stop)
         train.clip_gradients = honest
@@ -147,13 +160,15 @@ def run_plan(plan: dict) -> None:
                 sys.exit(f"a process of {world} failed")
 
 
-MANY = ["videomae-ddp-2", "videomae-fsdp2-2", "vjepa-ddp-2", "vjepa-fsdp2-2", "videomae-fsdp2-4", "vjepa-ddp-4"]
+MANY = ["videomae-ddp-2", "videomae-fsdp2-2", "videomae-zero1-2", "videomae-fsdp2-4"]
+MANY += ["vjepa-ddp-2", "vjepa-fsdp2-2", "vjepa-zero1-2", "vjepa-zero2-2", "vjepa-ddp-4", "videomae-zero2-4"]
 
 
 @pytest.fixture(scope="module")
 def runs(synthetic_shards, tmp_path_factory) -> Path:
-    """Folders METHOD-1, and METHOD-LAUNCH-WORLD of several processes; `down` went from whole models on two processes to
-    shards on two to one process, `up` from one process to shards on four to whole models on two."""
+    """Folders METHOD-1, and METHOD-LAUNCH-WORLD of several processes. `down` went from whole models on two processes
+    to shards on two to one process, `up` from one process to shards on four to whole models on two, `over` on two
+    processes from ZeRO-2 to shards to ZeRO-1."""
     out = tmp_path_factory.mktemp("scale")
 
     def job(launch: str, name: str, *more: str, stop: int = STEPS, method: str = "vjepa") -> list:
@@ -169,7 +184,8 @@ def runs(synthetic_shards, tmp_path_factory) -> Path:
     four = [*group(4, "efficiency.recompute=true"), job("fsdp2", "up", stop=2 * SAVE)]
     two = [*group(2, "efficiency.micro_batches=2"), job("ddp", "up")]
     two += [job("ddp", "down", stop=SAVE), job("kept", "down", stop=2 * SAVE)]
-    two += [job("fsdp2", "bf16", "efficiency.precision=bf16", stop=2)]
+    two += [job("zero2", "over", stop=SAVE), job("fsdp2", "over", stop=2 * SAVE), job("zero1", "over")]
+    two += [job(name, f"bf16-{name}", "efficiency.precision=bf16", stop=2) for name in ("ddp", "fsdp2", "zero2")]
     launch = {name: launcher_variables(name) for name in LAUNCH}
     launch["kept"] = launch["fsdp2"] | {"FSDP_RESHARD_AFTER_FORWARD": "false"}
     plan = {"launch": launch, "groups": [[4, four], [2, two]]}
@@ -184,7 +200,7 @@ def rows(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("name", [*MANY, "up", "down"])
+@pytest.mark.parametrize("name", [*MANY, "up", "down", "over"])
 def test_the_same_run_on_any_number_of_processes_whole_or_in_shards(name, runs):
     one, many = rows(runs / f"{'videomae' if 'videomae' in name else 'vjepa'}-1"), rows(runs / name)
     assert [r["keys"] for r in many] == [r["keys"] for r in one] and len(one) == STEPS
@@ -195,17 +211,27 @@ def test_the_same_run_on_any_number_of_processes_whole_or_in_shards(name, runs):
 
 def test_health_and_online_probe_are_the_same_in_shards(runs):
     """They are of the main process's clips, so that they differ with the number of processes."""
-    whole, shards = (
+    whole, *others = (
         [{k: v for k, v in r.items() if k.startswith(("health_", "watch_"))} for r in rows(runs / f"vjepa-{name}-2")]
         for name in LAUNCH
     )
     assert [len(r) for r in whole] == [13, 0, 15, 0, 0, 15]
-    assert all(a == pytest.approx(b, rel=1e-3) for a, b in zip(shards, whole, strict=True))
+    for shards in others:
+        assert all(a == pytest.approx(b, rel=1e-3) for a, b in zip(shards, whole, strict=True))
 
 
 def test_steps_that_are_not_taken_and_going_back_are_the_same_in_shards(runs):
     for name in ("1", *(n.removeprefix("videomae-") for n in MANY if "videomae" in n)):
         assert [r["skipped"] for r in rows(runs / f"videomae-{name}")] == [0, 0, 0, 1, 2, 2]
+
+
+@pytest.mark.parametrize("name", [n for n in MANY if "zero" in n])
+def test_zero_cuts_the_moments(name, runs):
+    for rank in range(int(name[-1])):
+        told = json.loads((runs / name / f"shares-{rank}.json").read_text())
+        assert told.pop("moments") == pytest.approx(1 / int(name[-1]), abs=0.02)
+        assert told.pop("stage") == (1 if "zero1" in name else 2)
+        assert {"encoder", "predictor"} <= told.keys() and set(told.values()) == {1.0}
 
 
 @pytest.mark.parametrize("name", [n for n in MANY if "fsdp2" in n])
@@ -229,7 +255,7 @@ FILES = ["encoder", "encoder_online", f"checkpoints/step-{STEPS:08d}/model", f"c
 @pytest.mark.parametrize("name", FILES)
 def test_a_run_may_change_between_whole_models_shards_and_one_process(name, runs):
     want = tensors(runs / "vjepa-1", name)
-    for run in ("down", "up", *(n for n in MANY if "vjepa" in n)):
+    for run in ("down", "up", "over", *(n for n in MANY if "vjepa" in n)):
         got = tensors(runs / run, name)
         assert list(got) == list(want)
         assert max(float((got[k] - want[k]).abs().max()) for k in want) < 1e-5, run
@@ -247,13 +273,13 @@ def test_the_files_have_one_layout(runs):
         plain = json.loads((place / "state.json").read_text())
         return [*heads, plain["groups"], sorted(plain), plain["guard"].keys(), plain["health"].keys()]
 
-    assert layout("vjepa-ddp-2") == layout("vjepa-fsdp2-2") == layout("vjepa-1")
+    assert {name: layout(f"vjepa-{name}-2") for name in LAUNCH} == dict.fromkeys(LAUNCH, layout("vjepa-1"))
 
 
-def test_bf16_in_shards(runs):
-    one, low = rows(runs / "vjepa-1"), rows(runs / "bf16")
-    assert [r["loss"] for r in low] == pytest.approx([r["loss"] for r in one[:2]], rel=0.03)
-    assert [r["loss"] for r in low] != [r["loss"] for r in one[:2]]
+@pytest.mark.parametrize("name", ["fsdp2", "zero2"])
+def test_bf16_in_shards(name, runs):
+    one, whole, cut = ([r["loss"] for r in rows(runs / run)] for run in ("vjepa-1", "bf16-ddp", f"bf16-{name}"))
+    assert cut == pytest.approx(whole, rel=1e-3) and cut == pytest.approx(one[:2], rel=0.03) and cut != one[:2]
 
 
 # Compiled
@@ -288,10 +314,15 @@ def test_another_kernel_of_the_optimiser_can_continue_a_run(synthetic_shards, tm
 # What starts them
 
 
+ZERO = {"ACCELERATE_USE_DEEPSPEED": "true", "WORLD_SIZE": "2"}
+
+
 @pytest.mark.parametrize(
     "variables, words",
     [
-        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "use configs/accelerate/fsdp2.yaml"),
+        (ZERO | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, "give 1 or 2.*configs/accelerate/fsdp2.yaml"),
+        (ZERO | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": "mine.json"}, "give zero_stage: 1 or 2"),
+        (ZERO | {"ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu"}, "offload_optimizer_device: only none"),
         ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "set fsdp_version: 2"),
         (
             {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_ACTIVATION_CHECKPOINTING": "true"},
@@ -307,12 +338,24 @@ def test_what_cannot_be_is_refused_in_a_line(variables, words, synthetic_shards,
     assert len(str(refused.value).splitlines()) == 1 and not (tmp_path / "run").exists()
 
 
+def test_deepspeed_where_it_is_not_there(synthetic_shards, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="precision=fp16 does not go with DeepSpeed"):
+        go(arguments("vjepa", synthetic_shards, tmp_path / "run", "efficiency.precision=fp16"))
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    with pytest.raises(UserError, match=re.escape("pip install 'vidssl[deepspeed]'")):
+        go(arguments("vjepa", synthetic_shards, tmp_path / "run"))
+
+
 def test_the_launcher_configurations_ask_for_what_they_say():
     ddp, fsdp2 = launcher_variables("ddp"), launcher_variables("fsdp2")
     assert "ACCELERATE_USE_FSDP" not in ddp
     asked = {k: fsdp2[k] for k in ("ACCELERATE_USE_FSDP", "FSDP_VERSION", "FSDP_RESHARD_AFTER_FORWARD")}
     assert asked == {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true"}
     assert fsdp2["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "false"
+    stages = {name: launcher_variables(name)["ACCELERATE_DEEPSPEED_ZERO_STAGE"] for name in ("zero1", "zero2")}
+    assert stages == {"zero1": "1", "zero2": "2"}
 
 
 @pytest.fixture

@@ -270,7 +270,7 @@ def main(argv: list[str]) -> None:
         check_same(state, about, out)
     unused = loaded.encoder.patch_embed_img is not None or len(loaded.encoder.level_norms) > 0
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=unused)
-    if fsdp.plugin(speed.precision) is not None:
+    if fsdp.asked("ACCELERATE_USE_FSDP") or fsdp.asked("ACCELERATE_USE_DEEPSPEED"):
         raise UserError("fine-tuning is of whole models: use configs/accelerate/ddp.yaml")
     accelerator = fsdp.make_accelerator(speed.precision, kwargs_handlers=[ddp])
     check(tune, speed, accelerator.num_processes)

@@ -1,4 +1,4 @@
-"""Sharded training (FSDP2): weights, gradients and optimiser state cut over the processes, and whole where they must.
+"""Shards over the processes (FSDP2; DeepSpeed: zero.py): weights, gradients, optimiser state; whole where they must be.
 
 `accelerate launch` asks for it by environment variables (configs/accelerate/fsdp2.yaml). Each Block of the encoder, the
 momentum encoder and the predictor is a unit of its own, what is left is the last one, and all parameters are cut in the
@@ -18,20 +18,27 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from vidssl import zero
 from vidssl.errors import UserError
+from vidssl.zero import Zero
 
 
 def make_accelerator(precision: str, **options: Any) -> Accelerator:
     """The processes as they were launched; in shards if that was asked for. precision: fp32, bf16 or fp16."""
-    wanted, cpu = plugin(precision), not torch.cuda.is_available()
-    mixed = "no" if precision == "fp32" else precision
-    accelerator = Accelerator(mixed_precision=mixed, cpu=cpu, fsdp_plugin=wanted, **options)
-    if wanted is not None and accelerator.distributed_type == DistributedType.MULTI_CPU:
-        # Accelerate (1.15, AcceleratorState.__init__) heeds the plugin on accelerators only, though all that it then
+    cpu, alone = not torch.cuda.is_available(), os.environ.get("WORLD_SIZE", "1") == "1"
+    sharded, deepspeed, kind = plugin(precision), None, DistributedType.FSDP
+    if asked("ACCELERATE_USE_DEEPSPEED") and not (cpu and alone):  # one process of a CPU has nobody to share with
+        deepspeed, kind = zero.plugin(precision), DistributedType.DEEPSPEED
+    mixed = "no" if precision == "fp32" or deepspeed else precision
+    plugins = {"fsdp_plugin": sharded, "deepspeed_plugin": deepspeed}
+    accelerator = Accelerator(mixed_precision=mixed, cpu=cpu, **plugins, **options)
+    if (sharded or deepspeed) and accelerator.distributed_type == DistributedType.MULTI_CPU:
+        # Accelerate (1.15, AcceleratorState.__init__) heeds the plugins on accelerators only, though all that it then
         # does works on processes of a CPU, too.
-        accelerator.state.fsdp_plugin = wanted
-        accelerator.state.distributed_type = DistributedType.FSDP
-        PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+        accelerator.state.fsdp_plugin = sharded
+        accelerator.state.deepspeed_plugins = deepspeed
+        accelerator.state.distributed_type = kind
+        PartialState._shared_state["distributed_type"] = kind
     return accelerator
 
 
@@ -42,11 +49,6 @@ def plugin(precision: str) -> FullyShardedDataParallelPlugin | None:
     computed in f32 all the same is left to autocast, as without shards. On CPUs autocast leaves LayerNorm's weights as
     they are, so there they are gathered in f32.
     """
-    if asked("ACCELERATE_USE_DEEPSPEED"):
-        raise UserError(
-            "DeepSpeed takes its optimiser step inside the backward pass, where none can be left out: use "
-            "configs/accelerate/fsdp2.yaml (fsdp_reshard_after_forward: false is its ZeRO-2, true its ZeRO-3)"
-        )
     if not asked("ACCELERATE_USE_FSDP"):
         return None
     if os.environ.get("FSDP_VERSION", "1") != "2":
@@ -62,14 +64,42 @@ def plugin(precision: str) -> FullyShardedDataParallelPlugin | None:
     )
 
 
+def prepare(accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
+    """Both as the processes need them."""
+    groups = [{**group, "params": [*group["params"]]} for group in optimizer.param_groups]
+    model, prepared = accelerator.prepare(model, optimizer)
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        prepared = accelerator.deepspeed_engine_wrapped = Zero(model, groups)
+    return model, prepared
+
+
+def zero_of(accelerator: Accelerator) -> Zero | None:
+    """The optimiser, if it is DeepSpeed's."""
+    return accelerator.deepspeed_engine_wrapped if accelerator.distributed_type == DistributedType.DEEPSPEED else None
+
+
+@contextlib.contextmanager
+def apart(accelerator: Accelerator, model: nn.Module) -> Iterator[None]:
+    """Backward passes in here are a part of a step: what processes sum over each other can wait for the last one."""
+    if (sharded := zero_of(accelerator)) is None:
+        with accelerator.no_sync(model):
+            yield
+        return
+    sharded.last = False
+    try:
+        yield
+    finally:
+        sharded.last = True
+
+
 def asked(name: str) -> bool:
     """Is an environment variable of `accelerate launch` true?"""
     return os.environ.get(name, "false").lower() in ("1", "true", "yes")
 
 
-def is_sharded(module: nn.Module) -> bool:
-    """Then every process must take part in forward passes and in copies of what was learned."""
-    return isinstance(module, FSDPModule)
+def is_sharded(accelerator: Accelerator) -> bool:
+    """Then every process must take part in copies of what was learned and (of FSDP2) in forward passes."""
+    return accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
 def whole(t: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from vidssl.config import Amount, Count, Positive, Share, Size
 from vidssl.errors import UserError
+from vidssl.fsdp import zero_of
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 NO_LIMIT = float("inf")
@@ -168,9 +169,12 @@ def clip_gradients(accelerator: Accelerator, model: nn.Module, o: Optim, step: i
     Source of clip_each: V-JEPA, app/vjepa/train.py: encoder and predictor (its mask tokens included) apart.
     """
     limit = o.clip_grad if o.clip_grad is not None and step >= o.clip_from else NO_LIMIT
-    norm = accelerator.clip_grad_norm_(model.parameters(), NO_LIMIT if o.clip_each else limit)
+    sharded = zero_of(accelerator)
+    clip_all = sharded.clip_grad_norm_ if sharded else accelerator.clip_grad_norm_
+    norm = clip_all(model.parameters(), NO_LIMIT if o.clip_each else limit)
     if o.clip_each and limit < NO_LIMIT:
-        named = [("encoder" in name.split("."), p) for name, p in model.named_parameters() if p.grad is not None]
+        clip = sharded.clip_grad_norm_ if sharded else nn.utils.clip_grad_norm_
+        named = [("encoder" in name.split("."), p) for name, p in model.named_parameters() if p.requires_grad]
         for part in (True, False):
-            nn.utils.clip_grad_norm_([p for of_encoder, p in named if of_encoder == part], limit)
+            clip([p for of_encoder, p in named if of_encoder == part], limit)
     return norm

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vidssl.errors import UserError
 from vidssl.files import say
-from vidssl.fsdp import whole
+from vidssl.fsdp import whole, zero_of
 
 REQUEUE = 75  # exit status, EX_TEMPFAIL of sysexits.h: the same command again goes on where this one ended
 WINDOW, FEWEST = 128, 32  # accepted steps that say what is usual; and how many it takes to say so
@@ -119,6 +119,8 @@ def meet(accelerator: Accelerator, means: dict[str, Tensor], sums: dict[str, flo
 
 def let_go(accelerator: Accelerator) -> None:
     """A step that is not taken; the scale of fp16 gradients moves on all the same."""
+    if (sharded := zero_of(accelerator)) is not None:
+        sharded.leave_out()
     if accelerator.scaler is not None:
         accelerator.scaler.update()
 

@@ -170,7 +170,7 @@ def forward_backward(
     weights: dict[str, float] = {}
     for i, (number, video, position) in enumerate(pieces):
         share = len(position) / clips
-        with contextlib.nullcontext() if i == len(pieces) - 1 else accelerator.no_sync(model):
+        with contextlib.nullcontext() if i == len(pieces) - 1 else fsdp.apart(accelerator, model):
             with accelerator.autocast():
                 got = model(normalise(video), Draws(seed, step, position))
             accelerator.backward(got["loss"] * share)
@@ -227,8 +227,8 @@ def main(argv: list[str]) -> None:
             module.recompute = eff.recompute
             for block in module if eff.compile else ():
                 block.compile(dynamic=True)  # one for all numbers of tokens; names of weights stay as they are
-    model, optimizer = accelerator.prepare(objective, optimizer)
-    watched, takes_part = None, main_process or fsdp.is_sharded(model)  # in measuring and saving
+    model, optimizer = fsdp.prepare(accelerator, objective, optimizer)
+    watched, takes_part = None, main_process or fsdp.is_sharded(accelerator)  # in measuring and saving
     if takes_part and watch.train is not None:
         watched = Watched(watch, data.frames, cfg["augment"]["size"], data.stride, data.fps)
     about = provenance(cfg, data_hash)

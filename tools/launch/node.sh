@@ -4,7 +4,8 @@
 #   NODES=2 NODE=0 MASTER_ADDR=HOST bash tools/launch/node.sh FILES.yaml ... key=value ...
 # FAILURES=100: a status that is neither 0 nor 75 is told that much larger, for who keeps the largest of several nodes'.
 # NODE: this one's number from 0. GPUS: on each node (else what nvidia-smi lists). ACCELERATE_USE_FSDP=true
-# FSDP_VERSION=2: shards (configs/accelerate/fsdp2.yaml).
+# FSDP_VERSION=2: shards (configs/accelerate/fsdp2.yaml). ACCELERATE_USE_DEEPSPEED=true ACCELERATE_DEEPSPEED_ZERO_STAGE=2:
+# as zero2.yaml.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 gpus=${GPUS:-$(nvidia-smi --list-gpus | wc -l)}
