@@ -12,12 +12,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from vidssl import config
 from vidssl.draws import Draws
 from vidssl.errors import run_cli
 from vidssl.health import Health
+from vidssl.meter import flops
 from vidssl.objective.targets import Ema, normalise
 from vidssl.optim import Optim, make_optimizer
 from vidssl.train import SCHEMA, make_objective
@@ -27,14 +27,14 @@ ROOT = Path(__file__).parents[1]
 
 def cost(action: Callable[[], object], times: int) -> tuple[int, float]:
     """FLOPs, and the fewest CPU seconds of some calls."""
-    with FlopCounterMode(display=False) as counter:
+    with flops() as total:
         action()
     seconds = []
     for _ in range(times):
         start = time.process_time()
         action()
         seconds.append(time.process_time() - start)
-    return counter.get_total_flops(), min(seconds)
+    return total(), min(seconds)
 
 
 def main(argv: list[str]) -> None:

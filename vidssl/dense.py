@@ -22,6 +22,7 @@ from vidssl.evaluation.frames import make_look
 from vidssl.evaluation.propagation import Keypoints, Masks
 from vidssl.evaluation.report import write_csv, write_report
 from vidssl.files import check_out, make_folder
+from vidssl.meter import keep_memory
 from vidssl.zoo.foreign import open_encoder
 
 TASKS = {"depth": Depth, "masks": Masks, "keypoints": Keypoints}
@@ -83,6 +84,7 @@ def main(argv: list[str]) -> None:
     if (out / "dense.json").exists():
         raise UserError(f"{out / 'dense.json'} exists: the test set was read for it; give another out=")
     check_out(out)
+    keep_memory()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     folders = {"train": Path(data.train or data.test), "test": Path(data.test)}
     hashes = {side: data_hash(folders[side], some) for side, some in items.items()}

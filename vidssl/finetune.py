@@ -48,6 +48,7 @@ from vidssl.evaluation.protocol import Protocol
 from vidssl.evaluation.report import Told, weights_hash, write_report, write_tables
 from vidssl.evaluation.views import View
 from vidssl.files import check_out, make_folder, writing
+from vidssl.meter import keep_memory
 from vidssl.model.attentive import HEAD_EPS, AttentiveHead
 from vidssl.model.vit import EPS
 from vidssl.objective.targets import normalise
@@ -272,6 +273,7 @@ def main(argv: list[str]) -> None:
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=unused)
     if fsdp.asked("ACCELERATE_USE_FSDP") or fsdp.asked("ACCELERATE_USE_DEEPSPEED"):
         raise UserError("fine-tuning is of whole models: use configs/accelerate/ddp.yaml")
+    keep_memory()
     accelerator = fsdp.make_accelerator(speed.precision, kwargs_handlers=[ddp])
     check(tune, speed, accelerator.num_processes)
 

@@ -1,20 +1,60 @@
 """How much of the machine a run uses: arithmetic done against what a matrix product reaches, and memory."""
 
 import contextlib
+import ctypes
 import resource
 import sys
 import time
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 
+def keep_memory() -> bool:
+    """Where tensors are on the CPU, freed memory stays with this process and those it forks -> is it so now?
+
+    glibc gives large blocks back to the system as soon as they are free, and gets each page anew, zeroed, when the next
+    tensor is written: up to a third of a step. Other C libraries are left as they are. Source: mallopt(3).
+    """
+    here = sys.platform == "linux" and not torch.cuda.is_available()
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if here else None
+    trim_threshold, top_pad, mmap_threshold = -1, -2, -3
+    wanted = {mmap_threshold: 1 << 30, trim_threshold: (1 << 31) - 1, top_pad: 1 << 26}
+    return mallopt is not None and sum(mallopt(what, value) for what, value in wanted.items()) == len(wanted)
+
+
+Shape = tuple[int, ...]
+
+
+def attention(query: Shape, key: Shape, value: Shape, *_: object, **__: object) -> int:
+    """FLOPs of q [B, H, N, d] k^T and of its product with v."""
+    b, h, n, d = query
+    return 2 * b * h * n * key[2] * (d + value[3])
+
+
+def attention_backward(grad: Shape, query: Shape, key: Shape, value: Shape, *_: object, **__: object) -> int:
+    """Five products: the scores once more, and the gradients of v, of the scores, of q and of k."""
+    b, h, n, d = query
+    return 2 * b * h * n * key[2] * (3 * d + 2 * value[3])
+
+
+@contextlib.contextmanager
+def flops() -> Iterator[Callable[[], int]]:
+    """-> what tells the FLOPs of matrix products, convolutions and attention in here, forward and backward.
+
+    They are counted by torch, which (as of 2.14) leaves out attention on CPUs.
+    """
+    cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    back = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    with FlopCounterMode(display=False, custom_mapping={cpu: attention, back: attention_backward}) as counter:
+        yield counter.get_total_flops
+
+
 class Meter:
     """Counts the arithmetic of a step once for each shape of a batch, and holds it against this device's own rate.
 
-    FLOPs are those of matrix products, convolutions and attention, forward and backward, as torch counts them; what
-    `efficiency.recompute` does twice counts twice. The rate is that of the fastest of a few square products in the
+    What `efficiency.recompute` does twice counts twice. The rate is that of the fastest of a few square products in the
     precision of the run, measured when the meter is made.
     """
 
@@ -30,20 +70,21 @@ class Meter:
         if shape in self.counted:
             yield True
             return
-        with FlopCounterMode(display=False) as counter:
+        with flops() as total:
             yield False
-        self.counted[shape] = counter.get_total_flops()
+        self.counted[shape] = total()
 
     def used(self, shape: Hashable, seconds: float) -> float:
         """Share of the rate that a step of this shape reached in so many seconds (MFU)."""
         return self.counted[shape] / seconds / self.rate
 
-    def memory(self) -> float:
-        """Most bytes this process has held: of the accelerator, or resident where there is none."""
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device)
-        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return most if sys.platform == "darwin" else most * 1024
+
+def most_memory(device: torch.device) -> float:
+    """Most bytes this process has held: of the accelerator, or resident where there is none."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
 
 
 def product_rate(device: torch.device, dtype: torch.dtype, repeats: int = 4) -> float:

@@ -41,6 +41,7 @@ from vidssl.evaluation.subsets import list_text, low_shot
 from vidssl.evaluation.tasks import class_of, make_task
 from vidssl.evaluation.views import Control, Order, PatchMeans, View
 from vidssl.files import check_out, make_folder
+from vidssl.meter import keep_memory
 from vidssl.objective.targets import normalise
 from vidssl.zoo.foreign import open_encoder
 from vidssl.zoo.native import Loaded
@@ -209,6 +210,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f"{out / 'probe.json'} exists: the test set was read for it; give another out=")
     check_out(out)
     patience = InitProcessGroupKwargs(timeout=timedelta(days=1))  # the others wait while the first trains heads
+    keep_memory()
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[patience])
 
     results: list[dict[str, Any]] = []

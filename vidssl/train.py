@@ -28,7 +28,7 @@ from vidssl.exchange import start_from
 from vidssl.files import check_out, make_folder, say, writing
 from vidssl.health import Health
 from vidssl.log import Lines, Log, Tracker, batch_hash, check_trackers, hash_keys, start_trackers
-from vidssl.meter import Meter
+from vidssl.meter import Meter, keep_memory, most_memory
 from vidssl.model.vit import MODELS, Blocks
 from vidssl.objective.masks import MASKS
 from vidssl.objective.objective import ERRORS, ContextLoss, Objective
@@ -75,6 +75,7 @@ class Efficiency:
     recompute: bool = False  # activations of the transformer blocks in the backward pass, instead of keeping them
     isolate: bool = True  # decode in child processes, so that a file that hangs or crashes a decoder costs itself only
     cache_mb: Size = 0  # decoded frames each loader process may hold, in 2**20 bytes; for corpora that fit
+    keep_memory: bool = True  # on a CPU, freed memory stays with the process; else each step gets its pages anew
     threads: Count | None = None  # of torch on the CPU, a process; None: torch's own choice
     timeout: Count = 600  # seconds that a process waits for another one before it gives up
 
@@ -192,6 +193,8 @@ def main(argv: list[str]) -> None:
     watch = config.build(cfg["watch"], Watch)
     if eff.threads:
         torch.set_num_threads(eff.threads)
+    if eff.keep_memory:
+        keep_memory()
 
     # Everything that can be wrong with the user's input is found before anything is written.
     shards, data_hash = open_shards(data)
@@ -301,7 +304,7 @@ def main(argv: list[str]) -> None:
                         figures |= watched.measure(objective)
             if log and meter:
                 row: dict[str, Any] = {"step": done, **{k: met[k] for k in parts}, **now, "grad_norm": met["grad_norm"]}
-                row |= {"clips_per_s": run.batch / took, "wait": waited / took, "memory": meter.memory()}
+                row |= {"clips_per_s": run.batch / took, "wait": waited / took, "memory": most_memory(meter.device)}
                 row |= {"mfu": meter.used(shape, took)} if known else {}
                 row |= {"keys": batch_hash(*seen.T), "bad": int(met["bad"]), "skipped": guard.skipped}
                 row |= figures
