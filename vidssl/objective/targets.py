@@ -56,18 +56,24 @@ class Pixels(nn.Module):
 
     @torch.no_grad()
     def forward(self, video: Tensor) -> Tensor:
+        eps: float | Tensor = 1e-6
         if self.space == "rgb":
             mean, std = colour_statistics(video)
-            video = video.float() * std + mean
+            if self.norm == "channel":  # then what a colour is multiplied with is of no account but here
+                eps = eps / std.view(3, 1)
+            else:
+                video = video.float() * std + mean
         if self.frames < self.tubelet:
             count = video.shape[2] // self.tubelet * self.frames
             video = video[:, :, torch.linspace(0, video.shape[2] - 1, count).long()]
-        x = rearrange(patchify(video, self.frames, self.patch), "b n c u p q -> b n (u p q) c")
-        if self.norm == "channel":
-            x = (x - x.mean(2, keepdim=True)) / (x.var(2, keepdim=True).sqrt() + 1e-6)
-        elif self.norm == "patch":
-            x = (x - x.mean((2, 3), keepdim=True)) / (x.var((2, 3), keepdim=True) + 1e-6).sqrt()
-        return x.flatten(2)
+        x = rearrange(patchify(video.float(), self.frames, self.patch), "b n c u p q -> b n c (u p q)")
+        if self.norm != "none":
+            over = -1 if self.norm == "channel" else (2, 3)
+            x = x - x.mean(over, keepdim=True)
+            squares = torch.linalg.vector_norm(x, dim=over, keepdim=True).square()  # CPUs are quicker at it than at var
+            variance = squares / (x[0, 0].numel() // squares[0, 0].numel() - 1)
+            x = x.div_(variance.sqrt() + eps if self.norm == "channel" else (variance + eps).sqrt())
+        return rearrange(x, "b n c k -> b n (k c)")
 
 
 def level_norm(features: Tensor, dim: int) -> Tensor:
