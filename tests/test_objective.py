@@ -1,5 +1,6 @@
 """The formula against longhand."""
 
+import pytest
 import torch
 import torch.nn.functional as F
 
@@ -136,6 +137,22 @@ def test_target_groups_are_predicted_alone():
     for m in range(2):
         alone = predictor(z, Mask(both.context, both.target[:, m : m + 1]), query, encoder.grid).target
         assert torch.allclose(got[:, m], alone[:, 0], atol=1e-6)
+
+
+@pytest.mark.parametrize("positions", ["sincos_uniform", "rope"])
+def test_what_is_not_asked_for_is_left_out_of_the_last_block_only(positions):
+    encoder = small()
+    predictor = Joint(encoder, 7, width=24, depth=2, heads=2, positions=positions)
+    z, mask = (
+        torch.randn(2, 3, encoder.dim),
+        Mask(torch.tensor([[0, 3, 5], [1, 2, 7]]), torch.tensor([[[1, 2, 4]], [[0, 3, 4]]])),
+    )
+    query, sizes = torch.randn(24), []
+    hook = predictor.blocks[-1].mlp.register_forward_hook(lambda _, x, y: sizes.append(y.shape[1]))
+    said = [predictor.tokens(z, mask, query, encoder.grid, everywhere) for everywhere in (False, True)]
+    hook.remove()
+    assert sizes == [3, 6] and said[1].shape[2] == 6
+    assert torch.allclose(said[0], said[1][:, :, 3:], atol=1e-6)
 
 
 def test_weighted_reduction():

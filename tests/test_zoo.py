@@ -160,10 +160,9 @@ def of_ours(found: Checkpoint) -> dict[str, Tensor]:
         if norm is None:  # transformers' index of the mask token is 1, and its encoder sees everything
             out["prediction"] = predictor(take(encoder(clips), CONTEXT), mask, query(1), grid).target[:, 0]
         else:
-            tokens, count = predictor.tokens(encoder(clips, mask.context, full=True), mask, query(0), grid)
-            said = predictor.proj(tokens[:, 0])
-            whole = found.format == "MAE"
-            out["prediction"] = take(said, NOISE.argsort(1).argsort(1)) if whole else said[:, count:]
+            z, whole = encoder(clips, mask.context, full=True), found.format == "MAE"
+            said = predictor.proj(predictor.tokens(z, mask, query(0), grid, everywhere=whole)[:, 0])
+            out["prediction"] = take(said, NOISE.argsort(1).argsort(1)) if whole else said
             target = Pixels(encoder, *norm)
             objective = Objective(encoder, lambda *_: [mask], target, query, predictor, ERRORS["l2"]())
             out["loss"] = objective(clips, Draws(0, 0, torch.arange(2)))["loss"]

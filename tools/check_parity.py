@@ -69,13 +69,11 @@ def masked_pixels(case: Case) -> None:
     if "encoder_visible" in case:
         case.compare("encoder_visible", encoder(clips, mask.context))
     if "prediction" in case:
-        tokens, count = predictor.tokens(encoder(clips, mask.context, full=True), mask, query(0), grid)
-        everywhere = predictor.proj(tokens[:, 0])
-        if case["prediction"].shape[1] == grid.n:  # MAE-ST predicts at every token
-            everywhere = take(everywhere, torch.cat([mask.context, mask.target[:, 0]], 1).argsort(1))
-            case.compare("prediction", everywhere)
-        else:
-            case.compare("prediction", everywhere[:, count:])
+        z, whole = encoder(clips, mask.context, full=True), case["prediction"].shape[1] == grid.n
+        said = predictor.proj(predictor.tokens(z, mask, query(0), grid, everywhere=whole)[:, 0])
+        if whole:  # MAE-ST predicts at every token
+            said = take(said, torch.cat([mask.context, mask.target[:, 0]], 1).argsort(1))
+        case.compare("prediction", said)
     if "target" in case:
         case.compare("target", take(target(clips), mask.target[:, 0]))
     for key, module in (("encoder_pos_embed", encoder), ("decoder_pos_embed", predictor)):

@@ -38,7 +38,7 @@ def init_weights(module: nn.Module, init: Init, std: float = 0.02) -> None:
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention; [B, N, D] -> [B, N, D]."""
+    """Multi-head self-attention; [B, N, D] -> [B, N, D], or with `last` [B, last, D]: of the last tokens only."""
 
     def __init__(self, dim: int, heads: int):
         super().__init__()
@@ -46,10 +46,12 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, turn: Rotation | None = None) -> Tensor:
+    def forward(self, x: Tensor, turn: Rotation | None = None, last: int | None = None) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         if turn is not None:
             q, k = rotate(q, turn), rotate(k, turn)
+        if last is not None:
+            q = q[:, :, -last:]
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
@@ -65,8 +67,10 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, hidden) if mlp == "gelu" else SwiGLU(dim, -(-(2 * hidden // 3) // 8) * 8)
         self.drop_path = DropPath()
 
-    def forward(self, x: Tensor, turn: Rotation | None = None) -> Tensor:
-        x = x + self.drop_path(self.attn(self.norm1(x), turn))
+    def forward(self, x: Tensor, turn: Rotation | None = None, last: int | None = None) -> Tensor:
+        """last: only so many tokens, from the end, come out; they attend to all."""
+        mixed = self.attn(self.norm1(x), turn, last)
+        x = (x if last is None else x[:, -last:]) + self.drop_path(mixed)
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
@@ -75,14 +79,15 @@ class Blocks(nn.ModuleList):
 
     recompute = False
 
-    def forward(self, x: Tensor, turn: Rotation | None, layers: Sequence[int]) -> list[Tensor]:
-        """-> what comes out of each of `layers` (numbers from 0)."""
+    def forward(self, x: Tensor, turn: Rotation | None, layers: Sequence[int], last: int | None = None) -> list[Tensor]:
+        """-> what comes out of each of `layers` (numbers from 0); with `last`, only so many tokens of the last."""
         out = []
         for i, block in enumerate(self):
+            some = last if i == len(self) - 1 else None
             if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(block, x, turn, use_reentrant=False)
+                x = checkpoint(block, x, turn, some, use_reentrant=False)
             else:
-                x = block(x, turn)
+                x = block(x, turn, some)
             if i in layers:
                 out.append(x)
         return out

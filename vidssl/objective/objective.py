@@ -20,7 +20,7 @@ from vidssl.objective.targets import Ema
 
 ERRORS: dict[str, Callable[[], Callable[[Tensor, Tensor], Tensor]]] = {  # [B, M, Nt, K] x 2 -> [B, M, Nt]
     "l1": lambda: lambda got, want: (got - want).abs().mean(-1),
-    "l2": lambda: lambda got, want: (got - want).square().mean(-1),
+    "l2": lambda: lambda got, want: nn.functional.mse_loss(got, want, reduction="none").mean(-1),
     "smooth_l1": lambda: lambda got, want: nn.functional.smooth_l1_loss(got, want, reduction="none").mean(-1),
 }
 

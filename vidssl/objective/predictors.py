@@ -87,12 +87,14 @@ class Joint(nn.Module):
 
     def forward(self, z: Tensor, mask: Mask, query: Tensor, grid: Grid) -> Prediction:
         """z [B, (1 +) Nc, D], query [width] or [B, M, Nt, width]; each target group is predicted alone."""
-        x, count = self.tokens(z, mask, query, grid)
-        target = self.proj(x[:, :, count:])
-        return Prediction(target, self.proj_context(x[:, :, :count]) if self.proj_context else None)
+        if self.proj_context is None:
+            return Prediction(self.proj(self.tokens(z, mask, query, grid)), None)
+        x, count = self.tokens(z, mask, query, grid, everywhere=True), mask.context.shape[1]
+        return Prediction(self.proj(x[:, :, count:]), self.proj_context(x[:, :, :count]))
 
-    def tokens(self, z: Tensor, mask: Mask, query: Tensor, grid: Grid) -> tuple[Tensor, int]:
-        """-> normed tokens [B, M, Nc + Nt, width], context first, and Nc."""
+    def tokens(self, z: Tensor, mask: Mask, query: Tensor, grid: Grid, everywhere: bool = False) -> Tensor:
+        """-> normed tokens [B, M, Nt, width]; everywhere: [B, M, Nc + Nt, width], context first. What is not asked for
+        is only attended to in the last block."""
         groups, count = mask.target.shape[1], mask.context.shape[1]
         z = self.embed(z[:, self.skip :])
         special, z = z[:, :-count], z[:, -count:]
@@ -105,8 +107,9 @@ class Joint(nn.Module):
         if self.modality is not None:
             x = x + self.modality[int(grid.t == 1)]
         ids = torch.cat([mask.context.repeat_interleave(groups, 0), mask.target.flatten(0, 1)], 1)
-        (x,) = self.blocks(x, self.positions.turn(grid, ids, x.device), [len(self.blocks) - 1])
-        return self.norm(x[:, special.shape[1] :]).unflatten(0, (-1, groups)), count
+        asked = queries.shape[1] + (count if everywhere else 0)
+        (x,) = self.blocks(x, self.positions.turn(grid, ids, x.device), [len(self.blocks) - 1], asked)
+        return self.norm(x).unflatten(0, (-1, groups))
 
 
 QUERIES = {"token": Token}
