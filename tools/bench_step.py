@@ -1,57 +1,46 @@
 """Training steps side by side with transformers' models and the published loop: clips a second in alternation.
 
 python tools/bench_step.py [--model vit_small] [--batch 8] [--rounds 8] [--precision fp32|bf16] [--compile]
+    [--keep-memory ours|all|none]
 
-One process, one batch of noise (16 x 224 px), forward, backward and AdamW. The contenders take turns step by step, so
-that whatever else the machine does hits all alike; the median counts. Pairs have the same weights and masks, and their
-first losses (of V-JEPA 2 the features) must agree:
+One batch of noise (16 x 224 px), forward, backward and AdamW, each contender in a process of its own, ours with
+efficiency.keep_memory as train.py has it. The two of a pair take turns step by step, so that whatever else the machine
+does hits both alike; the median counts. They have the same weights and masks, and their first losses (of V-JEPA 2 the
+features) must agree:
 
 - vidssl's VideoMAE, and transformers' VideoMAEForPreTraining, read from our export;
 - vidssl's V-JEPA, and the published loop written plainly (plain_vjepa.py);
 - forward and backward through vidssl's V-JEPA 2 encoder and transformers' VJEPA2Model, the whole clip.
 
-FLOPs are counted by torch, of matrix products, convolutions and attention. `share` is FLOPs a second over what the same
+FLOPs are those of matrix products, convolutions and attention. `share` is FLOPs a second over what the same
 machine reaches in a 4096 x 4096 product of the same precision, measured between the rounds. `kept` are the bytes that a
-forward pass keeps for the backward pass, each storage once, weights left out (not their casts). Then come, of both our
-methods, where a step's time goes, and of V-JEPA what is beyond encoder and predictor: its share of time and FLOPs.
+forward pass keeps for the backward pass, each storage once, weights left out (not their casts); `peak` is what the
+process has held at most, torch and weights included. Then come, of both our methods, where a step's time goes, and of
+V-JEPA what is beyond encoder and predictor: its share of time and FLOPs.
 """
 
 import argparse
 import contextlib
-import copy
+import importlib.util
 import json
+import multiprocessing
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from plain_vjepa import PlainLoop
+from contenders import DECODERS, MOMENTUM, PAIRS, Contender, draws, make
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode
 
-from vidssl import config
-from vidssl.draws import Draws
+from vidssl import meter
 from vidssl.errors import UserError, run_cli
-from vidssl.exchange import as_checkpoint
-from vidssl.model.vit import MODELS, Blocks
 from vidssl.objective.objective import Objective
-from vidssl.objective.targets import Ema
-from vidssl.optim import Optim, make_optimizer
-from vidssl.train import SCHEMA, make_objective
-from vidssl.zoo.export import save_hf
 
-ROOT = Path(__file__).parents[1]
-DECODERS = {
-    "vit_small": (192, 4, 3),
-    "vit_base": (384, 4, 6),
-    "vit_large": (512, 12, 8),
-}  # VideoMAE: width, depth, heads
-MOMENTUM = 0.999
 KINDS = {  # of operations, by parts of their names
     "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "convolution"),
     "attention": ("scaled_dot_product",),
@@ -61,100 +50,13 @@ KINDS = {  # of operations, by parts of their names
 }
 
 
-class Contender(NamedTuple):
-    forward: Callable[[Tensor, int], Tensor]  # (video, number of the step) -> loss
-    finish: Callable[[], None]  # after the backward pass
-    net: nn.Module  # whose parameters are trained
-    bf16: bool = False
+class Row(NamedTuple):
+    """What was measured of a contender."""
 
-    def loss(self, video: Tensor, number: int) -> Tensor:
-        """In bf16, if that was asked for; weights are cast anew, as they are in training."""
-        with torch.autocast(video.device.type, torch.bfloat16, enabled=self.bf16):
-            return self.forward(video, number)
-
-    def step(self, video: Tensor, number: int) -> None:
-        self.net.zero_grad()
-        self.loss(video, number).backward()
-        self.finish()
-
-
-def draws(video: Tensor, number: int) -> Draws:
-    return Draws(0, number, torch.arange(len(video), device=video.device) + number * len(video))
-
-
-def build(method: str, model: str, device: str, *options: str) -> tuple[Objective, dict[str, Any]]:
-    """A configuration in configs/, and its objective."""
-    files = [str(ROOT / f"configs/{name}.yaml") for name in (f"method/{method}", f"model/{model}", "data/clips_16x4")]
-    cfg = config.load([*files, "run.out=x", "run.steps=1000", "run.batch=1", *options], SCHEMA)
-    return make_objective(cfg).to(device), cfg
-
-
-def ours(objective: Objective, cfg: dict[str, Any], compiled: bool) -> Contender:
-    """A step as train.py takes it."""
-    objective = copy.deepcopy(objective)
-    for module in objective.modules():
-        for block in module if isinstance(module, Blocks) and compiled else ():
-            block.compile(dynamic=True)
-    optimizer = make_optimizer(objective, config.build(cfg["optim"], Optim), fused=True)
-
-    def finish() -> None:
-        optimizer.step()
-        if isinstance(objective.target, Ema):
-            objective.target.update(objective.encoder, MOMENTUM)
-
-    return Contender(lambda video, number: objective(video, draws(video, number))["loss"], finish, objective)
-
-
-def plain_loop(objective: Objective) -> Contender:
-    loop = PlainLoop(copy.deepcopy(objective))
-    optimizer = torch.optim.AdamW([p for p in loop.parameters() if p.requires_grad], lr=1e-4)
-
-    def finish() -> None:
-        optimizer.step()
-        loop.update(MOMENTUM)
-
-    return Contender(lambda video, number: loop(video, draws(video, number)), finish, loop)
-
-
-def from_transformers(kind: str, objective: Objective, cfg: dict[str, Any], device: str) -> nn.Module:
-    """A model of transformers with our weights."""
-    import transformers
-
-    with tempfile.TemporaryDirectory() as folder:
-        save_hf(Path(folder), as_checkpoint(objective, cfg, objective.state_dict()))
-        return getattr(transformers, kind).from_pretrained(folder).to(device)
-
-
-def their_videomae(objective: Objective, cfg: dict[str, Any], device: str) -> Contender:
-    net = from_transformers("VideoMAEForPreTraining", objective, cfg, device).train()
-    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4)
-
-    def forward(video: Tensor, number: int) -> Tensor:
-        grid = objective.encoder.grid_of(video)
-        (mask,) = objective.mask(video, grid, draws(video, number))
-        hidden = torch.ones(len(video), grid.n, dtype=torch.bool, device=video.device)
-        hidden.scatter_(1, mask.context, False)
-        return net(video.transpose(1, 2), bool_masked_pos=hidden).loss
-
-    return Contender(forward, optimizer.step, net)
-
-
-def encoders(model: str, device: str) -> dict[str, Contender]:
-    """Forward and backward through V-JEPA 2's encoder, ours and theirs."""
-    objective, cfg = build("vjepa2", model, device, f"method.predictor.heads={MODELS[model].keywords['heads']}")  # type: ignore[attr-defined]
-    mine = objective.evaluated.requires_grad_(True)
-    net: Any = from_transformers("VJEPA2Model", objective, cfg, device).train()
-    look: dict[str, tuple[Callable[[Tensor], Tensor], nn.Module]] = {
-        "vidssl V-JEPA 2 encoder": (mine, mine),
-        "transformers VJEPA2Model": (
-            lambda video: net(video.transpose(1, 2), skip_predictor=True).last_hidden_state,
-            net.encoder,
-        ),
-    }
-    return {
-        name: Contender(lambda video, number, f=f: f(video).square().mean(), lambda: None, part)  # type: ignore[misc]
-        for name, (f, part) in look.items()
-    }
+    seconds: list[float]  # of each round
+    flops: int  # of a step
+    kept: int  # bytes, for the backward pass
+    peak: float  # bytes of its process
 
 
 @contextlib.contextmanager
@@ -212,9 +114,9 @@ def timed(action: Callable[[], Any], device: str) -> float:
 
 
 def count_flops(action: Callable[[], Any]) -> int:
-    with FlopCounterMode(display=False) as counter:
+    with meter.flops() as total:
         action()
-    return counter.get_total_flops()
+    return total()
 
 
 def check_equal(first: str, second: str, losses: dict[str, float]) -> None:
@@ -224,41 +126,66 @@ def check_equal(first: str, second: str, losses: dict[str, float]) -> None:
         raise UserError(f"{first} and {second} do not compute the same: {a} and {b}")
 
 
-def make_contenders(model: str, device: str, compiled: bool) -> tuple[dict[str, Contender], Objective]:
-    """In pairs; and V-JEPA's objective."""
-    width, depth, heads = DECODERS[model]
-    decoder = [f"method.predictor.{k}={v}" for k, v in (("width", width), ("depth", depth), ("heads", heads))]
-    mae, mae_cfg = build("videomae", model, device, *decoder)
-    jepa, cfg = build("vjepa", model, device, f"method.predictor.heads={MODELS[model].keywords['heads']}")  # type: ignore[attr-defined]
-    try:
-        theirs = {"transformers VideoMAE": their_videomae(mae, mae_cfg, device)}
-        seen = encoders(model, device)
-    except ImportError:
-        raise UserError("transformers is not installed: pip install 'vidssl[hf]'") from None
-    found = {"vidssl VideoMAE": ours(mae, mae_cfg, compiled), **theirs}
-    found |= {"vidssl V-JEPA": ours(jepa, cfg, compiled), "plain V-JEPA loop": plain_loop(jepa), **seen}
-    return found, jepa
+def serve(pipe: Connection, name: str, a: argparse.Namespace, device: str) -> None:
+    """A contender in a process of its own, which does what it is told until it is told nothing more."""
+    if a.keep_memory == "all" or (a.keep_memory == "ours" and name.startswith("vidssl")):
+        meter.keep_memory()
+    contender, objective = make(name, a.model, device, a.compile)
+    contender = contender._replace(bf16=a.precision == "bf16")
+    video = torch.randn(a.batch, 3, 16, 224, 224, generator=torch.Generator().manual_seed(0)).to(device)
+    with keeping(contender.net) as storages:
+        loss = float(contender.loss(video, 0).detach())
+    contender.step(video, 0)  # this warms up
+    peak = meter.most_memory(torch.device(device))
+    pipe.send((loss, count_flops(partial(contender.step, video, 0)), sum(storages.values()), peak))
+    does: dict[str, Callable[[int], Any]] = {
+        "step": lambda number: timed(partial(contender.step, video, number), device),
+        "where": lambda _: where_time_goes(contender, video),
+        "beyond": lambda rounds: beyond(objective, video, device, rounds),
+    }
+    while (order := pipe.recv()) is not None:
+        what, number = order
+        pipe.send(does[what](number))
 
 
-def tell(
-    seconds: dict[str, list[float]], flops: dict[str, int], kept: dict[str, int], rate: float, batch: int
-) -> dict[str, Any]:
+class Server:
+    """The other end of `serve`."""
+
+    def __init__(self, name: str, a: argparse.Namespace, device: str):
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=serve, args=(theirs, name, a, device), daemon=True)
+        self.process.start()
+        theirs.close()
+        self.loss, self.flops, self.kept, self.peak = self.pipe.recv()
+
+    def __call__(self, what: str, number: int = 0) -> Any:
+        self.pipe.send((what, number))
+        return self.pipe.recv()
+
+    def end(self) -> None:
+        self.pipe.send(None)
+        self.process.join()
+
+
+def tell(rows: dict[str, Row], rate: float, batch: int) -> dict[str, Any]:
     """A line for each contender and each pair."""
     report: dict[str, Any] = {}
-    print(f"{'':26s}{'clips/s':>9s}{'(spread)':>16s}{'GFLOP/clip':>12s}{'share':>8s}{'kept MB/clip':>14s}")
-    for name, took in seconds.items():
-        median, each = statistics.median(took), flops[name] / batch
-        low, high = batch / max(took), batch / min(took)
+    print(
+        f"{'':26s}{'clips/s':>9s}{'(spread)':>16s}{'GFLOP/clip':>12s}{'share':>8s}{'kept MB/clip':>14s}{'peak MB':>10s}"
+    )
+    for name, r in rows.items():
+        median, each = statistics.median(r.seconds), r.flops / batch
+        low, high = batch / max(r.seconds), batch / min(r.seconds)
         row = {"clips_per_s": batch / median, "spread": [low, high], "gflop_per_clip": each / 1e9}
-        row |= {"share_of_matmul": flops[name] / median / rate, "kept_mb_per_clip": kept[name] / batch / 1e6}
-        report[name] = row
+        row |= {"share_of_matmul": r.flops / median / rate, "kept_mb_per_clip": r.kept / batch / 1e6}
+        report[name] = row | {"peak_mb": r.peak / 1e6}
         print(
             f"{name:26s}{row['clips_per_s']:9.2f}{f'{low:.2f} .. {high:.2f}':>16s}{each / 1e9:12.1f}"
-            f"{row['share_of_matmul']:8.2f}{row['kept_mb_per_clip']:14.0f}"
+            f"{row['share_of_matmul']:8.2f}{row['kept_mb_per_clip']:14.0f}{r.peak / 1e6:10.0f}"
         )
-    names = list(seconds)
-    for first, second in zip(names[::2], names[1::2], strict=True):
-        ratio = statistics.median(b / a for a, b in zip(seconds[first], seconds[second], strict=True))
+    for first, second in PAIRS:
+        ratio = statistics.median(b / a for a, b in zip(rows[first].seconds, rows[second].seconds, strict=True))
         report[f"{first} / {second}"] = ratio
         print(f"{first} over {second}: {ratio:.2f} x the clips/s (median of the rounds)")
     return report
@@ -271,41 +198,43 @@ def main(argv: list[str]) -> None:
     p.add_argument("--rounds", type=int, default=8)
     p.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     p.add_argument("--compile", action="store_true", help="our blocks by torch.compile")
+    p.add_argument("--keep-memory", choices=("ours", "all", "none"), default="ours", help="for which contenders")
     p.add_argument("--out", type=Path)
     a = p.parse_args(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.float32 if a.precision == "fp32" else torch.bfloat16
-    contenders, jepa = make_contenders(a.model, device, a.compile)
-    contenders = {name: c._replace(bf16=dtype != torch.float32) for name, c in contenders.items()}
-    video = torch.randn(a.batch, 3, 16, 224, 224, device=device)
-    square = torch.randn(4096, 4096, device=device, dtype=dtype)
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    products, losses, flops, kept = [], {}, {}, {}
-    for name, c in contenders.items():
-        with keeping(c.net) as storages:
-            losses[name] = float(c.loss(video, 0).detach())
-        kept[name] = sum(storages.values())
-        flops[name] = count_flops(partial(c.step, video, 0))  # this warms up, too
-    names = list(contenders)
-    for pair in zip(names[::2], names[1::2], strict=True) if dtype == torch.float32 else ():
-        check_equal(*pair, losses)
-    for number in range(1, a.rounds + 1):
-        products.append(timed(lambda: square @ square, device))
-        for name, c in contenders.items():
-            seconds[name].append(timed(partial(c.step, video, number), device))
-    shares = {name: where_time_goes(contenders[name], video) for name in ("vidssl VideoMAE", "vidssl V-JEPA")}
-    rest = beyond(jepa, video, device, a.rounds)
+    if importlib.util.find_spec("transformers") is None:
+        raise UserError("transformers is not installed: pip install 'vidssl[hf]'")
+    square = torch.randn(4096, 4096, device=device, dtype=torch.float32 if a.precision == "fp32" else torch.bfloat16)
+    products, shares, rest = [], {}, {}
+    rows: dict[str, Row] = {}
+    for pair in PAIRS:
+        servers = {name: Server(name, a, device) for name in pair}
+        if a.precision == "fp32":
+            check_equal(*pair, {name: s.loss for name, s in servers.items()})
+        seconds: dict[str, list[float]] = {name: [] for name in pair}
+        for number in range(1, a.rounds + 1):
+            products.append(timed(lambda: square @ square, device))
+            for name, server in servers.items():
+                seconds[name].append(server("step", number))
+        for name, s in servers.items():
+            rows[name] = Row(seconds[name], s.flops, s.kept, s.peak)
+        if pair != PAIRS[2]:
+            shares[pair[0]] = servers[pair[0]]("where")
+        if pair == PAIRS[1]:
+            rest = servers[pair[0]]("beyond", a.rounds)
+        for server in servers.values():
+            server.end()
     rate = 2 * 4096**3 / statistics.median(products)
     report: dict[str, Any] = {"device": device, "threads": torch.get_num_threads(), "torch": str(torch.__version__)}
-    report |= {"model": a.model, "batch": a.batch, "precision": a.precision, "compile": a.compile}
+    report |= {k: getattr(a, k) for k in ("model", "batch", "precision", "compile", "keep_memory")}
     report |= {"matmul_gflops_per_s": rate / 1e9, "where_time_goes": shares}
     print(f"{a.model}, 16 x 224 px, batch {a.batch}, {a.precision}, {device}; 4096^2 product {rate / 1e9:.0f} GFLOP/s")
-    report |= tell(seconds, flops, kept, rate, a.batch)
+    report |= tell(rows, rate, a.batch)
     for name, kinds in shares.items():
         print(f"{name}: " + ", ".join(f"{kind} {share:.0%}" for kind, share in kinds.items()))
-    step = statistics.median(seconds["vidssl V-JEPA"])
+    step = rows["vidssl V-JEPA"]
     for name, (took, count) in rest.items():
-        report[name] = {"time": took / step, "flops": count / flops["vidssl V-JEPA"]}
+        report[name] = {"time": took / statistics.median(step.seconds), "flops": count / step.flops}
         time_of, flops_of = report[name].values()
         print(f"V-JEPA's {name}: {time_of:.1%} of the step's time, {flops_of:.1%} of its FLOPs")
     if a.out:
