@@ -68,7 +68,7 @@ def keeping(net: nn.Module) -> Iterator[dict[int, int]]:
         storage = t.untyped_storage()
         if storage.data_ptr() not in own:
             kept[storage.data_ptr()] = storage.nbytes()
-        return t
+        return t.detach()  # else what a node has made would keep that node
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         yield kept
@@ -168,7 +168,7 @@ class Server:
         self.process.join()
 
 
-def tell(rows: dict[str, Row], rate: float, batch: int) -> dict[str, Any]:
+def tell(rows: dict[str, Row], pairs: list[tuple[str, str]], rate: float, batch: int) -> dict[str, Any]:
     """A line for each contender and each pair."""
     report: dict[str, Any] = {}
     print(
@@ -184,7 +184,7 @@ def tell(rows: dict[str, Row], rate: float, batch: int) -> dict[str, Any]:
             f"{name:26s}{row['clips_per_s']:9.2f}{f'{low:.2f} .. {high:.2f}':>16s}{each / 1e9:12.1f}"
             f"{row['share_of_matmul']:8.2f}{row['kept_mb_per_clip']:14.0f}{r.peak / 1e6:10.0f}"
         )
-    for first, second in PAIRS:
+    for first, second in pairs:
         ratio = statistics.median(b / a for a, b in zip(rows[first].seconds, rows[second].seconds, strict=True))
         report[f"{first} / {second}"] = ratio
         print(f"{first} over {second}: {ratio:.2f} x the clips/s (median of the rounds)")
@@ -199,6 +199,7 @@ def main(argv: list[str]) -> None:
     p.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     p.add_argument("--compile", action="store_true", help="our blocks by torch.compile")
     p.add_argument("--keep-memory", choices=("ours", "all", "none"), default="ours", help="for which contenders")
+    p.add_argument("--only", default="", help="pairs with these words in the name, such as VideoMAE")
     p.add_argument("--out", type=Path)
     a = p.parse_args(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -207,7 +208,8 @@ def main(argv: list[str]) -> None:
     square = torch.randn(4096, 4096, device=device, dtype=torch.float32 if a.precision == "fp32" else torch.bfloat16)
     products, shares, rest = [], {}, {}
     rows: dict[str, Row] = {}
-    for pair in PAIRS:
+    pairs = [pair for pair in PAIRS if a.only in " ".join(pair)]
+    for pair in pairs:
         servers = {name: Server(name, a, device) for name in pair}
         if a.precision == "fp32":
             check_equal(*pair, {name: s.loss for name, s in servers.items()})
@@ -229,11 +231,11 @@ def main(argv: list[str]) -> None:
     report |= {k: getattr(a, k) for k in ("model", "batch", "precision", "compile", "keep_memory")}
     report |= {"matmul_gflops_per_s": rate / 1e9, "where_time_goes": shares}
     print(f"{a.model}, 16 x 224 px, batch {a.batch}, {a.precision}, {device}; 4096^2 product {rate / 1e9:.0f} GFLOP/s")
-    report |= tell(rows, rate, a.batch)
+    report |= tell(rows, pairs, rate, a.batch)
     for name, kinds in shares.items():
         print(f"{name}: " + ", ".join(f"{kind} {share:.0%}" for kind, share in kinds.items()))
-    step = rows["vidssl V-JEPA"]
     for name, (took, count) in rest.items():
+        step = rows["vidssl V-JEPA"]
         report[name] = {"time": took / statistics.median(step.seconds), "flops": count / step.flops}
         time_of, flops_of = report[name].values()
         print(f"V-JEPA's {name}: {time_of:.1%} of the step's time, {flops_of:.1%} of its FLOPs")

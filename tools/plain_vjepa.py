@@ -1,9 +1,9 @@
 """V-JEPA's training step as its published loop takes it, on the modules of an Objective: what bench_step.py compares.
 
 Each mask embeds all patches of the clip by a convolution and then gathers the visible ones; the momentum encoder sees
-the clip once; the optimiser is AdamW as torch gives it by default, and the momentum update goes parameter by parameter.
-Attention is torch's fused one in both. Source: V-JEPA, app/vjepa/train.py, src/models/{vision_transformer,
-predictor}.py, src/models/utils/multimask.py.
+the clip once; the predictor takes all tokens through all its blocks; the optimiser is AdamW as torch gives it by
+default, and the momentum update goes parameter by parameter. Attention is torch's fused one in both. Source: V-JEPA,
+app/vjepa/train.py, src/models/{vision_transformer, predictor}.py, src/models/utils/multimask.py.
 """
 
 from typing import Any
@@ -45,7 +45,10 @@ class PlainLoop(nn.Module):
             features = encode(o.target.net, video, None)
             h = [take(F.layer_norm(features, features.shape[-1:]), m.target)[:, 0] for m in masks]
         seen = [encode(o.encoder, video, m.context) for m in masks]
-        z = [o.predictor(x, m, o.query(i), grid).target[:, 0] for i, (x, m) in enumerate(zip(seen, masks, strict=True))]
+        z = []
+        for i, (x, m) in enumerate(zip(seen, masks, strict=True)):
+            said = o.predictor.tokens(x, m, o.query(i), grid, everywhere=True)[:, 0]
+            z.append(o.predictor.proj(said[:, m.context.shape[1] :]))
         return torch.stack([torch.mean(torch.abs(a - b)) for a, b in zip(z, h, strict=True)]).mean()
 
     @torch.no_grad()

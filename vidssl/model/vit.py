@@ -49,7 +49,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, turn: Rotation | None = None, last: int | None = None) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         if turn is not None:
-            q, k = rotate(q, turn), rotate(k, turn)
+            q, k, v = rotate(q, turn), rotate(k, turn), v.contiguous()  # so that q, k before it need not be kept
         if last is not None:
             q = q[:, :, -last:]
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
