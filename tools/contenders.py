@@ -102,9 +102,10 @@ def their_videomae(objective: Objective, cfg: dict[str, Any], device: str) -> Co
     net = from_transformers("VideoMAEForPreTraining", objective, cfg, device).train()
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4)
 
+    grid, masks = objective.encoder.grid, objective.mask
+
     def forward(video: Tensor, number: int) -> Tensor:
-        grid = objective.encoder.grid_of(video)
-        (mask,) = objective.mask(video, grid, draws(video, number))
+        (mask,) = masks(video, grid, draws(video, number))
         hidden = torch.ones(len(video), grid.n, dtype=torch.bool, device=video.device)
         hidden.scatter_(1, mask.context, False)
         return net(video.transpose(1, 2), bool_masked_pos=hidden).loss

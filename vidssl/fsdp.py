@@ -8,6 +8,7 @@ same way, so that optimiser and momentum update work on each process's own piece
 import contextlib
 import os
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
+from torch.distributed import distributed_c10d
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -27,8 +29,10 @@ def make_accelerator(precision: str, **options: Any) -> Accelerator:
     """The processes as they were launched; in shards if that was asked for. precision: fp32, bf16 or fp16."""
     cpu, alone = not torch.cuda.is_available(), os.environ.get("WORLD_SIZE", "1") == "1"
     sharded, deepspeed, kind = plugin(precision), None, DistributedType.FSDP
-    if asked("ACCELERATE_USE_DEEPSPEED") and not (cpu and alone):  # one process of a CPU has nobody to share with
+    if asked("ACCELERATE_USE_DEEPSPEED"):
         deepspeed, kind = zero.plugin(precision), DistributedType.DEEPSPEED
+        if cpu and alone:  # nobody to share with
+            deepspeed, os.environ["ACCELERATE_USE_DEEPSPEED"] = None, "false"
     mixed = "no" if precision == "fp32" or deepspeed else precision
     plugins = {"fsdp_plugin": sharded, "deepspeed_plugin": deepspeed}
     accelerator = Accelerator(mixed_precision=mixed, cpu=cpu, **plugins, **options)
@@ -64,13 +68,17 @@ def plugin(precision: str) -> FullyShardedDataParallelPlugin | None:
     )
 
 
-def prepare(accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
-    """Both as the processes need them."""
+def prepare(
+    accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer, timeout: timedelta
+) -> tuple[Any, Any]:
+    """Both as the processes need them; timeout: how long one waits for another."""
     groups = [{**group, "params": [*group["params"]]} for group in optimizer.param_groups]
-    model, prepared = accelerator.prepare(model, optimizer)
+    engine: Any
+    engine, prepared = accelerator.prepare(model, optimizer)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        prepared = accelerator.deepspeed_engine_wrapped = Zero(model, groups)
-    return model, prepared
+        distributed_c10d._set_pg_timeout(timeout, engine.data_parallel_group)  # a group of its own
+        prepared = accelerator.deepspeed_engine_wrapped = Zero(engine, groups)
+    return engine, prepared
 
 
 def zero_of(accelerator: Accelerator) -> Zero | None:
@@ -97,9 +105,9 @@ def asked(name: str) -> bool:
     return os.environ.get(name, "false").lower() in ("1", "true", "yes")
 
 
-def is_sharded(accelerator: Accelerator) -> bool:
-    """Then every process must take part in copies of what was learned and (of FSDP2) in forward passes."""
-    return accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+def is_sharded(module: nn.Module) -> bool:
+    """Are the weights? Then every process must take part in forward passes and in copies of what was learned."""
+    return isinstance(module, FSDPModule)
 
 
 def whole(t: Tensor) -> Tensor:

@@ -205,13 +205,15 @@ def main(argv: list[str]) -> None:
     if state:
         check_same_run(cfg, data_hash, state, out)
     unused = cfg["model"]["image_tokenizer"]  # gets no gradient from videos
+    if unused and fsdp.asked("ACCELERATE_USE_DEEPSPEED"):
+        raise UserError("model.image_tokenizer: DeepSpeed decays weights that a batch makes no use of; use fsdp2.yaml")
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=unused)
-    group = InitProcessGroupKwargs(timeout=timedelta(seconds=eff.timeout))
+    patience = timedelta(seconds=eff.timeout)
     accelerator = fsdp.make_accelerator(
         eff.precision,
         log_with=list(run.trackers) or None,
         project_dir=out,
-        kwargs_handlers=[ddp, group],
+        kwargs_handlers=[ddp, InitProcessGroupKwargs(timeout=patience)],
     )
     rank, world, main_process = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
     sizes = data.clips(run.batch)
@@ -230,9 +232,10 @@ def main(argv: list[str]) -> None:
             module.recompute = eff.recompute
             for block in module if eff.compile else ():
                 block.compile(dynamic=True)  # one for all numbers of tokens; names of weights stay as they are
-    model, optimizer = fsdp.prepare(accelerator, objective, optimizer)
-    watched, takes_part = None, main_process or fsdp.is_sharded(accelerator)  # in measuring and saving
-    if takes_part and watch.train is not None:
+    model, optimizer = fsdp.prepare(accelerator, objective, optimizer, patience)
+    watched, measures = None, main_process or fsdp.is_sharded(model)
+    saves = measures or fsdp.zero_of(accelerator) is not None
+    if measures and watch.train is not None:
         watched = Watched(watch, data.frames, cfg["augment"]["size"], data.stride, data.fps)
     about = provenance(cfg, data_hash)
     guard = Guard(run.skip_bad, run.rollbacks, run.spike, scaled=accelerator.scaler is not None)
@@ -296,7 +299,7 @@ def main(argv: list[str]) -> None:
             clock = time.perf_counter()
             bad_lines.add(*({"step": done, "key": key, "reason": reason} for key, reason in replaced))
             measuring, figures = done % run.health_every == 0 or done in (1, run.steps), {}
-            if takes_part:
+            if measures:
                 health.see(batches[0].video)
                 with torch.compiler.set_stance("force_eager") if eff.compile else contextlib.nullcontext():
                     figures = health.measure(objective) if measuring else {}
@@ -314,7 +317,7 @@ def main(argv: list[str]) -> None:
                 for line in resume.writer.news():
                     log.say(f"step {done}: {line}; the run goes on")
             due = not guard.row and (done % run.save_every == 0 or met["stop"] or met["collapsed"])
-            if takes_part and (due or done == run.steps):
+            if saves and (due or done == run.steps):
                 resume.save(done, run, log.lines if log else None)
             if met["stop"] or met["collapsed"]:
                 break

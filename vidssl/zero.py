@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from vidssl.errors import UserError
 
 INSTEAD = "use configs/accelerate/fsdp2.yaml"
+BUCKET = 25_000_000  # gradients that are summed at a time, of which each process holds a buffer in f32
 
 
 def plugin(precision: str) -> DeepSpeedPlugin:
@@ -34,12 +35,14 @@ def plugin(precision: str) -> DeepSpeedPlugin:
         raise UserError(f"efficiency.precision=fp16 does not go with DeepSpeed: give bf16, or {INSTEAD}")
     try:
         import deepspeed
-    except ImportError:
-        raise UserError("DeepSpeed is not installed: pip install 'vidssl[deepspeed]'") from None
+        import transformers  # noqa: F401  Accelerate asks for it
+    except ImportError as e:
+        raise UserError(f"{e.name} is not installed: pip install 'vidssl[deepspeed]'") from None
     deepspeed.utils.logger.setLevel("WARNING")
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # on a CPU it would be compiled at the start
     found = DeepSpeedPlugin()
     found.deepspeed_config |= {"zero_allow_untested_optimizer": True, "gradient_clipping": 0.0}
+    found.deepspeed_config["zero_optimization"]["reduce_bucket_size"] = BUCKET
     found.deepspeed_config |= {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}  # for its reports
     if precision == "bf16":
         autocast = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
@@ -88,6 +91,8 @@ class Zero:
             if (g := gradient(p)) is not None:
                 g.fill_(torch.inf)
         self.engine.step()
+        if not self.engine.optimizer.overflow:
+            raise UserError("DeepSpeed took a step that was to be left out: pip install 'deepspeed>=0.19.8'")
 
     def state_dict(self) -> dict[str, Any]:
         """As that of AdamW over whole parameters, in the first process. The others must ask, too, and get no state."""
@@ -107,17 +112,21 @@ class Zero:
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Of whole parameters, whose values may have changed, too."""
         self.engine.optimizer.refresh_fp32_params()
-        inner = self.engine.optimizer.optimizer
-        inner.state.clear()
+        inner, params = self.engine.optimizer.optimizer, self._params()
         if not saved["state"]:
+            inner.state.clear()
             return
+        if lacking := len(params) - len(saved["state"]):
+            raise UserError(
+                f"{lacking} of {len(params)} parameters have no moments in the checkpoint; {INSTEAD} for it"
+            )
         for group in inner.param_groups:
             (long,) = group["params"]
-            step = torch.zeros((), device=long.device if group["fused"] else "cpu")
-            inner.state[long] = {"step": step, "exp_avg": torch.zeros_like(long), "exp_avg_sq": torch.zeros_like(long)}
-        for i, (p, pieces) in enumerate(zip(self._params(), self._states(), strict=True)):
-            if i not in saved["state"]:
-                continue
+            if not inner.state[long]:
+                step = torch.zeros((), device=long.device if group["fused"] else "cpu")
+                moments = {name: torch.zeros_like(long) for name in ("exp_avg", "exp_avg_sq")}
+                inner.state[long] |= {"step": step, **moments}
+        for i, (p, pieces) in enumerate(zip(params, self._states(), strict=True)):
             pieces["step"].fill_(float(saved["state"][i]["step"]))
             for name in ("exp_avg", "exp_avg_sq") if p._hp_mapping is not None else ():
                 whole = saved["state"][i][name].reshape(-1)
