@@ -76,7 +76,10 @@ def prepare(
     engine: Any
     engine, prepared = accelerator.prepare(model, optimizer)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        distributed_c10d._set_pg_timeout(timeout, engine.data_parallel_group)  # a group of its own
+        set_timeout = (
+            getattr(torch.distributed, "set_timeout", None) or distributed_c10d._set_pg_timeout
+        )  # torch < 2.14
+        set_timeout(timeout, engine.data_parallel_group)  # a group of its own
         prepared = accelerator.deepspeed_engine_wrapped = Zero(engine, groups)
     return engine, prepared
 
