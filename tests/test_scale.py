@@ -134,6 +134,7 @@ def one_process(plan: dict, world: int, rank: int, port: int, jobs: list) -> Non
         if launch in ("fsdp2", "zero1", "zero2"):
             see_shares(Path(next(a for a in argv if a.startswith("run.out=")).removeprefix("run.out=")))
         go(argv, stop)
+        torch.distributed.barrier()  # the next job may go on in the same folder
         train.clip_gradients = honest
 
 
