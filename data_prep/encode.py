@@ -26,7 +26,7 @@ import av
 import numpy as np
 from av.video.reformatter import ColorRange
 
-from data_prep.filters import Filters, Rejected, looks
+from data_prep.filters import Filters, Rejected, sample_indices
 from data_prep.reader import BadStampsError, Picture, Reader
 
 SLACK = 2e-3  # seconds; some containers keep time stamps in milliseconds
@@ -51,7 +51,7 @@ class Recipe(NamedTuple):
     scenes: bool = False
 
 
-class Sample(NamedTuple):
+class EncodedSample(NamedTuple):
     """What goes into a shard. data: the bytes of a piece; None: those of the file. item: which of the file's."""
 
     meta: dict
@@ -61,7 +61,7 @@ class Sample(NamedTuple):
     end: float | None = None
 
 
-class Piece:
+class ClipWriter:
     """One clip in the making: from `start` until `end` (seconds in the source; infinite: until the file ends)."""
 
     def __init__(self, recipe: Recipe, look: bool, item: int, start: float, end: float):
@@ -99,7 +99,7 @@ class Piece:
         frame.pts, frame.time_base = stamp, self.unit
         self._box.mux(self._stream.encode(frame))
         if self._look and len(self.stamps) % self.step == 0:
-            self.thumbs.append(picture.thumb())
+            self.thumbs.append(picture.thumbnail())
         if len(self.thumbs) > THUMBS:
             self.thumbs, self.step = self.thumbs[::2], 2 * self.step
         self.stamps.append(stamp)
@@ -131,9 +131,9 @@ class Piece:
             return Path(self._file.name).read_bytes()
 
 
-def cut(
+def encode_clips(
     file: BinaryIO, spans: Sequence[Span], recipe: Recipe, filters: Filters, alive: Callable[[], None]
-) -> list[Sample | Rejected]:
+) -> list[EncodedSample | Rejected]:
     """All pieces of a video file, encoded. alive: called now and then, for who waits with a deadline."""
     try:
         return _cut(Reader(file), spans, recipe, filters, alive)
@@ -143,11 +143,11 @@ def cut(
 
 def _cut(
     reader: Reader, spans: Sequence[Span], recipe: Recipe, filters: Filters, alive: Callable[[], None]
-) -> list[Sample | Rejected]:
+) -> list[EncodedSample | Rejected]:
     coming = _pieces(spans, recipe, filters.look)
-    after: Piece | None = next(coming)
-    going: list[Piece] = []
-    found: list[Sample | Rejected] = []
+    after: ClipWriter | None = next(coming)
+    going: list[ClipWriter] = []
+    found: list[EncodedSample | Rejected] = []
     scenes, size = Scenes(), None
     original: dict = {}
     for i, (frame, start, end) in enumerate(reader.frames()):
@@ -156,11 +156,11 @@ def _cut(
         picture = Picture(frame, recipe.short_side, size)
         if size is None:
             size, original = picture.size, reader.facts(picture)
-            small = filters.of_size(min(picture.shown))
+            small = filters.check_size(min(picture.shown))
             if small:
                 return [small._replace(item=k, start=s, end=e) for k, (s, e) in enumerate(spans)]
         if recipe.scenes and scenes.begins(picture):
-            going[-1].end, after = start, Piece(recipe, filters.look, 0, start, math.inf)
+            going[-1].end, after = start, ClipWriter(recipe, filters.look, 0, start, math.inf)
         while after is not None and after.start <= max(start, end - SLACK):
             going.append(after)
             after = next(coming, None)
@@ -183,15 +183,15 @@ def _cut(
     return sorted(found, key=lambda f: (f.item, f.start or 0.0))
 
 
-def _pieces(spans: Sequence[Span], recipe: Recipe, look: bool) -> Iterator[Piece]:
+def _pieces(spans: Sequence[Span], recipe: Recipe, look: bool) -> Iterator[ClipWriter]:
     """In the order of their starts; windows without end. (Scenes are found on the way.)"""
     if recipe.window:
         for k in itertools.count():
             start = k * (recipe.hop or recipe.window)
-            yield Piece(recipe, look, 0, start, start + recipe.window)
+            yield ClipWriter(recipe, look, 0, start, start + recipe.window)
     for item in sorted(range(len(spans)), key=lambda k: spans[k][0] or 0.0):
         first, last = spans[item]
-        yield Piece(recipe, look, item, first or 0.0, math.inf if last is None else last)
+        yield ClipWriter(recipe, look, item, first or 0.0, math.inf if last is None else last)
 
 
 class Scenes:
@@ -202,25 +202,36 @@ class Scenes:
         self._change = 0.0
 
     def begins(self, picture: Picture) -> bool:
-        now = picture.thumb()
+        now = picture.thumbnail()
         change = 0.0 if self._before is None else float(np.abs(now - self._before).mean())
         rise, self._before, self._change = change - self._change, now, change
         return rise >= SCENE
 
 
-def _finish(piece: Piece, spans: Sequence[Span], filters: Filters, original: dict) -> Sample | Rejected:
+def _finish(
+    piece: ClipWriter, spans: Sequence[Span], filters: Filters, original: dict
+) -> EncodedSample | Rejected:
     data, n = piece.close(), len(piece.stamps)
     start, end = spans[piece.item]
     if start is None and end is None and (piece.start > 0 or piece._recipe.window or piece._recipe.scenes):
         start, end = round(piece.start, 3), round(piece.end, 3)
     if not n:
-        return Rejected("no_frames", f"no frame begins between {start} and {end} s", 0, piece.item, start, end)
-    dropped = filters.of_clip(piece.seconds, lambda: [piece.thumbs[i] for i in looks(len(piece.thumbs))])
+        return Rejected(
+            "no_frames", f"no frame begins between {start} and {end} s", 0, piece.item, start, end
+        )
+    dropped = filters.check_clip(
+        piece.seconds, lambda: [piece.thumbs[i] for i in sample_indices(len(piece.thumbs))]
+    )
     if dropped:
         return dropped._replace(item=piece.item, start=start, end=end)
     meta: dict = {
         **{"decoder": "pyav", "frames": n, "height": piece.size[0], "width": piece.size[1]},
-        **{"fps": round(n / piece.seconds, 6), "duration": round(piece.seconds, 6), "codec": "h264", "rotation": 0},
+        **{
+            "fps": round(n / piece.seconds, 6),
+            "duration": round(piece.seconds, 6),
+            "codec": "h264",
+            "rotation": 0,
+        },
         "original": original,
     }
-    return Sample(meta, data, piece.item, start, end)
+    return EncodedSample(meta, data, piece.item, start, end)

@@ -15,20 +15,20 @@ from functools import lru_cache
 from itertools import islice
 from typing import Any
 
-from data_prep.encode import Sample
+from data_prep.encode import EncodedSample
 from data_prep.filters import Rejected
 from data_prep.index import Member, dumps, key_of, line_of, write_text
-from data_prep.plan import Plan, Shard, span_of
-from data_prep.probe import Prober
-from data_prep.sources import Item
-from vidssl.errors import UserError
-from vidssl.files import make_folder
+from data_prep.inspect_file import FileInspector
+from data_prep.plan import Plan, ShardPlan, span_of
+from data_prep.sources import SourceItem
+from vidssl.core.errors import UserError
+from vidssl.core.io import make_folder
 
-Found = list[Sample | Rejected]
+Found = list[EncodedSample | Rejected]
 TRIES = 20  # of a shard whose workers or nodes are lost
 
 
-def write_shard(shard: Shard, found: Iterable[Found], plan: Plan, mark: str = "") -> None:
+def write_shard(shard: ShardPlan, found: Iterable[Found], plan: Plan, mark: str = "") -> None:
     """The tar, its jsonl and the list of what was rejected; `found` is what each file gave, in order.
 
     mark: a name for the unfinished tar that no other process uses.
@@ -62,7 +62,7 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes, ext: str) -> Member:
     return Member(ext, at, len(data))
 
 
-def sample_meta(item: Item, piece: Sample, plan: Plan) -> dict:
+def sample_meta(item: SourceItem, piece: EncodedSample, plan: Plan) -> dict:
     """What KEY.json holds."""
     first = plan.first_set or ""
     labels = {s: plan.classes[s].index(name) for s, name in item.labels.items()}
@@ -77,13 +77,15 @@ def sample_meta(item: Item, piece: Sample, plan: Plan) -> dict:
     }
 
 
-def local(plan: Plan, todo: list[Shard], workers: int, timeout: float, done: Callable[[int], object]) -> None:
+def local(
+    plan: Plan, todo: list[ShardPlan], workers: int, timeout: float, done: Callable[[int], object]
+) -> None:
     """A pool of processes over files; one shard is looked into while another is written. done: gets counts of items."""
-    probers = Prober(plan.options["decoder"], timeout, plan.recipe, plan.filters)
+    probers = FileInspector(plan.options["decoder"], timeout, plan.recipe, plan.filters)
     with closing(probers), ThreadPoolExecutor(workers) as pool:
-        ahead: list[tuple[Shard, list[tuple[int, Future]]]] = []
+        ahead: list[tuple[ShardPlan, list[tuple[int, Future]]]] = []
 
-        def submit(path: str, items: list[Item]) -> tuple[int, Future]:
+        def submit(path: str, items: list[SourceItem]) -> tuple[int, Future]:
             spans = [span_of(item) for item in items]
             return len(items), pool.submit(probers, plan.source / path, items[0].ext, spans)
 
@@ -101,17 +103,19 @@ def local(plan: Plan, todo: list[Shard], workers: int, timeout: float, done: Cal
                     ready, futures = ahead.pop(0)
                     write_shard(ready, results(futures), plan)
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)  # when interrupted, do not first look into what is queued
+            pool.shutdown(
+                wait=False, cancel_futures=True
+            )  # when interrupted, do not first look into what is queued
 
 
-def ray(plan: Plan, todo: list[Shard], timeout: float, done: Callable[[int], object]) -> None:
+def ray(plan: Plan, todo: list[ShardPlan], timeout: float, done: Callable[[int], object]) -> None:
     """A task a shard, on the cluster that RAY_ADDRESS names or that runs here; else on this machine alone."""
     try:
         import ray as cluster
         from ray.exceptions import RayError
     except ImportError:
         raise UserError("--engine ray: Ray is not installed; pip install 'vidssl[ray]'") from None
-    waiting: dict[Any, Shard] = {}
+    waiting: dict[Any, ShardPlan] = {}
     made = "the cluster"
     try:
         if not cluster.is_initialized():
@@ -139,7 +143,7 @@ def ray(plan: Plan, todo: list[Shard], timeout: float, done: Callable[[int], obj
             cluster.cancel(ref)
 
 
-def make_on_node(plan: Plan, shard: Shard, timeout: float) -> None:
+def make_on_node(plan: Plan, shard: ShardPlan, timeout: float) -> None:
     """One shard, made in a worker of the cluster."""
     node = socket.gethostname()
     for folder in (plan.source, shard.tar.parent):
@@ -152,7 +156,7 @@ def make_on_node(plan: Plan, shard: Shard, timeout: float) -> None:
     write_shard(shard, found, plan, mark=f".{node}-{os.getpid()}")
 
 
-_prober_of_worker = lru_cache(maxsize=1)(Prober)  # a worker makes many shards; its child ends with it
+_prober_of_worker = lru_cache(maxsize=1)(FileInspector)  # a worker makes many shards; its child ends with it
 
 
 def make(plan: Plan, engine: str, workers: int, timeout: float, done: Callable[[int], object]) -> None:

@@ -18,7 +18,7 @@ import av
 import numpy as np
 from av.video.reformatter import ColorRange
 
-from vidssl.files import file_sha256
+from vidssl.core.io import file_sha256
 
 LOOKS = 16  # frames of a clip that are looked at
 SIDE, SUB = 32, 4  # blocks along each side of a thumbnail; pixels looked at along each side of a block
@@ -37,7 +37,9 @@ class Rejected(NamedTuple):
     def line(self) -> dict:
         """As rejected.jsonl says it."""
         told = {"value": self.value, "start": self.start, "end": self.end}
-        return {"reason": self.reason, "detail": self.detail} | {k: v for k, v in told.items() if v is not None}
+        return {"reason": self.reason, "detail": self.detail} | {
+            k: v for k, v in told.items() if v is not None
+        }
 
 
 class Filters(NamedTuple):
@@ -51,36 +53,41 @@ class Filters(NamedTuple):
         """Whether frames must be looked at."""
         return self.dark > 0 or self.static > 0
 
-    def of_size(self, side: int) -> Rejected | None:
+    def check_size(self, side: int) -> Rejected | None:
         """side: the short one of the source, in pixels."""
         if side < self.min_side:
             return Rejected("too_small", f"short side of {side} pixels, under {self.min_side}", side)
         return None
 
-    def of_clip(self, seconds: float, thumbs: Callable[[], Sequence[np.ndarray]]) -> Rejected | None:
+    def check_clip(self, seconds: float, thumbs: Callable[[], Sequence[np.ndarray]]) -> Rejected | None:
         """thumbs: gives f32 [SIDE,SIDE] of each of the LOOKS frames (fewer where there are fewer)."""
         if seconds < self.min_seconds:
             return Rejected("too_short", f"{seconds:.3f} s, under {self.min_seconds:g}", round(seconds, 3))
         if not self.look:
             return None
         seen = np.stack(thumbs() or [np.zeros((SIDE, SIDE), np.float32)])
-        luma, change = float(seen.mean()), float(np.abs(np.diff(seen, axis=0)).mean()) if len(seen) > 1 else 0.0
+        luma, change = (
+            float(seen.mean()),
+            float(np.abs(np.diff(seen, axis=0)).mean()) if len(seen) > 1 else 0.0,
+        )
         if luma < self.dark:
             return Rejected("too_dark", f"mean luma {luma:.2f}, under {self.dark:g}", round(luma, 2))
         if change < self.static:
-            return Rejected("static", f"mean difference {change:.3f}, under {self.static:g}", round(change, 3))
+            return Rejected(
+                "static", f"mean difference {change:.3f}, under {self.static:g}", round(change, 3)
+            )
         return None
 
 
 NO_FILTERS = Filters()
 
 
-def looks(frames: int) -> np.ndarray:
+def sample_indices(frames: int) -> np.ndarray:
     """The indices of the LOOKS frames, evenly spread over `frames`."""
     return np.unique(np.linspace(0, frames - 1, LOOKS).round().astype(int))
 
 
-def thumb(frame: av.VideoFrame) -> np.ndarray:
+def thumbnail(frame: av.VideoFrame) -> np.ndarray:
     """The luma of a frame, f32 [SIDE,SIDE] in 0..255: the mean of 16 pixels of each block."""
     first = frame.format.components[0]
     if frame.format.is_rgb or not frame.format.is_planar or first.bits != 8 or not first.is_luma:
@@ -101,11 +108,11 @@ def _blocks(pixels: np.ndarray) -> np.ndarray:
 
 def same_files(files: Iterable[Path]) -> dict[Path, Path]:
     """File -> the first of those before it that holds the same bytes; only files of one size are read."""
-    of_size: dict[int, list[Path]] = defaultdict(list)
+    check_size: dict[int, list[Path]] = defaultdict(list)
     for file in files:
-        of_size[file.stat().st_size].append(file)
+        check_size[file.stat().st_size].append(file)
     same = {}
-    for size, members in of_size.items():
+    for size, members in check_size.items():
         first: dict[str, Path] = {}
         for file in members if size and len(members) > 1 else ():
             digest = file_sha256(file)

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from data_prep.sources import EXTENSIONS
+from vidssl.core.errors import UserError
+from vidssl.core.io import atomic_write, file_sha256
 from vidssl.data.index import VERSION
-from vidssl.errors import UserError
-from vidssl.files import file_sha256, replace
 
 
 class Member(NamedTuple):
@@ -37,14 +37,16 @@ def key_of(path: str, start: float | None = None, end: float | None = None) -> s
     slug = re.sub(r"[^A-Za-z0-9_-]+", "-", os.path.splitext(path)[0]).strip("-")[-80:]
     if start is None and end is None:
         return f"{slug}-{hashlib.sha256(path.encode()).hexdigest()[:8]}"
-    times = "-".join("end" if t is None else f"{round(1000 * t):08d}" for t in (start or 0.0, end))  # milliseconds
+    times = "-".join(
+        "end" if t is None else f"{round(1000 * t):08d}" for t in (start or 0.0, end)
+    )  # milliseconds
     return f"{slug}-{times}-{hashlib.sha256(f'{path} {times}'.encode()).hexdigest()[:8]}"
 
 
 def write_text(path: Path, lines: Iterable[str]) -> None:
     """Whole or not at all."""
     text = "".join(line + "\n" for line in lines)
-    replace(path, lambda beside: beside.write_bytes(text.encode()))
+    atomic_write(path, lambda beside: beside.write_bytes(text.encode()))
 
 
 def read_lines(path: Path) -> list[str]:
@@ -63,7 +65,9 @@ def shard_entry(tar: Path, samples: int) -> dict:
     }
 
 
-def write_index(folder: Path, classes: dict[str, list[str]], shards: list[dict], rejected: int, made_by: dict) -> None:
+def write_index(
+    folder: Path, classes: dict[str, list[str]], shards: list[dict], rejected: int, made_by: dict
+) -> None:
     """index.json, the last file of a data set: where it stands, the data set is complete."""
     index = {
         "version": VERSION,
@@ -78,7 +82,9 @@ def write_index(folder: Path, classes: dict[str, list[str]], shards: list[dict],
 
 def class_lists(names: dict[str, set[str]]) -> dict[str, list[str]]:
     """Label set -> class names, sorted; by value where all are whole numbers, so that class 10 follows class 9."""
-    return {s: sorted(n, key=_value if all(x.isdecimal() for x in n) else None) for s, n in sorted(names.items())}
+    return {
+        s: sorted(n, key=_value if all(x.isdecimal() for x in n) else None) for s, n in sorted(names.items())
+    }
 
 
 def _value(name: str) -> tuple[int, str]:

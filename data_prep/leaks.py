@@ -35,30 +35,35 @@ from PIL import Image
 from tqdm import tqdm
 
 from data_prep.index import dumps, write_text
-from vidssl.data.decoders import open_video
+from vidssl.core.errors import DecodeError, UserError, run_cli
+from vidssl.data.decoding import open_video
 from vidssl.data.shards import Sample, Shards
-from vidssl.errors import DecodeError, UserError, run_cli
 
 RATE = 8.0  # looks a second
 FLAT = 4.0  # grey levels: the standard deviation of a picture, below which it has no contrast
 NEAR = 10  # bits of 64
 BUCKET = 4096  # looks of one bucket that are compared; of a fuller one so many, evenly spread
 SHARE, MOST = 0.2, 10  # of the looks of the shorter video, and at least 2 (1 of an image); training videos
-SPAN, AROUND = 30.0, 10.0  # seconds of the test video that are compared, and of the training video before and after
+SPAN, AROUND = (
+    30.0,
+    10.0,
+)  # seconds of the test video that are compared, and of the training video before and after
 FINE = 24.0  # thumbnails a second
 ALIKE = 0.88  # correlation of what moves
 LEAST = 0.75  # seconds
 STILL = 0.5  # grey levels: the standard deviation in time
 SAME = 6.0  # bits of 64
-_DCT = np.cos(np.pi / 32 * (np.arange(32) + 0.5) * np.arange(8)[:, None])  # [8,32], the eight lowest frequencies
+_DCT = np.cos(
+    np.pi / 32 * (np.arange(32) + 0.5) * np.arange(8)[:, None]
+)  # [8,32], the eight lowest frequencies
 _BITS = np.array([bin(i).count("1") for i in range(1 << 16)], np.uint8)
 _DATA: dict[str, Shards] = {}  # of a worker process: TRAIN and TEST
 
 
-Alive = Callable[[], None]
+Heartbeat = Callable[[], None]
 
 
-class Looks(NamedTuple):
+class Fingerprint(NamedTuple):
     """digest: of the file's bytes. hashes u64 [n]; numbers i32 [n]: at which look, so the time is numbers / RATE."""
 
     digest: bytes
@@ -95,7 +100,7 @@ def nothing() -> None:
     pass
 
 
-def grey(video: Any, indices: np.ndarray, side: int, alive: Alive) -> np.ndarray:
+def grey(video: Any, indices: np.ndarray, side: int, alive: Heartbeat) -> np.ndarray:
     """Frames at `indices`, as u8 [n,side,side]; decoded in one pass, one held at a time."""
     wanted, back = np.unique(indices, return_inverse=True)
     out = np.empty((len(wanted), side, side), np.uint8)
@@ -106,21 +111,21 @@ def grey(video: Any, indices: np.ndarray, side: int, alive: Alive) -> np.ndarray
     return out[back]
 
 
-def look(data: bytes, ext: str, meta: dict | None, alive: Alive = nothing) -> Looks:
+def fingerprint(data: bytes, ext: str, meta: dict | None, alive: Heartbeat = nothing) -> Fingerprint:
     """Look at the frame that is shown at 0, 1 / RATE, 2 / RATE, ... seconds. alive: called now and then."""
     video = open_video(data, ext, meta)
     alive()
     when = np.arange(0.0, video.times[-1] + 1e-6, 1 / RATE)
     pictures = grey(video, np.searchsorted(video.times, when + 1e-6, side="right") - 1, 32, alive)
     keep = np.flatnonzero(pictures.std((1, 2)) >= FLAT)
-    return Looks(sha256(data).digest(), phash(pictures)[keep], keep.astype(np.int32))
+    return Fingerprint(sha256(data).digest(), phash(pictures)[keep], keep.astype(np.int32))
 
 
 class Table:
     """The looks of the training set in four tables of 65,536 buckets, 32 bytes a look."""
 
-    def __init__(self, looks: list[Looks | None]):
-        full = [x or Looks(b"", np.empty(0, np.uint64), np.empty(0, np.int32)) for x in looks]
+    def __init__(self, looks: list[Fingerprint | None]):
+        full = [x or Fingerprint(b"", np.empty(0, np.uint64), np.empty(0, np.int32)) for x in looks]
         self.lengths = np.array([len(x.hashes) for x in full])
         self.video = np.repeat(np.arange(len(full), dtype=np.int32), self.lengths)
         self.hashes = np.concatenate([x.hashes for x in full])
@@ -132,14 +137,16 @@ class Table:
     def near(self, hashed: np.ndarray) -> np.ndarray:
         """hashed: a u64. The looks i64 [n] that differ by at most NEAR bits, as far as a bucket shows them."""
         found = []
-        for q, order, ends in zip(hashed.reshape(1, 1).view(np.uint16)[0], self._order, self._ends, strict=True):
+        for q, order, ends in zip(
+            hashed.reshape(1, 1).view(np.uint16)[0], self._order, self._ends, strict=True
+        ):
             bucket = order[ends[q - 1] if q else 0 : ends[q]]
             if len(bucket) > BUCKET:
                 bucket = bucket[np.linspace(0, len(bucket) - 1, BUCKET).astype(int)]
             found.append(bucket[distance(self.hashes[bucket], np.full(len(bucket), hashed)) <= NEAR])
         return np.unique(np.concatenate(found))
 
-    def pairs(self, test: int, looks: Looks) -> list[Pair]:
+    def pairs(self, test: int, looks: Fingerprint) -> list[Pair]:
         """The training videos that are worth comparing, the likeliest first."""
         hits = [self.near(h) for h in looks.hashes]
         which = np.repeat(np.arange(len(hits)), [len(h) for h in hits])
@@ -148,7 +155,9 @@ class Table:
         there = np.concatenate(hits)
         bits = distance(looks.hashes[which], self.hashes[there])
         shifts = self.numbers[there].astype(np.int64) - looks.numbers[which]
-        keys, counts = np.unique(self.video[there].astype(np.int64) << 32 | (shifts + (1 << 31)), return_counts=True)
+        keys, counts = np.unique(
+            self.video[there].astype(np.int64) << 32 | (shifts + (1 << 31)), return_counts=True
+        )
         order = np.lexsort((-counts, keys >> 32))
         order = order[np.diff(keys[order] >> 32, prepend=-1) > 0]  # the most frequent shift of each video
         out = []
@@ -171,7 +180,7 @@ class File(NamedTuple):
     meta: dict | None = None
 
 
-def moving(file: File, start: float, end: float, alive: Alive) -> tuple[float, np.ndarray]:
+def moving(file: File, start: float, end: float, alive: Heartbeat) -> tuple[float, np.ndarray]:
     """From the first frame after `start` to the last before `end` (seconds): its time, and 8x8 thumbnails f32 [n,64],
     FINE a second, linear in between those of the frames."""
     video = open_video(*file)
@@ -199,7 +208,7 @@ def align(train: np.ndarray, test: np.ndarray) -> tuple[float, int, int]:
     return best
 
 
-def compare(pair: Pair, test: File, train: File, alive: Alive = nothing) -> dict | None:
+def compare(pair: Pair, test: File, train: File, alive: Heartbeat = nothing) -> dict | None:
     """What is written of a pair, or None if it is not the same video."""
     told = {"bits": round(pair.bits, 2), "shift": pair.shift}
     start, end = pair.at - SPAN / 2, pair.at + SPAN / 2
@@ -218,10 +227,10 @@ def _begin(train: Shards, test: Shards) -> None:
     _DATA.update(train=train, test=test)
 
 
-def _look(job: tuple[str, Sample]) -> Looks | None:
+def _look(job: tuple[str, Sample]) -> Fingerprint | None:
     try:
         sample = job[1]
-        return look(_DATA[job[0]].read(sample), sample.ext, sample.meta)
+        return fingerprint(_DATA[job[0]].read(sample), sample.ext, sample.meta)
     except DecodeError:
         return None
 
@@ -286,7 +295,9 @@ def main(argv: list[str]) -> None:
     try:
         lines = list(find(train, test, args.workers))
     except BrokenProcessPool as e:
-        raise UserError("a decoder crashed on a video; python -m data_prep.verify --decode N tells which") from e
+        raise UserError(
+            "a decoder crashed on a video; python -m data_prep.verify --decode N tells which"
+        ) from e
     if args.out:
         write_text(args.out, map(dumps, lines))
     leaks = [line for line in lines if "test" in line and "train" in line]
@@ -295,7 +306,9 @@ def main(argv: list[str]) -> None:
             f"{line['test']} is {line['train']}: {dumps({k: v for k, v in line.items() if k not in ('test', 'train')})}"
         )
     n = len({line["test"] for line in leaks})
-    print(f"{n} of {test.n} test videos are among the {train.n} of {args.train}; {len(lines) - len(leaks)} not decoded")
+    print(
+        f"{n} of {test.n} test videos are among the {train.n} of {args.train}; {len(lines) - len(leaks)} not decoded"
+    )
     if leaks:
         sys.exit(1)
 

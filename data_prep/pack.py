@@ -22,9 +22,9 @@ from data_prep.index import dumps, read_lines, shard_entry, write_index, write_t
 from data_prep.plan import NEAR, Plan, make_plan
 from data_prep.report import write_report
 from data_prep.sources import SOURCES, read_source
+from vidssl.core.errors import UserError, run_cli
+from vidssl.core.io import check_writable, make_folder
 from vidssl.data.index import read_index
-from vidssl.errors import UserError, run_cli
-from vidssl.files import check_out, make_folder
 
 PRESETS = ("ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow")
 FIRST = ("plan.json.tmp", NEAR)  # what is written before plan.json
@@ -47,7 +47,9 @@ def open_out(out: Path, plan: Plan) -> bool:
         except (ValueError, AttributeError):
             found = None
         if found != plan.digest:
-            raise UserError(f"{out}: holds a pack of other files or with other options; choose another folder")
+            raise UserError(
+                f"{out}: holds a pack of other files or with other options; choose another folder"
+            )
         return all((folder / "index.json").exists() for folder in plan.sets)
     make_folder(out)
     write_text(file, [dumps({"version": 1, "plan": plan.digest, "options": plan.options})])
@@ -89,14 +91,18 @@ def summarise(plan: Plan) -> None:
         index = read_index(folder)
         reasons = Counter(json.loads(line)["reason"] for line in read_lines(folder / "rejected.jsonl"))
         size = sum(s["bytes"] for s in index["shards"])
-        print(f"{folder}: {index['samples']} samples in {len(index['shards'])} shards, {size / 1e6:.1f} MB", end="")
+        print(
+            f"{folder}: {index['samples']} samples in {len(index['shards'])} shards, {size / 1e6:.1f} MB",
+            end="",
+        )
         why = ", ".join(f"{n} {reason}" for reason, n in sorted(reasons.items()))
         print(f"; {sum(reasons.values())} rejected ({why}): see rejected.jsonl" if why else "; none rejected")
 
 
 def arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m data_prep.pack", description="Pack a folder of videos or images into shards with an index."
+        prog="python -m data_prep.pack",
+        description="Pack a folder of videos or images into shards with an index.",
     )
     add = parser.add_argument
     add("src", type=Path, help="FOLDER/<class>/<file>, a folder with labels.csv, or the files of a data set")
@@ -108,30 +114,51 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     add("--samples-per-shard", type=int, default=0, help="default: for at least 16 shards, 8 to 1000")
     add("--test-fraction", type=float, default=0.0, help="divide into train and test by group")
     add("--seed", type=int, default=0, help="of the shuffle and of the division")
-    add("--timeout", type=float, default=120.0, help="seconds without progress until a file counts as hanging")
+    add(
+        "--timeout", type=float, default=120.0, help="seconds without progress until a file counts as hanging"
+    )
     add("--decoder", choices=("auto", "pyav"), default="auto", help="auto: decord where it proves right")
     coding = parser.add_argument_group("re-encoding (any of these turns it on; else files keep their bytes)")
     add = coding.add_argument
     add("--short-side", type=int, metavar="PIXELS", help="at most; never enlarged")
-    add("--fps", metavar="RATE", help="frames a second, such as 8 or 30000/1001; default: each file's own times")
+    add(
+        "--fps",
+        metavar="RATE",
+        help="frames a second, such as 8 or 30000/1001; default: each file's own times",
+    )
     add("--keyframe-every", type=int, metavar="FRAMES", help="default 8")
     add("--crf", type=int, help="quality of x264: 1 (best) to 51, default 23")
     add("--preset", choices=PRESETS, help="of x264: bytes against time, default medium")
     add("--window", type=float, metavar="SECONDS", help="cut into clips of this length")
-    add("--hop", type=float, metavar="SECONDS", help="from the start of a window to the next; default: no overlap")
+    add(
+        "--hop",
+        type=float,
+        metavar="SECONDS",
+        help="from the start of a window to the next; default: no overlap",
+    )
     add("--scenes", action="store_true", default=None, help="cut where the picture changes at once")
     dropping = parser.add_argument_group("filters; each drop is in rejected.jsonl with its measured value")
     add = dropping.add_argument
     add("--min-seconds", type=float, default=0.0)
     add("--min-side", type=int, default=0, metavar="PIXELS", help="of the source's short side")
-    add("--drop-dark", type=float, nargs="?", const=16.0, default=0.0, metavar="LUMA", help="mean under this (16)")
+    add(
+        "--drop-dark",
+        type=float,
+        nargs="?",
+        const=16.0,
+        default=0.0,
+        metavar="LUMA",
+        help="mean under this (16)",
+    )
     add("--drop-static", type=float, nargs="?", const=0.5, default=0.0, metavar="LUMA",
         help="mean change from one of 16 frames to the next under this (0.5)")  # fmt: skip
     add("--drop-duplicates", nargs="?", const="bytes", choices=("bytes", "near"),
         help="of files with the same bytes keep the first; near: with the same pictures, too")  # fmt: skip
     args = parser.parse_args(argv)
     if args.workers < 1 or args.samples_per_shard < 0 or not 0 <= args.test_fraction < 1 or args.timeout <= 0:
-        raise UserError("--workers and --timeout must be positive, --samples-per-shard >= 0, --test-fraction in [0,1)")
+        raise UserError(
+            "--workers and --timeout must be positive, --samples-per-shard >= 0, --test-fraction in [0,1)"
+        )
     args.recipe = _recipe(args)
     args.filters = Filters(args.min_seconds, args.min_side, args.drop_dark, args.drop_static)
     if min(args.filters) < 0:
@@ -165,7 +192,7 @@ def main(argv: list[str]) -> None:
     args = arguments(argv)
     if args.out.resolve().is_relative_to(args.src.resolve()):
         raise UserError(f"{args.out}: lies inside {args.src}; choose a folder outside the source")
-    check_out(args.out)
+    check_writable(args.out)
     check_free(args.out)
     source = read_source(args.src, args.source, args.annotations)
     plan = make_plan(source, args.src, args.out, args)

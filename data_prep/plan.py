@@ -10,28 +10,28 @@ from typing import NamedTuple
 
 import av
 
+from data_prep.dedup import near_files, remembered
 from data_prep.encode import Recipe, Span
 from data_prep.filters import Filters, same_files
 from data_prep.index import class_lists, dumps, key_of
-from data_prep.near import near_files, remembered
-from data_prep.sources import Item, Source
-from vidssl.errors import UserError
+from data_prep.sources import SourceItem, SourceListing
+from vidssl.core.errors import UserError
 
 NEAR = "near-"  # how the files begin that remember near duplicates
 SHARD_BYTES = 1_000_000_000  # of source files; a shard is closed before it grows beyond that
 
 
-class Shard(NamedTuple):
+class ShardPlan(NamedTuple):
     """One shard to be: `tar` is where it will stand. Items of one file follow each other."""
 
     tar: Path
-    items: list[Item]
+    items: list[SourceItem]
 
     @property
     def rejections(self) -> Path:
         return self.tar.with_suffix(".rejected")
 
-    def files(self) -> list[tuple[str, list[Item]]]:
+    def files(self) -> list[tuple[str, list[SourceItem]]]:
         """Each file with all that is cut from it."""
         return [(path, list(items)) for path, items in groupby(self.items, lambda item: item.path)]
 
@@ -48,7 +48,7 @@ class Plan(NamedTuple):
     """
 
     source: Path
-    sets: dict[Path, list[Shard]]
+    sets: dict[Path, list[ShardPlan]]
     classes: dict[str, list[str]]
     first_set: str | None
     rejected: dict[Path, list[dict]]
@@ -58,20 +58,22 @@ class Plan(NamedTuple):
     options: dict
     digest: str
 
-    def shards(self) -> list[Shard]:
+    def shards(self) -> list[ShardPlan]:
         return [shard for shards in self.sets.values() for shard in shards]
 
 
-def span_of(item: Item) -> Span:
+def span_of(item: SourceItem) -> Span:
     return item.start, item.end
 
 
-def divide(items: list[Item], label_set: str | None, fraction: float, seed: int) -> dict[str, list[Item]]:
+def divide(
+    items: list[SourceItem], label_set: str | None, fraction: float, seed: int
+) -> dict[str, list[SourceItem]]:
     """Into train and test: whole groups (a file without group is its own), about `fraction` of each class to test.
 
     A class with two groups or more has at least one in test and one in train.
     """
-    units: dict[str, list[Item]] = defaultdict(list)
+    units: dict[str, list[SourceItem]] = defaultdict(list)
     for item in items:
         units[f"group {item.group}" if item.group else f"file {item.path}"].append(item)
     counts = {u: Counter(i.labels.get(label_set or "", "") for i in members) for u, members in units.items()}
@@ -89,7 +91,7 @@ def divide(items: list[Item], label_set: str | None, fraction: float, seed: int)
             keeps_train = all(any(v not in test and v != u for v in of_class[k]) for k in counts[u])
             if u not in test and keeps_train and (not have or have + counts[u][c] <= want):
                 test.add(u)
-    parts: dict[str, list[Item]] = {"train": [], "test": []}
+    parts: dict[str, list[SourceItem]] = {"train": [], "test": []}
     for u, members in units.items():
         parts["test" if u in test else "train"].extend(members)
     return {name: sorted(members, key=lambda item: item.place) for name, members in parts.items()}
@@ -100,17 +102,19 @@ def _draw(seed: int, name: str) -> bytes:
     return hashlib.sha256(f"{seed} {name}".encode()).digest()
 
 
-def make_plan(source: Source, root: Path, out: Path, args: argparse.Namespace) -> Plan:
+def make_plan(source: SourceListing, root: Path, out: Path, args: argparse.Namespace) -> Plan:
     """args: those of pack, with `recipe` and `filters` made of them."""
     first = source.sets[0] if source.sets else None
-    parts: dict[Path, list[Item]] = defaultdict(list)
+    parts: dict[Path, list[SourceItem]] = defaultdict(list)
     if any(item.split for item in source.items):
         if args.test_fraction:
             raise UserError(f"{root}: names its own splits; leave out --test-fraction")
         for item in source.items:
             parts[out / str(item.split)].append(item)
     elif args.test_fraction:
-        parts |= {out / k: v for k, v in divide(source.items, first, args.test_fraction, args.seed).items() if v}
+        parts |= {
+            out / k: v for k, v in divide(source.items, first, args.test_fraction, args.seed).items() if v
+        }
     else:
         parts[out] = source.items
     names: dict[str, set[str]] = defaultdict(set)
@@ -119,7 +123,9 @@ def make_plan(source: Source, root: Path, out: Path, args: argparse.Namespace) -
             names[label_set].add(name)
     keys = {key_of(item.path, *span_of(item)): span_of(item) for item in source.items}
     if len(keys) < len(source.items):
-        raise UserError(f"{root}: two paths have the same key, or a file the same segment twice; rename or remove one")
+        raise UserError(
+            f"{root}: two paths have the same key, or a file the same segment twice; rename or remove one"
+        )
     recipe, cuts = args.recipe, any(span != (None, None) for span in keys.values())
     if cuts and recipe and (recipe.window or recipe.scenes):
         raise UserError(f"{root}: its annotations name segments; leave out --window, --hop and --scenes")
@@ -133,9 +139,14 @@ def make_plan(source: Source, root: Path, out: Path, args: argparse.Namespace) -
         digest.update(dumps([*item, sizes[item.path]]).encode())
     digest.update(dumps(source.rejected).encode())
     rejected: dict[Path, list[dict]] = defaultdict(list)
-    for path, reason in source.rejected.items():  # no split was read for them: the first data set keeps the list
+    for (
+        path,
+        reason,
+    ) in source.rejected.items():  # no split was read for them: the first data set keeps the list
         rejected[min(parts)].append({"path": path, "reason": reason, "detail": ""})
-    bytes_in = {folder: sum(sizes[p] for p in {item.path for item in items}) for folder, items in parts.items()}
+    bytes_in = {
+        folder: sum(sizes[p] for p in {item.path for item in items}) for folder, items in parts.items()
+    }
     if args.drop_duplicates:
         for folder, items in parts.items():
             parts[folder], more = without_duplicates(items, same_bytes(items, root))
@@ -164,25 +175,32 @@ def _options(args: argparse.Namespace, recipe: Recipe | None) -> dict:
         "filters": args.filters._asdict(),
     }
     if recipe:  # another encoder writes other bytes
-        options |= {"encode": recipe._asdict(), "libavcodec": ".".join(map(str, av.library_versions["libavcodec"]))}
+        options |= {
+            "encode": recipe._asdict(),
+            "libavcodec": ".".join(map(str, av.library_versions["libavcodec"])),
+        }
     return options
 
 
-def same_bytes(items: list[Item], root: Path) -> dict[str, tuple[str, dict]]:
+def same_bytes(items: list[SourceItem], root: Path) -> dict[str, tuple[str, dict]]:
     """Path -> the first by path that holds the same bytes, and what is told of it."""
     same = same_files(root / path for path in sorted({item.path for item in items}))
     named = {str(k.relative_to(root)): str(v.relative_to(root)) for k, v in same.items()}
     return {k: (v, {"detail": f"the same bytes as {v}", "value": 0}) for k, v in named.items()}
 
 
-def same_pictures(items: list[Item], root: Path, file: Path, args: argparse.Namespace) -> dict[str, tuple[str, dict]]:
+def same_pictures(
+    items: list[SourceItem], root: Path, file: Path, args: argparse.Namespace
+) -> dict[str, tuple[str, dict]]:
     """The same for what shows the same pictures; remembered in `file`."""
     found = remembered(file, root, items, lambda: near_files(root, items, args.workers, args.timeout))
     same = {k: v for k, v in found.items() if "first" in v}
     return {k: (v["first"], {"detail": f"its pictures are in {v['first']}", **v}) for k, v in same.items()}
 
 
-def without_duplicates(items: list[Item], same: dict[str, tuple[str, dict]]) -> tuple[list[Item], list[dict]]:
+def without_duplicates(
+    items: list[SourceItem], same: dict[str, tuple[str, dict]]
+) -> tuple[list[SourceItem], list[dict]]:
     """Of files of one data set that are the same, what is cut from the one that `same` names stays."""
     there = {(item.path, *span_of(item)) for item in items}
     kept, rejected = [], []
@@ -197,10 +215,12 @@ def without_duplicates(items: list[Item], same: dict[str, tuple[str, dict]]) -> 
     return kept, rejected
 
 
-def _cut(folder: Path, items: list[Item], sizes: dict[str, int], args: argparse.Namespace) -> list[Shard]:
+def _cut(
+    folder: Path, items: list[SourceItem], sizes: dict[str, int], args: argparse.Namespace
+) -> list[ShardPlan]:
     """Shuffle files by seed and cut into shards, by count of samples and by bytes; a file is in one shard."""
     most = args.samples_per_shard or max(8, min(1000, math.ceil(len(items) / 16)))
-    shards: list[list[Item]] = [[]]
+    shards: list[list[SourceItem]] = [[]]
     filled = 0
     by_draw = sorted(items, key=lambda item: (_draw(args.seed, item.path), item.place))
     for path, together in groupby(by_draw, lambda item: item.path):
@@ -210,4 +230,4 @@ def _cut(folder: Path, items: list[Item], sizes: dict[str, int], args: argparse.
             filled = 0
         shards[-1] += group
         filled += sizes[path]
-    return [Shard(folder / f"shard-{i:06d}.tar", part) for i, part in enumerate(shards)]
+    return [ShardPlan(folder / f"shard-{i:06d}.tar", part) for i, part in enumerate(shards)]

@@ -12,10 +12,10 @@ from av.stream import Disposition
 from av.video.frame import PictureType
 from av.video.reformatter import ColorRange, Interpolation
 
-from data_prep.filters import thumb
-from vidssl.data.decoders import MAX_PIXELS
-from vidssl.data.turn import Turn, turn_of
-from vidssl.errors import DecodeError
+from data_prep.filters import thumbnail
+from vidssl.core.errors import DecodeError
+from vidssl.data.decoding.base import MAX_PIXELS
+from vidssl.data.decoding.rotation import Rotation, rotation_of
 
 SHORTEST = 1 / 240  # seconds that the last frame is shown at least
 MAX_GAP = 600.0  # seconds between two frames; beyond that the time stamps are wrong
@@ -93,7 +93,9 @@ class Reader:
                 yield held, start, now
             held, start, n = frame, now, i
         if held is None:
-            raise DecodeError("decode_error" if self.errors else "no_frames", f"{self.errors} damaged packets")
+            raise DecodeError(
+                "decode_error" if self.errors else "no_frames", f"{self.errors} damaged packets"
+            )
         yield held, start, start + max(start / n if n else 1 / self.rate, SHORTEST)
 
 
@@ -106,9 +108,11 @@ class Picture:
     """A source frame as it will be encoded: scaled, turned and looked at once, for however many pieces show it."""
 
     def __init__(self, frame: av.VideoFrame, short_side: int | None, size: tuple[int, int] | None):
-        self._frame, self._turn = frame, turn_of(frame)
+        self._frame, self._turn = frame, rotation_of(frame)
         self.rotation = self._turn.degrees
-        self.shown = (frame.width, frame.height) if self._turn.swap else (frame.height, frame.width)  # height, width
+        self.shown = (
+            (frame.width, frame.height) if self._turn.swap else (frame.height, frame.width)
+        )  # height, width
         self.size = size or even_size(self.shown, short_side)  # of the clip: that of the file's first frame
         self._yuv: av.VideoFrame | None = None
         self._thumb: np.ndarray | None = None
@@ -119,13 +123,13 @@ class Picture:
             frame = self._frame.reformat(
                 width, height, "yuv420p", interpolation=SCALING, dst_color_range=ColorRange.MPEG, threads=1
             )
-            self._yuv = frame if self._turn == Turn() else turned(frame, self._turn)
+            self._yuv = frame if self._turn == Rotation() else turned(frame, self._turn)
             self._yuv.pict_type = PictureType.NONE  # x264 would take over the source's
         return self._yuv
 
-    def thumb(self) -> np.ndarray:
+    def thumbnail(self) -> np.ndarray:
         if self._thumb is None:
-            self._thumb = thumb(self.yuv())
+            self._thumb = thumbnail(self.yuv())
         return self._thumb
 
 
@@ -136,7 +140,7 @@ def even_size(shown: tuple[int, int], short_side: int | None) -> tuple[int, int]
     return height, width
 
 
-def turned(frame: av.VideoFrame, turn: Turn) -> av.VideoFrame:
+def turned(frame: av.VideoFrame, turn: Rotation) -> av.VideoFrame:
     """A yuv420p frame as a player shows it."""
     planes = [
         np.frombuffer(p, np.uint8).reshape(p.height, p.line_size)[:, : p.width, None]  # type: ignore[call-overload]

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from data_prep.index import dumps, read_lines, write_text
+from vidssl.core.errors import UserError, run_cli
+from vidssl.core.io import atomic_write
 from vidssl.data.index import read_index
-from vidssl.errors import UserError, run_cli
-from vidssl.files import replace
 
 BINS = 24
 
@@ -44,7 +44,11 @@ def make_report(folder: Path) -> dict:
     measured = [m for m in metas if "frames" in m]
     originals = [m["original"] for m in metas if "original" in m]
     left_out = folder / "rejected.jsonl"
-    reasons = Counter(json.loads(line)["reason"] for line in read_lines(left_out)) if left_out.exists() else Counter()
+    reasons = (
+        Counter(json.loads(line)["reason"] for line in read_lines(left_out))
+        if left_out.exists()
+        else Counter()
+    )
     return {
         "samples": len(lines),
         "files": len({m.get("source", i) for i, m in enumerate(metas)}),
@@ -76,7 +80,9 @@ def draw(report: dict, file: Path) -> None:
     panels = (("fps", "frames a second"), ("duration", "seconds"), ("short_side", "short side, pixels"))
     packed: dict = {"fill": True, "edgecolor": "C0", "linewidth": 2, "label": "packed"}
     before: dict = {"fill": False, "edgecolor": "black", "label": "original files"}
-    for ax, (name, label) in zip((*axes[0], axes[1, 0]), (*panels, ("bytes", "kilobytes a sample")), strict=True):
+    for ax, (name, label) in zip(
+        (*axes[0], axes[1, 0]), (*panels, ("bytes", "kilobytes a sample")), strict=True
+    ):
         scale = 1e-3 if name == "bytes" else 1.0
         for facts, style in ((report, packed), (report["original"], before)):
             if facts.get(name, {}).get("counts"):
@@ -89,7 +95,9 @@ def draw(report: dict, file: Path) -> None:
     _bars(axes[1, 2], report["rejected"], "rejected")
     size_in = "" if report["bytes_in"] is None else f"{report['bytes_in'] / 1e6:,.1f} MB in, "
     size = f"{size_in}{report['bytes_out'] / 1e6:,.1f} MB out"
-    counts = f"{report['samples']:,} samples of {report['files']:,} files, {report['seconds'] / 3600:,.2f} hours"
+    counts = (
+        f"{report['samples']:,} samples of {report['files']:,} files, {report['seconds'] / 3600:,.2f} hours"
+    )
     figure.suptitle(f"{counts}; {size}; {sum(report['rejected'].values()):,} rejected")
     figure.savefig(file, format="png", metadata={"Software": None})
 
@@ -108,18 +116,22 @@ def _bars(ax: Any, counts: dict[str, int], label: str) -> None:
 def write_report(folder: Path) -> dict:
     """report.png and then report.json beside index.json."""
     report = make_report(folder)
-    replace(folder / "report.png", lambda beside: draw(report, beside))
+    atomic_write(folder / "report.png", lambda beside: draw(report, beside))
     write_text(folder / "report.json", [json.dumps(report, indent=1)])
     return report
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m data_prep.report", description="What is in packed data sets.")
+    parser = argparse.ArgumentParser(
+        prog="python -m data_prep.report", description="What is in packed data sets."
+    )
     parser.add_argument("folder", type=Path, help="a folder with index.json in it or below it")
     args = parser.parse_args(argv)
     folders = sorted(p.parent for p in args.folder.rglob("index.json"))
     if not folders:
-        raise UserError(f"{args.folder}: no index.json in it or below it; shards of others need: data_prep.scan")
+        raise UserError(
+            f"{args.folder}: no index.json in it or below it; shards of others need: data_prep.scan"
+        )
     for folder in folders:
         report = write_report(folder)
         print(f"{folder / 'report.png'}: {report['samples']} samples, {dumps(report['rejected'])} rejected")

@@ -19,8 +19,8 @@ from data_prep.index import (
     write_index,
     write_text,
 )
+from vidssl.core.errors import UserError, run_cli
 from vidssl.data.index import read_index
-from vidssl.errors import UserError, run_cli
 
 
 def read_shard(tar: Path, skipped: Counter) -> list[dict]:
@@ -69,9 +69,13 @@ def name_classes(lines: list[dict]) -> dict[str, list[str]]:
     """Complete "label", "class" and "labels" of every meta, in place; returns label set -> class names."""
     metas = [line["meta"] for line in lines]
     given = {m["label"]: str(m.get("class", m["label"])) for m in metas if isinstance(m.get("label"), int)}
-    named = {str(m["class"]) for m in metas if m.get("class") is not None and not isinstance(m.get("label"), int)}
+    named = {
+        str(m["class"]) for m in metas if m.get("class") is not None and not isinstance(m.get("label"), int)
+    }
     if named and any(label >= 0 for label in given):
-        raise UserError("some samples have a label number and others only a class name; which number is which name?")
+        raise UserError(
+            "some samples have a label number and others only a class name; which number is which name?"
+        )
     names = class_lists({"label": named})["label"]
     if not names and given:
         names = [given.get(i, str(i)) for i in range(max(given) + 1)]
@@ -86,7 +90,9 @@ def name_classes(lines: list[dict]) -> dict[str, list[str]]:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m data_prep.scan", description="Index shards that others wrote.")
+    parser = argparse.ArgumentParser(
+        prog="python -m data_prep.scan", description="Index shards that others wrote."
+    )
     parser.add_argument("dir", type=Path, help="a folder of .tar shards; the index is written beside them")
     folder = parser.parse_args(argv).dir
     tars = sorted(folder.glob("*.tar"))
@@ -104,7 +110,9 @@ def main(argv: list[str]) -> None:
         raise UserError(f"{folder}: no sample with a video or image in its {len(tars)} shards")
     write_index(folder, classes, entries, 0, {"scan": True})
     counts: dict[str, int] = defaultdict(int, {k: len(v) for k, v in classes.items()})
-    print(f"{folder}: {sum(map(len, of_shard.values()))} samples in {len(entries)} shards, {counts['label']} classes")
+    print(
+        f"{folder}: {sum(map(len, of_shard.values()))} samples in {len(entries)} shards, {counts['label']} classes"
+    )
     for why, n in skipped.items():
         print(f"{n} samples {why}: left out")
 

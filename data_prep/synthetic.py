@@ -26,8 +26,8 @@ import av
 import numpy as np
 from tqdm import tqdm
 
-from vidssl.errors import UserError, run_cli
-from vidssl.files import check_out, make_folder
+from vidssl.core.errors import UserError, run_cli
+from vidssl.core.io import check_writable, make_folder
 
 SIDE, FRAMES, FPS = 48, 24, 12  # pixels, frames, frames a second
 OBJECTS = 2  # at most
@@ -148,7 +148,9 @@ def render(
         )
         radius = track.size[:, i, None, None]
         x, y = (c * dx + s * dy) / radius, (c * dy - s * dx) / radius
-        cover = np.clip(0.5 - shape_distance(SHAPES[shapes[i]], x, y) * radius, 0, 1)  # antialiased over one pixel
+        cover = np.clip(
+            0.5 - shape_distance(SHAPES[shapes[i]], x, y) * radius, 0, 1
+        )  # antialiased over one pixel
         light, dark = paints(colour, rng)
         pattern = texture(int(rng.integers(4)), float(rng.uniform(0, 6)), x, y)[..., None]
         frames += cover[..., None] * (dark + pattern * (light - dark) - frames)
@@ -185,14 +187,16 @@ def make_one(job: tuple[Path, str, str, str, tuple[int, ...]]) -> None:
     np.savez_compressed(out / "truth" / f"{key}.npz", **truth)  # type: ignore[arg-type]
 
 
-def make_corpus(out: Path, train: int, test: int, labelled: int | None = None, seed: int = 0, workers: int = 2) -> None:
+def make_corpus(
+    out: Path, train: int, test: int, labelled: int | None = None, seed: int = 0, workers: int = 2
+) -> None:
     """Write train + test videos, their truth and labels.csv; classes are balanced over motion x colour.
 
     labelled: only the first so many train videos have labels in labels.csv (None: all), as in life.
     """
     if min(train, test, labelled or 0, seed) < 0 or workers < 1:
         raise UserError("--workers must be positive, --train, --test, --labelled and --seed >= 0")
-    check_out(out)
+    check_writable(out)
     if os.path.exists(out / "labels.csv"):
         raise UserError(f"{out} already holds a corpus: give another folder, or remove it")
     for name in ("videos", "truth"):

@@ -17,11 +17,12 @@ from typing import BinaryIO
 import numpy as np
 
 from data_prep.index import dumps, media_of, tar_samples
-from vidssl.data.decoders import PyAVVideo, open_video
+from vidssl.core.errors import DecodeError, UserError, run_cli
+from vidssl.core.io import stream_sha256
+from vidssl.data.decoding import open_video
+from vidssl.data.decoding.pyav import PyAVVideo
 from vidssl.data.index import entries, read_index
 from vidssl.data.remote import ShardError, fetch, is_url, join, local, shown
-from vidssl.errors import DecodeError, UserError, run_cli
-from vidssl.files import sha256_of
 
 FRAME_FACTS = ("frames", "height", "width")
 
@@ -34,7 +35,7 @@ def opened(where: str, size: int | None, sha256: str) -> Iterator[BinaryIO]:
     with tempfile.TemporaryFile() if is_url(where) else open(where, "rb") as file:
         if is_url(where):
             fetch(where, file, size)
-        if sha256_of(file) != sha256:
+        if stream_sha256(file) != sha256:
             raise ShardError(f"{shown(where)}: sha256 differs from index.json's")
         yield file
 
@@ -68,7 +69,11 @@ def check_lines(where: str, tar: BinaryIO, lines: list[dict], strict: bool) -> I
     for line in lines:
         members = inside.get(line["key"], {})
         media = media_of(members)
-        if media is None or (media.ext, media.offset, media.size) != (line["ext"], line["offset"], line["size"]):
+        if media is None or (media.ext, media.offset, media.size) != (
+            line["ext"],
+            line["offset"],
+            line["size"],
+        ):
             yield f"{where}: {line['key']}: not where its jsonl says"
         elif strict:
             tar.seek(members["json"].offset)
@@ -104,15 +109,23 @@ def check_set(folder: str, decode: int) -> Iterator[str]:
     chosen = np.unique(np.linspace(0, total - 1, min(decode, total)).astype(int)).tolist()
     for entry, end in zip(index["shards"], ends, strict=True):
         begin = end - entry["samples"]
-        yield from check_shard(folder, entry, "plan" in index["pack"], [i - begin for i in chosen if begin <= i < end])
+        yield from check_shard(
+            folder, entry, "plan" in index["pack"], [i - begin for i in chosen if begin <= i < end]
+        )
 
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m data_prep.verify", description="Check packed data sets.")
-    parser.add_argument("out", type=local, help="a folder with index.json in it or below it, or a data set's URL")
-    parser.add_argument("--decode", type=int, default=32, help="samples of each data set to decode (default 32)")
+    parser.add_argument(
+        "out", type=local, help="a folder with index.json in it or below it, or a data set's URL"
+    )
+    parser.add_argument(
+        "--decode", type=int, default=32, help="samples of each data set to decode (default 32)"
+    )
     args = parser.parse_args(argv)
-    folders = [args.out] if is_url(args.out) else sorted(str(p.parent) for p in Path(args.out).rglob("index.json"))
+    folders = (
+        [args.out] if is_url(args.out) else sorted(str(p.parent) for p in Path(args.out).rglob("index.json"))
+    )
     if not folders:
         raise UserError(f"{args.out}: no index.json in it or below it; shards of others need: data_prep.scan")
     bad = 0

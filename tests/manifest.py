@@ -23,7 +23,14 @@ def make_manifest(folder: Path, shards: int, samples: int, lines_of: range = ran
         }
         for s in range(shards)
     ]
-    index = {"version": 1, "samples": shards * samples, "classes": {}, "shards": entries, "rejected": 0, "pack": {}}
+    index = {
+        "version": 1,
+        "samples": shards * samples,
+        "classes": {},
+        "shards": entries,
+        "rejected": 0,
+        "pack": {},
+    }
     (folder / "index.json").write_text(json.dumps(index, sort_keys=True))
     return folder
 
@@ -31,7 +38,13 @@ def make_manifest(folder: Path, shards: int, samples: int, lines_of: range = ran
 def line(shard: int, i: int) -> str:
     """About as long as what pack writes."""
     meta = {"class": None, "codec": "h264", "decoder": "decord", "duration": 10.0, "fps": 30.0, "frames": 300}
-    meta |= {"group": f"group {i % 97}", "height": 256, "label": i % 400, "labels": {"label": i % 400}, "rotation": 0}
+    meta |= {
+        "group": f"group {i % 97}",
+        "height": 256,
+        "label": i % 400,
+        "labels": {"label": i % 400},
+        "rotation": 0,
+    }
     meta |= {"source": f"some/folder/video-{shard:06d}-{i:06d}.mp4", "times": None, "width": 340}
     row = {
         "ext": "mp4",

@@ -34,15 +34,16 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import RandomResizedCrop
 
 from data_prep import pack
+from vidssl.core.errors import UserError, run_cli
+from vidssl.core.pixels import MEAN, STD
 from vidssl.data.augment import RandomCrop
-from vidssl.data.clips import choose
-from vidssl.data.decoders import VIDEO_EXTENSIONS
-from vidssl.data.decord_video import decord
-from vidssl.data.loader import Data, TrainClips, train_batches
+from vidssl.data.dataset import DataConfig, TrainClips
+from vidssl.data.decoding.base import VIDEO_EXTENSIONS
+from vidssl.data.decoding.decord import decord
+from vidssl.data.loader import train_batches
 from vidssl.data.order import Order
+from vidssl.data.sampling import sample_indices
 from vidssl.data.shards import Shards
-from vidssl.errors import UserError, run_cli
-from vidssl.objective.targets import MEAN, STD
 
 BATCH, CROP = 8, RandomCrop(224, flip=0.5)
 CLIP_READY = ["--short-side", "256", "--fps", "8", "--keyframe-every", "8"]
@@ -58,12 +59,18 @@ class Common(Dataset[torch.Tensor]):
         """-> normalised f32 [3, T, size, size]."""
         shards, d, crop = self.clips.shards, self.clips.data, self.crop
         start = np.random.default_rng((self.clips.order.seed, 3, g)).uniform()
-        reader = decord.VideoReader(io.BytesIO(shards.read(shards.sample(*self.clips.order.at(g)))), num_threads=1)
-        frames = reader.get_batch(choose(np.arange(len(reader)), d.frames, d.stride, start=start)).asnumpy()
+        reader = decord.VideoReader(
+            io.BytesIO(shards.read(shards.sample(*self.clips.order.at(g)))), num_threads=1
+        )
+        frames = reader.get_batch(
+            sample_indices(np.arange(len(reader)), d.frames, d.stride, start=start)
+        ).asnumpy()
         video = torch.from_numpy(frames).float().permute(3, 0, 1, 2)
         top, left, height, width = RandomResizedCrop.get_params(video, list(crop.scale), list(crop.ratio))
         video = video[:, :, top : top + height, left : left + width]
-        video = torch.nn.functional.interpolate(video, (crop.size, crop.size), mode="bilinear", align_corners=False)
+        video = torch.nn.functional.interpolate(
+            video, (crop.size, crop.size), mode="bilinear", align_corners=False
+        )
         if torch.rand(()) < crop.flip:
             video = video.flip(-1)
         mean, std = (255 * torch.tensor(c).view(3, 1, 1, 1) for c in (MEAN, STD))
@@ -72,7 +79,7 @@ class Common(Dataset[torch.Tensor]):
 
 def make_clips(folder: Path, stride: int, seed: int) -> TrainClips:
     shards = Shards([str(folder)])
-    data = Data([str(folder)], frames=16, stride=stride)
+    data = DataConfig([str(folder)], frames=16, stride=stride)
     return TrainClips(shards, Order(shards.counts, seed), data, CROP)
 
 
@@ -113,8 +120,23 @@ def decoding_rate(ffmpeg: str, files: list[Path], beside: Path) -> float:
     """Frames that single-threaded FFmpeg decodes per CPU second, all files in one process."""
     beside.write_text("".join(f"file '{f.resolve()}'\n" for f in files))
     begun = cpu_seconds()
-    args = ["-threads", "1", "-f", "concat", "-safe", "0", "-i", str(beside), "-fps_mode", "passthrough", "-f", "null"]
-    subprocess.run([ffmpeg, "-v", "error", "-filter_threads", "1", *args, "-"], check=True, stdin=subprocess.DEVNULL)
+    args = [
+        "-threads",
+        "1",
+        "-f",
+        "concat",
+        "-safe",
+        "0",
+        "-i",
+        str(beside),
+        "-fps_mode",
+        "passthrough",
+        "-f",
+        "null",
+    ]
+    subprocess.run(
+        [ffmpeg, "-v", "error", "-filter_threads", "1", *args, "-"], check=True, stdin=subprocess.DEVNULL
+    )
     used = cpu_seconds() - begun
     return sum(frames_in(f) for f in files) / used
 
@@ -146,9 +168,26 @@ def make_files(folder: Path, source: Path | None, videos: int, ffmpeg: str, work
         if found:
             taken = ["-stream_loop", "-1", "-i", str(found[i * len(found) // videos])]
         else:  # a slow zoom into a fractal under camera noise
-            taken = ["-f", "lavfi", "-i", f"mandelbrot=340x256:rate=30:start_x={-0.7 - i / 100},noise=alls=8:allf=t"]
+            taken = [
+                "-f",
+                "lavfi",
+                "-i",
+                f"mandelbrot=340x256:rate=30:start_x={-0.7 - i / 100},noise=alls=8:allf=t",
+            ]
         beside = file.with_suffix(".part")
-        codec = ["-vf", "scale=340:256", "-r", "30", "-t", "10", "-an", "-pix_fmt", "yuv420p", "-c:v", "libx264"]
+        codec = [
+            "-vf",
+            "scale=340:256",
+            "-r",
+            "30",
+            "-t",
+            "10",
+            "-an",
+            "-pix_fmt",
+            "yuv420p",
+            "-c:v",
+            "libx264",
+        ]
         args = [*taken, *codec, "-threads", "1", "-f", "mp4", str(beside)]
         subprocess.run([ffmpeg, "-v", "error", "-y", *args], check=True, stdin=subprocess.DEVNULL)
         beside.rename(file)
@@ -169,7 +208,9 @@ def frames_to_decode(clips: TrainClips, count: int) -> float:
                 packets = sorted((p.pts, p.is_keyframe) for p in demuxed if p.pts is not None)
             keys[sample.key] = np.flatnonzero([is_key for _, is_key in packets])
         start = np.random.default_rng((clips.order.seed, 3, g)).uniform()
-        indices = choose(np.arange(sample.meta["frames"]), clips.data.frames, clips.data.stride, start=start)
+        indices = sample_indices(
+            np.arange(sample.meta["frames"]), clips.data.frames, clips.data.stride, start=start
+        )
         before = keys[sample.key]
         needed.append(indices[-1] - before[before <= indices[0]].max() + 1)
     return float(np.mean(needed))
@@ -206,10 +247,16 @@ def main(argv: list[str]) -> None:
     )
     for name, measured in seconds.items():
         kind = "clip-ready" if name == "clip-ready" else "original"
-        clips = [make_clips(a.folder / kind, 1 if name == "clip-ready" else 4, seed) for seed in range(a.rounds)]
+        clips = [
+            make_clips(a.folder / kind, 1 if name == "clip-ready" else 4, seed) for seed in range(a.rounds)
+        ]
         needed = statistics.mean(frames_to_decode(c, a.clips) for c in clips)
         median, rate = statistics.median(measured), statistics.median(rates[kind])
-        row = {"cpu_s": median, "rounds": measured, "of_common": median / statistics.median(seconds["common"])}
+        row = {
+            "cpu_s": median,
+            "rounds": measured,
+            "of_common": median / statistics.median(seconds["common"]),
+        }
         row |= {"frames": needed, "ffmpeg_frames_per_s": rate, "share": needed / median / rate}
         report[name] = row
         spread = f"{1e3 * min(measured):.1f} .. {1e3 * max(measured):.1f}"

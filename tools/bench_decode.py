@@ -10,12 +10,12 @@ import resource
 import numpy as np
 import psutil
 
+from vidssl.core.errors import UserError, run_cli
 from vidssl.data.augment import RandomCrop
-from vidssl.data.isolate import Isolated, resident
-from vidssl.data.loader import Data, Streams, TrainClips
+from vidssl.data.dataset import DataConfig, Streams, TrainClips
+from vidssl.data.isolation import IsolatedDataset, rss_bytes
 from vidssl.data.order import Order
 from vidssl.data.shards import Shards
-from vidssl.errors import UserError, run_cli
 
 BLOCK = 8  # clips that the two ways take in turn, so that a slower hour of the machine meets both
 
@@ -26,8 +26,10 @@ def cpu_seconds(*processes: psutil.Process) -> float:
 
 def cost(shards: Shards, clips: int) -> None:
     """The same clips here and in a child, by turns; the start of the child is not counted (once a worker)."""
-    clip = TrainClips(shards, Order(shards.counts, 0), Data(["-"], frames=16, stride=4), RandomCrop(224))
-    isolated = Isolated(Streams([clip]), 60, 4 << 30)
+    clip = TrainClips(
+        shards, Order(shards.counts, 0), DataConfig(["-"], frames=16, stride=4), RandomCrop(224)
+    )
+    isolated = IsolatedDataset(Streams([clip]), 60, 4 << 30)
     isolated.attempt(0, 0)
     assert isolated._child is not None
     here = psutil.Process()
@@ -52,7 +54,7 @@ def leak(shards: Shards, decodes: int, decoder: str) -> None:
     work = TrainClips(
         shards,
         Order(shards.counts, 0),
-        Data(["-"], frames=2, stride=1, decoder=decoder),
+        DataConfig(["-"], frames=2, stride=1, decoder=decoder),
         RandomCrop(16),  # type: ignore[arg-type]
     )
     at, held = [], []
@@ -60,11 +62,13 @@ def leak(shards: Shards, decodes: int, decoder: str) -> None:
         work.attempt(g, 0)
         if g % 100 == 99:
             at.append(g)
-            held.append(resident(os.getpid()))
+            held.append(rss_bytes(os.getpid()))
     late = len(at) // 4  # the first quarter is for warming up
     slope = np.polyfit(at[late:], held[late:], 1)[0]
     megabytes = [held[late] / 2**20, held[-1] / 2**20]
-    print(f"{decoder}: {decodes} decodes; {megabytes[0]:.0f} MB after a quarter, {megabytes[1]:.0f} MB at the end")
+    print(
+        f"{decoder}: {decodes} decodes; {megabytes[0]:.0f} MB after a quarter, {megabytes[1]:.0f} MB at the end"
+    )
     print(
         f"slope {slope:.0f} bytes a decode; {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10:.0f} MB at most"
     )

@@ -14,20 +14,22 @@ from pathlib import Path
 import torch
 
 from vidssl import config
-from vidssl.draws import Draws
-from vidssl.errors import run_cli
-from vidssl.health import Health
-from vidssl.meter import flops
-from vidssl.objective.targets import Ema, normalise
-from vidssl.optim import Optim, make_optimizer
-from vidssl.train import SCHEMA, make_objective
+from vidssl.core.errors import run_cli
+from vidssl.core.pixels import normalise
+from vidssl.core.rng import KeyedRNG
+from vidssl.objective.build import build_objective
+from vidssl.objective.targets import Ema
+from vidssl.train import SCHEMA
+from vidssl.training.feature_stats import FeatureStats
+from vidssl.training.optim import OptimConfig, build_optimizer
+from vidssl.training.perf import count_flops
 
 ROOT = Path(__file__).parents[1]
 
 
 def cost(action: Callable[[], object], times: int) -> tuple[int, float]:
     """FLOPs, and the fewest CPU seconds of some calls."""
-    with flops() as total:
+    with count_flops() as total:
         action()
     seconds = []
     for _ in range(times):
@@ -42,26 +44,35 @@ def main(argv: list[str]) -> None:
     p.add_argument("--model", default="vit_small")
     p.add_argument("--batch", type=int, default=8, help="clips of one process")
     p.add_argument("--size", type=int, default=224, help="pixels")
-    p.add_argument("--every", type=int, default=100, help="steps between measurements (run.health_every)")
+    p.add_argument(
+        "--every", type=int, default=100, help="steps between measurements (run.feature_stats_every)"
+    )
     p.add_argument("--steps", type=int, default=3, help="calls of which the fastest counts")
     a = p.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     u8 = torch.randint(0, 256, (a.batch, 3, 16, a.size, a.size), dtype=torch.uint8, device=device)
-    print(f"{a.model}, 16 x {a.size} px, {a.batch} clips, {device}, torch {torch.__version__}, every {a.every} steps")
-    print(f"{'':12s}{'GFLOP step':>12s}{'measure':>10s}{'share':>8s}{'CPU s step':>12s}{'measure':>10s}{'share':>8s}")
+    print(
+        f"{a.model}, 16 x {a.size} px, {a.batch} clips, {device}, torch {torch.__version__}, every {a.every} steps"
+    )
+    print(
+        f"{'':12s}{'GFLOP step':>12s}{'measure':>10s}{'share':>8s}{'CPU s step':>12s}{'measure':>10s}{'share':>8s}"
+    )
     for method in ("videomae", "vjepa"):
-        files = [str(ROOT / f"configs/{n}.yaml") for n in (f"method/{method}", f"model/{a.model}", "data/clips_16x4")]
+        files = [
+            str(ROOT / f"configs/{n}.yaml")
+            for n in (f"method/{method}", f"model/{a.model}", "data/clips_16x4")
+        ]
         sizes = [f"augment.size={a.size}", f"run.batch={a.batch}", "run.out=x", "run.steps=1000"]
         heads = config.merge([*files, *sizes])[0]["method"]["predictor"]["heads"]
         width = config.merge([*files, *sizes])[0]["method"]["predictor"]["width"]
         sizes += [f"method.predictor.heads={heads if width % heads == 0 else width // 64}"]
         cfg = config.load([*files, *sizes], SCHEMA)
-        objective, health = make_objective(cfg).to(device), Health()
-        optimizer = make_optimizer(objective, config.build(cfg["optim"], Optim))
+        objective, health = build_objective(cfg).to(device), FeatureStats()
+        optimizer = build_optimizer(objective, config.build(cfg["optim"], OptimConfig))
 
         def step(objective=objective, optimizer=optimizer) -> None:
             optimizer.zero_grad()
-            objective(normalise(u8), Draws(0, 0, torch.arange(a.batch, device=device)))["loss"].backward()
+            objective(normalise(u8), KeyedRNG(0, 0, torch.arange(a.batch, device=device)))["loss"].backward()
             optimizer.step()
             if isinstance(objective.target, Ema):
                 objective.target.update(objective.encoder, 0.999)

@@ -9,15 +9,17 @@ import time
 
 import numpy as np
 
+from vidssl.core.errors import UserError, run_cli
 from vidssl.data.order import Mixture, Order, batches, make_order
-from vidssl.errors import UserError, run_cli
 
 WORLDS = (1, 8, 64, 1024)
 
 
 def resident_mb() -> float:
     """2**20 bytes that this process holds at the most, so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << (20 if sys.platform == "darwin" else 10))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
+        1 << (20 if sys.platform == "darwin" else 10)
+    )
 
 
 def shown_once(order: Order, epoch: int) -> bool:
@@ -77,11 +79,15 @@ def main(argv: list[str]) -> None:
     before, clock = resident_mb(), time.process_time()
     order = Order(counts, 0, lanes, window)
     order.at(0)
-    print(f"{order.n:,} samples in {shards:,} shards, {lanes} lanes: opened in {time.process_time() - clock:.2f} CPU s")
+    print(
+        f"{order.n:,} samples in {shards:,} shards, {lanes} lanes: opened in {time.process_time() - clock:.2f} CPU s"
+    )
     clock, asked = time.process_time(), lanes * 20
     for g in range(asked):
         order.at(g)
-    print(f"a process that owns all lanes holds {resident_mb() - before:.0f} MB more than before ({before:.0f} MB);")
+    print(
+        f"a process that owns all lanes holds {resident_mb() - before:.0f} MB more than before ({before:.0f} MB);"
+    )
     print(f"a position costs {(time.process_time() - clock) / asked * 1e6:.1f} CPU us")
     print(f"1, 8, 64 and 1024 processes show the same global batches: {same_batches(order, 2 * lanes, 3)}")
     for what, one in (
@@ -98,7 +104,9 @@ def main(argv: list[str]) -> None:
 
 def mixed(counts: np.ndarray, lanes: int, window: int) -> Order | Mixture:
     """The shards as three corpora of unequal sizes with the weights of VideoMix2M (V-JEPA 2)."""
-    return make_order(np.split(counts, [len(counts) // 5, len(counts) // 4]), [0.335, 0.1, 0.565], 0, lanes, window)
+    return make_order(
+        np.split(counts, [len(counts) // 5, len(counts) // 4]), [0.335, 0.1, 0.565], 0, lanes, window
+    )
 
 
 if __name__ == "__main__":

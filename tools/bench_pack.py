@@ -17,8 +17,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from vidssl.data.decoders import VIDEO_EXTENSIONS
-from vidssl.errors import UserError, run_cli
+from vidssl.core.errors import UserError, run_cli
+from vidssl.data.decoding.base import VIDEO_EXTENSIONS
 
 
 def measure(work: Callable[[], object]) -> tuple[float, float]:
@@ -36,7 +36,14 @@ def by_pack(files: list[Path], out: Path, args: argparse.Namespace) -> None:
     for i, file in enumerate(files):
         (source / f"{i}{file.suffix}").symlink_to(file.resolve())
     command = [sys.executable, "-m", "data_prep.pack", str(source), str(out / "shards")]
-    command += ["--workers", str(args.processes), "--short-side", str(args.short_side), "--fps", str(args.fps)]
+    command += [
+        "--workers",
+        str(args.processes),
+        "--short-side",
+        str(args.short_side),
+        "--fps",
+        str(args.fps),
+    ]
     command += ["--keyframe-every", str(args.keyframe_every), "--crf", str(args.crf), "--preset", args.preset]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
@@ -48,7 +55,17 @@ def by_ffmpeg(files: list[Path], out: Path, args: argparse.Namespace) -> None:
     n, every = args.short_side, str(args.keyframe_every)
     scale = f"scale=w='if(gt(iw,ih),-2,min({n},iw))':h='if(gt(iw,ih),min({n},ih),-2)':flags=bicubic"
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-threads", "1", "-filter_threads", "1", "-i"]
-    coding = ["-an", "-vf", f"fps={args.fps},{scale}", "-pix_fmt", "yuv420p", "-c:v", "libx264", "-threads", "1"]
+    coding = [
+        "-an",
+        "-vf",
+        f"fps={args.fps},{scale}",
+        "-pix_fmt",
+        "yuv420p",
+        "-c:v",
+        "libx264",
+        "-threads",
+        "1",
+    ]
     coding += ["-crf", str(args.crf), "-preset", args.preset, "-bf", "0", "-g", every, "-keyint_min", every]
     coding += ["-sc_threshold", "0", "-x264-params", "mbtree=0", "-movflags", "faststart"]
 
@@ -76,7 +93,12 @@ def main(argv: list[str]) -> None:
         raise UserError(f"{args.folder}: no video in it")
     files = found[:: max(1, len(found) // args.files)][: args.files]
     print(f"{len(files)} videos, {args.processes} processes")
-    totals = {"pack": [0.0, 0.0], "ffmpeg": [0.0, 0.0], "pack, start": [0.0, 0.0], "ffmpeg, start": [0.0, 0.0]}
+    totals = {
+        "pack": [0.0, 0.0],
+        "ffmpeg": [0.0, 0.0],
+        "pack, start": [0.0, 0.0],
+        "ffmpeg, start": [0.0, 0.0],
+    }
     for _ in range(args.rounds):
         for name, work in (("pack", by_pack), ("ffmpeg", by_ffmpeg)):
             for label, some in ((name, files), (f"{name}, start", files[: args.processes])):

@@ -18,16 +18,18 @@ import torch
 from accelerate import Accelerator
 
 from vidssl import config
+from vidssl.core.errors import UserError, run_cli
 from vidssl.data.shards import Shards
-from vidssl.errors import UserError, run_cli
-from vidssl.evaluation.features import Feed, make_features
-from vidssl.evaluation.judge import groups_of
-from vidssl.evaluation.metrics import accuracy, interval
-from vidssl.evaluation.protocol import Train, fit
+from vidssl.evaluation.evaluate import groups_of
+from vidssl.evaluation.features import FeatureLoader, make_features
+from vidssl.evaluation.metrics import accuracy, bootstrap_ci
+from vidssl.evaluation.probe_data import ProbeData, make_view
+from vidssl.evaluation.protocol import TrainingSet, select_and_train
+from vidssl.evaluation.splits import label_sets, labelled
 from vidssl.evaluation.tasks import make_task
+from vidssl.pretrained.files import load_encoder
 from vidssl.probe import PROTOCOLS as KINDS
-from vidssl.probe import SCHEMA, ProbeData, label_sets, labelled, make_eye, make_view
-from vidssl.zoo.native import load_encoder
+from vidssl.probe import SCHEMA, make_extractor
 
 DEFAULTS = {
     "probe.kind": "attentive",
@@ -63,10 +65,14 @@ def main(argv: list[str]) -> None:
     shards = {"train": Shards(data.train), "test": Shards(data.test)}
     label = label_sets(shards["train"], shards["test"], data.labels)[0]
     samples = {name: labelled(part, [label]) for name, part in shards.items()}
-    task, *truths = make_task(label, shards["train"].classes[label], samples["train"], samples["test"], "class")
-    eye = make_eye(lambda seed: loaded, loaded, "none", protocol.seed, accelerator)
+    task, *truths = make_task(
+        label, shards["train"].classes[label], samples["train"], samples["test"], "class"
+    )
+    eye = make_extractor(lambda seed: loaded, loaded, "none", protocol.seed, accelerator)
     view = make_view(data, protocol, loaded, "none")
-    feeds = {n: Feed(eye.encode, shards[n], samples[n], view, accelerator, protocol, n) for n in shards}
+    feeds = {
+        n: FeatureLoader(eye.encode, shards[n], samples[n], view, accelerator, protocol, n) for n in shards
+    }
     numbers = {name: list(range(len(part))) for name, part in samples.items()}
     target = task.target(truths[0], accelerator.device)
 
@@ -78,13 +84,14 @@ def main(argv: list[str]) -> None:
     def seen(where: str) -> dict[str, Any]:
         shape = feeds["train"].shape()
         return {
-            n: make_features(f, shape._replace(samples=len(numbers[n])), where, {}).source for n, f in feeds.items()
+            n: make_features(f, shape._replace(samples=len(numbers[n])), where, {}).source
+            for n, f in feeds.items()
         }
 
     encoding, kept = timed(lambda: seen("memory"))
-    train = Train(kept["train"], numbers["train"], truths[0], target)
+    train = TrainingSet(kept["train"], numbers["train"], truths[0], target)
     groups = groups_of(samples["train"], numbers["train"])
-    heads, (model, dress, chosen) = timed(lambda: fit(protocol, task, train, groups))
+    heads, (model, dress, chosen) = timed(lambda: select_and_train(protocol, task, train, groups))
     testing, (right,) = timed(lambda: score([model], dress(kept["test"])))
     grid, full = protocol.grid(), cfg["probe"]["epochs"]
     short = config.build({**cfg["probe"], "epochs": streamed_epochs}, KINDS)
@@ -102,14 +109,17 @@ def main(argv: list[str]) -> None:
         "streamed_total_s": {"test_once": other, "test_every_epoch": published},
         "extrapolated": streamed_epochs < full,
         "share": {"test_once": total / other, "test_every_epoch": total / published},
-        "accuracy_kept": [accuracy(right), interval(right, groups_of(samples["test"], numbers["test"]))],
+        "accuracy_kept": [accuracy(right), bootstrap_ci(right, groups_of(samples["test"], numbers["test"]))],
     }
     if streamed_epochs == full:  # the head of the setting that was chosen on held-out train
         same = next(i for i, s in enumerate(grid) if all(chosen[k] == v for k, v in s.items()))
         report["accuracy_streamed"] = accuracy(hits[same])
     print(json.dumps(report, indent=1, default=float))
     said = f"extrapolated from {streamed_epochs} of {full} epochs" if report["extrapolated"] else "measured"
-    print(f"kept: {total:.0f} CPU s; streamed ({said}), test once: {other:.0f}, share {total / other:.3f};", end=" ")
+    print(
+        f"kept: {total:.0f} CPU s; streamed ({said}), test once: {other:.0f}, share {total / other:.3f};",
+        end=" ",
+    )
     print(f"test every epoch: {published:.0f}, share {total / published:.3f}")
 
 

@@ -4,7 +4,7 @@ python tools/bench_step.py [--model vit_small] [--batch 8] [--rounds 8] [--preci
     [--keep-memory ours|all|none]
 
 One batch of noise (16 x 224 px), forward, backward and AdamW, each contender in a process of its own, ours with
-efficiency.keep_memory as train.py has it. The two of a pair take turns step by step, so that whatever else the machine
+efficiency.tune_malloc as train.py has it. The two of a pair take turns step by step, so that whatever else the machine
 does hits both alike; the median counts. They have the same weights and masks, and their first losses (of V-JEPA 2 the
 features) must agree:
 
@@ -37,9 +37,10 @@ from contenders import DECODERS, MOMENTUM, PAIRS, Contender, draws, make
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from vidssl import meter
-from vidssl.errors import UserError, run_cli
+from vidssl.core.errors import UserError, run_cli
 from vidssl.objective.objective import Objective
+from vidssl.training import perf
+from vidssl.training.malloc import tune_malloc
 
 KINDS = {  # of operations, by parts of their names
     "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "convolution"),
@@ -76,13 +77,17 @@ def keeping(net: nn.Module) -> Iterator[dict[int, int]]:
 
 def where_time_goes(contender: Contender, video: Tensor) -> dict[str, float]:
     """Kind of operation -> share of a step's time on the CPU or device."""
-    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if video.is_cuda else [])]) as seen:
+    with profile(
+        activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if video.is_cuda else [])]
+    ) as seen:
         contender.step(video, 1)
     cuda = video.device.type == "cuda"
     shares = dict.fromkeys([*KINDS, "the rest"], 0.0)
     for event in seen.key_averages():
         took = event.self_device_time_total if cuda else event.self_cpu_time_total
-        shares[next((kind for kind, parts in KINDS.items() if any(p in event.key for p in parts)), "the rest")] += took
+        shares[
+            next((kind for kind, parts in KINDS.items() if any(p in event.key for p in parts)), "the rest")
+        ] += took
     total = sum(shares.values())
     return {kind: took / total for kind, took in shares.items()}
 
@@ -114,7 +119,7 @@ def timed(action: Callable[[], Any], device: str) -> float:
 
 
 def count_flops(action: Callable[[], Any]) -> int:
-    with meter.flops() as total:
+    with perf.count_flops() as total:
         action()
     return total()
 
@@ -128,8 +133,8 @@ def check_equal(first: str, second: str, losses: dict[str, float]) -> None:
 
 def serve(pipe: Connection, name: str, a: argparse.Namespace, device: str) -> None:
     """A contender in a process of its own, which does what it is told until it is told nothing more."""
-    if a.keep_memory == "all" or (a.keep_memory == "ours" and name.startswith("vidssl")):
-        meter.keep_memory()
+    if a.tune_malloc == "all" or (a.tune_malloc == "ours" and name.startswith("vidssl")):
+        tune_malloc()
     contender, objective = make(name, a.model, device, a.compile)
     contender = contender._replace(bf16=a.precision == "bf16")
     video = torch.randn(a.batch, 3, 16, 224, 224, generator=torch.Generator().manual_seed(0)).to(device)
@@ -139,7 +144,7 @@ def serve(pipe: Connection, name: str, a: argparse.Namespace, device: str) -> No
         del objective
     for number in range(2):  # this warms up; in the second one there are moments, too
         contender.step(video, number)
-    peak = meter.most_memory(torch.device(device))
+    peak = perf.peak_memory(torch.device(device))
     pipe.send((loss, count_flops(partial(contender.step, video, 0)), sum(storages.values()), peak))
     does: dict[str, Callable[[int], Any]] = {
         "step": lambda number: timed(partial(contender.step, video, number), device),
@@ -188,7 +193,9 @@ def tell(rows: dict[str, Row], pairs: list[tuple[str, str]], rate: float, batch:
             f"{row['share_of_matmul']:8.2f}{row['kept_mb_per_clip']:14.0f}{r.peak / 1e6:10.0f}"
         )
     for first, second in pairs:
-        ratio = statistics.median(b / a for a, b in zip(rows[first].seconds, rows[second].seconds, strict=True))
+        ratio = statistics.median(
+            b / a for a, b in zip(rows[first].seconds, rows[second].seconds, strict=True)
+        )
         report[f"{first} / {second}"] = ratio
         print(f"{first} over {second}: {ratio:.2f} x the clips/s (median of the rounds)")
     return report
@@ -201,14 +208,18 @@ def main(argv: list[str]) -> None:
     p.add_argument("--rounds", type=int, default=8)
     p.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     p.add_argument("--compile", action="store_true", help="our blocks by torch.compile")
-    p.add_argument("--keep-memory", choices=("ours", "all", "none"), default="ours", help="for which contenders")
+    p.add_argument(
+        "--keep-memory", choices=("ours", "all", "none"), default="ours", help="for which contenders"
+    )
     p.add_argument("--only", default="", help="pairs with these words in the name, such as VideoMAE")
     p.add_argument("--out", type=Path)
     a = p.parse_args(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if importlib.util.find_spec("transformers") is None:
         raise UserError("transformers is not installed: pip install 'vidssl[hf]'")
-    square = torch.randn(4096, 4096, device=device, dtype=torch.float32 if a.precision == "fp32" else torch.bfloat16)
+    square = torch.randn(
+        4096, 4096, device=device, dtype=torch.float32 if a.precision == "fp32" else torch.bfloat16
+    )
     products, shares, rest = [], {}, {}
     rows: dict[str, Row] = {}
     pairs = [pair for pair in PAIRS if a.only in " ".join(pair)]
@@ -230,10 +241,16 @@ def main(argv: list[str]) -> None:
         for server in servers.values():
             server.end()
     rate = 2 * 4096**3 / statistics.median(products)
-    report: dict[str, Any] = {"device": device, "threads": torch.get_num_threads(), "torch": str(torch.__version__)}
-    report |= {k: getattr(a, k) for k in ("model", "batch", "precision", "compile", "keep_memory")}
+    report: dict[str, Any] = {
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "torch": str(torch.__version__),
+    }
+    report |= {k: getattr(a, k) for k in ("model", "batch", "precision", "compile", "tune_malloc")}
     report |= {"matmul_gflops_per_s": rate / 1e9, "where_time_goes": shares}
-    print(f"{a.model}, 16 x 224 px, batch {a.batch}, {a.precision}, {device}; 4096^2 product {rate / 1e9:.0f} GFLOP/s")
+    print(
+        f"{a.model}, 16 x 224 px, batch {a.batch}, {a.precision}, {device}; 4096^2 product {rate / 1e9:.0f} GFLOP/s"
+    )
     report |= tell(rows, pairs, rate, a.batch)
     for name, kinds in shares.items():
         print(f"{name}: " + ", ".join(f"{kind} {share:.0%}" for kind, share in kinds.items()))

@@ -30,17 +30,20 @@ from safetensors.torch import load_file
 from data_prep import pack
 from data_prep.synthetic import make_corpus
 from vidssl import train
-from vidssl.checkpoint import found_in
-from vidssl.errors import run_cli
-from vidssl.survive import REQUEUE
+from vidssl.core.errors import run_cli
+from vidssl.training.checkpoint import list_checkpoints
+from vidssl.training.preemption import EXIT_REQUEUE
 
 ROOT = Path(__file__).resolve().parents[1]
 EVERY, PATIENCE = 8, 120  # steps between checkpoints; seconds without a step that count as a hang
 VOLATILE = ("clips_per_s", "wait", "memory", "mfu")
-FILES = [f"configs/{name}.yaml" for name in ("method/vjepa_tiny", "model/vit_micro", "data/quickstart", "run/smoke")]
+FILES = [
+    f"configs/{name}.yaml"
+    for name in ("method/vjepa_tiny", "model/vit_micro", "data/quickstart", "run/smoke")
+]
 SMALL = ["model.dim=32", "model.depth=1", "method.predictor.width=16", "augment.size=16"]
-SMALL += [f"run.save_every={EVERY}", "run.health_every=20", "optim.warmup=10"]
-SMALL += ["efficiency.cache_mb=256", "efficiency.isolate=false", "efficiency.timeout=6"]
+SMALL += [f"run.save_every={EVERY}", "run.feature_stats_every=20", "optim.warmup=10"]
+SMALL += ["efficiency.cache_mb=256", "efficiency.decode_in_subprocess=false", "efficiency.peer_timeout_s=6"]
 FORK = multiprocessing.get_context("fork")
 
 
@@ -54,7 +57,9 @@ class Life:
             port = s.getsockname()[1]
         argv = [*FILES, *SMALL, f"run.steps={steps}", f"run.out={out}", f"data.train={shards / 'train'}"]
         world = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        ranks = [{**world, "RANK": str(r), "LOCAL_RANK": str(r)} if processes > 1 else {} for r in range(processes)]
+        ranks = [
+            {**world, "RANK": str(r), "LOCAL_RANK": str(r)} if processes > 1 else {} for r in range(processes)
+        ]
         self.all = [FORK.Process(target=live, args=(argv, env, out.with_suffix(".txt"))) for env in ranks]
         for p in self.all:
             p.start()
@@ -62,7 +67,10 @@ class Life:
 
     def step(self) -> int:
         """The last step in the log."""
-        with contextlib.suppress(OSError, ValueError, IndexError, KeyError), open(self.out / "log.jsonl", "rb") as f:
+        with (
+            contextlib.suppress(OSError, ValueError, IndexError, KeyError),
+            open(self.out / "log.jsonl", "rb") as f,
+        ):
             f.seek(max(0, f.seek(0, os.SEEK_END) - 4096))
             return json.loads(f.read().split(b"\n")[-2])["step"]
         return 0
@@ -118,7 +126,7 @@ def kill_while_saving(life: Life, rng: random.Random) -> None:
 
 def terminate(life: Life, rng: random.Random) -> None:
     ended = life.end(signal.SIGTERM)
-    if not set(ended) <= {REQUEUE, 0}:
+    if not set(ended) <= {EXIT_REQUEUE, 0}:
         sys.exit(f"SIGTERM ended in status {ended}: {life.out.with_suffix('.txt').read_text()[-2000:]}")
 
 
@@ -163,9 +171,9 @@ def unwritable(life: Life, rng: random.Random) -> None:
 
 def damage(life: Life, rng: random.Random) -> None:
     """A file of the last checkpoint is cut, changed or gone; the one before is whole."""
-    life.wait(lambda: len(found_in(life.out / "checkpoints")) > 1)
+    life.wait(lambda: len(list_checkpoints(life.out / "checkpoints")) > 1)
     life.end(signal.SIGKILL)
-    found = found_in(life.out / "checkpoints")
+    found = list_checkpoints(life.out / "checkpoints")
     if len(found) < 2:
         return
     path = found[-1] / rng.choice(["model.safetensors", "optimizer.safetensors", "state.json"])
@@ -197,10 +205,10 @@ def lose_one(life: Life, rng: random.Random) -> None:
         os.kill(victim.pid or 0, number)
     others = [p for p in life.all if p is not victim]
     for p in others:
-        p.join(30)  # efficiency.timeout, and some
+        p.join(30)  # efficiency.peer_timeout_s, and some
     ended = [p.exitcode for p in others]
     life.end(signal.SIGKILL)
-    if not set(ended) <= {REQUEUE, 0}:
+    if not set(ended) <= {EXIT_REQUEUE, 0}:
         sys.exit(
             f"without {victim.pid} the others ended in {ended}: {life.out.with_suffix('.txt').read_text()[-3000:]}"
         )
@@ -214,7 +222,9 @@ def differences(whole: Path, other: Path, steps: int) -> list[str]:
     """Where two finished runs are not the same, bit for bit."""
     wrong = []
     last = Path("checkpoints") / f"step-{steps:08d}"
-    names = sorted(p.relative_to(whole) for p in (*whole.glob("*.safetensors"), *(whole / last).glob("*.safetensors")))
+    names = sorted(
+        p.relative_to(whole) for p in (*whole.glob("*.safetensors"), *(whole / last).glob("*.safetensors"))
+    )
     for name in names:
         a, b = load_file(whole / name), load_file(other / name)
         wrong += [f"{name}: {k}" for k in a if k not in b or not a[k].equal(b[k])]
@@ -222,12 +232,17 @@ def differences(whole: Path, other: Path, steps: int) -> list[str]:
     rows = [[{k: v for k, v in row.items() if k not in VOLATILE} for row in log] for log in logs]
     wrong += [f"log.jsonl: step {a['step']}" for a, b in zip(*rows, strict=False) if a != b]
     states = [json.loads((p / last / "state.json").read_text()) for p in (whole, other)]
-    wrong += [k for k in ("guard", "health", "scaler") if states[0][k] != states[1][k]]
+    wrong += [k for k in ("guard", "feature_stats", "scaler") if states[0][k] != states[1][k]]
     return wrong + (["log.jsonl: length"] if len(rows[0]) != len(rows[1]) else [])
 
 
 def disturbed(
-    out: Path, start: Callable[[Path], Life], steps: int, rng: random.Random, enough: Callable[[], bool], n: Counter
+    out: Path,
+    start: Callable[[Path], Life],
+    steps: int,
+    rng: random.Random,
+    enough: Callable[[], bool],
+    n: Counter,
 ) -> int:
     """One round -> how often it was started."""
     starts = 0
@@ -242,13 +257,13 @@ def disturbed(
             if enough():
                 break
             fault = rng.choice(faults)
-            if fault in (unwritable, damage) and not found_in(out / "checkpoints"):
+            if fault in (unwritable, damage) and not list_checkpoints(out / "checkpoints"):
                 continue
             n[fault.__name__] += 1
             fault(life, rng)
         allowed = {
             0,
-            REQUEUE,
+            EXIT_REQUEUE,
             -signal.SIGKILL,
             *((1, 2) if life.blocked else ()),
         }  # at its end while nothing can be written
@@ -284,12 +299,20 @@ def main(argv: list[str]) -> None:
     while faults.total() < a.faults or time.time() < until:
         enough = lambda: faults.total() >= a.faults and time.time() >= until  # noqa: E731
         starts += disturbed(out / f"round_{rounds}", start, a.steps, rng, enough, faults)
-        wrong += [f"round {rounds}: {w}" for w in differences(out / "whole", out / f"round_{rounds}", a.steps)]
+        wrong += [
+            f"round {rounds}: {w}" for w in differences(out / "whole", out / f"round_{rounds}", a.steps)
+        ]
         rounds += 1
     for name, count in sorted(faults.items()):
         print(f"{name:20s}{count:6d}")
-    print(f"{'faults':20s}{faults.total():6d}\n{'starts':20s}{starts:6d}\n{f'rounds of {a.steps}':20s}{rounds:6d}")
-    print("weights, optimiser states and logs equal the undisturbed run's" if not wrong else "\n".join(wrong[:20]))
+    print(
+        f"{'faults':20s}{faults.total():6d}\n{'starts':20s}{starts:6d}\n{f'rounds of {a.steps}':20s}{rounds:6d}"
+    )
+    print(
+        "weights, optimiser states and logs equal the undisturbed run's"
+        if not wrong
+        else "\n".join(wrong[:20])
+    )
     sys.exit(bool(wrong))
 
 

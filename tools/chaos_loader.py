@@ -18,11 +18,12 @@ from typing import Any
 
 import numpy as np
 
+from vidssl.core.errors import UserError, run_cli
 from vidssl.data.augment import RandomCrop
-from vidssl.data.loader import Data, TrainClips, train_batches
+from vidssl.data.dataset import DataConfig, TrainClips
+from vidssl.data.loader import train_batches
 from vidssl.data.order import Order
 from vidssl.data.shards import Shards
-from vidssl.errors import UserError, run_cli
 
 BATCH, LANES = 16, 8
 SETTINGS = [(world, workers) for world in (1, 2, 4) for workers in (0, 1, 2)]
@@ -32,7 +33,7 @@ Shown = list[tuple[int, str]]  # (position, key)
 def make_clips(folder: Path, seed: int) -> TrainClips:
     shards = Shards([str(folder)])
     order = Order(shards.counts, seed, LANES, window=16)
-    return TrainClips(shards, order, Data([str(folder)], frames=2, stride=2), RandomCrop(16))
+    return TrainClips(shards, order, DataConfig([str(folder)], frames=2, stride=2), RandomCrop(16))
 
 
 def load(clips: TrainClips, start: int, rank: int, world: int, workers: int, out: Path) -> None:
@@ -84,7 +85,10 @@ def run(folder: Path, kills: int, seed: int) -> dict[str, Any]:
             ]
             for process in ranks:
                 process.start()
-            wanted, until = int(rng.integers(3)), time.monotonic() + 60  # some are killed before their first step
+            wanted, until = (
+                int(rng.integers(3)),
+                time.monotonic() + 60,
+            )  # some are killed before their first step
             while len(whole_steps(paths)) < wanted and time.monotonic() < until:
                 time.sleep(0.01)
             time.sleep(rng.uniform(0, 0.2))

@@ -17,17 +17,17 @@ import torch
 from parity_case import Case
 from torch import Tensor, nn
 
-from vidssl.draws import Draws
-from vidssl.errors import UserError, run_cli
-from vidssl.model.grid import Grid, Mask, take
+from vidssl.core.errors import UserError, run_cli
+from vidssl.core.rng import KeyedRNG
+from vidssl.model.grid import Grid, Mask, gather_tokens
 from vidssl.model.vit import Encoder
-from vidssl.objective.blocks import BlockGroup, Blocks
-from vidssl.objective.masks import dual, running_cell_maps
-from vidssl.objective.objective import ERRORS, ContextLoss, Objective, nearness
+from vidssl.objective.block_masks import BlockGroup, MultiBlock3D
+from vidssl.objective.masks import dual_mask, running_cell_maps
+from vidssl.objective.objective import ERRORS, ContextLoss, Objective, inverse_sqrt_distance
 from vidssl.objective.targets import Ema, Pixels, level_norm
-from vidssl.optim import Optim, make_optimizer, schedule, set_schedule
-from vidssl.zoo import public
-from vidssl.zoo.formats import ATTENTIVE, rename
+from vidssl.pretrained import load
+from vidssl.pretrained.key_maps import ATTENTIVE, rename
+from vidssl.training.optim import OptimConfig, build_optimizer, schedule, set_schedule
 
 OUTPUT, GRADIENT = 1e-4, 1e-3  # limits
 
@@ -43,20 +43,24 @@ class Given(nn.Module):
         return self.value
 
 
-def start(values: int) -> Draws:
-    return Draws(0, 0, torch.arange(values))
+def start(values: int) -> KeyedRNG:
+    return KeyedRNG(0, 0, torch.arange(values))
 
 
 def masked_pixels(case: Case) -> None:
     """VideoMAE, VideoMAE V2, MAE-ST and MAE."""
-    found = public.read_state(case.state, case.name, case.given())
+    found = load.read_state(case.state, case.name, case.given())
     encoder = found.build_encoder()
     predictor, query = found.build_predictor(encoder)
     clips, hidden = case.video, case["mask"]
     if "decode_mask" in case:
-        mask = dual(hidden, case["decode_mask"])
+        mask = dual_mask(hidden, case["decode_mask"])
     else:
-        order = case["ids_restore"].argsort(1) if "ids_restore" in case else hidden.int().argsort(dim=1, stable=True)
+        order = (
+            case["ids_restore"].argsort(1)
+            if "ids_restore" in case
+            else hidden.int().argsort(dim=1, stable=True)
+        )
         mask = Mask(order[:, : int((~hidden[0]).sum())], order[:, None, int((~hidden[0]).sum()) :])
     if found.format == "VideoMAE":
         target = Pixels(encoder)
@@ -72,10 +76,10 @@ def masked_pixels(case: Case) -> None:
         z, whole = encoder(clips, mask.context, full=True), case["prediction"].shape[1] == grid.n
         said = predictor.proj(predictor.tokens(z, mask, query(0), grid, everywhere=whole)[:, 0])
         if whole:  # MAE-ST predicts at every token
-            said = take(said, torch.cat([mask.context, mask.target[:, 0]], 1).argsort(1))
+            said = gather_tokens(said, torch.cat([mask.context, mask.target[:, 0]], 1).argsort(1))
         case.compare("prediction", said)
     if "target" in case:
-        case.compare("target", take(target(clips), mask.target[:, 0]))
+        case.compare("target", gather_tokens(target(clips), mask.target[:, 0]))
     for key, module in (("encoder_pos_embed", encoder), ("decoder_pos_embed", predictor)):
         if key in case:
             case.compare(key, module.positions.table)
@@ -95,7 +99,7 @@ def finish(case: Case, objective: Objective, clips: Tensor) -> None:
 
 def features(case: Case) -> None:
     """V-JEPA, V-JEPA 2 and 2.1, and I-JEPA: predictions of features."""
-    found = public.read_state(case.state, case.name, case.given())
+    found = load.read_state(case.state, case.name, case.given())
     encoder = found.build_encoder(found.online)
     if found.model["positions"] == "learned":
         raise UserError(f"{case.name}: the reference's table of positions is none of ours")
@@ -106,10 +110,15 @@ def features(case: Case) -> None:
     grid = encoder.grid_of(clips)
     target: nn.Module = Ema(found.build_encoder())
     if image:
-        groups = [case[f"target_ids.{i}"] for i in range(len([k for k in case.tensors if k.startswith("target_ids.")]))]
+        groups = [
+            case[f"target_ids.{i}"]
+            for i in range(len([k for k in case.tensors if k.startswith("target_ids.")]))
+        ]
         masks = [Mask(case["context_ids"], torch.stack(groups, 1))]
         names = [("context", "prediction", "")]
-        case.compare("target", take(target(clips), masks[0].target).transpose(0, 1))  # stacked block by block there
+        case.compare(
+            "target", gather_tokens(target(clips), masks[0].target).transpose(0, 1)
+        )  # stacked block by block there
     else:
         count = len([k for k in case.tensors if k.startswith("context_ids.")])
         masks = [case.ids(i) for i in range(count)]
@@ -117,7 +126,9 @@ def features(case: Case) -> None:
         if (
             "target_encoder.patch_embed.proj.weight" not in case.state
         ):  # distilled: only the teacher's features are given
-            target = Given(level_norm(case["target_full"], case.geometry["teacher_dim"]), case.geometry["teacher_dim"])
+            target = Given(
+                level_norm(case["target_full"], case.geometry["teacher_dim"]), case.geometry["teacher_dim"]
+            )
         case.compare("target_full", target(clips))
     for m, (context, prediction, i) in zip(masks, names, strict=True):
         z = encoder(clips, m.context, full=True)
@@ -126,7 +137,7 @@ def features(case: Case) -> None:
         case.compare(prediction, got.target.transpose(0, 1) if image else got.target)
         if f"prediction_context{i}" in case:
             case.compare(f"prediction_context{i}", got.context)
-            case.compare(f"context_weight{i}", nearness(m, grid))
+            case.compare(f"context_weight{i}", inverse_sqrt_distance(m, grid))
     case.compare("encoder_full", encoder(clips))
     for shape in ("larger", "wide"):
         if f"clips_{shape}" in case:
@@ -154,7 +165,9 @@ def start_values(case: Case, model: dict[str, Any]) -> None:
         torch.manual_seed(seed)
         blocks = Encoder(**{**model, "depth_rescale": True}).blocks
         second = [b.mlp.fc1_x if hasattr(b.mlp, "fc1_x") else b.mlp.fc2 for b in blocks]
-        spreads.append([[b.attn.proj.weight.std().item() for b in blocks], [m.weight.std().item() for m in second]])
+        spreads.append(
+            [[b.attn.proj.weight.std().item() for b in blocks], [m.weight.std().item() for m in second]]
+        )
     ours = torch.tensor(spreads).mean(0)
     sizes = blocks[0].attn.proj.weight.numel(), second[0].weight.numel()
     for i, key in enumerate(("init.encoder_proj_std", "init.encoder_fc_std")):
@@ -166,7 +179,7 @@ def start_values(case: Case, model: dict[str, Any]) -> None:
 
 def fine_tuned(case: Case) -> None:
     """VideoMAE's classifier on the mean of the tokens."""
-    found = public.read_state(case.state, case.name, case.given())
+    found = load.read_state(case.state, case.name, case.given())
     encoder, head = found.build_encoder(), found.build_head()
     tokens = encoder(case["clips"])
     case.compare("features", head.features(tokens))  # type: ignore[union-attr, operator]
@@ -175,7 +188,7 @@ def fine_tuned(case: Case) -> None:
 
 def attentive(case: Case) -> None:
     """A probe head: logits, cross-entropy with the labels 0, 1, 2, ..., gradients."""
-    head = public.read_attentive(case.state, case.about["num_heads"], case.name)
+    head = load.read_attentive(case.state, case.about["num_heads"], case.name)
     logits = head(case["features"])
     case.left.discard("features")
     case.compare("logits", logits)
@@ -192,28 +205,30 @@ def attentive(case: Case) -> None:
 def run(case: Case) -> None:
     """The reference's training loop: schedules, decay groups, momentum, and where the weights end."""
     given = case.given()
-    found = public.read_state(case.state, case.name, given)
+    found = load.read_state(case.state, case.name, given)
     encoder = found.build_encoder(found.online)
     predictor, query = found.build_predictor(encoder)
     h = case.about["hyperparameters"]
     steps = h["iterations_per_epoch"] * h["num_epochs"]
-    optim = Optim(
+    optim = OptimConfig(
         lr=h["ref_lr"],
-        lr_start=h["start_lr"],
-        lr_end=h["final_lr"],
+        warmup_lr=h["start_lr"],
+        final_lr=h["final_lr"],
         warmup=int(h["warmup"] * h["iterations_per_epoch"]),
         weight_decay=h["wd"],
-        weight_decay_end=h["final_wd"],
+        final_weight_decay=h["final_wd"],
         momentum=tuple(h["ema"]),
         betas=tuple(h["betas"]),
         eps=h["eps"],
-        stretch=h["ipe_scale"],
+        ipe_scale=h["ipe_scale"],
     )
     target, masks = Ema(found.build_encoder()), Given([])
     objective = Objective(encoder, masks, target, query, predictor, ERRORS["l1"]())
-    optimizer = make_optimizer(objective, optim)
+    optimizer = build_optimizer(objective, optim)
     batches = len([k for k in case.tensors if k.startswith("clips.")])
-    trace: dict[str, list[float]] = {k.removeprefix("trace."): [] for k in case.tensors if k.startswith("trace.")}
+    trace: dict[str, list[float]] = {
+        k.removeprefix("trace."): [] for k in case.tensors if k.startswith("trace.")
+    }
     for step in range(len(case["trace.loss"])):
         b = step % batches
         count = len([k for k in case.tensors if k.startswith(f"context_ids.{b}.")])
@@ -229,14 +244,19 @@ def run(case: Case) -> None:
         }
         optimizer.step()
         target.update(encoder, now["momentum"])
-        values = {"loss": loss.item(), "lr": now["lr"], "wd": now["weight_decay"], "momentum": now["momentum"]}
+        values = {
+            "loss": loss.item(),
+            "lr": now["lr"],
+            "wd": now["weight_decay"],
+            "momentum": now["momentum"],
+        }
         for key, value in {**values, **{k: torch.stack(v).norm().item() for k, v in norms.items()}}.items():
             trace[key].append(value)
     for key, values in trace.items():
         case.compare(f"trace.{key}", torch.tensor(values))
     final = {k.removeprefix("final."): v for k, v in case.tensors.items() if k.startswith("final.")}
-    want = public.read_state(final, case.name, given)
-    ours = {"encoder": encoder, "target": target.net, "predictor": predictor, "query": query}
+    want = load.read_state(final, case.name, given)
+    ours = {"encoder": encoder, "target": target.encoder, "predictor": predictor, "query": query}
     theirs = {
         "encoder": want.online,
         "target": want.encoder,
@@ -256,10 +276,10 @@ def mask_statistics(path: Path) -> tuple[float, str]:
         frames, side = (int(part.rstrip("fpx")) for part in name.split("_")[:2])
         grid, draws = Grid(frames // 2, side // 16, side // 16), 4000
         group = BlockGroup(want["num_blocks"], want["block_scale"])
-        masker = Blocks((group,), tuple(want["aspect"]), truncate="raster")
+        masker = MultiBlock3D((group,), tuple(want["aspect"]), truncate="raster")
         context = torch.zeros(draws, grid.n, dtype=torch.bool)
         for step in range(draws):
-            context[step, masker(None, grid, Draws(0, step, torch.tensor([step])))[0].context[0]] = True  # type: ignore[arg-type]
+            context[step, masker(None, grid, KeyedRNG(0, step, torch.tensor([step])))[0].context[0]] = True  # type: ignore[arg-type]
         share, hidden = (
             context.float().mean(1),
             1 - context[:, : grid.h * grid.w].float().mean(0).reshape(grid.h, grid.w),

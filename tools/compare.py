@@ -22,10 +22,22 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from vidssl.errors import UserError, run_cli
-from vidssl.evaluation.metrics import interval
+from vidssl.core.errors import UserError, run_cli
+from vidssl.evaluation.metrics import bootstrap_ci
 
-COLUMNS = ("name", "label", "control", "protocol", "share", "seed", "metric", "value", "low", "high", "chance")
+COLUMNS = (
+    "name",
+    "label",
+    "control",
+    "protocol",
+    "share",
+    "seed",
+    "metric",
+    "value",
+    "low",
+    "high",
+    "chance",
+)
 SCORES = ("rankme", "alpha")
 COLUMNS = (*COLUMNS, "n_test", "difference", "difference_low", "difference_high", *SCORES)
 CONTROLS = ("none", "shuffled", "reversed", "still", "single", "random_init", "pixels")
@@ -38,7 +50,9 @@ def read_probe(path: Path, name: str) -> tuple[str, list[dict[str, Any]]]:
         with open(path.with_name("predictions.csv"), newline="") as f:
             told = list(csv.DictReader(f))
         rows = [as_row(name, result, told) for result in report["results"]]
-        return report["data"]["test"], [row | report.get("label_free", {}).get(row["control"], {}) for row in rows]
+        return report["data"]["test"], [
+            row | report.get("label_free", {}).get(row["control"], {}) for row in rows
+        ]
     except OSError as e:
         raise UserError(f"{e.filename}: {e.strerror}; give the probe.json of a probe's folder") from None
     except (ValueError, KeyError) as e:
@@ -72,7 +86,9 @@ def add_differences(rows: list[dict[str, Any]]) -> None:
         pairs = [(row["right"][key][0], base["right"][key]) for key in base["right"]]
         values = np.array([float(mine) - float(theirs) for mine, (theirs, _) in pairs])
         row["difference"] = round(100 * float(values.mean()), 2)
-        row["difference_low"], row["difference_high"] = interval(values, [group for _, (_, group) in pairs])
+        row["difference_low"], row["difference_high"] = bootstrap_ci(
+            values, [group for _, (_, group) in pairs]
+        )
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -118,11 +134,17 @@ def ranking(rows: list[dict[str, Any]]) -> list[str]:
         for score in SCORES:
             some = [r for r in mine if score in r]
             if len(some) < 3:
-                raise UserError(f"--rank needs three probes or more with {score}; of '{which}' there are {len(some)}")
+                raise UserError(
+                    f"--rank needs three probes or more with {score}; of '{which}' there are {len(some)}"
+                )
             if len({r["samples"] for r in some}) > 1:
-                raise UserError(f"--rank: {score} depends on the number of training videos, and these probes' differ")
+                raise UserError(
+                    f"--rank: {score} depends on the number of training videos, and these probes' differ"
+                )
             rho, p = spearman(*([r[key] for r in some] for key in (score, "value")))
-            lines.append(f"{score:6s} against {metric} of {which}: rho {rho:+.3f}, p {p:.3g}, {len(some)} probes")
+            lines.append(
+                f"{score:6s} against {metric} of {which}: rho {rho:+.3f}, p {p:.3g}, {len(some)} probes"
+            )
     return lines
 
 
@@ -130,26 +152,34 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """A panel a label; for each probe a bar a control (of several lists the mean)."""
     labels, names = (list(dict.fromkeys(r[k] for r in rows)) for k in ("label", "name"))
     controls = [c for c in CONTROLS if any(r["control"] == c for r in rows)]
-    figure, axes = plt.subplots(1, len(labels), figsize=(2 + 1.1 * len(names) * len(labels), 3.6), squeeze=False)
+    figure, axes = plt.subplots(
+        1, len(labels), figsize=(2 + 1.1 * len(names) * len(labels), 3.6), squeeze=False
+    )
     for axis, label in zip(axes[0], labels, strict=True):
         for k, control in enumerate(controls):
             places, heights, errors = [], [], []
             for i, name in enumerate(names):
                 mine = [r for r in rows if (r["label"], r["control"], r["name"]) == (label, control, name)]
                 if mine:
-                    value, low, high = (float(np.mean([r[key] for r in mine])) for key in ("value", "low", "high"))
+                    value, low, high = (
+                        float(np.mean([r[key] for r in mine])) for key in ("value", "low", "high")
+                    )
                     places.append(i + 0.8 * (k - (len(controls) - 1) / 2) / len(controls))
                     heights.append(value)
                     errors.append((max(0, value - low), max(0, high - value)))
             if places:
                 spans = np.array(errors).T
-                axis.bar(places, heights, 0.75 / len(controls), yerr=spans, capsize=2, color=f"C{k}", label=control)
+                axis.bar(
+                    places, heights, 0.75 / len(controls), yerr=spans, capsize=2, color=f"C{k}", label=control
+                )
         first = next(r for r in rows if r["label"] == label)
         axis.axhline(first["chance"], color="k", ls=":", lw=1)
         axis.set_xticks(range(len(names)), names, rotation=20, ha="right")
         axis.set_title(f"{label}: {first['metric']}, 95 % interval", fontsize=9)
     figure.tight_layout(rect=(0, 0, 1, 0.9))
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="upper center", ncols=3, fontsize=7, frameon=False)
+    figure.legend(
+        *axes[0][0].get_legend_handles_labels(), loc="upper center", ncols=3, fontsize=7, frameon=False
+    )
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

@@ -11,14 +11,15 @@ from plain_vjepa import PlainLoop
 from torch import Tensor, nn
 
 from vidssl import config
-from vidssl.draws import Draws
-from vidssl.exchange import as_checkpoint
-from vidssl.model.vit import MODELS, Blocks
+from vidssl.core.rng import KeyedRNG
+from vidssl.model.vit import MODELS, TransformerStack
+from vidssl.objective.build import build_objective
 from vidssl.objective.objective import Objective
 from vidssl.objective.targets import Ema
-from vidssl.optim import Optim, make_optimizer
-from vidssl.train import SCHEMA, make_objective
-from vidssl.zoo.export import save_hf
+from vidssl.pretrained.export_hf import save_hf
+from vidssl.pretrained.init import as_checkpoint
+from vidssl.train import SCHEMA
+from vidssl.training.optim import OptimConfig, build_optimizer
 
 ROOT = Path(__file__).parents[1]
 DECODERS = {
@@ -51,24 +52,27 @@ class Contender(NamedTuple):
         self.finish()
 
 
-def draws(video: Tensor, number: int) -> Draws:
-    return Draws(0, number, torch.arange(len(video), device=video.device) + number * len(video))
+def draws(video: Tensor, number: int) -> KeyedRNG:
+    return KeyedRNG(0, number, torch.arange(len(video), device=video.device) + number * len(video))
 
 
 def build(method: str, model: str, device: str, *options: str) -> tuple[Objective, dict[str, Any]]:
     """A configuration in configs/, and its objective."""
-    files = [str(ROOT / f"configs/{name}.yaml") for name in (f"method/{method}", f"model/{model}", "data/clips_16x4")]
+    files = [
+        str(ROOT / f"configs/{name}.yaml")
+        for name in (f"method/{method}", f"model/{model}", "data/clips_16x4")
+    ]
     cfg = config.load([*files, "run.out=x", "run.steps=1000", "run.batch=1", *options], SCHEMA)
-    return make_objective(cfg).to(device), cfg
+    return build_objective(cfg).to(device), cfg
 
 
 def ours(objective: Objective, cfg: dict[str, Any], compiled: bool) -> Contender:
     """A step as train.py takes it."""
     objective = copy.deepcopy(objective)
     for module in objective.modules():
-        for block in module if isinstance(module, Blocks) and compiled else ():
+        for block in module if isinstance(module, TransformerStack) and compiled else ():
             block.compile(dynamic=True)
-    optimizer = make_optimizer(objective, config.build(cfg["optim"], Optim), fused=True)
+    optimizer = build_optimizer(objective, config.build(cfg["optim"], OptimConfig), fused=True)
 
     def finish() -> None:
         optimizer.step()
@@ -115,7 +119,7 @@ def their_videomae(objective: Objective, cfg: dict[str, Any], device: str) -> Co
 
 def encoder(objective: Objective) -> Contender:
     """Forward and backward through V-JEPA 2's encoder."""
-    net = objective.evaluated.requires_grad_(True)
+    net = objective.eval_encoder.requires_grad_(True)
     return Contender(lambda video, number: net(video).square().mean(), lambda: None, net)
 
 
@@ -132,7 +136,9 @@ def make(name: str, model: str, device: str, compiled: bool) -> tuple[Contender,
     """One of PAIRS, and the objective whose weights it starts from."""
     width, depth, heads = DECODERS[model]
     if "VideoMAE" in name:
-        decoder = [f"method.predictor.{k}={v}" for k, v in (("width", width), ("depth", depth), ("heads", heads))]
+        decoder = [
+            f"method.predictor.{k}={v}" for k, v in (("width", width), ("depth", depth), ("heads", heads))
+        ]
         objective, cfg = build("videomae", model, device, *decoder)
     else:
         heads = MODELS[model].keywords["heads"]  # type: ignore[attr-defined]

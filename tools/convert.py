@@ -14,10 +14,10 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from vidssl.errors import UserError, run_cli
-from vidssl.files import check_out, make_folder
-from vidssl.zoo import native
-from vidssl.zoo.export import save_hf
+from vidssl.core.errors import UserError, run_cli
+from vidssl.core.io import check_writable, make_folder
+from vidssl.pretrained import files
+from vidssl.pretrained.export_hf import save_hf
 
 
 def main(argv: list[str]) -> None:
@@ -32,16 +32,16 @@ def main(argv: list[str]) -> None:
         p.error(f"'{bad[0]}' is not key=value")
     if a.dst.exists() and (not a.dst.is_dir() or any(a.dst.iterdir())):
         raise UserError(f"{a.dst}: is there already; give a new folder")
-    check_out(a.dst)
+    check_writable(a.dst)
     given: Any = OmegaConf.to_container(OmegaConf.from_dotlist(a.given))
-    found, about = native.read(a.src, **given)
+    found, about = files.read(a.src, **given)
     if a.video:
-        found = native.as_video(found, a.video, tubelet=2)
+        found = files.as_video(found, a.video, tubelet=2)
     if a.to == "hf":
         print(f"{a.dst}: transformers.{save_hf(a.dst, found)}.from_pretrained('{a.dst}')")
     else:
         make_folder(a.dst)
-        native.save(a.dst, found, {**about, "source": found.format})
+        files.save(a.dst, found, {**about, "source": found.format})
         print(f"{a.dst}: {found.format}, " + ", ".join(f"{k} {v}" for k, v in found.model.items()))
     if found.unused:
         print(f"not needed: {', '.join(found.unused)}")

@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from data_prep.encode import Sample
-from data_prep.probe import Prober
-from vidssl.data.clips import choose
-from vidssl.data.decoders import VIDEO_EXTENSIONS, open_video
-from vidssl.data.isolate import Isolated
-from vidssl.data.item import Bad, Item
-from vidssl.errors import DecodeError, UserError, run_cli
+from data_prep.encode import EncodedSample
+from data_prep.inspect_file import FileInspector
+from vidssl.core.errors import DecodeError, UserError, run_cli
+from vidssl.data.dataset import DecodeFailure, Example
+from vidssl.data.decoding import open_video
+from vidssl.data.decoding.base import VIDEO_EXTENSIONS
+from vidssl.data.isolation import IsolatedDataset
+from vidssl.data.sampling import sample_indices
 
 MUTATIONS = ("flip", "flip_header", "cut_end", "cut_out", "zeros", "swap_header", "repeat", "noise")
 LARGEST = 8 << 20  # bytes of a file that is taken
@@ -55,7 +56,7 @@ class Damaged:
     def key(self, position: int, attempt: int) -> str:
         return str(self.files[position % len(self.files)])
 
-    def attempt(self, position: int, attempt: int) -> Item | Bad:
+    def attempt(self, position: int, attempt: int) -> Example | DecodeFailure:
         rng, number = np.random.default_rng((self.seed, position)), position % len(self.files)
         file, other = self.files[number], self.files[int(rng.integers(len(self.files)))]
         kind, data = mutate(file.read_bytes(), other.read_bytes(), rng)
@@ -63,26 +64,28 @@ class Damaged:
         self.on_decode()
         try:
             video = open_video(data, file.suffix[1:], meta)
-            frames = video.get(choose(video.times, 8, stride=2, start=rng.uniform()))
+            frames = video.get(sample_indices(video.times, 8, stride=2, start=rng.uniform()))
         except DecodeError as e:
-            return Bad(kind, e.reason)
-        return Item(position, kind, -1, torch.from_numpy(frames), [])
+            return DecodeFailure(kind, e.reason)
+        return Example(position, kind, -1, torch.from_numpy(frames), [])
 
 
 def run(files: list[Path], count: int, seed: int, deadline: float) -> tuple[Counter[str], list[float]]:
     """-> (how many ended how, seconds of each)."""
-    prober = Prober("auto", 60.0)
+    prober = FileInspector("auto", 60.0)
     found = [(f, prober(f, f.suffix[1:].lower())[0]) for f in files]
-    known = [(f, sample.meta) for f, sample in found if isinstance(sample, Sample)]
+    known = [(f, sample.meta) for f, sample in found if isinstance(sample, EncodedSample)]
     prober.close()
-    isolated = Isolated(Damaged([f for f, _ in known], [m for _, m in known], seed), deadline, memory=2 << 30)
+    isolated = IsolatedDataset(
+        Damaged([f for f, _ in known], [m for _, m in known], seed), deadline, memory=2 << 30
+    )
     outcomes, seconds = Counter[str](), []
     for position in range(count):
         start = time.perf_counter()
         got = isolated.attempt(position, 0)
         seconds.append(time.perf_counter() - start)
-        outcomes["decoded" if isinstance(got, Item) else got.reason] += 1
-        if isinstance(got, Bad) and got.reason in ("hang", "crash", "memory"):
+        outcomes["decoded" if isinstance(got, Example) else got.reason] += 1
+        if isinstance(got, DecodeFailure) and got.reason in ("hang", "crash", "memory"):
             print(f"{got.reason}: position {position}, from {got.key}", flush=True)
     isolated.close()
     return outcomes, seconds
@@ -98,7 +101,9 @@ def main(argv: list[str]) -> None:
     outcomes, seconds = run(files, count, seed, float(settings.get("deadline", 20)))
     for outcome, n in outcomes.most_common():
         print(f"{outcome:20} {n:6}")
-    print(f"{count} damaged files made of {len(files)}; mean {np.mean(seconds):.3f} s, longest {max(seconds):.1f} s")
+    print(
+        f"{count} damaged files made of {len(files)}; mean {np.mean(seconds):.3f} s, longest {max(seconds):.1f} s"
+    )
 
 
 if __name__ == "__main__":

@@ -7,11 +7,11 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
-from vidssl.errors import UserError
+from vidssl.core.errors import UserError
 from vidssl.model.grid import Mask
 from vidssl.objective.objective import Objective
-from vidssl.zoo import public
-from vidssl.zoo.formats import JEPA, rename
+from vidssl.pretrained import load
+from vidssl.pretrained.key_maps import JEPA, rename
 
 INPUTS = ("state.", "clips", "images", "mask", "decode_mask", "ids_restore", "context_ids", "target_ids.")
 
@@ -68,22 +68,28 @@ class Case:
 
     def gradients(self, objective: Objective) -> None:
         """Every gradient of the reference against ours, in our names."""
-        name, rules = public.detect(self.state, self.name, self.given())
+        name, rules = load.detect(self.state, self.name, self.given())
         theirs = {k.removeprefix("grad."): v for k, v in self.tensors.items() if k.startswith("grad.")}
         renamed = rename(theirs, rules, self.name)
-        renamed = public.settle(renamed, name, {}) if rules is JEPA else renamed
+        renamed = load.canonicalise(renamed, name, {}) if rules is JEPA else renamed
         parts = {"encoder.": objective.encoder, "predictor.": objective.predictor, "query.": objective.query}
         ours = {p + k: v.grad for p, module in parts.items() for k, v in module.named_parameters()}
         self.compare_gradients(renamed.tensors, ours)
         self.left -= {f"grad.{k}" for k in theirs}
 
     def compare_gradients(self, theirs: dict[str, Tensor], ours: dict[str, Tensor | None]) -> None:
-        same = {"class_position": "class_token", "table": "positions.table"}  # a token and its position are one here
+        same = {
+            "class_position": "class_token",
+            "table": "positions.table",
+        }  # a token and its position are one here
         for key, want in theirs.items():
             end = key.rsplit(".", 1)[-1]
             got = ours[key.replace(end, same[end]) if end in same else key]
             assert got is not None, key
-            if key in ("query.tokens", "predictor.modality"):  # the first rows: the reference keeps one tensor a row
+            if key in (
+                "query.tokens",
+                "predictor.modality",
+            ):  # the first rows: the reference keeps one tensor a row
                 got = got[: want.numel() // got.shape[1]]
             if end == "table" and want.numel() == got.numel() + got.shape[-1]:
                 want = want.flatten(0, -2)[1:]  # its first row is the class token's

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vidssl.draws import Draws
-from vidssl.model.grid import take
+from vidssl.core.rng import KeyedRNG
+from vidssl.model.grid import gather_tokens
 from vidssl.model.vit import Encoder
 from vidssl.objective.objective import Objective
 
@@ -24,7 +24,7 @@ def encode(net: Encoder, video: Tensor, ids: Tensor | None) -> Tensor:
     x = net.patch_embed.proj(video).flatten(2).transpose(1, 2)
     everywhere = torch.arange(grid.n, device=video.device).expand(len(video), -1)
     x = x + net.positions.added(grid, everywhere)
-    x = x if ids is None else take(x, ids)
+    x = x if ids is None else gather_tokens(x, ids)
     for block in net.blocks:
         x = block(x)
     return net.norm(x)
@@ -37,13 +37,13 @@ class PlainLoop(nn.Module):
         super().__init__()
         self.objective = objective
 
-    def forward(self, video: Tensor, draws: Draws) -> Tensor:
+    def forward(self, video: Tensor, draws: KeyedRNG) -> Tensor:
         o: Any = self.objective
         grid = o.encoder.grid_of(video)
         masks = o.mask(video, grid, draws)
         with torch.no_grad():
-            features = encode(o.target.net, video, None)
-            h = [take(F.layer_norm(features, features.shape[-1:]), m.target)[:, 0] for m in masks]
+            features = encode(o.target.encoder, video, None)
+            h = [gather_tokens(F.layer_norm(features, features.shape[-1:]), m.target)[:, 0] for m in masks]
         seen = [encode(o.encoder, video, m.context) for m in masks]
         z = []
         for i, (x, m) in enumerate(zip(seen, masks, strict=True)):
@@ -55,5 +55,5 @@ class PlainLoop(nn.Module):
     def update(self, momentum: float) -> None:
         """The momentum encoder, parameter by parameter."""
         o: Any = self.objective
-        for slow, fast in zip(o.target.net.parameters(), o.encoder.parameters(), strict=True):
+        for slow, fast in zip(o.target.encoder.parameters(), o.encoder.parameters(), strict=True):
             slow.data.mul_(momentum).add_((1.0 - momentum) * fast.detach().data)

@@ -27,13 +27,22 @@ from tqdm import tqdm
 from data_prep.sources import read_source
 from data_prep.synthetic import make_corpus
 from vidssl import config
-from vidssl.errors import UserError, run_cli
-from vidssl.files import check_out, replace
+from vidssl.core.errors import UserError, run_cli
+from vidssl.core.io import atomic_write, check_writable
 
 ROOT = Path(__file__).resolve().parents[1]
 METHODS = ("videomae", "vjepa")
 PYTHON = [sys.executable, "-u"]
-LAUNCH = [*PYTHON, "-m", "accelerate.commands.launch", "--quiet", "--num_processes", "1", "--num_machines", "1"]
+LAUNCH = [
+    *PYTHON,
+    "-m",
+    "accelerate.commands.launch",
+    "--quiet",
+    "--num_processes",
+    "1",
+    "--num_machines",
+    "1",
+]
 LAUNCH += ["--mixed_precision", "no", "--dynamo_backend", "no"]
 
 
@@ -94,7 +103,10 @@ def run_jobs(jobs: dict[str, Job], out: Path, at_once: int, threads: int) -> Non
     waiting = {name: job for name, job in jobs.items() if not (job.result and job.result.exists())}
     running: dict[str, subprocess.Popen] = {}
     pause = 1 if sys.stderr.isatty() else 30  # seconds between lines
-    bars = {m: tqdm(desc=f"pre-train {m}", unit="step", position=i, mininterval=pause) for i, m in enumerate(METHODS)}
+    bars = {
+        m: tqdm(desc=f"pre-train {m}", unit="step", position=i, mininterval=pause)
+        for i, m in enumerate(METHODS)
+    }
     try:
         while waiting or running:
             for name, job in list(waiting.items()):
@@ -145,7 +157,9 @@ def table(rows: list[dict]) -> str:
         for encoder in dict.fromkeys(r["encoder"] for r in rows):
             cells = []
             for control in ("none", "shuffled"):
-                r = next(r for r in rows if (r["label"], r["encoder"], r["control"]) == (label, encoder, control))
+                r = next(
+                    r for r in rows if (r["label"], r["encoder"], r["control"]) == (label, encoder, control)
+                )
                 cells.append(f"{r['accuracy']:6.1f} [{r['ci95'][0]:5.1f}, {r['ci95'][1]:5.1f}]")
             lines.append(f"{label:12s} {encoder:12s} {cells[0]:>22s} {cells[1]:>22s} {r['chance']:7.1f}")
     return "\n".join(lines)
@@ -155,7 +169,9 @@ def on_the_way(out: Path, method: str, last: int) -> list[tuple[int, float]]:
     """(step, accuracy of the label that the snapshots were probed on), from the untrained encoder to the last."""
     probes = {0: "random_init", last: method}
     probes |= {int(p.name.split("@")[1]): p.name for p in (out / "probes").glob(f"{method}@*")}
-    reports = {s: json.loads((out / "probes" / n / "probe.json").read_text())["results"] for s, n in probes.items()}
+    reports = {
+        s: json.loads((out / "probes" / n / "probe.json").read_text())["results"] for s, n in probes.items()
+    }
     label = next((r[0]["label"] for r in reports.values() if len(r) == 1), reports[0][0]["label"])
     return [(s, next(r["accuracy"] for r in reports[s] if r["label"] == label)) for s in sorted(reports)]
 
@@ -167,9 +183,11 @@ def draw(out: Path, rows: list[dict]) -> None:
         log = [json.loads(line) for line in (out / m / "log.jsonl").read_text().splitlines()]
         axes[i].plot([r["step"] for r in log], [r["loss"] for r in log], lw=0.7, color=f"C{i}")
         axes[i].set_title(f"{m}: loss")
-        health = [r for r in log if "health_std_time" in r]
-        axes[2].plot([r["step"] for r in health], [r["health_std_time"] for r in health], "o-", ms=3, label=m)
-        axes[3].plot([r["step"] for r in health], [r["health_rank"] for r in health], "o-", ms=3, label=m)
+        health = [r for r in log if "feature_std_time" in r]
+        axes[2].plot(
+            [r["step"] for r in health], [r["feature_std_time"] for r in health], "o-", ms=3, label=m
+        )
+        axes[3].plot([r["step"] for r in health], [r["feature_rank"] for r in health], "o-", ms=3, label=m)
         way = on_the_way(out, m, log[-1]["step"])
         axes[4].plot(*zip(*way, strict=True), "o-", ms=3, label=m)
     axes[4].set_title("frozen probe along the way, %")
@@ -217,8 +235,12 @@ def main(argv: list[str]) -> None:
     p.add_argument("--train", type=int, default=3000, help="videos rendered for training")
     p.add_argument("--test", type=int, default=800, help="videos rendered for testing")
     p.add_argument("--labelled", type=int, default=1200, help="of those rendered for training")
-    p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override for both trainings")
-    p.add_argument("--probe", action="append", default=[], metavar="KEY=VALUE", help="override for the probes")
+    p.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override for both trainings"
+    )
+    p.add_argument(
+        "--probe", action="append", default=[], metavar="KEY=VALUE", help="override for the probes"
+    )
     a = p.parse_args(argv)
     began, cores = time.time(), os.cpu_count() or 1
     if a.folder is not None and not a.folder.is_dir():
@@ -226,13 +248,17 @@ def main(argv: list[str]) -> None:
     name = f"quickstart_{a.folder.resolve().name}" if a.folder else "quickstart"
     out = (a.out or ROOT / "runs" / name).resolve()
     source = a.folder.resolve() if a.folder else out / "corpus"
-    check_out(out)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what runs in the background is ended, too
+    check_writable(out)
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(143)
+    )  # so that what runs in the background is ended, too
     if a.folder is None and not (source / "labels.csv").exists():
         make_corpus(source, a.train, a.test, a.labelled, workers=cores)
     found = read_source(source)
     if not found.sets:
-        raise UserError(f"{source}: no labels, so nothing to probe; expected FOLDER/<class>/<file>, or labels.csv")
+        raise UserError(
+            f"{source}: no labels, so nothing to probe; expected FOLDER/<class>/<file>, or labels.csv"
+        )
     split = [] if any(item.split for item in found.items) else ["--test-fraction", "0.3"]
     packed = subprocess.run([*PYTHON, "-m", "data_prep.pack", source, out / "shards", *split], cwd=ROOT)
     if packed.returncode:
@@ -241,16 +267,20 @@ def main(argv: list[str]) -> None:
         if not (out / "shards" / name / "index.json").exists():
             raise UserError(f"{source}: its splits must be called train and test")
 
-    at_once = 1 if torch.cuda.is_available() else min(2, cores)  # small models use one core each better than all one
+    at_once = (
+        1 if torch.cuda.is_available() else min(2, cores)
+    )  # small models use one core each better than all one
     threads = max(1, cores // at_once)
     jobs = make_jobs(out, "folder" if a.folder else "quickstart", found.sets[0], threads, a.set, a.probe)
     run_jobs(jobs, out, at_once, threads)
     rows = summary(out)
-    replace(out / "summary.json", lambda beside: beside.write_text(json.dumps(rows, indent=1)))
+    atomic_write(out / "summary.json", lambda beside: beside.write_text(json.dumps(rows, indent=1)))
     draw(out, rows)
     show([out / m for m in METHODS], out / "masks.png")
     print(f"\n{table(rows)}\n")
-    print(f"wrote {out}/summary.json, masks.png, curves.png, accuracy.png in {(time.time() - began) / 60:.1f} minutes")
+    print(
+        f"wrote {out}/summary.json, masks.png, curves.png, accuracy.png in {(time.time() - began) / 60:.1f} minutes"
+    )
 
 
 if __name__ == "__main__":

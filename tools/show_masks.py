@@ -16,11 +16,11 @@ import torch
 import yaml
 
 from vidssl import config
+from vidssl.core.rng import KeyedRNG
 from vidssl.data.augment import AUGMENTS
-from vidssl.data.loader import Data, TrainClips
+from vidssl.data.dataset import DataConfig, TrainClips
 from vidssl.data.order import Order
 from vidssl.data.shards import Shards
-from vidssl.draws import Draws
 from vidssl.model.grid import Grid, Mask
 from vidssl.objective.masks import MASKS
 
@@ -41,7 +41,9 @@ def paint(video: np.ndarray, mask: Mask, grid: Grid) -> list[np.ndarray]:
 
 def strip(video: np.ndarray) -> np.ndarray:
     """[T, H, W, 3] -> [H, T*(W+1), 3]: the frames side by side, a white line after each."""
-    return np.concatenate(np.pad(video, ((0, 0), (0, 0), (0, 1), (0, 0)), constant_values=255), 1).astype(np.uint8)
+    return np.concatenate(np.pad(video, ((0, 0), (0, 0), (0, 1), (0, 0)), constant_values=255), 1).astype(
+        np.uint8
+    )
 
 
 def show(runs: list[Path], out: Path) -> None:
@@ -49,7 +51,7 @@ def show(runs: list[Path], out: Path) -> None:
     rows: list[tuple[str, np.ndarray]] = []
     for run in runs:
         cfg = yaml.safe_load((run / "config.yaml").read_text())
-        data = config.build(cfg["data"], Data)
+        data = config.build(cfg["data"], DataConfig)
         shards = Shards(data.train)
         order = Order(shards.counts, cfg["run"]["seed"], cfg["run"]["lanes"])
         item = TrainClips(shards, order, data, config.build(cfg["augment"], AUGMENTS))[0]
@@ -58,10 +60,13 @@ def show(runs: list[Path], out: Path) -> None:
         grid = Grid(video.shape[0] // unit[0], video.shape[1] // unit[1], video.shape[2] // unit[1])
         if not rows:
             rows.append(("clip", strip(video)))
-        draws = Draws(cfg["run"]["seed"], 0, torch.tensor([0]))
+        draws = KeyedRNG(cfg["run"]["seed"], 0, torch.tensor([0]))
         for i, mask in enumerate(config.build(cfg["method"]["mask"], MASKS)(item.video[None], grid, draws)):
             context, target = paint(video, mask, grid)
-            rows += [(f"{run.name}\nmask {i + 1}\ncontext", context), (f"{run.name}\nmask {i + 1}\ntarget", target)]
+            rows += [
+                (f"{run.name}\nmask {i + 1}\ncontext", context),
+                (f"{run.name}\nmask {i + 1}\ntarget", target),
+            ]
     draw(rows, out)
 
 
@@ -69,7 +74,7 @@ def show_kinds(out: Path, grid: Grid = Grid(4, 8, 8), pixels: int = 8) -> None:
     """Every kind with its defaults on a blank clip of one frame a time slice."""
     video, rows = np.full((grid.t, grid.h * pixels, grid.w * pixels, 3), 60, np.uint8), []
     for kind, masker in MASKS.items():
-        for mask in masker()(None, grid, Draws(0, 0, torch.tensor([0]))):
+        for mask in masker()(None, grid, KeyedRNG(0, 0, torch.tensor([0]))):
             context, target = paint(video, mask, grid)
             rows += [(f"{kind}\ncontext", context), ("target", target)]
     draw(rows, out)
@@ -92,7 +97,9 @@ if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("runs", nargs="*", type=Path)
     p.add_argument("out", type=Path)
-    p.add_argument("--kinds", action="store_true", help="every kind of mask with its defaults, on a blank clip")
+    p.add_argument(
+        "--kinds", action="store_true", help="every kind of mask with its defaults, on a blank clip"
+    )
     a = p.parse_args()
     if bool(a.runs) == a.kinds:
         p.error("give either runs or --kinds")

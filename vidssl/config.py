@@ -17,8 +17,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import AfterValidator, BeforeValidator, Field, TypeAdapter, ValidationError
 
-from vidssl.errors import UserError
-from vidssl.files import replace
+from vidssl.core.errors import UserError
+from vidssl.core.io import atomic_write
 
 
 class Part(NamedTuple):
@@ -81,7 +81,9 @@ def merge(argv: list[str]) -> tuple[dict[str, Any], dict[str, str]]:
         if missing := OmegaConf.missing_keys(part):
             raise UserError(f"{item}: '{sorted(missing)[0]}' is '???': give a value")
         for key in _leaves(OmegaConf.to_container(part), ""):
-            clash = next((k for k in origin if k == key or k.startswith(key + ".") or key.startswith(k + ".")), None)
+            clash = next(
+                (k for k in origin if k == key or k.startswith(key + ".") or key.startswith(k + ".")), None
+            )
             if clash and "=" not in item:
                 raise UserError(
                     f"{item}: '{key}' is already set by {origin[clash]}; give it on the command line to override"
@@ -148,7 +150,9 @@ def _arguments(node: Any, part: Part, at: str, origin: dict[str, str]) -> dict[s
     hints = _hints(target)
     for key in values:
         if key not in parameters:
-            raise UserError(f"{_where(f'{at}.{key}', origin)}: unknown key; allowed: {', '.join(parameters) or 'none'}")
+            raise UserError(
+                f"{_where(f'{at}.{key}', origin)}: unknown key; allowed: {', '.join(parameters) or 'none'}"
+            )
     for key, p in parameters.items():
         out[key] = _check(values.get(key, p.default), hints[key], f"{at}.{key}", origin)
     return out
@@ -190,13 +194,15 @@ def build(values: dict[str, Any], table: Mapping[str, Callable] | Callable, **gi
     values = dict(values)
     target = table[values.pop("kind")] if isinstance(table, Mapping) else table
     hints = _hints(target)
-    typed = {k: TypeAdapter(hints[k]).validate_python(v) for k, v in values.items()}  # lists -> tuples and the like
+    typed = {
+        k: TypeAdapter(hints[k]).validate_python(v) for k, v in values.items()
+    }  # lists -> tuples and the like
     return target(**typed, **given)
 
 
 def save(tree: dict[str, Any], path: Path) -> None:
     """Write a resolved tree as YAML; it is itself a runnable configuration."""
-    replace(path, lambda beside: beside.write_text(yaml.safe_dump(tree, sort_keys=False)))
+    atomic_write(path, lambda beside: beside.write_text(yaml.safe_dump(tree, sort_keys=False)))
 
 
 def differences(a: Any, b: Any, free: Sequence[str] = (), at: str = "") -> list[tuple[str, Any, Any]]:

@@ -15,15 +15,15 @@ from tqdm import tqdm
 
 from vidssl import config
 from vidssl.config import Count, Part, Value
-from vidssl.errors import UserError, run_cli
-from vidssl.evaluation.dense_data import READERS, Item, data_hash
-from vidssl.evaluation.depth import Depth
-from vidssl.evaluation.frames import make_look
-from vidssl.evaluation.propagation import Keypoints, Masks
+from vidssl.core.errors import UserError, run_cli
+from vidssl.core.io import check_writable, make_folder
+from vidssl.evaluation.dense.datasets import READERS, DenseSample, data_hash
+from vidssl.evaluation.dense.depth import Depth
+from vidssl.evaluation.dense.frames import make_frame_encoder
+from vidssl.evaluation.dense.propagation import Keypoints, Masks
 from vidssl.evaluation.report import write_csv, write_report
-from vidssl.files import check_out, make_folder
-from vidssl.meter import keep_memory
-from vidssl.zoo.foreign import open_encoder
+from vidssl.pretrained.external import open_encoder
+from vidssl.training.malloc import tune_malloc
 
 TASKS = {"depth": Depth, "masks": Masks, "keypoints": Keypoints}
 
@@ -47,7 +47,7 @@ SCHEMA: config.Schema = {
 }
 
 
-def read_items(data: DenseData, truth: str) -> dict[str, list[Item]]:
+def read_items(data: DenseData, truth: str) -> dict[str, list[DenseSample]]:
     """Train and test, which have nothing in common."""
     readers = READERS[truth]
     if data.format not in readers:
@@ -68,7 +68,9 @@ def read_items(data: DenseData, truth: str) -> dict[str, list[Item]]:
             raise UserError(f"{folders[side]}: its {side} list is empty")
     files = {side: {file.resolve() for item in some for file in item.files} for side, some in items.items()}
     if both := files["train"] & files["test"]:
-        raise UserError(f"{min(both)} and {len(both) - 1} more files are in train and in test: the test must be new")
+        raise UserError(
+            f"{min(both)} and {len(both) - 1} more files are in train and in test: the test must be new"
+        )
     if data.limit is not None and data.limit < len(items["train"]):
         count = len(items["train"])
         items["train"] = [items["train"][n * count // data.limit] for n in range(data.limit)]
@@ -78,13 +80,15 @@ def read_items(data: DenseData, truth: str) -> dict[str, list[Item]]:
 def main(argv: list[str]) -> None:
     cfg = config.load(argv, SCHEMA)
     data, task = config.build(cfg["data"], DenseData), config.build(cfg["task"], TASKS)
-    anew = partial(open_encoder, cfg["encoder"], file=cfg["encoder_file"], frames=task.frames, size=task.size, alone=1)
+    anew = partial(
+        open_encoder, cfg["encoder"], file=cfg["encoder_file"], frames=task.frames, size=task.size, alone=1
+    )
     loaded = anew(None)
     items, out = read_items(data, task.truth), Path(cfg["out"])
     if (out / "dense.json").exists():
         raise UserError(f"{out / 'dense.json'} exists: the test set was read for it; give another out=")
-    check_out(out)
-    keep_memory()
+    check_writable(out)
+    tune_malloc()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     folders = {"train": Path(data.train or data.test), "test": Path(data.test)}
     hashes = {side: data_hash(folders[side], some) for side, some in items.items()}
@@ -92,14 +96,18 @@ def main(argv: list[str]) -> None:
     results: list[dict[str, Any]] = []
     told: list[tuple[Any, ...]] = []
     for control in task.controls:
-        look, eye = make_look(anew, loaded, control, task, device)
+        look, eye = make_frame_encoder(anew, loaded, control, task, device)
         model, chosen = task.fit(look, items["train"])
         rows = [task.measure(look, model, item) for item in tqdm(items["test"], desc=f"test ({control})")]
         row = task.figures(rows, [item.group for item in items["test"]])
         counts = {"n_test": len(items["test"]), "n_train": len(items["train"])}
-        results.append({"control": control, "task": cfg["task"]["kind"], **row, **counts, "chosen": chosen, "eye": eye})
+        results.append(
+            {"control": control, "task": cfg["task"]["kind"], **row, **counts, "chosen": chosen, "eye": eye}
+        )
         for item, figures in zip(items["test"], rows, strict=True):
-            told += [(control, item.name, item.group, n, *map("{:.6g}".format, f)) for n, f in enumerate(figures)]
+            told += [
+                (control, item.name, item.group, n, *map("{:.6g}".format, f)) for n, f in enumerate(figures)
+            ]
         print(f"{control:12s} {row['metric']} {row['value']:.4g}  {row['ci95']}")
 
     make_folder(out)

@@ -20,69 +20,79 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from vidssl import config, fsdp
-from vidssl.checkpoint import copied, load_checkpoint, provenance, save_checkpoint
+from vidssl import config
 from vidssl.config import Part, Value
+from vidssl.core.errors import UserError, run_cli
+from vidssl.core.io import check_writable, make_folder, os_errors_as_user_errors
+from vidssl.core.pixels import normalise
 from vidssl.data.augment import AUGMENTS
-from vidssl.data.loader import Batch, Data, Streams, train_steps
+from vidssl.data.dataset import DataConfig, Streams
+from vidssl.data.loader import Batch, train_steps
 from vidssl.data.shards import Sample, Shards
-from vidssl.errors import UserError, run_cli
-from vidssl.evaluation.cache import Shape
-from vidssl.evaluation.features import Feed, make_features
-from vidssl.evaluation.finetuning import (
+from vidssl.evaluation.evaluate import LabelledFeatures, check_readable, score_predictions
+from vidssl.evaluation.feature_cache import FeatureShape
+from vidssl.evaluation.features import FeatureLoader, make_features
+from vidssl.evaluation.probe_data import ProbeData, make_view
+from vidssl.evaluation.protocol import Protocol
+from vidssl.evaluation.report import PredictionRow, weights_hash, write_report, write_tables
+from vidssl.evaluation.views import View
+from vidssl.model.heads import HEAD_EPS, AttentiveHead
+from vidssl.model.vit import LAYER_NORM_EPS
+from vidssl.pretrained import files
+from vidssl.pretrained.files import LoadedEncoder, load_encoder
+from vidssl.pretrained.infer_config import Checkpoint
+from vidssl.training import distributed
+from vidssl.training.checkpoint import gather_to_cpu, load_checkpoint, provenance, save_checkpoint
+from vidssl.training.distributed import all_reduce_metrics, check_ranks_agree
+from vidssl.training.finetuning import (
     HEADS,
-    Chosen,
     Classifier,
+    FinetuneDataConfig,
+    FinetuneEfficiency,
+    FinetuneSplits,
     LabelledClips,
     Mixer,
-    Parts,
-    Speed,
-    Tune,
-    TuneData,
+    SubsetOrder,
+    TuneConfig,
     check,
     make_classifier,
-    open_parts,
+    open_splits,
 )
-from vidssl.evaluation.judge import Asked, check_readable, verdict
-from vidssl.evaluation.protocol import Protocol
-from vidssl.evaluation.report import Told, weights_hash, write_report, write_tables
-from vidssl.evaluation.views import View
-from vidssl.files import check_out, make_folder, writing
-from vidssl.meter import keep_memory
-from vidssl.model.attentive import HEAD_EPS, AttentiveHead
-from vidssl.model.vit import EPS
-from vidssl.objective.targets import normalise
-from vidssl.optim import Optim, clip_gradients, make_optimizer, schedule, set_schedule
-from vidssl.probe import ProbeData, make_view
-from vidssl.survive import meet, peers, same_everywhere
-from vidssl.zoo import native
-from vidssl.zoo.describe import Checkpoint
-from vidssl.zoo.native import Loaded, load_encoder
+from vidssl.training.malloc import tune_malloc
+from vidssl.training.optim import OptimConfig, build_optimizer, clip_gradients, schedule, set_schedule
+from vidssl.training.preemption import exit_on_lost_peer
 
 SCHEMA: config.Schema = {
     "encoder": Value(str),
     "out": Value(str),
     "random_init": Value(bool, False),  # the same encoder untrained, for comparison
-    "data": Part(TuneData),
+    "data": Part(FinetuneDataConfig),
     "augment": Part(AUGMENTS, ("size",)),
     "head": Part(HEADS, ("dim", "classes")),
-    "optim": Part(Optim, ("warmup",)),
-    "tune": Part(Tune),
-    "efficiency": Part(Speed),
+    "optim": Part(OptimConfig, ("warmup",)),
+    "tune": Part(TuneConfig),
+    "efficiency": Part(FinetuneEfficiency),
 }
-FREE = ("out", "data.train", "data.test", "data.max_bad", "tune.allow_unreadable", "efficiency")  # of data: the hashes
+RESUME_MUTABLE = (
+    "out",
+    "data.train",
+    "data.test",
+    "data.max_decode_error_rate",
+    "tune.allow_unreadable",
+    "efficiency",
+)  # of data: the hashes
 
 
-class Run(NamedTuple):
+class FinetuneLoop(NamedTuple):
     """What a run of these parts needs at every turn."""
 
     accelerator: Accelerator
     model: nn.Module  # as prepared
     classifier: Classifier
     optimizer: Any
-    optim: Optim
-    tune: Tune
-    speed: Speed
+    optim: OptimConfig
+    tune: TuneConfig
+    speed: FinetuneEfficiency
     colours: tuple[list[float], list[float]]  # mean and deviation of the input
 
     def step(self, batch: Batch, mixer: Mixer, step: int, steps: int) -> dict[str, float]:
@@ -100,7 +110,7 @@ class Run(NamedTuple):
                 a.backward(loss)
             total += loss.detach()
         norm = clip_gradients(a, self.model, self.optim, step)
-        met = meet(a, {"loss": total, "grad_norm": norm}, {})
+        met = all_reduce_metrics(a, {"loss": total, "grad_norm": norm}, {})
         bad = [name for name in met if not math.isfinite(met[name]) and (name == "loss" or a.scaler is None)]
         if bad:  # fp16's scaler leaves out steps by itself
             raise UserError(
@@ -109,7 +119,9 @@ class Run(NamedTuple):
         self.optimizer.step()
         return met
 
-    def look(self, shards: Shards, samples: list[Sample], truths: list[Any], view: View, name: str) -> Asked:
+    def look(
+        self, shards: Shards, samples: list[Sample], truths: list[Any], view: View, name: str
+    ) -> LabelledFeatures:
         """Probabilities [n, clips, 1, C], by all processes; all get the whole. What cannot be read of the held-out part
         has no say; of test it is an error, or allowed."""
         classes = self.classifier.head.linear.out_features
@@ -122,15 +134,15 @@ class Run(NamedTuple):
         videos = max(1, self.speed.eval_batch // view.clips)
         reading = Protocol(encode_batch=videos, workers=self.speed.workers)
         self.classifier.eval()
-        feed = Feed(encode, shards, samples, view, self.accelerator, reading, name)
-        found = make_features(feed, Shape(len(samples), view.clips, 1, classes), "memory", {})
+        feed = FeatureLoader(encode, shards, samples, view, self.accelerator, reading, name)
+        found = make_features(feed, FeatureShape(len(samples), view.clips, 1, classes), "memory", {})
         self.classifier.train()
         if name == "test":
             check_readable(found, samples, self.tune.allow_unreadable, name, "tune")
-        return Asked(found.source, samples, truths, found.unreadable)
+        return LabelledFeatures(found.source, samples, truths, found.unreadable)
 
 
-def outputs_of(asked: Asked) -> np.ndarray:
+def outputs_of(asked: LabelledFeatures) -> np.ndarray:
     """f64 [n, C]: probabilities averaged over a sample's clips; NaN where it was not read."""
     n, clips = asked.source.shape[:2]
     (tokens,) = asked.source.batches(clips, [list(range(n))])
@@ -142,22 +154,29 @@ def outputs_of(asked: Asked) -> np.ndarray:
 def check_same(state: dict[str, Any], about: dict[str, Any], out: Path) -> None:
     """A folder holds one run."""
     before = state["provenance"]
-    changed = config.differences(before["config"], about["config"], FREE)
+    changed = config.differences(before["config"], about["config"], RESUME_MUTABLE)
     if changed or before["data"] != about["data"]:
         key, old, new = changed[0] if changed else ("the data or the encoder", "another", "this one")
         raise UserError(f"{out} holds another run: {key} is {old!r} there, {new!r} here; give another out=")
 
 
-class Course:
+class FinetuneState:
     """Where training stands: a row for each epoch, and the weights of the best one so far."""
 
-    def __init__(self, run: Run, parts: Parts, out: Path, about: dict[str, Any], state: dict[str, Any] | None):
+    def __init__(
+        self,
+        run: FinetuneLoop,
+        parts: FinetuneSplits,
+        out: Path,
+        about: dict[str, Any],
+        state: dict[str, Any] | None,
+    ):
         """state: a checkpoint to go on from."""
         self.run, self.parts, self.out, self.about = run, parts, out, about
         self.rows: list[dict[str, Any]] = []
         self.best: dict[str, Tensor] = {}
         self.start = 0  # step
-        same_everywhere(run.accelerator, state)
+        check_ranks_agree(run.accelerator, state)
         if state:
             now, self.best = (
                 {k.removeprefix(part): v for k, v in state["model"].items() if k.startswith(part)}
@@ -177,20 +196,27 @@ class Course:
             view = view._replace(segments=1, crops=1)
             seen = self.run.look(self.parts.shards["train"], samples, truths, view, "held-out train")
             read = seen.read()
-            row["held_out_accuracy"] = self.parts.task.score(outputs_of(seen)[read], [truths[n] for n in read])
+            row["held_out_accuracy"] = self.parts.task.score(
+                outputs_of(seen)[read], [truths[n] for n in read]
+            )
             if all(row["held_out_accuracy"] >= before["held_out_accuracy"] for before in self.rows):
-                self.best = copied(self.run.classifier.state_dict())
+                self.best = gather_to_cpu(self.run.classifier.state_dict())
         self.rows.append(row)
         self.run.accelerator.print(", ".join(f"{k} {v:.6g}" for k, v in row.items()))
         if self.run.accelerator.is_main_process:
             scaler = self.run.accelerator.scaler
             parts = {"now.": self.run.classifier.state_dict(), "best.": self.best}
-            state: dict[str, Any] = {"provenance": self.about, "epochs": self.rows, "guard": None, "health": None}
+            state: dict[str, Any] = {
+                "provenance": self.about,
+                "epochs": self.rows,
+                "guard": None,
+                "feature_stats": None,
+            }
             state["model"] = {part + k: v for part, weights in parts.items() for k, v in weights.items()}
             state["optimizer"] = self.run.optimizer.state_dict()
             state["scaler"] = scaler.state_dict() if scaler else None
-            with writing(self.out):
-                save_checkpoint(self.out / "checkpoints", step, copied(state), keep=1)
+            with os_errors_as_user_errors(self.out):
+                save_checkpoint(self.out / "checkpoints", step, gather_to_cpu(state), keep=1)
 
     def chosen(self) -> dict[str, Any]:
         """The classifier is then that of the best epoch (the last of equal ones), or of the last if nothing was held
@@ -202,21 +228,34 @@ class Course:
         return {**best, "epochs": len(self.rows), "n_held_out": len(self.parts.held[0]), "tried": self.rows}
 
 
-def fit(course: Course, view: View, augment: Any, per_epoch: int, data: Data) -> None:
+def fit(course: FinetuneState, view: View, augment: Any, per_epoch: int, data: DataConfig) -> None:
     """From where it stands to the end of the last epoch."""
     run, parts = course.run, course.parts
     a, tune, speed, steps = run.accelerator, run.tune, run.speed, per_epoch * run.tune.epochs
-    stream = Chosen(parts.places, tune.seed, tune.lanes)
+    stream = SubsetOrder(parts.places, tune.seed, tune.lanes)
     clips = LabelledClips(parts.task.label, parts.shards["train"], stream, data, augment)
     shares = a.process_index, a.num_processes
     clips_a_step = [tune.batch * tune.repeat]
     loader: Any = train_steps(
-        Streams([clips]), course.start, steps, clips_a_step, *shares, speed.workers, speed.isolate
+        Streams([clips]),
+        course.start,
+        steps,
+        clips_a_step,
+        *shares,
+        speed.workers,
+        speed.decode_in_subprocess,
     )
     mixer, losses = Mixer(tune, len(parts.task.names)), []
     run.classifier.train()
     with contextlib.closing(loader):
-        bar = tqdm(loader, course.out.name, steps, initial=course.start, disable=not a.is_main_process, mininterval=20)
+        bar = tqdm(
+            loader,
+            course.out.name,
+            steps,
+            initial=course.start,
+            disable=not a.is_main_process,
+            mininterval=20,
+        )
         for done, (batch,) in enumerate(bar, course.start + 1):
             losses.append(run.step(batch, mixer, done - 1, steps)["loss"])
             if done % per_epoch == 0:
@@ -225,11 +264,17 @@ def fit(course: Course, view: View, augment: Any, per_epoch: int, data: Data) ->
 
 
 def write(
-    out: Path, cfg: dict, loaded: Loaded, parts: Parts, row: dict[str, Any], told: list[tuple], about: Any
+    out: Path,
+    cfg: dict,
+    loaded: LoadedEncoder,
+    parts: FinetuneSplits,
+    row: dict[str, Any],
+    told: list[tuple],
+    about: Any,
 ) -> None:
     """probe.json and the tables beside it, as of a probe."""
     label = parts.task.label
-    write_tables(out, [Told(label, "none", "", "", *line) for line in told], {label})
+    write_tables(out, [PredictionRow(label, "none", "", "", *line) for line in told], {label})
     report = {
         "results": [{"control": "none", "protocol": "finetune", **row}],
         "low_shot": [],
@@ -241,27 +286,30 @@ def write(
     write_report(out / "probe.json", cfg, loaded, report)
 
 
-def save(out: Path, classifier: Classifier, model: dict, loaded: Loaded, about: dict[str, Any]) -> None:
+def save(
+    out: Path, classifier: Classifier, model: dict, loaded: LoadedEncoder, about: dict[str, Any]
+) -> None:
     """encoder.safetensors and head.safetensors: for a probe, for another fine-tuning, for conversion."""
     found = Checkpoint("vidssl", model, classifier.encoder.state_dict(), loaded.about["pixels"])
-    found.head, found.head_eps = classifier.head.state_dict(), EPS
+    found.head, found.head_eps = classifier.head.state_dict(), LAYER_NORM_EPS
     if isinstance(classifier.head, AttentiveHead):
         found.head_heads, found.head_eps = classifier.head.xattn.heads, HEAD_EPS
-    native.save(out, found, about)
+    files.save(out, found, about)
 
 
-@peers()
+@exit_on_lost_peer()
 def main(argv: list[str]) -> None:
     cfg = config.load(argv, SCHEMA)
     data, tune, speed = (
-        config.build(cfg[k], t) for k, t in (("data", TuneData), ("tune", Tune), ("efficiency", Speed))
+        config.build(cfg[k], t)
+        for k, t in (("data", FinetuneDataConfig), ("tune", TuneConfig), ("efficiency", FinetuneEfficiency))
     )
     out = Path(cfg["out"])
     if (out / "probe.json").exists():
         raise UserError(f"{out / 'probe.json'} exists: the test set was read for it; give another out=")
-    check_out(out)
+    check_writable(out)
     loaded = load_encoder(cfg["encoder"], tune.seed if cfg["random_init"] else None)
-    parts = open_parts(data, tune)
+    parts = open_splits(data, tune)
     places = {"train": data.train, "test": data.test, "stride": data.stride, "fps": data.fps}
     view = make_view(ProbeData(**places), Protocol(segments=tune.segments, crops=tune.crops), loaded, "none")
     cfg["data"] |= {"stride": view.stride, "fps": view.fps}
@@ -271,36 +319,40 @@ def main(argv: list[str]) -> None:
         check_same(state, about, out)
     unused = loaded.encoder.patch_embed_img is not None or len(loaded.encoder.level_norms) > 0
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=unused)
-    if fsdp.asked("ACCELERATE_USE_FSDP") or fsdp.asked("ACCELERATE_USE_DEEPSPEED"):
+    if distributed.env_flag("ACCELERATE_USE_FSDP") or distributed.env_flag("ACCELERATE_USE_DEEPSPEED"):
         raise UserError("fine-tuning is of whole models: use configs/accelerate/ddp.yaml")
-    keep_memory()
-    accelerator = fsdp.make_accelerator(speed.precision, kwargs_handlers=[ddp])
+    tune_malloc()
+    accelerator = distributed.make_accelerator(speed.precision, kwargs_handlers=[ddp])
     check(tune, speed, accelerator.num_processes)
 
     per_epoch = max(1, len(parts.places) // tune.batch)
-    optim = config.build(cfg["optim"], Optim, warmup=round(tune.warmup * per_epoch)).scaled(tune.batch)
+    optim = config.build(cfg["optim"], OptimConfig, warmup=round(tune.warmup * per_epoch)).scaled(tune.batch)
     classifier, model = make_classifier(loaded, cfg["head"], len(parts.task.names), tune)
-    classifier.encoder.blocks.recompute = speed.recompute
-    prepared, optimizer = accelerator.prepare(classifier, make_optimizer(classifier, optim, fused=True))
+    classifier.encoder.blocks.recompute = speed.activation_checkpointing
+    prepared, optimizer = accelerator.prepare(classifier, build_optimizer(classifier, optim, fused=True))
     colours = loaded.about["pixels"]["mean"], loaded.about["pixels"]["std"]
-    run = Run(accelerator, prepared, classifier, optimizer, optim, tune, speed, colours)
+    run = FinetuneLoop(accelerator, prepared, classifier, optimizer, optim, tune, speed, colours)
     if accelerator.is_main_process:
         make_folder(out)
-        with writing(out):
+        with os_errors_as_user_errors(out):
             config.save(cfg, out / "config.yaml")
     accelerator.wait_for_everyone()
-    course = Course(run, parts, out, about, state)
+    course = FinetuneState(run, parts, out, about, state)
     augment = config.build(cfg["augment"], AUGMENTS, size=view.size)
     clip: dict[str, Any] = {"frames": view.frames, "stride": view.stride, "fps": view.fps}
-    read = Data(train=data.train, **clip, repeat=tune.repeat, max_bad=data.max_bad)
+    read = DataConfig(
+        train=data.train, **clip, repeat=tune.repeat, max_decode_error_rate=data.max_decode_error_rate
+    )
     fit(course, view, augment, per_epoch, read)
 
     chosen = course.chosen()
     seen = run.look(parts.shards["test"], *parts.test, view, "test")
     if accelerator.is_main_process:
-        row, told = verdict(parts.task, seen, list(range(len(seen.samples))), outputs_of(seen), tune.seed)
+        row, told = score_predictions(
+            parts.task, seen, list(range(len(seen.samples))), outputs_of(seen), tune.seed
+        )
         row |= {"n_train": len(parts.places), "chosen": chosen}
-        with writing(out):
+        with os_errors_as_user_errors(out):
             save(out, classifier, model, loaded, {**about, "step": chosen["step"]})
             write(out, cfg, loaded, parts, row, told, about)
         accelerator.print(f"{row['label']} {row['metric']} {row['value']:.2f}  {row['ci95']}")

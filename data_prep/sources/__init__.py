@@ -20,10 +20,10 @@ from data_prep.sources import (
     ucf101,
     unlabelled,
 )
-from data_prep.sources.common import EXTENSIONS, Item, Source
-from vidssl.errors import UserError
+from data_prep.sources.common import EXTENSIONS, SourceItem, SourceListing
+from vidssl.core.errors import UserError
 
-__all__ = ["EXTENSIONS", "SOURCES", "Item", "Source", "read_source"]
+__all__ = ["EXTENSIONS", "SOURCES", "SourceItem", "SourceListing", "read_source"]
 
 SOURCES = {  # kind -> (the folder of files, annotation files) -> Source
     "folder": folder.read,
@@ -42,14 +42,16 @@ SOURCES = {  # kind -> (the folder of files, annotation files) -> Source
 }
 
 
-def read_source(root: Path, kind: str = "folder", annotations: Sequence[Path] = ()) -> Source:
+def read_source(root: Path, kind: str = "folder", annotations: Sequence[Path] = ()) -> SourceListing:
     """The items of the files below `root`, said by `annotations` in the format `kind`."""
     if kind == "webdataset":
         raise UserError(f"{root}: shards of others are used as they are: python -m data_prep.scan {root}")
     if kind not in SOURCES:
         raise UserError(f"--source {kind}: expected one of {', '.join(SOURCES)}")
     if not root.is_dir():
-        raise UserError(f"{root}: no such folder; expected FOLDER/<class>/<file>, or a folder with labels.csv")
+        raise UserError(
+            f"{root}: no such folder; expected FOLDER/<class>/<file>, or a folder with labels.csv"
+        )
     source = SOURCES[kind](root, annotations)
     if not source.items:
         others = ", ".join(f"{n} {ext}" for ext, n in source.ignored.most_common(5))

@@ -10,14 +10,21 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from vidssl.data.decoders import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
-from vidssl.errors import UserError
+from vidssl.core.errors import UserError
+from vidssl.data.decoding.base import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
 
 EXTENSIONS = (*VIDEO_EXTENSIONS, *IMAGE_EXTENSIONS)
-SPLITS = {"train": "train", "val": "val", "valid": "val", "validate": "val", "validation": "val", "test": "test"}
+SPLITS = {
+    "train": "train",
+    "val": "val",
+    "valid": "val",
+    "validate": "val",
+    "validation": "val",
+    "test": "test",
+}
 
 
-class Item(NamedTuple):
+class SourceItem(NamedTuple):
     """One file, or the part of it from `start` to `end` (seconds; None: its own start, its own end).
 
     labels: label set -> class name (sets without a value are absent). Several parts of one file are several items.
@@ -40,17 +47,17 @@ class Item(NamedTuple):
         return self.path, self.start or 0.0, math.inf if self.end is None else self.end
 
 
-class Source(NamedTuple):
+class SourceListing(NamedTuple):
     """items: sorted by `place`. rejected: path (or the name that the annotations give) -> reason, known without opening
     a file. ignored: extension, or a reason in brackets -> files."""
 
-    items: list[Item]
+    items: list[SourceItem]
     sets: list[str]
     rejected: dict[str, str]
     ignored: Counter
 
 
-class Files:
+class FileFinder:
     """The files of one kind in a folder, by name without folder and extension: owners' lists name them so, and every
     mirror puts them into other folders."""
 
@@ -82,15 +89,17 @@ class Files:
         return self.ignored + Counter({"(not in the annotations)": rest})
 
 
-class Items:
+class ListingBuilder:
     """The items of a source while they are read. `repeats`: whether a list may name the same file twice, as a published
     one may: the second is counted (with other labels it is an error all the same)."""
 
     def __init__(self, repeats: bool = True):
-        self._at: dict[tuple, tuple[Item, str, str | None]] = {}  # place -> item, FILE:LINE, reason of its rejection
+        self._at: dict[
+            tuple, tuple[SourceItem, str, str | None]
+        ] = {}  # place -> item, FILE:LINE, reason of its rejection
         self._repeats, self._twice = repeats, 0
 
-    def add(self, where: str, item: Item, reason: str | None = None) -> bool:
+    def add(self, where: str, item: SourceItem, reason: str | None = None) -> bool:
         """where: FILE:LINE. reason: why it is rejected, None if it is not. False: it is there already."""
         if item.place not in self._at:
             self._at[item.place] = item, where, reason
@@ -101,11 +110,13 @@ class Items:
         if not self._repeats:
             raise UserError(f"{where}: {item.path} is named again (first in {first}); expected each once")
         if there != item:
-            raise UserError(f"{where}: {item.path} is {_told(item)} here, but {_told(there)} in {first}; expected one")
+            raise UserError(
+                f"{where}: {item.path} is {_told(item)} here, but {_told(there)} in {first}; expected one"
+            )
         self._twice += 1
         return False
 
-    def source(self, sets: Iterable[str], ignored: Counter[str] | None = None) -> Source:
+    def source(self, sets: Iterable[str], ignored: Counter[str] | None = None) -> SourceListing:
         """All of them; either none has a split, or each has one that can name a folder."""
         found = [self._at[place] for place in sorted(self._at)]
         good = [(item, where) for item, where, reason in found if reason is None]
@@ -116,10 +127,10 @@ class Items:
                     raise UserError(f"{what}: expected a word of letters, digits, - and _")
         rejected = {item.path: reason for item, _, reason in found if reason is not None}
         ignored = (ignored or Counter()) + Counter({"(named twice)": self._twice})
-        return Source([item for item, _ in good], list(sets), rejected, ignored)
+        return SourceListing([item for item, _ in good], list(sets), rejected, ignored)
 
 
-def _told(item: Item) -> str:
+def _told(item: SourceItem) -> str:
     return " ".join([*item.labels.values(), f"({item.split})"])
 
 
@@ -175,7 +186,9 @@ def table(file: Path, needed: Sequence[str]) -> Iterator[tuple[str, dict[str, st
             for row in rows:
                 empty = False
                 if None in row or None in row.values():
-                    raise UserError(f"{file}:{rows.line_num}: a different number of columns than in the header")
+                    raise UserError(
+                        f"{file}:{rows.line_num}: a different number of columns than in the header"
+                    )
                 yield f"{file}:{rows.line_num}", {c: v.strip() for c, v in row.items()}
             if empty:
                 raise UserError(f"{file}: no line after the header")

@@ -4,13 +4,21 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from data_prep.sources.common import EXTENSIONS, Item, Items, Source, inside, seconds, table
-from vidssl.errors import UserError
+from data_prep.sources.common import (
+    EXTENSIONS,
+    ListingBuilder,
+    SourceItem,
+    SourceListing,
+    inside,
+    seconds,
+    table,
+)
+from vidssl.core.errors import UserError
 
 
-def read(root: Path, annotations: Sequence[Path]) -> Source:
+def read(root: Path, annotations: Sequence[Path]) -> SourceListing:
     """Paths are relative to the source. Without an annotation file: its labels.csv."""
-    out, sets = Items(repeats=False), dict[str, None]()
+    out, sets = ListingBuilder(repeats=False), dict[str, None]()
     for file in annotations or [root / "labels.csv"]:
         columns: dict[str, str] = {}
         for where, row in table(file, ["path"]):
@@ -19,12 +27,12 @@ def read(root: Path, annotations: Sequence[Path]) -> Source:
             labels = {name: row[column] for name, column in columns.items() if row[column]}
             times = seconds(where, row.get("start"), row.get("end"))
             path = inside(where, row["path"], root)
-            item = Item(path, labels, row.get("group") or None, row.get("split") or None, *times)
+            item = SourceItem(path, labels, row.get("group") or None, row.get("split") or None, *times)
             out.add(where, item, check(root, item))
     return out.source(sets)
 
 
-def check(root: Path, item: Item) -> str | None:
+def check(root: Path, item: SourceItem) -> str | None:
     """Why the item is rejected, without opening its file."""
     if not os.path.isfile(root / item.path):  # nor can it be where the path is too long for one
         return "missing"
@@ -40,7 +48,9 @@ def _label_columns(file: Path, columns: Sequence[str]) -> dict[str, str]:
             if not name:
                 raise UserError(f"{file}:1: column {c!r}: expected a name after `label_`")
             if name in sets:
-                raise UserError(f"{file}:1: columns {sets[name]!r} and {c!r} are the same labels; rename one of them")
+                raise UserError(
+                    f"{file}:1: columns {sets[name]!r} and {c!r} are the same labels; rename one of them"
+                )
             sets[name] = c
     if not sets:
         raise UserError(f"{file}:1: no column `label` or `label_NAME` (found: {', '.join(columns)})")

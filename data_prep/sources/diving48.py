@@ -7,18 +7,34 @@ lists the four parts of each dive: the class is these with blanks between, or th
 from collections.abc import Sequence
 from pathlib import Path
 
-from data_prep.sources.common import Files, Item, Items, Source, json_file, json_list, need, split_of
-from vidssl.errors import UserError
+from data_prep.sources.common import (
+    FileFinder,
+    ListingBuilder,
+    SourceItem,
+    SourceListing,
+    json_file,
+    json_list,
+    need,
+    split_of,
+)
+from vidssl.core.errors import UserError
 
 
-def read(root: Path, annotations: Sequence[Path]) -> Source:
+def read(root: Path, annotations: Sequence[Path]) -> SourceListing:
     """Group: the video that the dives are cut from, VID_NAME without its last number."""
-    need(annotations, "diving48", "Diving48_V2_train.json, Diving48_V2_test.json, and Diving48_vocab.json for names")
+    need(
+        annotations,
+        "diving48",
+        "Diving48_V2_train.json, Diving48_V2_test.json, and Diving48_vocab.json for names",
+    )
     names: list[str] | None = None
     for file in annotations:
         if "vocab" in file.stem:
-            names = [" ".join(map(str, parts)) if isinstance(parts, list) else str(parts) for parts in json_file(file)]
-    files, out = Files(root), Items()
+            names = [
+                " ".join(map(str, parts)) if isinstance(parts, list) else str(parts)
+                for parts in json_file(file)
+            ]
+    files, out = FileFinder(root), ListingBuilder()
     for file in annotations:
         if "vocab" in file.stem:
             continue
@@ -32,6 +48,8 @@ def read(root: Path, annotations: Sequence[Path]) -> Source:
             path = files.find(name)
             labels = {"label": names[label] if names else str(label)}
             out.add(
-                where, Item(path or name, labels, name.rpartition("_")[0] or None, split), None if path else "missing"
+                where,
+                SourceItem(path or name, labels, name.rpartition("_")[0] or None, split),
+                None if path else "missing",
             )
     return out.source(["label"], files.left())

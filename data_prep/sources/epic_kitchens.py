@@ -9,15 +9,27 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from data_prep.sources.common import Files, Item, Items, Source, need, split_of, table
-from vidssl.errors import UserError
+from data_prep.sources.common import (
+    FileFinder,
+    ListingBuilder,
+    SourceItem,
+    SourceListing,
+    need,
+    split_of,
+    table,
+)
+from vidssl.core.errors import UserError
 
 
-def read(root: Path, annotations: Sequence[Path]) -> Source:
+def read(root: Path, annotations: Sequence[Path]) -> SourceListing:
     """Group: the participant. Of two narrations of the very same segment the first in the list stands."""
-    need(annotations, "epic_kitchens", "EPIC_100_train.csv, EPIC_100_validation.csv, EPIC_100_test_timestamps.csv")
+    need(
+        annotations,
+        "epic_kitchens",
+        "EPIC_100_train.csv, EPIC_100_validation.csv, EPIC_100_test_timestamps.csv",
+    )
     keys = {part: _keys([f for f in annotations if f"{part}_classes" in f.stem]) for part in ("verb", "noun")}
-    files, out, seen = Files(root), Items(), set[tuple]()
+    files, out, seen = FileFinder(root), ListingBuilder(), set[tuple]()
     same = 0
     for file in annotations:
         if "_classes" in file.stem:
@@ -27,13 +39,19 @@ def read(root: Path, annotations: Sequence[Path]) -> Source:
         for where, row in table(file, columns if split == "test" else [*columns, "verb_class", "noun_class"]):
             start, end = (_seconds(where, row[f"{name}_timestamp"]) for name in ("start", "stop"))
             if end <= start:
-                raise UserError(f"{where}: stop_timestamp {row['stop_timestamp']}: expected one after start_timestamp")
-            labels = {part: _class(where, row[f"{part}_class"], keys[part]) for part in keys if f"{part}_class" in row}
+                raise UserError(
+                    f"{where}: stop_timestamp {row['stop_timestamp']}: expected one after start_timestamp"
+                )
+            labels = {
+                part: _class(where, row[f"{part}_class"], keys[part])
+                for part in keys
+                if f"{part}_class" in row
+            }
             if labels:
                 labels["action"] = f"{labels['verb']},{labels['noun']}"
             path = files.find(row["video_id"])
             name = path or f"{row['participant_id']}/videos/{row['video_id']}.MP4"
-            item = Item(name, labels, row["participant_id"], split, start, end)
+            item = SourceItem(name, labels, row["participant_id"], split, start, end)
             if item.place in seen:
                 same += 1
                 continue

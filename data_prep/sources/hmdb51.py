@@ -7,14 +7,14 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from data_prep.sources.common import Files, Item, Items, Source, need, words
-from vidssl.errors import UserError
+from data_prep.sources.common import FileFinder, ListingBuilder, SourceItem, SourceListing, need, words
+from vidssl.core.errors import UserError
 
 
-def read(root: Path, annotations: Sequence[Path]) -> Source:
+def read(root: Path, annotations: Sequence[Path]) -> SourceListing:
     """Group: what stands before the class in a file's name, the film or video that the clip was taken from."""
     need(annotations, "hmdb51", "all CLASS_test_split1.txt, or all of another split")
-    files, out, numbers, unused = Files(root), Items(), set(), 0
+    files, out, numbers, unused = FileFinder(root), ListingBuilder(), set(), 0
     for file in annotations:
         named = re.fullmatch(r"(.+)_test_split([123])", file.stem)
         if not named:
@@ -22,7 +22,9 @@ def read(root: Path, annotations: Sequence[Path]) -> Source:
         label = named[1]
         numbers.add(named[2])
         if len(numbers) > 1:
-            raise UserError(f"{file}: of another split than {annotations[0]}; expected the lists of one split")
+            raise UserError(
+                f"{file}: of another split than {annotations[0]}; expected the lists of one split"
+            )
         for where, (name, number) in words(file, "FILE.avi NUMBER"):
             if number not in ("0", "1", "2"):
                 raise UserError(f"{where}: {number}: expected 0 (neither), 1 (train) or 2 (test)")
@@ -31,7 +33,9 @@ def read(root: Path, annotations: Sequence[Path]) -> Source:
                 unused += path is not None
                 continue
             group = name.split(f"_{label}_")[0] if f"_{label}_" in name else None
-            item = Item(path or f"{label}/{name}", {"label": label}, group, ("train", "test")[number == "2"])
+            item = SourceItem(
+                path or f"{label}/{name}", {"label": label}, group, ("train", "test")[number == "2"]
+            )
             out.add(where, item, None if path else "missing")
     ignored = files.left()
     ignored["(in neither part of the split)"] = unused

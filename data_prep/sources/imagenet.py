@@ -9,21 +9,23 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from data_prep.sources.common import Files, Item, Items, Source, text_lines
-from vidssl.data.decoders import IMAGE_EXTENSIONS
-from vidssl.errors import UserError
+from data_prep.sources.common import FileFinder, ListingBuilder, SourceItem, SourceListing, text_lines
+from vidssl.core.errors import UserError
+from vidssl.data.decoding.base import IMAGE_EXTENSIONS
 
 SYNSET = r"n\d{8}"
 
 
-def read(root: Path, annotations: Sequence[Path]) -> Source:
+def read(root: Path, annotations: Sequence[Path]) -> SourceListing:
     """Other images than those of the challenge are left out; --source imagefolder reads any."""
     truth = [file for file in annotations if "ground_truth" in file.stem]
     rest = [file for file in annotations if file not in truth]
     if len(truth) > 1 or len(rest) != len(truth):
-        raise UserError("--source imagenet: expected both ILSVRC2012_validation_ground_truth.txt and meta.mat, or none")
+        raise UserError(
+            "--source imagenet: expected both ILSVRC2012_validation_ground_truth.txt and meta.mat, or none"
+        )
     of_val = _ground_truth(truth[0], rest[0]) if truth else {}
-    files, out = Files(root, IMAGE_EXTENSIONS), Items()
+    files, out = FileFinder(root, IMAGE_EXTENSIONS), ListingBuilder()
     for name in sorted(files.of):
         found = re.fullmatch(rf"({SYNSET})_\d+|ILSVRC2012_(val|test)_\d{{8}}(?:_({SYNSET}))?", name)
         path = files.find(name) if found else None
@@ -37,10 +39,10 @@ def read(root: Path, annotations: Sequence[Path]) -> Source:
                 f"{root / path}: in no synset folder; expected --annotations "
                 "ILSVRC2012_validation_ground_truth.txt meta.mat"
             )
-        out.add(str(root / path), Item(path, {"label": label} if label else {}, None, split))
+        out.add(str(root / path), SourceItem(path, {"label": label} if label else {}, None, split))
     for name in of_val:
         if name not in files.of:
-            out.add(str(truth[0]), Item(f"{name}.JPEG", {}, None, "val"), "missing")
+            out.add(str(truth[0]), SourceItem(f"{name}.JPEG", {}, None, "val"), "missing")
     return out.source(["label"], files.left())
 
 

@@ -8,17 +8,25 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from data_prep.sources.common import Item, Items, Source, inside, need, seconds, text_lines
+from data_prep.sources.common import (
+    ListingBuilder,
+    SourceItem,
+    SourceListing,
+    inside,
+    need,
+    seconds,
+    text_lines,
+)
 from data_prep.sources.csv_list import check
-from vidssl.errors import UserError
+from vidssl.core.errors import UserError
 
 KEYS = ("path", "label", "labels", "group", "split", "start", "end")
 
 
-def read(root: Path, annotations: Sequence[Path]) -> Source:
+def read(root: Path, annotations: Sequence[Path]) -> SourceListing:
     """Paths are relative to the source."""
     need(annotations, "jsonl", "files with one object a line")
-    out, sets = Items(repeats=False), dict[str, None]()
+    out, sets = ListingBuilder(repeats=False), dict[str, None]()
     for file in annotations:
         for number, line in enumerate(text_lines(file), 1):
             if not line.strip():
@@ -36,7 +44,7 @@ def read(root: Path, annotations: Sequence[Path]) -> Source:
             sets |= dict.fromkeys(labels)
             group, split = (_name(where, key, entry.get(key)) for key in ("group", "split"))
             times = seconds(where, entry.get("start"), entry.get("end"))
-            item = Item(inside(where, entry.get("path"), root), labels, group, split, *times)
+            item = SourceItem(inside(where, entry.get("path"), root), labels, group, split, *times)
             out.add(where, item, check(root, item))
     return out.source(sets)
 

@@ -8,14 +8,24 @@ underscores (the official crawler, OpenMMLab). A file called ID alone is the who
 from collections.abc import Sequence
 from pathlib import Path
 
-from data_prep.sources.common import SPLITS, Files, Item, Items, Source, need, seconds, split_of, table
-from vidssl.errors import UserError
+from data_prep.sources.common import (
+    SPLITS,
+    FileFinder,
+    ListingBuilder,
+    SourceItem,
+    SourceListing,
+    need,
+    seconds,
+    split_of,
+    table,
+)
+from vidssl.core.errors import UserError
 
 
-def read(root: Path, annotations: Sequence[Path]) -> Source:
+def read(root: Path, annotations: Sequence[Path]) -> SourceListing:
     """Group: the YouTube video. The split is the row's, or that in the file's name where there is no such column."""
     need(annotations, "kinetics", "train.csv, val.csv or validate.csv, test.csv")
-    files, out = Files(root), Items()
+    files, out = FileFinder(root), ListingBuilder()
     for file in annotations:
         for where, row in table(file, ["youtube_id", "time_start", "time_end"]):
             split = SPLITS.get(row["split"]) if "split" in row else split_of(file)
@@ -23,13 +33,15 @@ def read(root: Path, annotations: Sequence[Path]) -> Source:
                 raise UserError(f"{where}: split {row['split']!r}: expected train, val, validate or test")
             start, end = seconds(where, row["time_start"], row["time_end"])
             if start is None or end is None or not row["youtube_id"]:
-                raise UserError(f"{where}: expected youtube_id, time_start and time_end (seconds), found {row}")
+                raise UserError(
+                    f"{where}: expected youtube_id, time_start and time_end (seconds), found {row}"
+                )
             labels = {"label": row["label"]} if row.get("label") else {}
             name = f"{row['youtube_id']}_{int(start):06d}_{int(end):06d}"
             if path := files.find(name):
-                out.add(where, Item(path, labels, row["youtube_id"], split))
+                out.add(where, SourceItem(path, labels, row["youtube_id"], split))
             elif path := files.find(row["youtube_id"]):
-                out.add(where, Item(path, labels, row["youtube_id"], split, start, end))
+                out.add(where, SourceItem(path, labels, row["youtube_id"], split, start, end))
             else:
-                out.add(where, Item(name, labels, row["youtube_id"], split), "missing")
+                out.add(where, SourceItem(name, labels, row["youtube_id"], split), "missing")
     return out.source(["label"], files.left())

@@ -8,11 +8,20 @@ something-something-v2- or none.
 from collections.abc import Sequence
 from pathlib import Path
 
-from data_prep.sources.common import Files, Item, Items, Source, json_file, json_list, need, split_of
-from vidssl.errors import UserError
+from data_prep.sources.common import (
+    FileFinder,
+    ListingBuilder,
+    SourceItem,
+    SourceListing,
+    json_file,
+    json_list,
+    need,
+    split_of,
+)
+from vidssl.core.errors import UserError
 
 
-def read(root: Path, annotations: Sequence[Path]) -> Source:
+def read(root: Path, annotations: Sequence[Path]) -> SourceListing:
     """The labels file, where given, is what the classes are checked against."""
     need(annotations, "ssv2", "train.json, validation.json, test.json and labels.json")
     classes: dict | None = None
@@ -21,7 +30,7 @@ def read(root: Path, annotations: Sequence[Path]) -> Source:
             classes = json_file(file)
             if not isinstance(classes, dict) or not classes:
                 raise UserError(f"{file}:1: expected an object, class -> number")
-    files, out = Files(root), Items()
+    files, out = FileFinder(root), ListingBuilder()
     for file in annotations:
         if file.stem.endswith("labels"):
             continue
@@ -35,5 +44,5 @@ def read(root: Path, annotations: Sequence[Path]) -> Source:
                         f"{where}: class {labels['label']!r}: expected one of the {len(classes)} in the labels"
                     )
             path = files.find(name)
-            out.add(where, Item(path or name, labels, None, split), None if path else "missing")
+            out.add(where, SourceItem(path or name, labels, None, split), None if path else "missing")
     return out.source(["label"], files.left())

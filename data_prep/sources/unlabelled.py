@@ -7,28 +7,38 @@ and end in seconds; the file of a video is called VIDEO_ID, in any folder.
 from collections.abc import Sequence
 from pathlib import Path
 
-from data_prep.sources.common import Files, Item, Items, Source, inside, need, seconds, table, text_lines
+from data_prep.sources.common import (
+    FileFinder,
+    ListingBuilder,
+    SourceItem,
+    SourceListing,
+    inside,
+    need,
+    seconds,
+    table,
+    text_lines,
+)
 from data_prep.sources.csv_list import check
-from vidssl.errors import UserError
+from vidssl.core.errors import UserError
 
 
-def read(root: Path, annotations: Sequence[Path]) -> Source:
+def read(root: Path, annotations: Sequence[Path]) -> SourceListing:
     """Group: the video."""
     need(annotations, "unlabelled", "a .txt of paths, or a .csv with video_id")
-    out, files = Items(), None
+    out, files = ListingBuilder(), None
     for file in annotations:
         if file.suffix == ".csv":
-            files = files or Files(root)
+            files = files or FileFinder(root)
             for where, row in table(file, ["video_id"]):
                 if not row["video_id"]:
                     raise UserError(f"{where}: no video_id")
                 path, times = files.find(row["video_id"]), seconds(where, row.get("start"), row.get("end"))
-                item = Item(path or row["video_id"], {}, row["video_id"], None, *times)
+                item = SourceItem(path or row["video_id"], {}, row["video_id"], None, *times)
                 out.add(where, item, None if path else "missing")
         elif file.suffix == ".txt":
             for number, line in enumerate(text_lines(file), 1):
                 if line.strip():
-                    item = Item(inside(f"{file}:{number}", line, root), {})
+                    item = SourceItem(inside(f"{file}:{number}", line, root), {})
                     out.add(f"{file}:{number}", item, check(root, item))
         else:
             raise UserError(f"{file}: expected a .txt of paths or a .csv with video_id")

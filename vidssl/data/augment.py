@@ -20,8 +20,8 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
 from vidssl.config import Amount, Count, Range, Share, Size
-from vidssl.errors import UserError
-from vidssl.objective.targets import MEAN, STD
+from vidssl.core.errors import UserError
+from vidssl.core.pixels import MEAN, STD
 
 Scale = Annotated[float, Field(gt=0, le=1)]
 RAND_AUGMENT = (
@@ -52,7 +52,7 @@ def scale(frames: np.ndarray, short_side: int | None) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Colour:
+class ColorJitter:
     """Colour jitter, the same factors in the same random order for all frames (torchvision's ColorJitter).
 
     A factor is drawn from 1 - amount .. 1 + amount (not below 0), the turn of the hue from -hue .. hue of the circle.
@@ -77,7 +77,9 @@ class Colour:
             if what == 3 and self.hue:
                 frames = TF.adjust_hue(frames, turn)
             elif what < 3 and amounts[what]:
-                frames = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation)[what](frames, factors[what])
+                frames = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation)[what](
+                    frames, factors[what]
+                )
         if coins[1] < self.grey:
             frames = TF.rgb_to_grayscale(frames, num_output_channels=3)
         return frames.transpose(0, 1).contiguous()
@@ -132,14 +134,16 @@ def _erase(clip: Tensor, mode: str, rng: np.random.Generator) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Changes:
+class Augmentations:
     """What happens to a clip that is cut: the options that every training crop has."""
 
     flip: Share = 0.0  # probability; leave 0 where left and right mean something
     randaugment: str | None = None  # as timm names it, e.g. rand-m7-n4-mstd0.5-inc1 (V-JEPA's probes)
-    colour: Colour | None = None
-    erase: Share = 0.0  # probability (V-JEPA's probes: 0.25)
-    erase_mode: Literal["const", "rand", "pixel"] = "pixel"  # the mean colour, one random colour, noise
+    colour: ColorJitter | None = None
+    random_erasing: Share = 0.0  # probability (V-JEPA's probes: 0.25)
+    random_erasing_mode: Literal["const", "rand", "pixel"] = (
+        "pixel"  # the mean colour, one random colour, noise
+    )
 
     def __post_init__(self) -> None:
         if self.randaugment is not None and not re.fullmatch(RAND_AUGMENT, self.randaugment):
@@ -157,13 +161,13 @@ class Changes:
         clip = _planes(frames)
         if self.colour is not None:
             clip = self.colour(clip, rng)
-        if self.erase and rng.uniform() < self.erase:
-            _erase(clip, self.erase_mode, rng)
+        if self.random_erasing and rng.uniform() < self.random_erasing:
+            _erase(clip, self.random_erasing_mode, rng)
         return clip
 
 
 @dataclass(frozen=True)
-class RandomCrop(Changes):
+class RandomCrop(Augmentations):
     """Clip-consistent random resized crop and horizontal flip (Inception's crop; V-JEPA, app/vjepa/transforms.py)."""
 
     size: Count  # pixels, height and width of the clip
@@ -188,7 +192,7 @@ class RandomCrop(Changes):
 
 
 @dataclass(frozen=True)
-class MultiScaleCrop(Changes):
+class MultiScaleCrop(Augmentations):
     """Clip-consistent crop of one of a few sizes at one of 13 places.
 
     A side is a share of the frame's short side; a box's two sides are neighbours among the scales. The places are five
@@ -212,13 +216,29 @@ class MultiScaleCrop(Changes):
     def pairs(self, short_side: int) -> list[tuple[int, int]]:
         """(height, width) in pixels of every box; a side within 2 pixels of `size` is `size`, if the frame has it."""
         sides = [max(1, int(short_side * scale)) for scale in self.scales]
-        sides = [self.size if abs(side - self.size) < 3 and self.size <= short_side else side for side in sides]
+        sides = [
+            self.size if abs(side - self.size) < 3 and self.size <= short_side else side for side in sides
+        ]
         near = range(-self.max_distort, self.max_distort + 1)
         return [(h, sides[i + d]) for i, h in enumerate(sides) for d in near if 0 <= i + d < len(sides)]
 
 
 # (steps to the right, steps down), a step being a quarter of the room that a box has
-PLACES = [(0, 0), (4, 0), (0, 4), (4, 4), (2, 2), (0, 2), (4, 2), (2, 4), (2, 0), (1, 1), (3, 1), (1, 3), (3, 3)]
+PLACES = [
+    (0, 0),
+    (4, 0),
+    (0, 4),
+    (4, 4),
+    (2, 2),
+    (0, 2),
+    (4, 2),
+    (2, 4),
+    (2, 0),
+    (1, 1),
+    (3, 1),
+    (1, 3),
+    (3, 3),
+]
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from vidssl.core.errors import UserError
 from vidssl.data.remote import ShardError, fetch_small, is_url, join, shown
-from vidssl.errors import UserError
 
 VERSION = 1
 _SHA256 = re.compile("[0-9a-f]{64}")
@@ -42,7 +42,9 @@ def index_text(folder: str) -> bytes:
         return Path(where).read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         inside = sorted(p.parent.name for p in Path(folder).glob("*/index.json"))
-        hint = f"; did you mean one of {inside} in it?" if inside else "; make one with python -m data_prep.pack"
+        hint = (
+            f"; did you mean one of {inside} in it?" if inside else "; make one with python -m data_prep.pack"
+        )
         raise UserError(f"{folder}: no index.json, so this is not a packed data set{hint}") from None
     except OSError as e:
         raise UserError(f"{where}: {e.strerror}") from None

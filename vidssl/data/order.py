@@ -17,7 +17,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from vidssl.errors import UserError
+from vidssl.core.errors import UserError
 
 
 class Epoch(NamedTuple):
@@ -41,15 +41,25 @@ class Stream(Protocol):
 class Order:
     """The order of a set of shards for training."""
 
-    def __init__(self, counts: list[int] | np.ndarray, seed: int, lanes: int = 8, window: int = 4096, number: int = 0):
+    def __init__(
+        self, counts: list[int] | np.ndarray, seed: int, lanes: int = 8, window: int = 4096, number: int = 0
+    ):
         """counts: samples in each shard; lanes L: a multiple of every number of processes; window: in samples.
 
         number: tells corpora of one run apart, so that equal ones are not shuffled alike.
         """
         self.counts = np.asarray(counts, np.int64)
-        self.n, self.seed, self.lanes, self.window, self.number = int(self.counts.sum()), seed, lanes, window, number
+        self.n, self.seed, self.lanes, self.window, self.number = (
+            int(self.counts.sum()),
+            seed,
+            lanes,
+            window,
+            number,
+        )
         self._epoch = lru_cache(maxsize=2)(self._lay_out)
-        self._shuffle = lru_cache(maxsize=lanes + 8)(self._permute)  # a process asks for the lanes that it owns
+        self._shuffle = lru_cache(maxsize=lanes + 8)(
+            self._permute
+        )  # a process asks for the lanes that it owns
 
     def __reduce__(self) -> tuple[type["Order"], tuple]:  # workers keep caches of their own
         return Order, (self.counts, self.seed, self.lanes, self.window, self.number)
@@ -191,4 +201,6 @@ def check_split(batch: int, lanes: int, world: int, what: str = "run.batch", rep
         times = f" x data.repeat {repeat}" if repeat > 1 else ""
         raise UserError(f"{what} {batch} is not a multiple of run.lanes {lanes}{times}")
     if lanes % world:
-        raise UserError(f"run.lanes {lanes} is not a multiple of the {world} processes: choose a common multiple")
+        raise UserError(
+            f"run.lanes {lanes} is not a multiple of the {world} processes: choose a common multiple"
+        )

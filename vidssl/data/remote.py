@@ -23,13 +23,15 @@ from urllib.parse import quote, unquote, urlsplit, urlunsplit
 from fsspec.asyn import sync
 from fsspec.core import url_to_fs
 
-from vidssl.errors import UserError
-from vidssl.files import check_out, make_folder, sha256_of
+from vidssl.core.errors import UserError
+from vidssl.core.io import check_writable, make_folder, stream_sha256
 
-QUIET = 30.0  # seconds without a byte, until a connection counts as dead
-BLOCK = 8 << 20  # bytes of one request where fsspec reads; must arrive within 2 * QUIET
-LEAST = 64 << 10  # bytes; what brings less in 2 * QUIET counts as dead, and a retry that brings less as failed
-WAITS = (0.5, 1.0, 2.0, 4.0, 8.0)  # seconds before each of the retries
+READ_TIMEOUT_S = 30.0  # seconds without a byte, until a connection counts as dead
+BLOCK_BYTES = 8 << 20  # bytes of one request where fsspec reads; must arrive within 2 * QUIET
+MIN_PROGRESS_BYTES = (
+    64 << 10
+)  # bytes; what brings less in 2 * QUIET counts as dead, and a retry that brings less as failed
+RETRY_DELAYS_S = (0.5, 1.0, 2.0, 4.0, 8.0)  # seconds before each of the retries
 
 
 class ShardError(Exception):
@@ -83,11 +85,11 @@ def fetch(url: str, out: BinaryIO, size: int | None = None) -> None:
     """
     failed, furthest = 0, out.seek(0, os.SEEK_END)
     while problem := _attempt(url, out, size):
-        if out.tell() >= furthest + LEAST:
+        if out.tell() >= furthest + MIN_PROGRESS_BYTES:
             failed, furthest = 0, out.tell()
-        if failed == len(WAITS):
+        if failed == len(RETRY_DELAYS_S):
             raise ShardError(f"{shown(url)}: given up after {failed} retries: {problem}")
-        time.sleep(WAITS[failed])
+        time.sleep(RETRY_DELAYS_S[failed])
         failed += 1
 
 
@@ -97,7 +99,9 @@ def _attempt(url: str, out: BinaryIO, size: int | None) -> str:
     if at == size:
         return ""
     try:
-        begin, total, blocks = (_from_http if url.startswith(("http://", "https://")) else _from_fsspec)(url, at)
+        begin, total, blocks = (_from_http if url.startswith(("http://", "https://")) else _from_fsspec)(
+            url, at
+        )
         if size is not None and total not in (size, None):
             raise ShardError(f"{shown(url)}: has {total} bytes, the index says {size}", "shard_changed")
         out.seek(begin)
@@ -130,10 +134,12 @@ def _from_http(url: str, at: int) -> tuple[int, int | None, Iterator[bytes]]:
     """-> (where the bytes begin: `at`, or 0 if the server has no ranges; bytes of the whole file, if told; bytes)"""
     headers = {"User-Agent": "vidssl"} | ({"Range": f"bytes={at}-"} if at else {})
     try:
-        answer = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=QUIET)
+        answer = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=READ_TIMEOUT_S)
     except urllib.error.HTTPError as e:
         if e.code == 416:  # nothing from there on: the file has become shorter
-            raise ShardError(f"{shown(url)}: has no more than {at} bytes, the index says more", "shard_changed") from e
+            raise ShardError(
+                f"{shown(url)}: has no more than {at} bytes, the index says more", "shard_changed"
+            ) from e
         raise
     begin = at if answer.status == 206 else 0
 
@@ -143,9 +149,9 @@ def _from_http(url: str, at: int) -> tuple[int, int | None, Iterator[bytes]]:
             while block := answer.read1(1 << 20):
                 yield block
                 got += len(block)
-                if time.monotonic() > since + 2 * QUIET:
-                    if got < LEAST:
-                        raise TimeoutError(f"only {got} bytes in {2 * QUIET:.0f} s")
+                if time.monotonic() > since + 2 * READ_TIMEOUT_S:
+                    if got < MIN_PROGRESS_BYTES:
+                        raise TimeoutError(f"only {got} bytes in {2 * READ_TIMEOUT_S:.0f} s")
                     since, got = time.monotonic(), 0
 
     return begin, None if answer.length is None else begin + answer.length, blocks()
@@ -160,11 +166,15 @@ def _from_fsspec(url: str, at: int) -> tuple[int, int | None, Iterator[bytes]]:
 
     def call(name: str, **between: int) -> Any:
         if fs.async_impl:
-            return sync(fs.loop, getattr(fs, f"_{name}"), path, timeout=2 * QUIET, **between)
+            return sync(fs.loop, getattr(fs, f"_{name}"), path, timeout=2 * READ_TIMEOUT_S, **between)
         return getattr(fs, name)(path, **between)
 
     total = call("info")["size"]
-    return at, total, (call("cat_file", start=i, end=min(i + BLOCK, total)) for i in range(at, total, BLOCK))
+    return (
+        at,
+        total,
+        (call("cat_file", start=i, end=min(i + BLOCK_BYTES, total)) for i in range(at, total, BLOCK_BYTES)),
+    )
 
 
 def _network_errors() -> tuple[type[Exception], ...]:
@@ -189,7 +199,7 @@ class Cache:
         base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         self.folder = Path(folder).absolute() if folder else Path(base) / "vidssl"
         self.limit = limit
-        check_out(self.folder)
+        check_writable(self.folder)
         make_folder(self.folder)
 
     def has(self, sha256: str) -> bool:
@@ -297,7 +307,7 @@ def _fetch_checked(url: str, file: BinaryIO, sha256: str, size: int | None) -> N
     for _ in range(2):
         try:
             fetch(url, file, size)
-            if (found := sha256_of(file)) == sha256:
+            if (found := stream_sha256(file)) == sha256:
                 os.fsync(file.fileno())
                 return
             problem = f"{shown(url)}: its sha256 is {found}, the index says {sha256}"

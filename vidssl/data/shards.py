@@ -17,9 +17,9 @@ from typing import Any, BinaryIO, Literal, NamedTuple
 
 import numpy as np
 
+from vidssl.core.errors import DecodeError, UserError
 from vidssl.data.index import Entries, entries, index_text, parse_index
 from vidssl.data.remote import Cache, ShardError, is_url, join, local, shown
-from vidssl.errors import DecodeError, UserError
 
 LINES_BYTES = 64 << 20  # of .jsonl files kept in a process
 
@@ -33,7 +33,7 @@ class Sample(NamedTuple):
     meta: dict[str, Any]  # label, labels, fps, frames, ...: see data_prep.pack
 
 
-class Lines(Sequence[Sample]):
+class IndexLines(Sequence[Sample]):
     """The samples of a shard: the bytes of its .jsonl, of which a line is parsed when it is asked for."""
 
     def __init__(self, data: bytes, shard: int, where: str):
@@ -50,7 +50,9 @@ class Lines(Sequence[Sample]):
             r = json.loads(self.data[self.ends[number - 1] + 1 if number else 0 : self.ends[number]])
             return Sample(r["key"], r["ext"], self.shard, r["offset"], r["size"], r["meta"])
         except (ValueError, KeyError, TypeError) as e:
-            raise ShardError(f"{self.where}: line {number + 1} is not of a sample ({e})", "shard_changed") from e
+            raise ShardError(
+                f"{self.where}: line {number + 1} is not of a sample ({e})", "shard_changed"
+            ) from e
 
 
 class Shards:
@@ -81,7 +83,9 @@ class Shards:
             index = parse_index(text, folder)
             for name, names in index["classes"].items():
                 if self.classes.setdefault(name, names) != names:
-                    raise UserError(f"{folder}: the classes of label '{name}' differ from those of {folders[0]}")
+                    raise UserError(
+                        f"{folder}: the classes of label '{name}' differ from those of {folders[0]}"
+                    )
             parts.append(entries(index, folder))
         self.entries = Entries(*map(np.concatenate, zip(*parts, strict=True)))
         self.folder_of = np.repeat(np.arange(len(parts)), [len(p.names) for p in parts])
@@ -105,7 +109,7 @@ class Shards:
 
     def _forget(self) -> None:
         """What a process has of its own."""
-        self._kept: OrderedDict[int, Lines] = OrderedDict()  # the last asked for at the end
+        self._kept: OrderedDict[int, IndexLines] = OrderedDict()  # the last asked for at the end
         self._kept_bytes = 0
         self._lost: dict[int, tuple[str, str]] = {}  # reason and detail
         self._open = lru_cache(maxsize=64)(lambda path: open(path, "rb"))  # noqa: SIM115
@@ -173,7 +177,7 @@ class Shards:
             raise ShardError(f"{path}: ends before the sample {sample.key}", "shard_changed")
         return data
 
-    def _lines(self, shard: int) -> Lines:
+    def _lines(self, shard: int) -> IndexLines:
         if shard in self._kept:
             self._kept.move_to_end(shard)
             return self._kept[shard]
@@ -183,7 +187,7 @@ class Shards:
             self._kept_bytes -= self._kept.popitem(last=False)[1].nbytes
         return lines
 
-    def _read_lines(self, shard: int) -> Lines:
+    def _read_lines(self, shard: int) -> IndexLines:
         path, sha256 = self.path(shard, ".jsonl"), self.entries.index_sha256[shard].decode()
         if self.cache and is_url(path):
             with self.cache.open(path, sha256, None) as file:
@@ -194,9 +198,11 @@ class Shards:
                     data = file.read()
             except OSError as e:
                 raise ShardError(f"{path}: {e.strerror}") from e
-        lines, want = Lines(data, shard, shown(path)), self.counts[shard]
+        lines, want = IndexLines(data, shard, shown(path)), self.counts[shard]
         if len(lines) != want:
-            raise ShardError(f"{lines.where}: {len(lines)} samples, but index.json says {want}", "shard_changed")
+            raise ShardError(
+                f"{lines.where}: {len(lines)} samples, but index.json says {want}", "shard_changed"
+            )
         if hashlib.sha256(data).hexdigest() != sha256:
             raise ShardError(f"{lines.where}: its sha256 differs from index.json's", "shard_changed")
         return lines

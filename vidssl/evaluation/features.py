@@ -13,9 +13,9 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from vidssl.config import Count, Positive, Size
+from vidssl.core.errors import UserError
 from vidssl.data.shards import Sample, Shards
-from vidssl.errors import UserError
-from vidssl.evaluation.cache import Rows, Shape, used_gb
+from vidssl.evaluation.feature_cache import FeatureShape, FeatureStore, used_gb
 from vidssl.evaluation.views import EvalClips, View
 
 Encode = Callable[[Tensor], Tensor]  # video u8 [B, 3, T, S, S] -> f32 [B, N, D]
@@ -23,33 +23,37 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reading:
+class FeatureStorage:
     """How features are computed and kept; of these only `cache_dtype` changes results."""
 
-    cache: str | None = None  # a folder where features stay for other heads, protocols and calls; None: in memory
+    cache: str | None = (
+        None  # a folder where features stay for other heads, protocols and calls; None: in memory
+    )
     cache_gb: Positive = 100.0  # that the folder may hold
     cache_dtype: Literal["fp32", "bf16"] = "fp32"  # on disk
     memory_gb: Positive = 8.0  # that features may take without a cache
-    stream: Literal["auto", "never", "always"] = "auto"  # decode and encode in every epoch: auto, where they do not fit
+    stream: Literal["auto", "never", "always"] = (
+        "auto"  # decode and encode in every epoch: auto, where they do not fit
+    )
     allow_unreadable: bool = False  # a test video that cannot be read: an error, or counted wrong and listed
     encode_batch: Count = 16  # videos
     workers: Size = 2  # processes that decode
 
 
-class Source(Protocol):
+class TokenSource(Protocol):
     """Features by the numbers of examples. An example is `per` clips of a sample, numbered as in EvalClips."""
 
-    shape: Shape
+    shape: FeatureShape
 
     def batches(self, per: int, lists: list[list[int]]) -> Iterator[Tensor]:
         """f32 [b, per * N, D] on the device for each list of examples, to do with as one likes."""
 
 
-class Kept:
+class StoredFeatures:
     """Features [n, C, N, D], in memory or mapped from the disk."""
 
     def __init__(self, tokens: Tensor, device: torch.device):
-        self.tokens, self.device, self.shape = tokens, device, Shape(*tokens.shape)
+        self.tokens, self.device, self.shape = tokens, device, FeatureShape(*tokens.shape)
 
     def batches(self, per: int, lists: list[list[int]]) -> Iterator[Tensor]:
         s = self.shape
@@ -58,10 +62,10 @@ class Kept:
             yield examples[numbers].to(self.device).float()
 
 
-class Streamed:
+class StreamedFeatures:
     """Features that are computed anew whenever they are asked for, by all heads of a grid together."""
 
-    def __init__(self, feed: "Feed", shape: Shape):
+    def __init__(self, feed: "FeatureLoader", shape: FeatureShape):
         self.feed, self.shape = feed, shape
 
     def batches(self, per: int, lists: list[list[int]]) -> Iterator[Tensor]:
@@ -77,7 +81,7 @@ class Streamed:
                 found, size = [], next(sizes, 0)
 
 
-class Standardised:
+class StandardisedFeatures:
     """Another source with the mean of train at each token taken off, and the deviation of train in each channel 1.
 
     After the encoder's LayerNorm, what is common to all clips (positions above all) can be much larger than what tells
@@ -85,7 +89,7 @@ class Standardised:
     than the information. Statistics come from train alone.
     """
 
-    def __init__(self, source: Source, mean: Tensor, deviation: Tensor):
+    def __init__(self, source: TokenSource, mean: Tensor, deviation: Tensor):
         self.source, self.mean, self.deviation, self.shape = source, mean, deviation, source.shape
 
     def batches(self, per: int, lists: list[list[int]]) -> Iterator[Tensor]:
@@ -93,7 +97,7 @@ class Standardised:
             yield tokens.sub_(self.mean).div_(self.deviation)  # a batch is a copy
 
 
-def statistics(source: Source, per: int, examples: list[int], batch: int) -> tuple[Tensor, Tensor]:
+def statistics(source: TokenSource, per: int, examples: list[int], batch: int) -> tuple[Tensor, Tensor]:
     """-> (mean [per * N, D] at each token, deviation [D] about those means) over examples; summed in f64."""
     first, second = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
     lists = [examples[i : i + batch] for i in range(0, len(examples), batch)]
@@ -105,7 +109,7 @@ def statistics(source: Source, per: int, examples: list[int], batch: int) -> tup
     return mean.float(), variance.clamp_min(0).sqrt().clamp_min(1e-6).float()
 
 
-class Feed(NamedTuple):
+class FeatureLoader(NamedTuple):
     """What is needed to compute the features of a data set under a view."""
 
     encode: Encode
@@ -113,7 +117,7 @@ class Feed(NamedTuple):
     samples: list[Sample]
     view: View
     accelerator: Accelerator
-    reading: Reading
+    reading: FeatureStorage
     name: str  # for the progress line
 
     @torch.no_grad()
@@ -135,13 +139,15 @@ class Feed(NamedTuple):
                 yield number, clip if isinstance(clip, str) else next(tokens)
 
     @torch.no_grad()
-    def shape(self) -> Shape:
+    def shape(self) -> FeatureShape:
         """From one black clip."""
         v = self.view
-        clip = torch.zeros(1, 3, v.seen or v.frames, v.size, v.size, dtype=torch.uint8, device=self.accelerator.device)
-        return Shape(len(self.samples), v.clips, *self.encode(clip).shape[1:])
+        clip = torch.zeros(
+            1, 3, v.seen or v.frames, v.size, v.size, dtype=torch.uint8, device=self.accelerator.device
+        )
+        return FeatureShape(len(self.samples), v.clips, *self.encode(clip).shape[1:])
 
-    def rows(self, numbers: list[int], shape: Shape) -> Iterator[tuple[int, Tensor | str]]:
+    def rows(self, numbers: list[int], shape: FeatureShape) -> Iterator[tuple[int, Tensor | str]]:
         """(number of a sample, f32 [C, N, D] or why it cannot be read)."""
         for number, value in self.examples(shape.clips, numbers):
             yield number, value if isinstance(value, str) else value.view(shape[1:])
@@ -159,11 +165,13 @@ def _reasons(items: list[tuple[int, Tensor | str]]) -> list[tuple[int, str]]:
 
 
 class Features(NamedTuple):
-    source: Source
+    source: TokenSource
     unreadable: dict[int, str]  # number of a sample -> reason
 
 
-def place(shapes: list[Shape], abouts: list[dict], reading: Reading, processes: int) -> tuple[str, str]:
+def choose_storage(
+    shapes: list[FeatureShape], abouts: list[dict], reading: FeatureStorage, processes: int
+) -> tuple[str, str]:
     """-> ("disk", "memory" or "stream": where the features of these data sets under one view go, and a line that says
     so before any work is done)."""
     if reading.cache is not None:
@@ -187,11 +195,11 @@ def place(shapes: list[Shape], abouts: list[dict], reading: Reading, processes: 
     return "stream", f"{full}: they are computed in every epoch, which is slow"
 
 
-def make_features(feed: Feed, shape: Shape, where: str, about: dict[str, Any]) -> Features:
+def make_features(feed: FeatureLoader, shape: FeatureShape, where: str, about: dict[str, Any]) -> Features:
     """Computed by all processes, each its part; all get the whole. about: what decides the features, for the cache."""
     a, numbers = feed.accelerator, range(len(feed.samples))
     if where == "stream":
-        found = Features(Streamed(feed, shape), feed.unreadable() if a.is_main_process else {})
+        found = Features(StreamedFeatures(feed, shape), feed.unreadable() if a.is_main_process else {})
     elif where == "disk":
         found = on_disk(feed, shape, about)
     else:
@@ -202,18 +210,20 @@ def make_features(feed: Feed, shape: Shape, where: str, about: dict[str, Any]) -
                 bad[number] = value
             else:
                 tokens[number] = value
-        found = Features(Kept(tokens, a.device), dict(sorted(bad.items())))
+        found = Features(StoredFeatures(tokens, a.device), dict(sorted(bad.items())))
     if len(found.unreadable) == len(feed.samples):
         why = next(iter(found.unreadable.values()))
-        raise UserError(f"none of the {len(feed.samples)} samples can be decoded ({why}): run data_prep.verify")
+        raise UserError(
+            f"none of the {len(feed.samples)} samples can be decoded ({why}): run data_prep.verify"
+        )
     return found
 
 
-def on_disk(feed: Feed, shape: Shape, about: dict[str, Any]) -> Features:
+def on_disk(feed: FeatureLoader, shape: FeatureShape, about: dict[str, Any]) -> Features:
     """What is missing in the cache is computed; everything else is verified."""
     a = feed.accelerator
     assert feed.reading.cache is not None
-    rows = Rows(Path(feed.reading.cache), about, shape, DTYPES[feed.reading.cache_dtype])
+    rows = FeatureStore(Path(feed.reading.cache), about, shape, DTYPES[feed.reading.cache_dtype])
 
     def fill() -> None:
         a.wait_for_everyone()  # the first has the lock and has made the file
@@ -227,4 +237,4 @@ def on_disk(feed: Feed, shape: Shape, about: dict[str, Any]) -> Features:
     else:
         fill()
     tokens, bad = rows.read()
-    return Features(Kept(tokens, a.device), bad)
+    return Features(StoredFeatures(tokens, a.device), bad)

@@ -12,11 +12,11 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from vidssl.config import Amount, Count, Positive
-from vidssl.evaluation.features import Source
-from vidssl.evaluation.protocol import Grid, Protocol, Train, chunks, pooled
+from vidssl.core.schedules import cosine
+from vidssl.evaluation.features import TokenSource
+from vidssl.evaluation.protocol import HyperparameterGrid, Protocol, TrainingSet, chunks, pooled
 from vidssl.evaluation.tasks import Task
-from vidssl.model.attentive import HEAD_EPS, AttentiveHead
-from vidssl.optim import cosine
+from vidssl.model.heads import HEAD_EPS, AttentiveHead, LinearHead
 
 LBFGS_STEPS, LBFGS_TOLERANCE = 500, 1e-5  # at the most; of the largest entry of the gradient
 
@@ -47,26 +47,13 @@ def attend(heads: Sequence[AttentiveHead], tokens: Tensor) -> Iterator[Tensor]:
         yield head.linear(query + head.mlp(head.norm2(query)))
 
 
-class LinearHead(nn.Module):
-    """[B, 1, D] -> logits [B, C]."""
-
-    def __init__(self, dim: int, outputs: int):
-        super().__init__()
-        self.linear = nn.Linear(dim, outputs)
-        nn.init.zeros_(self.linear.weight)
-        nn.init.zeros_(self.linear.bias)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.linear(tokens[:, 0])
-
-
 def logits_of(heads: Sequence[nn.Module], tokens: Tensor) -> Iterator[Tensor]:
     """[B, C] of each head."""
     return attend(heads, tokens) if is_joint(heads) else (head(tokens) for head in heads)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trained(Protocol):
+class GradientHead(Protocol):
     """Heads that AdamW trains, the rate falling to zero along a cosine."""
 
     epochs: Count = 20
@@ -75,46 +62,59 @@ class Trained(Protocol):
     weight_decay: Annotated[tuple[Amount, ...], Field(min_length=1)] = (0.01,)
     clip: Positive | None = 1.0  # norm of a head's gradient (V-JEPA 2: null)
 
-    def grid(self) -> Grid:
+    def grid(self) -> HyperparameterGrid:
         return [{"lr": lr, "weight_decay": decay} for lr in self.lr for decay in self.weight_decay]
 
     def head(self, dim: int, outputs: int) -> nn.Module:
         raise NotImplementedError
 
-    def train(self, task: Task, data: Train, grid: Grid) -> list[nn.Module]:
+    def train(self, task: Task, data: TrainingSet, grid: HyperparameterGrid) -> list[nn.Module]:
         """A head for each setting, from the same start, with the same batches in one pass. Of a sample with several
         views an epoch sees one, drawn at random."""
         torch.manual_seed(self.seed)
         first, device = self.head(data.source.shape.width, task.outputs), data.target.device
         heads = [deepcopy(first).to(device) for _ in grid]
-        rates = [{"params": list(head.parameters()), **setting} for head, setting in zip(heads, grid, strict=True)]
+        rates = [
+            {"params": list(head.parameters()), **setting} for head, setting in zip(heads, grid, strict=True)
+        ]
         optimizer = torch.optim.AdamW(rates, fused=True)
-        orders = [order for _ in range(self.epochs) for order in torch.randperm(len(data.numbers)).split(self.batch)]
+        orders = [
+            order for _ in range(self.epochs) for order in torch.randperm(len(data.numbers)).split(self.batch)
+        ]
         views = np.random.default_rng((self.seed, 6))
-        lists = [[data.numbers[i] * self.views + int(views.integers(self.views)) for i in o.tolist()] for o in orders]
-        parts = [heads] if is_joint(heads) else [[head] for head in heads]  # deep ones one by one: they keep much
+        lists = [
+            [data.numbers[i] * self.views + int(views.integers(self.views)) for i in o.tolist()]
+            for o in orders
+        ]
+        parts = (
+            [heads] if is_joint(heads) else [[head] for head in heads]
+        )  # deep ones one by one: they keep much
         for step, tokens in enumerate(data.source.batches(self.per(data.source), lists)):
             target = data.target[orders[step].to(device)]
             for group, setting in zip(optimizer.param_groups, grid, strict=True):
                 group["lr"] = cosine(setting["lr"], 0.0, step / len(lists))
             optimizer.zero_grad()
             for some in parts:
-                torch.stack([task.loss(logits, target) for logits in logits_of(some, tokens)]).sum().backward()
+                torch.stack(
+                    [task.loss(logits, target) for logits in logits_of(some, tokens)]
+                ).sum().backward()
             for head in heads if self.clip is not None else ():
                 torch.nn.utils.clip_grad_norm_(head.parameters(), self.clip)  # type: ignore[arg-type]
             optimizer.step()
         return [head.eval() for head in heads]
 
     @torch.no_grad()
-    def predict(self, models: list[nn.Module], source: Source, numbers: list[int], task: Task) -> Tensor:
+    def predict(self, models: list[nn.Module], source: TokenSource, numbers: list[int], task: Task) -> Tensor:
         found = []
         for tokens in source.batches(self.per(source), chunks(self.examples(numbers), self.batch)):
-            found.append(torch.stack([task.probabilities(logits).cpu() for logits in logits_of(models, tokens)]))
+            found.append(
+                torch.stack([task.probabilities(logits).cpu() for logits in logits_of(models, tokens)])
+            )
         return torch.cat(found, 1).unflatten(1, (len(numbers), self.views)).mean(2)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Attentive(Trained):
+class Attentive(GradientHead):
     """V-JEPA's probe (evals/video_classification_frozen), and with depth 4 V-JEPA 2's. Features are computed once for a
     video, without augmentation; the published protocols augment and encode anew in every epoch."""
 
@@ -126,25 +126,25 @@ class Attentive(Trained):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Linear(Trained):
+class Linear(GradientHead):
     """Logistic (of numbers: ridge) regression on the mean token. solver "lbfgs": to the minimum of
     mean loss + l2 / 2 * |W|^2, where the grid is l2; "adamw": as the attentive heads."""
 
     solver: Literal["lbfgs", "adamw"] = "lbfgs"
     l2: Annotated[tuple[Amount, ...], Field(min_length=1)] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-    slices: Count = 1  # parts of a clip's tokens, time first, whose means stand end to end
+    temporal_bins: Count = 1  # parts of a clip's tokens, time first, whose means stand end to end
     standardise: bool = True
 
-    def grid(self) -> Grid:
+    def grid(self) -> HyperparameterGrid:
         return [{"l2": l2} for l2 in self.l2] if self.solver == "lbfgs" else super().grid()
 
-    def look(self, source: Source, numbers: list[int], device: torch.device) -> Source:
-        return pooled(source, numbers, self, self.slices, device)
+    def look(self, source: TokenSource, numbers: list[int], device: torch.device) -> TokenSource:
+        return pooled(source, numbers, self, self.temporal_bins, device)
 
     def head(self, dim: int, outputs: int) -> nn.Module:
         return LinearHead(dim, outputs)
 
-    def train(self, task: Task, data: Train, grid: Grid) -> list[nn.Module]:
+    def train(self, task: Task, data: TrainingSet, grid: HyperparameterGrid) -> list[nn.Module]:
         if self.solver == "adamw":
             return super().train(task, data, grid)
         (tokens,) = data.source.batches(1, [self.examples(data.numbers)])

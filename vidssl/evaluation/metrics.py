@@ -12,7 +12,7 @@ def accuracy(right: np.ndarray) -> float:
     return round(100 * float(right.mean()), 4)
 
 
-def interval(values: np.ndarray, groups: list[str], seed: int = 0, draws: int = DRAWS) -> list[float]:
+def bootstrap_ci(values: np.ndarray, groups: list[str], seed: int = 0, draws: int = DRAWS) -> list[float]:
     """95 % percentile bootstrap of the mean, in percent; whole groups are resampled, since the clips of one source
     video are not independent. values [n]: hits (bool), or differences of hits of two encoders (a paired comparison);
     groups: one name a sample."""
@@ -29,12 +29,13 @@ def resampled(figure: Callable[[np.ndarray], float], groups: list[str], seed: in
     members = [np.flatnonzero(group == g) for g in range(group.max() + 1)]
     rng = np.random.default_rng((seed, 5))
     drawn = [
-        np.concatenate([members[g] for g in rng.integers(len(members), size=len(members))]) for _ in range(SLOW_DRAWS)
+        np.concatenate([members[g] for g in rng.integers(len(members), size=len(members))])
+        for _ in range(SLOW_DRAWS)
     ]
     return [round(float(q), 4) for q in np.quantile([figure(i) for i in drawn], [0.025, 0.975])]
 
 
-def ranks(output: np.ndarray, truth: np.ndarray) -> np.ndarray:
+def true_class_rank(output: np.ndarray, truth: np.ndarray) -> np.ndarray:
     """How many classes stand before the true one, i64 [n]: output [n, C], truth i64 [n]. Of equal ones the first."""
     mine = np.take_along_axis(output, truth[:, None], 1)
     before = np.arange(output.shape[1]) < truth[:, None]
@@ -56,7 +57,11 @@ def average_precision(score: np.ndarray, relevant: np.ndarray) -> float:
 def mean_average_precision(output: np.ndarray, relevant: np.ndarray) -> float:
     """output [n, C], relevant bool [n, C]: mean over the columns that occur, in percent (multi-label mAP)."""
     some = np.flatnonzero(relevant.any(0))
-    return 100 * float(np.mean([average_precision(output[:, c], relevant[:, c]) for c in some])) if len(some) else 0.0
+    return (
+        100 * float(np.mean([average_precision(output[:, c], relevant[:, c]) for c in some]))
+        if len(some)
+        else 0.0
+    )
 
 
 def r2(guess: np.ndarray, truth: np.ndarray) -> float:

@@ -10,9 +10,9 @@ from pydantic import Field
 from torch import Tensor
 
 from vidssl.config import Count, Positive
-from vidssl.evaluation.features import Source
+from vidssl.evaluation.features import TokenSource
 from vidssl.evaluation.metrics import average_precision
-from vidssl.evaluation.protocol import Grid, Protocol, Train, chunks, pooled
+from vidssl.evaluation.protocol import HyperparameterGrid, Protocol, TrainingSet, chunks, pooled
 from vidssl.evaluation.tasks import Task
 
 QUERIES = 256  # at once
@@ -30,18 +30,21 @@ class Gallery(NamedTuple):
 class Neighbours(Protocol):
     """By the cosine of mean tokens, averaged over views."""
 
-    slices: Count = 1  # parts of a clip's tokens, time first, whose means stand end to end
+    temporal_bins: Count = 1  # parts of a clip's tokens, time first, whose means stand end to end
 
-    def look(self, source: Source, numbers: list[int], device: torch.device) -> Source:
-        return pooled(source, numbers, self, self.slices, device)
+    def look(self, source: TokenSource, numbers: list[int], device: torch.device) -> TokenSource:
+        return pooled(source, numbers, self, self.temporal_bins, device)
 
-    def keys(self, source: Source, numbers: list[int]) -> Tensor:
+    def keys(self, source: TokenSource, numbers: list[int]) -> Tensor:
         """f32 [n, D] of length 1."""
         (tokens,) = source.batches(1, [self.examples(numbers)])
         return F.normalize(tokens[:, 0].unflatten(0, (len(numbers), self.views)).mean(1), dim=-1)
 
-    def train(self, task: Task, data: Train, grid: Grid) -> list[Gallery]:
-        return [Gallery(self.keys(data.source, data.numbers), task.shares(data.target), setting) for setting in grid]
+    def train(self, task: Task, data: TrainingSet, grid: HyperparameterGrid) -> list[Gallery]:
+        return [
+            Gallery(self.keys(data.source, data.numbers), task.shares(data.target), setting)
+            for setting in grid
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,15 +54,17 @@ class Knn(Neighbours):
     k: Annotated[tuple[Count, ...], Field(min_length=1)] = (1, 5, 10, 20, 50, 100, 200)  # the grid
     temperature: Positive = 0.07
 
-    def grid(self) -> Grid:
+    def grid(self) -> HyperparameterGrid:
         return [{"k": k} for k in self.k]
 
-    def predict(self, models: list[Gallery], source: Source, numbers: list[int], task: Task) -> Tensor:
+    def predict(self, models: list[Gallery], source: TokenSource, numbers: list[int], task: Task) -> Tensor:
         """Shares of the votes; of a number the weighted mean."""
         keys, shares, _ = models[0]
         found = []
         for part in chunks(numbers, QUERIES):
-            cosine, near = (self.keys(source, part) @ keys.T).topk(min(max(m.setting["k"] for m in models), len(keys)))
+            cosine, near = (self.keys(source, part) @ keys.T).topk(
+                min(max(m.setting["k"] for m in models), len(keys))
+            )
             weight = ((cosine - cosine[:, :1]) / self.temperature).exp()
             sums = (weight[..., None] * shares[near]).cumsum(1) / weight.cumsum(1)[..., None]
             found.append(torch.stack([sums[:, min(m.setting["k"], len(keys)) - 1] for m in models]).cpu())
@@ -71,15 +76,17 @@ class Retrieval(Neighbours):
     """Test samples ask, train samples answer; relevant is what has the same class, or a tag in common. The accuracy is
     the recall at 1 (the nearest is relevant)."""
 
-    def grid(self) -> Grid:
+    def grid(self) -> HyperparameterGrid:
         return [{}]
 
-    def predict(self, models: list[Gallery], source: Source, numbers: list[int], task: Task) -> Tensor:
+    def predict(self, models: list[Gallery], source: TokenSource, numbers: list[int], task: Task) -> Tensor:
         """The target of the nearest."""
         parts = [(self.keys(source, part) @ models[0].keys.T).argmax(1) for part in chunks(numbers, QUERIES)]
         return models[0].shares[torch.cat(parts)].cpu()[None]
 
-    def more(self, model: Gallery, source: Source, numbers: list[int], task: Task, truths: list[Any]) -> dict[str, Any]:
+    def more(
+        self, model: Gallery, source: TokenSource, numbers: list[int], task: Task, truths: list[Any]
+    ) -> dict[str, Any]:
         """recall_at_5 and retrieval_mAP in percent; what has nothing relevant in train counts as missed."""
         if task.kind == "number":
             return {}

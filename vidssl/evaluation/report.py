@@ -14,11 +14,11 @@ import torch
 from torch import nn
 
 import vidssl
-from vidssl.files import make_folder, replace
-from vidssl.zoo.native import Loaded
+from vidssl.core.io import atomic_write, make_folder
+from vidssl.pretrained.files import LoadedEncoder
 
 
-class Told(NamedTuple):
+class PredictionRow(NamedTuple):
     """A test sample, and what a head says of it: a line of predictions.csv."""
 
     label: str
@@ -41,21 +41,23 @@ def write_csv(path: Path, header: Iterable[str], rows: Iterable[Iterable[Any]]) 
         with open(beside, "w", newline="") as f:
             csv.writer(f).writerows([header, *rows])
 
-    replace(path, write)
+    atomic_write(path, write)
 
 
-def write_tables(out: Path, told: list[Told], class_labels: set[str]) -> None:
+def write_tables(out: Path, told: list[PredictionRow], class_labels: set[str]) -> None:
     """predictions.csv; and of labels with one class a sample per_class.csv and confusion.csv (what occurs)."""
-    write_csv(out / "predictions.csv", Told._fields, told)
+    write_csv(out / "predictions.csv", PredictionRow._fields, told)
     pairs = Counter((*t[:4], t.truth, t.predicted) for t in told if t.label in class_labels)
     write_csv(
-        out / "confusion.csv", (*Told._fields[:4], "truth", "predicted", "n"), ((*k, n) for k, n in pairs.items())
+        out / "confusion.csv",
+        (*PredictionRow._fields[:4], "truth", "predicted", "n"),
+        ((*k, n) for k, n in pairs.items()),
     )
     sizes: Counter[tuple] = Counter()
     for (*run, truth, _), n in pairs.items():
         sizes[(*run, truth)] += n
     rows = [(*k, n, pairs[(*k, k[-1])], round(100 * pairs[(*k, k[-1])] / n, 2)) for k, n in sizes.items()]
-    write_csv(out / "per_class.csv", (*Told._fields[:4], "class", "n", "right", "accuracy"), rows)
+    write_csv(out / "per_class.csv", (*PredictionRow._fields[:4], "class", "n", "right", "accuracy"), rows)
 
 
 def write_lists(out: Path, lists: dict[str, str]) -> None:
@@ -63,7 +65,7 @@ def write_lists(out: Path, lists: dict[str, str]) -> None:
     if lists:
         make_folder(out / "lists")
     for name, text in lists.items():
-        replace(out / "lists" / name, partial(Path.write_text, data=text))
+        atomic_write(out / "lists" / name, partial(Path.write_text, data=text))
 
 
 def low_shot_summary(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -101,7 +103,7 @@ def code_hash(*parts: str) -> str:
     return digest.hexdigest()
 
 
-def write_report(path: Path, cfg: dict[str, Any], loaded: Loaded, own: dict[str, Any]) -> None:
+def write_report(path: Path, cfg: dict[str, Any], loaded: LoadedEncoder, own: dict[str, Any]) -> None:
     """probe.json or dense.json: its own part, and what every report says of the encoder, the code and the options."""
     encoder: dict[str, Any] = {k: cfg[k] for k in ("random_init", "encoder_file") if k in cfg}
     report = {
@@ -113,4 +115,4 @@ def write_report(path: Path, cfg: dict[str, Any], loaded: Loaded, own: dict[str,
         "config": cfg,
     }
     text = json.dumps(report, indent=1, allow_nan=False)
-    replace(path, lambda beside: beside.write_text(text))
+    atomic_write(path, lambda beside: beside.write_text(text))

@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vidssl.core.errors import UserError
 from vidssl.data.shards import Sample
-from vidssl.errors import UserError
 from vidssl.evaluation import metrics
 
-Truth = int | float | list[int]
+Label = int | float | list[int]
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,9 @@ class Task:
         if self.kind == "class":
             return torch.tensor(truths, device=device)
         if self.kind == "number":
-            return ((torch.tensor(truths, dtype=torch.float32, device=device) - self.centre) / self.scale)[:, None]
+            return ((torch.tensor(truths, dtype=torch.float32, device=device) - self.centre) / self.scale)[
+                :, None
+            ]
         rows = torch.zeros(len(truths), len(self.names))
         for row, tags in zip(rows, truths, strict=True):
             row[list(tags)] = 1
@@ -55,14 +57,16 @@ class Task:
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """[..., C] -> probabilities of classes or tags; of a number the (standardised) value."""
-        return {"class": lambda x: x.softmax(-1), "tags": torch.sigmoid, "number": lambda x: x}[self.kind](logits)
+        return {"class": lambda x: x.softmax(-1), "tags": torch.sigmoid, "number": lambda x: x}[self.kind](
+            logits
+        )
 
     def score(self, output: np.ndarray, truths: list[Any]) -> float:
         """`metric` of outputs f64 [n, C], in percent (R2: as it is); of outputs that are not finite the worst."""
         if not np.isfinite(output).all():
             return 0.0 if self.kind != "number" else -1e9
         if self.kind == "class":
-            return metrics.accuracy(metrics.ranks(output, np.array(truths)) < 1)
+            return metrics.accuracy(metrics.true_class_rank(output, np.array(truths)) < 1)
         if self.kind == "tags":
             return round(metrics.mean_average_precision(output, self.hot(truths)), 4)
         return round(metrics.r2(output[:, 0] * self.scale + self.centre, np.array(truths)), 4)
@@ -77,10 +81,15 @@ class Task:
         bad = np.isnan(output).all(1)
         if self.kind == "class":
             truth = np.array(truths)
-            rank = np.where(bad, max(5, len(self.names)), metrics.ranks(np.nan_to_num(output), truth))
-            value, ci95 = metrics.accuracy(rank < 1), metrics.interval(rank < 1, groups, seed)
+            rank = np.where(
+                bad, max(5, len(self.names)), metrics.true_class_rank(np.nan_to_num(output), truth)
+            )
+            value, ci95 = metrics.accuracy(rank < 1), metrics.bootstrap_ci(rank < 1, groups, seed)
             more: dict[str, Any] = {"accuracy": value, "chance": round(100 / len(self.names), 2)}
-            more |= {"top5": metrics.accuracy(rank < 5), "mean_per_class": metrics.mean_per_class(rank < 1, truth)}
+            more |= {
+                "top5": metrics.accuracy(rank < 5),
+                "mean_per_class": metrics.mean_per_class(rank < 1, truth),
+            }
         elif self.kind == "tags":
             hot, worst = self.hot(truths), np.where(bad[:, None], -1.0, output)
             value = round(metrics.mean_average_precision(worst, hot), 4)
@@ -93,7 +102,7 @@ class Task:
             more = {"mae": round(float(np.abs(guess - truth).mean()), 4), "chance": 0.0}
         return {"metric": self.metric, "value": value, "ci95": ci95, **more}
 
-    def word(self, truth: Truth) -> str:
+    def word(self, truth: Label) -> str:
         """As it stands in predictions.csv."""
         if isinstance(truth, list):
             return "|".join(self.names[t] for t in truth)
@@ -124,7 +133,9 @@ def make_task(
     first, second = ([class_of(s, label) for s in samples] for samples in (train, test))
     if kind == "number":
         try:
-            first, second = ([None if f is None else float(classes[f]) for f in part] for part in (first, second))
+            first, second = (
+                [None if f is None else float(classes[f]) for f in part] for part in (first, second)
+            )
         except ValueError as e:
             raise UserError(f"data.numbers: label '{label}' is not numeric ({e})") from None
         known = np.array([v for v in first if v is not None])

@@ -9,13 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from vidssl.core.errors import DecodeError
 from vidssl.data.augment import CenterCrop
-from vidssl.data.clips import choose, segment_starts
-from vidssl.data.decoders import open_video
+from vidssl.data.decoding import open_video
+from vidssl.data.sampling import sample_indices, segment_starts
 from vidssl.data.shards import Sample, Shards
-from vidssl.errors import DecodeError
 
-Order = Literal["none", "shuffled", "reversed", "still"]  # what is done to the frames of each clip
+FrameOrder = Literal["none", "shuffled", "reversed", "still"]  # what is done to the frames of each clip
 # "single": the middle frame alone, as an image; of "random_init" and "pixels" it is the encoder that is another
 Control = Literal["none", "shuffled", "reversed", "still", "single", "random_init", "pixels"]
 
@@ -33,7 +33,7 @@ class View(NamedTuple):
     segments: int  # clips, evenly spread over the video
     crops: int  # squares, evenly spread along the longer side; 1: the middle
     size: int  # pixels; the short side is resized to it
-    order: Order = "none"
+    order: FrameOrder = "none"
     seen: int | None = None  # frames of it, from its start after `order`; None: all
 
     @property
@@ -41,10 +41,12 @@ class View(NamedTuple):
         return self.segments * self.crops
 
 
-def reorder(clip: np.ndarray, order: Order, shuffle: np.ndarray) -> np.ndarray:
+def reorder(clip: np.ndarray, order: FrameOrder, shuffle: np.ndarray) -> np.ndarray:
     """u8 [T, H, W, 3] -> the same; shuffle i64 [T]."""
     t = np.arange(len(clip))
-    return clip[{"none": t, "shuffled": shuffle, "reversed": t[::-1], "still": np.full_like(t, len(t) // 2)}[order]]
+    return clip[
+        {"none": t, "shuffled": shuffle, "reversed": t[::-1], "still": np.full_like(t, len(t) // 2)}[order]
+    ]
 
 
 def square(clip: np.ndarray, crop: int, crops: int) -> np.ndarray:
@@ -73,7 +75,7 @@ class EvalClips(Dataset):
         starts, sample = segment_starts(v.segments), self.samples[number]
         try:
             video = open_video(self.shards.read(sample), sample.ext, sample.meta)
-            picks = [choose(video.times, v.frames, v.stride, v.fps, starts[s]) for s in segments]
+            picks = [sample_indices(video.times, v.frames, v.stride, v.fps, starts[s]) for s in segments]
             frames = video.get(np.concatenate(picks))
         except DecodeError as e:
             return example, e.reason
@@ -95,5 +97,7 @@ class PatchMeans(nn.Module):
     def forward(self, video: Tensor) -> Tensor:
         b, _, t, height, width = video.shape
         h, w = height // self.patch, width // self.patch
-        means = F.adaptive_avg_pool3d(video, (t, 4 * h, 4 * w)).view(b, 3, t // self.tubelet, self.tubelet, h, 4, w, 4)
+        means = F.adaptive_avg_pool3d(video, (t, 4 * h, 4 * w)).view(
+            b, 3, t // self.tubelet, self.tubelet, h, 4, w, 4
+        )
         return means.permute(0, 2, 4, 6, 3, 1, 5, 7).flatten(4).flatten(1, 3)

@@ -31,7 +31,7 @@ def patchify(video: Tensor, tubelet: int, patch: int) -> Tensor:
     return rearrange(video, "b c (t u) (h p) (w q) -> b (t h w) c u p q", u=tubelet, p=patch, q=patch)
 
 
-def take(x: Tensor, ids: Tensor) -> Tensor:
+def gather_tokens(x: Tensor, ids: Tensor) -> Tensor:
     """x [B, N, ...], ids i64 [B, ...ids] -> [B, ...ids, ...]: the tokens `ids` of each sample."""
     flat = ids.flatten(1)
     rest = x.shape[2:]

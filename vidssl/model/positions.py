@@ -8,13 +8,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vidssl.errors import UserError
+from vidssl.core.errors import UserError
 from vidssl.model.grid import Grid
 
-Positions = Literal[
-    "sincos_uniform", "sincos", "sincos_flat", "sincos_2d", "learned", "learned_separable", "rope", "rope_interleaved"
+PositionKind = Literal[
+    "sincos_uniform",
+    "sincos",
+    "sincos_flat",
+    "sincos_2d",
+    "learned",
+    "learned_separable",
+    "rope",
+    "rope_interleaved",
 ]
-Rotation = tuple[Tensor, Tensor]  # cosines and sines, f32 [..., n, D / heads]
+RotaryTable = tuple[Tensor, Tensor]  # cosines and sines, f32 [..., n, D / heads]
 
 
 def _sincos_1d(position: np.ndarray, dim: int) -> np.ndarray:
@@ -47,7 +54,9 @@ def sincos_2d(grid: Grid, dim: int) -> Tensor:
     Source: MAE, util/pos_embed.py, and I-JEPA, whose names say the opposite order; checked against I-JEPA's tables.
     """
     if grid.t > 1:
-        raise UserError(f"positions sincos_2d are for images (one time slice), not for {grid.t} slices: use sincos")
+        raise UserError(
+            f"positions sincos_2d are for images (one time slice), not for {grid.t} slices: use sincos"
+        )
     _, h, w = _places(grid)
     return torch.from_numpy(np.concatenate([_sincos_1d(w, dim // 2), _sincos_1d(h, dim // 2)], 1)).float()
 
@@ -70,7 +79,7 @@ TABLES: dict[str, Callable[[Grid, int], Tensor]] = {
 }
 
 
-def resize(table: Tensor, old: Grid, new: Grid) -> Tensor:
+def resize_table(table: Tensor, old: Grid, new: Grid) -> Tensor:
     """[N, dim] of one grid -> of another: trilinear as V-JEPA does, bicubic for images as I-JEPA does."""
     volume = table.T.reshape(1, -1, *old)
     if old.t == new.t == 1:
@@ -80,7 +89,9 @@ def resize(table: Tensor, old: Grid, new: Grid) -> Tensor:
     return volume[0].flatten(1).T
 
 
-def rotation(grid: Grid, dim: int, interleaved: bool, native: int | None, device: torch.device) -> Rotation:
+def rotary_table(
+    grid: Grid, dim: int, interleaved: bool, native: int | None, device: torch.device
+) -> RotaryTable:
     """3-D rotary angles of every token as (cosines, sines), f32 [N, dim] each; dim is that of a head.
 
     Time, row and column turn 2*(dim // 3 // 2) entries each, in pairs of neighbours; the rest does not turn. The
@@ -101,17 +112,17 @@ def rotation(grid: Grid, dim: int, interleaved: bool, native: int | None, device
     return angle.cos(), angle.sin()
 
 
-def rotate(x: Tensor, turn: Rotation) -> Tensor:
+def apply_rope(x: Tensor, turn: RotaryTable) -> Tensor:
     """x [B, heads, n, D / heads] -> the same, every pair of neighbouring entries turned by its token's angle."""
     cos, sin = turn
     a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
     return (x * cos + torch.stack((-b, a), -1).flatten(-2) * sin).to(x.dtype)
 
 
-class Position(nn.Module):
+class PositionEncoding(nn.Module):
     """The positions of one network: `added` gives what is added to its tokens, `turn` what its attention rotates by."""
 
-    def __init__(self, kind: Positions, grid: Grid, dim: int, heads: int, rope_grid: int | None = None):
+    def __init__(self, kind: PositionKind, grid: Grid, dim: int, heads: int, rope_grid: int | None = None):
         """grid: the native one, on which tables are defined; rope_grid: see `rotation`."""
         super().__init__()
         self.kind, self.grid, self.head_dim, self.rope_grid = kind, grid, dim // heads, rope_grid
@@ -123,7 +134,9 @@ class Position(nn.Module):
             self.time = nn.Parameter(nn.init.trunc_normal_(torch.empty(grid.t, dim), std=0.02))
             self.space = nn.Parameter(nn.init.trunc_normal_(torch.empty(grid.h * grid.w, dim), std=0.02))
         elif self.head_dim < 6 or self.head_dim % 2:
-            raise UserError(f"rotary positions need an even width of 6 or more for each head, not {dim} / {heads}")
+            raise UserError(
+                f"rotary positions need an even width of 6 or more for each head, not {dim} / {heads}"
+            )
 
     def added(self, grid: Grid, ids: Tensor | None) -> Tensor | float:
         """-> [B, n, dim] for ids i64 [B, n] (all tokens without: [N, dim]); 0 where nothing is added."""
@@ -134,12 +147,12 @@ class Position(nn.Module):
         else:
             table = self.table
         if grid != self.grid:
-            table = resize(table, self.grid, grid)
+            table = resize_table(table, self.grid, grid)
         return table if ids is None else table[ids]
 
-    def turn(self, grid: Grid, ids: Tensor | None, device: torch.device) -> Rotation | None:
+    def turn(self, grid: Grid, ids: Tensor | None, device: torch.device) -> RotaryTable | None:
         """-> cosines and sines [B or none, 1, n, D / heads]; None without rotary positions."""
         if self.kind not in ("rope", "rope_interleaved"):
             return None
-        cos, sin = rotation(grid, self.head_dim, self.kind == "rope_interleaved", self.rope_grid, device)
+        cos, sin = rotary_table(grid, self.head_dim, self.kind == "rope_interleaved", self.rope_grid, device)
         return (cos, sin) if ids is None else (cos[ids][:, None], sin[ids][:, None])

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vidssl.config import Count, Positive, Share, Size
-from vidssl.errors import UserError
-from vidssl.model.grid import Grid, patchify, take
-from vidssl.model.positions import Position, Positions, Rotation, rotate
+from vidssl.core.errors import UserError
+from vidssl.model.grid import Grid, gather_tokens, patchify
+from vidssl.model.positions import PositionEncoding, PositionKind, RotaryTable, apply_rope
 
 Init = Literal["trunc_normal", "xavier"]
 Feedforward = Literal["gelu", "swiglu"]
-EPS = 1e-6  # of every LayerNorm, as in both V-JEPA and VideoMAE (torch's default is 1e-5)
+LAYER_NORM_EPS = 1e-6  # of every LayerNorm, as in both V-JEPA and VideoMAE (torch's default is 1e-5)
 
 
 def draw_weight(weight: Tensor, init: Init, std: float) -> None:
@@ -46,10 +46,14 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, turn: Rotation | None = None, last: int | None = None) -> Tensor:
+    def forward(self, x: Tensor, turn: RotaryTable | None = None, last: int | None = None) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         if turn is not None:
-            q, k, v = rotate(q, turn), rotate(k, turn), v.contiguous()  # so that q, k before it need not be kept
+            q, k, v = (
+                apply_rope(q, turn),
+                apply_rope(k, turn),
+                v.contiguous(),
+            )  # so that q, k before it need not be kept
         if last is not None:
             q = q[:, :, -last:]
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
@@ -58,7 +62,14 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block. SwiGLU has 2/3 of the hidden width, rounded up to 8 (V-JEPA 2's `wide_silu`)."""
 
-    def __init__(self, dim: int, heads: int, mlp_ratio: float = 4.0, mlp: Feedforward = "gelu", eps: float = EPS):
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        mlp_ratio: float = 4.0,
+        mlp: Feedforward = "gelu",
+        eps: float = LAYER_NORM_EPS,
+    ):
         super().__init__()
         hidden = round(dim * mlp_ratio)
         self.norm1 = nn.LayerNorm(dim, eps=eps)
@@ -67,24 +78,26 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, hidden) if mlp == "gelu" else SwiGLU(dim, -(-(2 * hidden // 3) // 8) * 8)
         self.drop_path = DropPath()
 
-    def forward(self, x: Tensor, turn: Rotation | None = None, last: int | None = None) -> Tensor:
+    def forward(self, x: Tensor, turn: RotaryTable | None = None, last: int | None = None) -> Tensor:
         """last: only so many tokens, from the end, come out; they attend to all."""
         mixed = self.attn(self.norm1(x), turn, last)
         x = (x if last is None else x[:, -last:]) + self.drop_path(mixed)
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
-class Blocks(nn.ModuleList):
-    """A stack of blocks; with `recompute` set, activations are recomputed in the backward pass instead of kept."""
+class TransformerStack(nn.ModuleList):
+    """A stack of blocks; with `activation_checkpointing` set, activations are recomputed in the backward pass instead of kept."""
 
-    recompute = False
+    activation_checkpointing = False
 
-    def forward(self, x: Tensor, turn: Rotation | None, layers: Sequence[int], last: int | None = None) -> list[Tensor]:
+    def forward(
+        self, x: Tensor, turn: RotaryTable | None, layers: Sequence[int], last: int | None = None
+    ) -> list[Tensor]:
         """-> what comes out of each of `layers` (numbers from 0); with `last`, only so many tokens of the last."""
         out = []
         for i, block in enumerate(self):
             some = last if i == len(self) - 1 else None
-            if self.recompute and torch.is_grad_enabled():
+            if self.activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, turn, some, use_reentrant=False)
             else:
                 x = block(x, turn, some)
@@ -151,14 +164,14 @@ class Encoder(nn.Module):
         mlp_ratio: Positive = 4.0,
         tubelet: Count = 2,
         patch: Count = 16,
-        positions: Positions = "sincos_uniform",
+        positions: PositionKind = "sincos_uniform",
         rope_grid: Count | None = None,
         mlp: Feedforward = "gelu",
         class_token: bool = False,
         image_tokenizer: bool = False,
         levels: tuple[Size, ...] = (),
         final_norm: bool = True,
-        eps: Positive = EPS,
+        eps: Positive = LAYER_NORM_EPS,
         init: Init = "trunc_normal",
         init_std: Positive = 0.02,
         depth_rescale: bool = False,
@@ -176,7 +189,9 @@ class Encoder(nn.Module):
         super().__init__()
         check_heads(dim, heads)
         if levels and (list(levels) != sorted(set(levels)) or levels[-1] != depth - 1):
-            raise UserError(f"model.levels {list(levels)}: give layers in rising order, the last one is {depth - 1}")
+            raise UserError(
+                f"model.levels {list(levels)}: give layers in rising order, the last one is {depth - 1}"
+            )
         if class_token and positions.startswith("rope"):
             raise UserError("model.class_token has no place, so it does not go with rotary positions")
         self.tubelet, self.patch, self.dim = tubelet, patch, dim
@@ -189,8 +204,8 @@ class Encoder(nn.Module):
             self.img_mod_embed = nn.Parameter(1e-6 * torch.randn(dim))
             self.video_mod_embed = nn.Parameter(1e-6 * torch.randn(dim))
         self.class_token = nn.Parameter(0.02 * torch.randn(dim)) if class_token else None
-        self.positions = Position(positions, self.grid, dim, heads, rope_grid)
-        self.blocks = Blocks(Block(dim, heads, mlp_ratio, mlp, eps) for _ in range(depth))
+        self.positions = PositionEncoding(positions, self.grid, dim, heads, rope_grid)
+        self.blocks = TransformerStack(Block(dim, heads, mlp_ratio, mlp, eps) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=eps) if final_norm else nn.Identity()
         self.level_norms = nn.ModuleList(nn.LayerNorm(dim, eps=eps) for _ in self.levels[:-1])
         init_weights(self.blocks, init, init_std)
@@ -218,7 +233,7 @@ class Encoder(nn.Module):
         grid, image = self.grid_of(video), bool(self.patch_embed_img) and video.shape[2] == 1
         patches = patchify(video, video.shape[2] // grid.t, self.patch)
         if ids is not None:
-            patches = take(patches, ids)
+            patches = gather_tokens(patches, ids)
         embed = self.patch_embed_img if image else self.patch_embed
         x = embed(patches) + self.positions.added(grid, ids)  # type: ignore[misc]
         if self.patch_embed_img:

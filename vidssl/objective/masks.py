@@ -1,6 +1,6 @@
 """Masks: which tokens the encoder is given and which are to be predicted.
 
-A masker is called with (video, grid, draws) and returns a list of masks; a method with two mask kinds (V-JEPA) returns
+A masker is called with (video, grid, rng) and returns a list of masks; a method with two mask kinds (V-JEPA) returns
 two. All samples of a batch have equal counts, and every sample's mask is a function of its own key alone, save where a
 mask says otherwise. An image is a grid of one time slice.
 """
@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from vidssl.config import Count, Share
-from vidssl.draws import Draws
-from vidssl.errors import UserError
+from vidssl.core.errors import UserError
+from vidssl.core.rng import KeyedRNG
 from vidssl.model.grid import Grid, Mask
-from vidssl.objective.blocks import Block, Blocks, MultiBlock, chosen_ids
+from vidssl.objective.block_masks import MultiBlock2D, MultiBlock3D, SingleBlock, indices_of
 
 
-def split(score: Tensor, keep: int) -> Mask:
+def mask_from_scores(score: Tensor, keep: int) -> Mask:
     """score [B, N]: the `keep` lowest are context, the rest one target group; ids ascend."""
     order = score.argsort(dim=1, stable=True)
     return Mask(order[:, :keep].sort(1)[0], order[:, keep:].sort(1)[0][:, None])
@@ -27,13 +27,15 @@ def hidden_count(n: int, ratio: float, what: str) -> int:
     """int(ratio * n), as VideoMAE counts; at least one of `what` on each side, or an error."""
     hidden = int(ratio * n)
     if not 0 < hidden < n:
-        raise UserError(f"method.mask.ratio: {ratio} of {n} {what} hides {hidden}; at least one must stay on each side")
+        raise UserError(
+            f"method.mask.ratio: {ratio} of {n} {what} hides {hidden}; at least one must stay on each side"
+        )
     return hidden
 
 
-def ranks(draws: Draws, n: int) -> Tensor:
+def random_ranks(rng: KeyedRNG, n: int) -> Tensor:
     """i64 [B, n]: a random order of n things for each sample."""
-    return draws.rand(n).argsort(dim=1, stable=True).argsort(dim=1, stable=True)
+    return rng.rand(n).argsort(dim=1, stable=True).argsort(dim=1, stable=True)
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,8 @@ class Random:
 
     ratio: Share = 0.9  # fraction of tokens hidden
 
-    def __call__(self, video: Tensor, grid: Grid, draws: Draws) -> list[Mask]:
-        return [split(draws.rand(grid.n), grid.n - hidden_count(grid.n, self.ratio, "tokens"))]
+    def __call__(self, video: Tensor, grid: Grid, rng: KeyedRNG) -> list[Mask]:
+        return [mask_from_scores(rng.rand(grid.n), grid.n - hidden_count(grid.n, self.ratio, "tokens"))]
 
 
 @dataclass(frozen=True)
@@ -52,10 +54,10 @@ class Tube:
 
     ratio: Share = 0.9  # fraction of the places of a slice hidden
 
-    def __call__(self, video: Tensor, grid: Grid, draws: Draws) -> list[Mask]:
+    def __call__(self, video: Tensor, grid: Grid, rng: KeyedRNG) -> list[Mask]:
         places = grid.h * grid.w
         visible = places - hidden_count(places, self.ratio, "places")
-        return [split(ranks(draws, places).repeat(1, grid.t), visible * grid.t)]
+        return [mask_from_scores(random_ranks(rng, places).repeat(1, grid.t), visible * grid.t)]
 
 
 @dataclass(frozen=True)
@@ -64,19 +66,21 @@ class Frame:
 
     ratio: Share = 0.875  # fraction of the slices hidden
 
-    def __call__(self, video: Tensor, grid: Grid, draws: Draws) -> list[Mask]:
+    def __call__(self, video: Tensor, grid: Grid, rng: KeyedRNG) -> list[Mask]:
         places = grid.h * grid.w
         visible = grid.t - hidden_count(grid.t, self.ratio, "time slices")
-        return [split(ranks(draws, grid.t).repeat_interleave(places, 1), visible * places)]
+        return [mask_from_scores(random_ranks(rng, grid.t).repeat_interleave(places, 1), visible * places)]
 
 
-def past_slices(fewest: int, grid: Grid, draws: Draws) -> int:
+def past_slices(fewest: int, grid: Grid, rng: KeyedRNG) -> int:
     """How many slices are the past: `fewest` to all but one, drawn once a step."""
     if grid.t < 2:
         raise UserError("method.mask.kind: this mask needs a clip of two or more time slices, not an image")
     if not 1 <= fewest < grid.t:
-        raise UserError(f"method.mask.past: {fewest} must lie in 1..{grid.t - 1}, the clip has {grid.t} slices")
-    return fewest + int(draws.shared(1) * (grid.t - fewest))
+        raise UserError(
+            f"method.mask.past: {fewest} must lie in 1..{grid.t - 1}, the clip has {grid.t} slices"
+        )
+    return fewest + int(rng.shared(1) * (grid.t - fewest))
 
 
 @dataclass(frozen=True)
@@ -89,10 +93,10 @@ class Future:
     visible: Share = 0.5  # fraction of the past's tokens that are context
     past: Count = 2  # fewest slices of the past
 
-    def __call__(self, video: Tensor, grid: Grid, draws: Draws) -> list[Mask]:
-        places, now = grid.h * grid.w, past_slices(self.past, grid, draws)
+    def __call__(self, video: Tensor, grid: Grid, rng: KeyedRNG) -> list[Mask]:
+        places, now = grid.h * grid.w, past_slices(self.past, grid, rng)
         keep = max(1, round(self.visible * now * places))
-        context = draws.rand(now * places).argsort(1)[:, :keep].sort(1)[0]
+        context = rng.rand(now * places).argsort(1)[:, :keep].sort(1)[0]
         target = torch.arange(now * places, (now + 1) * places, device=context.device)
         return [Mask(context, target.expand(len(context), 1, -1))]
 
@@ -107,9 +111,9 @@ class Causal:
 
     past: Count = 1  # fewest slices of the past
 
-    def __call__(self, video: Tensor, grid: Grid, draws: Draws) -> list[Mask]:
-        end = past_slices(self.past, grid, draws) * grid.h * grid.w
-        ids = torch.arange(grid.n, device=draws.keys.device).expand(len(draws.keys), -1)
+    def __call__(self, video: Tensor, grid: Grid, rng: KeyedRNG) -> list[Mask]:
+        end = past_slices(self.past, grid, rng) * grid.h * grid.w
+        ids = torch.arange(grid.n, device=rng.keys.device).expand(len(rng.keys), -1)
         return [Mask(ids[:, :end], ids[:, None, end:])]
 
 
@@ -121,13 +125,13 @@ class Quadrants:
     that the quarters are alike.
     """
 
-    def __call__(self, video: Tensor, grid: Grid, draws: Draws) -> list[Mask]:
+    def __call__(self, video: Tensor, grid: Grid, rng: KeyedRNG) -> list[Mask]:
         h, w = grid.h // 2, grid.w // 2
         if not h * w:
             raise UserError(f"method.mask.kind: quadrants need 2 x 2 places or more, not {grid.h} x {grid.w}")
-        ids = torch.arange(grid.n, device=draws.keys.device).reshape(grid)
+        ids = torch.arange(grid.n, device=rng.keys.device).reshape(grid)
         corners = [ids[:, y : y + h, x : x + w].flatten() for y in (0, grid.h - h) for x in (0, grid.w - w)]
-        first = (draws.rand(1) * 4).long()  # [B, 1]
+        first = (rng.rand(1) * 4).long()  # [B, 1]
         quarters = torch.stack(corners)[(first + torch.arange(4, device=ids.device)) % 4]  # i64 [B, 4, Nt]
         return [Mask(quarters[:, 0], quarters[:, 1:])]
 
@@ -144,13 +148,13 @@ def running_cell_maps(grid: Grid, ratio: float) -> Tensor:
     return ((torch.arange(4)[:, None] + turn.flatten()) % 4) < int(4 * ratio)
 
 
-def dual(hidden: Tensor, dropped: Tensor) -> Mask:
+def dual_mask(hidden: Tensor, dropped: Tensor) -> Mask:
     """hidden bool [B, N] from the encoder, dropped bool [B, N] from the decoder, as many in each sample -> Mask.
 
     Every token that is not dropped is decoded, those that the encoder saw too; they carry no loss (weight 0).
     """
-    context = chosen_ids(~hidden, int((~hidden[0]).sum()))
-    target = chosen_ids(~dropped, int((~dropped[0]).sum()))
+    context = indices_of(~hidden, int((~hidden[0]).sum()))
+    target = indices_of(~dropped, int((~dropped[0]).sum()))
     return Mask(context, target[:, None], hidden.gather(1, target).float()[:, None])
 
 
@@ -166,19 +170,27 @@ class RunningCell:
     ratio: Share = 0.9  # fraction of the places of a slice hidden from the encoder
     decode_ratio: Share = 0.5  # fraction of a cell dropped from the decoder, in whole quarters
 
-    def __call__(self, video: Tensor, grid: Grid, draws: Draws) -> list[Mask]:
+    def __call__(self, video: Tensor, grid: Grid, rng: KeyedRNG) -> list[Mask]:
         if int(4 * self.decode_ratio) == 4:
-            raise UserError(f"method.mask.decode_ratio: {self.decode_ratio} leaves nothing to decode; 0.75 is the most")
-        context = Tube(self.ratio)(video, grid, draws)[0].context
+            raise UserError(
+                f"method.mask.decode_ratio: {self.decode_ratio} leaves nothing to decode; 0.75 is the most"
+            )
+        context = Tube(self.ratio)(video, grid, rng)[0].context
         maps = running_cell_maps(grid, self.decode_ratio).to(context.device)
-        hidden = torch.ones(len(context), grid.n, dtype=torch.bool, device=context.device).scatter(1, context, False)
-        turn = ((draws.rand(1) * 4).long() + torch.arange(4, device=context.device)) % 4  # i64 [B, 4]: starts, in turn
-        useful = (hidden[:, None] & ~maps).any(2).gather(1, turn)  # on tiny grids, a start may decode nothing hidden
+        hidden = torch.ones(len(context), grid.n, dtype=torch.bool, device=context.device).scatter(
+            1, context, False
+        )
+        turn = (
+            (rng.rand(1) * 4).long() + torch.arange(4, device=context.device)
+        ) % 4  # i64 [B, 4]: starts, in turn
+        useful = (
+            (hidden[:, None] & ~maps).any(2).gather(1, turn)
+        )  # on tiny grids, a start may decode nothing hidden
         dropped = maps[turn.gather(1, useful.int().argmax(1, keepdim=True))[:, 0]]
         decoded = (~maps).sum(1)
-        order = (2.0 * dropped + ~hidden + draws.rand(grid.n)).argsort(dim=1, stable=True)
+        order = (2.0 * dropped + ~hidden + rng.rand(grid.n)).argsort(dim=1, stable=True)
         kept = order[:, : int(decoded[decoded > 0].min())]
-        return [dual(hidden, torch.ones_like(hidden).scatter(1, kept, False))]
+        return [dual_mask(hidden, torch.ones_like(hidden).scatter(1, kept, False))]
 
 
 MASKS = {
@@ -189,7 +201,7 @@ MASKS = {
     "causal": Causal,
     "quadrants": Quadrants,
     "running_cell": RunningCell,
-    "blocks": Blocks,
-    "block": Block,
-    "multiblock": MultiBlock,
+    "multiblock_3d": MultiBlock3D,
+    "single_block": SingleBlock,
+    "multiblock_2d": MultiBlock2D,
 }

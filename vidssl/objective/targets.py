@@ -1,7 +1,6 @@
 """Targets: what is predicted at a token. A target maps the whole clip to [B, N, K]; `width` is K."""
 
 import copy
-from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -10,24 +9,11 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vidssl.config import Count
-from vidssl.errors import UserError
+from vidssl.core.errors import UserError
+from vidssl.core.pixels import channel_statistics
 from vidssl.model.grid import patchify
 from vidssl.model.vit import Encoder
-from vidssl.zoo.native import load_encoder
-
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's; a clip is normalised with these on the device
-
-
-def colour_statistics(video: Tensor, pixels: Sequence[Sequence[float]] = (MEAN, STD)) -> tuple[Tensor, Tensor]:
-    """Mean and deviation, each f32 [3, 1, 1, 1], where the video is."""
-    mean, std = (torch.tensor(v, device=video.device).view(3, 1, 1, 1) for v in pixels)
-    return mean, std
-
-
-def normalise(video: Tensor, pixels: Sequence[Sequence[float]] = (MEAN, STD)) -> Tensor:
-    """u8 [B, 3, T, H, W] -> f32, with the mean and deviation of each colour taken out."""
-    mean, std = colour_statistics(video, pixels)
-    return (video.float() / 255 - mean) / std
+from vidssl.pretrained.files import load_encoder
 
 
 class Pixels(nn.Module):
@@ -58,7 +44,7 @@ class Pixels(nn.Module):
     def forward(self, video: Tensor) -> Tensor:
         eps: float | Tensor = 1e-6
         if self.space == "rgb":
-            mean, std = colour_statistics(video)
+            mean, std = channel_statistics(video)
             if self.norm == "channel":  # then what a colour is multiplied with is of no account but here
                 eps = eps / std.view(3, 1)
             else:
@@ -70,7 +56,9 @@ class Pixels(nn.Module):
         if self.norm != "none":
             over = -1 if self.norm == "channel" else (2, 3)
             x = x - x.mean(over, keepdim=True)
-            squares = torch.linalg.vector_norm(x, dim=over, keepdim=True).square()  # CPUs are quicker at it than at var
+            squares = torch.linalg.vector_norm(
+                x, dim=over, keepdim=True
+            ).square()  # CPUs are quicker at it than at var
             variance = squares / (x[0, 0].numel() // squares[0, 0].numel() - 1)
             x = x.div_(variance.sqrt() + eps if self.norm == "channel" else (variance + eps).sqrt())
         return rearrange(x, "b n c k -> b n (k c)")
@@ -89,19 +77,19 @@ class Ema(nn.Module):
 
     def __init__(self, encoder: Encoder):
         super().__init__()
-        self.net = copy.deepcopy(encoder).requires_grad_(False)
-        self.net.blocks.set_drop_path(0.0)
+        self.encoder = copy.deepcopy(encoder).requires_grad_(False)
+        self.encoder.blocks.set_drop_path(0.0)
         self.width = encoder.width
 
     @torch.no_grad()
     def forward(self, video: Tensor) -> Tensor:
-        features = self.net(video, full=True)
-        return level_norm(features[:, int(self.net.class_token is not None) :], self.net.dim)
+        features = self.encoder(video, full=True)
+        return level_norm(features[:, int(self.encoder.class_token is not None) :], self.encoder.dim)
 
     @torch.no_grad()
     def update(self, encoder: Encoder, momentum: float) -> None:
-        """net <- momentum * net + (1 - momentum) * encoder."""
-        torch._foreach_lerp_(list(self.net.parameters()), list(encoder.parameters()), 1 - momentum)
+        """self.encoder <- momentum * self.encoder + (1 - momentum) * encoder."""
+        torch._foreach_lerp_(list(self.encoder.parameters()), list(encoder.parameters()), 1 - momentum)
 
 
 class Teacher(nn.Module):

@@ -1,0 +1,117 @@
+"""Files all of whose pictures another one shows too, re-encoded or scaled or trimmed: what
+`pack --drop-duplicates near` drops.
+
+Looked for as `leaks` does (its page says how): perceptual hashes find pairs, and what moves in the two decides, here at
+SURE, since takes of one scene are not duplicates. Pictures and films in which nothing moves go by their hashes. Of a
+pair the later one by name is dropped if WITHIN of its looks are in the other one; else the earlier one, if it is in the
+later one. What is in none that is kept, is kept. Files are opened in child processes with a deadline; those that could
+not be looked at are kept, counted and listed.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from functools import partial
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from data_prep.filters import Rejected
+from data_prep.index import dumps, read_lines, write_text
+from data_prep.inspect_file import WorkerPool, serve
+from data_prep.leaks import File, Fingerprint, Pair, Table, compare, fingerprint
+from data_prep.sources.common import SourceItem
+from vidssl.core.errors import UserError
+from vidssl.core.io import make_folder
+
+SURE = 0.985  # correlation of what moves, from which on a file is dropped: re-encoded copies of UCF101 have 0.989 to 1
+WITHIN = 0.8  # of a file's looks
+
+
+def _answer(what: str, *job: Any) -> None:
+    """In the child: ("look", path, ext, send) or ("compare", pair, (path, ext), (path, ext), send)."""
+    *given, send = job
+    alive = partial(send, ("alive", None))
+    if what == "look":
+        path, ext = given
+        send(("known", fingerprint(Path(path).read_bytes(), ext, None, alive)))
+    else:
+        pair, *both = given
+        test, train = (File(Path(path).read_bytes(), ext) for path, ext in both)
+        send(("known", (compare(pair, test, train, alive),)))
+
+
+def _serve(conn: Connection) -> None:
+    serve(conn, _answer)
+
+
+def near_files(root: Path, items: list[SourceItem], workers: int, timeout: float) -> dict[str, dict]:
+    """Path -> {"first": file that shows it too, "why", "alike", ...}, or {"unseen": why it was not looked at}."""
+    files = sorted({item.path: item.ext for item in items}.items())
+    places = [(str(root / path), ext) for path, ext in files]
+    children = WorkerPool(_serve, (), timeout)
+
+    def ask(jobs: list[tuple], name: str) -> list[Any]:
+        with ThreadPoolExecutor(workers) as pool:
+            return list(
+                tqdm(
+                    pool.map(lambda job: children.ask(*job), jobs), total=len(jobs), desc=name, unit=" files"
+                )
+            )
+
+    with closing(children):
+        found = ask([("look", *place) for place in places], "look for duplicates")
+        seen: list[Fingerprint | None] = [None if isinstance(looks, Rejected) else looks for looks in found]
+        lost = [(path, f) for (path, _), f in zip(files, found, strict=True) if isinstance(f, Rejected)]
+        told: dict[str, dict] = {path: {"unseen": f.reason} for path, f in lost}
+        table = Table(seen)
+        pairs = [p for i, looks in enumerate(seen) if looks for p in table.pairs(i, looks) if p.train < i]
+        pairs.sort(key=lambda p: (p.test, p.train))
+        answers = ask([("compare", p, places[p.test], places[p.train]) for p in pairs], "compare")
+    for pair, answer in zip(pairs, answers, strict=True):
+        path, first = files[pair.test][0], files[pair.train][0]
+        if isinstance(answer, Rejected):
+            told.setdefault(path, {"unseen": answer.reason})
+        elif answer[0] and answer[0].get("alike", 1.0) >= SURE and not {path, first} & told.keys():
+            if is_within(pair, seen[pair.test]):
+                told[path] = {"first": first, **answer[0]}
+            elif is_within(pair, seen[pair.train]):
+                told[first] = {"first": path, **answer[0], "shift": -answer[0]["shift"]}
+    return told
+
+
+def is_within(pair: Pair, looks: Fingerprint | None) -> bool:
+    """Is most of this one of the two in the other one?"""
+    return looks is not None and pair.votes >= WITHIN * len(looks.hashes)
+
+
+def remembered(
+    file: Path, root: Path, items: list[SourceItem], search: Callable[[], dict[str, dict]]
+) -> dict[str, dict]:
+    """What `search` finds, kept in `file`, so that a pack that goes on need not look again."""
+    names = sorted({item.path for item in items})
+    listed = hashlib.sha256(
+        "\n".join(f"{name} {(root / name).stat().st_size}" for name in names).encode()
+    ).hexdigest()
+    if file.exists():
+        head, *lines = map(json.loads, read_lines(file))
+        if head != {"files": listed}:
+            raise UserError(f"{file}: is of other files; choose another folder, or remove it")
+        return {line.pop("path"): line for line in lines}
+    same = search()
+    make_folder(file.parent)
+    write_text(file, map(dumps, _lines(listed, same)))
+    if unseen := [path for path, told in same.items() if "unseen" in told]:
+        print(
+            f"{len(unseen)} files could not be looked at for duplicates, {unseen[0]} first: {file} lists them"
+        )
+    return same
+
+
+def _lines(listed: str, same: dict[str, dict]) -> Iterable[dict]:
+    yield {"files": listed}
+    yield from ({"path": path, **told} for path, told in sorted(same.items()))

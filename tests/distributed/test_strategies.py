@@ -1,0 +1,531 @@
+"""Several processes, whole models or shards (FSDP2): the same run, and the same files. And what starts them.
+
+`python tests/test_scale.py PLAN.json` runs the plan's jobs in groups of processes that are forked, not started, since
+the imports take longer than the jobs: {"shards": ..., "groups": [[world, [[name, [arguments], ...], ...]], ...]}.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+from safetensors.torch import load_file
+from torch import nn
+from torch._dynamo.utils import counters
+
+from vidssl import config, train
+from vidssl.core.errors import UserError
+from vidssl.model.vit import Block
+from vidssl.training import deepspeed, distributed
+from vidssl.training.deepspeed import local_gradient
+from vidssl.training.preemption import EXIT_REQUEUE
+
+ROOT = Path(__file__).parents[2]
+STEPS, SAVE = 6, 2
+BOTH = [str(ROOT / f"configs/{name}.yaml") for name in ("model/vit_micro", "data/quickstart", "run/smoke")]
+BOTH += ["model.dim=32", "method.predictor.width=16", "augment.size=16", f"run.steps={STEPS}"]
+BOTH += [
+    f"run.save_every={SAVE}",
+    "run.feature_stats_every=3",
+    "optim.warmup=2",
+    "optim.eps=1e-5",
+    "optim.clip_grad=0.3",
+]
+BOTH += ["efficiency.cache_mb=64", "efficiency.decode_in_subprocess=false", "efficiency.peer_timeout_s=60"]
+METHODS = {
+    "videomae": [
+        str(ROOT / "configs/method/videomae_tiny.yaml"),
+        "model.depth=1",
+        "run.max_consecutive_skips=1",
+    ],  # two of its steps are spoiled
+    "vjepa": [str(ROOT / "configs/method/vjepa_tiny.yaml"), "model.depth=2", "optim.clip_per_module=true"],
+}
+LAUNCH = {name: ROOT / f"configs/accelerate/{name}.yaml" for name in ("ddp", "fsdp2", "zero1", "zero2")}
+
+
+def arguments(method: str, shards: Path, out: Path, *more: str) -> list[str]:
+    data = [f"data.train={shards / 'train'}", f"run.out={out}"]
+    if method == "vjepa":
+        data += [
+            f"online_probe.train={shards / 'train'}",
+            f"online_probe.test={shards / 'test'}",
+            "online_probe.every=3",
+            "online_probe.samples=4",
+        ]
+    return [*METHODS[method], *BOTH, *data, *more]
+
+
+def go(argv: list[str], stop: int = STEPS) -> None:
+    """train.main, cut off before a step (0..); of VideoMAE, the losses of steps 4 and 5 (1..) are spoiled."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    schedule, forward_backward = train.schedule, train.forward_backward
+
+    def cut_off(optim, step, steps):
+        if step == stop:
+            raise KeyboardInterrupt
+        return schedule(optim, step, steps)
+
+    def spoiled(accelerator, model, batches, seed, step, parts):
+        got = forward_backward(accelerator, model, batches, seed, step, parts)
+        if step in (3, 4) and "run.max_consecutive_skips=1" in argv and accelerator.process_index == 0:
+            got["loss"] = got["loss"] * float("nan")
+        return got
+
+    train.schedule, train.forward_backward = cut_off, spoiled
+    try:
+        train.main(argv)
+    except KeyboardInterrupt:
+        assert stop < STEPS
+    finally:
+        train.schedule, train.forward_backward = schedule, forward_backward
+
+
+def launcher_variables(name: str) -> dict[str, str]:
+    """What `accelerate launch --config_file` tells the processes."""
+    args = launch_command_parser().parse_args(["--config_file", str(LAUNCH[name]), "vidssl/train.py"])
+    args, defaults, _ = _validate_launch_command(args)
+    args.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
+    env = prepare_deepspeed_cmd_env(args)[1] if args.use_deepspeed else prepare_multi_gpu_env(args)
+    return {k: v for k, v in env.items() if k.startswith(("ACCELERATE_", "FSDP_"))}
+
+
+def share(tensors) -> float:
+    pairs = [
+        (t.to_local().numel() if isinstance(t, distributed.DTensor) else t.numel(), t.numel())
+        for t in tensors
+    ]
+    return sum(a for a, _ in pairs) / sum(b for _, b in pairs)
+
+
+def see_shares(out: Path) -> None:
+    """Note how much of the weights and moments each process holds, and of how many units they are."""
+    honest = train.clip_gradients
+
+    def clip(accelerator, model, optim, step):
+        if step == 2:
+            (optimizer,) = accelerator._optimizers
+            parts = {n: [*m.parameters()] for n, m in getattr(model, "module", model).named_children()}
+            told: dict[str, Any] = {n: share(p) for n, p in parts.items() if len(p) > 1}
+            if (cut := distributed.deepspeed_optimizer(accelerator)) is None:
+                told["moments"] = share([s["exp_avg"] for s in optimizer.state.values()])
+                told["units"] = sorted(
+                    type(m).__name__ for m in model.modules() if isinstance(m, distributed.FSDPModule)
+                )
+            else:
+                trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+                pieces = [g for p in model.parameters() if (g := local_gradient(p)) is not None]
+                told["moments"] = (
+                    sum(s["exp_avg"].numel() for s in cut.engine.optimizer.state.values()) / trained
+                )
+                told["gradients"] = sum(g.numel() for g in pieces) / trained
+                told["whole"] = sum(p.grad is not None for p in model.parameters())
+            out.mkdir(parents=True, exist_ok=True)
+            (out / f"shares-{accelerator.process_index}.json").write_text(json.dumps(told))
+        return honest(accelerator, model, optim, step)
+
+    train.clip_gradients = clip
+
+
+def one_process(plan: dict, world: int, rank: int, port: int, jobs: list) -> None:
+    here = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": world,
+        "LOCAL_WORLD_SIZE": world,
+        "MASTER_PORT": port,
+    }
+    os.environ |= {k: str(v) for k, v in here.items()} | {"MASTER_ADDR": "127.0.0.1"}
+    PartialState.destroy_process_group = lambda *_: None  # type: ignore[method-assign]
+    honest = train.clip_gradients
+    for launch, argv, stop in jobs:
+        os.environ |= {
+            **dict.fromkeys(("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"), "false"),
+            **plan["launch"][launch],
+        }
+        if launch in ("fsdp2", "zero1", "zero2"):
+            see_shares(Path(next(a for a in argv if a.startswith("run.out=")).removeprefix("run.out=")))
+        go(argv, stop)
+        torch.distributed.barrier()  # the next job may go on in the same folder
+        train.clip_gradients = honest
+
+
+def run_plan(plan: dict) -> None:
+    for world, jobs in plan["groups"]:
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        children = []
+        for rank in range(world):
+            if (child := os.fork()) == 0:
+                status = 1
+                try:
+                    one_process(plan, world, rank, port, jobs)
+                    status = 0
+                finally:  # it must not go on as its parent
+                    if status:
+                        traceback.print_exc()
+                    os._exit(status)
+            children.append(child)
+        while children:
+            child, status = os.wait()
+            children.remove(child)
+            if status:
+                for other in children:
+                    os.kill(other, signal.SIGKILL)
+                sys.exit(f"a process of {world} failed")
+
+
+MANY = ["videomae-ddp-2", "videomae-fsdp2-2", "videomae-zero1-2", "videomae-fsdp2-4"]
+MANY += ["vjepa-ddp-2", "vjepa-fsdp2-2", "vjepa-zero1-2", "vjepa-zero2-2", "vjepa-ddp-4", "videomae-zero2-4"]
+
+
+@pytest.fixture(scope="module")
+def runs(synthetic_shards, tmp_path_factory) -> Path:
+    """Folders METHOD-1, and METHOD-LAUNCH-WORLD of several processes. `down` went from whole models on two processes
+    to shards on two to one process, `up` from one process to shards on four to whole models on two, `over` on two
+    processes from ZeRO-2 to shards to ZeRO-1."""
+    out = tmp_path_factory.mktemp("scale")
+
+    def job(launch: str, name: str, *more: str, stop: int = STEPS, method: str = "vjepa") -> list:
+        return [launch, arguments(method, synthetic_shards, out / name, *more), stop]
+
+    def group(world: int, *more: str) -> list:
+        names = [name.split("-") for name in MANY if name.endswith(str(world))]
+        return [
+            job(launch, f"{method}-{launch}-{world}", *more, method=method) for method, launch, _ in names
+        ]
+
+    for method in METHODS:
+        go(job("", f"{method}-1", method=method)[1])
+    go(job("", "up")[1], SAVE)
+    four = [*group(4, "efficiency.activation_checkpointing=true"), job("fsdp2", "up", stop=2 * SAVE)]
+    two = [*group(2, "efficiency.micro_batches=2"), job("ddp", "up")]
+    two += [job("ddp", "down", stop=SAVE), job("kept", "down", stop=2 * SAVE)]
+    two += [job("zero2", "over", stop=SAVE), job("fsdp2", "over", stop=2 * SAVE), job("zero1", "over")]
+    branch = [f"run.init={out / 'vjepa-1/checkpoints' / f'step-{2 * SAVE:08d}'}", "run.steps=2", "run.seed=1"]
+    two += [job(name, f"branch-{name}", *branch) for name in ("ddp", "zero1")]
+    two += [
+        job(name, f"bf16-{name}", "efficiency.precision=bf16", stop=2) for name in ("ddp", "fsdp2", "zero2")
+    ]
+    launch = {name: launcher_variables(name) for name in LAUNCH}
+    launch["kept"] = launch["fsdp2"] | {"FSDP_RESHARD_AFTER_FORWARD": "false"}
+    plan = {"launch": launch, "groups": [[4, four], [2, two]]}
+    (out / "plan.json").write_text(json.dumps(plan))
+    done = subprocess.run(
+        [sys.executable, __file__, out / "plan.json"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    go(job("", "down")[1])
+    return out
+
+
+def rows(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("name", [*MANY, "up", "down", "over"])
+def test_the_same_run_on_any_number_of_processes_whole_or_in_shards(name, runs):
+    one, many = rows(runs / f"{'videomae' if 'videomae' in name else 'vjepa'}-1"), rows(runs / name)
+    assert [r["keys"] for r in many] == [r["keys"] for r in one] and len(one) == STEPS
+    assert [r.keys() - {"mfu"} for r in many] == [r.keys() - {"mfu"} for r in one]
+    for key in ("loss", "grad_norm"):
+        assert [r[key] for r in many] == pytest.approx([r[key] for r in one], rel=1e-5, nan_ok=True)
+
+
+def test_health_and_online_probe_are_the_same_in_shards(runs):
+    """They are of the main process's clips, so that they differ with the number of processes."""
+    whole, *others = (
+        [
+            {k: v for k, v in r.items() if k.startswith(("feature_", "watch_"))}
+            for r in rows(runs / f"vjepa-{name}-2")
+        ]
+        for name in LAUNCH
+    )
+    assert [len(r) for r in whole] == [13, 0, 15, 0, 0, 15]
+    for shards in others:
+        assert all(a == pytest.approx(b, rel=1e-3) for a, b in zip(shards, whole, strict=True))
+
+
+def test_steps_that_are_not_taken_and_going_back_are_the_same_in_shards(runs):
+    for name in ("1", *(n.removeprefix("videomae-") for n in MANY if "videomae" in n)):
+        assert [r["skipped"] for r in rows(runs / f"videomae-{name}")] == [0, 0, 0, 1, 2, 2]
+
+
+@pytest.mark.parametrize("name", [n for n in MANY if "zero" in n])
+def test_zero_cuts_moments_and_gradients(name, runs):
+    for rank in range(int(name[-1])):
+        told = json.loads((runs / name / f"shares-{rank}.json").read_text())
+        assert [told["moments"], told["gradients"]] == pytest.approx([1 / int(name[-1])] * 2, abs=0.02)
+        assert told["whole"] == 0
+
+
+@pytest.mark.parametrize("name", [n for n in MANY if "fsdp2" in n])
+def test_shards_are_shards(name, runs):
+    """Of the momentum encoder and of the optimiser's state, too; each block is a unit, what is left is the last."""
+    world, parts = int(name[-1]), ["encoder", "predictor", "moments"]
+    for rank in range(world):
+        told = json.loads((runs / name / f"shares-{rank}.json").read_text())
+        assert told.pop("units") == ["FSDPBlock"] * (1 + 1 if "videomae" in name else 2 + 2 + 1) + [
+            "FSDPObjective"
+        ]
+        parts_here = parts if "videomae" in name else [*parts, "target"]
+        assert told == pytest.approx(dict.fromkeys(parts_here, 1 / world), abs=0.02)
+
+
+def tensors(run: Path, name: str) -> dict[str, torch.Tensor]:
+    return load_file(run / f"{name}.safetensors")
+
+
+FILES = [
+    "encoder",
+    "encoder_online",
+    f"checkpoints/step-{STEPS:08d}/model",
+    f"checkpoints/step-{STEPS:08d}/optimizer",
+]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_run_may_change_between_whole_models_shards_and_one_process(name, runs):
+    want = tensors(runs / "vjepa-1", name)
+    for run in ("down", "up", "over", *(n for n in MANY if "vjepa" in n)):
+        got = tensors(runs / run, name)
+        assert list(got) == list(want)
+        assert max(float((got[k] - want[k]).abs().max()) for k in want) < 1e-5, run
+
+
+def test_the_files_have_one_layout(runs):
+    """Names, types, shapes and places in the file; and what stands beside the tensors."""
+
+    def layout(run: str) -> list:
+        place = runs / run / f"checkpoints/step-{STEPS:08d}"
+        heads = []
+        for name in ("model", "optimizer"):
+            data = (place / f"{name}.safetensors").read_bytes()
+            heads.append(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        plain = json.loads((place / "state.json").read_text())
+        return [*heads, plain["groups"], sorted(plain), plain["guard"].keys(), plain["feature_stats"].keys()]
+
+    assert {name: layout(f"vjepa-{name}-2") for name in LAUNCH} == dict.fromkeys(LAUNCH, layout("vjepa-1"))
+
+
+def test_a_branch_starts_with_the_moments_of_its_trunk_in_pieces_too(runs):
+    whole, cut = (
+        tensors(runs / f"branch-{name}", "checkpoints/step-00000002/optimizer") for name in ("ddp", "zero1")
+    )
+    assert list(whole) == list(cut) and all(torch.allclose(whole[k], cut[k], atol=1e-7) for k in whole)
+    assert {float(v) for k, v in cut.items() if k.endswith("step")} == {2.0 * SAVE + 2}
+
+
+@pytest.mark.parametrize("name", ["fsdp2", "zero2"])
+def test_bf16_in_shards(name, runs):
+    one, whole, cut = (
+        [r["loss"] for r in rows(runs / run)] for run in ("vjepa-1", "bf16-ddp", f"bf16-{name}")
+    )
+    assert (
+        cut == pytest.approx(whole, rel=1e-3) and cut == pytest.approx(one[:2], rel=0.03) and cut != one[:2]
+    )
+
+
+# Compiled
+
+
+def test_compiled_blocks_take_the_same_steps_under_the_same_names(synthetic_shards, tmp_path, monkeypatch):
+    """As torch.compile takes them apart; a C++ compiler's minute for its last part is not spent here."""
+    backend = partial(nn.Module.compile, backend="aot_eager")
+    monkeypatch.setattr(Block, "compile", lambda self, **options: backend(self, **options))
+    counters.clear()
+    same = ["model.depth=2", "run.steps=2"]
+    for name, more in (("plain", []), ("compiled", ["efficiency.compile=true"])):
+        go(arguments("vjepa", synthetic_shards, tmp_path / name, *same, *more))
+    plain, compiled = rows(tmp_path / "plain"), rows(tmp_path / "compiled")
+    for key in ("loss", "grad_norm"):
+        assert [r[key] for r in compiled] == pytest.approx([r[key] for r in plain], rel=1e-5)
+    want, got = (
+        tensors(tmp_path / name, "checkpoints/step-00000002/model") for name in ("plain", "compiled")
+    )
+    assert list(got) == list(want) and all(torch.allclose(got[k], want[k], atol=1e-5) for k in want)
+    assert 0 < counters["stats"]["unique_graphs"] <= 6 and not counters["graph_break"]
+
+
+def test_another_kernel_of_the_optimiser_can_continue_a_run(synthetic_shards, tmp_path):
+    for name, first in (("same", "true"), ("other", "false")):
+        for stop, fused in ((SAVE, first), (STEPS, "true")):
+            go(arguments("vjepa", synthetic_shards, tmp_path / name, f"efficiency.fused={fused}"), stop)
+    same, other = (tensors(tmp_path / name, FILES[2]) for name in ("same", "other"))
+    assert all(torch.allclose(same[k], other[k], atol=1e-6) for k in same)
+    groups = json.loads((tmp_path / "other" / f"checkpoints/step-{STEPS:08d}/state.json").read_text())[
+        "groups"
+    ]
+    assert [g["fused"] for g in groups] == [True, True]
+
+
+# What starts them
+
+
+ZERO = {"ACCELERATE_USE_DEEPSPEED": "true"}
+
+
+@pytest.mark.parametrize(
+    "variables, words",
+    [
+        (ZERO | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, "give 1 or 2.*configs/accelerate/fsdp2.yaml"),
+        (ZERO | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": "mine.json"}, "give zero_stage: 1 or 2"),
+        (
+            ZERO | {"ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu"},
+            "offload_optimizer_device: only none",
+        ),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "set fsdp_version: 2"),
+        (
+            {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_ACTIVATION_CHECKPOINTING": "true"},
+            "use efficiency.activation_checkpointing=true",
+        ),
+    ],
+)
+def test_what_cannot_be_is_refused_in_a_line(variables, words, synthetic_shards, tmp_path, monkeypatch):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=words) as refused:
+        go(arguments("vjepa", synthetic_shards, tmp_path / "run"))
+    assert len(str(refused.value).splitlines()) == 1 and not (tmp_path / "run").exists()
+
+
+def test_deepspeed_is_refused_in_a_line_where_it_cannot_be(synthetic_shards, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(UserError, match="precision=fp16 does not go with DeepSpeed"):
+        go(arguments("vjepa", synthetic_shards, tmp_path / "run", "efficiency.precision=fp16"))
+    with pytest.raises(UserError, match="image_tokenizer: DeepSpeed decays"):
+        go(arguments("vjepa", synthetic_shards, tmp_path / "run", "model.image_tokenizer=true"))
+    deepspeed.zero_plugin("bf16").select(_from_accelerator_state=True)  # as Accelerate does on GPUs
+    for name in ("transformers", "deepspeed"):
+        monkeypatch.setitem(sys.modules, name, None)
+        with pytest.raises(UserError, match=f"{name} is not installed: pip install 'vidssl.deepspeed.'"):
+            go(arguments("vjepa", synthetic_shards, tmp_path / "run"))
+
+
+def test_what_deepspeed_cannot_do_right_is_an_error():
+    """A version that takes a step whose gradients are not finite; moments of some parameters of many."""
+    params = [nn.Parameter(torch.zeros(2)) for _ in range(3)]
+    inner = SimpleNamespace(overflow=False, refresh_fp32_params=lambda: None, optimizer=None)
+    sharded = deepspeed.ZeroOptimizer(
+        SimpleNamespace(step=lambda: None, optimizer=inner), [{"params": params}]
+    )
+    with pytest.raises(UserError, match=r"pip install 'deepspeed>=0\.19\.8'"):
+        sharded.leave_out()
+    inner.overflow = True
+    sharded.leave_out()
+    with pytest.raises(UserError, match=r"2 of 3 parameters have no moments .*fsdp2\.yaml"):
+        sharded.load_state_dict({"state": {0: {}}})
+
+
+def test_the_launcher_configurations_ask_for_what_they_say():
+    ddp, fsdp2 = launcher_variables("ddp"), launcher_variables("fsdp2")
+    assert "ACCELERATE_USE_FSDP" not in ddp
+    asked = {k: fsdp2[k] for k in ("ACCELERATE_USE_FSDP", "FSDP_VERSION", "FSDP_RESHARD_AFTER_FORWARD")}
+    assert asked == {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true"}
+    assert fsdp2["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "false"
+    stages = {
+        name: launcher_variables(name)["ACCELERATE_DEEPSPEED_ZERO_STAGE"] for name in ("zero1", "zero2")
+    }
+    assert stages == {"zero1": "1", "zero2": "2"}
+
+
+@pytest.fixture
+def cluster(tmp_path, monkeypatch) -> Path:
+    """A folder, first on the PATH, with a trainer that tells of itself and ends as asked, and SLURM's commands."""
+    programs = {
+        "python": 'echo "$RANK $LOCAL_RANK $WORLD_SIZE $MASTER_ADDR $MASTER_PORT $*" >> "$TOLD"; trap "exit 75" TERM\n'
+        'if [ -n "${WAIT-}" ]; then sleep 30 & wait; fi; exit $(cut -d " " -f $((RANK + 1)) <<< "$STATUS")',
+        "srun": 'r=0; for n in 0 1; do SLURM_NODEID=$n "$@"; s=$?; if ((s > r)); then r=$s; fi; done; exit $r',
+        "scontrol": 'if [ "$1" = show ]; then echo n0; echo n1; else echo "$*" >> "$TOLD"; fi',
+    }
+    for name, text in programs.items():
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    variables = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "TOLD": str(tmp_path / "told"),
+        "GPUS": "2",
+        "NODES": "2",
+    }
+    slurm = {"SUBMIT_DIR": ROOT, "NNODES": 2, "GPUS_ON_NODE": 2, "JOB_NODELIST": "n[0-1]", "JOB_ID": 7}
+    for name, value in {**variables, **{f"SLURM_{k}": v for k, v in slurm.items()}}.items():
+        monkeypatch.setenv(name, str(value))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "each, status",
+    [("0 0 0 0", 0), ("75 75 75 75", 75), ("0 75 0 75", 75), ("75 2 75 75", 2), ("75 75 1 75", 1)],
+)
+def test_the_status_that_asks_for_more_reaches_the_scheduler_and_no_failure_hides_behind_it(
+    each, status, cluster
+):
+    done = subprocess.run(
+        ["bash", ROOT / "tools/launch/slurm.sh", "a.yaml", "run.out=with space"],
+        env={**os.environ, "STATUS": each},
+    )
+    assert done.returncode == status
+    lines = (cluster / "told").read_text().splitlines()
+    told = [f"{i} {i % 2} 4 n0 20007 vidssl/train.py a.yaml run.out=with space" for i in range(4)]
+    assert sorted(lines[:4]) == told
+    assert lines[4:] == (["requeue 7"] if status == 75 else [])
+
+
+def test_sigterm_to_the_first_process_of_a_node_reaches_all(cluster):
+    """As Kubernetes sends it."""
+    env = {**os.environ, "NODE": "0", "MASTER_ADDR": "here", "WAIT": "1", "STATUS": "1 1"}
+    node = subprocess.Popen(["bash", ROOT / "tools/launch/node.sh"], env=env)
+    until = time.time() + 20
+    while not ((cluster / "told").exists() and len((cluster / "told").read_text().splitlines()) == 2):
+        assert time.time() < until
+        time.sleep(0.01)
+    time.sleep(0.2)  # until they wait
+    node.terminate()
+    assert node.wait(10) == 75
+
+
+def test_the_commands_of_the_launch_examples_compose(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    text = (ROOT / "tools/launch/slurm.sh").read_text()
+    by_slurm = text.split("sbatch tools/launch/slurm.sh", 1)[1].split("# Two minutes")[0]
+    service, job = yaml.safe_load_all((ROOT / "tools/launch/kubernetes.yaml").read_text())
+    pod = job["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    env = {e["name"]: e["value"] for e in container["env"]}
+    for argv, world in (
+        (by_slurm.replace("\\", "").replace("#", "").split(), 2 * 8),
+        (container["args"], int(env["NODES"]) * int(env["GPUS"])),
+    ):
+        cfg = config.load(argv, train.SCHEMA)
+        assert cfg["run"]["batch"] % cfg["run"]["lanes"] == 0 == cfg["run"]["lanes"] % world
+    assert job["spec"]["completions"] == job["spec"]["parallelism"] == int(env["NODES"])
+    assert env["MASTER_ADDR"] == f"{job['metadata']['name']}-0.{service['metadata']['name']}"
+    assert pod["subdomain"] == service["metadata"]["name"] and pod["restartPolicy"] == "Never"
+    rules = {
+        r["action"]: r["onExitCodes"]["values"]
+        for r in job["spec"]["podFailurePolicy"]["rules"]
+        if "onExitCodes" in r
+    }
+    assert (
+        rules == {"FailJob": [2], "Ignore": [EXIT_REQUEUE]}
+        and f"--signal=TERM@{pod['terminationGracePeriodSeconds']}" in text
+    )
+    assert f"status == {EXIT_REQUEUE}" in text
+
+
+if __name__ == "__main__":
+    run_plan(json.loads(Path(sys.argv[1]).read_text()))

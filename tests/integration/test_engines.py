@@ -1,0 +1,84 @@
+"""The same shards from a Ray cluster, also when one of its nodes is lost."""
+
+import hashlib
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from data_prep import engine, pack
+from vidssl.core.errors import UserError
+
+
+def tree(folder: Path) -> dict[str, str]:
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    return {p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory, make_video) -> Path:
+    root = tmp_path_factory.mktemp("engines") / "src"
+    (root / "x").mkdir(parents=True)
+    for i in range(12):
+        (root / "x" / f"{i}.mp4").write_bytes(make_video(20 - i % 3))
+    (root / "x" / "12.mp4").write_bytes(b"no video")
+    return root
+
+
+@pytest.fixture
+def cluster():
+    """A head that takes no tasks and two nodes of one CPU each, as processes of this machine."""
+    ray = pytest.importorskip("ray", reason="the Ray engine needs: pip install 'vidssl[ray]'")
+    from ray.cluster_utils import Cluster
+
+    store = 80 << 20
+    nodes = Cluster(
+        initialize_head=True,
+        head_node_args={"num_cpus": 0, "object_store_memory": store, "include_dashboard": False},
+    )
+    nodes.workers = [nodes.add_node(num_cpus=1, object_store_memory=store) for _ in range(2)]
+    ray.init(address=nodes.address, log_to_driver=False)
+    yield nodes
+    ray.shutdown()
+    nodes.shutdown()
+
+
+ARGS = ["--samples-per-shard", "1", "--fps", "5", "--short-side", "32"]
+
+
+def test_a_cluster_that_loses_a_node_writes_the_same_bytes(cluster, corpus, tmp_path):
+    pack.main([str(corpus), str(tmp_path / "local"), "--workers", "2", *ARGS])
+    out = tmp_path / "ray"
+    failed = []
+
+    def run() -> None:
+        try:
+            pack.main([str(corpus), str(out), "--engine", "ray", *ARGS])
+        except UserError as e:
+            failed.append(e)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    while len(list(out.glob("*.tar"))) < 2 and thread.is_alive():
+        time.sleep(0.02)
+    kept = {p: p.stat().st_mtime_ns for p in out.glob("*.tar")}
+    assert 2 <= len(kept) < 13 and not (out / "index.json").exists()
+    cluster.remove_node(cluster.workers[0], allow_graceful=False)  # its raylet is killed
+    thread.join()
+    assert not failed and tree(out) == tree(tmp_path / "local")
+    assert {p: p.stat().st_mtime_ns for p in kept} == kept  # what was finished was not made again
+
+
+def test_without_ray(monkeypatch, corpus, tmp_path):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(UserError, match=r"Ray is not installed; pip install 'vidssl\[ray\]'"):
+        pack.main([str(corpus), str(tmp_path / "out"), "--engine", "ray", *ARGS])
+
+
+def test_a_node_that_does_not_see_the_source(corpus, tmp_path):
+    args = pack.arguments([str(corpus), str(tmp_path / "out"), *ARGS])
+    plan = pack.make_plan(pack.read_source(corpus), corpus, tmp_path / "out", args)
+    with pytest.raises(UserError, match=r"not there on node .*all nodes must see it"):
+        engine.make_on_node(plan._replace(source=tmp_path / "elsewhere"), plan.shards()[0], 10.0)

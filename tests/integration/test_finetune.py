@@ -1,0 +1,351 @@
+"""finetune.py on a task that can be learned in seconds: what is learned, chosen, mixed, told; kills and processes."""
+
+import csv
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from data_prep import pack
+from vidssl import config, finetune
+from vidssl.core.errors import UserError
+from vidssl.data.loader import Batch
+from vidssl.data.shards import Shards
+from vidssl.evaluation.evaluate import LabelledFeatures
+from vidssl.evaluation.features import StoredFeatures
+from vidssl.evaluation.report import weights_hash
+from vidssl.objective.build import build_objective
+from vidssl.pretrained.files import load_encoder, read
+from vidssl.pretrained.init import as_checkpoint, write_run
+from vidssl.train import SCHEMA
+from vidssl.training.finetuning import Mixer, SubsetOrder, TuneConfig, make_classifier, pair_mixup_partners
+from vidssl.training.optim import OptimConfig, build_optimizer, clip_gradients, schedule, set_schedule
+
+ROOT = Path(__file__).parents[2]
+MIXED = ("tune.mixup=0.8", "tune.cutmix=1.0", "tune.drop_path=0.1")
+CLASSES = ("blue", "green", "red")
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> Path:
+    """48 + 24 noisy pictures of three colours, in groups of four, in the order of the colours; and a second label that
+    means nothing."""
+    root, rng = tmp_path_factory.mktemp("colours") / "corpus", np.random.default_rng(0)
+    root.mkdir()
+    lines = ["path,label_anything,label_colour,group,split"]
+    for split, n in (("train", 16), ("test", 8)):
+        for c, name in enumerate(CLASSES):
+            for i in range(n):
+                picture = rng.integers(0, 160, (16, 20, 3))
+                picture[..., c] += 16
+                Image.fromarray(picture.astype(np.uint8)).save(root / f"{split}_{name}_{i}.png")
+                lines.append(f"{split}_{name}_{i}.png,{i % 2},{name},{split}_{name}_{i // 4},{split}")
+    (root / "labels.csv").write_text("\n".join(lines) + "\n")
+    out = root.parent / "shards"
+    pack.main([str(root), str(out), "--workers", "1"])
+    return out
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory) -> Path:
+    """An untrained run: 4 frames of 16 px, two blocks of width 24."""
+    out = tmp_path_factory.mktemp("encoder")
+    method = str(ROOT / "configs/method/videomae_tiny.yaml")
+    sizes = [
+        "model.kind=vit",
+        "model.dim=24",
+        "model.depth=2",
+        "model.heads=2",
+        "model.patch=8",
+        "data.frames=4",
+    ]
+    clip = ["augment.kind=center_crop", "augment.size=16", "data.stride=1", "data.train=x"]
+    clip.append("method.mask.past=1")
+    cfg = config.load([method, *sizes, *clip, "run.out=x", "run.steps=1", "run.batch=8"], SCHEMA)
+    objective = build_objective(cfg)
+    write_run(
+        out, as_checkpoint(objective, cfg, objective.state_dict()), {"config": cfg, "step": 0}, snapshot=False
+    )
+    return out
+
+
+def call(encoder: Path, shards: Path, out: Path, *more: str) -> list[str]:
+    files = [str(ROOT / "configs/finetune/folder.yaml"), f"encoder={encoder}", f"out={out}"]
+    data = [
+        f"data.train={shards / 'train'}",
+        f"data.test={shards / 'test'}",
+        "efficiency.decode_in_subprocess=false",
+    ]
+    return [
+        *files,
+        *data,
+        "data.label=colour",
+        "tune.epochs=6",
+        "tune.warmup=1",
+        "optim.lr=0.01",
+        "tune.lanes=4",
+        *more,
+    ]
+
+
+def report(out: Path) -> dict[str, Any]:
+    return json.loads((out / "probe.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def tuned(encoder, shards, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("tuned") / "run"
+    finetune.main(call(encoder, shards, out, *MIXED))
+    return out
+
+
+def test_it_learns_and_reports_as_a_probe_does(tuned, encoder, shards):
+    (row,) = report(tuned)["results"]
+    assert row["accuracy"] > 80 and row["chance"] == 33.33 and row["top5"] == 100
+    assert row["ci95"][0] <= row["accuracy"] <= row["ci95"][1]
+    with open(tuned / "predictions.csv", newline="") as f:
+        told = list(csv.DictReader(f))
+    assert len(told) == row["n_test"] == 24
+    assert row["accuracy"] == pytest.approx(
+        100 * sum(t["truth"] == t["predicted"] for t in told) / 24, abs=1e-3
+    )
+    tried = row["chosen"]["tried"]
+    assert tried[-1]["loss"] < tried[0]["loss"] and [t["epoch"] for t in tried] == [1, 2, 3, 4, 5, 6]
+    best = max(t["held_out_accuracy"] for t in tried)
+    assert row["chosen"]["epoch"] == max(t["epoch"] for t in tried if t["held_out_accuracy"] == best)
+    assert row["n_train"] + row["chosen"]["n_held_out"] == 48
+    assert report(tuned)["encoder"]["sha256"] == weights_hash(load_encoder(str(encoder)).encoder)
+
+
+def test_what_it_leaves_is_an_encoder_with_its_head(tuned, encoder):
+    """The weights of the chosen epoch, which the checkpoint holds too; they have moved in every part."""
+    found, about = read(str(tuned))
+    kept = load_file(next((tuned / "checkpoints").iterdir()) / "model.safetensors")
+    assert all(kept[f"best.encoder.{k}"].equal(v) for k, v in found.encoder.items())
+    assert all(kept[f"best.head.{k}"].equal(v) for k, v in found.head.items())
+    assert (
+        not found.model["final_norm"]
+        and "drop_path" not in found.model
+        and about["config"]["data"]["stride"] == 1
+    )
+    before = load_encoder(str(encoder)).encoder.state_dict()
+    assert before.keys() - found.encoder.keys() == {"norm.weight", "norm.bias"}
+    assert all(not before[k].equal(v) for k, v in found.encoder.items())
+
+
+def test_the_epoch_is_chosen_without_a_look_at_test(encoder, shards, tmp_path, monkeypatch):
+    """Every look between epochs is at whole groups of train that are not trained on; test comes once, at the end."""
+    looks, trained = [], set()
+    look, step = finetune.FinetuneLoop.look, finetune.FinetuneLoop.step
+    monkeypatch.setattr(
+        finetune.FinetuneLoop, "look", lambda *a: looks.append((a[-1], [s.key for s in a[2]])) or look(*a)
+    )
+    monkeypatch.setattr(finetune.FinetuneLoop, "step", lambda *a: trained.update(a[1].key) or step(*a))
+    finetune.main(call(encoder, shards, tmp_path / "run", "tune.epochs=3"))
+    assert [name for name, _ in looks] == ["held-out train"] * 3 + ["test"]
+    held = {s.key: s for s in Shards([str(shards / "train")]).all() if s.key in looks[0][1]}
+    others = {s.key: s for s in Shards([str(shards / "train")]).all() if s.key not in held}
+    assert len(held) == 12 and trained <= others.keys() and len(trained) > 30
+    assert not {s.meta["group"] for s in held.values()} & {s.meta["group"] for s in others.values()}
+    assert {s.meta["labels"]["colour"] for s in held.values()} == {0, 1, 2}
+    assert set(looks[-1][1]) == {s.key for s in Shards([str(shards / "test")]).all()}
+
+
+def test_without_anything_held_out_the_last_epoch_is_taken(encoder, shards, tmp_path):
+    finetune.main(call(encoder, shards, tmp_path / "run", "tune.epochs=2", "tune.val_fraction=0", "head.kind=attentive",
+                       "head.heads=2", "tune.repeat=2", "efficiency.micro_batches=2"))  # fmt: skip
+    (row,) = report(tmp_path / "run")["results"]
+    assert row["n_train"] == 48 and row["chosen"]["epoch"] == 2 and row["chosen"]["n_held_out"] == 0
+    assert read(str(tmp_path / "run"))[0].head_heads == 2
+
+
+def test_killed_and_started_again_it_gives_the_same_weights(tuned, encoder, shards, tmp_path, monkeypatch):
+    again, calls = call(encoder, shards, tmp_path / "run", *MIXED), []
+
+    def cut_off(*given):
+        calls.append(1)
+        if len(calls) == 8:  # two steps an epoch
+            raise KeyboardInterrupt
+        return clip_gradients(*given)
+
+    monkeypatch.setattr(finetune, "clip_gradients", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        finetune.main(again)
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000006"]
+    with pytest.raises(UserError, match=r"optim\.lr is 0\.01 there, 0\.02 here"):
+        finetune.main([*again, "optim.lr=0.02"])
+    finetune.main(again)
+    assert len(calls) == 8 + 6
+    for name in ("encoder", "head"):
+        whole, mine = (load_file(out / f"{name}.safetensors") for out in (tuned, tmp_path / "run"))
+        assert all(whole[k].equal(mine[k]) for k in whole)
+    assert report(tuned)["results"] == report(tmp_path / "run")["results"]
+    with pytest.raises(UserError, match="the test set was read"):
+        finetune.main(again)
+
+
+def test_two_processes_mix_the_same_clips_and_learn_the_same(encoder, shards, tmp_path):
+    more = ["tune.epochs=3", "tune.mixup=0.8", "tune.cutmix=1.0", "tune.repeat=2"]
+    finetune.main(call(encoder, shards, tmp_path / "one", *more))
+    start = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29617"]
+    subprocess.run(
+        [*start, "vidssl/finetune.py", *call(encoder, shards, tmp_path / "two", *more)], cwd=ROOT, check=True
+    )
+    one, two = (report(tmp_path / name)["results"][0] for name in ("one", "two"))
+    losses = [[row["loss"] for row in r["chosen"]["tried"]] for r in (one, two)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5) and len(losses[0]) == 3
+    assert one["accuracy"] == two["accuracy"]
+
+
+def test_a_test_sample_that_cannot_be_read_is_an_error_or_wrong(encoder, shards, tmp_path):
+    shutil.copytree(shards, tmp_path / "shards")
+    sample = Shards([str(shards / "test")]).all()[5]
+    tar = sorted((tmp_path / "shards" / "test").glob("*.tar"))[sample.shard]
+    with open(tar, "rb+") as f:
+        f.seek(sample.offset)
+        f.write(bytes(sample.size))
+    again = call(encoder, tmp_path / "shards", tmp_path / "run", "tune.epochs=1")
+    with pytest.raises(UserError, match=rf"{sample.key}.*set tune\.allow_unreadable=true"):
+        finetune.main(again)
+    finetune.main([*again, "tune.allow_unreadable=true"])  # the training is done, the test is read
+    (row,) = report(tmp_path / "run")["results"]
+    assert (
+        list(row["unreadable"]) == [sample.key]
+        and row["n_test"] == 24
+        and row["top5"] == pytest.approx(100 * 23 / 24, abs=0.01)
+    )
+
+
+def test_a_video_is_the_mean_of_its_clips_and_what_was_not_read_is_nothing():
+    tokens = torch.tensor([[0.2, 0.8], [0.6, 0.4], [0.0, 1.0], [1.0, 0.0]]).view(2, 2, 1, 2)
+    got = finetune.outputs_of(
+        LabelledFeatures(StoredFeatures(tokens, torch.device("cpu")), [], [], {1: "corrupt"})
+    )
+    assert got[0] == pytest.approx([0.4, 0.6]) and np.isnan(got[1]).all() and got.shape == (2, 2)
+
+
+def batch_of(position: list[int], label: list[int]) -> tuple[torch.Tensor, Batch]:
+    """Clips f32 [B, 3, 2, 16, 16] whose pixels are their positions."""
+    video = torch.tensor(position, dtype=torch.float32).view(-1, 1, 1, 1, 1).expand(-1, 3, 2, 16, 16).clone()
+    return video, Batch(video, torch.tensor(label), torch.tensor(position), [], [])
+
+
+def test_mirror_images_are_of_one_lane_whatever_the_processes():
+    positions = list(range(32, 64))  # 8 lanes, 4 clips each
+    pairs = []
+    for world in (1, 2, 4):
+        for rank in range(world):
+            mine = torch.tensor([p for p in positions if p % 8 % world == rank])
+            mine = mine[torch.randperm(len(mine))]
+            order = mine[pair_mixup_partners(mine, 8)].tolist()
+            assert sorted(order) == sorted(mine.tolist())
+            pairs += [(world, *sorted(pair)) for pair in zip(order, reversed(order), strict=True)]
+    found = [{pair[1:] for pair in pairs if pair[0] == world} for world in (1, 2, 4)]
+    assert found[0] == found[1] == found[2] and all(a % 8 == b % 8 and a != b for a, b in found[0])
+
+
+@pytest.mark.parametrize("mixup, cutmix", [(0.8, 0.0), (0.0, 1.0)])
+def test_targets_say_how_much_of_each_clip_there_is(mixup, cutmix):
+    tune = TuneConfig(epochs=1, batch=8, label_smoothing=0.1, mixup=mixup, cutmix=cutmix, lanes=4)
+    mixer, shares = Mixer(tune, 8), []
+    for step in range(6):
+        clips, target = mixer(*batch_of(list(range(8)), list(range(8))), step)  # of class p, all pixels p
+        again, _ = mixer(*batch_of(list(range(8)), list(range(8))), step)
+        assert clips.equal(again)
+        for clip, want in zip(clips, target, strict=True):
+            one, other = sorted(want.topk(2).indices.tolist())
+            share = (clip.mean() - one) / (other - one)  # of the other one, in the pixels
+            exact = torch.full((8,), 0.1 / 8)
+            exact[one] += 0.9 * (1 - share)
+            exact[other] += 0.9 * share
+            assert torch.allclose(want, exact, atol=1e-5) and other - one == 4  # of one lane
+            assert bool(torch.isin(clip, torch.tensor([one, other])).all()) == bool(cutmix)
+            assert clip.equal(clip[:1, :1].expand_as(clip))  # the same box in all frames and colours
+            shares.append(round(float(share), 4))
+    assert len(set(shares)) > 4
+
+
+def test_without_mixing_labels_are_smoothed():
+    video, batch = batch_of([0, 1], [2, 0])
+    clips, target = Mixer(TuneConfig(epochs=1, batch=8, label_smoothing=0.3), 3)(video, batch, 0)
+    assert clips.equal(video) and torch.allclose(target, torch.tensor([[0.1, 0.1, 0.8], [0.8, 0.1, 0.1]]))
+
+
+def test_rates_by_layer_are_those_of_videomae_on_a_real_encoder(encoder):
+    classifier, _ = make_classifier(
+        load_encoder(str(encoder)), {"kind": "mean", "eps": 1e-6}, 3, TuneConfig(epochs=1, batch=8)
+    )
+    o = OptimConfig(lr=1.0, layer_decay=0.5, weight_decay=0.1, decay="constant")
+    optimizer = build_optimizer(classifier, o)
+    set_schedule(optimizer, schedule(o, 0, 10))
+    got = {id(p): (g["lr"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
+    for name, p in classifier.named_parameters():  # depth 2: 0.5 ** (3 - layer)
+        part = name.split(".")
+        rate = {"patch_embed": 0.125, "blocks": 0.25 * 2 ** int(part[2]) if part[1] == "blocks" else 0}.get(
+            part[1], 1.0
+        )
+        assert got[id(p)] == (rate, 0.1 if p.ndim > 1 else 0.0), name
+    assert len(got) == len(list(classifier.parameters()))
+
+
+def test_a_fresh_classifier_is_the_encoder_and_says_next_to_nothing(encoder):
+    loaded = load_encoder(str(encoder))
+    tune = TuneConfig(epochs=1, batch=8, drop_path=0.3)
+    classifier, model = make_classifier(loaded, {"kind": "mean", "eps": 1e-6}, 3, tune)
+    assert [b.drop_path.drop_prob for b in classifier.encoder.blocks] == [0.0, 0.3]
+    video = torch.randn(2, 3, 4, 16, 16)
+    tokens = classifier.encoder.eval()(video)
+    assert torch.allclose(loaded.encoder.norm(tokens), loaded.encoder(video), atol=1e-6)
+    assert classifier(video).abs().max() < 0.01 and model["final_norm"] is False
+
+
+def test_every_epoch_shows_every_chosen_sample_in_a_new_order():
+    places = [(shard, i) for shard in range(3) for i in range(5)]
+    order = SubsetOrder(places, 0, 4)
+    epochs = [[order.at(g) for g in range(e * 15, e * 15 + 15)] for e in range(3)]
+    assert all(sorted(epoch) == places for epoch in epochs) and epochs[0] != epochs[1] != epochs[2]
+    assert order.replacement(3, 1) in places
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs/finetune").glob("*.yaml")), ids=lambda p: p.stem)
+def test_the_recipes_are_whole(path):
+    cfg = config.load([str(path), "encoder=x", "out=x", "data.train=x", "data.test=x"], finetune.SCHEMA)
+    tune = config.build(cfg["tune"], TuneConfig)
+    finetune.check(tune, config.build(cfg["efficiency"], finetune.FinetuneEfficiency), 8)
+    o = config.build(cfg["optim"], OptimConfig, warmup=10)
+    if path.stem.startswith("videomae"):  # the published rate at 384 videos
+        assert (
+            o.scaled(tune.batch).lr == pytest.approx(7.5e-4) and o.layer_decay == 0.75 and not o.decay_tokens
+        )
+
+
+@pytest.mark.parametrize(
+    "wrong, words",
+    [
+        (["tune.batch=6"], "tune.batch 6: give a multiple of tune.lanes, 4"),
+        (["tune.batch=12", "tune.mixup=1"], "to mix clips give a multiple of 2 x tune.lanes, 8"),
+        (
+            ["efficiency.micro_batches=3"],
+            "the clips of a process 16: give a multiple of efficiency.micro_batches, 3",
+        ),
+        (["head.kind=linear"], "no kind 'linear'; allowed: mean, attentive"),
+        (["data.label=shape"], "no label 'shape' in both data sets"),
+        (["data.label=null"], "data.label: give one of ['anything', 'colour']"),
+        (["optim.warmup=5"], "unknown key; allowed: lr"),
+        (["data.stride=2", "data.fps=3"], "give stride (in frames) or fps"),
+        (["optim.lr=1e30", "optim.layer_decay=1", "optim.clip_grad=null"], "the loss is nan"),
+    ],
+)
+def test_mistakes_are_one_line(wrong, words, encoder, shards, tmp_path):
+    with pytest.raises(UserError) as e:
+        finetune.main(call(encoder, shards, tmp_path / "run", *wrong))
+    assert words in str(e.value) and "\n" not in str(e.value)
+    assert not (tmp_path / "run" / "probe.json").exists()

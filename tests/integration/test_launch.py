@@ -1,0 +1,109 @@
+"""The commands of the README, as they stand there, at the smallest scale."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--num_processes", "1", "--cpu"]
+
+SHORT = [
+    "--set=run.steps=4",
+    "--set=run.save_every=2",
+    "--set=run.feature_stats_every=2",
+    "--probe=probe.epochs=1",
+]
+
+
+def call(*words, **options) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [*map(str, words)], cwd=ROOT, capture_output=True, text=True, timeout=600, **options
+    )
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory) -> Path:
+    """The quickstart on the built-in corpus, a few steps long."""
+    out = tmp_path_factory.mktemp("quick") / "quickstart"
+    done = call(sys.executable, "tools/quickstart.py", "--out", out, "--train", 64, "--test", 30, *SHORT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return out
+
+
+def test_the_summary_has_the_promised_rows(quick):
+    rows = json.loads((quick / "summary.json").read_text())
+    seen = {(r["encoder"], r["label"], r["control"]) for r in rows}
+    assert seen == {
+        (encoder, label, control)
+        for encoder in ("videomae", "vjepa", "random_init")
+        for label in ("motion", "appearance")
+        for control in ("none", "shuffled")
+    }
+    for r in rows:
+        assert r["protocol"] == "attentive" and r["n_test"] == 30
+        assert 0 <= r["ci95"][0] <= r["accuracy"] <= r["ci95"][1] <= 100
+
+
+def test_snapshots_are_probed_along_the_way(quick):
+    for m in ("videomae", "vjepa"):
+        report = json.loads((quick / "probes" / f"{m}@2" / "probe.json").read_text())
+        assert report["trained"]["step"] == 2 and [r["label"] for r in report["results"]] == ["motion"]
+
+
+def test_the_pictures_are_there_and_not_blank(quick):
+    from PIL import Image
+
+    for name in ("masks", "curves", "accuracy"):
+        with Image.open(quick / f"{name}.png") as picture:
+            assert len(picture.convert("L").getcolors(256)) > 20, name
+
+
+def test_the_two_methods_saw_the_same_samples(quick):
+    logs = [
+        [json.loads(x) for x in (quick / m / "log.jsonl").read_text().splitlines()]
+        for m in ("videomae", "vjepa")
+    ]
+    assert [r["keys"] for r in logs[0]] == [r["keys"] for r in logs[1]]
+    assert logs[0][0]["loss"] != logs[1][0]["loss"]
+
+
+def test_a_second_call_reuses_what_is_there(quick):
+    before = {p: p.stat().st_mtime_ns for p in quick.rglob("*.safetensors")}
+    done = call(sys.executable, "tools/quickstart.py", "--out", quick, *SHORT)
+    assert done.returncode == 0, done.stderr
+    assert before == {p: p.stat().st_mtime_ns for p in quick.rglob("*.safetensors")}
+
+
+def test_the_quickstart_on_a_folder_of_classes(tiny_corpus, tmp_path):
+    short = ["--set=run.steps=2", "--set=run.batch=8", "--probe=probe.epochs=1"]
+    done = call("bash", "tools/quickstart.sh", tiny_corpus, "--out", tmp_path / "out", *short)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {r["label"] for r in json.loads((tmp_path / "out" / "summary.json").read_text())} == {"label"}
+    assert "frames shuffled" in done.stdout
+
+
+def test_a_folder_that_is_not_there(tmp_path):
+    done = call(sys.executable, "tools/quickstart.py", tmp_path / "nothing")
+    assert done.returncode == 2
+    assert done.stderr.strip() == f"error: {tmp_path / 'nothing'}: no such folder"
+
+
+def test_launched_by_accelerate_as_the_readme_says(synthetic_shards, tmp_path):
+    readme = (ROOT / "README.md").read_text()
+    block = readme[readme.index("accelerate launch vidssl/train.py configs") :].split("```")[0]
+    train, probe = (part.replace("\\\n", " ").split() for part in block.split("accelerate launch ")[1:])
+    small = ["model.depth=1", "method.predictor.depth=1", "augment.size=32", "run.steps=2", "run.batch=8"]
+    shards = [f"data.train={synthetic_shards / 'train'}"]
+    done = call(*LAUNCH, *train, *shards, f"run.out={tmp_path / 'run'}", *small)
+    assert done.returncode == 0, done.stderr
+    where = [
+        f"encoder={tmp_path / 'run'}",
+        f"data.test={synthetic_shards / 'test'}",
+        f"out={tmp_path / 'probe'}",
+    ]
+    done = call(*LAUNCH, *probe, *shards, *where, "probe.epochs=1", "probe.segments=2", "probe.workers=0")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "probe" / "probe.json").read_text())["results"]

@@ -1,0 +1,117 @@
+"""Every method's YAML builds and gives the losses written in tests/losses/: a refactor leaves them as they are.
+
+After a change that is meant to move them: python tests/test_methods.py [NAME ...], and say why in the commit.
+"""
+
+import re
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from accelerate import Accelerator
+
+from vidssl import config
+from vidssl.core.pixels import normalise
+from vidssl.core.rng import KeyedRNG
+from vidssl.model.predictor import PREDICTORS
+from vidssl.model.vit import MODELS
+from vidssl.objective.build import build_objective
+from vidssl.objective.masks import MASKS
+from vidssl.objective.targets import Ema
+from vidssl.pretrained.init import as_checkpoint, write_run
+from vidssl.train import SCHEMA
+from vidssl.training.optim import OptimConfig, build_optimizer, clip_gradients, schedule, set_schedule
+
+ROOT = Path(__file__).parents[2]
+METHODS = sorted(p.stem for p in (ROOT / "configs/method").glob("*.yaml"))
+PUBLISHED = [m for m in METHODS if not m.endswith("_tiny")]
+STEPS = 5
+RUN = ["run.out=x", f"run.steps={STEPS}", "run.batch=8", "data.train=x"]
+SMALL = ["data.stride=1", "augment.kind=center_crop", "augment.size=32", "optim.warmup=0", "optim.lr=1e-3"]
+SMALL += ["method.predictor.width=24", "method.predictor.depth=1", "method.predictor.heads=2"]
+SMALL += ["model.kind=vit", "model.dim=48", "model.depth=2", "model.heads=3", "model.patch=8"]
+
+
+def own(method: str) -> dict[str, Any]:
+    """The method's file as it stands."""
+    return yaml.safe_load((ROOT / f"configs/method/{method}.yaml").read_text())
+
+
+def small(method: str, *more: str) -> dict[str, Any]:
+    """The method's file at a tiny size: nothing but sizes and the start of its schedules is not the file's own."""
+    model = own(method).get("model", {})
+    fit = [f"data.frames={1 if model.get('tubelet') == 1 else 8}"]
+    fit += ["model.levels=[0,1]"] if "levels" in model else []
+    fit += ["method.context.warmup=[0,0]"] if "context" in own(method)["method"] else []
+    return config.load([str(ROOT / f"configs/method/{method}.yaml"), *RUN, *SMALL, *fit, *more], SCHEMA)
+
+
+def losses(method: str) -> list[float]:
+    """Five steps of a tiny encoder on moving noise."""
+    with tempfile.TemporaryDirectory() as folder:
+        given = []
+        if own(method)["method"]["target"]["kind"] == "teacher":
+            larger = small("vjepa2_1", "model.dim=64", "model.heads=4", "run.seed=1")
+            objective = build_objective(larger)
+            found = as_checkpoint(objective, larger, objective.state_dict())
+            write_run(Path(folder), found, {"config": larger, "step": 0}, snapshot=False)
+            given = [f"method.target.path={folder}"]
+        cfg = small(method, *given)
+        objective, optim = build_objective(cfg), config.build(cfg["optim"], OptimConfig)
+    optimizer, accelerator, frames = build_optimizer(objective, optim), Accelerator(), cfg["data"]["frames"]
+    noise = torch.randint(
+        0, 256, (8, 3, 1, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
+    video = torch.cat([noise.roll(t, -1) for t in range(frames)], 2)
+    out = []
+    for step in range(STEPS):
+        now = schedule(optim, step, STEPS)
+        set_schedule(optimizer, now)
+        loss = objective(normalise(video), KeyedRNG(0, step, torch.arange(8) + 8 * step))["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        clip_gradients(accelerator, objective, optim, step)
+        optimizer.step()
+        if isinstance(objective.target, Ema):
+            objective.target.update(objective.encoder, now["momentum"])
+        out.append(loss.item())
+    return out
+
+
+def write(method: str) -> str:
+    return "".join(f"{step} {loss:.6f}\n" for step, loss in enumerate(losses(method)))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_golden_losses(method):
+    golden = [
+        float(line.split()[1]) for line in (ROOT / f"tests/losses/{method}.txt").read_text().splitlines()
+    ]
+    assert losses(method) == pytest.approx(golden, rel=1e-4)  # other processors round differently
+    assert golden[-1] < golden[0]
+
+
+@pytest.mark.parametrize("method", PUBLISHED)
+def test_the_files_that_a_header_names_make_the_whole_recipe(method):
+    path = ROOT / f"configs/method/{method}.yaml"
+    header = path.read_text().split("method:\n")[0]
+    named = re.findall(r"\b(?:model|data)/\w+\.yaml", header)
+    assert sorted(name.split("/")[0] for name in named) == ["data", "model"]
+    given = ["method.target.path=x"] if method == "vjepa2_1_distilled" else []
+    cfg = config.load([str(path), *(str(ROOT / "configs" / name) for name in named), *RUN, *given], SCHEMA)
+    size = cfg["augment"]["size"]
+    with torch.device("meta"):  # sizes only
+        encoder = config.build(cfg["model"], MODELS, frames=cfg["data"]["frames"], height=size, width=size)
+        config.build(cfg["method"]["predictor"], PREDICTORS, encoder=encoder, out=encoder.width)
+    mask = config.build(cfg["method"]["mask"], MASKS)
+    for m in mask(torch.empty(0), encoder.grid, KeyedRNG(0, 0, torch.arange(2))):
+        assert 0 < m.context.shape[1] < encoder.grid.n and 0 < m.target.shape[2] < encoder.grid.n
+
+
+if __name__ == "__main__":
+    for m in sys.argv[1:] or METHODS:
+        (ROOT / f"tests/losses/{m}.txt").write_text(write(m))

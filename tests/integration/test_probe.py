@@ -1,0 +1,489 @@
+"""Evaluation that does not lie: counted accuracy, test read once, nothing replaced, selection within train by group."""
+
+import csv
+import hashlib
+import importlib
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy.stats import spearmanr
+from server import serving
+
+from data_prep import pack
+from data_prep.synthetic import SHAPES, SIDE
+from vidssl import probe
+from vidssl.core.errors import UserError
+from vidssl.data.shards import Shards
+from vidssl.evaluation.features import StoredFeatures
+from vidssl.evaluation.metrics import accuracy, bootstrap_ci
+from vidssl.evaluation.neighbours import Knn
+from vidssl.evaluation.probe_data import ProbeData, make_view
+from vidssl.evaluation.protocol import label_free
+from vidssl.evaluation.report import weights_hash
+from vidssl.evaluation.views import EvalClips
+from vidssl.model.vit import Encoder
+from vidssl.pretrained.files import LoadedEncoder, load_encoder
+
+ROOT = Path(__file__).parents[2]
+
+
+def spoil(shards: Path) -> str:
+    """Zeros for the bytes of the first test sample -> its key."""
+    tar = sorted((shards / "test").glob("*.tar"))[0]
+    line = json.loads(tar.with_suffix(".jsonl").read_text().splitlines()[0])
+    with open(tar, "rb+") as f:
+        f.seek(line["offset"])
+        f.write(bytes(line["size"]))
+    return line["key"]
+
+
+@pytest.fixture(scope="module")
+def odd(synthetic_corpus, tmp_path_factory) -> Path:
+    """25 train and 13 test videos, one of these broken: the shapes there are (tags), how many objects, how far the
+    nearest one is from the middle in pixels."""
+    root = tmp_path_factory.mktemp("odd")
+    (root / "corpus").mkdir()
+    rows = []
+    for split, count in (("train", 25), ("test", 13)):
+        for path in sorted((synthetic_corpus / "videos").glob(f"{split}_*.mp4"))[:count]:
+            shutil.copy(path, root / "corpus")
+            with np.load(synthetic_corpus / "truth" / f"{path.stem}.npz") as truth:
+                shapes = "|".join(sorted({SHAPES[i] for i in truth["shape"]}))
+                far = np.hypot(*(truth["position"][0, -1] - SIDE / 2))
+                rows.append((path.name, shapes, len(truth["shape"]), f"{far:.2f}", split))
+    with open(root / "corpus" / "labels.csv", "w", newline="") as f:
+        csv.writer(f).writerows([("path", "label_shapes", "label_count", "label_distance", "split"), *rows])
+    pack.main([str(root / "corpus"), str(root / "shards"), "--workers", "2"])
+    (root / "broken.txt").write_text(spoil(root / "shards"))
+    return root / "shards"
+
+
+@pytest.fixture(scope="module")
+def run(synthetic_shards, tmp_path_factory) -> Path:
+    """An encoder after three steps."""
+    out = tmp_path_factory.mktemp("encoder") / "run"
+    files = [
+        "configs/method/videomae_tiny.yaml",
+        "configs/model/vit_micro.yaml",
+        "configs/data/quickstart.yaml",
+    ]
+    settings = [f"data.train={synthetic_shards / 'train'}", f"run.out={out}", "run.steps=3", "model.depth=1"]
+    call = [sys.executable, "vidssl/train.py", *files, "configs/run/smoke.yaml", *settings]
+    subprocess.run(call, cwd=ROOT, check=True, capture_output=True)
+    return out
+
+
+def arguments(run: Path, shards: Path, out: Path, *more: str, test: str = "test") -> list[str]:
+    files = [str(ROOT / "configs/probe/quickstart.yaml")]
+    data = [f"data.train={shards / 'train'}", f"data.test={shards / test}"]
+    return [*files, f"encoder={run}", *data, f"out={out}", "probe.epochs=2", "probe.lr=[1e-3]", *more]
+
+
+def read(out: Path) -> tuple[dict, list[dict]]:
+    with open(out / "predictions.csv", newline="") as f:
+        return json.loads((out / "probe.json").read_text()), list(csv.DictReader(f))
+
+
+@pytest.fixture(scope="module")
+def probed(run, synthetic_shards, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("probed") / "probe"
+    probe.main(arguments(run, synthetic_shards, out, "probe.segments=2", "probe.lr=[1e-3,1e-4]"))
+    return out
+
+
+def test_accuracy_is_what_a_count_of_the_predictions_gives(probed, synthetic_shards):
+    report, predictions = read(probed)
+    assert [(r["label"], r["control"]) for r in report["results"]] == [
+        (label, control) for control in ("none", "shuffled") for label in ("appearance", "motion")
+    ]
+    index = json.loads((synthetic_shards / "test" / "index.json").read_text())
+    for row in report["results"]:
+        mine = [p for p in predictions if (p["label"], p["control"]) == (row["label"], row["control"])]
+        assert len(mine) == len({p["key"] for p in mine}) == row["n_test"] == index["samples"]
+        hits = sum(p["truth"] == p["predicted"] for p in mine)
+        assert row["accuracy"] == pytest.approx(100 * hits / len(mine), abs=1e-3)
+        assert row["ci95"][0] <= row["accuracy"] <= row["ci95"][1]
+
+
+def test_the_report_names_encoder_data_seed_and_choices(probed, run, synthetic_shards):
+    report, _ = read(probed)
+    assert report["encoder"]["sha256"] == weights_hash(load_encoder(str(run)).encoder)
+    assert set(report["data"]) == {"train", "test"} and report["seed"] == 0
+    for row in report["results"]:
+        tried = row["chosen"]["tried"]
+        assert [t["lr"] for t in tried] == [1e-3, 1e-4]
+        assert row["chosen"]["lr"] == max(tried, key=lambda t: t["held_out_accuracy"])["lr"]
+        assert 0 < row["chosen"]["n_held_out"] < row["n_train"]
+
+
+def test_the_test_set_is_not_read_twice_into_one_place(probed, run, synthetic_shards):
+    with pytest.raises(UserError, match="the test set was read"):
+        probe.main(arguments(run, synthetic_shards, probed))
+
+
+def test_a_test_sample_that_is_in_train_is_an_error(run, synthetic_shards, tmp_path):
+    with pytest.raises(UserError, match=r"60 sample\(s\) are in train and in test"):
+        probe.main(arguments(run, synthetic_shards, tmp_path / "out", test="train"))
+
+
+def test_random_init_is_another_encoder_and_the_same_every_time(run):
+    trained, a, b = load_encoder(str(run)), load_encoder(str(run), 0), load_encoder(str(run), 0)
+    assert weights_hash(a.encoder) == weights_hash(b.encoder)
+    assert weights_hash(a.encoder) != weights_hash(trained.encoder)
+
+
+def test_an_unreadable_test_video_is_an_error_or_counted_wrong_and_listed(run, synthetic_shards, tmp_path):
+    shards = tmp_path / "shards"
+    shutil.copytree(synthetic_shards, shards)
+    key = spoil(shards)
+    with pytest.raises(UserError, match=key):
+        probe.main(arguments(run, shards, tmp_path / "a"))
+    assert not (tmp_path / "a").exists()
+    probe.main(arguments(run, shards, tmp_path / "b", "probe.allow_unreadable=true", "probe.controls=[none]"))
+    report, predictions = read(tmp_path / "b")
+    for row in report["results"]:
+        assert list(row["unreadable"]) == [key]
+        told = [p for p in predictions if p["label"] == row["label"]]
+        assert len(told) == row["n_test"]
+        assert next(p["predicted"] for p in told if p["key"] == key) == ""
+        hits = sum(p["truth"] == p["predicted"] for p in told)
+        assert row["accuracy"] == pytest.approx(100 * hits / row["n_test"], abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    "wrong, words",
+    [
+        (["encoder=nowhere"], "nowhere: no such"),
+        (["data.labels=colour"], "no label 'colour'"),
+        (["data.test=nowhere"], "nowhere: no index.json"),
+        (["probe.kind=linearr"], "no kind 'linearr'"),
+        (["probe.memory_gb=0.0001", "probe.stream=never"], "probe.memory_gb"),
+        (["data.numbers=[motion]"], "label 'motion' is not numeric"),
+        (["data.train_fractions=2"], "less than 1"),
+        (["probe.heads=5"], "5 heads"),
+        (["probe.controls=[none,Shuffled]"], "'none', 'shuffled'"),
+        (["probe.val_fraction=0"], "greater than 0"),
+        (["data.stride=-1"], "greater than or equal to 1"),
+        (["data.stride=1", "data.fps=2"], "not both"),
+        (["encoder=README.md"], "README.md: not a readable"),
+        (["out=README.md/x"], "README.md is not a folder"),
+    ],
+)
+def test_wrong_calls(wrong, words, run, synthetic_shards, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(UserError) as e:
+        probe.main(arguments(run, synthetic_shards, tmp_path / "out", *wrong))
+    assert words in str(e.value) and "\n" not in str(e.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_interval_covers_and_widens_with_groups():
+    rng = np.random.default_rng(0)
+    covered = 0
+    for i in range(200):
+        right = rng.uniform(size=100) < 0.7
+        low, high = bootstrap_ci(right, [str(k) for k in range(100)], seed=i, draws=400)
+        covered += low <= 70 <= high
+    assert 176 <= covered <= 200  # 95 % of 200 is 190; 4.5 deviations
+    right = np.repeat(rng.uniform(size=20) < 0.5, 10)  # ten clips a group, all right or all wrong
+    single = bootstrap_ci(right, [str(k) for k in range(200)])
+    grouped = bootstrap_ci(right, [str(k // 10) for k in range(200)])
+    assert grouped[1] - grouped[0] > 2 * (single[1] - single[0])
+    assert accuracy(np.array([True, False, True])) == pytest.approx(66.6667, abs=1e-3)
+
+
+def test_every_control_low_shot_lists_and_the_tables(run, synthetic_shards, tmp_path):
+    """One call of everything; every figure is what a count of predictions.csv gives."""
+    settings = [
+        "probe.controls=[none,reversed,still,random_init,pixels]",
+        "data.labels=motion",
+        "data.train_fractions=0.5",
+    ]
+    probe.main(
+        arguments(run, synthetic_shards, tmp_path / "a", *settings, "data.seeds=[0,1]", "probe.crops=2")
+    )
+    report, told = read(tmp_path / "a")
+    controls = ["none", "reversed", "still", "random_init", "pixels"]
+    assert [(r["control"], r["list_seed"]) for r in report["results"]] == [
+        (c, s) for c in controls for s in (0, 1)
+    ]
+    with open(tmp_path / "a" / "per_class.csv", newline="") as f:
+        classes = list(csv.DictReader(f))
+    with open(tmp_path / "a" / "confusion.csv", newline="") as f:
+        confusion = list(csv.DictReader(f))
+    names = json.loads((synthetic_shards / "test" / "index.json").read_text())["classes"]["motion"]
+    for row in report["results"]:
+        which = (row["control"], str(row["list_seed"]))
+        mine = [t for t in told if (t["control"], t["seed"]) == which]
+        right = [t["truth"] == t["predicted"] for t in mine]
+        assert row["value"] == pytest.approx(100 * sum(right) / len(mine), abs=1e-3)
+        order = [np.argsort([-float(x) for x in t["outputs"].split()], kind="stable") for t in mine]
+        assert [names[o[0]] for o in order] == [t["predicted"] for t in mine]
+        top5 = [t["truth"] in [names[i] for i in o[:5]] for t, o in zip(mine, order, strict=True)]
+        assert row["top5"] == pytest.approx(100 * np.mean(top5), abs=1e-3)
+        some = [c for c in classes if (c["control"], c["seed"]) == which]
+        assert row["mean_per_class"] == pytest.approx(np.mean([float(c["accuracy"]) for c in some]), abs=0.01)
+        assert sum(int(c["n"]) for c in some) == len(mine) == 30
+        table = [c for c in confusion if (c["control"], c["seed"]) == which]
+        assert sum(int(c["n"]) for c in table if c["truth"] == c["predicted"]) == sum(right)
+        text = (tmp_path / "a" / row["list"]).read_text()
+        assert hashlib.sha256(text.encode()).hexdigest() == row["list_sha256"]
+        assert len(text.split()) == row["n_train"] == 30
+    for summary in report["low_shot"]:
+        values = [r["value"] for r in report["results"] if r["control"] == summary["control"]]
+        assert summary["mean"] == pytest.approx(np.mean(values), abs=1e-3) and len(summary["lists"]) == 2
+    assert (
+        report["versions"]["code"] and report["config_sha256"] and report["test_samples_of_train_groups"] == 0
+    )
+    still = [t["outputs"] for t in told if t["control"] == "still"]
+    assert still != [t["outputs"] for t in told if t["control"] == "none"]
+
+
+@pytest.mark.parametrize("kind", ["linear", "knn", "retrieval"])
+def test_the_other_protocols(kind, run, synthetic_shards, tmp_path):
+    call = [
+        str(ROOT / f"configs/probe/{kind}.yaml"),
+        f"encoder={run}",
+        f"out={tmp_path / 'a'}",
+        "probe.workers=0",
+    ]
+    call += [f"data.train={synthetic_shards / 'train'}", f"data.test={synthetic_shards / 'test'}"]
+    probe.main([*call, "data.labels=[appearance]"])
+    report, told = read(tmp_path / "a")
+    (row,) = report["results"]
+    assert row["protocol"] == kind and row["n_test"] == len(told) == 30
+    assert row["accuracy"] == pytest.approx(
+        100 * np.mean([t["truth"] == t["predicted"] for t in told]), abs=1e-3
+    )
+    if kind == "retrieval":
+        assert row["accuracy"] <= row["recall_at_5"] and 0 < row["retrieval_mAP"] < 100
+
+
+def average_precision(told: list[dict], tag: str, column: int) -> float | None:
+    """From the lines of predictions.csv, by its definition; what could not be read comes last."""
+    hits = [tag in t["truth"].split("|") for t in told]
+    scores = [float(t["outputs"].split()[column]) if t["outputs"] else -1.0 for t in told]
+    precisions = []
+    for hit, score in zip(hits, scores, strict=True):
+        if hit:  # those that stand before it: higher scores, of equal ones the wrong ones, and of the right ones itself
+            before = [h for h, s in zip(hits, scores, strict=True) if s > score or (s == score and not h)]
+            precisions.append((sum(before) + 1) / (len(before) + 1))
+    return float(np.mean(precisions)) if precisions else None
+
+
+def test_tags_and_numbers_are_what_the_predictions_give(run, odd, tmp_path):
+    """mAP, R2 and mean error of an odd-sized set with a broken file, from predictions.csv and labels.csv alone."""
+    call = [
+        str(ROOT / "configs/probe/linear.yaml"),
+        f"encoder={run}",
+        f"out={tmp_path / 'a'}",
+        "probe.workers=0",
+    ]
+    call += [
+        "data.tags=[shapes]",
+        "data.numbers=[count,distance]",
+        "probe.allow_unreadable=true",
+        "probe.l2=[1]",
+    ]
+    probe.main([*call, *(f"data.{side}={odd / side}" for side in ("train", "test"))])
+    report, told = read(tmp_path / "a")
+    with open(odd.parent / "corpus" / "labels.csv", newline="") as f:
+        truths = {Path(row["path"]).stem: row for row in csv.DictReader(f)}
+    broken = (odd.parent / "broken.txt").read_text()
+    rows = {row["label"]: row for row in report["results"]}
+    assert {name: row["metric"] for name, row in rows.items()} == {
+        "shapes": "mAP",
+        "count": "R2",
+        "distance": "R2",
+    }
+    for label, row in rows.items():
+        mine = [t for t in told if t["label"] == label]
+        assert (
+            len(mine) == row["n_test"] == 13 and row["n_train"] == 25 and list(row["unreadable"]) == [broken]
+        )
+        assert [t["key"] for t in mine if t["predicted"] == "" == t["outputs"]] == [broken]
+        want = {t["key"]: truths[t["key"].rsplit("-", 1)[0]][f"label_{label}"] for t in mine}
+        if label == "shapes":
+            assert all(t["truth"] == want[t["key"]] for t in mine)
+            tags = sorted({tag for row in truths.values() for tag in row["label_shapes"].split("|")})
+            found = [average_precision(mine, tag, column) for column, tag in enumerate(tags)]
+            assert row["value"] == pytest.approx(100 * np.mean([f for f in found if f is not None]), abs=1e-3)
+            continue
+        known = np.array([float(want[t["key"]]) for t in mine])
+        mean = np.mean(
+            [float(row[f"label_{label}"]) for name, row in truths.items() if name.startswith("train")]
+        )
+        guess = np.array([float(t["predicted"] or mean) for t in mine])
+        r2 = 1 - np.square(guess - known).sum() / np.square(known - known.mean()).sum()
+        assert row["value"] == pytest.approx(r2, rel=1e-3, abs=1e-3)
+        assert row["mae"] == pytest.approx(np.abs(guess - known).mean(), rel=1e-3)
+
+
+def test_processes_and_the_cache_change_nothing(run, odd, tmp_path):
+    """Two processes that write a cache, one that finds it, and none: the same predictions, of 13 and 25 samples of
+    which one is broken."""
+    plain = arguments(run, odd, tmp_path / "a", "probe.controls=[none]", "probe.allow_unreadable=true")
+    plain += ["data.tags=[shapes]", "data.numbers=[count,distance]"]
+    probe.main(plain)
+    cached = [f"out={tmp_path / 'b'}" if a.startswith("out=") else a for a in plain] + [
+        f"probe.cache={tmp_path / 'c'}"
+    ]
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        "vidssl/probe.py",
+    ]
+    subprocess.run([*launch, *cached], cwd=ROOT, check=True, capture_output=True)
+    times = [p.stat().st_mtime_ns for p in sorted((tmp_path / "c").glob("*/blocks/*"))]
+    probe.main([f"out={tmp_path / 'd'}" if a.startswith("out=") else a for a in cached])
+    assert times and times == [p.stat().st_mtime_ns for p in sorted((tmp_path / "c").glob("*/blocks/*"))]
+    (first, told), (second, others), (third, again) = (read(tmp_path / name) for name in "abd")
+    assert len(told) == 3 * 13 and len({t["key"] for t in told}) == 13
+    for report in (second, third):
+        for row, want in zip(report["results"], first["results"], strict=True):
+            assert row["n_test"] == 13 and row["unreadable"] == want["unreadable"] != {}
+            assert row["value"] == pytest.approx(want["value"], abs=1e-2)
+        assert report["label_free"]["none"] == pytest.approx(first["label_free"]["none"], rel=1e-3)
+    assert [t["key"] for t in told] == [t["key"] for t in others]
+    assert [t["predicted"] for t in others] == [t["predicted"] for t in again]
+
+
+def test_an_image_is_a_still_clip_or_one_patch_of_time(run, tmp_path):
+    """Repeated frames are what `still` makes of a video; the one-frame path is another clip, of one tubelet."""
+    rng = np.random.default_rng(0)
+    for name, low in (("dark", 0), ("light", 120)):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for i in range(10):
+            picture = rng.integers(low, low + 120, (40, 56, 3)).astype(np.uint8)
+            Image.fromarray(picture).save(tmp_path / "images" / name / f"{name} {i}.png")
+    shards = tmp_path / "shards"
+    pack.main([str(tmp_path / "images"), str(shards), "--test-fraction", "0.4", "--workers", "1"])
+    probe.main(arguments(run, shards, tmp_path / "a", "probe.controls=[none,still,single]"))
+    report, told = read(tmp_path / "a")
+    none, still, single = (
+        [t["outputs"] for t in told if t["control"] == c] for c in ("none", "still", "single")
+    )
+    assert none == still != single and all(r["n_test"] == 8 for r in report["results"])
+
+
+@pytest.mark.parametrize("tokenizer, frames", [(False, 2), (True, 1)])
+def test_single_is_the_middle_frame_as_the_encoder_takes_an_image(tokenizer, frames, synthetic_shards):
+    options = {
+        "frames": 4,
+        "height": 32,
+        "width": 32,
+        "dim": 24,
+        "depth": 1,
+        "heads": 2,
+        "image_tokenizer": tokenizer,
+    }
+    about = {"model": {**options, "tubelet": 2, "patch": 16}, "pixels": {"mean": [0.5] * 3, "std": [0.5] * 3}}
+    data = ProbeData(["a"], ["b"], stride=2)
+    views = [make_view(data, Knn(), LoadedEncoder(None, about), control) for control in ("none", "single")]
+    shards = Shards([str(synthetic_shards / "test")])
+    whole, single = (EvalClips(shards, shards.all()[:1], view, 1)[0][1] for view in views)
+    assert whole.shape == (1, 3, 4, 32, 32) and single.shape == (1, 3, frames, 32, 32)
+    assert all(torch.equal(single[:, :, t], whole[:, :, 2]) for t in range(frames))
+    assert Encoder(**options)(single.float()).shape == (1, 4, 24)
+
+
+def test_other_clips_than_the_encoders_own(run, synthetic_shards, tmp_path):
+    """data.frames and data.size: positions are interpolated."""
+    more = ["data.frames=4", "data.size=16", "probe.controls=[none]", "data.labels=motion"]
+    probe.main([*arguments(run, synthetic_shards, tmp_path / "a", *more), f"probe.cache={tmp_path / 'c'}"])
+    abouts = [json.loads(p.read_text()) for p in (tmp_path / "c").glob("*/about.json")]
+    assert [a["view"][0] for a in abouts] == [4, 4] and {tuple(a["shape"][1:]) for a in abouts} == {
+        (1, 2 * 2 * 2, 128)
+    }
+    with pytest.raises(UserError, match="not a multiple of the model's patch size"):
+        probe.main([*arguments(run, synthetic_shards, tmp_path / "b", *more[1:], "data.frames=3")])
+
+
+def test_scores_without_labels_are_those_of_the_mean_tokens():
+    """Three directions of equal size in the means of the samples that are asked for; what differs within a sample, and
+    an offset that all share, does not count."""
+    means = torch.zeros(40, 8)
+    means[:30] = torch.eye(3).repeat(10, 1) @ torch.linalg.qr(torch.randn(8, 3))[0].T
+    within = torch.randn(40, 2, 4, 8)
+    tokens = means[:, None, None] + 5.0 + within - within.mean((1, 2), keepdim=True)
+    tokens[30:] = 1e3 * torch.randn(10, 2, 4, 8)
+    found = label_free(StoredFeatures(tokens, torch.device("cpu")), list(range(30)), Knn(segments=2))
+    assert found["samples"] == 30
+    assert found["rankme"] == pytest.approx(2, abs=0.01)  # three points about their mean span a plane
+
+
+def test_remote_shards_go_into_the_cache_that_is_named(run, synthetic_shards, tmp_path, monkeypatch):
+    monkeypatch.setenv("no_proxy", "*")
+    call = [
+        str(ROOT / "configs/probe/knn.yaml"),
+        f"encoder={run}",
+        f"out={tmp_path / 'a'}",
+        "probe.workers=0",
+    ]
+    call += [
+        "data.labels=[appearance]",
+        f"data.cache_dir={tmp_path / 'kept'}",
+        f"data.test={synthetic_shards / 'test'}",
+    ]
+    with serving(synthetic_shards.parent) as server:
+        call += [f"data.train={server.url('shards/train')}"]
+        probe.main(call)
+        assert read(tmp_path / "a")[0]["results"][0]["n_train"] == 60
+        assert len(list((tmp_path / "kept").rglob("*.tar"))) == len(
+            list((synthetic_shards / "train").glob("*.tar"))
+        )
+        with pytest.raises(UserError, match=r"data\.cache_gb"):
+            probe.main([*call, "data.cache_gb=1e-6", f"out={tmp_path / 'b'}"])
+
+
+def test_differences_are_paired_by_sample(probed, tmp_path, capsys, monkeypatch):
+    """Against a copy in which three samples of one label turn from wrong to right, lines in another order."""
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    compare = importlib.import_module("compare")
+    shutil.copytree(probed, tmp_path / "better")
+    report, told = read(probed)
+    mine = [t for t in told if (t["label"], t["control"]) == ("motion", "none")]
+    for t in [t for t in mine if t["truth"] != t["predicted"]][:3]:
+        t["predicted"] = t["truth"]
+    with open(tmp_path / "better" / "predictions.csv", "w", newline="") as f:
+        writer = csv.DictWriter(f, told[0])
+        writer.writeheader()
+        writer.writerows(reversed(told))
+    compare.main(
+        [str(probed), str(tmp_path / "better"), f"--csv={tmp_path / 'c.csv'}", f"--plot={tmp_path / 'c.png'}"]
+    )
+    with open(tmp_path / "c.csv", newline="") as f:
+        rows = {(r["name"], r["label"], r["control"]): r for r in csv.DictReader(f)}
+    better = rows["better", "motion", "none"]
+    assert float(better["difference"]) == 10  # 3 of 30
+    assert 0 <= float(better["difference_low"]) < 10 < float(better["difference_high"]) <= 30
+    assert float(rows["better", "appearance", "none"]["difference"]) == 0
+    assert "rankme" in rows["better", "motion", "none"] and float(better["rankme"]) >= 1
+    with pytest.raises(UserError, match="three probes or more with rankme"):
+        compare.main([str(probed), str(tmp_path / "better"), "--rank"])
+    assert "+10.00" in capsys.readouterr().out and (tmp_path / "c.png").stat().st_size > 5000
+    (tmp_path / "better" / "probe.json").write_text(json.dumps({**report, "data": {"test": "other"}}))
+    with pytest.raises(UserError, match="tested on different data"):
+        compare.main([str(probed), str(tmp_path / "better")])
+
+
+def test_rank_correlations_are_exact(monkeypatch):
+    """Spearman's rho as scipy has it; p counts the orders of three points, where a formula for many would say 0."""
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    spearman = importlib.import_module("compare").spearman
+    assert spearman([1, 2, 3], [10, 30, 90]) == pytest.approx((1, 1 / 3))
+    x, y = [3, 1, 4, 1, 5, 9, 2, 6], [2, 7, 1, 8, 2, 8, 1, 8]
+    rho, p = spearman(x, y)
+    assert rho == pytest.approx(spearmanr(x, y).statistic) and abs(p - spearmanr(x, y).pvalue) < 0.1
+    assert spearman([1, 2, 3], [5, 5, 5]) == (0, 1)

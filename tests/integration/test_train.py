@@ -1,0 +1,221 @@
+"""train.py as a user meets it: killed and continued, on other numbers of workers and processes, and wrongly called."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from vidssl.core.errors import UserError
+from vidssl.data.shards import Shards
+from vidssl.pretrained.files import load_weights
+from vidssl.training.checkpoint import load_checkpoint
+from vidssl.training.metrics_log import MetricsLog
+from vidssl.training.preemption import EXIT_REQUEUE
+
+ROOT = Path(__file__).parents[2]
+FILES = ["configs/method/vjepa_tiny.yaml", "configs/model/vit_micro.yaml", "configs/data/quickstart.yaml"]
+FILES += ["configs/run/smoke.yaml"]
+STEPS = 12
+
+
+def command(shards: Path, out: Path, *more: str, processes: int = 1) -> list[str]:
+    run = [sys.executable]
+    if processes > 1:
+        run += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "29611"]
+    settings = [
+        f"data.train={shards}",
+        f"run.out={out}",
+        f"run.steps={STEPS}",
+        "run.save_every=4",
+        "model.depth=2",
+    ]
+    return [*run, "vidssl/train.py", *FILES, *settings, *more]
+
+
+def train(*args, **kwargs) -> subprocess.CompletedProcess:
+    return subprocess.run(command(*args, **kwargs), cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def log(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def whole(synthetic_shards, tmp_path_factory) -> Path:
+    """A run that nobody disturbed."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    done = train(synthetic_shards / "train", out)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def test_the_run_folder(whole, synthetic_shards):
+    rows = log(whole)
+    assert [r["step"] for r in rows] == list(range(1, STEPS + 1))
+    for key in (
+        "loss",
+        "loss_0",
+        "lr",
+        "weight_decay",
+        "momentum",
+        "grad_norm",
+        "clips_per_s",
+        "wait",
+        "keys",
+        "bad",
+    ):
+        assert key in rows[0]
+    assert 0 < rows[0]["context_ratio_0"] < 1 and 0 < rows[0]["target_ratio_0"] < 1
+    assert rows[-1]["feature_std_time"] > 0
+    assert len({r["keys"] for r in rows}) == STEPS
+    assert sorted(p.name for p in (whole / "checkpoints").iterdir()) == ["step-00000008", "step-00000012"]
+    target, online = (load_file(whole / f"{n}.safetensors") for n in ("encoder", "encoder_online"))
+    assert target.keys() == online.keys()
+    assert not target["norm.weight"].equal(online["norm.weight"])
+    about = load_checkpoint(whole / "checkpoints")["provenance"]
+    assert about["data"] == Shards([str(synthetic_shards / "train")]).hash
+    assert about["config"]["run"]["steps"] == STEPS and about["libraries"]["torch"] == torch.__version__
+    assert (
+        about["revision"] and about["revision"] in load_weights(whole / "encoder.safetensors")[1]["revision"]
+    )
+
+
+@pytest.mark.parametrize(
+    "workers, kill_at, number", [(0, 6, "SIGKILL"), (2, 9, "SIGKILL"), (2, 5, "SIGTERM")]
+)
+def test_killed_and_started_again_it_equals_the_whole_run_bit_for_bit(
+    workers, kill_at, number, whole, synthetic_shards, tmp_path
+):
+    """The signal goes to all of its processes, as schedulers send it."""
+    call = command(synthetic_shards / "train", tmp_path / "run", f"efficiency.workers={workers}")
+    victim = subprocess.Popen(call, cwd=ROOT, stderr=subprocess.DEVNULL, start_new_session=True)
+    path, until = tmp_path / "run" / "log.jsonl", time.time() + 120
+    while not (path.exists() and len(path.read_text().splitlines()) >= kill_at):
+        assert time.time() < until and victim.poll() is None, "it ended or hung before it could be killed"
+        time.sleep(0.001)
+    os.killpg(victim.pid, getattr(signal, number))
+    assert victim.wait(60) in ((-signal.SIGKILL,) if number == "SIGKILL" else (EXIT_REQUEUE, 0))
+    with open(path, "a") as f:
+        f.write('{"step": 11, "los')  # a kill may cut a line short
+    done = subprocess.run(call, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    volatile = ("clips_per_s", "wait", "memory", "mfu")
+    for a, b in zip(log(whole), log(tmp_path / "run"), strict=True):
+        assert {k: v for k, v in a.items() if k not in volatile} == {
+            k: v for k, v in b.items() if k not in volatile
+        }
+    for name in ("encoder", "encoder_online"):
+        want, got = (
+            load_file(whole / f"{name}.safetensors"),
+            load_file(tmp_path / "run" / f"{name}.safetensors"),
+        )
+        assert all(want[k].equal(got[k]) for k in want)
+
+
+def test_two_processes_show_the_same_batches_and_learn_the_same(whole, synthetic_shards, tmp_path):
+    done = train(synthetic_shards / "train", tmp_path / "run", processes=2)
+    assert done.returncode == 0, done.stderr
+    one, two = log(whole), log(tmp_path / "run")
+    assert [r["keys"] for r in one] == [r["keys"] for r in two]
+    assert [r["loss"] for r in two] == pytest.approx([r["loss"] for r in one], rel=1e-5)
+
+
+def test_accumulated_micro_batches_give_the_same_update(whole, synthetic_shards, tmp_path):
+    done = train(synthetic_shards / "train", tmp_path / "run", "efficiency.micro_batches=4")
+    assert done.returncode == 0, done.stderr
+    assert [r["loss"] for r in log(tmp_path / "run")] == pytest.approx(
+        [r["loss"] for r in log(whole)], rel=1e-5
+    )
+
+
+def test_the_same_command_on_a_finished_run_leaves_it_alone(whole, synthetic_shards):
+    before = (whole / "log.jsonl").read_bytes()
+    done = train(synthetic_shards / "train", whole)
+    assert done.returncode == 0
+    assert "are done" in done.stdout
+    assert (whole / "log.jsonl").read_bytes() == before
+
+
+def test_a_folder_holds_one_run(whole, synthetic_shards):
+    done = train(synthetic_shards / "train", whole, "optim.lr=0.5")
+    assert done.returncode == 2
+    assert "optim.lr is 0.003 there, 0.5 here" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "wrong, words",
+    [
+        (["run.stepz=3"], "'run.stepz=3': unknown key; allowed: out, steps"),
+        (["method.mask.kind=tubes"], "no kind 'tubes'; allowed: random, tube, "),
+        (["optim.lr=fast"], "'fast'"),
+        (["data.train=nowhere"], "nowhere: no index.json"),
+        (["run.batch=12"], "run.batch 12 is not a multiple of run.lanes 8"),
+        (["augment.size=30"], "clip height 30 is not a multiple of the model's patch size 8"),
+        (["model.heads=5"], "width 128 cannot be divided among 5 heads"),
+        (["method.target.kind=pixel"], "no kind 'pixel'; allowed: pixels, ema"),
+        (["configs/method/nothing.yaml"], "configs/method/nothing.yaml: no such file"),
+        (["configs/method/videomae_tiny.yaml"], "is already set by configs/method/vjepa_tiny.yaml"),
+        (["efficiency.micro_batches=3"], "efficiency.micro_batches 3 does not divide 8"),
+        (["data.fps=4"], "data: give either stride"),
+        (["run.steps=0"], "'run.steps=0': input should be greater than or equal to 1"),
+        (["data.stride=-1"], "greater than or equal to 1"),
+        (["optim.lr=.nan"], "finite number"),
+        (["optim.clip_grad=-1"], "greater than 0"),
+        (["method.mask.visible=5"], "less than or equal to 1"),
+        (["method.mask.past=4"], "method.mask.past: 4 must lie in 1..3"),
+        (["augment.scale=[1,0.3]"], "the first must not be larger than the second"),
+        (["run.batch=???"], "'run.batch' is '???': give a value"),
+        (["run.out=/proc/nothing"], "/proc/nothing: cannot be"),
+        (["run.out=README.md/run"], "README.md is not a folder; choose another place"),
+    ],
+)
+def test_a_wrong_configuration_is_one_line_status_2_and_nothing_written(
+    wrong, words, synthetic_shards, tmp_path, capfd
+):
+    """In this process, through the same entry, to save a dozen imports of torch."""
+    from vidssl import train as module
+    from vidssl.core.errors import run_cli
+
+    script = command(synthetic_shards / "train", tmp_path / "run", *wrong)
+    sys.argv, before = script[1:], sys.argv
+    os.chdir(ROOT)
+    try:
+        with pytest.raises(SystemExit) as stop:
+            run_cli(module.main)
+    finally:
+        sys.argv = before
+    message = capfd.readouterr().err
+    assert stop.value.code == 2
+    assert words in message
+    assert len(message.strip().splitlines()) == 1 and message.startswith("error: ")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_diverges_stops_in_one_line_and_keeps_its_last_checkpoint(synthetic_shards, tmp_path):
+    more = ["optim.lr=1e18", "optim.warmup=0", "run.save_every=1", "run.max_consecutive_skips=1"]
+    done = train(synthetic_shards / "train", tmp_path / "run", *more)
+    assert done.returncode == 2
+    assert "(2 steps in a row, gone back 2 times); what was learned" in done.stderr.splitlines()[-1]
+    kept = load_file(tmp_path / "run" / "encoder.safetensors")
+    assert all(w.isfinite().all() for w in kept.values())
+
+
+def test_two_runs_cannot_share_a_folder(tmp_path):
+    first = MetricsLog(tmp_path, 0, 1)
+    with pytest.raises(UserError, match="another process is training"):
+        MetricsLog(tmp_path, 0, 1)
+    first.close()
+    MetricsLog(tmp_path, 0, 1).close()
+
+
+def test_from_the_shell_too_it_is_one_line_and_status_2(synthetic_shards, tmp_path):
+    done = train(synthetic_shards / "train", tmp_path / "run", "run.stepz=3")
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines() == [done.stderr.strip()]

@@ -1,0 +1,270 @@
+"""Decoding in a child process: what hangs, crashes or swells costs its own sample, and nobody is left behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from limits import set_limit
+from training_clips import copy_with_damage, make_clips
+
+from tools import chaos_loader, fuzz_decode
+from vidssl.core.errors import UserError
+from vidssl.data import isolation, loader
+from vidssl.data.dataset import ATTEMPTS, DecodeFailure, Example, FrameCache
+from vidssl.data.decoding import open_video
+from vidssl.data.isolation import IsolatedDataset
+from vidssl.data.loader import DecodeErrorMonitor, train_batches
+
+ROOT = Path(__file__).parents[2]
+
+
+class Trouble:
+    """What each (position, attempt) does is said in `plan`; all others give a clip."""
+
+    def __init__(self, plan: dict[tuple[int, int], str]):
+        self.plan, self.kept, self.on_decode = plan, [], lambda: None
+
+    def key(self, position: int, attempt: int) -> str:
+        return f"{position}.{attempt}"
+
+    def attempt(self, position: int, attempt: int) -> Example | DecodeFailure:
+        what = self.plan.get((position, attempt), "")
+        if what == "slow read":
+            time.sleep(0.6)
+        self.on_decode()
+        if what == "bad":
+            return DecodeFailure(self.key(position, attempt), "not_a_video")
+        if what == "hang":
+            time.sleep(1000)
+        if what == "spin":
+            while True:
+                pass
+        if what == "crash":
+            os.kill(os.getpid(), signal.SIGSEGV)
+        if what == "exit":
+            os._exit(0)
+        if what == "raise":
+            raise ZeroDivisionError("a mistake in the decoder")
+        if what == "keep":
+            self.kept.append(np.ones(30 << 20, np.uint8))
+        if what == "out of memory":
+            raise MemoryError
+        if what == "user error":
+            raise UserError("shard-000001.tar: gone")
+        while what == "memory":
+            self.kept.append(np.ones(20 << 20, np.uint8))
+            time.sleep(0.01)
+        video = torch.arange(3 * 2 * 4 * 4, dtype=torch.uint8).reshape(3, 2, 4, 4) + position
+        return Example(position, self.key(position, attempt), attempt, video, [])
+
+
+def isolated(plan: dict[tuple[int, int], str], **settings) -> IsolatedDataset:
+    return IsolatedDataset(Trouble(plan), **{"deadline": 60.0, "memory": 200 << 20, **settings})
+
+
+REASONS = {
+    "hang": "hang",
+    "spin": "hang",
+    "crash": "crash",
+    "exit": "crash",
+    "raise": "crash",
+    "memory": "memory",
+}
+REASONS |= {"bad": "not_a_video", "out of memory": "memory"}
+
+
+@pytest.mark.parametrize("what, reason", REASONS.items())
+def test_it_costs_that_attempt_alone(what, reason):
+    deadline = 0.4 if reason == "hang" else 60.0
+    data = isolated({(1, 0): what, (1, 1): "bad"}, deadline=deadline)
+    quiet = isolated({(1, 0): "bad", (1, 1): "bad"}, deadline=60.0)
+    for position in range(3):
+        got, want = data[position], quiet[position]
+        assert got._replace(video=0, bad=0) == want._replace(video=0, bad=0) and got.video.equal(want.video)
+        assert got.bad == ([("1.0", reason), ("1.1", "not_a_video")] if position == 1 else [])
+    for one in (data, quiet):
+        one.close()
+
+
+def test_the_child_is_kept_while_nothing_happens_and_gone_when_closed():
+    data = isolated({})
+    pids = {data[i].position: data._child.pid for i in range(5)}
+    assert len(set(pids.values())) == 1 and psutil.pid_exists(pids[0])
+    data.close()
+    assert not psutil.pid_exists(pids[0])
+    assert data[7].position == 7 and data._child.pid != pids[0]  # and it starts again if it is asked
+    data.close()
+
+
+def test_reading_has_no_deadline_here():
+    data = isolated({(0, 0): "slow read"}, deadline=0.4)
+    assert data[0].bad == []
+    data.close()
+
+
+def test_a_child_that_has_grown_over_many_samples_is_replaced_without_blame():
+    data, pids = isolated({(i, 0): "keep" for i in range(20)}, memory=100 << 20), []
+    for i in range(20):
+        assert data[i].bad == []
+        pids.append(data._child.pid)
+    assert 3 <= len(set(pids)) <= 7
+    data.close()
+    data = isolated({(i, 0): "keep" for i in range(20)}, memory=100 << 20, kept=1 << 30)  # what it may cache
+    assert len({(data[i], data._child.pid)[1] for i in range(20)}) == 1
+    data.close()
+
+
+def test_a_child_that_was_killed_between_two_samples_is_replaced_without_blame():
+    data = isolated({})
+    data[0]
+    os.kill(data._child.pid, signal.SIGKILL)
+    time.sleep(0.05)
+    assert data[1].bad == []
+    data.close()
+
+
+def test_the_users_mistakes_reach_the_user():
+    data = isolated({(0, 0): "user error"})
+    with pytest.raises(UserError, match=r"shard-000001\.tar: gone"):
+        data[0]
+    data.close()
+
+
+def test_all_attempts_may_fail():
+    data = isolated({(0, a): "bad" for a in range(ATTEMPTS)})
+    assert data[0].key == "" and len(data[0].bad) == ATTEMPTS
+    data.close()
+
+
+def test_a_clip_larger_than_the_shared_memory(monkeypatch):
+    monkeypatch.setattr(isolation, "SHM_BYTES", 4096)
+    data = isolated({})
+    small = data[1].video
+    data.close()
+    monkeypatch.setattr(isolation, "SHM_BYTES", isolation.HEADER + 95)
+    data = isolated({})
+    assert data[1].video.equal(small)
+    data.close()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_isolated_batches_are_the_same_batches(workers, synthetic_shards, tmp_path):
+    folder = copy_with_damage(synthetic_shards / "train", tmp_path / "damaged", {(1, 3): 0.0, (0, 2): 0.5})
+    plain = list(train_batches(make_clips(folder, max_decode_error_rate=0.5), 0, 8, 8, 0, 1, 0))
+    apart = list(
+        train_batches(make_clips(folder, max_decode_error_rate=0.5), 0, 8, 8, 0, 1, workers, isolate=True)
+    )
+    assert sum(len(b.bad) for b in plain) > 0
+    for a, b in zip(plain, apart, strict=True):
+        assert a.video.equal(b.video) and a.key == b.key and a.bad == b.bad and a.label.equal(b.label)
+
+
+def test_a_file_that_hangs_or_crashes_the_decoder_is_replaced_as_one_that_is_damaged(
+    synthetic_shards, monkeypatch
+):
+    train = synthetic_shards / "train"
+    keys = [s.key for s in make_clips(train).shards.all()][5:50:20]
+    troubles = dict(zip(keys, ("hang", "crash", "memory"), strict=True))
+
+    class Patched(FrameCache):
+        trouble = ""
+
+        def clip(self, sample, pick):
+            if sample.key in keys:
+                self.on_decode()
+                Trouble({(0, 0): troubles[sample.key] if self.trouble else "bad"}).attempt(0, 0)
+                raise loader.DecodeError(troubles[sample.key])
+            return super().clip(sample, pick)
+
+    def run(trouble: str, isolation: bool) -> list:
+        monkeypatch.setattr(Patched, "trouble", trouble)
+        clips = make_clips(train, max_decode_error_rate=0.5, deadline=4.0, memory_mb=200)
+        clips.cache = Patched(clips.shards, None, 0)
+        return list(train_batches(clips, 0, 8, 8, 0, 1, 2 if isolation else 0, isolation))
+
+    told, real = run("", isolate=False), run("real", isolate=True)
+    assert sorted({b for batch in told for b in batch.bad}) == sorted(troubles.items())
+    for a, b in zip(told, real, strict=True):
+        assert a.video.equal(b.video) and a.key == b.key and a.bad == b.bad
+
+
+def test_what_cost_its_sample_counts_as_bad():
+    tally = DecodeErrorMonitor(0.05)
+    with pytest.raises(UserError, match="'hang': 11"):
+        tally.add(list(range(200)), [DecodeFailure("a", "hang")] * 11, failed=False)
+
+
+ORPHANS = """
+import sys
+sys.path[:0] = [{root!r}, {root!r} + '/tests']
+from training_clips import make_clips
+from limits import set_limit
+from vidssl.data.loader import train_batches
+for batch in train_batches(make_clips({folder!r}), 0, 10**6, 8, 0, 1, {workers}, isolate=True):
+    print("going", flush=True)
+"""
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_nobody_is_left_when_the_run_is_killed(workers, synthetic_shards):
+    code = ORPHANS.format(root=str(ROOT), folder=str(synthetic_shards / "train"), workers=workers)
+    run = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE)
+    for _ in range(5):
+        assert run.stdout.readline() == b"going\n"
+    children = psutil.Process(run.pid).children(recursive=True)
+    assert len(children) >= (1 if workers == 0 else 4)
+    run.kill()
+    run.wait()
+    run.stdout.close()
+    until = time.time() + 20  # a loader worker looks every five seconds whether its parent lives
+    while left := [c for c in children if c.is_running() and c.status() != psutil.STATUS_ZOMBIE]:
+        assert time.time() < until, left
+        time.sleep(0.1)
+
+
+def test_mutated_files_neither_hang_nor_crash_the_loader(tiny_corpus):
+    outcomes, seconds = fuzz_decode.run(sorted(tiny_corpus.rglob("*.mp4")), count=100, seed=0, deadline=10.0)
+    assert sum(outcomes.values()) == 100 and outcomes["decoded"] >= 20
+    assert sum(outcomes.values()) - outcomes["decoded"] >= 10  # the mutations bite
+    assert outcomes["hang"] == outcomes["memory"] == 0 and max(seconds) < 10
+
+
+def test_mutations_are_functions_of_the_seed(make_video):
+    files = [make_video(), make_video(7), b"abc"]
+    for seed in range(30):
+        rngs = [np.random.default_rng(seed) for _ in range(2)]
+        one, two = (fuzz_decode.mutate(files[0], files[1], rng) for rng in rngs)
+        assert one == two and one[1] != files[0]
+    assert len(
+        {fuzz_decode.mutate(files[0], files[1], np.random.default_rng(s))[0] for s in range(60)}
+    ) == len(fuzz_decode.MUTATIONS)
+
+
+def test_killed_again_and_again_it_loses_and_repeats_nothing(synthetic_shards):
+    report = chaos_loader.run(synthetic_shards / "train", kills=5, seed=0)
+    assert report["kills"] == 5 and len(report["settings"]) >= 3
+    assert report["wrong"] == [] and report["epochs"] >= 2
+
+
+def test_a_bomb_is_refused_before_it_is_decoded(make_video, monkeypatch):
+    data = make_video()
+    for name, limit, reason in (("MAX_FRAMES", 19, "too_long"), ("MAX_BYTES", 100, "too_large")):
+        set_limit(monkeypatch, name, limit)
+        for decoder in ("auto", "decord"):
+            with pytest.raises(loader.DecodeError) as e:
+                open_video(data, "mp4", None, decoder)
+            assert e.value.reason == reason
+        monkeypatch.undo()
+    set_limit(monkeypatch, "MAX_DECODED", 5 * 48 * 64 * 3)
+    video = open_video(data, "mp4")
+    assert len(video.get(range(5))) == 5
+    with pytest.raises(loader.DecodeError) as e:
+        video.get(range(6))
+    assert e.value.reason == "too_large"

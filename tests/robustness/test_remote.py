@@ -1,0 +1,464 @@
+"""vidssl/data/remote.py, and Shards over the network: an HTTP server with faults, an S3 server, several processes."""
+
+import fcntl
+import io
+import multiprocessing
+import os
+import signal
+import socket
+import tarfile
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+from server import Server, put_lengths, serving
+from torch.utils.data import DataLoader, Dataset
+
+from data_prep import scan, verify
+from vidssl.core.errors import DecodeError, UserError
+from vidssl.data import remote
+from vidssl.data.augment import RandomCrop
+from vidssl.data.dataset import DataConfig, TrainClips
+from vidssl.data.order import Order
+from vidssl.data.remote import Cache, ShardError, join
+from vidssl.data.shards import Shards
+
+FORK = multiprocessing.get_context("fork")
+SHARDS, SAMPLES, PAYLOAD = 6, 5, 20_000
+SHARD = 112_640  # bytes of a tar of these
+
+
+def write_tar(path: Path, members: list[tuple[str, bytes]]) -> None:
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory) -> Path:
+    """A data set of random bytes under the names of videos; only read it."""
+    folder, rng = tmp_path_factory.mktemp("made") / "set", np.random.default_rng(0)
+    folder.mkdir()
+    for s in range(SHARDS):
+        write_tar(folder / f"part {s}.tar", [(f"{s}-{i}.mp4", rng.bytes(PAYLOAD)) for i in range(SAMPLES)])
+    scan.main([str(folder)])
+    return folder
+
+
+@pytest.fixture
+def server(made):
+    with serving(made.parent) as server:
+        yield server
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch):
+    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.setattr(remote, "READ_TIMEOUT_S", 0.4)
+    monkeypatch.setattr(remote, "RETRY_DELAYS_S", (0.01, 0.01, 0.02, 0.02, 0.03))
+
+
+def open_remote(server: Server, cache: Path, **how) -> Shards:
+    return Shards([server.url("set")], str(cache), **how)
+
+
+def files(cache: Path, ext: str) -> list[Path]:
+    return sorted(cache.glob(f"*{ext}"))
+
+
+# --- what is read ---
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_a_url_is_read_like_a_folder_and_each_file_fetched_once(made, tmp_path, ranges):
+    here = Shards([str(made)])
+    with serving(made.parent, ranges) as server:
+        for _ in range(2):  # the second has all but the index in the cache
+            there = open_remote(server, tmp_path)
+            assert (there.hash, there.n, there.classes) == (here.hash, here.n, here.classes)
+            assert there.all() == here.all()
+            assert [there.read(s) for s in there.all()] == [here.read(s) for s in here.all()]
+        assert server.times_asked("index.json") == 2 and set(here.sizes) == {SHARD}
+        assert server.times_asked(".tar") == server.times_asked(".jsonl") == SHARDS
+    assert len(files(tmp_path, ".tar")) == len(files(tmp_path, ".jsonl")) == SHARDS and not files(
+        tmp_path, ".part"
+    )
+
+
+def test_a_file_address_is_a_folder(made):
+    there = Shards([made.as_uri()])
+    assert there.hash == Shards([str(made)]).hash and there.cache is None
+    assert len(there.read(there.sample(2, 3))) == PAYLOAD
+
+
+def test_a_signed_address_keeps_its_signature():
+    assert join("https://host/a%20b/?sig=x%2F1", "p 1.tar") == "https://host/a%20b/p%201.tar?sig=x%2F1"
+    assert join("s3://bucket/set/", "p 1.tar") == "s3://bucket/set/p 1.tar"
+
+
+def test_any_fsspec_address(made, tmp_path):
+    import fsspec
+
+    fsspec.filesystem("memory").put(str(made), "/set", recursive=True)
+    there = Shards(["memory://set"], str(tmp_path))
+    assert [there.read(s) for s in there.all()] == [Shards([str(made)]).read(s) for s in there.all()]
+    with pytest.raises(
+        UserError, match=r"memory://none/index\.json: .*is this the address of a packed data set\?"
+    ):
+        Shards(["memory://none"], str(tmp_path))
+    with pytest.raises(UserError, match=r"nosuch://set.*Protocol not known: nosuch"):
+        Shards(["nosuch://set"], str(tmp_path))
+
+
+# --- faults that pass ---
+
+
+@pytest.mark.parametrize(
+    ("faults", "requests"),
+    [
+        (["500"] * 5, 6),
+        (["429", "503", "408"], 4),
+        (["cut 30000", "cut 30000"], 3),
+        (["cut 0", "stall 100", "500", "cut 0"], 5),
+        (["slow 20000"], 1),
+        (["wrong"], 2),
+        (["short"], 2),
+        (["cut 30000", "wrong"], 3),
+    ],
+    ids=lambda x: str(x),
+)
+@pytest.mark.parametrize("ranges", [True, False])
+def test_faults_that_pass(made, tmp_path, faults, requests, ranges):
+    with serving(made.parent, ranges) as server:
+        shards = open_remote(server, tmp_path)
+        server.faults["part 1.tar"] = list(faults)
+        assert shards.read(shards.sample(1, 4)) == Shards([str(made)]).read(shards.sample(1, 4))
+        assert server.times_asked("part 1.tar") == requests
+
+
+def test_a_transfer_goes_on_where_it_was_cut(server, tmp_path):
+    shards = open_remote(server, tmp_path)
+    server.faults["part 0.tar"] = ["cut 30000", "cut 40000"]
+    shards.read(shards.sample(0, 0))
+    assert [at for name, at in server.asked if name == "part 0.tar"] == [0, 30000, 70000]
+    assert server.sent["part 0.tar"] == shards.sizes[0]
+
+
+def test_retries_start_anew_when_something_came(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(remote, "MIN_PROGRESS_BYTES", 5_000)
+    shards = open_remote(server, tmp_path)
+    server.faults["part 0.tar"] = ["cut 6000"] * 15  # of about 100,000 bytes
+    assert len(shards.read(shards.sample(0, 0))) == PAYLOAD
+
+
+# --- faults that stay ---
+
+
+@pytest.mark.parametrize(
+    ("fault", "requests", "says"),
+    [
+        ("500", 6, "given up after 5 retries: the server answers 500 Internal Server Error"),
+        ("cut 100", 6, r"given up after 5 retries: the connection ended after 600 of \d+ bytes"),
+        ("403", 1, "the server answers 403 Forbidden"),
+        ("wrong", 2, r"its sha256 is \w+, the index says \w+; fetched twice"),
+        ("short", 2, r"has \d+ bytes, the index says \d+; fetched twice"),
+    ],
+)
+def test_faults_that_stay(server, tmp_path, fault, requests, says):
+    shards = open_remote(server, tmp_path)
+    server.faults["part 2.tar"] = [fault] * 99
+    with pytest.raises(
+        UserError, match=rf"^http://[\w.:]+/set/part%202\.tar: {says}; .*run data_prep\.verify$"
+    ):
+        shards.read(shards.sample(2, 0))
+    assert server.times_asked("part 2.tar") == requests and not files(tmp_path, ".tar")
+    server.faults["part 2.tar"] = []
+    assert len(shards.read(shards.sample(2, 0))) == PAYLOAD  # the cache is none the worse
+
+
+@pytest.mark.parametrize("fault", ["stall 10", "slow 1"])
+def test_a_silent_or_trickling_server_is_given_up(server, tmp_path, monkeypatch, fault):
+    monkeypatch.setattr(remote, "READ_TIMEOUT_S", 0.1)
+    shards = open_remote(server, tmp_path)
+    server.faults["part 0.tar"] = [fault] * 99
+    since = time.monotonic()
+    with pytest.raises(UserError, match=r"given up after 5 retries: (timed out|only \d+ bytes in 0 s)"):
+        shards.read(shards.sample(0, 0))
+    assert time.monotonic() - since < 6
+
+
+def test_a_dead_server_is_a_clear_error(tmp_path):
+    with socket.socket() as nobody:  # bound, but it does not listen: refused
+        nobody.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{nobody.getsockname()[1]}/set?secret"
+        with pytest.raises(UserError, match=r"^http://[\w.:]+/set/index\.json: given up after 5 .*refused"):
+            Shards([url], str(tmp_path))
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+def test_a_full_disk_is_said():
+    with (
+        open("/dev/full", "wb", buffering=0) as full,
+        pytest.raises(UserError, match=r"No space.*lower data\.cache_gb"),
+    ):
+        remote._write(full, b"x")
+
+
+def test_wrong_addresses_and_places(server, tmp_path):
+    with pytest.raises(
+        UserError, match=r"none/index\.json: the server answers 404.*address of a packed data set\?"
+    ):
+        Shards([server.url("none")], str(tmp_path))
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="is not a folder"):
+        open_remote(server, tmp_path / "file")
+    with pytest.raises(
+        UserError, match=r"data\.cache_gb is 0\.0001, but a shard has 0\.00011264 GB and must fit"
+    ):
+        open_remote(server, tmp_path, cache_gb=1e-4)
+
+
+# --- shards that are skipped ---
+
+
+def test_a_shard_that_is_missing_is_skipped_if_asked(make_image, tmp_path):
+    folder, lost = tmp_path / "set", "part 1.tar"
+    folder.mkdir()
+    for s in range(3):
+        write_tar(folder / f"part {s}.tar", [(f"{s}-{i}.png", make_image("png")) for i in range(4)])
+    scan.main([str(folder)])
+    with serving(tmp_path) as server:
+        shards = open_remote(server, tmp_path / "cache", on_missing="skip")
+        server.faults[lost] = ["404"] * 99
+        clips = TrainClips(
+            shards, Order(shards.counts, 0, lanes=2), DataConfig(["x"], 1, stride=1), RandomCrop(16)
+        )
+        items = [clips[g] for g in range(12)]
+        bad = [b for item in items for b in item.bad]
+        assert len(bad) >= 4 and {(key[0], reason) for key, reason in bad} == {("1", "shard_missing")}
+        assert all(item.key and item.key[0] != "1" for item in items)
+        assert server.times_asked(lost) == 1  # given up once, not at each sample
+        server.faults["part 0.jsonl"] = ["wrong"] * 99
+        other = open_remote(server, tmp_path / "empty", on_missing="skip")
+        for i in (1, 2):
+            with pytest.raises(DecodeError) as e:
+                other.read(other.sample(0, i))
+        assert server.times_asked("part 0.jsonl") == 1 + 2  # the first for `shards`
+        assert e.value.reason == "shard_changed" and "part%200.jsonl" in str(e.value)
+
+
+# --- several processes, kills, the bound ---
+
+
+def read_all(shards: Shards, gate, put) -> None:
+    gate.wait()
+    put.put([len(shards.read(shards.sample(s, 0))) for s in range(2)])
+
+
+def test_processes_that_want_a_shard_at_once_fetch_it_once(server, tmp_path):
+    shards = open_remote(server, tmp_path)
+    for s in range(2):
+        server.faults[f"part {s}.tar"] = ["slow 10000"]  # a fifth of a second
+    gate, put = FORK.Barrier(4), FORK.Queue()
+    children = [FORK.Process(target=read_all, args=(shards, gate, put)) for _ in range(4)]
+    for child in children:
+        child.start()
+    assert [put.get(timeout=20) for _ in children] == [[PAYLOAD] * 2] * 4
+    for child in children:
+        child.join()
+    assert server.times_asked(".tar") == server.times_asked(".jsonl") == 2
+
+
+def test_a_kill_in_the_middle_leaves_a_usable_cache(server, tmp_path, made):
+    shards = open_remote(server, tmp_path)
+    sample = shards.sample(0, 4)
+    server.faults["part 0.tar"] = ["slow 2000"] * 9
+    for times in range(3):
+        child = FORK.Process(target=shards.read, args=(sample,))
+        child.start()
+        had = (30_000 * times + 10_000) // 1000 * 1000
+        while not any(p.stat().st_size > had for p in files(tmp_path, ".part")):
+            time.sleep(0.005)
+        os.kill(child.pid, signal.SIGKILL)
+        child.join()
+        assert not files(tmp_path, ".tar")
+    server.faults.clear()
+    assert shards.read(sample) == Shards([str(made)]).read(sample)
+    begins = [at for name, at in server.asked if name == "part 0.tar"]
+    assert begins == sorted(begins) and begins[0] == 0 and begins[-1] > 60_000
+    assert len(files(tmp_path, ".tar")) == 1 and not files(tmp_path, ".part")
+
+
+def test_a_damaged_beginning_is_fetched_again(server, tmp_path):
+    shards = open_remote(server, tmp_path)
+    part = tmp_path / f"{shards.entries.sha256[0].decode()}.{shards.sizes[0]}.part"
+    part.write_bytes(b"x" * 1000)  # as after a power cut
+    assert len(shards.read(shards.sample(0, 0))) == PAYLOAD
+    tar = files(tmp_path, ".tar")[0]
+    tar.write_bytes(b"x" * 1000)  # someone wrote into the cache
+    assert len(shards.read(shards.sample(0, 0))) == PAYLOAD and tar.stat().st_size == shards.sizes[0]
+
+
+def read_some(shards: Shards, seed: int) -> None:
+    for s in np.random.default_rng(seed).integers(0, SHARDS, 40).tolist():
+        assert len(shards.read(shards.sample(s, 1))) == PAYLOAD
+
+
+def test_the_bound_holds(server, tmp_path):
+    limit = int(3.1 * SHARD)  # three shards and their lines
+    shards = open_remote(server, tmp_path, cache_gb=limit / 1e9)
+    children = [FORK.Process(target=read_some, args=(shards, seed)) for seed in range(3)]
+    for child in children:
+        child.start()
+    most = 0
+    while any(child.is_alive() for child in children):
+        sizes = []
+        for p in tmp_path.iterdir():
+            try:
+                sizes.append(p.stat().st_size)
+            except FileNotFoundError:
+                continue
+        most = max(most, sum(sizes))
+        time.sleep(0.001)
+    assert [child.exitcode for child in children] == [0, 0, 0]
+    assert 2 * SHARD < most <= limit + 2_000  # a .jsonl counts once it is there
+    assert server.times_asked(".tar") > SHARDS  # some came twice
+    assert sum(p.stat().st_size for p in tmp_path.iterdir()) <= limit
+
+
+def fetch(shards: Shards, shard: int) -> None:
+    with suppress(ShardError, UserError), shards._tar(shard):
+        pass
+
+
+def test_what_was_read_longest_ago_goes_first_and_nothing_in_use(server, tmp_path):
+    shards = open_remote(server, tmp_path, cache_gb=3.5 * SHARD / 1e9)
+
+    def there() -> set[int]:
+        return {s for s in range(SHARDS) if shards.cache.has(shards.entries.sha256[s].decode())}
+
+    for s in (0, 1, 2, 0):  # 0 was read last
+        fetch(shards, s)
+    fetch(shards, 3)
+    assert there() == {0, 2, 3}
+    with shards._tar(2) as file:  # in use
+        fetch(shards, 0), fetch(shards, 3)
+        fetch(shards, 4)
+        assert there() == {2, 3, 4} and len(file.read()) == shards.sizes[2]
+    fetch(shards, 5)
+    assert there() == {3, 4, 5}
+
+
+def test_a_child_forked_meanwhile_holds_nothing(server, tmp_path):
+    shards = open_remote(server, tmp_path)
+    with shards._tar(0):
+        child = FORK.Process(target=time.sleep, args=(60,))
+        child.start()
+    try:
+        with open(files(tmp_path, ".tar")[0], "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    finally:
+        child.kill()
+        child.join()
+
+
+def test_room_is_waited_for(server, tmp_path):
+    """Two shards, room for one: the second is fetched when the first is free."""
+    shards = open_remote(server, tmp_path, cache_gb=1.5 * SHARD / 1e9)
+    done = threading.Thread(target=fetch, args=(shards, 1))
+    with shards._tar(0):
+        done.start()
+        done.join(0.3)
+        assert done.is_alive()
+    done.join(5)
+    assert not done.is_alive() and shards.cache.has(shards.entries.sha256[1].decode())
+
+
+class Bytes(Dataset):
+    """Lengths of all samples, read in a worker."""
+
+    def __init__(self, shards: Shards):
+        self.shards = shards
+
+    def __len__(self) -> int:
+        return self.shards.n
+
+    def __getitem__(self, i: int) -> int:
+        return len(self.shards.read(self.shards.sample(i // SAMPLES, i % SAMPLES)))
+
+
+def test_in_loader_workers(server, tmp_path):
+    shards = open_remote(server, tmp_path)
+    shards.read(shards.sample(0, 0))
+    loader = DataLoader(Bytes(shards), SAMPLES, num_workers=2)
+    assert [batch.tolist() for batch in loader] == [[PAYLOAD] * SAMPLES] * SHARDS
+    assert server.times_asked(".tar") == SHARDS
+
+
+def test_in_a_spawned_process(server, tmp_path):
+    shards, spawn = open_remote(server, tmp_path), multiprocessing.get_context("spawn")
+    shards.read(shards.sample(0, 0))
+    put = spawn.Queue()
+    child = spawn.Process(target=put_lengths, args=(shards, put))
+    child.start()
+    assert put.get(timeout=60) == [PAYLOAD] * SAMPLES * SHARDS
+    child.join()
+    assert server.times_asked("index.json") == 1 and server.times_asked(".tar") == SHARDS
+
+
+# --- other readers ---
+
+
+def test_verify_reads_urls(server, capsys):
+    verify.main([server.url("set"), "--decode", "0"])
+    assert "no problems" in capsys.readouterr().out
+    server.faults["part 3.tar"], server.faults["part 4.jsonl"] = ["wrong"], ["404"]
+    with pytest.raises(SystemExit):
+        verify.main([server.url("set"), "--decode", "0"])
+    said = capsys.readouterr().out
+    assert "part%203.tar: sha256 differs" in said and "part%204.jsonl: the server answers 404" in said
+    assert "2 problems" in said
+
+
+def test_default_folder_of_the_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert Cache(None, 1).folder == tmp_path / "vidssl" and (tmp_path / "vidssl").is_dir()
+
+
+def test_s3(made, tmp_path, monkeypatch):
+    pytest.importorskip("s3fs", reason="pip install s3fs")
+    moto = pytest.importorskip("moto.server", reason="pip install moto[server]")
+    import s3fs
+
+    for name, value in (
+        ("AWS_ACCESS_KEY_ID", "x"),
+        ("AWS_SECRET_ACCESS_KEY", "x"),
+        ("AWS_DEFAULT_REGION", "us-east-1"),
+    ):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(remote, "BLOCK_BYTES", 30_000)  # four requests a shard
+    monkeypatch.setattr(remote, "READ_TIMEOUT_S", 5)
+    server = moto.ThreadedMotoServer(port=0, verbose=False)
+    server.start()
+    try:
+        _, port = server.get_host_and_port()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+        fs = s3fs.S3FileSystem()
+        fs.mkdir("bucket")
+        fs.put(str(made), "bucket/set", recursive=True)
+        here, there = Shards([str(made)]), Shards(["s3://bucket/set"], str(tmp_path))
+        assert there.hash == here.hash and there.all() == here.all()
+        assert [there.read(s) for s in there.all()] == [here.read(s) for s in here.all()]
+        loader = DataLoader(Bytes(Shards(["s3://bucket/set"], str(tmp_path / "2"))), SAMPLES, num_workers=2)
+        assert [batch.tolist() for batch in loader] == [[PAYLOAD] * SAMPLES] * SHARDS  # fsspec after a fork
+        fs.rm("bucket/set/part 1.tar")
+        again = Shards(["s3://bucket/set"], str(tmp_path / "3"))
+        with pytest.raises(UserError, match=r"^s3://bucket/set/part 1\.tar: .*run data_prep\.verify"):
+            again.read(again.sample(1, 0))
+    finally:
+        server.stop()

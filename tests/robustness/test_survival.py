@@ -1,0 +1,390 @@
+"""What a run survives: damaged checkpoints, full disks, steps that must not be taken, signals, lost processes."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from vidssl import train
+from vidssl.core.errors import UserError
+from vidssl.training import checkpoint, metrics_log, preemption
+from vidssl.training.distributed import all_reduce_metrics
+from vidssl.training.feature_stats import FeatureStats
+from vidssl.training.loss_guard import MIN_HISTORY, LossGuard
+
+ROOT = Path(__file__).parents[2]
+FILES = [
+    f"configs/{name}.yaml"
+    for name in ("method/vjepa_tiny", "model/vit_micro", "data/quickstart", "run/smoke")
+]
+SMALL = ["model.dim=32", "model.depth=1", "method.predictor.width=16", "augment.size=16", "run.steps=12"]
+SMALL += [
+    "run.save_every=4",
+    "optim.warmup=2",
+    "efficiency.cache_mb=64",
+    "efficiency.decode_in_subprocess=false",
+]
+
+
+@pytest.fixture
+def run(synthetic_shards, monkeypatch):
+    """Trains in this process: run(out, "key=value", ...) -> the rows of the log."""
+    monkeypatch.chdir(ROOT)
+
+    def call(out: Path, *more: str) -> list[dict]:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        train.main([*FILES, *SMALL, f"data.train={synthetic_shards / 'train'}", f"run.out={out}", *more])
+        return rows(out)
+
+    return call
+
+
+def rows(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def same(a: Path, b: Path) -> bool:
+    names = (
+        "encoder.safetensors",
+        "encoder_online.safetensors",
+        "checkpoints/step-00000012/optimizer.safetensors",
+    )
+    pairs = [(load_file(a / n), load_file(b / n)) for n in names]
+    return all(x[k].equal(y[k]) for x, y in pairs for k in x)
+
+
+def spoil(monkeypatch, steps: set[int], factor: float = float("nan")) -> None:
+    """Multiplies the loss and the gradients of some steps (1..)."""
+    honest = train.forward_backward
+
+    def spoiled(accelerator, model, batches, seed, step, parts):
+        got = honest(accelerator, model, batches, seed, step, parts)
+        if step + 1 in steps:
+            got["loss"] = got["loss"] * factor
+            for p in model.parameters():
+                if p.grad is not None:
+                    p.grad.mul_(factor)
+        return got
+
+    monkeypatch.setattr(train, "forward_backward", spoiled)
+
+
+# Checkpoints
+
+
+def state(value: float) -> dict:
+    optimizer = {
+        "state": {0: {"step": torch.tensor(3.0), "exp_avg": torch.full((4,), value)}},
+        "param_groups": [{}],
+    }
+    plain = {"guard": {}, "feature_stats": {}, "scaler": None, "provenance": {"lr": 0.1}}
+    return {"model": {"w": torch.full((500,), value)}, "optimizer": optimizer, **plain}
+
+
+def test_a_checkpoint_comes_back_as_it_was_and_only_the_asked_for_are_kept(tmp_path):
+    for step in range(10, 70, 10):
+        checkpoint.save_checkpoint(tmp_path, step, state(float(step)), keep=2, keep_every=30)
+    assert [p.name for p in checkpoint.list_checkpoints(tmp_path)] == [f"step-{s:08d}" for s in (30, 50, 60)]
+    got = checkpoint.load_checkpoint(tmp_path)
+    assert got["step"] == 60 and got["model"]["w"].equal(torch.full((500,), 60.0))
+    assert got["optimizer"]["state"][0]["step"].equal(torch.tensor(3.0)) and got["provenance"] == {"lr": 0.1}
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
+@pytest.mark.parametrize("how", ["cut", "changed", "gone"])
+def test_a_damaged_checkpoint_is_passed_over_said_and_kept(name, how, tmp_path, capsys):
+    for step in (10, 20):
+        checkpoint.save_checkpoint(tmp_path, step, state(float(step)), keep=2)
+    path = tmp_path / "step-00000020" / name
+    data = bytearray(path.read_bytes())
+    if how == "gone":
+        path.unlink()
+    else:
+        data[len(data) // 2] ^= 64
+        path.write_bytes(data[: len(data) // 2] if how == "cut" else data)
+    assert checkpoint.load_checkpoint(tmp_path)["step"] == 10
+    said = capsys.readouterr().err
+    assert len(said.splitlines()) == 1 and f"{path.parent}: cannot be read" in said
+    checkpoint.quarantine(tmp_path, 10)
+    checkpoint.save_checkpoint(tmp_path, 20, state(2.0), keep=2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "step-00000010",
+        "step-00000020",
+        "step-00000020.unreadable-1",
+    ]
+
+
+def test_when_no_checkpoint_is_whole_it_does_not_start_anew(tmp_path):
+    checkpoint.save_checkpoint(tmp_path, 10, state(1.0), keep=2)
+    (tmp_path / "step-00000010" / "state.json").unlink()
+    with pytest.raises(UserError, match="none of its 1 checkpoints can be read"):
+        checkpoint.load_checkpoint(tmp_path)
+
+
+def test_what_is_written_in_the_background_is_a_copy(tmp_path):
+    weights = torch.zeros(4)
+    tree = {"a": weights, "b": [weights, {"c": weights.view(2, 2)}]}
+    got = checkpoint.gather_to_cpu(tree)
+    weights += 1
+    assert got["a"].sum() == got["b"][0].sum() == 0 and got["b"][1]["c"].shape == (2, 2)
+
+
+# A disk that is full
+
+
+def test_a_full_disk_costs_the_checkpoints_and_nothing_else(run, tmp_path, monkeypatch, capfd):
+    run(tmp_path / "whole")
+    honest, full = checkpoint.save_file, [True]
+
+    def save_file(tensors, path, metadata=None):
+        if full[0] and "step-00000008" in str(path):
+            Path(path).write_bytes(b"half")
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        honest(tensors, path, metadata)
+
+    monkeypatch.setattr(checkpoint, "save_file", save_file)
+    run(tmp_path / "run")
+    assert "the checkpoint of step 8 could not be written: model.safetensors" in capfd.readouterr().err
+    assert [p.name for p in sorted((tmp_path / "run" / "checkpoints").iterdir())] == [
+        "step-00000004",
+        "step-00000012",
+    ]
+    assert same(tmp_path / "whole", tmp_path / "run")
+
+
+def test_a_last_checkpoint_that_cannot_be_written_is_an_error(run, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints").write_text("in the way")
+    with pytest.raises(UserError, match="what was learned up to step 12 could not be written: File exists"):
+        run(tmp_path / "run")
+    assert (tmp_path / "run" / "encoder.safetensors").exists()
+
+
+def test_lines_outlive_a_full_disk(tmp_path, monkeypatch):
+    lines, honest, room = metrics_log.JsonlWriter(tmp_path / "x.jsonl"), os.write, [5]
+
+    def write(number: int, data: bytes) -> int:
+        if room[0] == 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        part = data[: room[0]]
+        room[0] -= len(part)
+        return honest(number, part)
+
+    monkeypatch.setattr(os, "write", write)
+    assert lines.add({"step": 1}) == "No space left on device"
+    with pytest.raises(OSError, match="No space"):
+        lines.sync()
+    room[0] = 1 << 20
+    assert lines.add({"step": 2}) is None
+    lines.close()
+    assert [json.loads(line)["step"] for line in (tmp_path / "x.jsonl").read_text().splitlines()] == [1, 2]
+
+
+# Steps that must not be taken
+
+
+def test_a_bad_step_is_left_out_and_counted(run, tmp_path, monkeypatch, capfd):
+    spoil(monkeypatch, {6})
+    got = run(tmp_path / "run")
+    assert [r["skipped"] for r in got] == [0] * 5 + [1] * 7
+    assert "step 6: not taken: loss nan" in capfd.readouterr().err
+    assert all(w.isfinite().all() for w in load_file(tmp_path / "run" / "encoder.safetensors").values())
+
+
+def test_too_many_in_a_row_go_back_and_the_data_go_on_and_a_continued_run_does_the_same(
+    run, tmp_path, monkeypatch, capfd
+):
+    spoil(monkeypatch, {6, 7})
+    whole = run(tmp_path / "whole", "run.max_consecutive_skips=1")
+    assert "step 7: back to what was learned up to step 4; the data go on" in capfd.readouterr().err
+    honest = train.schedule
+
+    def cut_off(optim, step, steps):
+        if step == 9:
+            raise KeyboardInterrupt
+        return honest(optim, step, steps)
+
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(train, "schedule", cut_off)
+        run(tmp_path / "run", "run.max_consecutive_skips=1")
+    got = run(tmp_path / "run", "run.max_consecutive_skips=1")
+    assert [r["keys"] for r in got] == [r["keys"] for r in whole] and len({r["keys"] for r in got}) == 12
+    assert [r["skipped"] for r in got] == [r["skipped"] for r in whole]
+    assert same(tmp_path / "whole", tmp_path / "run")
+
+
+def test_after_a_set_number_of_times_it_stops_and_no_checkpoint_is_of_a_bad_row(run, tmp_path, monkeypatch):
+    spoil(monkeypatch, set(range(6, 13)))
+    with pytest.raises(UserError, match=r"step 11: loss nan \(2 steps in a row, gone back 2 times\)"):
+        run(tmp_path / "run", "run.max_consecutive_skips=1")
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000004"]
+
+
+def test_a_spike_is_what_lies_far_above_the_last_accepted_steps():
+    guard = LossGuard(skip=2, rollbacks=1, spike=6.0)
+    usual = [1.0 + 0.01 * (i % 5) for i in range(MIN_HISTORY)]
+    assert all(guard.reason_to_skip({"loss": v, "grad_norm": v}) is None for v in usual)
+    for _ in range(3):  # it does not get used to it
+        assert "loss 1.5, over 1.1" in guard.reason_to_skip({"loss": 1.5, "grad_norm": 1.0})
+    assert guard.should_rollback
+    assert "grad_norm 9, over" in guard.reason_to_skip({"loss": 1.0, "grad_norm": 9.0})
+    again = LossGuard(skip=2, rollbacks=1, spike=6.0)
+    again.load(json.loads(json.dumps(guard.state())))
+    assert again.state() == guard.state() and again.skipped == 4
+    assert again.reason_to_skip({"loss": 1.02, "grad_norm": 1.02}) is None and again.row == 0
+    assert LossGuard(2, 1, None).reason_to_skip({"loss": 1e9, "grad_norm": 1.0}) is None
+
+
+# Told to end, and lost processes
+
+
+def test_sigterm_ends_after_the_step_with_the_status_that_asks_for_more(run, tmp_path, monkeypatch, capfd):
+    run(tmp_path / "whole")
+    honest = train.clip_gradients
+
+    def told(accelerator, model, optim, step):
+        if step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return honest(accelerator, model, optim, step)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as m, pytest.raises(SystemExit) as ended:
+        m.setattr(train, "clip_gradients", told)
+        run(tmp_path / "run")
+    signal.signal(signal.SIGTERM, before)
+    assert ended.value.code == preemption.EXIT_REQUEUE == 75
+    assert "asked to end after step 6" in capfd.readouterr().err
+    assert checkpoint.load_checkpoint(tmp_path / "run" / "checkpoints")["step"] == 6
+    run(tmp_path / "run")
+    assert same(tmp_path / "whole", tmp_path / "run")
+
+
+PEER = """
+import os, signal, sys
+from vidssl import train
+from vidssl.core.errors import run_cli
+honest = train.forward_backward
+def spoiled(accelerator, model, batches, seed, step, parts):
+    got = honest(accelerator, model, batches, seed, step, parts)
+    if accelerator.process_index == 1 and step == 2:
+        got["loss"] = got["loss"] * float("nan")
+    if accelerator.process_index == 1 and step == 6:
+        os.kill(os.getpid(), signal.{number})
+    return got
+train.forward_backward = spoiled
+run_cli(train.main)
+"""
+
+
+@pytest.mark.parametrize("number", ["SIGKILL", "SIGSTOP"])
+def test_processes_agree_on_a_bad_step_and_one_alone_ends_in_a_line(number, synthetic_shards, tmp_path):
+    """A dead process is noticed at once, one that hangs after efficiency.peer_timeout_s seconds."""
+    more = [
+        f"data.train={synthetic_shards / 'train'}",
+        f"run.out={tmp_path / 'run'}",
+        "efficiency.peer_timeout_s=3",
+    ]
+    port = "29612" if number == "SIGKILL" else "29613"
+    env = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    script = [sys.executable, "-c", PEER.replace("{number}", number), *FILES, *SMALL, *more]
+    both = [
+        subprocess.Popen(
+            script, cwd=ROOT, env={**env, "RANK": r, "LOCAL_RANK": r}, stderr=subprocess.PIPE, text=True
+        )
+        for r in "01"
+    ]
+    try:
+        said = both[0].communicate(timeout=120)[1].strip().splitlines()
+    finally:
+        both[1].kill()
+        both[1].communicate()
+    assert both[0].returncode == preemption.EXIT_REQUEUE, said
+    assert "another process of this run is gone or does not answer" in said[-1]
+    assert "step 3: not taken: loss nan" in "".join(said)
+    assert [r["skipped"] for r in rows(tmp_path / "run")] == [0, 0, 1, 1, 1, 1]
+
+
+def test_five_faults(synthetic_shards, tmp_path):
+    call = [
+        "tools/chaos.py",
+        "--faults",
+        "5",
+        "--steps",
+        "60",
+        "--shards",
+        synthetic_shards,
+        "--out",
+        tmp_path / "out",
+    ]
+    done = subprocess.run(
+        [sys.executable, *map(str, call)], cwd=ROOT, capture_output=True, text=True, timeout=400
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "equal the undisturbed run's" in done.stdout
+
+
+# What a run tells
+
+
+def test_what_is_watched_stands_in_the_log_and_goes_to_the_trackers(run, tmp_path, synthetic_shards):
+    pytest.importorskip("tensorboard")
+    watch = [f"online_probe.{part}={synthetic_shards / part}" for part in ("train", "test")]
+    got = run(
+        tmp_path / "run",
+        *watch,
+        "online_probe.every=5",
+        "online_probe.samples=40",
+        "run.trackers=[tensorboard]",
+    )
+    assert [r["step"] for r in got if "online_probe_knn" in r] == [5, 10, 12]
+    assert all(
+        0 <= r[k] <= 100
+        for r in got
+        if "online_probe_knn" in r
+        for k in ("online_probe_knn", "online_probe_linear")
+    )
+    assert all(0 < r["mfu"] < 2 and r["memory"] > 1e8 for r in got[1:]) and "mfu" not in got[0]
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "run" / "vidssl")).Reload()
+    assert [e.value for e in events.Scalars("loss")] == pytest.approx([r["loss"] for r in got])
+
+
+def test_a_tracker_that_is_not_installed_is_named(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(metrics_log.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"run\.trackers: wandb is not installed: pip install wandb"):
+        run(tmp_path / "run", "run.trackers=[wandb]")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_collapse_can_stop_the_run(run, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(FeatureStats, "looks_collapsed", lambda self, now: True)
+    with pytest.raises(UserError, match="stopped at step 4, since the features have collapsed"):
+        run(tmp_path / "run", "run.feature_stats_every=3", "run.stop_on_collapse=true")
+    assert capfd.readouterr().err.count("step 3: the features have collapsed: std_clips") == 1
+    assert checkpoint.load_checkpoint(tmp_path / "run" / "checkpoints")["step"] == 4
+
+
+def test_the_rest_goes_on_while_a_checkpoint_is_written():
+    writer, began = checkpoint.AsyncWriter(), time.perf_counter()
+    writer.start("it", lambda: None, lambda: time.sleep(0.3))
+    assert time.perf_counter() - began < 0.2 and not writer.pop_errors()
+    writer.wait()
+    assert time.perf_counter() - began >= 0.3
+
+
+def test_sums_and_means_of_one_process():
+    AcceleratorState._reset_state(reset_partial_state=True)
+    got = all_reduce_metrics(Accelerator(cpu=True), {"loss": torch.tensor(0.5)}, {"bad": 2, "stop": True})
+    assert got == {"loss": 0.5, "bad": 2, "stop": 1}

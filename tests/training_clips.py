@@ -1,0 +1,29 @@
+"""Training clips of a packed folder, and packed folders with damage, for several test files."""
+
+import shutil
+from pathlib import Path
+
+from vidssl.data.augment import RandomCrop
+from vidssl.data.dataset import DataConfig, TrainClips
+from vidssl.data.order import Order
+from vidssl.data.shards import Shards
+
+
+def make_clips(folder: Path | str, seed: int = 3, cache: int = 0, **data) -> TrainClips:
+    shards = Shards([str(folder)])
+    settings = {"train": [str(folder)], "frames": 4, "stride": 2, **data}
+    return TrainClips(
+        shards, Order(shards.counts, seed, lanes=4, window=16), DataConfig(**settings), RandomCrop(32), cache
+    )
+
+
+def copy_with_damage(folder: Path, out: Path, damaged: dict[tuple[int, int], float]) -> Path:
+    """A copy of a packed folder; of the samples (shard, number) the media bytes are zero from that fraction on."""
+    shutil.copytree(folder, out)
+    shards = Shards([str(out)])
+    for place, fraction in damaged.items():
+        sample, begin = shards.sample(*place), int(shards.sample(*place).size * fraction)
+        with open(shards.path(sample.shard), "r+b") as f:
+            f.seek(sample.offset + begin)
+            f.write(bytes(sample.size - begin))
+    return out

@@ -1,0 +1,235 @@
+"""vidssl/data/augment.py beyond the crop: the same change for all frames, and the change that was asked for.
+
+The crops themselves, and that they are functions of the generator, are tested in test_loader.py.
+"""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from timm.data.auto_augment import NAME_TO_OP
+from torchvision.transforms.v2 import functional as TF
+
+from vidssl import config
+from vidssl.core.errors import UserError
+from vidssl.data.augment import AUGMENTS, ColorJitter, MultiScaleCrop, RandomCrop
+
+SIZE = 48
+NAME = "rand-m7-n4-mstd0.5-inc1"
+SCHEMA = {"augment": config.Part(AUGMENTS)}
+
+
+def rng(seed: int = 0) -> np.random.Generator:
+    return np.random.default_rng(seed)
+
+
+def photo(frames: int = 3) -> np.ndarray:
+    """u8 [T, 48, 48, 3]: smooth colours with an edge, the same in every frame."""
+    y, x = np.mgrid[0:SIZE, 0:SIZE] / SIZE
+    picture = np.stack([40 + 150 * x, 60 + 120 * y, 200 - 130 * x * y], -1)
+    picture[10:20, 12:30] = (230, 40, 90)
+    return np.repeat(picture.astype(np.uint8)[None], frames, 0)
+
+
+def whole(**changes) -> RandomCrop:
+    """No crop: all of a frame of 48 x 48."""
+    return RandomCrop(SIZE, scale=(1.0, 1.0), ratio=(1.0, 1.0), **changes)
+
+
+def planes(frames: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(frames.transpose(3, 0, 1, 2).copy())
+
+
+ALL = {
+    "flip": 0.5,
+    "randaugment": NAME,
+    "colour": ColorJitter(0.4, 0.4, 0.4, 0.1, 0.8, 0.2),
+    "random_erasing": 1.0,
+}
+EACH = [{k: v} for k, v in ALL.items()] + [
+    {"random_erasing": 0.5, "random_erasing_mode": "rand"},
+    {**ALL, "random_erasing_mode": "const"},
+]
+
+
+@pytest.mark.parametrize("changes", EACH, ids=str)
+@pytest.mark.parametrize("kind", [RandomCrop, MultiScaleCrop])
+def test_one_drawing_for_all_frames_from_the_generator_alone(kind, changes):
+    augment, seen = kind(32, **changes), []
+    noisy = (
+        changes.get("random_erasing") and changes.get("random_erasing_mode", "pixel") == "pixel"
+    )  # differs from frame to frame
+    for seed in range(12):
+        random.seed(seed + 100)
+        np.random.seed(seed + 100)
+        clip = augment(photo(), rng(seed))
+        assert clip.shape == (3, 3, 32, 32) and clip.dtype == torch.uint8 and clip.is_contiguous()
+        assert noisy or all(clip[:, t].equal(clip[:, 0]) for t in range(3))
+        after = random.random(), np.random.random()
+        random.seed(7)
+        assert clip.equal(augment(photo(), rng(seed)))
+        random.seed(seed + 100)
+        np.random.seed(seed + 100)
+        assert after == (random.random(), np.random.random())  # nobody else's draws are touched
+        seen.append(clip)
+    assert any(not clip.equal(kind(32)(photo(), rng(seed))) for seed, clip in enumerate(seen))
+
+
+@pytest.mark.parametrize("changes", EACH, ids=str)
+def test_what_is_drawn_before_is_not_moved_by_what_is_switched_on(changes):
+    """The box and the coin of a position are those of a run without the option, and content draws nothing."""
+    used, fresh = rng(5), rng(5)
+    plain = RandomCrop(32, flip=0.5)
+    state = plain(photo(), used) is not None and used.bit_generator.state
+    off = RandomCrop(32, flip=0.5, random_erasing=0.0, colour=None, randaugment=None)
+    off(np.zeros((9, 90, 70, 3), np.uint8), fresh)
+    assert fresh.bit_generator.state == state
+    a, b = rng(3), rng(3)
+    RandomCrop(32, **changes)(photo(), a)
+    RandomCrop(32, **changes)(255 - photo(), b)
+    assert a.bit_generator.state == b.bit_generator.state
+
+
+def test_flip_comes_before_the_rest_and_is_a_mirror():
+    assert whole(flip=1.0)(photo(), rng()).equal(planes(photo()).flip(-1))
+    assert whole()(photo(), rng()).equal(planes(photo()))
+
+
+@pytest.mark.parametrize(
+    "amounts, adjust, neutral",
+    [
+        ({"brightness": 0.5}, TF.adjust_brightness, 1.0),
+        ({"contrast": 0.5}, TF.adjust_contrast, 1.0),
+        ({"saturation": 0.5}, TF.adjust_saturation, 1.0),
+        ({"hue": 0.3}, TF.adjust_hue, 0.0),
+    ],
+)
+def test_colour_draws_a_factor_from_its_range(amounts, adjust, neutral):
+    """Each clip is the frame at some factor of the range, and the factors fill it."""
+    (amount,), frame = amounts.values(), planes(photo(1))[:, 0]
+    grid = np.linspace(neutral - amount, neutral + amount, 81)
+    at = torch.stack([adjust(frame, float(f)) for f in grid]).float()
+    found = []
+    for seed in range(60):
+        clip = whole(colour=ColorJitter(**amounts))(photo(2), rng(seed)).float()
+        off = (at - clip[:, 0]).abs().mean((1, 2, 3))
+        assert off.min() < 1.5  # grey levels: half a step of the grid
+        found.append(grid[off.argmin()])
+    assert min(found) < neutral - 0.8 * amount and max(found) > neutral + 0.8 * amount
+    assert abs(np.mean(found) - neutral) < 0.25 * amount
+
+
+def test_colour_chance_grey_and_random_order():
+    jittered = [whole(colour=ColorJitter(0.9, chance=0.3))(photo(1), rng(s)) for s in range(200)]
+    assert 0.2 < np.mean([not clip.equal(planes(photo(1))) for clip in jittered]) < 0.4
+    greys = [whole(colour=ColorJitter(grey=0.4))(photo(1), rng(s)) for s in range(200)]
+    is_grey = [clip[0].equal(clip[1]) and clip[1].equal(clip[2]) for clip in greys]
+    assert 0.3 < np.mean(is_grey) < 0.5
+    assert all(clip.equal(planes(photo(1))) for clip, grey in zip(greys, is_grey, strict=True) if not grey)
+    luma = Image.fromarray(photo(1)[0]).convert("L")
+    assert np.abs(greys[is_grey.index(True)][0, 0].numpy().astype(int) - np.asarray(luma)).max() <= 1
+    assert whole(colour=ColorJitter())(photo(), rng()).equal(planes(photo()))
+
+
+def test_randaugment_is_timms():
+    """Every clip is a chain of timm's operations; about as many as chance 0.5 of four stay as they were."""
+    frame = Image.fromarray(photo(1)[0])
+    clips = [
+        whole(randaugment="rand-m7-n1-inc1")(photo(2), rng(s))[:, 0].permute(1, 2, 0).numpy()
+        for s in range(300)
+    ]
+    unchanged = [np.array_equal(c, photo(1)[0]) for c in clips]
+    assert 0.4 < np.mean(unchanged) < 0.65  # one in two is left alone (and equalising may change nothing)
+    known = {
+        "Invert": (),
+        "SolarizeAdd": (77,),
+        "SolarizeIncreasing": (256 - 179,),
+        "PosterizeIncreasing": (2,),
+    }
+    known |= {"AutoContrast": (), "Equalize": ()}
+    kwargs = {"fillcolor": (128, 128, 128), "resample": Image.Resampling.BICUBIC}
+    signed = {"Rotate": 21.0, "ShearX": 0.21, "ShearY": 0.21, "TranslateXRel": 0.315, "TranslateYRel": 0.315}
+    results = [NAME_TO_OP[n](frame, *args, **kwargs) for n, args in known.items()]
+    results += [NAME_TO_OP[n](frame, sign * a, **kwargs) for n, a in signed.items() for sign in (1, -1)]
+    enhance = ("ColorIncreasing", "ContrastIncreasing", "BrightnessIncreasing", "SharpnessIncreasing")
+    results += [NAME_TO_OP[n](frame, 1 + sign * 0.63, **kwargs) for n in enhance for sign in (1, -1)]
+    wanted = {np.asarray(r).tobytes() for r in results} | {photo(1)[0].tobytes()}
+    got = {c.tobytes() for c in clips}
+    assert got <= wanted and len(got) >= 18  # 300 draws of some 24 outcomes
+
+
+def test_randaugment_moves_grey_in_and_rejects_other_names():
+    clips = [whole(randaugment=NAME)(np.zeros((2, SIZE, SIZE, 3), np.uint8), rng(s)) for s in range(40)]
+    assert any((clip == 128).all(0).any() for clip in clips)
+    for name in ("m7-n4", "rand-m7-x4", "augmix-m5", "rand-m7.5", ""):
+        with pytest.raises(UserError, match="such as rand-m7-n4"):
+            RandomCrop(32, randaugment=name)
+    for name in ("rand-m9-mstd0.5", "rand-m7-n4-p0.5-mmax10-inc0"):
+        MultiScaleCrop(32, randaugment=name)
+
+
+def box_of(changed: torch.Tensor) -> tuple[int, int, int, int]:
+    """top, left, height, width of the pixels that are True in [S, S]."""
+    rows, columns = (changed.any(d).nonzero()[:, 0] for d in (1, 0))
+    return int(rows[0]), int(columns[0]), int(rows[-1] - rows[0] + 1), int(columns[-1] - columns[0] + 1)
+
+
+@pytest.mark.parametrize("mode", ["const", "rand", "pixel"])
+def test_erased_is_one_box_of_the_promised_size_in_all_frames(mode):
+    black, boxes = np.zeros((4, SIZE, SIZE, 3), np.uint8), []
+    mean, std = 255 * np.array([0.485, 0.456, 0.406]), 255 * np.array([0.229, 0.224, 0.225])
+    values = []
+    for seed in range(150):
+        clip = whole(random_erasing=1.0, random_erasing_mode=mode)(black, rng(seed))
+        top, left, h, w = box_of((clip > 0).any(0).any(0))
+        inside = clip[:, :, top : top + h, left : left + w].numpy()
+        boxes.append((top, left, h, w))
+        if mode == "const":
+            assert (inside == np.rint(mean).reshape(3, 1, 1, 1)).all()
+        elif mode == "rand":
+            assert (inside == inside[:, :1, :1, :1]).all()
+        else:
+            assert not (inside[:, 0] == inside[:, 1]).all()
+            assert ((inside > 0).mean((2, 3)) > 0.8).all()  # noise in every frame of the box
+        values.append(inside[:, 0, 0, 0])
+    top, left, h, w = np.array(boxes).T
+    share, ratio = h * w / SIZE**2, h / w
+    assert 0.015 < share.min() < 0.06 and 0.28 < share.max() < 0.345
+    assert 0.28 < ratio.min() < 0.5 and 2.0 < ratio.max() < 3.6
+    for place in (top / (SIZE - h), left / (SIZE - w)):
+        assert place.min() < 0.1 and place.max() > 0.9 and 0.4 < place.mean() < 0.6
+    if mode != "const":
+        off = (np.array(values) - mean) / std
+        assert (
+            np.abs(off.mean(0)).max() < 0.3 and 0.75 < off.std() < 1.1
+        )  # a little less than 1: cut off at 0 and 255
+
+
+def test_erasing_happens_as_often_as_asked_and_spares_the_rest():
+    clips = [whole(random_erasing=0.25, random_erasing_mode="const")(photo(2), rng(s)) for s in range(400)]
+    changed = [(clip != planes(photo(2))).any(0).any(0) for clip in clips]
+    assert 0.18 < np.mean([bool(c.any()) for c in changed]) < 0.32
+    shares = [float(c.float().mean()) for c in changed if c.any()]
+    assert max(shares) < 0.345
+
+
+def test_the_options_read_from_a_configuration():
+    files = [
+        "augment.kind=random_crop",
+        "augment.size=32",
+        f"augment.randaugment={NAME}",
+        "augment.random_erasing=0.25",
+    ]
+    tree = config.load([*files, "augment.colour={brightness: 0.4, grey: 0.2}"], SCHEMA)
+    built = config.build(tree["augment"], AUGMENTS)
+    want = RandomCrop(32, randaugment=NAME, random_erasing=0.25, colour=ColorJitter(brightness=0.4, grey=0.2))
+    assert built == want and config.load(files, SCHEMA)["augment"]["colour"] is None
+    for bad, word in (
+        ("colour={hue: 0.8}", "0.5"),
+        ("colour={bright: 1}", "bright"),
+        ("random_erasing_mode=black", "const"),
+    ):
+        with pytest.raises(UserError, match=word):
+            config.load([*files, f"augment.{bad}"], SCHEMA)

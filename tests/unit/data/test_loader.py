@@ -1,0 +1,544 @@
+"""vidssl/data/shards.py, augment.py and loader.py: an item is a function of (seed, position), and of nothing else."""
+
+import hashlib
+import json
+import multiprocessing
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from training_clips import copy_with_damage, make_clips
+
+from data_prep import pack
+from vidssl.core.errors import DecodeError, UserError
+from vidssl.data.augment import PLACES, CenterCrop, MultiScaleCrop, RandomCrop, scale
+from vidssl.data.dataset import DataConfig, Example, FrameCache, TrainClips
+from vidssl.data.decoding import open_video, select_decoder
+from vidssl.data.loader import DecodeErrorMonitor, train_batches
+from vidssl.data.shards import Shards
+
+HEIGHT, WIDTH = 120, 200
+
+
+def coordinates(frames: int = 5, height: int = HEIGHT, width: int = WIDTH) -> np.ndarray:
+    """u8 [T, H, W, 3] whose channels are the column, the row and ten times the frame's number."""
+    y, x = np.mgrid[0:height, 0:width]
+    return np.stack([np.stack([x, y, np.full_like(x, 10 * t)], -1) for t in range(frames)]).astype(np.uint8)
+
+
+def rng(seed: int = 0) -> np.random.Generator:
+    return np.random.default_rng(seed)
+
+
+def box(clip: torch.Tensor) -> tuple[float, float, float, float]:
+    """left, top, width, height (pixels) of what a clip [3, T, S, S] of `coordinates` shows; width < 0: flipped."""
+    size = clip.shape[-1]
+    inner = torch.arange(3, size - 3)  # away from the rim, where antialiasing bends the ramp
+    found = []
+    for channel, along in ((0, 1), (1, 0)):
+        line = clip[channel, 0].float().mean(1 - along)[inner].numpy()
+        slope, value = np.polyfit(inner.numpy() + 0.5, line + 0.5, 1)
+        found.append((value, slope * size))
+    (left, width), (top, height) = found
+    return left, top, width, height
+
+
+def same(a: Example, b: Example) -> bool:
+    return a._replace(video=0) == b._replace(video=0) and a.video.equal(b.video)
+
+
+@pytest.fixture(scope="module")
+def train(synthetic_shards) -> Path:
+    return synthetic_shards / "train"
+
+
+# --- augment ---
+
+
+def test_random_crop_is_a_box_in_the_frame_the_same_for_all_frames():
+    frames, boxes = coordinates(), []
+    for seed in range(200):
+        clip = RandomCrop(32, scale=(0.2, 0.9), ratio=(0.5, 2.0))(frames, rng(seed))
+        assert clip.shape == (3, 5, 32, 32) and clip.dtype == torch.uint8 and clip.is_contiguous()
+        assert all(clip[:2, t].equal(clip[:2, 0]) for t in range(5))
+        assert [clip[2, t].unique().tolist() for t in range(5)] == [[10 * t] for t in range(5)]
+        boxes.append(box(clip))
+    left, top, width, height = np.array(boxes).T
+    assert (left > -1).all() and (top > -1).all() and (left + width < WIDTH + 1).all()
+    assert (top + height < HEIGHT + 1).all()
+    share, ratio = width * height / (WIDTH * HEIGHT), width / height
+    assert 0.18 < share.min() < 0.25 and 0.75 < share.max() < 0.92
+    assert 0.47 < ratio.min() < 0.6 and 1.7 < ratio.max() < 2.1
+    free = (WIDTH - width > 10) & (HEIGHT - height > 10)
+    places = np.stack([left / (WIDTH - width), top / (HEIGHT - height)])[:, free]
+    for place in places:  # of the room that there is
+        assert place.min() < 0.1 and place.max() > 0.9 and 0.4 < place.mean() < 0.6
+    assert abs(np.corrcoef(places)[0, 1]) < 0.25
+
+
+def test_random_crop_flips_as_often_as_asked():
+    frames = coordinates(2)
+    crops = {p: RandomCrop(32, flip=p) for p in (0.0, 0.5, 1.0)}
+    flipped = {
+        p: np.mean([box(crop(frames, rng(s)))[2] < 0 for s in range(100)]) for p, crop in crops.items()
+    }
+    assert flipped[0] == 0 and flipped[1] == 1 and 0.35 < flipped[0.5] < 0.65
+    plain, mirrored = (crops[p](frames, rng(4)) for p in (0.0, 1.0))
+    assert mirrored.flip(-1).equal(plain)  # the coin changes nothing else
+
+
+def test_random_crop_is_a_function_of_the_generator():
+    crop = RandomCrop(24, flip=0.5)
+    assert crop(coordinates(), rng(8)).equal(crop(coordinates(), rng(8)))
+    assert not crop(coordinates(), rng(8)).equal(crop(coordinates(), rng(9)))
+    used, fresh = rng(1), rng(1)
+    crop(coordinates(), used)
+    crop(np.zeros((2, 20, 400, 3), np.uint8), fresh)
+    assert used.uniform() == fresh.uniform()  # what is drawn does not depend on the frames
+
+
+def test_random_crop_of_a_frame_too_long_for_its_ratios_takes_the_middle():
+    frames = coordinates()[:, :30]  # 30 x 200 pixels; 90 % of that at a ratio of 1.35 at most does not fit
+    left, top, width, height = box(RandomCrop(32, scale=(0.9, 1.0))(frames, rng()))
+    assert abs(width - 40) < 1.5 and abs(height - 30) < 1.5 and abs(left - 80) < 1.5 and abs(top) < 1.5
+    tall = np.ascontiguousarray(coordinates()[:, :, :30])  # 120 x 30 pixels
+    left, top, width, height = box(RandomCrop(32, scale=(0.9, 1.0))(tall, rng()))
+    assert abs(width - 30) < 1.5 and abs(height - 40) < 1.5 and abs(left) < 1.5 and abs(top - 40) < 1.5
+
+
+def test_multi_scale_crop_takes_neighbouring_scales_of_the_short_side():
+    assert MultiScaleCrop(224).pairs(240) == [  # 240, 210, 180 and 158.4 pixels
+        *((240, 240), (240, 210), (210, 240), (210, 210), (210, 180)),
+        *((180, 210), (180, 180), (180, 158), (158, 180), (158, 158)),
+    ]
+    assert MultiScaleCrop(224, max_distort=0).pairs(256)[:2] == [(256, 256), (224, 224)]
+    assert MultiScaleCrop(222, max_distort=0).pairs(256)[1] == (222, 222)  # 224 is near enough
+    assert MultiScaleCrop(221, max_distort=0).pairs(256)[1] == (224, 224)
+    assert MultiScaleCrop(224, max_distort=0).pairs(223)[0] == (223, 223)  # a frame has no more than it has
+    assert len(MultiScaleCrop(224, max_distort=3).pairs(320)) == 16
+    assert MultiScaleCrop(8).pairs(1) == [(1, 1)] * 10
+
+
+@pytest.mark.parametrize(
+    "height, width, across, down", [(120, 200, 35, 15), (200, 120, 15, 35), (121, 83, 5, 15)]
+)
+def test_multi_scale_crop_stands_at_thirteen_places(height, width, across, down):
+    """across, down: a quarter of the room that a box of 60 pixels has, rounded down."""
+    frames, crop, seen = (
+        coordinates(5, height, width),
+        MultiScaleCrop(60, scales=(60.5 / min(height, width),)),
+        [],
+    )
+    for seed in range(600):
+        clip = crop(frames, rng(seed))
+        assert clip.shape == (3, 5, 60, 60) and clip.dtype == torch.uint8 and clip.is_contiguous()
+        assert all(clip[:2, t].equal(clip[:2, 0]) for t in range(5))  # the same box for all frames
+        assert [clip[2, t].unique().tolist() for t in range(5)] == [[10 * t] for t in range(5)]
+        seen.append((int(clip[0, 0, 0, 0]), int(clip[1, 0, 0, 0])))
+    steps = [(x, y) for x in (0, 2, 4) for y in (0, 2, 4)] + [(1, 1), (3, 1), (1, 3), (3, 3)]
+    counts = [seen.count((x * across, y * down)) for x, y in steps]
+    assert len(PLACES) == 13 and sum(counts) == 600
+    assert sum((n - 600 / 13) ** 2 / (600 / 13) for n in counts) < 33  # chi-square, 12 degrees: p = 0.001
+
+
+def test_multi_scale_crop_draws_all_pairs_equally():
+    frames, crop = coordinates(1), MultiScaleCrop(32)
+    sides = np.array([box(crop(frames, rng(seed)))[:1:-1] for seed in range(600)])  # height, width
+    pairs = np.array(crop.pairs(HEIGHT))
+    assert len(pairs) == 10 and pairs.max() == 120 and pairs.min() == 79
+    off = np.abs(sides[:, None] - pairs).max(-1)
+    assert off.min(1).max() < 2  # pixels
+    counts = np.bincount(off.argmin(1), minlength=10)
+    assert ((counts - 60) ** 2 / 60).sum() < 27.9  # chi-square, 9 degrees: p = 0.001
+
+
+def test_multi_scale_crop_flips_only_if_asked_and_is_a_function_of_the_generator():
+    frames = coordinates(2)
+    assert not any(box(MultiScaleCrop(32)(frames, rng(s)))[2] < 0 for s in range(50))
+    plain, mirrored = MultiScaleCrop(32)(frames, rng(4)), MultiScaleCrop(32, flip=1.0)(frames, rng(4))
+    assert mirrored.flip(-1).equal(plain) and not plain.equal(MultiScaleCrop(32)(frames, rng(5)))
+    used, fresh = rng(1), rng(1)
+    MultiScaleCrop(32)(frames, used)
+    MultiScaleCrop(32)(np.zeros((2, 20, 400, 3), np.uint8), fresh)
+    assert used.uniform() == fresh.uniform()  # what is drawn does not depend on the frames
+
+
+def test_center_crop_is_the_middle_square():
+    left, top, width, height = box(CenterCrop(60)(coordinates()))
+    assert abs(left - 40) < 1.5 and abs(top) < 1.5 and abs(width - 120) < 1.5 and abs(height - 120) < 1.5
+    whole = CenterCrop(HEIGHT)(coordinates())
+    assert whole.equal(torch.from_numpy(coordinates()[:, :, 40:160]).permute(3, 0, 1, 2))  # nothing to resize
+
+
+def test_scale():
+    frames = coordinates()
+    assert scale(frames, None) is frames and scale(frames, HEIGHT) is frames and scale(frames, 500) is frames
+    small = scale(frames, 48)
+    assert small.shape == (5, 48, 80, 3) and small.dtype == np.uint8 and small.flags.c_contiguous
+    assert scale(frames.transpose(0, 2, 1, 3), 48).shape == (5, 80, 48, 3)
+    inside = small[0, 5:-5, 5:-5, 0].astype(float)
+    assert abs(inside - 2.5 * (np.arange(5, 75) + 0.5) + 0.5).max() < 1.5
+
+
+# --- an item is a function of seed and position ---
+
+
+def test_the_same_item_before_and_after_others(train):
+    clips = make_clips(train)
+    wanted = [0, 17, 59, 60, 1000]  # four epochs and more
+    first = [clips[g] for g in wanted]
+    for g in range(40):
+        clips[g]
+    assert all(same(clips[g], item) for g, item in zip(wanted, first, strict=True))
+    assert all(same(make_clips(train)[g], item) for g, item in zip(wanted, first, strict=True))
+    for g, item in zip(wanted, first, strict=True):
+        sample = clips.shards.sample(*clips.order.at(g))
+        assert (item.position, item.key, item.label, item.bad) == (g, sample.key, sample.meta["label"], [])
+        assert item.video.shape == (3, 4, 32, 32) and item.video.dtype == torch.uint8
+
+
+def test_another_seed_cuts_otherwise(train):
+    one, other = make_clips(train, seed=3), make_clips(train, seed=4)
+    meet = [
+        g for g in range(600) if one.order.at(g) == other.order.at(g)
+    ]  # the same sample at the same position
+    assert len(meet) > 3 and not any(one[g].video.equal(other[g].video) for g in meet)
+
+
+def test_a_sample_seen_again_is_cut_anew(train):
+    clips = make_clips(train)
+    of_key: dict[str, list[Example]] = {}
+    for g in range(180):
+        of_key.setdefault(clips[g].key, []).append(clips[g])
+    assert len(of_key) == 60 and all(len(items) == 3 for items in of_key.values())
+    assert not any(a.video.equal(b.video) for a, b, _ in of_key.values())
+
+
+def test_the_rule_for_frames_reaches_the_clips(train, monkeypatch):
+    picked = []
+    pick = FrameCache.clip
+
+    def spy(self, sample, choice):
+        picked.append(choice(np.arange(40) / 25).tolist())
+        return pick(self, sample, choice)
+
+    monkeypatch.setattr(FrameCache, "clip", spy)
+    for rule in ("exact", "vjepa"):
+        for g in range(20):
+            make_clips(train, rule=rule, stride=3)[g]
+    exact, reference = picked[:20], picked[20:]
+    assert {tuple(np.diff(p)) for p in exact} == {(3, 3, 3)}
+    assert {tuple(np.diff(p)) for p in reference} == {(4, 4, 3)}  # 4 points over 12 frames, the last one cut
+    assert len({p[0] for p in exact}) > 5 and len({p[0] for p in reference}) > 5
+
+
+def fetch(clips: TrainClips, g: int) -> Example:
+    return clips[g]
+
+
+def test_the_same_item_in_a_new_process(train):
+    """Started afresh (spawn), as loader workers are on some systems: everything is pickled."""
+    clips = make_clips(train, cache=1 << 20)
+    here = [clips[g] for g in (5, 70)]
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        there = pool.starmap(fetch, [(clips, 5), (clips, 70)])
+    assert all(map(same, here, there))
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"stride": None, "fps": 5.0}, {"stride": 3, "short_side": 24}], ids=str
+)
+def test_the_cache_changes_speed_only(train, settings, monkeypatch):
+    plain, all_kept = make_clips(train, **settings), make_clips(train, cache=1 << 30, **settings)
+    few_kept = make_clips(train, cache=100_000, **settings)
+    for g in range(70):
+        item = plain[g]
+        assert same(item, all_kept[g]) and same(item, few_kept[g])
+    assert not plain.cache.videos and 0 < len(few_kept.cache.videos) < len(all_kept.cache.videos) == 60
+    monkeypatch.setattr(Shards, "read", lambda *_: pytest.fail("a cached video was read again"))
+    assert same(all_kept[60], make_clips_from(all_kept)[60])
+
+
+def make_clips_from(clips: TrainClips) -> TrainClips:
+    """The same, with its cache."""
+    other = TrainClips(clips.shards, clips.order, clips.data, clips.augment)
+    other.cache = clips.cache
+    return other
+
+
+def test_the_cache_changes_nothing_for_a_video_that_decodes_in_part(train, tmp_path):
+    """One video ends before its meta says: clips from its beginning are served, the others replaced, cached or not."""
+    folder = shutil.copytree(train, tmp_path / "part")
+    file = folder / "shard-000002.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    lines[0]["meta"] |= {"decoder": "pyav", "times": None, "frames": 40}  # it has 24
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    index = json.loads((folder / "index.json").read_text())
+    index["shards"][2]["index_sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
+    (folder / "index.json").write_text(json.dumps(index))
+    plain, kept = make_clips(folder), make_clips(folder, cache=1 << 30)
+    assert all(same(plain[g], kept[g]) for g in range(480))
+    bad = [b for g in range(480) for b in plain[g].bad]  # of the 8 clips of it
+    assert set(bad) == {(lines[0]["key"], "decode_error")} and 1 <= len(bad) <= 7
+
+
+@pytest.mark.parametrize("cache", [0, 1 << 30])
+def test_the_same_batches_with_any_number_of_workers_and_processes(train, cache):
+    def run(workers: int, rank: int = 0, world: int = 1, start: int = 0) -> list:
+        return list(train_batches(make_clips(train, cache=cache), start, 9, 8, rank, world, workers))
+
+    alone, helped, later = run(0), run(2), run(2, start=5)
+    assert [b.position.tolist() for b in alone] == [list(range(8 * s, 8 * s + 8)) for s in range(9)]
+    for a, b in zip([*alone, *alone[5:]], [*helped, *later], strict=True):
+        assert (
+            a.video.equal(b.video)
+            and a.label.equal(b.label)
+            and a.position.equal(b.position)
+            and a.key == b.key
+        )
+    ranks = [run(0, rank, 2) for rank in (0, 1)]
+    for step, batch in enumerate(alone):
+        halves = [ranks[r][step] for r in (0, 1)]
+        order = torch.cat([h.position for h in halves]).argsort()
+        assert torch.cat([h.video for h in halves])[order].equal(batch.video)
+        assert torch.cat([h.label for h in halves])[order].equal(batch.label)
+
+
+# --- what cannot be decoded ---
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_repeated_clips_share_a_decoding_and_are_functions_of_their_position(train, world, monkeypatch):
+    clips, repeat = make_clips(train, repeat=3), 3
+    opened: list[bytes] = []
+    real = open_video
+    monkeypatch.setattr(
+        "vidssl.data.dataset.open_video", lambda data, *rest: opened.append(data) or real(data, *rest)
+    )
+    batches = [b for r in range(world) for b in train_batches(clips, 0, 2, 24, r, world, 0)]
+    assert len(opened) == 2 * 24 // repeat  # a video once, although other lanes stand between its clips
+    assert sorted(int(p) for b in batches for p in b.position) == list(range(48))
+    starts = []
+    for b in batches:
+        for i in range(0, len(b.key), repeat):
+            assert (
+                len(set(b.key[i : i + repeat])) == 1
+                and len({c.numpy().tobytes() for c in b.video[i : i + repeat]}) > 1
+            )
+            starts.append([int(p) % 4 for p in b.position[i : i + repeat]])
+        for video, position, key in zip(b.video, b.position, b.key, strict=True):
+            alone = make_clips(train, repeat=3)[int(position)]  # a fresh one, asked for this position only
+            assert alone.key == key and alone.video.equal(video)
+    assert all(len(set(lanes)) == 1 for lanes in starts)
+    shown = [make_clips(train, repeat=1)[p].key for p in range(16)]
+    assert sorted({k for b in batches for k in b.key}) == sorted(set(shown))  # the first of the order
+
+
+def test_clips_of_a_video_are_replaced_together(train, tmp_path):
+    clips = make_clips(
+        copy_with_damage(train, tmp_path / "bad", {make_clips(train).order.at(1): 0.0}), repeat=2
+    )
+    items = [clips[g] for g in (1, 5)]  # lanes are 4: the two clips of the sample at 1
+    assert [len(i.bad) for i in items] == [1, 1] and items[0].key == items[1].key != make_clips(train)[1].key
+
+
+def test_an_undecodable_sample_is_replaced_and_told(train, tmp_path):
+    folder = copy_with_damage(train, tmp_path / "damaged", {(1, 3): 0.0})
+    clips, sound = make_clips(folder), make_clips(train)
+    key, replaced = clips.shards.sample(1, 3).key, {}
+    for g in range(120):
+        item = clips[g]
+        if sound[g].key == key:
+            assert item.bad == [(key, "not_a_video")] and item.key != key and item.position == g
+            assert item.key == clips.shards.sample(*clips.order.replacement(g, 1)).key
+            assert item.label == clips.shards.sample(*clips.order.replacement(g, 1)).meta["label"]
+            replaced[g] = item
+        else:
+            assert same(item, sound[g])  # nobody else is touched
+    assert len(replaced) == 2  # once an epoch
+    for cache in (0, 1 << 30):
+        assert all(same(make_clips(folder, cache=cache)[g], item) for g, item in replaced.items())
+    batches = list(train_batches(make_clips(folder), 0, 15, 8, 0, 1, 2))
+    assert [b for batch in batches for b in batch.bad] == [(key, "not_a_video")] * 2
+
+
+def test_a_run_with_too_many_bad_samples_is_stopped(train, tmp_path):
+    shards = Shards([str(train)])
+    places = [(s, i) for s, n in enumerate(shards.counts) for i in range(n)][:12]
+    folder = copy_with_damage(train, tmp_path / "damaged", dict.fromkeys(places, 0.0))
+    assert len(list(train_batches(make_clips(folder, max_decode_error_rate=0.5), 0, 30, 8, 0, 1, 0))) == 30
+    seen = 0
+    with pytest.raises(
+        UserError,
+        match=r"\d+ of 200 samples could not be decoded .*'not_a_video': \d+.*data\.max_decode_error_rate",
+    ):
+        for _ in train_batches(make_clips(folder, max_decode_error_rate=0.1), 0, 30, 8, 0, 1, 0):
+            seen += 1
+    assert seen == 24  # the 25th batch of eight completes the 200
+
+
+def test_a_run_in_which_nothing_decodes_is_stopped_at_once(train, tmp_path):
+    shards = Shards([str(train)])
+    places = [(s, i) for s, n in enumerate(shards.counts) for i in range(n)]
+    folder = copy_with_damage(train, tmp_path / "damaged", dict.fromkeys(places, 0.0))
+    with pytest.raises(
+        UserError, match=r"160 of 8 samples could not be decoded"
+    ):  # 20 tried at each position
+        next(train_batches(make_clips(folder, max_decode_error_rate=1.0), 0, 1, 8, 0, 1, 0))
+
+
+def test_tally_keeps_to_its_share():
+    bad = [("a", "empty")]
+    tally = DecodeErrorMonitor(0.05)
+    for n in range(20):
+        tally.add([0] * 10, bad if n % 2 else [], failed=False)  # 10 of 200: exactly the share
+    with pytest.raises(UserError, match=r"11 of 201 .*\{'empty': 11\}; last a"):
+        tally.add([0], bad, failed=False)
+    tally = DecodeErrorMonitor(0.05)
+    tally.add([0] * 199, bad * 50, failed=False)  # too few to judge
+    with pytest.raises(UserError, match=r"50 of 200 .*last a"):
+        tally.add([0], [], failed=False)  # judged at a batch with none
+
+
+def test_data_wants_stride_or_fps():
+    for wrong in ({}, {"stride": 2, "fps": 4.0}):
+        with pytest.raises(UserError, match=r"either stride .* or fps"):
+            DataConfig(["x"], 4, **wrong)
+
+
+# --- images ---
+
+
+def test_a_picture_is_a_clip_of_one_frame_repeated(make_image, tmp_path):
+    for name in ("cat", "dog"):
+        (tmp_path / "src" / name).mkdir(parents=True)
+        for i in range(3):
+            (tmp_path / "src" / name / f"{i}.jpg").write_bytes(make_image("jpeg"))
+    pack.main([str(tmp_path / "src"), str(tmp_path / "out"), "--workers", "1"])
+    for settings in ({"stride": 2}, {"stride": None, "fps": 5.0}):
+        clips = make_clips(tmp_path / "out", **settings)
+        items = [clips[g] for g in range(6)]
+        assert sorted(i.label for i in items) == [0, 0, 0, 1, 1, 1] and not any(i.bad for i in items)
+        for item in items:
+            assert item.video.shape == (3, 4, 32, 32)
+            assert all(item.video[:, t].equal(item.video[:, 0]) for t in range(4))
+            assert abs(int(item.video[0, 0, -1, -1]) - 100) < 4
+        assert not items[0].video.equal(items[1].video)  # cut differently
+
+
+# --- shards ---
+
+
+def test_shards_one_after_the_other(synthetic_shards):
+    folders = [str(synthetic_shards / split) for split in ("train", "test")]
+    one, both = Shards(folders[:1]), Shards(folders)
+    assert one.n == 60 and both.n == 90 and len(both.all()) == 90 and one.hash != both.hash
+    assert [s._replace(shard=0) for s in both.all()[:60]] == [s._replace(shard=0) for s in one.all()]
+    sample = both.all()[75]
+    assert both.sample(sample.shard, both._lines(sample.shard).index(sample)) == sample
+    assert len(both.read(sample)) == sample.size and both.read(sample)[4:8] == b"ftyp"
+    assert both.classes["motion"][sample.meta["labels"]["motion"]] == sample.meta["class"]
+
+
+def test_shards_say_what_is_wrong(synthetic_shards, train, tmp_path):
+    with pytest.raises(UserError, match="name at least one packed folder"):
+        Shards([])
+    with pytest.raises(UserError, match=r"no index\.json.*did you mean one of \['test', 'train'\] in it\?"):
+        Shards([str(synthetic_shards)])
+    for nothing in (tmp_path, tmp_path / "none", train / "index.json"):
+        with pytest.raises(UserError, match=r"no index\.json.*make one with python -m data_prep\.pack"):
+            Shards([str(nothing)])
+    other = shutil.copytree(train, tmp_path / "other")
+    index = json.loads((other / "index.json").read_text())
+    index["classes"]["motion"] = index["classes"]["motion"][::-1]
+    (other / "index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r"other: the classes of label 'motion' differ from those of .*train"):
+        Shards([str(train), str(other)])
+    (other / "index.json").write_text(json.dumps({**index, "shards": []}))
+    with pytest.raises(UserError, match="the index lists no samples"):
+        Shards([str(other)])
+
+
+def test_a_shard_whose_lines_are_not_those_of_the_index(train, tmp_path):
+    folder = shutil.copytree(train, tmp_path / "short")
+    shards, file = Shards([str(folder)]), sorted(folder.glob("shard-*.jsonl"))[2]
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(lines[:-1]))
+    shards.sample(0, 0)  # the others are well
+    with pytest.raises(
+        UserError, match=rf"{file.name}: {len(lines) - 1} samples, but index\.json says {len(lines)}"
+    ):
+        shards.sample(2, 0)
+    for damage in ("{", None):
+        file.unlink() if damage is None else file.write_text(damage)
+        with pytest.raises(UserError, match=rf"{file.name}.*: run data_prep\.verify"):
+            shards.sample(2, 0)
+
+
+def test_frame_cache_counts_bytes(train):
+    shards = Shards([str(train)])
+    cache = FrameCache(shards, None, 1 << 30)
+    for sample in shards.all()[:5]:
+        assert cache.clip(sample, lambda times: np.array([0, len(times) - 1])).shape == (2, 48, 48, 3)
+    assert (1 << 30) - cache.left == 5 * 24 * 48 * 48 * 3
+
+
+# --- decoders ---
+
+
+@pytest.fixture(scope="module")
+def proven(tiny_corpus, tmp_path_factory) -> Path:
+    """Files of which pack found that decord serves them right."""
+    out = tmp_path_factory.mktemp("proven") / "shards"
+    pack.main([str(tiny_corpus), str(out), "--workers", "1"])
+    return out
+
+
+@pytest.mark.parametrize("decoder", ["decord", "pyav", "torchcodec"])
+def test_decoders_agree_to_within_two_grey_levels(decoder, proven):
+    """H.264, 8 bit, even sizes; 10 bit and odd sizes are converted with up to 4 levels of difference."""
+    if decoder == "torchcodec":
+        pytest.importorskip("torchcodec")
+        try:
+            DataConfig(["x"], 4, 2, decoder="torchcodec")
+        except UserError as e:
+            pytest.skip(str(e))
+    clips, want = make_clips(proven, decoder=decoder), make_clips(proven, decoder="pyav")
+    assert {select_decoder(s.ext, s.meta, decoder) for s in clips.shards.all()} == {decoder}
+    for g in range(24):
+        got, auto = clips[g], want[g]
+        assert got.key == auto.key and not got.bad
+        assert abs(got.video.float() - auto.video.float()).mean() < 2
+
+
+def test_which_decoder_serves():
+    counted, stamped = {"frames": 9, "decoder": "pyav", "times": None}, {}
+    proven = {"frames": 9, "decoder": "pyav", "decord": True}
+    only = {**proven, "decoder": "decord"}
+    for decoder, want in (
+        ("auto", ["pyav", "decord", "pyav", "pyav", "pyav"]),
+        ("decord", ["decord", "decord", "pyav", "decord", "decord"]),
+        ("torchcodec", ["torchcodec", "torchcodec", "pyav", "pyav", "pyav"]),
+        ("pyav", ["pyav"] * 5),
+    ):
+        assert [
+            select_decoder("mp4", meta, decoder) for meta in (proven, only, counted, stamped, None)
+        ] == want
+        assert select_decoder(".PNG", proven, decoder) == "image"
+
+
+def test_what_decord_cannot_serve_pyav_does(proven, monkeypatch):
+    want = make_clips(proven, decoder="pyav")[3]
+    opened = []
+
+    class Broken:
+        def __init__(self, *_):
+            opened.append(1)
+            raise DecodeError("decode_error")
+
+    monkeypatch.setattr("vidssl.data.decoding.decord.DecordVideo", Broken)
+    for cache in (0, 1 << 30):
+        assert same(make_clips(proven, cache=cache, decoder="decord")[3], want)
+    assert len(opened) == 2

@@ -1,0 +1,225 @@
+"""data_prep.leaks: copies of training videos in a test set."""
+
+import io
+import json
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_prep import leaks, pack
+from data_prep.leaks import Fingerprint, Pair, Table, align, distance, fingerprint, phash
+from vidssl.core.errors import UserError
+
+
+def film(seed: int, seconds: float = 4.0) -> np.ndarray:
+    """u8 [n,96,128,3], 24 a second: a background of its own, and a bright spot on a path of its own."""
+    rng = np.random.default_rng(seed)
+    small = Image.fromarray(rng.integers(0, 200, (6, 8, 3), np.uint8))
+    back = np.asarray(small.resize((128, 96), Image.Resampling.BICUBIC))
+    return spots(back, rng, seconds)
+
+
+def spots(back: np.ndarray, rng: np.random.Generator, seconds: float) -> np.ndarray:
+    frames = np.repeat(back[None], round(seconds * 24), 0)
+    f, p = rng.uniform(0.1, 0.4, 2), rng.uniform(0, 6, 2)
+    for i, frame in enumerate(frames):
+        x, y = (
+            int(size * (0.5 + 0.35 * np.sin(2 * np.pi * f * i / 24 + p)[k]))
+            for k, size in enumerate((128, 96))
+        )
+        frame[y - 7 : y + 7, x - 7 : x + 7] = 255
+    return frames
+
+
+def encode(frames: np.ndarray, size: tuple[int, int] = (128, 96), every: int = 1, crf: int = 18) -> bytes:
+    """H.264 of every `every`-th frame (of 24 a second), scaled to `size` (width, height)."""
+    out = io.BytesIO()
+    with av.open(out, "w", format="mp4") as box:
+        stream = box.add_stream("libx264", rate=24 // every, options={"crf": str(crf), "preset": "veryfast"})
+        stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
+        for frame in frames[::every]:
+            picture = np.asarray(Image.fromarray(frame).resize(size))
+            box.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        box.mux(stream.encode())
+    return out.getvalue()
+
+
+def packed(root: Path, name: str, files: dict[str, bytes]) -> str:
+    (root / name).mkdir()
+    for file, data in files.items():
+        (root / name / file).write_bytes(data)
+    pack.main([str(root / name), str(root / f"{name}_shards"), "--workers", "1"])
+    return str(root / f"{name}_shards")
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """leaks of 8 films; `test` has copies of four, another take of one scene, and a film of its own."""
+    root = tmp_path_factory.mktemp("leaks")
+    films = {i: film(i) for i in range(8)}
+    scene = films[5].copy()
+    back = np.asarray(Image.fromarray(np.median(scene, 0).astype(np.uint8)))
+    photo = Image.fromarray(film(77)[0])
+    jpeg, small = io.BytesIO(), io.BytesIO()
+    photo.save(jpeg, "jpeg")
+    photo.resize((80, 60)).save(small, "jpeg", quality=50)
+    train = packed(
+        root, "train", {**{f"f{i}.mp4": encode(x) for i, x in films.items()}, "photo.jpg": jpeg.getvalue()}
+    )
+    test = packed(
+        root,
+        "test",
+        {
+            "same.mp4": encode(films[0]),
+            "worse.mp4": encode(films[1], (96, 72), every=2, crf=36),
+            "cut.mp4": encode(films[2][29:], (160, 120)),
+            "middle.mp4": encode(films[3][20:70], every=2),
+            "take.mp4": encode(spots(back, np.random.default_rng(99), 4.0)),
+            "other.mp4": encode(film(50)),
+            "photo.jpg": small.getvalue(),
+        },
+    )
+    with pytest.raises(SystemExit, match="1"):
+        leaks.main([train, test, "--out", str(root / "leaks.jsonl"), "--workers", "1"])
+    lines = [json.loads(x) for x in (root / "leaks.jsonl").read_text().splitlines()]
+    return {line["test"].rsplit("-", 1)[0]: line for line in lines}, len(lines), (train, test)
+
+
+def test_copies_are_found_and_nothing_else(found):
+    lines, n, _ = found
+    assert {test: (line["train"].rsplit("-", 1)[0], line["why"]) for test, line in lines.items()} == {
+        "same": ("f0", "bytes"),
+        "worse": ("f1", "pictures"),
+        "cut": ("f2", "pictures"),
+        "middle": ("f3", "pictures"),
+        "photo": ("photo", "still pictures"),
+    }
+    assert n == 5  # each once
+
+
+def test_when_the_copy_begins(found):
+    lines, _, _ = found
+    for name, shift, seconds in (
+        ("worse", 0.0, 4.0),
+        ("cut", 29 / 24, 67 / 24),
+        ("middle", 20 / 24, 50 / 24),
+    ):
+        assert lines[name]["shift"] == pytest.approx(shift, abs=0.1), name
+        assert lines[name]["seconds"] == pytest.approx(seconds, abs=0.2), name
+        assert lines[name]["alike"] > 0.95, name
+
+
+def test_another_take_of_a_scene_is_no_copy(found):
+    """The backgrounds are equal, what moves is not."""
+    _, _, (train, test) = found
+    sets = leaks.Shards([train]), leaks.Shards([test])
+    leaks._begin(*sets)
+    samples = [s.all() for s in sets]
+    seen = [[fingerprint(d.read(x), x.ext, x.meta) for x in s] for d, s in zip(sets, samples, strict=True)]
+    i, j = (
+        next(i for i, x in enumerate(s) if x.key.startswith(k))
+        for s, k in zip(samples, ("f5", "take"), strict=True)
+    )
+    far = [distance(seen[0][x].hashes, seen[1][j].hashes).mean() for x in (i, i - 1)]
+    assert far[0] < far[1] / 1.5  # the scene is the same
+    assert leaks._compare((Pair(j, i, 32, 2.0, 0.0, far[0]), samples[1][j], samples[0][i])) is None
+
+
+def test_no_leak_is_exit_status_0(found, tmp_path, capsys):
+    train = found[2][0]
+    leaks.main([train, packed(tmp_path, "own", {"own.mp4": encode(film(60))}), "--workers", "1"])
+    assert "0 of 1 test videos are among the 9" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"no index\.json"):
+        leaks.main([train, str(tmp_path / "own")])
+
+
+def test_phash_is_a_dct_and_survives_light():
+    rng = np.random.default_rng(0)
+    pictures = rng.integers(0, 256, (20, 32, 32)).astype(np.float64)
+    want = []
+    for p in pictures:  # from the definition
+        u = np.arange(8)[:, None]
+        basis = np.cos(np.pi * (2 * np.arange(32) + 1) * u / 64)
+        low = np.array([[(np.outer(basis[i], basis[j]) * p).sum() for j in range(8)] for i in range(8)])
+        want.append((low > np.median(low)).ravel())
+    got = np.unpackbits(phash(pictures).view(np.uint8).reshape(20, 8), axis=1).astype(bool)
+    assert (got == np.stack(want)).all()
+    assert (distance(phash(pictures), phash(pictures * 0.7 + 20)) <= 2).all()
+    far = distance(phash(pictures[:10]), phash(pictures[10:]))
+    assert 20 <= far.mean() <= 44 and (got.sum(1) == 32).all()
+    assert distance(np.array([0], np.uint64), np.array([2**64 - 1], np.uint64)).tolist() == [64]
+
+
+def test_the_table_finds_what_comparing_all_finds():
+    """Every look with an equal quarter and at most NEAR other bits, and no other."""
+    rng = np.random.default_rng(1)
+    hashes = rng.integers(0, 2**63, 3000).astype(np.uint64)
+    flips = [np.uint64(sum(1 << int(b) for b in rng.choice(64, k, replace=False))) for k in (1, 3, 6, 9, 12)]
+    near = np.concatenate([hashes[:50] ^ f for f in flips])
+    digest, numbers = b"", np.arange(len(near) + 3000, dtype=np.int32)
+    table = Table(
+        [Fingerprint(digest, hashes, numbers[:3000]), None, Fingerprint(digest, near, numbers[3000:])]
+    )
+    for query in hashes[:50]:
+        d = distance(table.hashes, np.full(len(table.hashes), query))
+        share = (table.hashes[:, None].view(np.uint16) == query.reshape(1, 1).view(np.uint16)).any(1)
+        assert table.near(query).tolist() == np.flatnonzero((d <= leaks.NEAR) & share).tolist()
+    assert len(table.near(np.uint64(0))) == 0 and (table.video[3000:] == 2).all()
+
+
+def test_a_full_bucket_costs_no_more_than_its_limit(monkeypatch):
+    monkeypatch.setattr(leaks, "BUCKET", 10)
+    same = Fingerprint(b"", np.zeros(1000, np.uint64), np.arange(1000, dtype=np.int32))
+    assert len(Table([same]).near(np.uint64(0))) == 10
+
+
+def test_align():
+    rng = np.random.default_rng(2)
+    train = rng.normal(size=(100, 64)).astype(np.float32)
+    assert align(train, train[30:80] * 0.5 + 9)[1:] == (30, 50)
+    assert align(train, train[30:80])[0] == pytest.approx(1)
+    assert align(train, rng.normal(size=(50, 64)).astype(np.float32))[0] < 0.3
+    assert align(train, train[:5]) == (-1.0, 0, 0)  # less than LEAST
+
+
+def test_a_film_in_black_is_not_looked_up():
+    assert len(fingerprint(encode(np.zeros((48, 96, 128, 3), np.uint8)), "mp4", None).hashes) == 0
+    assert fingerprint(encode(film(1, 2.0)), "mp4", None).numbers.tolist() == list(range(16))
+
+
+def test_pack_drops_near_duplicates_and_remembers_them(tmp_path, monkeypatch):
+    films = {i: film(i) for i in range(3)}
+    back = np.asarray(Image.fromarray(np.median(films[2], 0).astype(np.uint8)))
+    files = {f"a{i}.mp4": encode(frames) for i, frames in films.items()}
+    files |= {"a8_part.mp4": encode(film(8)[20:70]), "b8_whole.mp4": encode(film(8), crf=26)}
+    files |= {
+        "b_same.mp4": files["a0.mp4"],
+        "b_worse.mp4": encode(films[0], (96, 72), every=2, crf=34),
+        "b_cut.mp4": encode(films[1][24:], crf=30),
+        "b_take.mp4": encode(spots(back, np.random.default_rng(99), 4.0)),  # before the background of a2
+        "b_broken.mp4": files["a2.mp4"][:300],
+    }
+    (tmp_path / "videos").mkdir()
+    for name, data in files.items():
+        (tmp_path / "videos" / name).write_bytes(data)
+    command = [str(tmp_path / "videos"), str(tmp_path / "out"), "--workers", "1", "--drop-duplicates", "near"]
+    with monkeypatch.context() as cut_off, pytest.raises(KeyboardInterrupt):
+        cut_off.setattr(pack.engine, "make", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        pack.main(command)
+    monkeypatch.setattr("data_prep.plan.near_files", lambda *_: pytest.fail("looked again"))
+    pack.main(command)
+    rejected = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
+    why = {r["path"]: r.get("first", r["detail"]) for r in rejected if r["reason"] == "duplicate"}
+    copies = {"b_same.mp4": "the same bytes as a0.mp4", "b_worse.mp4": "a0.mp4", "b_cut.mp4": "a1.mp4"}
+    assert why == {**copies, "a8_part.mp4": "b8_whole.mp4"}  # what shows more stays, also if it comes later
+    seen = [json.loads(line) for line in (tmp_path / "out" / "near-out.jsonl").read_text().splitlines()[1:]]
+    assert {line["path"] for line in seen if "unseen" in line} == {"b_broken.mp4"}
+    assert [r["path"] for r in rejected if r["reason"] != "duplicate"] == ["b_broken.mp4"]
+    kept = [s.meta["source"] for s in leaks.Shards([str(tmp_path / "out")]).all()]
+    assert sorted(kept) == ["a0.mp4", "a1.mp4", "a2.mp4", "b8_whole.mp4", "b_take.mp4"]
+    (tmp_path / "videos" / "more.mp4").write_bytes(encode(film(60)))
+    with pytest.raises(UserError, match="is of other files; choose another folder, or remove it"):
+        pack.main(command)

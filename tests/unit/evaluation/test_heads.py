@@ -1,0 +1,275 @@
+"""Heads, their grid and their choice: the grid is what single heads are, and only train is looked at."""
+
+import copy
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from vidssl.core.errors import UserError
+from vidssl.evaluation import metrics
+from vidssl.evaluation.feature_cache import FeatureShape
+from vidssl.evaluation.features import StandardisedFeatures, StoredFeatures, statistics
+from vidssl.evaluation.heads import Attentive, Linear, attend
+from vidssl.evaluation.neighbours import Knn, Retrieval
+from vidssl.evaluation.protocol import TrainingSet, pooled, select_and_train
+from vidssl.evaluation.splits import hold_out, low_shot
+from vidssl.evaluation.tasks import Task
+from vidssl.model.heads import AttentiveHead
+
+CPU = torch.device("cpu")
+THREE = Task("x", "class", ["a", "b", "c"])
+
+
+def problem(n: int = 60, clips: int = 1, width: int = 8) -> tuple[StoredFeatures, list[int]]:
+    """Three classes that one channel tells."""
+    torch.manual_seed(0)
+    tokens, truths = torch.randn(n, clips, 4, width), [i % 3 for i in range(n)]
+    tokens[..., 0] += 3 * torch.tensor(truths)[:, None, None]
+    return StoredFeatures(tokens, CPU), truths
+
+
+def as_train(source: StoredFeatures, truths: list, task: Task = THREE) -> TrainingSet:
+    return TrainingSet(source, list(range(len(truths))), truths, task.target(truths, CPU))
+
+
+def test_joint_heads_are_the_single_heads_in_outputs_and_gradients():
+    torch.manual_seed(0)
+    heads = [AttentiveHead(24, 4, 5) for _ in range(3)]
+    for head in heads:  # a fresh norm has neither scale nor shift to go wrong
+        for parameter in head.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+    tokens = torch.randn(6, 10, 24)
+    alone = [copy.deepcopy(head) for head in heads]
+    for head, other, logits in zip(heads, alone, attend(heads, tokens), strict=True):
+        torch.testing.assert_close(logits, other(tokens), atol=1e-5, rtol=1e-5)
+        logits.square().mean().backward(retain_graph=True)
+        other(tokens).square().mean().backward()
+        for (name, a), b in zip(head.named_parameters(), other.parameters(), strict=True):
+            torch.testing.assert_close(a.grad, b.grad, atol=1e-5, rtol=1e-3, msg=name)
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_head_of_a_grid_is_the_head_trained_alone(depth):
+    source, truths = problem()
+    protocol = Attentive(depth=depth, heads=2, epochs=3, batch=16, lr=(1e-2, 1e-3), weight_decay=(0.0, 0.5))
+    data, grid = as_train(source, truths), protocol.grid()
+    together = protocol.train(THREE, data, grid)
+    assert [tuple(setting.values()) for setting in grid] == [(1e-2, 0), (1e-2, 0.5), (1e-3, 0), (1e-3, 0.5)]
+    outputs = protocol.predict(together, source, data.numbers, THREE)
+    for setting, output in zip(grid, outputs, strict=True):
+        alone = protocol.predict(protocol.train(THREE, data, [setting]), source, data.numbers, THREE)[0]
+        torch.testing.assert_close(output, alone, atol=1e-4, rtol=1e-3)
+    assert (outputs[0] - outputs[2]).abs().max() > 0.01
+
+
+def test_the_choice_sees_only_train():
+    """The held-out figures are counts over the held-out part, and a rate that learns wins over one that does not."""
+    source, truths = problem()
+    protocol = Attentive(heads=2, epochs=10, batch=16, lr=(1e-2, 1e-9))
+    _, _, chosen = select_and_train(protocol, THREE, as_train(source, truths), [str(i) for i in range(60)])
+    assert chosen["lr"] == 1e-2 and chosen["n_held_out"] == 12
+    scores = [t["held_out_accuracy"] for t in chosen["tried"]]
+    assert all(round(s * 12 / 100) == pytest.approx(s * 12 / 100, abs=0.01) for s in scores)
+    assert scores[0] > scores[1]
+
+
+class Watched(StoredFeatures):
+    """Remembers what was asked for."""
+
+    def batches(self, per: int, lists: list[list[int]]) -> Iterator[Tensor]:
+        for numbers, tokens in zip(lists, super().batches(per, lists), strict=True):
+            self.asked.append(set(numbers))
+            yield tokens
+
+
+def test_a_leak_into_the_selection_would_show():
+    """Features that name their group and labels that are one per group: a head that had seen a held-out group's other
+    clips would know it. Held out by group the choice is at chance; held out clip by clip (the leak) it looks perfect.
+    """
+    torch.manual_seed(0)
+    names = torch.randn(40, 1, 32).repeat_interleave(5, 0)  # 40 groups of 5 clips that look the same
+    truths = np.random.default_rng(0).integers(3, size=40).repeat(5).tolist()
+    groups = [f"g{i // 5}" for i in range(200)]
+    source = Watched((4 * names + 0.1 * torch.randn(200, 1, 32))[:, None], CPU)
+    source.asked = []
+    protocol = Linear(l2=(1e-3, 1e-2), standardise=False)
+    _, _, honest = select_and_train(protocol, THREE, as_train(source, truths), groups)
+    first, seen = source.asked[0], set(np.flatnonzero(hold_out(truths, groups, 0.2, 0)).tolist())
+    assert not first & seen and first | seen == set(range(200))
+    _, _, leaky = select_and_train(protocol, THREE, as_train(source, truths), [str(i) for i in range(200)])
+    assert max(t["held_out_accuracy"] for t in honest["tried"]) < 70
+    assert min(t["held_out_accuracy"] for t in leaky["tried"]) > 95
+
+
+def test_held_out_groups_never_straddle_and_no_class_is_lost():
+    labels = [0] * 12 + [1] * 8 + [2] * 2
+    groups = [f"a{i // 3}" for i in range(12)] + [f"b{i // 2}" for i in range(8)] + ["c", "c"]
+    for seed in range(20):
+        out = hold_out(labels, groups, 0.25, seed)
+        for g in set(groups):
+            assert len({bool(o) for o, name in zip(out, groups, strict=True) if name == g}) == 1
+        assert [int(out[np.array(labels) == c].sum()) for c in range(3)] == [
+            3,
+            2,
+            0,
+        ]  # class 2 is one group: it stays
+
+
+def test_a_group_that_holds_two_classes_does_not_straddle_either():
+    labels, groups = [0, 1] * 10, [f"g{i // 4}" for i in range(20)]
+    out = hold_out(labels, groups, 0.3, 0)
+    assert 0 < out.sum() < 20
+    for g in set(groups):
+        assert len({bool(o) for o, name in zip(out, groups, strict=True) if name == g}) == 1
+
+
+def test_one_group_cannot_be_divided():
+    source, truths = problem(12)
+    with pytest.raises(UserError, match="no group of train can be held out"):
+        select_and_train(Attentive(heads=2, lr=(1e-2, 1e-3)), THREE, as_train(source, truths), ["one"] * 12)
+
+
+def test_standardised_tokens():
+    torch.manual_seed(0)
+    tokens = torch.randn(50, 1, 3, 4) * torch.tensor([1.0, 10, 0.1, 5]) + 100 * torch.randn(3, 4)
+    source = StoredFeatures(tokens, CPU)
+    mean, deviation = statistics(source, 1, list(range(50)), 7)
+    torch.testing.assert_close(mean, tokens.mean((0, 1)), atol=1e-4, rtol=1e-5)
+    (out,) = StandardisedFeatures(source, mean, deviation).batches(1, [list(range(50))])
+    assert out.mean(0).abs().max() < 1e-3
+    assert (out.square().mean((0, 1)) - 1).abs().max() < 1e-3
+
+
+def test_views_are_averaged_and_pooling_lays_tokens_end_to_end():
+    """2 segments x 3 crops: pooled over segments a sample has 3 examples of 2 clips; else 6 of one."""
+    tokens = torch.arange(5 * 6 * 4 * 2.0).view(5, 6, 4, 2)
+    source = StoredFeatures(tokens, CPU)
+    over = Attentive(heads=1, segments=2, crops=3)
+    assert (over.views, over.per(source), over.examples([1, 4])) == (3, 2, [3, 4, 5, 12, 13, 14])
+    (example,) = source.batches(2, [[4]])
+    assert torch.equal(example[0], tokens[1, 2:4].flatten(0, 1))  # sample 1, crop 1
+    apart = Attentive(heads=1, segments=2, crops=3, aggregate="none")
+    assert (apart.views, apart.per(source)) == (6, 1)
+    heads = [AttentiveHead(2, 1, 3)]
+    said = over.predict(heads, source, [1, 4], THREE)[0]
+    longhand = torch.stack([heads[0](tokens[n].view(3, 8, 2)).softmax(-1).mean(0) for n in (1, 4)])
+    torch.testing.assert_close(said, longhand)
+    mean = pooled(source, [0, 3], over, 2, CPU)
+    assert mean.shape == FeatureShape(5, 3, 1, 4)
+    halves = (
+        tokens[3, 2:4].view(2, 2, 2, 2).mean((0, 2)).flatten()
+    )  # crop 1: over segments, two halves of a clip
+    torch.testing.assert_close(mean.tokens[3, 1, 0], halves)
+
+
+def test_logistic_regression_is_at_its_minimum():
+    source, truths = problem(clips=2)
+    protocol = Linear(aggregate="none", segments=2, l2=(0.01, 1.0))
+    seen = protocol.look(source, list(range(60)), CPU)
+    heads = protocol.train(THREE, as_train(seen, truths), protocol.grid())
+    x, y = source.tokens.mean(2).flatten(0, 1), torch.tensor(truths).repeat_interleave(2)
+    for head, l2 in zip(heads, (0.01, 1.0), strict=True):
+        weight = head.linear.weight.detach().clone().requires_grad_()
+        loss = torch.nn.functional.cross_entropy(x @ weight.T + head.linear.bias.detach(), y)
+        (gradient,) = torch.autograd.grad(loss + l2 / 2 * weight.square().sum(), weight)
+        assert gradient.abs().max() < 1e-4 and weight.abs().max() > 0.05
+    assert heads[0].linear.weight.norm() > 2 * heads[1].linear.weight.norm()
+
+
+def test_adamw_reaches_nearly_the_same():
+    source, truths = problem(clips=1)
+    seen = Linear().look(source, list(range(60)), CPU)
+    protocol = Linear(solver="adamw", lr=(0.3, 1e-6), epochs=40, batch=20)
+    model, dress, chosen = select_and_train(
+        protocol, THREE, as_train(seen, truths), [str(i) for i in range(60)]
+    )
+    output = protocol.predict([model], dress(seen), list(range(60)), THREE)[0]
+    assert chosen["lr"] == 0.3 and (output.argmax(1) == torch.tensor(truths)).float().mean() > 0.95
+
+
+def test_neighbours_against_a_loop():
+    source, truths = problem(30)
+    protocol = Knn(k=(3, 50), temperature=0.2)
+    seen = protocol.look(source, list(range(30)), CPU)
+    train = TrainingSet(seen, list(range(20)), truths[:20], torch.tensor(truths[:20]))
+    votes = protocol.predict(protocol.train(THREE, train, protocol.grid()), seen, list(range(20, 30)), THREE)
+    keys = torch.nn.functional.normalize(source.tokens.mean((1, 2)), dim=-1)
+    for q in range(20, 30):
+        cosine = (keys[:20] @ keys[q]).tolist()
+        for g, k in enumerate((3, 20)):  # 50 of 20 are all
+            near = sorted(range(20), key=lambda i: -cosine[i])[:k]
+            want = torch.zeros(3)
+            for i in near:
+                want[truths[i]] += np.exp(cosine[i] / 0.2)
+            torch.testing.assert_close(votes[g, q - 20], want / want.sum(), atol=1e-5, rtol=1e-4)
+
+
+def test_retrieval_figures_by_hand():
+    keys = torch.tensor([[1.0, 0], [0.9, 0.1], [0, 1], [1, 0.05], [0.1, 1]])  # 3 in train, 2 ask
+    protocol, task = Retrieval(), Task("x", "class", ["a", "b"])
+    source = protocol.look(StoredFeatures(keys[:, None, None], CPU), list(range(5)), CPU)
+    train = TrainingSet(source, [0, 1, 2], [0, 1, 1], torch.tensor([0, 1, 1]))
+    (model,) = protocol.train(task, train, protocol.grid())
+    assert protocol.predict([model], source, [3, 4], task)[0].tolist() == [[1, 0], [0, 1]]
+    more = protocol.more(model, source, [3, 4], task, [1, 1])  # 3 finds a, b, b; 4 finds b, b, a
+    assert more == {
+        "recall_at_5": 100,
+        "retrieval_mAP": pytest.approx(100 * ((1 / 2 + 2 / 3) / 2 + 1) / 2, abs=1e-3),
+    }
+
+
+def test_metrics_by_hand():
+    output, truth = np.array([[0.1, 0.6, 0.3], [0.5, 0.5, 0.0], [0.2, 0.2, 0.6]]), np.array([1, 1, 0])
+    assert metrics.true_class_rank(output, truth).tolist() == [
+        0,
+        1,
+        1,
+    ]  # of equal ones the first class stands first
+    assert metrics.mean_per_class(
+        np.array([True, False, False, True]), np.array([0, 0, 0, 1])
+    ) == pytest.approx(66.6667)
+    assert metrics.average_precision(
+        np.array([0.9, 0.8, 0.7]), np.array([True, False, True])
+    ) == pytest.approx(5 / 6)
+    assert metrics.average_precision(np.zeros(4), np.array([True, False, False, False])) == pytest.approx(
+        1 / 4
+    )
+    assert metrics.r2(np.array([1.0, 2, 3]), np.array([1.0, 2, 3])) == 1
+    assert metrics.r2(np.array([2.0, 2, 2]), np.array([1.0, 2, 3])) == 0
+
+
+def test_tags_and_numbers_are_learned_and_told():
+    source, _ = problem()
+    values = source.tokens[:, 0, :, 0].mean(1)
+    number = Task("x", "number", ["x"], float(values.mean()), float(values.std()))
+    tags = Task("x", "tags", ["high", "low", "any"])
+    lists = [[0, 2] if v > 3 else [1, 2] if v < 2 else [2] for v in values.tolist()]
+    groups, protocol = [str(i) for i in range(60)], Linear(l2=(1e-4, 1e4))
+    for task, truths, least in ((number, values.tolist(), 0.99), (tags, lists, 98)):
+        seen = protocol.look(source, list(range(60)), CPU)
+        model, dress, chosen = select_and_train(protocol, task, as_train(seen, truths, task), groups)
+        output = protocol.predict([model], dress(seen), list(range(60)), task)[0].double().numpy()
+        figures = task.figures(output, truths, groups, 0)
+        assert figures["value"] >= least and chosen["l2"] == 1e-4
+        output[:10] = np.nan  # not read: worse, and never an error
+        assert task.figures(output, truths, groups, 0)["value"] < figures["value"]
+    assert tags.word([0, 2]) == "high|any" and tags.guess(np.array([0.9, 0.1, 0.8])) == "high|any"
+
+
+def test_low_shot_lists_are_balanced_nested_and_depend_on_keys_alone():
+    truths = [0] * 40 + [1] * 20 + [2] * 3 + [None] * 5
+    keys = [f"k{i}" for i in range(68)]
+    small, large = (low_shot(THREE, keys, truths, share, 0) for share in (0.1, 0.5))
+    assert [sum(truths[i] == c for i in small) for c in range(3)] == [2, 2, 2]
+    assert [sum(truths[i] == c for i in large) for c in range(3)] == [
+        10,
+        10,
+        3,
+    ]  # a small class gives all it has
+    assert set(small) <= set(large) and small != low_shot(THREE, keys, truths, 0.1, 1)
+    order = np.random.default_rng(0).permutation(68).tolist()
+    again = low_shot(THREE, [keys[i] for i in order], [truths[i] for i in order], 0.1, 0)
+    assert {keys[order[i]] for i in again} == {keys[i] for i in small}

@@ -1,0 +1,255 @@
+"""Encoder, predictor and positions: what each option means, apart from the reference tensors (test_parity)."""
+
+import pytest
+import torch
+
+from vidssl.core.errors import UserError
+from vidssl.core.rng import KeyedRNG
+from vidssl.model.grid import Grid, Mask, gather_tokens, patchify
+from vidssl.model.heads import AttentiveHead
+from vidssl.model.positions import (
+    PositionEncoding,
+    apply_rope,
+    resize_table,
+    rotary_table,
+    sincos_2d,
+    sincos_3d,
+)
+from vidssl.model.predictor import JointPredictor, MaskToken
+from vidssl.model.vit import Encoder, TransformerStack
+from vidssl.objective.objective import ERRORS, ContextLoss, Objective, inverse_sqrt_distance
+from vidssl.objective.targets import Ema, Pixels, level_norm
+
+ANY_SIZE = [
+    "sincos_uniform",
+    "sincos",
+    "sincos_flat",
+    "learned",
+    "learned_separable",
+    "rope",
+    "rope_interleaved",
+]
+
+
+def small(**options) -> Encoder:
+    torch.manual_seed(0)
+    return Encoder(8, 32, 32, **{"dim": 48, "depth": 2, "heads": 3, "patch": 8, **options})
+
+
+def ids(n: int, keep: int, batch: int = 2) -> torch.Tensor:
+    return torch.stack([torch.randperm(n)[:keep] for _ in range(batch)])
+
+
+@pytest.mark.parametrize("positions", ANY_SIZE)
+def test_tokens_on_all_ids_in_any_order_are_the_full_features(positions):
+    encoder, video = small(positions=positions), torch.randn(2, 3, 8, 32, 32)
+    order = ids(64, 64)
+    assert torch.allclose(encoder(video, order), gather_tokens(encoder(video), order), atol=1e-5)
+
+
+@pytest.mark.parametrize("positions", ANY_SIZE)
+@pytest.mark.parametrize("shape", [(8, 48, 48), (8, 32, 64), (4, 40, 24), (16, 32, 32)])
+def test_other_than_native_sizes(positions, shape):
+    encoder = small(positions=positions)
+    t, h, w = shape[0] // 2, shape[1] // 8, shape[2] // 8
+    video = torch.randn(2, 3, *shape)
+    assert encoder.grid_of(video) == Grid(t, h, w)
+    assert encoder(video).shape == (2, t * h * w, 48)
+    assert encoder(video, ids(t * h * w, 5)).shape == (2, 5, 48)
+
+
+def test_a_size_that_is_no_multiple_of_the_patch_is_an_error():
+    with pytest.raises(UserError, match="height 33"):
+        small()(torch.randn(1, 3, 8, 33, 32))
+
+
+def test_tables_of_another_grid_are_interpolated_and_keep_their_ends_apart():
+    old, new = Grid(4, 4, 4), Grid(4, 8, 8)
+    table = resize_table(sincos_3d(old, 24, False), old, new)
+    means = table.reshape(4, 4, 2, 4, 2, 24).mean((2, 4)).reshape(64, 24)
+    assert torch.allclose(means, sincos_3d(old, 24, False), atol=0.12)
+    assert resize_table(sincos_2d(Grid(1, 4, 4), 24), Grid(1, 4, 4), Grid(1, 6, 5)).shape == (30, 24)
+
+
+@pytest.mark.parametrize("interleaved", [True, False])
+def test_rotation_keeps_lengths_only_where_a_pair_shares_its_frequency(interleaved):
+    x = torch.randn(1, 2, 64, 16)
+    turned = apply_rope(x, rotary_table(Grid(4, 4, 4), 16, interleaved, None, x.device))
+    pairs = (turned.unflatten(-1, (-1, 2)).norm(dim=-1) - x.unflatten(-1, (-1, 2)).norm(dim=-1)).abs()
+    assert (pairs.max() < 1e-5) == interleaved  # the published V-JEPA 2 layout is no rotation
+    assert torch.equal(turned[..., 12:], x[..., 12:])  # 3 axes x 4 entries turn, the other 4 do not
+    assert torch.equal(turned[:, :, 0], x[:, :, 0])  # at the origin nothing turns
+
+
+def test_interleaved_rotary_scores_depend_on_differences_of_place_only():
+    q, k = torch.randn(16), torch.randn(16)
+    turn = rotary_table(Grid(4, 4, 4), 16, True, None, q.device)
+
+    def score(a: int, b: int) -> float:
+        x = torch.zeros(1, 1, 64, 16)
+        x[0, 0, a], x[0, 0, b] = q, k
+        y = apply_rope(x, turn)
+        return (y[0, 0, a] @ y[0, 0, b]).item()
+
+    assert score(0, 21) == pytest.approx(score(21, 42), abs=1e-5)
+    assert score(0, 21) != pytest.approx(score(0, 42), abs=1e-3)
+
+
+def test_a_rope_grid_makes_places_independent_of_the_resolution():
+    device = torch.device("cpu")
+    cos4, _ = rotary_table(Grid(1, 4, 4), 24, True, 16, device)
+    cos16, _ = rotary_table(Grid(1, 16, 16), 24, True, 16, device)
+    corners4, corners16 = (
+        cos4.reshape(4, 4, -1)[[0, -1]][:, [0, -1]],
+        cos16.reshape(16, 16, -1)[[0, -1]][:, [0, -1]],
+    )
+    assert torch.allclose(corners4, corners16, atol=1e-5)
+
+
+def test_separable_positions_are_space_plus_time():
+    position = PositionEncoding("learned_separable", Grid(2, 2, 3), 8, 1)
+    table = position.added(Grid(2, 2, 3), None)
+    assert torch.allclose(table[9], position.time[1] + position.space[3])
+
+
+def test_what_cannot_be_is_an_error():
+    for options, word in [
+        ({"positions": "rope", "class_token": True}, "class_token"),
+        ({"positions": "rope", "heads": 12}, "rotary"),
+        ({"positions": "sincos_2d"}, "sincos_2d"),
+        ({"levels": (1, 0)}, "levels"),
+        ({"levels": (0,)}, "levels"),
+        ({"heads": 5}, "heads"),
+    ]:
+        with pytest.raises(UserError, match=word):
+            small(**options)
+    with pytest.raises(UserError, match="class_token"):
+        JointPredictor(small(), 8, class_token="encoder")
+
+
+@pytest.mark.parametrize("options", [{}, {"positions": "rope"}, {"mlp": "swiglu"}, {"levels": (0, 1)}])
+def test_recomputed_activations_give_the_same_gradients(options):
+    encoder, video = small(**options), torch.randn(2, 3, 8, 32, 32)
+    grads = []
+    for recompute in (False, True):
+        encoder.blocks.recompute = recompute
+        encoder.zero_grad()
+        encoder(video, full=True).square().mean().backward()
+        grads.append([p.grad.clone() for p in encoder.parameters() if p.grad is not None])
+    assert len(grads[0]) == len(grads[1])
+    assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(*grads, strict=True))
+
+
+def test_recompute_keeps_fewer_activations():
+    def kept(recompute: bool) -> int:
+        encoder, total = small(depth=6), 0
+        encoder.blocks.recompute = recompute
+
+        def pack(x: torch.Tensor) -> torch.Tensor:
+            nonlocal total
+            total += x.numel()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            encoder(torch.randn(1, 3, 8, 32, 32))
+        return total
+
+    assert kept(True) < 0.4 * kept(False)
+
+
+def test_levels_are_normed_features_of_their_layers_and_the_last_is_the_feature():
+    encoder, video = small(levels=(0, 1)), torch.randn(1, 3, 8, 32, 32)
+    full = encoder(video, full=True)
+    assert full.shape == (1, 64, 96)
+    assert torch.equal(full[..., 48:], encoder(video))
+    x = encoder.patch_embed(patchify(video, 2, 8)) + encoder.positions.table
+    (first,) = TransformerStack(encoder.blocks[:1])(x, None, [0])
+    assert torch.allclose(full[..., :48], encoder.level_norms[0](first), atol=1e-5)
+    normed = level_norm(full, 48)
+    assert torch.allclose(normed[..., :48].mean(-1), torch.zeros(1, 64), atol=1e-5)
+    assert torch.allclose(normed[..., 48:].var(-1, unbiased=False), torch.ones(1, 64), atol=1e-3)
+
+
+def test_a_class_token_is_seen_by_the_others_and_not_returned():
+    encoder, video = small(class_token=True), torch.randn(1, 3, 8, 32, 32)
+    features = encoder(video)
+    assert features.shape == (1, 64, 48)
+    assert encoder(video, full=True).shape == (1, 65, 48)
+    with torch.no_grad():
+        encoder.class_token += torch.randn(48)
+    assert (encoder(video) - features).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["none", "own", "encoder"])
+def test_class_tokens_of_predictors(kind):
+    encoder, video = small(class_token=True), torch.randn(2, 3, 8, 32, 32)
+    predictor = JointPredictor(encoder, 7, width=24, depth=1, heads=3, class_token=kind)
+    order = ids(64, 30)
+    mask = Mask(order[:, :10], order[:, None, 10:])
+    z = encoder(video, mask.context, full=True)
+    before = predictor(z, mask, torch.zeros(24), encoder.grid).target
+    assert before.shape == (2, 1, 20, 7)
+    z[:, 0] += 5.0
+    changed = not torch.allclose(predictor(z, mask, torch.zeros(24), encoder.grid).target, before)
+    assert changed == (kind == "encoder")
+
+
+def test_images_and_videos_of_one_model():
+    encoder = small(image_tokenizer=True, positions="rope_interleaved", rope_grid=16)
+    image, video = torch.randn(2, 3, 1, 32, 32), torch.randn(2, 3, 8, 32, 32)
+    assert encoder(image).shape == (2, 16, 48)
+    assert encoder(video).shape == (2, 64, 48)
+    with torch.no_grad():
+        before = encoder(video)
+        encoder.img_mod_embed += 1
+        encoder.patch_embed_img.proj.weight += 1
+        assert torch.equal(encoder(video), before)
+        after = encoder(image)
+        encoder.video_mod_embed += 1
+        assert torch.equal(encoder(image), after)
+
+
+def test_context_loss_weights_by_distance_to_the_nearest_target():
+    grid = Grid(2, 2, 2)
+    mask = Mask(torch.tensor([[0, 3, 4]]), torch.tensor([[[1, 7]]]))
+    want = torch.tensor([1.0, 1.0, 2.0**-0.25])  # 0-1: 1; 3-7 and 3-1: 1; 4-7: sqrt 2
+    assert torch.allclose(inverse_sqrt_distance(mask, grid)[0, 0], want, atol=1e-5)
+
+
+def test_context_loss_rises_and_adds_its_share():
+    context = ContextLoss(0.5, False, (10, 20))
+    assert [context.at(s) for s in (0, 10, 15, 20, 99)] == [0, 0, 0.25, 0.5, 0.5]
+    encoder, video = small(), torch.randn(2, 3, 8, 32, 32)
+    order = ids(64, 40)
+    masks = [Mask(order[:, :16], order[:, None, 16:])]
+    predictor = JointPredictor(encoder, 48, width=24, depth=1, heads=3, context_head=True)
+    parts = (encoder, lambda *_: masks, Ema(encoder), MaskToken(24), predictor, ERRORS["l1"]())
+    out = Objective(*parts, context)(video, KeyedRNG(0, 15, torch.arange(2)))
+    assert torch.allclose(out["loss"], out["loss_0"] + 0.25 * out["context_0"])
+    with pytest.raises(UserError, match="go together"):
+        Objective(*parts)
+
+
+def test_pixel_targets_of_some_frames():
+    encoder, video = small(), torch.randn(1, 3, 8, 32, 32)
+    some = Pixels(encoder, "none", "normalised", per_tubelet=1)(video)
+    chosen = video[:, :, [0, 2, 4, 7]]  # linspace(0, 7, 4), cut to whole numbers
+    assert some.shape == (1, 64, 192)
+    assert torch.equal(some[0, 16].reshape(8, 8, 3), chosen[0, :, 1, :8, :8].permute(1, 2, 0))
+
+
+def test_rescaled_start_is_narrower_in_deeper_blocks():
+    plain, scaled = small(depth=4), small(depth=4, depth_rescale=True)
+    for i in range(4):
+        ratio = scaled.blocks[i].attn.proj.weight.std() / plain.blocks[i].attn.proj.weight.std()
+        assert ratio.item() == pytest.approx((2 * (i + 1)) ** -0.5, rel=1e-5)
+        assert torch.equal(scaled.blocks[i].attn.qkv.weight, plain.blocks[i].attn.qkv.weight)
+
+
+def test_the_deeper_head_attends_over_tokens_first():
+    torch.manual_seed(0)
+    head, tokens = AttentiveHead(24, 3, 5, depth=4), torch.randn(2, 7, 24)
+    (after,) = head.blocks(tokens, None, [2])
+    alone = AttentiveHead(24, 3, 5)
+    alone.load_state_dict({k: v for k, v in head.state_dict().items() if not k.startswith("blocks.")})
+    assert torch.allclose(head(tokens), alone(after), atol=1e-5)

@@ -1,0 +1,468 @@
+"""training/optim.py: schedules against the reference's trace, who is decayed and clipped."""
+
+import itertools
+import json
+import math
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
+from torch import nn
+
+from vidssl import config, train
+from vidssl.core.errors import UserError
+from vidssl.model.grid import Grid
+from vidssl.model.positions import resize_table
+from vidssl.model.vit import Block, TransformerStack
+from vidssl.objective.build import build_objective
+from vidssl.pretrained.files import load_encoder
+from vidssl.pretrained.init import start_from
+from vidssl.train import SCHEMA
+from vidssl.training.checkpoint import load_checkpoint
+from vidssl.training.optim import (
+    OptimConfig,
+    build_optimizer,
+    clip_gradients,
+    is_token,
+    schedule,
+    set_schedule,
+)
+
+ROOT = Path(__file__).parents[3]
+GOLDEN = ROOT.parent / "shared" / "golden"
+SMALL = ["run.out=x", "run.steps=5", "run.batch=8", "data.train=x", "data.frames=8", "data.stride=1"]
+SMALL += ["augment.kind=center_crop", "augment.size=32", "model.kind=vit_tiny", "model.patch=8"]
+LR = {"lr": 1.0, "warmup_lr": 0.1, "final_lr": 0.2, "warmup": 10}
+
+
+@pytest.mark.skipif(not GOLDEN.is_dir(), reason="the reference tensors are not beside the repository")
+def test_schedules_are_those_of_the_reference_run():
+    trace = load_file(GOLDEN / "vjepa_run.safetensors")
+    h = json.loads((GOLDEN / "vjepa_run.json").read_text())["hyperparameters"]
+    epoch = h["iterations_per_epoch"]
+    o = OptimConfig(
+        lr=h["ref_lr"],
+        warmup_lr=h["start_lr"],
+        final_lr=h["final_lr"],
+        warmup=h["warmup"] * epoch,
+        ipe_scale=h["ipe_scale"],
+        weight_decay=h["wd"],
+        final_weight_decay=h["final_wd"],
+        momentum=tuple(h["ema"]),
+    )
+    steps = h["num_epochs"] * epoch
+    assert steps == len(trace["trace.lr"]) == 20
+    now = [schedule(o, step, steps) for step in range(steps)]
+    for ours, theirs in (("lr", "trace.lr"), ("weight_decay", "trace.wd"), ("momentum", "trace.momentum")):
+        assert [n[ours] for n in now] == pytest.approx(trace[theirs].tolist(), rel=1e-9), ours
+
+
+def test_schedules():
+    o = OptimConfig(**LR, weight_decay=0.04, final_weight_decay=0.4, momentum=(0.9, 1.0))
+    assert schedule(o, 0, 110)["lr"] == pytest.approx(0.19)
+    assert schedule(o, 8, 110)["lr"] == pytest.approx(0.91) and schedule(o, 9, 110)["lr"] == pytest.approx(
+        1.0
+    )
+    assert schedule(o, 59, 110)["lr"] == pytest.approx(0.6)
+    assert schedule(o, 109, 110)["lr"] == pytest.approx(0.2)
+    assert schedule(o, 54, 110)["weight_decay"] == pytest.approx(0.22)
+    assert schedule(o, 109, 110)["weight_decay"] == pytest.approx(0.4)
+    assert schedule(o, 0, 110)["momentum"] == 0.9 and schedule(o, 55, 110)["momentum"] == pytest.approx(0.95)
+
+
+def test_decay_of_the_learning_rate_after_the_warm_up():
+    line, flat = (OptimConfig(**LR, decay=kind) for kind in ("linear", "constant"))
+    for step in range(10):
+        assert (
+            schedule(line, step, 110)["lr"]
+            == schedule(flat, step, 110)["lr"]
+            == schedule(OptimConfig(**LR), step, 110)["lr"]
+        )
+    assert [schedule(line, step, 110)["lr"] for step in (34, 59, 109)] == pytest.approx([0.8, 0.6, 0.2])
+    assert {schedule(flat, step, 110)["lr"] for step in range(9, 110)} == {1.0}
+
+
+@pytest.mark.parametrize("decay", ["cosine", "linear"])
+def test_stretch_draws_the_schedules_longer_and_cuts_them(decay):
+    o = {**LR, "decay": decay, "final_weight_decay": 0.4}
+    for step in range(100):
+        assert schedule(OptimConfig(**o, ipe_scale=1.25), step, 100) == schedule(OptimConfig(**o), step, 125)
+    over = schedule(
+        OptimConfig(**o, ipe_scale=0.5, momentum=(0.9, 1.0)), 99, 100
+    )  # done at half time; it stays there
+    assert over == pytest.approx({"lr": 0.2, "weight_decay": 0.4, "momentum": 1.0})
+
+
+def test_published_v_jepa_ends_where_its_stretched_schedules_are_cut():
+    o = OptimConfig(
+        lr=6.25e-4,
+        warmup_lr=2e-4,
+        final_lr=1e-6,
+        warmup=12000,
+        ipe_scale=1.25,
+        weight_decay=0.04,
+        final_weight_decay=0.4,
+        momentum=(0.998, 1.0),
+    )
+    end = schedule(o, 90000 - 1, 90000)
+    assert end == pytest.approx({"lr": 7.5e-5, "weight_decay": 0.366, "momentum": 0.9996}, rel=0.01)
+
+
+def make(method: str, *more: str) -> tuple[nn.Module, OptimConfig]:
+    cfg = config.load([str(ROOT / f"configs/method/{method}.yaml"), *SMALL, *more], SCHEMA)
+    return build_objective(cfg), config.build(cfg["optim"], OptimConfig)
+
+
+def test_parameters_without_decay_are_biases_and_norms():
+    objective, o = make("videomae")
+    optimizer = build_optimizer(objective, o)
+    plain = {id(p) for p in optimizer.param_groups[1]["params"]}
+    names = {n for n, p in objective.named_parameters() if id(p) in plain}
+    assert all(p.ndim <= 1 or n == "query.tokens" for n, p in objective.named_parameters() if n in names)
+    assert {"query.tokens", "encoder.norm.weight", "encoder.blocks.0.attn.qkv.bias"} <= names
+    decayed = sum(p.numel() for p in optimizer.param_groups[0]["params"])
+    assert decayed + sum(p.numel() for p in optimizer.param_groups[1]["params"]) == sum(
+        p.numel() for p in objective.parameters() if p.requires_grad
+    )
+
+
+@pytest.mark.parametrize("decay", ["true", "false"])
+def test_decay_tokens_holds_for_learned_tokens_and_positions(decay):
+    """Whatever their shape: a class token is 1-D here, and decayed in MAE-ST."""
+    objective, o = make("mae_st", f"optim.decay_tokens={decay}", "model.image_tokenizer=true")
+    optimizer = build_optimizer(objective, o)
+    decayed = {id(p) for p in optimizer.param_groups[0]["params"]}
+    tokens = {n for n, p in objective.named_parameters() if is_token(n)}
+    assert {
+        "query.tokens",
+        "encoder.class_token",
+        "predictor.class_token",
+        "encoder.positions.space",
+    } <= tokens
+    assert {"encoder.positions.time", "predictor.positions.time", "encoder.img_mod_embed"} <= tokens
+    for name, p in objective.named_parameters():
+        assert (id(p) in decayed) == (decay == "true" if name in tokens else p.ndim > 1), name
+
+
+class Parts(nn.Module):
+    """Two parameters of an encoder and of a predictor, and a query."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.predictor = nn.Linear(2, 1, bias=False), nn.Linear(2, 1, bias=False)
+        self.query = nn.Parameter(torch.zeros(1))
+
+
+def parts(*gradients: list[float]) -> Parts:
+    """Gradients of encoder, predictor and query."""
+    model = Parts()
+    for p, g in zip((model.encoder.weight, model.predictor.weight, model.query), gradients, strict=True):
+        p.grad = torch.tensor(g).reshape(p.shape)
+    return model
+
+
+def gradients(model: Parts) -> list[float]:
+    return torch.cat([model.get_parameter(n).grad.flatten() for n in NAMES]).tolist()
+
+
+NAMES = ("encoder.weight", "predictor.weight", "query")
+GIVEN: Any = ([30.0, 40.0], [4.0, 4.0], [2.0])  # norms 50 and 6 (with the query), 50.36 together
+
+
+@pytest.fixture(scope="module")
+def accelerator() -> Accelerator:
+    return Accelerator()
+
+
+@pytest.mark.parametrize(
+    "options, step, want",
+    [
+        ({}, 0, [30, 40, 4, 4, 2]),
+        ({"clip_grad": 100.0}, 0, [30, 40, 4, 4, 2]),
+        ({"clip_grad": 2536**0.5 / 2}, 0, [15, 20, 2, 2, 1]),
+        ({"clip_grad": 10.0, "clip_per_module": True}, 0, [6, 8, 4, 4, 2]),
+        ({"clip_grad": 3.0, "clip_per_module": True}, 0, [1.8, 2.4, 2, 2, 1]),
+        ({"clip_grad": 3.0, "clip_per_module": True, "clip_start": 7}, 6, [30, 40, 4, 4, 2]),
+        ({"clip_grad": 3.0, "clip_per_module": True, "clip_start": 7}, 7, [1.8, 2.4, 2, 2, 1]),
+        ({"clip_grad": 2536**0.5 / 2, "clip_start": 7}, 6, [30, 40, 4, 4, 2]),
+        ({"clip_per_module": True}, 0, [30, 40, 4, 4, 2]),
+    ],
+)
+def test_clipping_together_or_each_and_from_a_step(accelerator, options, step, want):
+    model = parts(*GIVEN)
+    norm = clip_gradients(accelerator, model, OptimConfig(lr=1.0, **options), step)
+    assert float(norm) == pytest.approx(2536**0.5)  # of all, before clipping
+    assert gradients(model) == pytest.approx(want, rel=1e-5)
+
+
+def test_clipping_finds_the_encoder_in_a_wrapped_model(accelerator):
+    model = parts(*GIVEN)
+    clip_gradients(
+        accelerator,
+        nn.ModuleDict({"module": model}),
+        OptimConfig(lr=1.0, clip_grad=10.0, clip_per_module=True),
+        0,
+    )
+    assert gradients(model) == pytest.approx([6, 8, 4, 4, 2], rel=1e-5)
+
+
+@pytest.mark.parametrize("each", [False, True])
+def test_the_scale_of_fp16_is_undone_once_a_step(accelerator, each, monkeypatch):
+    calls = []
+    monkeypatch.setattr(accelerator, "unscale_gradients", lambda: calls.append(1))
+    clip_gradients(accelerator, parts(*GIVEN), OptimConfig(lr=1.0, clip_grad=1.0, clip_per_module=each), 0)
+    assert calls == [1]
+
+
+INFINITE = {
+    "lr": 1.0,
+    "final_lr": 0.1,
+    "warmup": 10,
+    "schedule_steps": 40,
+    "final_weight_decay": 0.4,
+    "momentum": (0.9, 0.99),
+}
+
+
+def test_an_infinite_run_settles_and_does_not_know_its_length():
+    o = OptimConfig(**INFINITE)
+    rows = [schedule(o, step, 60) for step in range(200)]
+    assert rows == [schedule(o, step, 10**6) for step in range(200)]
+    assert (
+        rows[9]["lr"] == 1.0
+        and rows[29]["lr"] == pytest.approx(0.55)
+        and rows[49]["lr"] == pytest.approx(0.1)
+    )
+    assert all(row == pytest.approx({"lr": 0.1, "weight_decay": 0.4, "momentum": 0.99}) for row in rows[50:])
+
+
+def test_an_annealing_branch_starts_at_the_constant_rate_and_ends_where_it_should():
+    o = OptimConfig(lr=0.1, final_lr=0.001, decay="exponential")
+    rates = [0.1, *(schedule(o, step, 20)["lr"] for step in range(20))]
+    assert rates[20] == pytest.approx(0.001) and rates[10] == pytest.approx(0.01)
+    assert [b / a for a, b in itertools.pairwise(rates)] == pytest.approx([0.01**0.05] * 20)
+    with pytest.raises(UserError, match="exponential decay cannot end at 0"):
+        OptimConfig(lr=0.1, decay="exponential")
+
+
+@pytest.mark.parametrize(
+    "options, momentum, want",
+    [
+        ({}, True, False),
+        ({"decay": "linear"}, False, False),
+        ({"decay": "constant"}, True, False),  # the momentum goes from 0.998 to 1 over run.steps
+        ({"decay": "constant"}, False, True),
+        ({"decay": "constant", "momentum": (0.99, 0.99)}, True, True),
+        ({"decay": "constant", "final_weight_decay": 0.4}, False, False),
+        ({"schedule_steps": 40, "final_weight_decay": 0.4}, True, True),
+    ],
+)
+def test_what_may_be_prolonged_does_not_depend_on_the_length(options, momentum, want):
+    o = OptimConfig(lr=1.0, final_lr=0.1, warmup=5, **options)
+    assert o.endless(momentum) == want
+    rows = [[schedule(o, step, steps) for step in range(50)] for steps in (50, 80)]
+    for row in () if momentum else rows[0] + rows[1]:
+        del row["momentum"]
+    assert (rows[0] == rows[1]) == want
+
+
+def test_rates_for_so_many_clips_are_scaled_to_the_batch():
+    o = OptimConfig(**LR, lr_batch=256)
+    assert [getattr(o.scaled(64), k) for k in ("lr", "warmup_lr", "final_lr")] == pytest.approx(
+        [0.25, 0.025, 0.05]
+    )
+    assert OptimConfig(lr=3.0, lr_batch=1024, lr_scaling="sqrt").scaled(256).lr == pytest.approx(1.5)
+    assert OptimConfig(**LR).scaled(64) == OptimConfig(**LR)
+    assert OptimConfig(lr=1.5e-4, lr_batch=256).scaled(2048).lr == pytest.approx(
+        1.2e-3
+    )  # VideoMAE's, as its recipe here has it
+
+
+def test_rates_by_layer_and_the_two_groups_without():
+    objective, o = make(
+        "mae_st", "optim.layer_decay=0.5", "model.depth=2", "model.kind=vit", "model.dim=24", "model.heads=2"
+    )
+    optimizer = build_optimizer(objective, o)
+    set_schedule(optimizer, {"lr": 2.0, "weight_decay": 0.1})
+    rates = {id(p): g["lr"] for g in optimizer.param_groups for p in g["params"]}
+    for name, p in objective.named_parameters():
+        want = next((r for part, r in LAYERS.items() if name.startswith("encoder." + part)), 2.0)
+        assert rates.pop(id(p)) == want, name
+    assert not rates
+    plain = build_optimizer(objective, replace(o, layer_decay=1.0)).state_dict()["param_groups"]
+    assert [(g["decay"], "scale" in g) for g in plain] == [(True, False), (False, False)]
+
+
+LAYERS = {"patch_embed": 0.25, "class_token": 0.25, "positions": 0.25, "blocks.0": 0.5, "blocks.1": 1.0}
+
+
+def test_drop_path_passes_samples_by_in_training_only():
+    torch.manual_seed(0)
+    blocks = TransformerStack(Block(8, 2) for _ in range(3))
+    blocks.set_drop_path(0.5)
+    assert [b.drop_path.drop_prob for b in blocks] == [0.0, 0.25, 0.5]
+    block, x = blocks[2], torch.randn(400, 3, 8)
+    nn.init.zeros_(block.mlp.fc2.weight)
+    nn.init.zeros_(block.mlp.fc2.bias)  # what remains is the attention
+    branch, left = block.attn(block.norm1(x)), (block(x) - x)
+    kept = left.flatten(1).any(1)
+    assert 0.4 < kept.float().mean() < 0.6 and torch.allclose(left[kept], 2 * branch[kept], atol=1e-5)
+    assert torch.allclose(block.eval()(x), x + branch) and not any("drop" in k for k in blocks.state_dict())
+
+
+def test_drop_path_is_of_the_trained_encoder_alone():
+    objective, _ = make("vjepa", "model.drop_path=0.4", "model.depth=3")
+    rates = {
+        name: [b.drop_path.drop_prob for b in part.blocks]
+        for name, part in (
+            ("online", objective.encoder),
+            ("slow", objective.target.encoder),
+            ("predictor", objective.predictor),
+        )
+    }
+    assert (
+        rates["online"] == pytest.approx([0.0, 0.2, 0.4])
+        and not any(rates["slow"])
+        and not any(rates["predictor"])
+    )
+
+
+# Runs that go on from one another, in this process.
+TINY = [
+    "model.kind=vit",
+    "model.dim=24",
+    "model.depth=1",
+    "model.heads=2",
+    "model.patch=8",
+    "run.batch=8",
+    "run.lanes=8",
+]
+TINY += [
+    "method.predictor.width=16",
+    "method.predictor.depth=1",
+    "method.predictor.heads=2",
+    "efficiency.workers=0",
+]
+TINY += [
+    "data.stride=1",
+    "efficiency.decode_in_subprocess=false",
+    "run.feature_stats_every=100",
+    "optim.warmup=1",
+    "augment.kind=random_crop",
+]
+HELD = ["optim.lr=2e-3", "optim.final_lr=1e-3", "optim.schedule_steps=2", "optim.momentum=[0.9,0.99]"]
+
+
+def run(shards: Path, out: Path, *more: str, frames: int = 4, size: int = 16) -> list[dict]:
+    """-> the log of a tiny V-JEPA-like run."""
+    where = [
+        f"data.train={shards / 'train'}",
+        f"run.out={out}",
+        f"data.frames={frames}",
+        f"augment.size={size}",
+        "method.mask.past=1",
+    ]
+    train.main([str(ROOT / "configs/method/vjepa_tiny.yaml"), *TINY, *where, *more])
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def infinite(synthetic_shards, tmp_path_factory) -> Path:
+    """Four steps with checkpoints at two and four."""
+    out = tmp_path_factory.mktemp("infinite") / "run"
+    run(synthetic_shards, out, *HELD, "run.steps=4", "run.save_every=2")
+    return out
+
+
+def test_a_prolonged_infinite_run_is_the_long_one(infinite, synthetic_shards, tmp_path):
+    whole = run(synthetic_shards, tmp_path / "whole", *HELD, "run.steps=6")
+    shutil.copytree(infinite, tmp_path / "run")
+    longer = run(synthetic_shards, tmp_path / "run", *HELD, "run.steps=6")
+    for key in ("loss", "lr", "momentum", "weight_decay", "keys"):
+        assert [r[key] for r in longer] == [r[key] for r in whole], key
+    a, b = (load_file(tmp_path / name / "encoder.safetensors") for name in ("whole", "run"))
+    assert all(a[k].equal(b[k]) for k in a)
+    with pytest.raises(UserError, match=r"6 steps are done, more than run\.steps 4"):
+        run(synthetic_shards, tmp_path / "run", *HELD, "run.steps=4")
+
+
+def test_other_runs_cannot_be_prolonged(synthetic_shards, tmp_path):
+    run(synthetic_shards, tmp_path / "run", "run.steps=1")
+    with pytest.raises(UserError, match=r"run\.steps is 1 there, 2 here"):
+        run(synthetic_shards, tmp_path / "run", "run.steps=2")
+    with pytest.raises(UserError, match="the target stands still once it is 1"):
+        still = ("optim.schedule_steps=2", "optim.final_lr=1e-4", "optim.momentum=[0.9,1]")
+        run(synthetic_shards, tmp_path / "other", "run.steps=2", *still)
+    with pytest.raises(UserError, match=r"optim\.final_lr: with optim\.settle it is the rate that is kept"):
+        run(synthetic_shards, tmp_path / "other", "run.steps=2", "optim.schedule_steps=2")
+
+
+@pytest.mark.parametrize("file", ["infinite", "anneal"])
+def test_the_files_of_such_runs_go_with_a_published_method(file):
+    method, data = ROOT / "configs/method/vjepa2.yaml", ROOT / "configs/data/vjepa2_16f_4fps.yaml"
+    more = (
+        ["optim.decay=cosine", "optim.final_lr=2e-4"]
+        if file == "infinite"
+        else ["optim.warmup=0", "optim.decay=linear", "optim.final_lr=1e-6"]
+    )
+    files = [str(p) for p in (method, data, ROOT / f"configs/run/{file}.yaml")]
+    cfg = config.load([*files, "model.kind=vit_tiny", "data.train=x", *more], SCHEMA)
+    o = config.build(cfg["optim"], OptimConfig)
+    rates = [schedule(o, step, cfg["run"]["steps"])["lr"] for step in (60_000, cfg["run"]["steps"] - 1)]
+    assert rates == pytest.approx([2e-4, 2e-4] if file == "infinite" else [1e-6, 1e-6])
+
+
+@pytest.mark.parametrize("step", [None, 2])
+def test_a_branch_starts_from_a_run_or_one_of_its_checkpoints(step, infinite, synthetic_shards, tmp_path):
+    """A checkpoint brings AdamW's moments along."""
+    place = infinite / "checkpoints" / f"step-{step or 4:08d}"
+    where = place if step else infinite
+    fall = [
+        "optim.lr=5e-4",
+        "optim.final_lr=5e-6",
+        "optim.lr_batch=4",
+        "optim.decay=exponential",
+        "optim.warmup=0",
+        "run.steps=2",
+    ]
+    fall += ["optim.momentum=[0.99,0.99]", "optim.betas=[0.9,0.99]"]
+    rows = run(synthetic_shards, tmp_path / "run", *fall, f"run.init={where}")
+    assert [r["lr"] for r in rows] == pytest.approx([1e-4, 1e-5])
+    state = load_checkpoint(tmp_path / "run" / "checkpoints")
+    assert {float(of["step"]) for of in state["optimizer"]["state"].values()} == {2.0 + (step or 0)}
+    assert {tuple(g["betas"]) for g in state["optimizer"]["param_groups"]} == {(0.9, 0.99)}
+    objective = build_objective(state["provenance"]["config"])
+    start_from(objective, state["provenance"]["config"])
+    before = load_file(place / "model.safetensors")
+    assert all(before[k].equal(v) for k, v in objective.state_dict().items())
+
+
+@pytest.mark.parametrize("positions", ["sincos_uniform", "learned", "learned_separable", "rope"])
+def test_a_cooldown_goes_on_with_larger_and_longer_clips(positions, synthetic_shards, tmp_path):
+    kind = [f"model.positions={positions}", f"method.predictor.positions={positions}", "run.steps=1"]
+    run(synthetic_shards, tmp_path / "small", *kind)
+    where = tmp_path / "small" / "checkpoints" / "step-00000001"
+    (row,) = run(synthetic_shards, tmp_path / "large", *kind, f"run.init={where}", frames=8, size=32)
+    assert math.isfinite(row["loss"]) and row["lr"] > 0
+    cfg = load_checkpoint(tmp_path / "large" / "checkpoints")["provenance"]["config"]
+    objective, before = build_objective(cfg), load_file(where / "model.safetensors")
+    start_from(objective, cfg)
+    for name, value in objective.state_dict().items():
+        if "positions." not in name:
+            assert value.equal(before[name]), name
+        else:
+            axes = {"table": "thw", "time": "t", "space": "hw"}[name.rsplit(".", 1)[1]]
+            old, new = (
+                Grid(*(n if axis in axes else 1 for axis, n in zip("thw", g, strict=True))) for g in GRIDS
+            )
+            assert value.equal(resize_table(before[name], old, new)), name
+            assert len(value) == new.n
+    assert load_encoder(str(tmp_path / "large")).encoder.grid == GRIDS[1]
+
+
+GRIDS = Grid(2, 2, 2), Grid(4, 4, 4)

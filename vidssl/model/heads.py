@@ -1,0 +1,119 @@
+"""Heads over frozen tokens: V-JEPA's attentive head, and the mean of the tokens."""
+
+import torch
+import torch.nn.functional as F
+from timm.layers import Mlp
+from torch import Tensor, nn
+
+from vidssl.model.vit import LAYER_NORM_EPS, Block, TransformerStack, check_heads, init_weights
+
+HEAD_EPS = 1e-5  # of the LayerNorms of the attentive head
+
+
+class CrossAttention(nn.Module):
+    """One query [B, 1, D] over tokens [B, N, D] -> [B, 1, D]. No output projection: the reference holds one, never
+    applied.
+
+    With a single query, q . (K x + b) = (K' q) . x + q . b and sum a (V x + b) = V (sum a x) + b, so keys and values of
+    the tokens are never formed: 2 * heads * N * D multiplications in place of 2 * N * D^2, the same function.
+    """
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.q = nn.Linear(dim, dim)
+        self.kv = nn.Linear(dim, 2 * dim)
+
+    def forward(self, query: Tensor, tokens: Tensor) -> Tensor:
+        q = self.q(query[:, 0]).unflatten(-1, (self.heads, -1))  # [B, H, D/H]
+        key, value = self.kv.weight.unflatten(0, (2, self.heads, -1))  # [H, D/H, D] each
+        key_bias, value_bias = self.kv.bias.unflatten(0, (2, self.heads, -1))  # [H, D/H] each
+        reach = torch.einsum("bhe,hed->bhd", q, key)
+        score = reach @ tokens.transpose(1, 2) + (q * key_bias).sum(-1, keepdim=True)  # [B, H, N]
+        pooled = (score / q.shape[-1] ** 0.5).softmax(-1) @ tokens  # [B, H, D]
+        return (torch.einsum("bhd,hed->bhe", pooled, value) + value_bias).flatten(1)[:, None]
+
+
+class AttentiveHead(nn.Module):
+    """tokens [B, N, D] -> logits [B, classes]: one learned query that cross-attends to all tokens.
+
+    depth 1 is V-JEPA's: norm on keys and values only, residual to the query, MLP of width 4D, then a linear layer.
+    With depth d, d - 1 self-attention blocks over all tokens come first (V-JEPA 2: depth 4).
+    Source: V-JEPA and V-JEPA 2, src/models/attentive_pooler.py; checked against outputs and loss of both.
+    """
+
+    def __init__(self, dim: int, heads: int, classes: int, depth: int = 1):
+        super().__init__()
+        check_heads(dim, heads)
+        self.blocks = TransformerStack(Block(dim, heads, eps=HEAD_EPS) for _ in range(depth - 1))
+        self.query_tokens = nn.Parameter(torch.empty(1, 1, dim))
+        self.norm1 = nn.LayerNorm(dim, eps=HEAD_EPS)
+        self.xattn = CrossAttention(dim, heads)
+        self.norm2 = nn.LayerNorm(dim, eps=HEAD_EPS)
+        self.mlp = Mlp(dim, 4 * dim)
+        self.linear = nn.Linear(dim, classes)
+        init_weights(self, "trunc_normal")
+        nn.init.trunc_normal_(self.query_tokens, std=0.02)
+        self.blocks.rescale()
+        with torch.no_grad():
+            self.mlp.fc2.weight.div_((2 * depth) ** 0.5)  # the reference's depth rescale, last layer
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        if len(self.blocks):
+            (tokens,) = self.blocks(tokens, None, [len(self.blocks) - 1])
+        query = self.query_tokens.expand(len(tokens), -1, -1)
+        query = query + self.xattn(query, self.norm1(tokens))
+        query = query + self.mlp(self.norm2(query))
+        return self.linear(query[:, 0])
+
+
+class MeanHead(nn.Module):
+    """tokens [B, N, D] -> logits [B, classes]: mean, LayerNorm, linear layer, as VideoMAE fine-tunes."""
+
+    def __init__(self, dim: int, classes: int, eps: float = LAYER_NORM_EPS):
+        super().__init__()
+        self.norm = nn.LayerNorm(dim, eps=eps)
+        self.linear = nn.Linear(dim, classes)
+
+    def features(self, tokens: Tensor) -> Tensor:
+        """[B, D]: what the linear layer reads."""
+        return self.norm(tokens.mean(1))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.linear(self.features(tokens))
+
+
+class LinearHead(nn.Module):
+    """[B, 1, D] -> logits [B, C]."""
+
+    def __init__(self, dim: int, outputs: int):
+        super().__init__()
+        self.linear = nn.Linear(dim, outputs)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.linear(tokens[:, 0])
+
+
+MIN_DEPTH = 1e-3  # metres; as in DINOv2
+UPSAMPLING = 4  # of the grid of tokens, before the depth head decides
+
+
+class DepthHead(nn.Module):
+    """tokens f32 [B, h, w, D] -> depth f32 [B, 4 h, 4 w]: a linear layer on bilinearly upsampled tokens, whose outputs,
+    cut off below 0 and normalised by their sum (AdaBins, arXiv 2011.14141), weigh bins evenly laid from 0 to `most`."""
+
+    bins: Tensor
+
+    def __init__(self, dim: int, bins: int, most: float):
+        super().__init__()
+        self.linear = nn.Linear(dim, bins)
+        self.register_buffer("bins", torch.linspace(MIN_DEPTH, most, bins))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        score = F.interpolate(
+            self.linear(tokens).permute(0, 3, 1, 2), scale_factor=UPSAMPLING, mode="bilinear"
+        )
+        share = score.relu() + 0.1  # so that no sum is 0
+        return torch.einsum("bkhw,k->bhw", share / share.sum(1, keepdim=True), self.bins)

@@ -1,0 +1,93 @@
+"""How much of the machine a run uses: arithmetic done against what a matrix product reaches, and memory."""
+
+import contextlib
+import resource
+import sys
+import time
+from collections.abc import Callable, Hashable, Iterator
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+TensorShape = tuple[int, ...]
+
+
+def attention_flops(
+    query: TensorShape, key: TensorShape, value: TensorShape, *_: object, **__: object
+) -> int:
+    """FLOPs of q [B, H, N, d] k^T and of its product with v."""
+    b, h, n, d = query
+    return 2 * b * h * n * key[2] * (d + value[3])
+
+
+def attention_backward_flops(
+    grad: TensorShape, query: TensorShape, key: TensorShape, value: TensorShape, *_: object, **__: object
+) -> int:
+    """Five products: the scores once more, and the gradients of v, of the scores, of q and of k."""
+    b, h, n, d = query
+    return 2 * b * h * n * key[2] * (3 * d + 2 * value[3])
+
+
+@contextlib.contextmanager
+def count_flops() -> Iterator[Callable[[], int]]:
+    """-> what tells the FLOPs of matrix products, convolutions and attention in here, forward and backward.
+
+    They are counted by torch, which (as of 2.14) leaves out attention on CPUs.
+    """
+    cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    back = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    with FlopCounterMode(
+        display=False, custom_mapping={cpu: attention_flops, back: attention_backward_flops}
+    ) as counter:
+        yield counter.get_total_flops
+
+
+class StepMeter:
+    """Counts the arithmetic of a step once for each shape of a batch, and holds it against this device's own rate.
+
+    What `efficiency.activation_checkpointing` does twice counts twice. The rate is that of the fastest of a few square products in the
+    precision of the run, measured when the meter is made.
+    """
+
+    def __init__(self, device: torch.device, precision: str):
+        self.device = device
+        self.counted: dict[Hashable, int] = {}  # FLOPs of this process's part of a step
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+        self.rate = matmul_rate(device, dtype)  # FLOP a second
+
+    @contextlib.contextmanager
+    def counting(self, shape: Hashable) -> Iterator[bool]:
+        """The first time that a shape comes, what is computed in here is counted -> whether it was known before."""
+        if shape in self.counted:
+            yield True
+            return
+        with count_flops() as total:
+            yield False
+        self.counted[shape] = total()
+
+    def used(self, shape: Hashable, seconds: float) -> float:
+        """Share of the rate that a step of this shape reached in so many seconds (MFU)."""
+        return self.counted[shape] / seconds / self.rate
+
+
+def peak_memory(device: torch.device) -> float:
+    """Most bytes this process has held: of the accelerator, or resident where there is none."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype, repeats: int = 4) -> float:
+    """FLOP a second of a square matrix product, 1024 a side on a CPU, 8192 elsewhere; the best of some."""
+    side = 1024 if device.type == "cpu" else 8192
+    a, best = torch.ones(side, side, device=device, dtype=dtype), float("inf")
+    for _ in range(repeats):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        a @ a
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * side**3 / best
