@@ -67,7 +67,7 @@ def main(argv: list[str]) -> None:
         width = config.merge([*files, *sizes])[0]["method"]["predictor"]["width"]
         sizes += [f"method.predictor.heads={heads if width % heads == 0 else width // 64}"]
         cfg = config.load([*files, *sizes], SCHEMA)
-        objective, health = build_objective(cfg).to(device), FeatureStats()
+        objective, stats = build_objective(cfg).to(device), FeatureStats()
         optimizer = build_optimizer(objective, config.build(cfg["optim"], OptimConfig))
 
         def step(objective=objective, optimizer=optimizer) -> None:
@@ -77,8 +77,8 @@ def main(argv: list[str]) -> None:
             if isinstance(objective.target, Ema):
                 objective.target.update(objective.encoder, 0.999)
 
-        health.see(u8)
-        (f, s), (fm, sm) = cost(step, a.steps), cost(lambda h=health, o=objective: h.measure(o), a.steps)  # type: ignore[misc]
+        stats.add_clips(u8)
+        (f, s), (fm, sm) = cost(step, a.steps), cost(lambda s=stats, o=objective: s.measure(o), a.steps)  # type: ignore[misc]
         shares = [x / (a.every * y + x) for x, y in ((fm, f), (sm, s))]
         print(
             f"{method:12s}{f / 1e9:12.1f}{fm / 1e9:10.1f}{shares[0]:8.2%}{s:12.2f}{sm:10.2f}{shares[1]:8.2%}",

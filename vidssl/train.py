@@ -363,7 +363,7 @@ def main(argv: list[str]) -> None:
             bad_lines.add(*({"step": done, "key": key, "reason": reason} for key, reason in replaced))
             measuring, figures = done % run.feature_stats_every == 0 or done in (1, run.steps), {}
             if measures:
-                feature_stats.see(batches[0].video)
+                feature_stats.add_clips(batches[0].video)
                 with torch.compiler.set_stance("force_eager") if eff.compile else contextlib.nullcontext():
                     figures = feature_stats.measure(objective) if measuring else {}
                     if watched and (done % online_probe.every == 0 or done == run.steps):
@@ -383,7 +383,7 @@ def main(argv: list[str]) -> None:
                 row |= {"mfu": meter.used(shape, took)} if known else {}
                 row |= {"keys": batch_hash(*seen.T), "bad": int(met["bad"]), "skipped": guard.skipped}
                 row |= figures
-                if measuring and (line := feature_stats.collapse(row)):
+                if measuring and (line := feature_stats.collapse_warning(row)):
                     log.info(line)
                 log.write(row)
                 for line in resume.writer.pop_errors():

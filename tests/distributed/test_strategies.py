@@ -246,11 +246,11 @@ def test_the_same_run_on_any_number_of_processes_whole_or_in_shards(name, runs):
         assert [r[key] for r in many] == pytest.approx([r[key] for r in one], rel=1e-5, nan_ok=True)
 
 
-def test_health_and_online_probe_are_the_same_in_shards(runs):
+def test_feature_stats_and_online_probe_are_the_same_in_shards(runs):
     """They are of the main process's clips, so that they differ with the number of processes."""
     whole, *others = (
         [
-            {k: v for k, v in r.items() if k.startswith(("feature_", "watch_"))}
+            {k: v for k, v in r.items() if k.startswith(("feature_", "online_probe_"))}
             for r in rows(runs / f"vjepa-{name}-2")
         ]
         for name in LAUNCH

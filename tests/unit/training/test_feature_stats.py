@@ -1,4 +1,4 @@
-"""The figures of the representation mean what they say; a run made to collapse is told from a healthy one."""
+"""Feature statistics on constructed features; collapse detection on a run made to collapse and on a healthy one."""
 
 from pathlib import Path
 
@@ -29,108 +29,119 @@ def noise(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
 
 
-def test_deviations_say_over_what_the_features_differ():
+def test_each_deviation_measures_its_own_axis():
     clip, time, place = noise(8, 1, 1, 32), noise(1, 4, 1, 32), noise(1, 1, 9, 32)
-    flat = torch.ones(8, 4, 9, 32)
-    over = {
-        n: feature_statistics((flat + x).flatten(1, 2), 4)
-        for n, x in (("clip", clip), ("time", time), ("place", place))
-    }
-    assert over["clip"]["std_clips"] > 0.3 and over["clip"]["std_tokens"] < 1e-6
-    assert over["place"]["std_tokens"] > 0.3 and over["place"]["std_clips"] < 1e-6
-    assert over["time"]["std_time"] < 1e-6  # it is the same in every clip: the positions' share
-    assert feature_statistics((flat + clip * time).flatten(1, 2), 4)["std_time"] > 0.3
-    assert over["place"]["cosine"] == pytest.approx(1, abs=1e-5) and over["clip"]["cosine"] < 0.9
-    dead = (flat + noise(8, 4, 9, 32)).index_fill(3, torch.tensor([5]), 1.0)
-    assert feature_statistics(dead.flatten(1, 2), 4)["std_channel_min"] < 1e-6
-    still = (flat + noise(8, 4, 9, 32)).index_fill(2, torch.tensor([5]), 1.0)
-    assert feature_statistics(still.flatten(1, 2), 4)["std_clips_min"] < 1e-6
+    constant = torch.ones(8, 4, 9, 32)
+    varying_over = {"clip": clip, "time": time, "place": place}
+    stats = {k: feature_statistics((constant + x).flatten(1, 2), 4) for k, x in varying_over.items()}
+    assert stats["clip"]["std_clips"] > 0.3 and stats["clip"]["std_tokens"] < 1e-6
+    assert stats["place"]["std_tokens"] > 0.3 and stats["place"]["std_clips"] < 1e-6
+    assert stats["time"]["std_time"] < 1e-6  # the same in every clip: due to position
+    assert feature_statistics((constant + clip * time).flatten(1, 2), 4)["std_time"] > 0.3
+    assert stats["place"]["cosine"] == pytest.approx(1, abs=1e-5) and stats["clip"]["cosine"] < 0.9
+    varying = constant + noise(8, 4, 9, 32)
+    dead_channel = varying.index_fill(3, torch.tensor([5]), 1.0)
+    assert feature_statistics(dead_channel.flatten(1, 2), 4)["std_channel_min"] < 1e-6
+    constant_place = varying.index_fill(2, torch.tensor([5]), 1.0)
+    assert feature_statistics(constant_place.flatten(1, 2), 4)["std_clips_min"] < 1e-6
 
 
-def test_rank_and_decay_of_known_spectra():
+def test_rank_and_alpha_of_known_spectra():
     assert rankme(torch.cat([torch.ones(10), torch.zeros(30)])) == pytest.approx(10, rel=1e-3)
     assert alpha_req(torch.arange(1, 65).float() ** -0.75) == pytest.approx(1.5, rel=1e-4)
-    low = noise(8, 4 * 9, 3) @ noise(3, 32)
-    assert feature_statistics(low, 4)["rank"] < 3.01 and feature_statistics(low, 4)["rank_slice"] < 3.01
+    rank_3 = feature_statistics(noise(8, 4 * 9, 3) @ noise(3, 32), 4)
+    assert rank_3["rank"] < 3.01 and rank_3["rank_slice"] < 3.01
     assert singular_values(torch.full((4, 4), torch.nan)).isnan().all()
 
 
-def test_features_that_are_not_finite_are_told_not_raised():
+def test_non_finite_features_do_not_raise():
     assert feature_statistics(torch.full((4, 8, 6), torch.inf), 2)["rank"] != 0
 
 
-def test_a_small_batch_is_measured_on_those_of_the_last_steps():
-    health = FeatureStats()
+def test_small_batches_are_buffered_over_steps():
+    stats = FeatureStats()
     for step in range(9):
-        health.see(torch.full((3, 1, 1, 1, 1), step, dtype=torch.uint8))
-    assert torch.cat(list(health.clips)).flatten().tolist() == [6] * 3 + [7] * 3 + [8] * 3
-    health.see(torch.zeros(40, 1, 1, 1, 1, dtype=torch.uint8))
-    assert len(torch.cat(list(health.clips))) == 32
+        stats.add_clips(torch.full((3, 1, 1, 1, 1), step, dtype=torch.uint8))
+    assert torch.cat(list(stats.clips)).flatten().tolist() == [6] * 3 + [7] * 3 + [8] * 3
+    stats.add_clips(torch.zeros(40, 1, 1, 1, 1, dtype=torch.uint8))
+    assert len(torch.cat(list(stats.clips))) == 32
 
 
-class NoStop(nn.Module):
-    """The online encoder's own features as target, and no stop of the gradient: what collapses by design."""
+def test_a_restored_state_continues_the_comparison():
+    stats = FeatureStats()
+    stats.baseline, stats.low_in_a_row = {"rank": 9.0}, 1
+    restored = FeatureStats()
+    restored.load(stats.state())
+    assert restored.baseline == {"rank": 9.0} and restored.low_in_a_row == 1 and not restored.collapsed
+
+
+class NoStopGradient(nn.Module):
+    """A target that collapses by design: the online encoder's features, with gradients."""
 
     def __init__(self, encoder):
         super().__init__()
-        self.hidden, self.width = [encoder], encoder.width
+        self.encoders, self.width = [encoder], encoder.width  # a list: not registered as a submodule
 
     def forward(self, video):
-        return level_norm(self.hidden[0](video), self.width)
+        return level_norm(self.encoders[0](video), self.width)
 
 
 def clips(step: int, n: int = 16) -> torch.Tensor:
-    """u8 [n, 3, 8, 16, 16]: smooth random pictures, each moving at a speed of its own."""
+    """u8 [n, 3, 8, 16, 16]: smooth random images, each translated at its own velocity."""
     g = torch.Generator().manual_seed(step)
     coarse = torch.rand(n, 3, 6, 6, generator=g)
-    wide = nn.functional.interpolate(coarse, size=(40, 40), mode="bicubic").clamp(0, 1) * 255
-    speed = torch.randint(0, 4, (n, 2), generator=g).tolist()
+    images = nn.functional.interpolate(coarse, size=(40, 40), mode="bicubic").clamp(0, 1) * 255
+    velocities = torch.randint(0, 4, (n, 2), generator=g).tolist()
     frames = [
-        torch.stack([wide[i, :, t * a : t * a + 16, t * b : t * b + 16] for t in range(8)], 1)
-        for i, (a, b) in enumerate(speed)
+        torch.stack([image[:, t * dy : t * dy + 16, t * dx : t * dx + 16] for t in range(8)], 1)
+        for image, (dy, dx) in zip(images, velocities, strict=True)
     ]
     return torch.stack(frames).to(torch.uint8)
 
 
-def run(collapsing: bool) -> tuple[list[dict], list[str], FeatureStats]:
-    """Rows with figures, what was said of a collapse, and the Health at the end."""
+def train(collapsing: bool) -> tuple[list[dict], list[str], FeatureStats]:
+    """Returns the rows with statistics, the collapse warnings, and the FeatureStats after the last step."""
     cfg = config.load([*FILES, *SMALL], SCHEMA)
-    objective, optim = build_objective(cfg), config.build(cfg["optim"], OptimConfig)
+    objective = build_objective(cfg)
+    optim = config.build(cfg["optim"], OptimConfig)
     if collapsing:
-        objective.target = NoStop(objective.encoder)
-    optimizer, health, rows, said = build_optimizer(objective, optim), FeatureStats(), [], []
+        objective.target = NoStopGradient(objective.encoder)
+    optimizer = build_optimizer(objective, optim)
+    stats = FeatureStats()
+    rows, warnings = [], []
     for step in range(STEPS):
-        video, now = clips(step), schedule(optim, step, STEPS)
-        set_schedule(optimizer, now)
+        video = clips(step)
+        hparams = schedule(optim, step, STEPS)
+        set_schedule(optimizer, hparams)
         loss = objective(normalise(video), KeyedRNG(0, step, torch.arange(16) + 16 * step))["loss"]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         if isinstance(objective.target, Ema):
-            objective.target.update(objective.encoder, now["momentum"])
-        health.see(video)
+            objective.target.update(objective.encoder, hparams["momentum"])
+        stats.add_clips(video)
         if (step + 1) % EVERY == 0 or step == 0:
-            rows.append({"step": step + 1, "loss": loss.item(), **health.measure(objective)})
-            said += [line] if (line := health.collapse(rows[-1])) else []
-    return rows, said, health
+            rows.append({"step": step + 1, "loss": loss.item(), **stats.measure(objective)})
+            warnings += [warning] if (warning := stats.collapse_warning(rows[-1])) else []
+    return rows, warnings, stats
 
 
-def test_a_run_made_to_collapse_says_so_within_a_few_hundred_steps():
-    _, said, health = run(collapsing=True)
-    assert len(said) == 1 and "the features have collapsed" in said[0] and health.collapsed
-    assert "std_clips" in said[0] and "at the start" in said[0]
+def test_a_collapse_is_detected_within_300_steps():
+    _, warnings, stats = train(collapsing=True)
+    assert len(warnings) == 1 and "the features have collapsed" in warnings[0] and stats.collapsed
+    assert "std_clips" in warnings[0] and "at the start" in warnings[0]
 
 
-def test_a_healthy_run_does_not():
-    rows, said, health = run(collapsing=False)
-    assert not said and not health.low
+def test_a_healthy_run_has_no_collapse_warning():
+    rows, warnings, stats = train(collapsing=False)
+    assert not warnings and not stats.low_in_a_row
     assert rows[-1]["feature_drift_weights"] > rows[0]["feature_drift_weights"] > 0
     assert rows[-1]["feature_clips"] == 16
 
 
 if __name__ == "__main__":
     for collapsing in (True, False):
-        rows, said, _ = run(collapsing)
-        print("collapsing" if collapsing else "healthy", said)
+        rows, warnings, _ = train(collapsing)
+        print("collapsing" if collapsing else "healthy", warnings)
         for r in rows:
             print({k.removeprefix("feature_"): round(v, 4) for k, v in r.items()})
