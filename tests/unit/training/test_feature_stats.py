@@ -1,4 +1,4 @@
-"""Feature statistics on constructed features; collapse detection on a run made to collapse and on a healthy one."""
+"""Feature statistics of constructed features; collapse detection on a collapsing and on a healthy run."""
 
 from pathlib import Path
 
