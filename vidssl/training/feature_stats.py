@@ -84,7 +84,9 @@ class FeatureStats:
     """Buffers the latest clips of this process and compares the features with those after the first step."""
 
     def __init__(self) -> None:
-        self.clips: deque[Tensor] = deque()  # u8 [b, 3, T, H, W] of the latest steps, at least MIN_CLIPS if there are
+        self.clips: deque[Tensor] = (
+            deque()
+        )  # u8 [b, 3, T, H, W] of the latest steps, at least MIN_CLIPS if there are
         self.baseline: dict[str, float] = {}  # the first measurement of the run
         self.low_in_a_row = 0  # consecutive measurements that look collapsed
 
