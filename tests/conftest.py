@@ -1,6 +1,7 @@
 """Fixtures shared by the tests: small videos, made here, whose frame index can be read from the pixels."""
 
 import io
+import os
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from data_prep import pack
@@ -15,6 +17,28 @@ from data_prep.synthetic import make_corpus
 
 FRAMES, WIDTH, HEIGHT, RATE = 20, 64, 48, 10
 CLASSES = ("clap", "run", "wave")
+
+FOLDER_MARKS = {  # folder of tests/: marks of all tests in it
+    "integration": ("slow",),
+    "distributed": ("slow", "multiprocess"),
+    "parity": ("slow",),
+    "robustness": ("slow",),
+}
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # a process a core: more threads would only wait for each other
+    torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks the tests of a folder, and skips tests that need a GPU where there is none (an error with CI_GPU=1)."""
+    root = Path(__file__).parent
+    for item in items:
+        for mark in FOLDER_MARKS.get(item.path.relative_to(root).parts[0], ()):
+            item.add_marker(mark)
+        if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+            if os.environ.get("CI_GPU") == "1":
+                raise pytest.UsageError(f"CI_GPU=1, but there is no GPU for {item.nodeid}")
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
 
 
 def level_of(i: int) -> int:

@@ -1,9 +1,21 @@
 #!/usr/bin/env bash
-# The tests, from a fresh clone on a machine that has only Python and pip. Arguments go to pytest.
+# The tests, from a fresh clone on a machine that has only Python and pip.
+#   tools/test.sh             lint, types and all tests (this is CI)
+#   tools/test.sh --fast      the unit tests alone, one process a core
+#   tools/test.sh ARGUMENTS   lint and types, then pytest with these arguments
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . tools/env.sh "[test]"
+if [ "${1:-}" = "--fast" ]; then
+  shift
+  exec python -m pytest tests/unit -m "not slow" -n auto "$@"
+fi
 ruff check .
 ruff format --check .
 mypy
-exec python -m pytest "$@"
+python tools/check_architecture.py
+if [ $# -gt 0 ]; then
+  exec python -m pytest "$@"
+fi
+python -m pytest tests/unit -n auto
+exec python -m pytest tests --ignore tests/unit
