@@ -45,7 +45,7 @@ from vidssl.training import distributed
 from vidssl.training.checkpoint import gather_to_cpu, load_checkpoint, provenance, save_checkpoint
 from vidssl.training.distributed import all_reduce_metrics, check_ranks_agree
 from vidssl.training.finetuning import (
-    HEADS,
+    FINETUNE_HEADS,
     Classifier,
     FinetuneDataConfig,
     FinetuneEfficiency,
@@ -54,7 +54,7 @@ from vidssl.training.finetuning import (
     Mixer,
     SubsetOrder,
     TuneConfig,
-    check,
+    check_divisible,
     make_classifier,
     open_splits,
 )
@@ -68,7 +68,7 @@ SCHEMA: config.Schema = {
     "random_init": Value(bool, False),  # the same encoder untrained, for comparison
     "data": Part(FinetuneDataConfig),
     "augment": Part(AUGMENTS, ("size",)),
-    "head": Part(HEADS, ("dim", "classes")),
+    "head": Part(FINETUNE_HEADS, ("dim", "classes")),
     "optim": Part(OptimConfig, ("warmup",)),
     "tune": Part(TuneConfig),
     "efficiency": Part(FinetuneEfficiency),
@@ -191,7 +191,7 @@ class FinetuneState:
     def end_epoch(self, step: int, losses: list[float], view: View) -> None:
         """After `step` steps: look at what is held out, and write a checkpoint. view: of a test video."""
         row: dict[str, Any] = {"epoch": len(self.rows) + 1, "step": step, "loss": float(np.mean(losses))}
-        samples, truths = self.parts.held
+        samples, truths = self.parts.held_out
         if samples:
             view = view._replace(segments=1, crops=1)
             seen = self.run.look(self.parts.shards["train"], samples, truths, view, "held-out train")
@@ -225,14 +225,14 @@ class FinetuneState:
             return {**self.rows[-1], "epochs": len(self.rows), "n_held_out": 0}
         self.run.classifier.load_state_dict(self.best)
         best = max(reversed(self.rows), key=lambda row: row["held_out_accuracy"])
-        return {**best, "epochs": len(self.rows), "n_held_out": len(self.parts.held[0]), "tried": self.rows}
+        return {**best, "epochs": len(self.rows), "n_held_out": len(self.parts.held_out[0]), "tried": self.rows}
 
 
 def fit(course: FinetuneState, view: View, augment: Any, per_epoch: int, data: DataConfig) -> None:
     """From where it stands to the end of the last epoch."""
     run, parts = course.run, course.parts
     a, tune, speed, steps = run.accelerator, run.tune, run.speed, per_epoch * run.tune.epochs
-    stream = SubsetOrder(parts.places, tune.seed, tune.lanes)
+    stream = SubsetOrder(parts.train_places, tune.seed, tune.lanes)
     clips = LabelledClips(parts.task.label, parts.shards["train"], stream, data, augment)
     shares = a.process_index, a.num_processes
     clips_a_step = [tune.batch * tune.repeat]
@@ -323,9 +323,9 @@ def main(argv: list[str]) -> None:
         raise UserError("fine-tuning is of whole models: use configs/accelerate/ddp.yaml")
     tune_malloc()
     accelerator = distributed.make_accelerator(speed.precision, kwargs_handlers=[ddp])
-    check(tune, speed, accelerator.num_processes)
+    check_divisible(tune, speed, accelerator.num_processes)
 
-    per_epoch = max(1, len(parts.places) // tune.batch)
+    per_epoch = max(1, len(parts.train_places) // tune.batch)
     optim = config.build(cfg["optim"], OptimConfig, warmup=round(tune.warmup * per_epoch)).scaled(tune.batch)
     classifier, model = make_classifier(loaded, cfg["head"], len(parts.task.names), tune)
     classifier.encoder.blocks.recompute = speed.activation_checkpointing
@@ -351,7 +351,7 @@ def main(argv: list[str]) -> None:
         row, told = score_predictions(
             parts.task, seen, list(range(len(seen.samples))), outputs_of(seen), tune.seed
         )
-        row |= {"n_train": len(parts.places), "chosen": chosen}
+        row |= {"n_train": len(parts.train_places), "chosen": chosen}
         with os_errors_as_user_errors(out):
             save(out, classifier, model, loaded, {**about, "step": chosen["step"]})
             write(out, cfg, loaded, parts, row, told, about)

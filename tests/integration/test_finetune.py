@@ -319,7 +319,7 @@ def test_every_epoch_shows_every_chosen_sample_in_a_new_order():
 def test_the_recipes_are_whole(path):
     cfg = config.load([str(path), "encoder=x", "out=x", "data.train=x", "data.test=x"], finetune.SCHEMA)
     tune = config.build(cfg["tune"], TuneConfig)
-    finetune.check(tune, config.build(cfg["efficiency"], finetune.FinetuneEfficiency), 8)
+    finetune.check_divisible(tune, config.build(cfg["efficiency"], finetune.FinetuneEfficiency), 8)
     o = config.build(cfg["optim"], OptimConfig, warmup=10)
     if path.stem.startswith("videomae"):  # the published rate at 384 videos
         assert (
@@ -331,10 +331,10 @@ def test_the_recipes_are_whole(path):
     "wrong, words",
     [
         (["tune.batch=6"], "tune.batch 6: give a multiple of tune.lanes, 4"),
-        (["tune.batch=12", "tune.mixup=1"], "to mix clips give a multiple of 2 x tune.lanes, 8"),
+        (["tune.batch=12", "tune.mixup=1"], "mixup and cutmix need a multiple of 2 x tune.lanes, 8"),
         (
             ["efficiency.micro_batches=3"],
-            "the clips of a process 16: give a multiple of efficiency.micro_batches, 3",
+            "clips per process 16: give a multiple of efficiency.micro_batches, 3",
         ),
         (["head.kind=linear"], "no kind 'linear'; allowed: mean, attentive"),
         (["data.label=shape"], "no label 'shape' in both data sets"),

@@ -1,7 +1,8 @@
-"""Statistics of the features during training: variance, rank, distance to the EMA encoder, and collapse detection.
+"""Statistics of the features during training: variance, rank, distance to the EMA encoder, and collapse
+detection.
 
-Computed without gradients on a few clips of the main process's batches (with sharded weights every process takes
-part); tools/bench_health.py measures the cost.
+Computed without gradients on a few clips of the main process's batches (with sharded weights every process
+takes part); tools/bench_health.py measures the cost.
 """
 
 from collections import deque
@@ -26,17 +27,18 @@ COLLAPSE_FRACTION = 0.05  # of the deviation after the first step; below it the 
 
 @torch.no_grad()
 def feature_statistics(features: Tensor, time_slices: int) -> dict[str, float]:
-    """Statistics of features [B, N, D] (N = time_slices * places, time first); in a collapse they fall to 0, ranks to 1.
+    """Statistics of features [B, N, D] (N = time_slices * places, time first); in a collapse they fall to 0,
+    ranks to 1.
 
     Deviations are divided by the root mean square of the features:
     std_clips: over clips at a token, mean over tokens; std_clips_min: at the token with the smallest one.
     std_channel_min: over clips and tokens, of the channel with the smallest one.
     std_tokens: over the tokens of a clip.
     std_time: over time within a clip, after subtraction of the mean over clips (the part due to position).
-    rank: RankMe (Garrido et al. 2023, arXiv 2210.02885) of the tokens, the exponential of the entropy of the singular
-    values; rank_slice: RankMe of each time slice, averaged.
-    alpha: alpha-ReQ (Agrawal et al. 2022, arXiv 2202.05808), the exponent of the power law of the covariance's
-    eigenvalues, fitted from the tenth to the middle one; large in a collapse.
+    rank: RankMe (Garrido et al. 2023, arXiv 2210.02885) of the tokens, the exponential of the entropy of the
+    singular values; rank_slice: RankMe of each time slice, averaged.
+    alpha: alpha-ReQ (Agrawal et al. 2022, arXiv 2202.05808), the exponent of the power law of the
+    covariance's eigenvalues, fitted from the tenth to the middle one; large in a collapse.
     cosine: cosine similarity of the mean tokens of two clips, averaged over pairs; 1 in a collapse.
     """
     x = rearrange(features.float(), "b (t n) d -> b t n d", t=time_slices)
@@ -62,8 +64,9 @@ def feature_statistics(features: Tensor, time_slices: int) -> dict[str, float]:
 
 @torch.no_grad()
 def ema_drift(objective: Objective, video: Tensor, ema_features: Tensor) -> dict[str, float]:
-    """Distance of the online encoder from the EMA encoder: relative L2 distance of the weights, and 1 - cosine
-    similarity of the features. video f32 [b, 3, T, H, W]; ema_features [b, N, D]: the EMA encoder's of these clips."""
+    """Distance of the online encoder from the EMA encoder: relative L2 distance of the weights, and 1 -
+    cosine similarity of the features. video f32 [b, 3, T, H, W]; ema_features [b, N, D]: the EMA encoder's of
+    these clips."""
     online = list(objective.encoder.parameters())
     ema = list(objective.eval_encoder.parameters())
     distance = global_norm([a - b for a, b in zip(online, ema, strict=True)])
@@ -100,8 +103,8 @@ class FeatureStats:
 
     @torch.no_grad()
     def measure(self, objective: Objective) -> dict[str, float]:
-        """Statistics ("feature_...") of the encoder that will be evaluated, on the latest `feature_clips` clips. With
-        sharded weights (FSDP2) every process must call this."""
+        """Statistics ("feature_...") of the encoder that will be evaluated, on the latest `feature_clips`
+        clips. With sharded weights (FSDP2) every process must call this."""
         encoder = objective.eval_encoder
         clips = torch.cat(list(self.clips))[-MAX_CLIPS:]
         video = normalise(clips.to(next(encoder.parameters()).device))
@@ -121,13 +124,13 @@ class FeatureStats:
         return {"feature_clips": len(clips), **{f"feature_{k}": v for k, v in stats.items()}}
 
     def looks_collapsed(self, stats: dict[str, float]) -> bool:
-        """Whether the deviation over clips or over tokens is below COLLAPSE_FRACTION of the baseline, or the rank
-        below 2.
+        """Whether the deviation over clips or over tokens is below COLLAPSE_FRACTION of the baseline, or the
+        rank below 2.
 
-        In our healthy runs the deviation over clips stayed above 0.12 (of pixel targets, whose features encode
-        position more than content), from 0.5 to 0.9 at the start; in a run made to collapse it was 0.04 of the
-        baseline after 100 steps. RankMe is scale-invariant and did not drop in that run, so it has no part in the rule
-        beyond rank 2.
+        In our healthy runs the deviation over clips stayed above 0.12 (of pixel targets, whose features
+        encode position more than content), from 0.5 to 0.9 at the start; in a run made to collapse it was
+        0.04 of the baseline after 100 steps. RankMe is scale-invariant and did not drop in that run, so it
+        has no part in the rule beyond rank 2.
         """
         return stats["rank"] < 2 or any(
             stats[k] < COLLAPSE_FRACTION * self.baseline[k] for k in ("std_clips", "std_tokens")
@@ -139,7 +142,8 @@ class FeatureStats:
         return self.low_in_a_row >= 2
 
     def collapse_warning(self, row: dict[str, Any]) -> str | None:
-        """The warning to log after the second collapsed measurement in a row, else None. row: of log.jsonl."""
+        """The warning to log after the second collapsed measurement in a row, else None. row: of
+        log.jsonl."""
         if self.low_in_a_row != 2:
             return None
         changes = ", ".join(

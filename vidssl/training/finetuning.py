@@ -1,10 +1,11 @@
-"""What is fine-tuned, and on what: the classifier, the samples of train and test, clips mixed in pairs."""
+"""Parts of fine-tuning: configuration, classifier, train/held-out/test splits, labelled clips, mixup."""
 
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+from einops import rearrange
 from pydantic import Field
 from timm.data.mixup import Mixup, mixup_target
 from torch import Tensor, nn
@@ -17,81 +18,73 @@ from vidssl.data.loader import Batch
 from vidssl.data.order import Order
 from vidssl.data.shards import Sample, Shards
 from vidssl.evaluation.evaluate import check_apart, groups_of
-from vidssl.evaluation.splits import hold_out, label_sets
+from vidssl.evaluation.splits import hold_out, label_sets, labelled
 from vidssl.evaluation.tasks import Task, class_of, make_task
 from vidssl.model.heads import AttentiveHead, MeanHead
 from vidssl.model.vit import Encoder
 from vidssl.pretrained.files import LoadedEncoder, make_encoder
 
-HEADS = {"mean": MeanHead, "attentive": AttentiveHead}
-HEAD_SCALE = 0.001  # of the head's start (VideoMAE, run_class_finetuning.py, init_scale)
+FINETUNE_HEADS = {"mean": MeanHead, "attentive": AttentiveHead}
+HEAD_INIT_SCALE = 0.001  # factor on the initial weights of the last layer (VideoMAE, run_class_finetuning.py)
 
 
 @dataclass(frozen=True)
 class FinetuneDataConfig:
-    """The `data` section: what is read; the clip is the one the encoder was trained on."""
+    """The `data` section: labelled shards; clips have the frames and size that the encoder was trained on."""
 
     train: Names  # packed folders with labels
     test: Names
     label: str | None = None  # the label set; None: the only one
-    stride: Count | None = None  # frames; None (and fps None): as the encoder was trained
-    fps: Positive | None = None  # frames a second
-    max_decode_error_rate: Share = (
-        0.05  # fraction of training samples that may fail to decode before the run stops
-    )
+    stride: Count | None = None  # frames; None (and fps None): as in pre-training
+    fps: Positive | None = None  # frames per second
+    max_decode_error_rate: Share = 0.05  # of training samples; the run stops above it
 
 
 @dataclass(frozen=True)
 class TuneConfig:
-    """The `tune` section: what changes the result."""
+    """The `tune` section: options that change the result."""
 
     epochs: Count
-    batch: Count  # videos a step, over all processes
-    repeat: Count = 1  # clips of each (repeated augmentation)
+    batch: Count  # videos per step, over all processes
+    repeat: Count = 1  # clips per video (repeated augmentation)
     warmup: Amount = 5.0  # epochs
     drop_path: Share = 0.0
-    label_smoothing: Share = 0.1  # of the labels
-    mixup: Amount = 0.0  # alpha of the Beta distribution (arXiv 1710.09412); 0: none
-    cutmix: Amount = 0.0  # the same (arXiv 1905.04899); with both, either is taken half of the time
-    val_fraction: Annotated[float, Field(ge=0, lt=1)] = (
-        0.1  # fraction of train that chooses the epoch; 0: the last one
-    )
-    segments: Count = 5  # clips of a test video, evenly spread
-    crops: Count = 3  # squares of each
-    allow_unreadable: bool = False  # a test video that cannot be read: an error, or counted wrong and listed
+    label_smoothing: Share = 0.1
+    mixup: Amount = 0.0  # alpha of the Beta distribution (arXiv 1710.09412); 0: off
+    cutmix: Amount = 0.0  # the same (arXiv 1905.04899); with both, each is used in half of the steps
+    val_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1  # of train, selects the epoch; 0: the last epoch
+    segments: Count = 5  # clips per test video, evenly spaced
+    crops: Count = 3  # square crops per test clip
+    allow_unreadable: bool = False  # count an unreadable test video as wrong and list it, instead of an error
     lanes: Count = 8  # a multiple of every number of processes that may be used
     seed: Size = 0
 
 
 @dataclass(frozen=True)
 class FinetuneEfficiency:
-    """The `efficiency` section: what changes only the speed (up to rounding)."""
+    """The `efficiency` section: options that change only the speed (up to rounding)."""
 
-    workers: Size = 2  # loader processes for each training process
-    micro_batches: Count = 1  # parts in which a process runs its share of the batch
+    workers: Size = 2  # loader processes per training process
+    micro_batches: Count = 1  # gradient accumulation steps
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    activation_checkpointing: bool = False  # activations in the backward pass, instead of keeping them
-    decode_in_subprocess: bool = True  # decode in child processes
-    eval_batch: Count = 16  # clips, when nothing is trained
+    activation_checkpointing: bool = False  # recompute activations in the backward pass
+    decode_in_subprocess: bool = True
+    eval_batch: Count = 16  # clips per forward pass in evaluation
 
 
-def check(tune: TuneConfig, speed: FinetuneEfficiency, world: int) -> None:
-    """Numbers that must divide one another."""
-    for what, n, of, by in (
+def check_divisible(tune: TuneConfig, efficiency: FinetuneEfficiency, world: int) -> None:
+    """Raises UserError if the batch cannot be divided evenly over lanes, processes and micro-batches."""
+    clips = tune.batch * tune.repeat // world
+    for what, n, divisor_name, divisor in (
         ("tune.batch", tune.batch, "tune.lanes", tune.lanes),
         ("tune.lanes", tune.lanes, "the number of processes", world),
-        (
-            "the clips of a process",
-            tune.batch * tune.repeat // world,
-            "efficiency.micro_batches",
-            speed.micro_batches,
-        ),
+        ("clips per process", clips, "efficiency.micro_batches", efficiency.micro_batches),
     ):
-        if n % by:
-            raise UserError(f"{what} {n}: give a multiple of {of}, {by}")
+        if n % divisor:
+            raise UserError(f"{what} {n}: give a multiple of {divisor_name}, {divisor}")
     if (tune.mixup or tune.cutmix) and tune.batch % (2 * tune.lanes):
         raise UserError(
-            f"tune.batch {tune.batch}: to mix clips give a multiple of 2 x tune.lanes, {2 * tune.lanes}"
+            f"tune.batch {tune.batch}: mixup and cutmix need a multiple of 2 x tune.lanes, {2 * tune.lanes}"
         )
 
 
@@ -109,10 +102,11 @@ class Classifier(nn.Module):
 
 def make_classifier(
     loaded: LoadedEncoder, head: dict[str, Any], classes: int, tune: TuneConfig
-) -> tuple[Classifier, dict]:
-    """-> (the encoder's weights under a fresh head, arguments of its Encoder).
+) -> tuple[Classifier, dict[str, Any]]:
+    """Returns the pretrained encoder under a new head, and the encoder's constructor arguments.
 
-    A mean head brings a norm of its own, so that the encoder's last one goes (VideoMAE, modeling_finetune.py).
+    A mean head has its own LayerNorm, which replaces the encoder's final one (VideoMAE,
+    modeling_finetune.py).
     """
     model = dict(loaded.about["model"])
     weights = loaded.encoder.state_dict()
@@ -122,20 +116,22 @@ def make_classifier(
     torch.manual_seed(tune.seed)
     encoder = make_encoder({**model, "drop_path": tune.drop_path})
     encoder.load_state_dict(weights)
-    top = config.build(head, HEADS, dim=encoder.dim, classes=classes)
-    nn.init.trunc_normal_(top.linear.weight, std=0.02).data.mul_(HEAD_SCALE)
-    nn.init.zeros_(top.linear.bias)
-    return Classifier(encoder, top), model
+    new_head = config.build(head, FINETUNE_HEADS, dim=encoder.dim, classes=classes)
+    nn.init.trunc_normal_(new_head.linear.weight, std=0.02).data.mul_(HEAD_INIT_SCALE)
+    nn.init.zeros_(new_head.linear.bias)
+    return Classifier(encoder, new_head), model
 
 
 class SubsetOrder:
-    """The order of some of the samples, every epoch all of them (`order.Stream`). places: shard, number in it."""
+    """An order (`order.Stream`) over a subset of the samples; each epoch visits every one of them once.
+
+    places: (shard, number within it) of each sample.
+    """
 
     def __init__(self, places: list[tuple[int, int]], seed: int, lanes: int):
         self.places, self.seed, self.lanes = places, seed, lanes
-        self.order = Order(
-            np.ones(len(places), np.int64), seed, lanes
-        )  # a shard each, so that all are shuffled
+        # one "shard" per sample, so that the whole subset is shuffled
+        self.order = Order(np.ones(len(places), np.int64), seed, lanes)
 
     def at(self, g: int) -> tuple[int, int]:
         return self.places[self.order.at(g)[0]]
@@ -145,82 +141,95 @@ class SubsetOrder:
 
 
 class LabelledClips(TrainClips):
-    """Clips whose label is that of one label set."""
+    """Training clips labelled with the class from one label set."""
 
-    def __init__(self, label: str, *given: Any):
-        super().__init__(*given)
-        self.label = label
+    def __init__(self, label_set: str, *args: Any):
+        super().__init__(*args)
+        self.label_set = label_set
 
     def _sample(self, g: int, attempt: int) -> Sample:
         sample = super()._sample(g, attempt)
-        return sample._replace(meta={**sample.meta, "label": class_of(sample, self.label)})
+        return sample._replace(meta={**sample.meta, "label": class_of(sample, self.label_set)})
 
 
 def pair_mixup_partners(position: Tensor, lanes: int) -> Tensor:
-    """position i64 [B] -> an order i64 [B] in which a clip and its mirror image in the batch are of one lane, so that
-    what is mixed with what does not depend on the number of processes (a lane has an even number of clips)."""
-    at = position.tolist()
-    mine = len({p % lanes for p in at})
-    rows = torch.tensor(sorted(range(len(at)), key=lambda i: (at[i] % lanes, at[i]))).view(mine, -1)
-    half = rows.shape[1] // 2
-    return torch.cat([rows[:, :half].T.flatten(), rows[:, half:].flip(1).T.flatten().flip(0)])
+    """Returns an order i64 [B] of the batch in which rows i and B - 1 - i, which Mixup pairs, come from the
+    same lane.
+
+    position i64 [B]: stream positions; every lane has an even number of clips in the batch. The pairs
+    therefore do not depend on the number of processes.
+    """
+    positions = position.tolist()
+    local_lanes = len({p % lanes for p in positions})
+    by_lane = sorted(range(len(positions)), key=lambda i: (positions[i] % lanes, positions[i]))
+    first, second = torch.tensor(by_lane).view(local_lanes, -1).chunk(2, 1)
+    return torch.cat([first.T.flatten(), second.flip(1).T.flatten().flip(0)])
 
 
 class Mixer:
-    """Clips and labels -> clips and soft labels: two clips of a batch are mixed, or a box of one is put into the other
-    in all its frames; one drawing for the whole batch (of all processes), a function of the step."""
+    """Mixup, cutmix and label smoothing with timm's Mixup. One coefficient (one box, the same in all frames)
+    per step for the global batch, a function of (seed, step)."""
 
     def __init__(self, tune: TuneConfig, classes: int):
         self.tune, self.classes = tune, classes
-        self.mix = Mixup(tune.mixup, tune.cutmix, label_smoothing=tune.label_smoothing, num_classes=classes)
+        self.mixup = Mixup(tune.mixup, tune.cutmix, label_smoothing=tune.label_smoothing, num_classes=classes)
 
     def __call__(self, video: Tensor, batch: Batch, step: int) -> tuple[Tensor, Tensor]:
-        """video f32 [B, 3, T, H, W] -> the same, and targets f32 [B, C]."""
+        """Returns mixed clips and soft targets f32 [B, C]; video f32 [B, 3, T, H, W]. The order of rows
+        changes."""
         label = batch.label.to(video.device)
         if not (self.tune.mixup or self.tune.cutmix):
             return video, mixup_target(label, self.classes, 1.0, self.tune.label_smoothing)
         order = pair_mixup_partners(batch.position, self.tune.lanes).to(video.device)
-        np.random.seed((self.tune.seed, 7, step))  # what Mixup draws from
-        folded, target = self.mix(video[order].flatten(1, 2), label[order])
-        return folded.view_as(video), target
+        np.random.seed((self.tune.seed, 7, step))  # Mixup draws from numpy's global generator
+        mixed, target = self.mixup(rearrange(video[order], "b c t h w -> b (c t) h w"), label[order])
+        return mixed.view_as(video), target
 
 
 class FinetuneSplits(NamedTuple):
-    """Train, without and of what is held out, and test."""
+    """Samples with labels, and their labels, of the held-out part of train and of test; places of the other
+    part."""
 
-    shards: dict[str, Shards]
+    shards: dict[str, Shards]  # "train", "test"
     task: Task
-    places: list[tuple[int, int]]  # of the samples that are trained on
-    held: tuple[list[Sample], list[Any]]
+    train_places: list[tuple[int, int]]  # (shard, number within it) of the samples that are trained on
+    held_out: tuple[list[Sample], list[Any]]
     test: tuple[list[Sample], list[Any]]
-    shared_groups: int
+    shared_groups: int  # test samples whose group also occurs in train
 
 
 def open_splits(data: FinetuneDataConfig, tune: TuneConfig) -> FinetuneSplits:
-    """The samples that have the label; those of train cut in two by their groups."""
+    """Opens the shards, keeps samples that carry the label, and holds out whole groups of train."""
     shards = {"train": Shards(data.train), "test": Shards(data.test)}
-    labels = label_sets(shards["train"], shards["test"], [data.label] if data.label else None)
-    if len(labels) > 1:
-        raise UserError(f"data.label: give one of {labels}")
-    numbers = [(shard, i) for shard, n in enumerate(shards["train"].counts.tolist()) for i in range(n)]
-    placed = [(p, s) for p in numbers if class_of(s := shards["train"].sample(*p), labels[0]) is not None]
-    train, test = (
-        [s for _, s in placed],
-        [s for s in shards["test"].all() if class_of(s, labels[0]) is not None],
-    )
-    task, truths, asked = make_task(labels[0], shards["train"].classes[labels[0]], train, test, "class")
+    found = label_sets(shards["train"], shards["test"], [data.label] if data.label else None)
+    if len(found) > 1:
+        raise UserError(f"data.label: give one of {found}")
+    (label_set,) = found
+    counts = shards["train"].counts.tolist()
+    places = [(shard, i) for shard, count in enumerate(counts) for i in range(count)]
+    places = [p for p in places if class_of(shards["train"].sample(*p), label_set) is not None]
+    train = [shards["train"].sample(*p) for p in places]
+    test = labelled(shards["test"], [label_set])
+    classes = shards["train"].classes[label_set]
+    task, train_labels, test_labels = make_task(label_set, classes, train, test, "class")
     if task.kind != "class":
-        raise UserError(f"label '{labels[0]}': fine-tuning is for one class a sample")
+        raise UserError(f"label '{label_set}': fine-tuning needs one class per sample")
     if not train or not test:
-        raise UserError(f"no sample of {'test' if train else 'train'} has a label of '{labels[0]}'")
-    out = np.zeros(len(train), bool)
+        raise UserError(f"no sample of {'test' if train else 'train'} has a label of '{label_set}'")
+    held_out = np.zeros(len(train), bool)
     if tune.val_fraction:
-        out = hold_out(truths, groups_of(train, list(range(len(train)))), tune.val_fraction, tune.seed)
-        if not out.any():
+        groups = groups_of(train, list(range(len(train))))
+        held_out = hold_out(train_labels, groups, tune.val_fraction, tune.seed)
+        if not held_out.any():
             raise UserError(
-                "no group of train can be held out to choose the epoch: tune.val_fraction=0 takes the last one"
+                "no group of train can be held out to select the epoch: set tune.val_fraction=0 (last epoch)"
             )
-    held = [i for i in range(len(train)) if out[i]]
-    places = [p for (p, _), away in zip(placed, out, strict=True) if not away]
-    chosen = [train[i] for i in held], [truths[i] for i in held]
-    return FinetuneSplits(shards, task, places, chosen, (test, asked), check_apart(train, test))
+    rows = np.flatnonzero(held_out).tolist()
+    return FinetuneSplits(
+        shards,
+        task,
+        [places[i] for i in np.flatnonzero(~held_out)],
+        ([train[i] for i in rows], [train_labels[i] for i in rows]),
+        (test, test_labels),
+        check_apart(train, test),
+    )
