@@ -225,7 +225,12 @@ class FinetuneState:
             return {**self.rows[-1], "epochs": len(self.rows), "n_held_out": 0}
         self.run.classifier.load_state_dict(self.best)
         best = max(reversed(self.rows), key=lambda row: row["held_out_accuracy"])
-        return {**best, "epochs": len(self.rows), "n_held_out": len(self.parts.held_out[0]), "tried": self.rows}
+        return {
+            **best,
+            "epochs": len(self.rows),
+            "n_held_out": len(self.parts.held_out[0]),
+            "tried": self.rows,
+        }
 
 
 def fit(course: FinetuneState, view: View, augment: Any, per_epoch: int, data: DataConfig) -> None:
