@@ -3,7 +3,7 @@
 import argparse
 import hashlib
 import math
-from collections import Counter, defaultdict
+from collections import defaultdict
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +16,7 @@ from data_prep.filters import Filters, same_files
 from data_prep.index import class_lists, dumps, key_of
 from data_prep.sources import SourceItem, SourceListing
 from vidssl.core.errors import UserError
+from vidssl.core.splits import GroupSelection, shuffle_key
 
 NEAR = "near-"  # how the files begin that remember near duplicates
 SHARD_BYTES = 1_000_000_000  # of source files; a shard is closed before it grows beyond that
@@ -69,37 +70,25 @@ def span_of(item: SourceItem) -> Span:
 def divide(
     items: list[SourceItem], label_set: str | None, fraction: float, seed: int
 ) -> dict[str, list[SourceItem]]:
-    """Into train and test: whole groups (a file without group is its own), about `fraction` of each class to test.
-
-    A class with two groups or more has at least one in test and one in train.
-    """
-    units: dict[str, list[SourceItem]] = defaultdict(list)
-    for item in items:
-        units[f"group {item.group}" if item.group else f"file {item.path}"].append(item)
-    counts = {u: Counter(i.labels.get(label_set or "", "") for i in members) for u, members in units.items()}
-    of_class: dict[str, list[str]] = defaultdict(list)
-    for u in sorted(units, key=lambda u: _draw(seed, u)):
-        for c in counts[u]:
-            of_class[c].append(u)
-    test: set[str] = set()
-    for c in sorted(of_class, key=lambda c: (len(of_class[c]), c)):
-        want = max(1, round(fraction * sum(counts[u][c] for u in of_class[c])))
-        for u in of_class[c]:
-            have = sum(counts[v][c] for v in of_class[c] if v in test)
-            if have >= want:
+    """Splits items into train and test: whole groups (a file without a group is its own), about `fraction` of each
+    class to test. A class with two groups or more has at least one in test and one in train. Linear in the number of
+    items."""
+    group_of = [f"group {item.group}" if item.group else f"file {item.path}" for item in items]
+    test = GroupSelection(group_of, [item.labels.get(label_set or "", "") for item in items])
+    groups = test.groups_by_class(sorted(test.class_counts, key=lambda group: shuffle_key(seed, group)))
+    for label in sorted(groups, key=lambda label: (len(groups[label]), label)):
+        wanted = max(1, round(fraction * test.samples[label]))
+        for group in groups[label]:
+            counts, selected = test.class_counts[group], test.selected_samples[label]
+            if selected >= wanted:
                 break
-            keeps_train = all(any(v not in test and v != u for v in of_class[k]) for k in counts[u])
-            if u not in test and keeps_train and (not have or have + counts[u][c] <= want):
-                test.add(u)
+            fits = not selected or selected + counts[label] <= wanted
+            if group not in test.selected and fits and all(test.remaining_groups[k] > 1 for k in counts):
+                test.add(group)
     parts: dict[str, list[SourceItem]] = {"train": [], "test": []}
-    for u, members in units.items():
-        parts["test" if u in test else "train"].extend(members)
+    for group, item in zip(group_of, items, strict=True):
+        parts["test" if group in test.selected else "train"].append(item)
     return {name: sorted(members, key=lambda item: item.place) for name, members in parts.items()}
-
-
-def _draw(seed: int, name: str) -> bytes:
-    """A pseudo-random sort key that depends on nothing else (no library's generator, no order)."""
-    return hashlib.sha256(f"{seed} {name}".encode()).digest()
 
 
 def make_plan(source: SourceListing, root: Path, out: Path, args: argparse.Namespace) -> Plan:
@@ -222,7 +211,7 @@ def _cut(
     most = args.samples_per_shard or max(8, min(1000, math.ceil(len(items) / 16)))
     shards: list[list[SourceItem]] = [[]]
     filled = 0
-    by_draw = sorted(items, key=lambda item: (_draw(args.seed, item.path), item.place))
+    by_draw = sorted(items, key=lambda item: (shuffle_key(args.seed, item.path), item.place))
     for path, together in groupby(by_draw, lambda item: item.path):
         group = list(together)
         if shards[-1] and (len(shards[-1]) + len(group) > most or filled + sizes[path] > SHARD_BYTES):
