@@ -11,20 +11,15 @@ not be looked at are kept, counted and listed.
 import hashlib
 import json
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
-from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
-
-from tqdm import tqdm
 
 from data_prep.filters import Rejected
 from data_prep.index import dumps, read_lines, write_text
-from data_prep.inspect_file import WorkerPool, serve
-from data_prep.leaks import File, Fingerprint, Pair, Table, compare, fingerprint
+from data_prep.leaks import File, Fingerprint, Pair, Table, fingerprint_job
 from data_prep.sources.common import SourceItem
+from data_prep.workers import WorkerPool
 from vidssl.core.errors import UserError
 from vidssl.core.io import make_folder
 
@@ -32,55 +27,37 @@ SURE = 0.985  # correlation of what moves, from which on a file is dropped: re-e
 WITHIN = 0.8  # of a file's looks
 
 
-def _answer(what: str, *job: Any) -> None:
-    """In the child: ("look", path, ext, send) or ("compare", pair, (path, ext), (path, ext), send)."""
-    *given, send = job
-    alive = partial(send, ("alive", None))
-    if what == "look":
-        path, ext = given
-        send(("known", fingerprint(Path(path).read_bytes(), ext, None, alive)))
-    else:
-        pair, *both = given
-        test, train = (File(Path(path).read_bytes(), ext) for path, ext in both)
-        send(("known", (compare(pair, test, train, alive),)))
-
-
-def _serve(conn: Connection) -> None:
-    serve(conn, _answer)
+def read_file(place: tuple[str, str]) -> File:
+    """place: path and extension."""
+    path, ext = place
+    return File(Path(path).read_bytes(), ext)
 
 
 def near_files(root: Path, items: list[SourceItem], workers: int, timeout: float) -> dict[str, dict]:
     """Path -> {"first": file that shows it too, "why", "alike", ...}, or {"unseen": why it was not looked at}."""
     files = sorted({item.path: item.ext for item in items}.items())
     places = [(str(root / path), ext) for path, ext in files]
-    children = WorkerPool(_serve, (), timeout)
-
-    def ask(jobs: list[tuple], name: str) -> list[Any]:
-        with ThreadPoolExecutor(workers) as pool:
-            return list(
-                tqdm(
-                    pool.map(lambda job: children.ask(*job), jobs), total=len(jobs), desc=name, unit=" files"
-                )
-            )
-
-    with closing(children):
-        found = ask([("look", *place) for place in places], "look for duplicates")
+    pool = WorkerPool(partial(fingerprint_job, read_file), timeout)
+    with closing(pool):
+        jobs: list[tuple] = [("fingerprint", place) for place in places]
+        found = pool.map(jobs, workers, "look for duplicates", "files")
         seen: list[Fingerprint | None] = [None if isinstance(looks, Rejected) else looks for looks in found]
         lost = [(path, f) for (path, _), f in zip(files, found, strict=True) if isinstance(f, Rejected)]
         told: dict[str, dict] = {path: {"unseen": f.reason} for path, f in lost}
         table = Table(seen)
         pairs = [p for i, looks in enumerate(seen) if looks for p in table.pairs(i, looks) if p.train < i]
         pairs.sort(key=lambda p: (p.test, p.train))
-        answers = ask([("compare", p, places[p.test], places[p.train]) for p in pairs], "compare")
+        jobs = [("compare", p, places[p.test], places[p.train]) for p in pairs]
+        answers = pool.map(jobs, workers, "compare", "files")
     for pair, answer in zip(pairs, answers, strict=True):
         path, first = files[pair.test][0], files[pair.train][0]
         if isinstance(answer, Rejected):
             told.setdefault(path, {"unseen": answer.reason})
-        elif answer[0] and answer[0].get("alike", 1.0) >= SURE and not {path, first} & told.keys():
+        elif answer and answer.get("alike", 1.0) >= SURE and not {path, first} & told.keys():
             if is_within(pair, seen[pair.test]):
-                told[path] = {"first": first, **answer[0]}
+                told[path] = {"first": first, **answer}
             elif is_within(pair, seen[pair.train]):
-                told[first] = {"first": path, **answer[0], "shift": -answer[0]["shift"]}
+                told[first] = {"first": path, **answer, "shift": -answer["shift"]}
     return told
 
 

@@ -1,15 +1,12 @@
-"""What is in a file, found out in a child process, and there cut and encoded where that is asked for: a decoder that
-crashes or hangs costs one file, not the run."""
+"""Measures what is in a file: its frames, their times and size, and which decoders return the right frames.
+
+`FileInspector` does this in child processes, where files are also cut and re-encoded if there is a recipe, so that a
+decoder that crashes or hangs costs one file.
+"""
 
 import math
-import multiprocessing
-import signal
-import threading
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -18,51 +15,59 @@ import numpy as np
 from data_prep.encode import EncodedSample, Recipe, Span, encode_clips
 from data_prep.filters import NO_FILTERS, Filters, Rejected, sample_indices, thumbnail
 from data_prep.reader import Reader
+from data_prep.workers import WorkerPool
 from vidssl.core.errors import DecodeError
 from vidssl.data.decoding.base import IMAGE_EXTENSIONS, Video
 from vidssl.data.decoding.image import ImageVideo
 from vidssl.data.decoding.pyav import PyAVVideo
+from vidssl.data.isolation import Reporter
 
-GREY_LEVELS = 6.0  # decord and PyAV convert some pixel formats (10 bit, odd sizes) a little differently
-SLACK = 0.05  # grey levels by which a neighbour may look nearer than the frame itself
-LARGE = 400_000  # pixels; larger frames are compared in fewer places, for time and memory
-EVEN = 1e-4  # seconds that a frame may be off i / fps where only the fps is written down
-SECONDS = 2e-3  # decord keeps time stamps in 32 bits
+MAX_DIFFERENCE = (
+    6.0  # mean grey levels; decord and PyAV convert some pixel formats (10 bit, odd sizes) differently
+)
+NEIGHBOUR_SLACK = 0.05  # grey levels by which a neighbour may match better than the frame itself
+LARGE_FRAME = 400_000  # pixels; larger frames are compared at fewer positions, for time and memory
+THIN_FRAME = (
+    60_000  # pixels of a frame that are compared: enough to tell frames apart, in a tenth of the time
+)
+EVEN_S = 1e-4  # seconds; a frame may be this far from i / fps if only the fps is recorded
+TIMES_S = 2e-3  # seconds; decord keeps time stamps in 32 bits
+
+Inspected = list[EncodedSample | Rejected]
 
 
-def inspect_file(data: bytes, ext: str, decoder: str, report: Callable[[dict], None]) -> None:
-    """Calls `report` with what a sample's meta says about its frames; a second time when more is known.
+def inspect_file(data: bytes, ext: str, decoder: str) -> Iterator[dict]:
+    """Yields the meta of a file's frames, and again when more is known; the last one counts.
 
-    The first report holds whatever comes after: frames are those of a full decode with PyAV, and "times" (seconds, one
-    a frame; null: evenly spaced) makes PyAV serve exactly these by counting from the start. Then PyAV's seeking is
-    compared with that, and decord, which may crash (unless `decoder` is "pyav" or the file is damaged).
+    The first is safe whatever happens later: the frames are those of a full decode by PyAV, and "times" (seconds, one
+    per frame; null: evenly spaced) makes PyAV serve exactly these by counting from the start. Then PyAV's seeking is
+    compared with that decode, and decord, which may crash (unless `decoder` is "pyav" or the file is damaged).
     """
     if not data:
         raise DecodeError("empty")
     if ext in IMAGE_EXTENSIONS:
-        report(_meta(ImageVideo(data)))
+        yield meta_of(ImageVideo(data))
         return
     truth = PyAVVideo(data)
-    meta = _meta(truth)
-    even = np.abs(truth.times - np.arange(len(truth)) / (meta["fps"] or 1.0)).max() < EVEN
-    counted = {**meta, "times": None if even else truth.times.round(6).tolist()}
-    report(counted)
-    sample_indices = 6 if truth.size[0] * truth.size[1] < LARGE else 3
-    anchors = np.unique(np.linspace(0, len(truth) - 1, sample_indices).astype(int))
-    near = np.unique(np.concatenate([anchors - 1, anchors, anchors + 1]).clip(0, len(truth) - 1))
-    frames = dict(zip(near.tolist(), map(_thin, truth.get(near)), strict=True))
-    seeks = truth.packets_tell and _serves(PyAVVideo, data, meta, truth, anchors, frames)
+    meta = meta_of(truth)
+    even = np.abs(truth.times - np.arange(len(truth)) / (meta["fps"] or 1.0)).max() < EVEN_S
+    yield {**meta, "times": None if even else truth.times.round(6).tolist()}
+    positions = 6 if truth.size[0] * truth.size[1] < LARGE_FRAME else 3
+    anchors = np.unique(np.linspace(0, len(truth) - 1, positions).astype(int))
+    compared = np.unique(np.concatenate([anchors - 1, anchors, anchors + 1]).clip(0, len(truth) - 1))
+    frames = dict(zip(compared.tolist(), map(thin, truth.get(compared)), strict=True))
+    seeks = truth.packets_match and decodes_right(PyAVVideo, data, meta, truth, anchors, frames)
     if seeks:
-        report(meta)
+        yield meta
     if decoder != "auto" or truth.errors:
         return
-    from vidssl.data.decoding.decord import DecordVideo  # it needs torch, which takes a while
+    from vidssl.data.decoding.decord import DecordVideo  # imports torch, which takes seconds
 
-    if _serves(DecordVideo, data, meta, truth, anchors, frames):
-        report({**meta, "decoder": "pyav" if seeks else "decord", "decord": True})
+    if decodes_right(DecordVideo, data, meta, truth, anchors, frames):
+        yield {**meta, "decoder": "pyav" if seeks else "decord", "decord": True}
 
 
-def _meta(video: Video) -> dict:
+def meta_of(video: Video) -> dict:
     last = float(video.times[-1])
     fps = (len(video) - 1) / last if last > 0 else getattr(video, "rate", 0.0)
     return {
@@ -78,204 +83,125 @@ def _meta(video: Video) -> dict:
     }
 
 
-def _serves(
-    kind: Callable[[bytes, dict], Video],
+def decodes_right(
+    open_with: Callable[[bytes, dict], Video],
     data: bytes,
     meta: dict,
     truth: Video,
     anchors: np.ndarray,
-    frames: dict,
+    frames: dict[int, np.ndarray],
 ) -> bool:
-    """Whether `kind` gives the true frames: one by one backwards (each a seek), then in one forward run."""
+    """Whether a decoder returns the true frames: single anchors in backward order (each a seek), then all in one run.
+
+    anchors i64 [k]: frame indices. frames: index -> true frame, thinned, for the anchors and their neighbours.
+    """
     try:
-        video = kind(data, meta)
-        if len(video) != len(truth) or np.abs(video.times - truth.times).max() > SECONDS:
+        video = open_with(data, meta)
+        if len(video) != len(truth) or np.abs(video.times - truth.times).max() > TIMES_S:
             return False
-        order = [[i] for i in anchors[::-1].tolist()] + [list(frames)]
+        requests = [[i] for i in anchors[::-1].tolist()] + [list(frames)]
         return all(
-            _same(i, got, frames)
-            for wanted in order
-            for i, got in zip(wanted, video.get(wanted), strict=True)
+            is_frame(i, decoded, frames)
+            for indices in requests
+            for i, decoded in zip(indices, video.get(indices), strict=True)
         )
     except DecodeError:
         return False
 
 
-def _same(i: int, got: np.ndarray, frames: dict[int, np.ndarray]) -> bool:
-    """Whether `got` (u8 [H,W,3]) is frame i, and not rather its neighbour; `frames` are thinned."""
-    thin = _thin(got)
-    off = {
-        j: np.abs(np.subtract(thin, frames[j], dtype=np.int16)).mean()
+def is_frame(i: int, decoded: np.ndarray, frames: dict[int, np.ndarray]) -> bool:
+    """Whether `decoded` (u8 [H,W,3]) is frame i and not rather one of its neighbours; `frames` are thinned."""
+    pixels = thin(decoded)
+    difference = {
+        j: np.abs(np.subtract(pixels, frames[j], dtype=np.int16)).mean()
         for j in (i - 1, i, i + 1)
         if j in frames
     }
-    return off[i] <= GREY_LEVELS and off[i] <= min(off.values()) + SLACK
+    return difference[i] <= MAX_DIFFERENCE and difference[i] <= min(difference.values()) + NEIGHBOUR_SLACK
 
 
-def _thin(frame: np.ndarray) -> np.ndarray:
-    """Every k-th pixel of u8 [H,W,3], about 60,000: enough to tell frames apart, in a tenth of the time."""
-    k = max(1, math.isqrt(frame.shape[0] * frame.shape[1] // 60_000))
+def thin(frame: np.ndarray) -> np.ndarray:
+    """Every k-th row and column of u8 [H,W,3], about THIN_FRAME pixels."""
+    k = max(1, math.isqrt(frame.shape[0] * frame.shape[1] // THIN_FRAME))
     return frame[::k, ::k].copy()
 
 
-class _DroppedError(Exception):
-    """A filter wants the file out."""
-
-
-def original(
-    path: Path,
-    ext: str,
+def inspect_job(
     decoder: str,
+    recipe: Recipe | None,
     filters: Filters,
-    report: Callable[[dict], None],
-    alive: Callable[[], None],
-) -> None:
-    """Probe a file whose bytes are kept; raises _DroppedError(Rejected) before anything else is known of it."""
+    report: Reporter,
+    path: str,
+    ext: str,
+    spans: Sequence[Span],
+) -> Inspected | Rejected:
+    """Inspects a file in a child process, or re-encodes it. Returns a sample for each clip, or why the file has none."""
+    if recipe and ext not in IMAGE_EXTENSIONS:
+        with open(path, "rb") as file:
+            if not file.read(1):
+                raise DecodeError("empty")
+            return encode_clips(file, spans, recipe, filters, report.progress)
+    if any(span != (None, None) for span in spans):
+        raise DecodeError("not_a_video", "a picture has no segments")
+    return inspect_original(Path(path), ext, decoder, filters, report)
 
-    def check_first(meta: dict) -> None:
-        dropped = filters.check_size(min(meta["height"], meta["width"]))
-        if dropped is None and meta["decoder"] != "image":
-            dropped = filters.check_clip(meta["duration"], lambda: _thumbs(path, meta["frames"], alive))
-        if dropped is not None:
-            raise _DroppedError(dropped)
-        report(meta)
 
-    inspect_file(path.read_bytes(), ext, decoder, check_first)
+def inspect_original(
+    path: Path, ext: str, decoder: str, filters: Filters, report: Reporter
+) -> Inspected | Rejected:
+    """Inspects a file whose bytes are kept; filters are applied to the first thing that is known of it."""
+    known: Inspected = []
+    for meta in inspect_file(path.read_bytes(), ext, decoder):
+        rejected = None if known else filter_original(path, meta, filters, report)
+        if rejected is not None:
+            return rejected
+        known = [EncodedSample(meta)]
+        report.partial(known)
+    return known
 
 
-def _thumbs(path: Path, frames: int, alive: Callable[[], None]) -> list[np.ndarray]:
+def filter_original(path: Path, meta: dict, filters: Filters, report: Reporter) -> Rejected | None:
+    rejected = filters.check_size(min(meta["height"], meta["width"]))
+    if rejected is not None or meta["decoder"] == "image":
+        return rejected
+    return filters.check_clip(meta["duration"], lambda: thumbnails(path, meta["frames"], report))
+
+
+def thumbnails(path: Path, frames: int, report: Reporter) -> list[np.ndarray]:
+    """Luma thumbnails, f32 [32,32] each, of frames evenly spread over the video."""
     wanted = set(sample_indices(frames).tolist())
     found = []
     with open(path, "rb") as file:
         for i, frame in enumerate(Reader(file).decode()):
             if i % 32 == 0:
-                alive()
+                report.progress()
             if i in wanted:
                 found.append(thumbnail(frame))
     return found
 
 
-Send = Callable[[tuple[str, object]], None]
+class FileInspector:
+    """Inspects files in child processes; may be called by several threads.
 
-
-def serve(conn: Connection, answer: Callable[..., None]) -> None:
-    """The child: jobs come in, answer(*job, send) sends any number of ("alive", None) and ("known", found); then goes
-    ("done", None) if the last found stands, or ("rejected", reason)."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends us
-    while True:
-        try:
-            job = conn.recv()
-        except EOFError:
-            return
-        try:
-            answer(*job, conn.send)
-            conn.send(("done", None))
-        except _DroppedError as e:
-            conn.send(("rejected", e.args[0]))
-        except DecodeError as e:
-            conn.send(("rejected", Rejected(e.reason, str(e).removeprefix(e.reason).removeprefix(": "))))
-        except OSError as e:
-            conn.send(("rejected", Rejected("unreadable", e.strerror or "")))
-        except MemoryError:
-            conn.send(("rejected", Rejected("too_large", "out of memory")))
-
-
-def _look_into(
-    decoder: str,
-    recipe: Recipe | None,
-    filters: Filters,
-    path: str,
-    ext: str,
-    spans: Sequence[Span],
-    send: Send,
-) -> None:
-    """Found is a list of Sample and Rejected."""
-    alive: Callable[[], None] = lambda: send(("alive", None))  # noqa: E731
-    if recipe and ext not in IMAGE_EXTENSIONS:
-        with open(path, "rb") as file:
-            if not file.read(1):
-                raise DecodeError("empty")
-            send(("known", encode_clips(file, spans, recipe, filters, alive)))
-    elif any(span != (None, None) for span in spans):
-        raise DecodeError("not_a_video", "a picture has no segments")
-    else:
-        original(
-            Path(path), ext, decoder, filters, lambda meta: send(("known", [EncodedSample(meta)])), alive
-        )
-
-
-def _serve(conn: Connection, decoder: str, recipe: Recipe | None, filters: Filters) -> None:
-    serve(conn, partial(_look_into, decoder, recipe, filters))
-
-
-class WorkerPool:
-    """Child processes, one per calling thread, that answer jobs; one that dies or is late is replaced.
-
-    target: what a child runs, with its end of a pipe and `wishes`. timeout: seconds without a sign of progress.
+    timeout_s: seconds without progress until a file counts as hanging. job: replaces `inspect_job` in tests.
     """
 
-    def __init__(self, target: Callable[..., None], wishes: tuple, timeout: float):
-        self._target, self._timeout, self._wishes = target, timeout, wishes
-        self._local, self._lock = threading.local(), threading.Lock()
-        self._children: list[BaseProcess] = []
-        self._spawn = multiprocessing.get_context("spawn")
+    def __init__(
+        self,
+        decoder: str,
+        timeout_s: float,
+        recipe: Recipe | None = None,
+        filters: Filters = NO_FILTERS,
+        job: Callable[..., Any] = inspect_job,
+    ):
+        self._pool = WorkerPool(partial(job, decoder, recipe, filters), timeout_s)
 
-    def ask(self, *job: Any) -> Any:
-        """What a child found, or Rejected."""
-        if getattr(self._local, "child", None) is None:
-            self._start()
-        conn, known = self._local.conn, None
-        try:
-            conn.send(job)
-            deadline = time.monotonic() + self._timeout
-            while conn.poll(max(0.0, deadline - time.monotonic())):
-                kind, value = conn.recv()
-                if kind == "alive":
-                    deadline = time.monotonic() + self._timeout
-                elif kind == "known":
-                    known = value
-                elif kind == "done" and known is not None:
-                    return known
-                else:
-                    return value
-            failure = Rejected("timeout", f"no answer in {self._timeout:g} s")
-        except (EOFError, OSError):
-            self._local.child.join()
-            failure = Rejected(
-                "decoder_crash", f"the decoder's process ended with {self._local.child.exitcode}"
-            )
-        self._local.child.kill()
-        self._local.child = None
-        return known if known is not None else failure
-
-    def _start(self) -> None:
-        ours, theirs = self._spawn.Pipe()
-        child = self._spawn.Process(target=self._target, args=(theirs, *self._wishes), daemon=True)
-        with self._lock:  # so that no other child is started while `theirs` is open here
-            child.start()
-            theirs.close()
-            self._children.append(child)
-        self._local.child, self._local.conn = child, ours
+    def __call__(self, path: Path, ext: str, spans: Sequence[Span] = ((None, None),)) -> Inspected:
+        """Returns the samples of a file. A file that is rejected as a whole gives a rejection for each of `spans`."""
+        result = self._pool.run(str(path), ext, spans)
+        if isinstance(result, Rejected):
+            return [result._replace(item=i, start=start, end=end) for i, (start, end) in enumerate(spans)]
+        return result
 
     def close(self) -> None:
-        for child in self._children:
-            child.kill()
-            child.join()
-
-
-class FileInspector(WorkerPool):
-    """Looks into files."""
-
-    def __init__(
-        self, decoder: str, timeout: float, recipe: Recipe | None = None, filters: Filters = NO_FILTERS
-    ):
-        super().__init__(_serve, (decoder, recipe, filters), timeout)
-
-    def __call__(
-        self, path: Path, ext: str, spans: Sequence[Span] = ((None, None),)
-    ) -> list[EncodedSample | Rejected]:
-        """What the file gives. Where it is rejected as a whole: the reason, for each of `spans`."""
-        found = self.ask(str(path), ext, spans)
-        if isinstance(found, Rejected):
-            return [found._replace(item=i, start=start, end=end) for i, (start, end) in enumerate(spans)]
-        return found
+        self._pool.close()

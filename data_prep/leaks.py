@@ -23,20 +23,22 @@ import argparse
 import os
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
+from data_prep.filters import Rejected
 from data_prep.index import dumps, write_text
-from vidssl.core.errors import DecodeError, UserError, run_cli
+from data_prep.workers import WorkerPool
+from vidssl.core.errors import UserError, run_cli
 from vidssl.data.decoding import open_video
+from vidssl.data.isolation import Reporter
 from vidssl.data.shards import Sample, Shards
 
 RATE = 8.0  # looks a second
@@ -57,7 +59,6 @@ _DCT = np.cos(
     np.pi / 32 * (np.arange(32) + 0.5) * np.arange(8)[:, None]
 )  # [8,32], the eight lowest frequencies
 _BITS = np.array([bin(i).count("1") for i in range(1 << 16)], np.uint8)
-_DATA: dict[str, Shards] = {}  # of a worker process: TRAIN and TEST
 
 
 Heartbeat = Callable[[], None]
@@ -223,57 +224,71 @@ def compare(pair: Pair, test: File, train: File, alive: Heartbeat = nothing) -> 
     return {**told, "why": "pictures", "alike": round(alike, 4), "seconds": round(common / FINE, 2)}
 
 
-def _begin(train: Shards, test: Shards) -> None:
-    _DATA.update(train=train, test=test)
+def fingerprint_job(
+    read: Callable[[Any], File], report: Reporter, what: Literal["fingerprint", "compare"], *args: Any
+) -> Fingerprint | dict | None:
+    """In a child process: ("fingerprint", place), or ("compare", pair, test place, training place).
+
+    read: place -> the file there.
+    """
+    if what == "fingerprint":
+        return fingerprint(*read(args[0]), report.progress)
+    pair, test, train = args
+    return compare(pair, read(test), read(train), report.progress)
 
 
-def _look(job: tuple[str, Sample]) -> Fingerprint | None:
-    try:
-        sample = job[1]
-        return fingerprint(_DATA[job[0]].read(sample), sample.ext, sample.meta)
-    except DecodeError:
-        return None
+class ShardFiles:
+    """Reads the samples of several data sets: ("train" or "test", sample) -> its file."""
+
+    def __init__(self, shards: dict[str, Shards]):
+        self.shards = shards
+
+    def __call__(self, place: tuple[str, Sample]) -> File:
+        kind, sample = place
+        return File(self.shards[kind].read(sample), sample.ext, sample.meta)
 
 
-def _compare(job: tuple[Pair, Sample, Sample]) -> dict | None:
-    pair, *samples = job
-    try:
-        parts = zip(("test", "train"), samples, strict=True)
-        test, train = (File(_DATA[kind].read(s), s.ext, s.meta) for kind, s in parts)
-        return compare(pair, test, train)
-    except DecodeError:
-        return None
+def find(
+    train: Shards, test: Shards, workers: int, timeout: float, job: Callable[..., Any] = fingerprint_job
+) -> Iterator[dict]:
+    """A line for each pair, in the order of TEST; before them one for each video or pair that cannot be decoded.
 
-
-def find(train: Shards, test: Shards, workers: int) -> Iterator[dict]:
-    """A line for each pair, in the order of TEST; and for each video that cannot be decoded, with "why" alone."""
+    timeout: seconds without progress until a video counts as hanging. job: replaces `fingerprint_job` in tests.
+    """
     samples = {"train": train.all(), "test": test.all()}
-    with ProcessPoolExecutor(workers, initializer=_begin, initargs=(train, test)) as pool:
-
-        def run(what: Callable, jobs: Iterable, desc: str, n: int) -> list:
-            return list(tqdm(pool.map(what, jobs, chunksize=4), total=n, desc=desc, unit=" videos"))
-
-        looks = {k: run(_look, [(k, s) for s in v], f"look at {k}", len(v)) for k, v in samples.items()}
-        table = Table(looks["train"])
+    pool = WorkerPool(partial(job, ShardFiles({"train": train, "test": test})), timeout)
+    with closing(pool):
+        looks: dict[str, list[Fingerprint | Rejected]] = {}
+        for kind, videos in samples.items():
+            jobs: list[tuple] = [("fingerprint", (kind, sample)) for sample in videos]
+            looks[kind] = pool.map(jobs, workers, f"look at {kind}", "videos")
+        table = Table([x if isinstance(x, Fingerprint) else None for x in looks["train"]])
         digests = defaultdict(list)
         for i, seen in enumerate(looks["train"]):
-            if seen is not None:
+            if isinstance(seen, Fingerprint):
                 digests[seen.digest].append(i)
         found: dict[int, list[tuple[int, dict]]] = defaultdict(list)
         pairs: list[Pair] = []
         for i, seen in enumerate(looks["test"]):
-            if seen is not None and seen.digest in digests:
+            if isinstance(seen, Fingerprint) and seen.digest in digests:
                 found[i] = [(j, {"why": "bytes"}) for j in digests[seen.digest]]
-            elif seen is not None:
+            elif isinstance(seen, Fingerprint):
                 pairs += table.pairs(i, seen)
-        jobs = [(p, samples["test"][p.test], samples["train"][p.train]) for p in pairs]
-        for pair, told in zip(pairs, run(_compare, jobs, "compare", len(jobs)), strict=True):
-            if told is not None:
-                found[pair.test].append((pair.train, told))
-    for kind in samples:
-        for sample, seen in zip(samples[kind], looks[kind], strict=True):
-            if seen is None:
-                yield {kind: sample.key, "why": "cannot be decoded"}
+        jobs = [
+            ("compare", p, ("test", samples["test"][p.test]), ("train", samples["train"][p.train]))
+            for p in pairs
+        ]
+        compared = pool.map(jobs, workers, "compare", "videos")
+    for kind, videos in samples.items():
+        for sample, seen in zip(videos, looks[kind], strict=True):
+            if isinstance(seen, Rejected):
+                yield {kind: sample.key, "why": "cannot be decoded", "reason": seen.reason}
+    for pair, result in zip(pairs, compared, strict=True):
+        if isinstance(result, Rejected):
+            both = f"{samples['test'][pair.test].key} and {samples['train'][pair.train].key}"
+            yield {"pair": both, "why": "cannot be compared", "reason": result.reason}
+        elif result is not None:
+            found[pair.test].append((pair.train, result))
     for i in sorted(found):
         best = max((told["alike"] for _, told in found[i] if "alike" in told), default=1.0)
         for j, told in found[i]:
@@ -288,16 +303,17 @@ def main(argv: list[str]) -> None:
     parser.add_argument("test", help="another")
     parser.add_argument("--out", type=Path, help="where to write the pairs, a line of JSON each")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="decoding processes")
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=120.0,
+        help="seconds without progress until a video counts as hanging",
+    )
     args = parser.parse_args(argv)
-    if args.workers < 1:
-        raise UserError("--workers must be positive")
+    if args.workers < 1 or args.timeout <= 0:
+        raise UserError("--workers and --timeout must be positive")
     train, test = Shards([args.train]), Shards([args.test])
-    try:
-        lines = list(find(train, test, args.workers))
-    except BrokenProcessPool as e:
-        raise UserError(
-            "a decoder crashed on a video; python -m data_prep.verify --decode N tells which"
-        ) from e
+    lines = list(find(train, test, args.workers, args.timeout))
     if args.out:
         write_text(args.out, map(dumps, lines))
     leaks = [line for line in lines if "test" in line and "train" in line]

@@ -13,7 +13,8 @@ import psutil
 from vidssl.core.errors import UserError, run_cli
 from vidssl.data.augment import RandomCrop
 from vidssl.data.dataset import DataConfig, Streams, TrainClips
-from vidssl.data.isolation import IsolatedDataset, rss_bytes
+from vidssl.data.isolated_dataset import IsolatedDataset
+from vidssl.data.isolation import rss_bytes
 from vidssl.data.order import Order
 from vidssl.data.shards import Shards
 
@@ -31,9 +32,8 @@ def cost(shards: Shards, clips: int) -> None:
     )
     isolated = IsolatedDataset(Streams([clip]), 60, 4 << 30)
     isolated.attempt(0, 0)
-    assert isolated._child is not None
     here = psutil.Process()
-    both = (here, psutil.Process(isolated._child.pid))
+    both = (here, psutil.Process(isolated.sandbox.pid))
     used: dict[str, list[float]] = {"here": [], "isolated": []}
     for start in range(0, clips, BLOCK):
         ways = [("here", clip, (here,)), ("isolated", isolated, both)]

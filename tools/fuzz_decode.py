@@ -17,7 +17,7 @@ from vidssl.core.errors import DecodeError, UserError, run_cli
 from vidssl.data.dataset import DecodeFailure, Example
 from vidssl.data.decoding import open_video
 from vidssl.data.decoding.base import VIDEO_EXTENSIONS
-from vidssl.data.isolation import IsolatedDataset
+from vidssl.data.isolated_dataset import IsolatedDataset
 from vidssl.data.sampling import sample_indices
 
 MUTATIONS = ("flip", "flip_header", "cut_end", "cut_out", "zeros", "swap_header", "repeat", "noise")
@@ -72,12 +72,12 @@ class Damaged:
 
 def run(files: list[Path], count: int, seed: int, deadline: float) -> tuple[Counter[str], list[float]]:
     """-> (how many ended how, seconds of each)."""
-    prober = FileInspector("auto", 60.0)
-    found = [(f, prober(f, f.suffix[1:].lower())[0]) for f in files]
+    inspector = FileInspector("auto", 60.0)
+    found = [(f, inspector(f, f.suffix[1:].lower())[0]) for f in files]
     known = [(f, sample.meta) for f, sample in found if isinstance(sample, EncodedSample)]
-    prober.close()
+    inspector.close()
     isolated = IsolatedDataset(
-        Damaged([f for f, _ in known], [m for _, m in known], seed), deadline, memory=2 << 30
+        Damaged([f for f, _ in known], [m for _, m in known], seed), deadline, memory_bytes=2 << 30
     )
     outcomes, seconds = Counter[str](), []
     for position in range(count):

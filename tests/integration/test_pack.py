@@ -176,38 +176,32 @@ def test_nothing_decodes(odd_corpus, tmp_path):
 KNOWN = {"frames": 1, "height": 2, "width": 2, "duration": 1.0, "decoder": "pyav"}
 
 
-def _die(data, ext, decoder, report):
-    report(KNOWN) if data == b"later" else None
-    if data != b"hang":
+def faulty_inspection(decoder, recipe, filters, report, path, ext, spans):
+    """Crashes at once, or after the first report, or hangs, as the content of the file names it."""
+    fault = Path(path).read_bytes()
+    if fault == b"later":
+        report.partial([EncodedSample(KNOWN)])
+    if fault != b"hang":
         os.kill(os.getpid(), signal.SIGSEGV)
     time.sleep(60)
 
 
-def _crashing_child(conn, *wishes):
-    from data_prep import inspect_file as module
-
-    module.inspect_file = _die
-    module._serve(conn, *wishes)
-
-
-def test_a_decoder_that_crashes_or_hangs_costs_one_file(tmp_path, tiny_corpus, monkeypatch):
+def test_a_decoder_that_crashes_or_hangs_costs_one_file(tmp_path, tiny_corpus):
     files = {name: tmp_path / name for name in ("now", "later", "hang")}
     for name, path in files.items():
         path.write_bytes(name.encode())
-    monkeypatch.setattr("data_prep.inspect_file._serve", _crashing_child)
-    probers = FileInspector("auto", timeout=120)
-    assert probers(files["now"], "mp4") == [Rejected("decoder_crash", "the decoder's process ended with -11")]
-    assert probers(files["later"], "mp4") == [
-        EncodedSample(KNOWN)
-    ]  # known before decord crashed: PyAV serves it
-    probers._timeout = 1.0
-    assert probers(files["hang"], "mp4") == [Rejected("timeout", "no answer in 1 s")]
-    monkeypatch.undo()
-    probers.close()
-    probers = FileInspector("auto", timeout=120)
-    found = probers(next(tiny_corpus.rglob("*.mp4")), "mp4")
+    inspector = FileInspector("auto", 120, job=faulty_inspection)
+    crash = Rejected("decoder_crash", "the decoder's process ended with -11")
+    assert inspector(files["now"], "mp4") == [crash]
+    assert inspector(files["later"], "mp4") == [EncodedSample(KNOWN)]  # PyAV serves it
+    inspector.close()
+    inspector = FileInspector("auto", 1, job=faulty_inspection)
+    assert inspector(files["hang"], "mp4") == [Rejected("timeout", "no answer in 1 s")]
+    inspector.close()
+    inspector = FileInspector("auto", 120)
+    found = inspector(next(tiny_corpus.rglob("*.mp4")), "mp4")
     assert isinstance(found[0], EncodedSample) and found[0].meta["frames"] >= 18
-    probers.close()
+    inspector.close()
 
 
 def csv_folder(root: Path, text: str | bytes, *names: str) -> Path:

@@ -15,11 +15,11 @@ from limits import set_limit
 from training_clips import copy_with_damage, make_clips
 
 from tools import chaos_loader, fuzz_decode
-from vidssl.core.errors import UserError
-from vidssl.data import isolation, loader
+from vidssl.core.errors import DecodeError, UserError
+from vidssl.data import isolation
 from vidssl.data.dataset import ATTEMPTS, DecodeFailure, Example, FrameCache
 from vidssl.data.decoding import open_video
-from vidssl.data.isolation import IsolatedDataset
+from vidssl.data.isolated_dataset import IsolatedDataset
 from vidssl.data.loader import DecodeErrorMonitor, train_batches
 
 ROOT = Path(__file__).parents[2]
@@ -66,7 +66,7 @@ class Trouble:
 
 
 def isolated(plan: dict[tuple[int, int], str], **settings) -> IsolatedDataset:
-    return IsolatedDataset(Trouble(plan), **{"deadline": 60.0, "memory": 200 << 20, **settings})
+    return IsolatedDataset(Trouble(plan), **{"timeout_s": 60.0, "memory_bytes": 200 << 20, **settings})
 
 
 REASONS = {
@@ -83,8 +83,8 @@ REASONS |= {"bad": "not_a_video", "out of memory": "memory"}
 @pytest.mark.parametrize("what, reason", REASONS.items())
 def test_it_costs_that_attempt_alone(what, reason):
     deadline = 0.4 if reason == "hang" else 60.0
-    data = isolated({(1, 0): what, (1, 1): "bad"}, deadline=deadline)
-    quiet = isolated({(1, 0): "bad", (1, 1): "bad"}, deadline=60.0)
+    data = isolated({(1, 0): what, (1, 1): "bad"}, timeout_s=deadline)
+    quiet = isolated({(1, 0): "bad", (1, 1): "bad"}, timeout_s=60.0)
     for position in range(3):
         got, want = data[position], quiet[position]
         assert got._replace(video=0, bad=0) == want._replace(video=0, bad=0) and got.video.equal(want.video)
@@ -95,37 +95,39 @@ def test_it_costs_that_attempt_alone(what, reason):
 
 def test_the_child_is_kept_while_nothing_happens_and_gone_when_closed():
     data = isolated({})
-    pids = {data[i].position: data._child.pid for i in range(5)}
+    pids = {data[i].position: data.sandbox.pid for i in range(5)}
     assert len(set(pids.values())) == 1 and psutil.pid_exists(pids[0])
     data.close()
     assert not psutil.pid_exists(pids[0])
-    assert data[7].position == 7 and data._child.pid != pids[0]  # and it starts again if it is asked
+    assert data[7].position == 7 and data.sandbox.pid != pids[0]  # and it starts again if it is asked
     data.close()
 
 
 def test_reading_has_no_deadline_here():
-    data = isolated({(0, 0): "slow read"}, deadline=0.4)
+    data = isolated({(0, 0): "slow read"}, timeout_s=0.4)
     assert data[0].bad == []
     data.close()
 
 
 def test_a_child_that_has_grown_over_many_samples_is_replaced_without_blame():
-    data, pids = isolated({(i, 0): "keep" for i in range(20)}, memory=100 << 20), []
+    data, pids = isolated({(i, 0): "keep" for i in range(20)}, memory_bytes=100 << 20), []
     for i in range(20):
         assert data[i].bad == []
-        pids.append(data._child.pid)
+        pids.append(data.sandbox.pid)
     assert 3 <= len(set(pids)) <= 7
     data.close()
-    data = isolated({(i, 0): "keep" for i in range(20)}, memory=100 << 20, kept=1 << 30)  # what it may cache
-    assert len({(data[i], data._child.pid)[1] for i in range(20)}) == 1
+    data = isolated(
+        {(i, 0): "keep" for i in range(20)}, memory_bytes=100 << 20, retained_bytes=1 << 30
+    )  # what it may cache
+    assert len({(data[i], data.sandbox.pid)[1] for i in range(20)}) == 1
     data.close()
 
 
 def test_a_child_that_was_killed_between_two_samples_is_replaced_without_blame():
     data = isolated({})
     data[0]
-    os.kill(data._child.pid, signal.SIGKILL)
-    time.sleep(0.05)
+    os.kill(data.sandbox.pid, signal.SIGKILL)
+    os.waitid(os.P_PID, data.sandbox.pid, os.WEXITED | os.WNOWAIT)
     assert data[1].bad == []
     data.close()
 
@@ -144,11 +146,11 @@ def test_all_attempts_may_fail():
 
 
 def test_a_clip_larger_than_the_shared_memory(monkeypatch):
-    monkeypatch.setattr(isolation, "SHM_BYTES", 4096)
+    monkeypatch.setattr(isolation, "SHARED_BYTES", 4096)
     data = isolated({})
     small = data[1].video
     data.close()
-    monkeypatch.setattr(isolation, "SHM_BYTES", isolation.HEADER + 95)
+    monkeypatch.setattr(isolation, "SHARED_BYTES", 95)
     data = isolated({})
     assert data[1].video.equal(small)
     data.close()
@@ -180,14 +182,14 @@ def test_a_file_that_hangs_or_crashes_the_decoder_is_replaced_as_one_that_is_dam
             if sample.key in keys:
                 self.on_decode()
                 Trouble({(0, 0): troubles[sample.key] if self.trouble else "bad"}).attempt(0, 0)
-                raise loader.DecodeError(troubles[sample.key])
+                raise DecodeError(troubles[sample.key])
             return super().clip(sample, pick)
 
-    def run(trouble: str, isolation: bool) -> list:
+    def run(trouble: str, isolate: bool) -> list:
         monkeypatch.setattr(Patched, "trouble", trouble)
-        clips = make_clips(train, max_decode_error_rate=0.5, deadline=4.0, memory_mb=200)
+        clips = make_clips(train, max_decode_error_rate=0.5, decode_timeout_s=4.0, memory_mb=200)
         clips.cache = Patched(clips.shards, None, 0)
-        return list(train_batches(clips, 0, 8, 8, 0, 1, 2 if isolation else 0, isolation))
+        return list(train_batches(clips, 0, 8, 8, 0, 1, 2 if isolate else 0, isolate))
 
     told, real = run("", isolate=False), run("real", isolate=True)
     assert sorted({b for batch in told for b in batch.bad}) == sorted(troubles.items())
@@ -258,13 +260,13 @@ def test_a_bomb_is_refused_before_it_is_decoded(make_video, monkeypatch):
     for name, limit, reason in (("MAX_FRAMES", 19, "too_long"), ("MAX_BYTES", 100, "too_large")):
         set_limit(monkeypatch, name, limit)
         for decoder in ("auto", "decord"):
-            with pytest.raises(loader.DecodeError) as e:
+            with pytest.raises(DecodeError) as e:
                 open_video(data, "mp4", None, decoder)
             assert e.value.reason == reason
         monkeypatch.undo()
     set_limit(monkeypatch, "MAX_DECODED", 5 * 48 * 64 * 3)
     video = open_video(data, "mp4")
     assert len(video.get(range(5))) == 5
-    with pytest.raises(loader.DecodeError) as e:
+    with pytest.raises(DecodeError) as e:
         video.get(range(6))
     assert e.value.reason == "too_large"

@@ -244,7 +244,7 @@ class TrainClips(Dataset[Example]):
 
 
 class Streams(Dataset[Example]):
-    """Several streams; also what a decoding process does (`isolate.Work`)."""
+    """Several streams; also what a decoding process does (`isolated_dataset.AttemptDataset`)."""
 
     def __init__(self, clips: list[TrainClips]):
         self.clips = clips

@@ -1,203 +1,389 @@
-"""Decoding in a child process: a hang, a crash or a memory blow-up costs the sample that made it, and nothing else.
+"""Runs decoders in a child process, so that a hang, a crash or runaway memory costs one job and nothing else.
 
-Each loader worker (without workers: the training process) forks a child that holds the data set and answers "position,
-attempt" with a clip, or with why there is none. The clip comes back through shared memory. A child that is late, dies
-or grows too much is killed and replaced by a fresh fork, and the attempt counts as one that could not be decoded: the
-next one is what the position's rule says, as if the file had been found to be damaged.
+`Sandbox` owns one child process and supervises it: a job that makes no progress for too long, kills the process or
+grows it too much returns a `Failure`, and the next job gets a fresh process. `SandboxPool` lets several threads use
+sandboxes. The child answers jobs one by one over a pipe with (kind, value) messages, the last of which is the result.
+
+A child is started in one of two ways; all else is shared.
+
+- "fork" (loader workers): the child inherits the data set, an index of up to 10^8 samples, without pickling it, and the
+  arrays of a result come back through shared memory, since clips of several MB would wait in a pipe.
+- "spawn" (data preparation): the jobs are given out by threads, and a fork of a process with threads may inherit a
+  lock that nobody releases. Jobs and results are small and travel through the pipe.
+
+Imports neither torch nor a decoder: a spawned child that only re-encodes does without them.
 """
 
 import contextlib
 import ctypes
 import faulthandler
+import math
 import mmap
+import multiprocessing
 import os
+import pickle
+import queue
 import signal
-import struct
 import sys
+import threading
 import time
 import traceback
-from multiprocessing import Pipe
-from multiprocessing.connection import Connection
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection, Pipe
+from multiprocessing.process import BaseProcess
 from multiprocessing.util import Finalize
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
-import torch
-from torch import Tensor
-from torch.utils.data import Dataset
+import numpy as np
 
 from vidssl.core.errors import UserError
-from vidssl.data.dataset import DecodeFailure, Example, first_decodable
 
-POLL_S = 0.1  # seconds between looks at the child
-HEADER = (
-    64  # bytes of the shared memory before the clip: when decoding began, f64 seconds; 0: still being read
+POLL_S = 0.1  # seconds between two checks of a busy child
+START_TIMEOUT_S = 600.0  # seconds until a child must have imported its modules
+EXIT_TIMEOUT_S = (
+    10.0  # seconds that a child may take to exit after it closed its pipe (it may write a core dump)
 )
-SHM_BYTES = 256 << 20  # bytes of it; untouched pages cost nothing; a larger clip goes through the pipe
-PR_SET_PDEATHSIG = 1  # prctl(2): a signal to this process when its parent ends
+SHARED_BYTES = 256 << 20  # bytes of shared memory per forked child; untouched pages cost nothing
+PR_SET_PDEATHSIG = 1  # prctl(2): the signal that this process gets when its parent ends
+
+Kind = Literal["ready", "progress", "partial", "result", "out_of_memory", "user_error"]  # of a message
 
 
-class Work(Protocol):
-    """What is done in the child; a data set of positions. It calls `on_decode` when a sample's bytes have been read."""
+class Failure(NamedTuple):
+    """A job that did not end. partial: the last value that it reported before, or None."""
 
-    on_decode: Any
-
-    def attempt(self, position: int, attempt: int) -> Example | DecodeFailure: ...
-
-    def key(self, position: int, attempt: int) -> str: ...
+    reason: Literal["hang", "crash", "memory"]
+    detail: str
+    partial: Any = None
 
 
-class Child(NamedTuple):
-    pid: int
-    parent: int  # process that made it; a fork of that has no child of its own
-    conn: Connection
-    memory: mmap.mmap
-    start: int  # its resident bytes at the start
-    stop: Finalize  # ends and collects it, once: when asked to, with the data set, or with this process
+class Reporter:
+    """What a job in the child tells the parent before its result."""
+
+    def __init__(self, conn: Connection):
+        self._conn = conn
+
+    def progress(self) -> None:
+        """Restarts the deadline of the job."""
+        self._conn.send(("progress", None))
+
+    def partial(self, value: Any) -> None:
+        """Keeps `value` as the result if the job fails later. Does not restart the deadline."""
+        self._conn.send(("partial", value))
 
 
-class IsolatedDataset(Dataset[Example]):
-    """`work`, position by position, in a child process."""
+Work = Callable[..., Any]  # work(reporter, *job) -> result
 
-    def __init__(self, work: Work, deadline: float, memory: int, kept: int = 0):
-        """deadline: seconds an attempt may decode (reading has time limits of its own). memory: bytes by which the
-        child may grow in one attempt; it is also replaced, without blame, when it has grown by `memory` + `kept` (what
-        it caches) since its start."""
-        self.work, self.deadline, self.memory, self.kept = work, deadline, memory, kept
+
+class Sandbox:
+    """Runs `work(reporter, *job)` for one job at a time in a child process, which is started at the first job.
+
+    work: with "spawn" it is pickled. Its MemoryError becomes a Failure, its UserError is raised in the parent; any
+        other exception ends the child with a traceback, which is a Failure by "crash".
+    timeout_s: seconds that a job may take without progress.
+    timed_from: "job": the deadline counts from the start of the job; "progress": from its first progress (reading
+        remote data has timeouts of its own).
+    memory_bytes: bytes by which a job may grow the resident memory of the child; None: no limit.
+    retained_bytes: bytes that the child may retain between jobs (caches). A child that has grown by more than
+        memory_bytes + retained_bytes since its start is replaced between two jobs.
+    """
+
+    def __init__(
+        self,
+        work: Work,
+        timeout_s: float,
+        *,
+        start: Literal["fork", "spawn"],
+        timed_from: Literal["job", "progress"] = "job",
+        memory_bytes: int | None = None,
+        retained_bytes: int = 0,
+    ):
+        self.work = work
+        self.timeout_s = timeout_s
+        self.start = start
+        self.timed_from = timed_from
+        self.memory_bytes = memory_bytes
+        self.retained_bytes = retained_bytes
         self._child: Child | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_child": None}
 
-    def __getitem__(self, position: int) -> Example:
-        return first_decodable(position, self.attempt)
+    @property
+    def pid(self) -> int | None:
+        """Process id of the child, if there is one."""
+        return None if self._child is None else self._child.process.pid
 
-    def attempt(self, position: int, attempt: int) -> Example | DecodeFailure:
-        child = self._ready()
-        before = rss_bytes(child.pid)
-        child.memory[:8] = bytes(8)
-        try:
-            child.conn.send((position, attempt))
-            reason = self._wait(child, before)
-            answer, shape = child.conn.recv() if reason is None else (None, None)
-        except (EOFError, OSError):
-            reason, answer, shape = "crash", None, None
-        if answer is None:
+    def run(self, *job: Any) -> Any:
+        """Returns the result of the job, or a Failure. Raises the job's UserError."""
+        child = self._ready_child()
+        kind, value = self._supervise(child, job)
+        if kind == "user_error":
+            raise UserError(value)
+        if kind == "out_of_memory":
+            return value
+        if isinstance(value, Failure):
             self.close()
-            return DecodeFailure(self.work.key(position, attempt), str(reason))
-        if isinstance(answer, str):
-            raise UserError(answer)
-        return (
-            answer if shape is None else answer._replace(video=shared_clip_view(child.memory, shape).clone())
-        )
+        return value
 
-    def _wait(self, child: Child, before: int) -> str | None:
-        """Until it answers: None; or why it is not to be waited for."""
-        while not child.conn.poll(POLL_S):
-            (began,) = struct.unpack_from("d", child.memory)
-            if began and time.monotonic() - began > self.deadline:
-                return "hang"
-            if rss_bytes(child.pid) - before > self.memory:
-                return "memory"
-        return None
+    def close(self) -> None:
+        """Kills the child."""
+        if self._child is not None:
+            self._child.end()
+            self._child = None
 
-    def _ready(self) -> Child:
+    def _supervise(self, child: "Child", job: tuple) -> tuple[Kind, Any]:
+        """Returns ("result", result or Failure), ("out_of_memory", Failure) or ("user_error", message)."""
+        pid = child.process.pid
+        limit = math.inf if self.memory_bytes is None else rss_bytes(pid) + self.memory_bytes
+        deadline = math.inf if self.timed_from == "progress" else time.monotonic() + self.timeout_s
+        memory_check = time.monotonic() + POLL_S
+        partial = None
+        try:
+            child.conn.send(job)
+            while True:
+                if child.conn.poll(POLL_S):
+                    kind, value = child.conn.recv()
+                    if kind == "result":
+                        return kind, unpack(value, child.memory)
+                    if kind == "out_of_memory":
+                        return kind, Failure("memory", "out of memory", partial)
+                    if kind == "user_error":
+                        return kind, value
+                    if kind == "progress":
+                        deadline = time.monotonic() + self.timeout_s
+                    elif kind == "partial":
+                        partial = value
+                elif time.monotonic() > deadline:
+                    return "result", Failure("hang", f"no answer in {self.timeout_s:g} s", partial)
+                if limit < math.inf and time.monotonic() > memory_check:
+                    memory_check = time.monotonic() + POLL_S
+                    if rss_bytes(pid) > limit:
+                        return "result", Failure("memory", f"grew by over {self.memory_bytes} bytes", partial)
+        except (EOFError, OSError):
+            child.process.join(EXIT_TIMEOUT_S)
+            detail = f"the decoder's process ended with {child.process.exitcode}"
+            return "result", Failure("crash", detail, partial)
+
+    def _ready_child(self) -> "Child":
+        """Returns an idle child of this process: the present one if it is alive and has not grown too much."""
         child = self._child
-        if child is not None and child.parent == os.getpid():  # readable now: it ended after its last answer
-            if not child.conn.poll() and rss_bytes(child.pid) - child.start <= self.memory + self.kept:
+        if child is not None and child.owner == os.getpid():  # else a fork inherited the child of its parent
+            if not child.conn.poll() and not self._has_grown(child):  # readable while idle: it has died
                 return child
             self.close()
-        self._child = self._fork()
-        return self._child
+        child = start_child(self.work, self.start)
+        child.wait_until_ready()
+        self._child = child
+        return child
 
-    def _fork(self) -> Child:
-        ours, theirs = Pipe()
-        memory, parent = mmap.mmap(-1, SHM_BYTES), os.getpid()
+    def _has_grown(self, child: "Child") -> bool:
+        if self.memory_bytes is None:
+            return False
+        return rss_bytes(child.process.pid) - child.rss_at_start > self.memory_bytes + self.retained_bytes
+
+
+class SandboxPool:
+    """Spawned sandboxes for jobs from several threads. `settings`: those of `Sandbox`."""
+
+    def __init__(self, work: Work, timeout_s: float, **settings: Any):
+        self._make = lambda: Sandbox(work, timeout_s, start="spawn", **settings)
+        self._sandboxes: list[Sandbox] = []
+        self._idle: queue.LifoQueue[Sandbox] = queue.LifoQueue()
+
+    def run(self, *job: Any) -> Any:
+        """Runs a job in an idle sandbox, or in a new one. Returns its result or a Failure."""
+        try:
+            sandbox = self._idle.get_nowait()
+        except queue.Empty:
+            sandbox = self._make()
+            self._sandboxes.append(sandbox)
+        try:
+            return sandbox.run(*job)
+        finally:
+            self._idle.put(sandbox)
+
+    def map(self, jobs: Iterable[tuple], workers: int) -> Iterator[Any]:
+        """Runs the jobs in `workers` processes; yields the results in the order of the jobs."""
+        with ThreadPoolExecutor(workers) as threads:
+            yield from threads.map(lambda job: self.run(*job), jobs)
+
+    def close(self) -> None:
+        """Kills all children."""
+        for sandbox in self._sandboxes:
+            sandbox.close()
+
+
+class Child:
+    """A started child process.
+
+    owner: id of the process that started it; a fork of that process must not use it.
+    rss_at_start: its resident bytes when it was ready.
+    """
+
+    def __init__(self, process: "BaseProcess | ForkedProcess", conn: Connection, memory: mmap.mmap | None):
+        self.process = process
+        self.conn = conn
+        self.memory = memory
+        self.owner = os.getpid()
+        self.rss_at_start = 0
+        # Runs once: when called, when this object is collected, or when this process (not a fork of it) exits.
+        self.end = Finalize(self, end_process, (process, conn), exitpriority=10)
+
+    def wait_until_ready(self) -> None:
+        """Waits for the imports of a spawned child. They do not count as time of its first job."""
+        try:
+            ready = self.conn.poll(START_TIMEOUT_S) and self.conn.recv()
+        except (EOFError, OSError):
+            ready = False
+        if not ready:
+            self.end()
+            raise UserError("a process for decoding does not start: its own message is above")
+        self.rss_at_start = rss_bytes(self.process.pid)
+
+
+class ForkedProcess:
+    """A fork with the methods of multiprocessing.Process, which refuses children to daemons such as loader workers."""
+
+    def __init__(self, target: Callable[[], None]):
+        self.exitcode: int | None = None
         sys.stdout.flush()
         sys.stderr.flush()
-        pid = os.fork()
-        if not pid:
+        self.pid = os.fork()
+        if self.pid == 0:
             status = 1
             try:
-                ours.close()
-                settle(parent)
-                serve(self.work, theirs, memory)
+                target()
                 status = 0
-            finally:  # nothing of the parent's may run here: no exit handlers, no flushing of its files
+            finally:  # nothing of the parent may run here: no exit handlers, no flushing of its files
                 if status:
                     traceback.print_exc()
                 os._exit(status)
+
+    def kill(self) -> None:
+        if self.exitcode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
+
+    def join(self, timeout_s: float = math.inf) -> None:
+        """Waits for the end of the process, at most timeout_s seconds, and sets `exitcode`."""
+        give_up = time.monotonic() + timeout_s
+        while self.exitcode is None:
+            try:
+                pid, status = os.waitpid(self.pid, os.WNOHANG)
+            except ChildProcessError:  # somebody else has collected it
+                return
+            if pid:
+                self.exitcode = os.waitstatus_to_exitcode(status)
+            elif time.monotonic() > give_up:
+                return
+            else:
+                time.sleep(0.002)
+
+
+_spawning = threading.Lock()  # multiprocessing's list of children is not made for several threads
+
+
+def start_child(work: Work, start: Literal["fork", "spawn"]) -> Child:
+    """Starts a process that serves jobs of `work`."""
+    if start == "fork":
+        ours, theirs = Pipe()
+        memory = mmap.mmap(-1, SHARED_BYTES)
+        parent = os.getpid()
+
+        def run() -> None:
+            ours.close()
+            detach_from_parent(parent)
+            serve(work, theirs, memory)
+
+        forked = ForkedProcess(run)
         theirs.close()
-        return Child(
-            pid, parent, ours, memory, rss_bytes(pid), Finalize(self, stop, (pid, parent), exitpriority=10)
-        )
-
-    def close(self) -> None:
-        """End the child."""
-        if self._child is not None:
-            self._child.stop()
-            self._child.conn.close()
-            self._child = None
+        return Child(forked, ours, memory)
+    context = multiprocessing.get_context("spawn")
+    with _spawning:
+        ours, theirs = context.Pipe()
+        spawned = context.Process(target=serve_spawned, args=(work, theirs), daemon=True)
+        spawned.start()
+        theirs.close()
+    return Child(spawned, ours, None)
 
 
-def stop(pid: int, parent: int) -> None:
-    """Kill a child and collect it."""
-    if parent == os.getpid():
-        with contextlib.suppress(ProcessLookupError, ChildProcessError):
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
+def end_process(process: BaseProcess | ForkedProcess, conn: Connection) -> None:
+    """Kills a child and collects it."""
+    process.kill()
+    process.join()
+    conn.close()
 
 
-def settle(parent: int) -> None:
-    """What a fresh fork does first: end with its parent, drop the parent's handlers, use one thread."""
+def detach_from_parent(parent: int) -> None:
+    """Makes a fresh fork end with its parent and drop the parent's signal handlers."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
+    if os.getppid() != parent:  # it ended before the call
         os._exit(0)
     faulthandler.disable()
-    for number in (
-        signal.SIGSEGV,
-        signal.SIGBUS,
-        signal.SIGFPE,
-        signal.SIGABRT,
-        signal.SIGTERM,
-        signal.SIGCHLD,
-    ):
-        signal.signal(number, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends us
-    torch.set_num_threads(1)
+    for name in ("SIGSEGV", "SIGBUS", "SIGFPE", "SIGABRT", "SIGTERM", "SIGCHLD"):
+        signal.signal(getattr(signal, name), signal.SIG_DFL)
 
 
-def serve(work: Work, conn: Connection, memory: mmap.mmap) -> None:
-    """The child: answers until the parent is gone. What else is raised here ends it, with a traceback."""
-    work.on_decode = lambda: struct.pack_into("d", memory, 0, time.monotonic())
+def serve_spawned(work: Work, conn: Connection) -> None:
+    serve(work, conn, None)
+
+
+def serve(work: Work, conn: Connection, memory: mmap.mmap | None) -> None:
+    """The loop of the child: answers jobs until the parent is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its children
+    reporter = Reporter(conn)
+    conn.send(("ready", None))
     while True:
         try:
-            position, attempt = conn.recv()
+            job = conn.recv()
         except (EOFError, OSError):
             return
-        answer: Example | DecodeFailure | str
-        shape = None
         try:
-            answer = work.attempt(position, attempt)
+            message: tuple[Kind, Any] = "result", pack(work(reporter, *job), memory)
         except MemoryError:
-            answer = DecodeFailure(work.key(position, attempt), "memory")
+            message = "out_of_memory", None
         except UserError as e:
-            answer = str(e)
-        if isinstance(answer, Example) and answer.video.numel() <= SHM_BYTES - HEADER:
-            shape = answer.video.shape
-            shared_clip_view(memory, shape).copy_(answer.video)
-            answer = answer._replace(video=torch.empty(0))
-        conn.send((answer, shape))
+            message = "user_error", str(e)
+        conn.send(message)
 
 
-def shared_clip_view(memory: mmap.mmap, shape: torch.Size) -> Tensor:
-    """The clip u8 in the shared memory."""
-    return torch.frombuffer(memory, dtype=torch.uint8, count=shape.numel(), offset=HEADER).view(shape)
+def pack(value: Any, memory: mmap.mmap | None) -> tuple[bytes, list[int]]:
+    """Pickles a result; its contiguous arrays go into `memory`, one after the other, if they all fit.
+
+    Returns the pickle, and the size in bytes of each array that is not in it.
+    """
+    if memory is not None:
+        arrays: list[pickle.PickleBuffer] = []
+        pickled = pickle.dumps(value, protocol=5, buffer_callback=arrays.append)
+        raw = [array.raw() for array in arrays]
+        if sum(r.nbytes for r in raw) <= len(memory):
+            position = 0
+            for r in raw:
+                memory[position : position + r.nbytes] = r
+                position += r.nbytes
+            return pickled, [r.nbytes for r in raw]
+    return pickle.dumps(value, protocol=5), []
 
 
-def rss_bytes(pid: int) -> int:
-    """Bytes of physical memory that a process holds; 0 where the system does not tell."""
+def unpack(packed: tuple[bytes, list[int]], memory: mmap.mmap | None) -> Any:
+    """Reverts `pack`. The arrays are copies, since the child writes its next result into the same memory."""
+    pickled, sizes = packed
+    if memory is None:
+        return pickle.loads(pickled)
+    ends = np.cumsum(sizes, dtype=np.int64).tolist()
+    copies = [
+        np.frombuffer(memory, np.uint8, size, end - size).copy()
+        for size, end in zip(sizes, ends, strict=True)
+    ]
+    return pickle.loads(pickled, buffers=copies)
+
+
+def rss_bytes(pid: int | None) -> int:
+    """Bytes of physical memory that a process holds; 0 where the system does not say."""
     try:
         return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * mmap.PAGESIZE
     except (OSError, IndexError):

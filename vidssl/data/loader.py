@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from vidssl.core.errors import UserError
 from vidssl.data.dataset import STREAM_STRIDE, DecodeFailure, Example, Streams, TrainClips
-from vidssl.data.isolation import IsolatedDataset
+from vidssl.data.isolated_dataset import IsolatedDataset
 
 
 class Batch(NamedTuple):

@@ -27,9 +27,7 @@ def draws(n: int) -> Iterator[tuple[np.random.Generator, np.ndarray, int, float]
 
 
 def packed_meta(data: bytes, ext: str = "mp4", decoder: str = "auto") -> dict:
-    reports: list[dict] = []
-    inspect_file(data, ext, decoder, reports.append)
-    return reports[-1]
+    return list(inspect_file(data, ext, decoder))[-1]
 
 
 def test_choose_by_stride():

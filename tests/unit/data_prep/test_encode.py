@@ -397,35 +397,27 @@ def test_windows_of_a_pack_and_its_report(tmp_path, make_video):
     assert json.loads((out / "report.json").read_text()) == told
 
 
-def _killing_child(conn, *wishes):
-    from data_prep import inspect_file as module
-
-    def encode_clips(file, spans, *rest):
-        if b"ie" in file.read(3):
-            os.kill(os.getpid(), signal.SIGSEGV)
-        for _ in range(40):  # slow, but alive
-            rest[-1]()
-            time.sleep(0.1)
-        return [EncodedSample({"frames": 1})]
-
-    module.cut = encode_clips
-    module._serve(conn, *wishes)
+def faulty_encoding(decoder, recipe, filters, report, path, ext, spans):
+    """Crashes on the file `die`; encodes others slowly, with progress."""
+    if Path(path).read_bytes() == b"die":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    for _ in range(40):
+        report.progress()
+        time.sleep(0.1)
+    return [EncodedSample({"frames": 1})]
 
 
-def test_a_crash_costs_one_file_and_slowness_none(tmp_path, monkeypatch):
+def test_a_crash_costs_one_file_and_slowness_none(tmp_path):
     (tmp_path / "die").write_bytes(b"die")
     (tmp_path / "slow").write_bytes(b"slow")
-    monkeypatch.setattr("data_prep.inspect_file._serve", _killing_child)
-    prober = FileInspector("pyav", 120.0, Recipe())
+    inspector = FileInspector("pyav", 3.0, Recipe(), job=faulty_encoding)
     spans = ((0.0, 1.0), (1.0, 2.0))
-    failure = Rejected("decoder_crash", "the decoder's process ended with -11")
-    assert prober(tmp_path / "die", "mp4", spans) == [
-        failure._replace(item=i, start=float(i), end=i + 1.0) for i in (0, 1)
+    crash = Rejected("decoder_crash", "the decoder's process ended with -11")
+    assert inspector(tmp_path / "die", "mp4", spans) == [
+        crash._replace(item=i, start=float(i), end=i + 1.0) for i in (0, 1)
     ]
-    prober(tmp_path / "slow", "mp4", spans)  # the child has started
-    prober._timeout = 3.0
-    assert prober(tmp_path / "slow", "mp4", spans) == [EncodedSample({"frames": 1})]
-    prober.close()
+    assert inspector(tmp_path / "slow", "mp4", spans) == [EncodedSample({"frames": 1})]
+    inspector.close()
 
 
 @pytest.mark.parametrize("options, words", [

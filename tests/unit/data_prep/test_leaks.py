@@ -2,6 +2,9 @@
 
 import io
 import json
+import os
+import signal
+import time
 from pathlib import Path
 
 import av
@@ -116,7 +119,6 @@ def test_another_take_of_a_scene_is_no_copy(found):
     """The backgrounds are equal, what moves is not."""
     _, _, (train, test) = found
     sets = leaks.Shards([train]), leaks.Shards([test])
-    leaks._begin(*sets)
     samples = [s.all() for s in sets]
     seen = [[fingerprint(d.read(x), x.ext, x.meta) for x in s] for d, s in zip(sets, samples, strict=True)]
     i, j = (
@@ -125,7 +127,9 @@ def test_another_take_of_a_scene_is_no_copy(found):
     )
     far = [distance(seen[0][x].hashes, seen[1][j].hashes).mean() for x in (i, i - 1)]
     assert far[0] < far[1] / 1.5  # the scene is the same
-    assert leaks._compare((Pair(j, i, 32, 2.0, 0.0, far[0]), samples[1][j], samples[0][i])) is None
+    read = leaks.ShardFiles(dict(zip(("train", "test"), sets, strict=True)))
+    files = read(("test", samples[1][j])), read(("train", samples[0][i]))
+    assert leaks.compare(Pair(j, i, 32, 2.0, 0.0, far[0]), *files) is None
 
 
 def test_no_leak_is_exit_status_0(found, tmp_path, capsys):
@@ -134,6 +138,25 @@ def test_no_leak_is_exit_status_0(found, tmp_path, capsys):
     assert "0 of 1 test videos are among the 9" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"no index\.json"):
         leaks.main([train, str(tmp_path / "own")])
+
+
+def faulty_job(read, report, what, place, *rest):
+    """Fingerprints a video; the decoder hangs on files named hang*, and dies of those named crash*."""
+    name = place[1].key
+    if name.startswith("hang"):
+        time.sleep(1000)
+    if name.startswith("crash"):
+        os.kill(os.getpid(), signal.SIGSEGV)
+    return leaks.fingerprint_job(read, report, what, place, *rest)
+
+
+def test_a_video_that_hangs_or_crashes_the_decoder_is_reported(tmp_path):
+    copy = encode(film(1, 1.0))
+    train = leaks.Shards([packed(tmp_path, "train", {"a.mp4": copy})])
+    test = leaks.Shards([packed(tmp_path, "test", {"b.mp4": copy, "crash.mp4": copy, "hang.mp4": copy})])
+    lines = list(leaks.find(train, test, workers=2, timeout=5.0, job=faulty_job))
+    found = {line["test"].rsplit("-", 1)[0]: line.get("reason", line["why"]) for line in lines}
+    assert found == {"b": "bytes", "crash": "decoder_crash", "hang": "timeout"}
 
 
 def test_phash_is_a_dct_and_survives_light():

@@ -27,7 +27,7 @@ from vidssl.data.decoding.rotation import RotationReader
 class PyAVVideo(Video):
     """Frames by PyAV, on one thread.
 
-    Without `meta` the whole file is decoded once to learn what is in it (`.packets_tell`: whether the packets' time
+    Without `meta` the whole file is decoded once to learn what is in it (`.packets_match`: whether the packets' time
     stamps alone would have told the same). With the `meta` that pack wrote, opening costs no decoding, and where pack
     found the packets to be right (no "times" in meta) `get` seeks to the key frame before the first wanted frame.
     """
@@ -143,7 +143,7 @@ class PyAVVideo(Video):
                 "decode_error" if self.errors else "no_frames", f"{self.errors} damaged packets"
             )
         self.times = self._clean(pts)
-        self.packets_tell = pts == packets and not self.errors
+        self.packets_match = pts == packets and not self.errors
 
     def _clean(self, pts: Sequence[int | None]) -> np.ndarray:
         """Time stamps -> seconds from 0, f64 [n]; missing, repeated or backward stamps: the average rate is used."""

@@ -1,0 +1,57 @@
+"""Child processes that look into files; a file that hangs or crashes the decoder is rejected, and the run goes on."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from tqdm import tqdm
+
+from data_prep.filters import Rejected
+from vidssl.core.errors import DecodeError
+from vidssl.data.isolation import Failure, Reporter, SandboxPool
+
+REASONS = {"hang": "timeout", "crash": "decoder_crash", "memory": "too_large"}  # Failure -> Rejected
+
+
+class WorkerPool:
+    """A SandboxPool whose failures are `Rejected`.
+
+    work: module-level function or partial of one, work(reporter, *job) -> result. A DecodeError, OSError or
+        MemoryError in it rejects the file.
+    timeout_s: seconds without progress.
+    """
+
+    def __init__(self, work: Callable[..., Any], timeout_s: float):
+        self._pool = SandboxPool(partial(reject_on_error, work), timeout_s)
+
+    def run(self, *job: Any) -> Any:
+        """Returns the result of the job, or what it reported before it failed, or Rejected."""
+        result = self._pool.run(*job)
+        return rejected_or_partial(result) if isinstance(result, Failure) else result
+
+    def map(self, jobs: list[tuple], workers: int, title: str, unit: str) -> list[Any]:
+        """Runs the jobs in `workers` processes, with a progress bar. Returns the results in the order of the jobs."""
+        results = self._pool.map(jobs, workers)
+        bar = tqdm(results, total=len(jobs), desc=title, unit=f" {unit}")
+        return [rejected_or_partial(r) if isinstance(r, Failure) else r for r in bar]
+
+    def close(self) -> None:
+        self._pool.close()
+
+
+def rejected_or_partial(failure: Failure) -> Any:
+    if failure.partial is not None:
+        return failure.partial
+    return Rejected(REASONS[failure.reason], failure.detail)
+
+
+def reject_on_error(work: Callable[..., Any], report: Reporter, *job: Any) -> Any:
+    """Runs a job in the child. Returns its result, or Rejected if the file cannot be read or decoded."""
+    try:
+        return work(report, *job)
+    except DecodeError as e:
+        return Rejected(e.reason, str(e).removeprefix(e.reason).removeprefix(": "))
+    except OSError as e:
+        return Rejected("unreadable", e.strerror or "")
+    except MemoryError:
+        return Rejected("too_large", "out of memory")

@@ -1,0 +1,71 @@
+"""A data set whose samples are decoded in a child process (`vidssl.data.isolation`)."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch.utils.data import Dataset
+
+from vidssl.data.dataset import DecodeFailure, Example, first_decodable
+from vidssl.data.isolation import Failure, Reporter, Sandbox
+
+
+class AttemptDataset(Protocol):
+    """A data set of positions with replacements. It calls `on_decode` when the bytes of a sample have been read."""
+
+    on_decode: Callable[[], None]
+
+    def attempt(self, position: int, attempt: int) -> Example | DecodeFailure: ...
+
+    def key(self, position: int, attempt: int) -> str: ...
+
+
+class IsolatedDataset(Dataset[Example]):
+    """`dataset`, with every attempt made in a forked child process.
+
+    An attempt that hangs, crashes or grows too much counts as a sample that could not be decoded, so the position's
+    rule of replacement applies as for a damaged file. Each loader worker (without workers: the training process) has
+    one child.
+
+    timeout_s: seconds that an attempt may decode; reading has timeouts of its own.
+    memory_bytes, retained_bytes: see Sandbox; retained are the frames that the data set caches.
+    """
+
+    def __init__(self, dataset: AttemptDataset, timeout_s: float, memory_bytes: int, retained_bytes: int = 0):
+        self.dataset = dataset
+        self.sandbox = Sandbox(
+            partial(attempt_in_child, dataset),
+            timeout_s,
+            start="fork",
+            timed_from="progress",
+            memory_bytes=memory_bytes,
+            retained_bytes=retained_bytes,
+        )
+
+    def __getitem__(self, position: int) -> Example:
+        return first_decodable(position, self.attempt)
+
+    def attempt(self, position: int, attempt: int) -> Example | DecodeFailure:
+        result = self.sandbox.run(position, attempt)
+        if isinstance(result, Failure):
+            return DecodeFailure(self.dataset.key(position, attempt), result.reason)
+        if isinstance(result, DecodeFailure):
+            return result
+        return Example(**{**result, "video": torch.from_numpy(result["video"])})
+
+    def close(self) -> None:
+        """Kills the child."""
+        self.sandbox.close()
+
+
+def attempt_in_child(
+    dataset: AttemptDataset, report: Reporter, position: int, attempt: int
+) -> DecodeFailure | dict[str, Any]:
+    """Returns the failure, or the fields of the Example with `video` as an array, which travels by shared memory."""
+    torch.set_num_threads(1)
+    dataset.on_decode = report.progress
+    result = dataset.attempt(position, attempt)
+    if isinstance(result, DecodeFailure):
+        return result
+    return {**result._asdict(), "video": result.video.contiguous().numpy()}
