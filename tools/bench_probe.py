@@ -21,7 +21,7 @@ from vidssl import config
 from vidssl.core.errors import UserError, run_cli
 from vidssl.data.shards import Shards
 from vidssl.evaluation.evaluate import groups_of
-from vidssl.evaluation.features import FeatureLoader, make_features
+from vidssl.evaluation.features import FeatureLoader, compute_features
 from vidssl.evaluation.metrics import accuracy, bootstrap_ci
 from vidssl.evaluation.probe_data import ProbeData, make_view
 from vidssl.evaluation.protocol import TrainingSet, select_and_train
@@ -84,7 +84,7 @@ def main(argv: list[str]) -> None:
     def seen(where: str) -> dict[str, Any]:
         shape = feeds["train"].shape()
         return {
-            n: make_features(f, shape._replace(samples=len(numbers[n])), where, {}).source
+            n: compute_features(f, shape._replace(samples=len(numbers[n])), where, {}).source
             for n, f in feeds.items()
         }
 

@@ -24,6 +24,7 @@ import numpy as np
 
 from vidssl.core.errors import UserError, run_cli
 from vidssl.evaluation.metrics import bootstrap_ci
+from vidssl.evaluation.views import CONTROLS
 
 COLUMNS = (
     "name",
@@ -40,7 +41,6 @@ COLUMNS = (
 )
 SCORES = ("rankme", "alpha")
 COLUMNS = (*COLUMNS, "n_test", "difference", "difference_low", "difference_high", *SCORES)
-CONTROLS = ("none", "shuffled", "reversed", "still", "single", "random_init", "pixels")
 
 
 def read_probe(path: Path, name: str) -> tuple[str, list[dict[str, Any]]]:

@@ -31,9 +31,9 @@ from vidssl.data.loader import Batch, train_steps
 from vidssl.data.shards import Sample, Shards
 from vidssl.evaluation.evaluate import LabelledFeatures, check_readable, score_predictions
 from vidssl.evaluation.feature_cache import FeatureShape
-from vidssl.evaluation.features import FeatureLoader, make_features
+from vidssl.evaluation.features import FeatureLoader, compute_features
 from vidssl.evaluation.probe_data import ProbeData, make_view
-from vidssl.evaluation.protocol import Protocol
+from vidssl.evaluation.protocol import ProbeProtocol
 from vidssl.evaluation.report import PredictionRow, weights_hash, write_report, write_tables
 from vidssl.evaluation.views import View
 from vidssl.model.heads import HEAD_EPS, AttentiveHead
@@ -132,10 +132,10 @@ class FinetuneLoop(NamedTuple):
             return logits.float().softmax(-1)[:, None]
 
         videos = max(1, self.speed.eval_batch // view.clips)
-        reading = Protocol(encode_batch=videos, workers=self.speed.workers)
+        reading = ProbeProtocol(encode_batch=videos, workers=self.speed.workers)
         self.classifier.eval()
         feed = FeatureLoader(encode, shards, samples, view, self.accelerator, reading, name)
-        found = make_features(feed, FeatureShape(len(samples), view.clips, 1, classes), "memory", {})
+        found = compute_features(feed, FeatureShape(len(samples), view.clips, 1, classes), "memory", {})
         self.classifier.train()
         if name == "test":
             check_readable(found, samples, self.tune.allow_unreadable, name, "tune")
@@ -316,7 +316,9 @@ def main(argv: list[str]) -> None:
     loaded = load_encoder(cfg["encoder"], tune.seed if cfg["random_init"] else None)
     parts = open_splits(data, tune)
     places = {"train": data.train, "test": data.test, "stride": data.stride, "fps": data.fps}
-    view = make_view(ProbeData(**places), Protocol(segments=tune.segments, crops=tune.crops), loaded, "none")
+    view = make_view(
+        ProbeData(**places), ProbeProtocol(segments=tune.segments, crops=tune.crops), loaded, "none"
+    )
     cfg["data"] |= {"stride": view.stride, "fps": view.fps}
     hashes = [*(part.hash for part in parts.shards.values()), weights_hash(loaded.encoder)]
     about = provenance(cfg, hashlib.sha256(" ".join(hashes).encode()).hexdigest())

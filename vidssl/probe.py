@@ -23,12 +23,12 @@ from vidssl.core.errors import UserError, run_cli
 from vidssl.core.io import check_writable, make_folder
 from vidssl.core.pixels import normalise
 from vidssl.data.shards import Sample, Shards
-from vidssl.evaluation.evaluate import LabelledFeatures, check_apart, check_readable, evaluate
-from vidssl.evaluation.features import Encode, FeatureLoader, TokenSource, choose_storage, make_features
+from vidssl.evaluation.evaluate import LabelledFeatures, check_disjoint, check_readable, evaluate
+from vidssl.evaluation.features import Encode, FeatureLoader, TokenSource, choose_storage, compute_features
 from vidssl.evaluation.heads import Attentive, Linear
 from vidssl.evaluation.neighbours import Knn, Retrieval
 from vidssl.evaluation.probe_data import ProbeData, make_view
-from vidssl.evaluation.protocol import Protocol, label_free
+from vidssl.evaluation.protocol import ProbeProtocol, label_free
 from vidssl.evaluation.report import (
     PredictionRow,
     code_hash,
@@ -105,7 +105,7 @@ def make_extractor(
 
 
 def extract_features(
-    protocol: Protocol,
+    protocol: ProbeProtocol,
     eye: FeatureExtractor,
     view: View,
     sides: dict[str, Split],
@@ -135,7 +135,7 @@ def extract_features(
     accelerator.print(f"{control}: {said}")
     out, scores = {}, {}
     for name, side in sides.items():
-        features = make_features(feeds[name], shapes[name], where, abouts[name])
+        features = compute_features(feeds[name], shapes[name], where, abouts[name])
         check_readable(features, side.samples, protocol.allow_unreadable, name)
         read = [n for n in range(len(side.samples)) if n not in features.unreadable]
         if accelerator.is_main_process:
@@ -158,7 +158,7 @@ def main(argv: list[str]) -> None:
     labels = label_sets(shards["train"], shards["test"], data.labels)
     sides = {name: Split(part, labelled(part, labels)) for name, part in shards.items()}
     train, test = sides["train"].samples, sides["test"].samples
-    shared_groups, keys = check_apart(train, test), [s.key for s in train]
+    shared_groups, keys = check_disjoint(train, test), [s.key for s in train]
     kinds = dict.fromkeys(data.tags, "tags") | dict.fromkeys(data.numbers, "number")
     tasks = {n: make_task(n, shards["train"].classes[n], train, test, kinds.get(n, "class")) for n in labels}
     out = Path(cfg["out"])

@@ -8,12 +8,12 @@ import torch
 from vidssl.core.errors import UserError
 from vidssl.data.shards import Sample
 from vidssl.evaluation.features import Features, TokenSource
-from vidssl.evaluation.protocol import Protocol, TrainingSet, select_and_train
+from vidssl.evaluation.protocol import ProbeProtocol, TrainingSet, select_and_train
 from vidssl.evaluation.report import outputs_text
 from vidssl.evaluation.tasks import Task
 
 
-def check_apart(train: list[Sample], test: list[Sample]) -> int:
+def check_disjoint(train: list[Sample], test: list[Sample]) -> int:
     """No sample may be in both. -> how many test samples have a group that train has, too (the source video, say)."""
     seen = {(s.key, s.size) for s in train}
     both = [s.key for s in test if (s.key, s.size) in seen]
@@ -60,7 +60,7 @@ class LabelledFeatures(NamedTuple):
 
 
 def evaluate(
-    protocol: Protocol,
+    protocol: ProbeProtocol,
     task: Task,
     train: LabelledFeatures,
     test: LabelledFeatures,

@@ -195,7 +195,7 @@ def choose_storage(
     return "stream", f"{full}: they are computed in every epoch, which is slow"
 
 
-def make_features(feed: FeatureLoader, shape: FeatureShape, where: str, about: dict[str, Any]) -> Features:
+def compute_features(feed: FeatureLoader, shape: FeatureShape, where: str, about: dict[str, Any]) -> Features:
     """Computed by all processes, each its part; all get the whole. about: what decides the features, for the cache."""
     a, numbers = feed.accelerator, range(len(feed.samples))
     if where == "stream":

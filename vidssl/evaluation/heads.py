@@ -14,11 +14,10 @@ from torch import Tensor, nn
 from vidssl.config import Amount, Count, Positive
 from vidssl.core.schedules import cosine
 from vidssl.evaluation.features import TokenSource
-from vidssl.evaluation.protocol import HyperparameterGrid, Protocol, TrainingSet, chunks, pooled
+from vidssl.evaluation.protocol import HyperparameterGrid, ProbeProtocol, TrainingSet, chunks, pooled
+from vidssl.evaluation.solvers import minimise, ridge_regression
 from vidssl.evaluation.tasks import Task
 from vidssl.model.heads import HEAD_EPS, AttentiveHead, LinearHead
-
-LBFGS_STEPS, LBFGS_TOLERANCE = 500, 1e-5  # at the most; of the largest entry of the gradient
 
 
 def is_joint(heads: Sequence[nn.Module]) -> bool:
@@ -53,7 +52,7 @@ def logits_of(heads: Sequence[nn.Module], tokens: Tensor) -> Iterator[Tensor]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GradientHead(Protocol):
+class GradientHead(ProbeProtocol):
     """Heads that AdamW trains, the rate falling to zero along a cosine."""
 
     epochs: Count = 20
@@ -148,30 +147,21 @@ class Linear(GradientHead):
         if self.solver == "adamw":
             return super().train(task, data, grid)
         (tokens,) = data.source.batches(1, [self.examples(data.numbers)])
-        target, heads = data.target.repeat_interleave(self.views, 0), []
-        for setting in grid:
-            head = LinearHead(tokens.shape[-1], task.outputs).to(tokens.device)
-            heads.append(minimise(head, tokens, target, task, setting["l2"]))
-        return heads  # type: ignore[return-value]
+        tokens, target = tokens[:, 0], data.target.repeat_interleave(self.views, 0)
+        return [fit_linear(tokens, target, task, setting["l2"]) for setting in grid]
 
 
-def minimise(head: LinearHead, tokens: Tensor, target: Tensor, task: Task, l2: float) -> LinearHead:
-    """L-BFGS on all of train at once."""
-    optimizer = torch.optim.LBFGS(
-        head.parameters(),
-        max_iter=LBFGS_STEPS,
-        max_eval=2 * LBFGS_STEPS,
-        tolerance_grad=LBFGS_TOLERANCE,
-        tolerance_change=1e-12,
-        history_size=20,
-        line_search_fn="strong_wolfe",
+def fit_linear(features: Tensor, target: Tensor, task: Task, l2: float) -> LinearHead:
+    """The head at the minimum of the task's mean loss + l2 / 2 * |W|^2. features f32 [n, D]."""
+    head = LinearHead(features.shape[-1], task.outputs).to(features.device)
+    if task.kind == "number":
+        weight, bias = ridge_regression(features, target, l2 / 2)
+        with torch.no_grad():
+            head.linear.weight.copy_(weight.T)
+            head.linear.bias.copy_(bias)
+        return head.eval()
+    minimise(
+        head,
+        lambda: task.loss(head(features[:, None]), target) + l2 / 2 * head.linear.weight.square().sum(),
     )
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = task.loss(head(tokens), target) + l2 / 2 * head.linear.weight.square().sum()
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
     return head.eval()

@@ -13,7 +13,7 @@ def accuracy(right: np.ndarray) -> float:
 
 
 def bootstrap_ci(values: np.ndarray, groups: list[str], seed: int = 0, draws: int = DRAWS) -> list[float]:
-    """95 % percentile bootstrap of the mean, in percent; whole groups are resampled, since the clips of one source
+    """95 % percentile bootstrap of the mean, in percent; whole groups are bootstrap_metric_ci, since the clips of one source
     video are not independent. values [n]: hits (bool), or differences of hits of two encoders (a paired comparison);
     groups: one name a sample."""
     _, group = np.unique(groups, return_inverse=True)
@@ -23,7 +23,9 @@ def bootstrap_ci(values: np.ndarray, groups: list[str], seed: int = 0, draws: in
     return [round(100 * float(q), 2) for q in np.quantile(shares, [0.025, 0.975])]
 
 
-def resampled(figure: Callable[[np.ndarray], float], groups: list[str], seed: int = 0) -> list[float]:
+def bootstrap_metric_ci(
+    figure: Callable[[np.ndarray], float], groups: list[str], seed: int = 0
+) -> list[float]:
     """The same of any figure: a function of the numbers of the samples, whole groups of them drawn."""
     _, group = np.unique(groups, return_inverse=True)
     members = [np.flatnonzero(group == g) for g in range(group.max() + 1)]

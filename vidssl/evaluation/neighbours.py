@@ -1,102 +1,124 @@
 """Protocols without training: k nearest neighbours, and retrieval of train samples by test samples."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from einops import reduce
 from pydantic import Field
 from torch import Tensor
 
 from vidssl.config import Count, Positive
 from vidssl.evaluation.features import TokenSource
 from vidssl.evaluation.metrics import average_precision
-from vidssl.evaluation.protocol import HyperparameterGrid, Protocol, TrainingSet, chunks, pooled
+from vidssl.evaluation.protocol import HyperparameterGrid, ProbeProtocol, TrainingSet, pooled
 from vidssl.evaluation.tasks import Task
 
-QUERIES = 256  # at once
+QUERIES_PER_BATCH = 256
+KNN_TEMPERATURE = 0.07  # as DINO's k-NN (arXiv 2104.14294)
+
+
+def knn_predict(
+    train_features: Tensor,
+    train_targets: Tensor,
+    test_features: Tensor,
+    k: Sequence[int],
+    temperature: float = KNN_TEMPERATURE,
+) -> Tensor:
+    """Weighted k nearest neighbours by cosine: for each value of k the mean target of the k nearest train samples,
+    weighted by exp(cosine / temperature) (Wu et al. 2018, arXiv 1805.01978).
+
+    train_features f32 [n, D], train_targets f32 [n, C] (one-hot classes, tags, or numbers), test_features f32 [m, D]
+    -> f32 [len(k), m, C]. A k larger than n is n.
+    """
+    train_features = F.normalize(train_features, dim=-1)
+    sizes = [min(size, len(train_features)) for size in k]
+    predictions = []
+    for queries in F.normalize(test_features, dim=-1).split(QUERIES_PER_BATCH):
+        cosine, nearest = (queries @ train_features.T).topk(max(sizes))
+        weight = ((cosine - cosine[:, :1]) / temperature).exp()
+        means = (weight[..., None] * train_targets[nearest]).cumsum(1) / weight.cumsum(1)[..., None]
+        predictions.append(torch.stack([means[:, size - 1] for size in sizes]))
+    return torch.cat(predictions, 1)
 
 
 class Gallery(NamedTuple):
-    """keys f32 [n, D] of length 1; shares f32 [n, C]: the targets of the samples."""
+    """Train samples to search: features f32 [n, D], soft targets f32 [n, C]."""
 
-    keys: Tensor
-    shares: Tensor
+    features: Tensor
+    targets: Tensor
     setting: dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Neighbours(Protocol):
-    """By the cosine of mean tokens, averaged over views."""
+class NeighbourProtocol(ProbeProtocol):
+    """Compares mean tokens, averaged over views, by cosine."""
 
-    temporal_bins: Count = 1  # parts of a clip's tokens, time first, whose means stand end to end
+    temporal_bins: Count = 1  # equal parts of a clip in time; their mean tokens are concatenated
 
     def look(self, source: TokenSource, numbers: list[int], device: torch.device) -> TokenSource:
         return pooled(source, numbers, self, self.temporal_bins, device)
 
-    def keys(self, source: TokenSource, numbers: list[int]) -> Tensor:
-        """f32 [n, D] of length 1."""
+    def mean_features(self, source: TokenSource, numbers: list[int]) -> Tensor:
+        """f32 [n, D]."""
         (tokens,) = source.batches(1, [self.examples(numbers)])
-        return F.normalize(tokens[:, 0].unflatten(0, (len(numbers), self.views)).mean(1), dim=-1)
+        return reduce(tokens, "(n views) 1 d -> n d", "mean", views=self.views)
 
     def train(self, task: Task, data: TrainingSet, grid: HyperparameterGrid) -> list[Gallery]:
-        return [
-            Gallery(self.keys(data.source, data.numbers), task.shares(data.target), setting)
-            for setting in grid
-        ]
+        features = self.mean_features(data.source, data.numbers)
+        return [Gallery(features, task.shares(data.target), setting) for setting in grid]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Knn(Neighbours):
-    """The k nearest train samples vote with weights exp(cosine / temperature) (Wu et al. 2018, arXiv 1805.01978)."""
+class Knn(NeighbourProtocol):
+    """Weighted k nearest neighbours; see `knn_predict`."""
 
     k: Annotated[tuple[Count, ...], Field(min_length=1)] = (1, 5, 10, 20, 50, 100, 200)  # the grid
-    temperature: Positive = 0.07
+    temperature: Positive = KNN_TEMPERATURE
 
     def grid(self) -> HyperparameterGrid:
         return [{"k": k} for k in self.k]
 
     def predict(self, models: list[Gallery], source: TokenSource, numbers: list[int], task: Task) -> Tensor:
-        """Shares of the votes; of a number the weighted mean."""
-        keys, shares, _ = models[0]
-        found = []
-        for part in chunks(numbers, QUERIES):
-            cosine, near = (self.keys(source, part) @ keys.T).topk(
-                min(max(m.setting["k"] for m in models), len(keys))
-            )
-            weight = ((cosine - cosine[:, :1]) / self.temperature).exp()
-            sums = (weight[..., None] * shares[near]).cumsum(1) / weight.cumsum(1)[..., None]
-            found.append(torch.stack([sums[:, min(m.setting["k"], len(keys)) - 1] for m in models]).cpu())
-        return torch.cat(found, 1)
+        features, targets, _ = models[0]
+        k = [model.setting["k"] for model in models]
+        return knn_predict(features, targets, self.mean_features(source, numbers), k, self.temperature).cpu()
 
 
 @dataclass(frozen=True, kw_only=True)
-class Retrieval(Neighbours):
-    """Test samples ask, train samples answer; relevant is what has the same class, or a tag in common. The accuracy is
-    the recall at 1 (the nearest is relevant)."""
+class Retrieval(NeighbourProtocol):
+    """Retrieval of train samples by test samples; relevant is a train sample of the same class, or with a tag in
+    common. The accuracy is the recall at 1."""
 
     def grid(self) -> HyperparameterGrid:
         return [{}]
 
     def predict(self, models: list[Gallery], source: TokenSource, numbers: list[int], task: Task) -> Tensor:
-        """The target of the nearest."""
-        parts = [(self.keys(source, part) @ models[0].keys.T).argmax(1) for part in chunks(numbers, QUERIES)]
-        return models[0].shares[torch.cat(parts)].cpu()[None]
+        """The target of the nearest train sample."""
+        nearest = [cosine.argmax(1) for cosine in self.cosines(models[0], source, numbers)]
+        return models[0].targets[torch.cat(nearest)].cpu()[None]
+
+    def cosines(self, model: Gallery, source: TokenSource, numbers: list[int]) -> Iterator[Tensor]:
+        """f32 [b, n] of each batch of queries with all train samples."""
+        train = F.normalize(model.features, dim=-1)
+        for queries in F.normalize(self.mean_features(source, numbers), dim=-1).split(QUERIES_PER_BATCH):
+            yield queries @ train.T
 
     def more(
         self, model: Gallery, source: TokenSource, numbers: list[int], task: Task, truths: list[Any]
     ) -> dict[str, Any]:
-        """recall_at_5 and retrieval_mAP in percent; what has nothing relevant in train counts as missed."""
+        """recall_at_5 and retrieval_mAP in percent; a query without a relevant train sample counts as missed."""
         if task.kind == "number":
             return {}
-        at_5, precision = [], []
-        for part, true in zip(chunks(numbers, QUERIES), chunks(truths, QUERIES), strict=True):
-            cosine = (self.keys(source, part) @ model.keys.T).cpu().numpy()
-            wanted = task.shares(task.target(true, model.shares.device))
-            relevant = (wanted @ model.shares.T > 0).cpu().numpy()
-            for row, hits in zip(cosine, relevant, strict=True):
+        at_5, precisions = [], []
+        targets = task.shares(task.target(truths, model.targets.device)).split(QUERIES_PER_BATCH)
+        for cosine, wanted in zip(self.cosines(model, source, numbers), targets, strict=True):
+            relevant = (wanted @ model.targets.T > 0).cpu().numpy()
+            for row, hits in zip(cosine.cpu().numpy(), relevant, strict=True):
                 at_5.append(hits[np.argsort(-row, kind="stable")[:5]].any())
-                precision.append(average_precision(row, hits) if hits.any() else 0.0)
-        found = {"recall_at_5": np.mean(at_5), "retrieval_mAP": np.mean(precision)}
-        return {name: round(100 * float(value), 4) for name, value in found.items()}
+                precisions.append(average_precision(row, hits) if hits.any() else 0.0)
+        metrics = {"recall_at_5": np.mean(at_5), "retrieval_mAP": np.mean(precisions)}
+        return {name: round(100 * float(value), 4) for name, value in metrics.items()}

@@ -7,7 +7,7 @@ from pydantic import BeforeValidator, Field
 
 from vidssl.config import Count, Names, Positive, Size
 from vidssl.core.errors import UserError
-from vidssl.evaluation.protocol import Protocol
+from vidssl.evaluation.protocol import ProbeProtocol
 from vidssl.evaluation.views import Control, FrameOrder, View
 from vidssl.pretrained.files import LoadedEncoder
 
@@ -42,7 +42,7 @@ class ProbeData:
             raise UserError("data: give stride (in frames) or fps (frames a second), not both")
 
 
-def make_view(data: ProbeData, protocol: Protocol, loaded: LoadedEncoder, control: Control) -> View:
+def make_view(data: ProbeData, protocol: ProbeProtocol, loaded: LoadedEncoder, control: Control) -> View:
     """The clip the encoder was trained on, unless the configuration says otherwise."""
     model, trained = loaded.about["model"], loaded.about.get("config")
     if model["height"] != model["width"]:

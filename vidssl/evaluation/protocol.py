@@ -19,7 +19,7 @@ from vidssl.evaluation.features import (
     TokenSource,
     statistics,
 )
-from vidssl.evaluation.splits import hold_out
+from vidssl.evaluation.splits import split_by_group
 from vidssl.evaluation.tasks import Task
 from vidssl.evaluation.views import Control
 
@@ -36,7 +36,7 @@ class TrainingSet(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Protocol(FeatureStorage):
+class ProbeProtocol(FeatureStorage):
     """A protocol has, beside these options, `grid()`, `train(task, data, grid)` -> a model for each setting, and
     `predict(models, source, numbers, task)` -> f32 [G, n, C], averaged over a sample's views."""
 
@@ -90,7 +90,7 @@ def chunks(items: list[int], size: int) -> list[list[int]]:
 
 
 def pooled(
-    source: TokenSource, numbers: list[int], protocol: Protocol, slices: int, device: torch.device
+    source: TokenSource, numbers: list[int], protocol: ProbeProtocol, slices: int, device: torch.device
 ) -> StoredFeatures:
     """Each example's mean over all tokens, or over each of `temporal_bins` equal runs of a clip's tokens (time first), end to
     end: features [n, views, 1, slices * D]; zeros for samples that are not asked for."""
@@ -106,7 +106,7 @@ def pooled(
     return StoredFeatures(found.unflatten(0, (s.samples, protocol.views)), device)
 
 
-def label_free(source: TokenSource, numbers: list[int], protocol: Protocol) -> dict[str, float]:
+def label_free(source: TokenSource, numbers: list[int], protocol: ProbeProtocol) -> dict[str, float]:
     """Scores of the samples' mean tokens for which no label is needed (core/spectrum.py): RankMe and alpha-ReQ, of at
     most TOKENS samples, evenly taken, with their mean taken off. Comparable at equal `samples` only."""
     numbers = numbers[:: -(-len(numbers) // MAX_TOKENS)]
@@ -117,7 +117,7 @@ def label_free(source: TokenSource, numbers: list[int], protocol: Protocol) -> d
 
 
 def select_and_train(
-    protocol: Protocol, task: Task, data: TrainingSet, groups: list[str]
+    protocol: ProbeProtocol, task: Task, data: TrainingSet, groups: list[str]
 ) -> tuple[Any, Callable, dict[str, Any]]:
     """-> (the model, how it sees another source, what was chosen and why). The test set plays no part.
 
@@ -129,7 +129,7 @@ def select_and_train(
         dress = lambda source: StandardisedFeatures(source, *moments)  # noqa: E731
     data, grid = data._replace(source=dress(data.source)), protocol.grid()
     scores: list[float] = []
-    out = hold_out(
+    out = split_by_group(
         data.truths if task.kind == "class" else [0] * len(groups),
         groups,
         protocol.val_fraction,

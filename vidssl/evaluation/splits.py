@@ -1,11 +1,11 @@
 """Low-shot: class-balanced lists of train that are functions of the keys and a seed alone."""
 
-import hashlib
 from typing import Any
 
 import numpy as np
 
 from vidssl.core.errors import UserError
+from vidssl.core.splits import GroupSelection, shuffle_key
 from vidssl.data.shards import Sample, Shards
 from vidssl.evaluation.tasks import Task, class_of
 
@@ -22,12 +22,8 @@ def low_shot(task: Task, keys: list[str], truths: list[Any], share: float, seed:
         if truth is not None:
             parts.setdefault(truth if task.kind == "class" else None, []).append(number)
     each = max(1, round(share * sum(map(len, parts.values())) / max(1, len(parts))))
-    drawn = [sorted(part, key=lambda n: _draw(seed, keys[n]))[:each] for part in parts.values()]
+    drawn = [sorted(part, key=lambda n: shuffle_key(seed, keys[n]))[:each] for part in parts.values()]
     return sorted(n for part in drawn for n in part)
-
-
-def _draw(seed: int, key: str) -> bytes:
-    return hashlib.sha256(f"{seed} {key}".encode()).digest()
 
 
 def list_text(keys: list[str], numbers: list[int]) -> str:
@@ -55,17 +51,16 @@ def labelled(shards: Shards, labels: list[str]) -> list[Sample]:
     return [s for s in shards.all() if any(class_of(s, name) is not None for name in labels)]
 
 
-def hold_out(classes: list[Any], groups: list[str], fraction: float, seed: int) -> np.ndarray:
-    """bool [n]: which samples are held out. Whole groups (clips of one source video are one group), class by class:
-    of each class the groups, in random order, until `fraction` of its samples are out; never all of a class."""
+def split_by_group(classes: list[Any], groups: list[str], fraction: float, seed: int) -> np.ndarray:
+    """bool [n]: which samples are held out. Whole groups (the clips of one source video are one group), class by class:
+    of each class the groups, in random order, until `fraction` of its samples are held out; never its last group.
+    Linear in the number of samples."""
     rng = np.random.default_rng((seed, 4))
-    rankme = {g: r for r, g in enumerate(rng.permutation(sorted(set(groups))).tolist())}
-    out: set[str] = set()
-    for c in sorted(set(classes)):
-        members = [g for g, y in zip(groups, classes, strict=True) if y == c]
-        names = sorted(set(members), key=rankme.__getitem__)
-        for name in names[:-1]:
-            if sum(g in out for g in members) >= fraction * len(members):
+    selection = GroupSelection(groups, classes)
+    order = rng.permutation(sorted(selection.class_counts)).tolist()
+    for label, candidates in sorted(selection.groups_by_class(order).items()):
+        for group in candidates[:-1]:
+            if selection.selected_samples[label] >= fraction * selection.samples[label]:
                 break
-            out.add(name)
-    return np.array([g in out for g in groups])
+            selection.add(group)
+    return np.array([group in selection.selected for group in groups])

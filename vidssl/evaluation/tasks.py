@@ -93,12 +93,14 @@ class Task:
         elif self.kind == "tags":
             hot, worst = self.hot(truths), np.where(bad[:, None], -1.0, output)
             value = round(metrics.mean_average_precision(worst, hot), 4)
-            ci95 = metrics.resampled(lambda i: metrics.mean_average_precision(worst[i], hot[i]), groups, seed)
+            ci95 = metrics.bootstrap_metric_ci(
+                lambda i: metrics.mean_average_precision(worst[i], hot[i]), groups, seed
+            )
             more = {"chance": round(100 * float(hot[:, hot.any(0)].mean()), 2)}  # a random order's, nearly
         else:
             truth, guess = np.array(truths), np.where(bad, 0.0, output[:, 0]) * self.scale + self.centre
             value = round(metrics.r2(guess, truth), 4)
-            ci95 = metrics.resampled(lambda i: metrics.r2(guess[i], truth[i]), groups, seed)
+            ci95 = metrics.bootstrap_metric_ci(lambda i: metrics.r2(guess[i], truth[i]), groups, seed)
             more = {"mae": round(float(np.abs(guess - truth).mean()), 4), "chance": 0.0}
         return {"metric": self.metric, "value": value, "ci95": ci95, **more}
 
@@ -118,8 +120,8 @@ class Task:
 
 
 def class_of(sample: Sample, label: str) -> Any:
-    """Number of the sample's class, or a list of numbers; None: it does not carry the label."""
-    found = sample.meta["labels"].get(label)
+    """Index of the sample's class, or a list of indices (multi-label); None: it does not carry the label."""
+    found = sample.meta.get("labels", {}).get(label)
     return None if found == -1 else found
 
 

@@ -1,7 +1,7 @@
 """What of a video an encoder sees in evaluation: segments x crops, and what a control does to the frames."""
 
 import hashlib
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -16,8 +16,11 @@ from vidssl.data.sampling import sample_indices, segment_starts
 from vidssl.data.shards import Sample, Shards
 
 FrameOrder = Literal["none", "shuffled", "reversed", "still"]  # what is done to the frames of each clip
-# "single": the middle frame alone, as an image; of "random_init" and "pixels" it is the encoder that is another
-Control = Literal["none", "shuffled", "reversed", "still", "single", "random_init", "pixels"]
+EncoderControl = Literal[
+    "none", "random_init", "pixels"
+]  # untrained weights, or mean colours in place of features
+Control = Literal[FrameOrder, "single", EncoderControl]  # "single": the middle frame alone, as an image
+CONTROLS: tuple[Control, ...] = get_args(Control)
 
 
 class View(NamedTuple):

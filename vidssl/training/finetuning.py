@@ -17,8 +17,8 @@ from vidssl.data.dataset import TrainClips
 from vidssl.data.loader import Batch
 from vidssl.data.order import Order
 from vidssl.data.shards import Sample, Shards
-from vidssl.evaluation.evaluate import check_apart, groups_of
-from vidssl.evaluation.splits import hold_out, label_sets, labelled
+from vidssl.evaluation.evaluate import check_disjoint, groups_of
+from vidssl.evaluation.splits import label_sets, labelled, split_by_group
 from vidssl.evaluation.tasks import Task, class_of, make_task
 from vidssl.model.heads import AttentiveHead, MeanHead
 from vidssl.model.vit import Encoder
@@ -219,7 +219,7 @@ def open_splits(data: FinetuneDataConfig, tune: TuneConfig) -> FinetuneSplits:
     held_out = np.zeros(len(train), bool)
     if tune.val_fraction:
         groups = groups_of(train, list(range(len(train))))
-        held_out = hold_out(train_labels, groups, tune.val_fraction, tune.seed)
+        held_out = split_by_group(train_labels, groups, tune.val_fraction, tune.seed)
         if not held_out.any():
             raise UserError(
                 "no group of train can be held out to select the epoch: set tune.val_fraction=0 (last epoch)"
@@ -231,5 +231,5 @@ def open_splits(data: FinetuneDataConfig, tune: TuneConfig) -> FinetuneSplits:
         [places[i] for i in np.flatnonzero(~held_out)],
         ([train[i] for i in rows], [train_labels[i] for i in rows]),
         (test, test_labels),
-        check_apart(train, test),
+        check_disjoint(train, test),
     )

@@ -15,7 +15,13 @@ from vidssl.data.decoding import open_video
 from vidssl.data.shards import Shards
 from vidssl.evaluation import feature_cache
 from vidssl.evaluation.feature_cache import FeatureShape, FeatureStore, used_gb
-from vidssl.evaluation.features import FeatureLoader, Features, FeatureStorage, choose_storage, make_features
+from vidssl.evaluation.features import (
+    FeatureLoader,
+    Features,
+    FeatureStorage,
+    choose_storage,
+    compute_features,
+)
 from vidssl.evaluation.heads import Attentive
 from vidssl.evaluation.protocol import TrainingSet, select_and_train
 from vidssl.evaluation.tasks import Task
@@ -48,7 +54,7 @@ def feed(shards: Shards, eye: Counting, view: View = VIEW, **reading) -> Feature
 
 
 def features(f: FeatureLoader, where: str) -> Features:
-    return make_features(f, f.shape(), where, {"view": list(f.view), "encoder": "x"})
+    return compute_features(f, f.shape(), where, {"view": list(f.view), "encoder": "x"})
 
 
 def read(found: Features, per: int, lists: list[list[int]]) -> list[Tensor]:

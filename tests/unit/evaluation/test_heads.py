@@ -1,6 +1,8 @@
 """Heads, their grid and their choice: the grid is what single heads are, and only train is looked at."""
 
 import copy
+import math
+import time
 from collections.abc import Iterator
 
 import numpy as np
@@ -13,9 +15,10 @@ from vidssl.evaluation import metrics
 from vidssl.evaluation.feature_cache import FeatureShape
 from vidssl.evaluation.features import StandardisedFeatures, StoredFeatures, statistics
 from vidssl.evaluation.heads import Attentive, Linear, attend
-from vidssl.evaluation.neighbours import Knn, Retrieval
+from vidssl.evaluation.neighbours import Knn, Retrieval, knn_predict
 from vidssl.evaluation.protocol import TrainingSet, pooled, select_and_train
-from vidssl.evaluation.splits import hold_out, low_shot
+from vidssl.evaluation.solvers import ridge_regression
+from vidssl.evaluation.splits import low_shot, split_by_group
 from vidssl.evaluation.tasks import Task
 from vidssl.model.heads import AttentiveHead
 
@@ -97,7 +100,7 @@ def test_a_leak_into_the_selection_would_show():
     source.asked = []
     protocol = Linear(l2=(1e-3, 1e-2), standardise=False)
     _, _, honest = select_and_train(protocol, THREE, as_train(source, truths), groups)
-    first, seen = source.asked[0], set(np.flatnonzero(hold_out(truths, groups, 0.2, 0)).tolist())
+    first, seen = source.asked[0], set(np.flatnonzero(split_by_group(truths, groups, 0.2, 0)).tolist())
     assert not first & seen and first | seen == set(range(200))
     _, _, leaky = select_and_train(protocol, THREE, as_train(source, truths), [str(i) for i in range(200)])
     assert max(t["held_out_accuracy"] for t in honest["tried"]) < 70
@@ -108,7 +111,7 @@ def test_held_out_groups_never_straddle_and_no_class_is_lost():
     labels = [0] * 12 + [1] * 8 + [2] * 2
     groups = [f"a{i // 3}" for i in range(12)] + [f"b{i // 2}" for i in range(8)] + ["c", "c"]
     for seed in range(20):
-        out = hold_out(labels, groups, 0.25, seed)
+        out = split_by_group(labels, groups, 0.25, seed)
         for g in set(groups):
             assert len({bool(o) for o, name in zip(out, groups, strict=True) if name == g}) == 1
         assert [int(out[np.array(labels) == c].sum()) for c in range(3)] == [
@@ -120,7 +123,7 @@ def test_held_out_groups_never_straddle_and_no_class_is_lost():
 
 def test_a_group_that_holds_two_classes_does_not_straddle_either():
     labels, groups = [0, 1] * 10, [f"g{i // 4}" for i in range(20)]
-    out = hold_out(labels, groups, 0.3, 0)
+    out = split_by_group(labels, groups, 0.3, 0)
     assert 0 < out.sum() < 20
     for g in set(groups):
         assert len({bool(o) for o, name in zip(out, groups, strict=True) if name == g}) == 1
@@ -273,3 +276,28 @@ def test_low_shot_lists_are_balanced_nested_and_depend_on_keys_alone():
     order = np.random.default_rng(0).permutation(68).tolist()
     again = low_shot(THREE, [keys[i] for i in order], [truths[i] for i in order], 0.1, 0)
     assert {keys[order[i]] for i in again} == {keys[i] for i in small}
+
+
+def test_a_split_by_group_of_many_groups_takes_seconds():
+    rng = np.random.default_rng(0)
+    groups = [f"g{g}" for g in rng.integers(100_000, size=240_000)]
+    start = time.process_time()
+    out = split_by_group([0] * len(groups), groups, 0.2, 0)
+    assert time.process_time() - start < 30
+    assert 0.2 <= out.mean() < 0.2001
+
+
+@pytest.mark.parametrize("shape", [(50, 4), (5, 12)])
+def test_ridge_regression_is_at_its_minimum(shape):
+    x, y = torch.randn(*shape, dtype=torch.float64), torch.randn(shape[0], 3, dtype=torch.float64)
+    weight, bias = (v.requires_grad_() for v in ridge_regression(x, y, 0.1))
+    loss = (x @ weight + bias - y).square().sum(1).mean() + 0.1 * weight.square().sum()
+    for gradient in torch.autograd.grad(loss, (weight, bias)):
+        assert gradient.abs().max() < 1e-10
+
+
+def test_knn_predict_votes_of_one_hot_classes():
+    train = torch.tensor([[1.0, 0], [0.9, 0.1], [0, 2]])
+    votes = knn_predict(train, torch.eye(2)[[0, 1, 1]], torch.tensor([[3.0, 0]]), k=[1, 3], temperature=0.1)
+    weight = torch.tensor([1, 0.9 / math.hypot(0.9, 0.1), 0]).div(0.1).exp()
+    torch.testing.assert_close(votes[:, 0, 0], torch.tensor([1.0, float(weight[0] / weight.sum())]))

@@ -39,7 +39,7 @@ class DenseSample(NamedTuple):
     known) or Points."""
 
     name: str
-    group: str  # what is resampled and held out together
+    group: str  # what is bootstrap_metric_ci and held out together
     files: tuple[Path, ...]
     read: Callable[[], tuple[np.ndarray, Any]]
 

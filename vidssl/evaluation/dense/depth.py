@@ -16,8 +16,8 @@ from vidssl.core.errors import UserError
 from vidssl.core.schedules import cosine
 from vidssl.evaluation.dense.datasets import DenseSample
 from vidssl.evaluation.dense.frames import DenseProtocol, FrameEncoder
-from vidssl.evaluation.metrics import resampled
-from vidssl.evaluation.splits import hold_out
+from vidssl.evaluation.metrics import bootstrap_metric_ci
+from vidssl.evaluation.splits import split_by_group
 from vidssl.model.heads import MIN_DEPTH, DepthHead
 
 
@@ -84,9 +84,9 @@ class Depth(DenseProtocol):
         del kept, truths  # else they would stay beside their copies
         lr, tried = self.lr[0], []
         if len(self.lr) > 1:
-            out = hold_out([0] * len(train), [item.group for item in train], self.val_fraction, self.seed)[
-                owner
-            ]
+            out = split_by_group(
+                [0] * len(train), [item.group for item in train], self.val_fraction, self.seed
+            )[owner]
             if not out.any():
                 raise UserError("no group of train can be held out to choose task.lr on; give one value")
             there, away = (torch.from_numpy(np.flatnonzero(part)) for part in (~out, out))
@@ -156,7 +156,7 @@ class Depth(DenseProtocol):
     def figures(self, rows: list[np.ndarray], groups: list[str]) -> dict[str, Any]:
         every = np.concatenate(rows)
         rmse, relative, close = every.mean(0)
-        ci95 = resampled(lambda i: float(every[i, 0].mean()), groups, self.seed)
+        ci95 = bootstrap_metric_ci(lambda i: float(every[i, 0].mean()), groups, self.seed)
         told = {
             "metric": "rmse",
             "value": round(float(rmse), 4),

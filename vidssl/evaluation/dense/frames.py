@@ -9,7 +9,7 @@ frame.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import torch
@@ -21,11 +21,9 @@ from vidssl.config import Count, Size
 from vidssl.core.errors import UserError
 from vidssl.core.pixels import normalise
 from vidssl.evaluation.report import weights_hash
-from vidssl.evaluation.views import PatchMeans
+from vidssl.evaluation.views import EncoderControl, PatchMeans
 from vidssl.model.vit import Encoder
 from vidssl.pretrained.files import LoadedEncoder
-
-DenseControl = Literal["none", "random_init", "pixels"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +38,7 @@ class DenseProtocol:
         Size, ...
     ] = ()  # blocks, from 0, whose normed outputs stand side by side; (): the encoder's output
     windows: Count = 4  # clips in one call of the encoder
-    controls: Annotated[tuple[DenseControl, ...], Field(min_length=1)] = ("none", "random_init", "pixels")
+    controls: Annotated[tuple[EncoderControl, ...], Field(min_length=1)] = ("none", "random_init", "pixels")
     seed: Size = 0
 
 
@@ -97,7 +95,7 @@ def tokens_of(encoder: Encoder, video: Tensor, levels: tuple[int, ...]) -> Tenso
 def make_frame_encoder(
     anew: Callable[[int], LoadedEncoder],
     loaded: LoadedEncoder,
-    control: DenseControl,
+    control: EncoderControl,
     asked: DenseProtocol,
     device: torch.device,
 ) -> tuple[FrameEncoder, str]:

@@ -19,7 +19,7 @@ from vidssl.config import Count, Positive, Size
 from vidssl.core.errors import UserError
 from vidssl.evaluation.dense.datasets import DenseSample, KeypointLabels
 from vidssl.evaluation.dense.frames import DenseProtocol, FrameEncoder
-from vidssl.evaluation.metrics import bootstrap_ci, resampled
+from vidssl.evaluation.metrics import bootstrap_ci, bootstrap_metric_ci
 
 BOUND = 0.008  # of a picture's diagonal: how far boundaries may lie apart
 SIGMA = 0.5  # tokens; of a key point's first map
@@ -214,7 +214,7 @@ class Keypoints(Propagation):
         if not counts[..., 2].any():
             raise UserError("no key point of a first frame is seen again")
         told = {"metric": "PCK@0.1", "value": round(pck(counts, 0), 4)}
-        ci95 = resampled(lambda i: pck(counts[i], 0), groups, self.seed)
+        ci95 = bootstrap_metric_ci(lambda i: pck(counts[i], 0), groups, self.seed)
         return {
             **told,
             "ci95": ci95,
