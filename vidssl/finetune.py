@@ -335,7 +335,7 @@ def main(argv: list[str]) -> None:
     per_epoch = max(1, len(parts.train_places) // tune.batch)
     optim = config.build(cfg["optim"], OptimConfig, warmup=round(tune.warmup * per_epoch)).scaled(tune.batch)
     classifier, model = make_classifier(loaded, cfg["head"], len(parts.task.names), tune)
-    classifier.encoder.blocks.recompute = speed.activation_checkpointing
+    classifier.encoder.blocks.activation_checkpointing = speed.activation_checkpointing
     prepared, optimizer = accelerator.prepare(classifier, build_optimizer(classifier, optim, fused=True))
     colours = loaded.about["pixels"]["mean"], loaded.about["pixels"]["std"]
     run = FinetuneLoop(accelerator, prepared, classifier, optimizer, optim, tune, speed, colours)

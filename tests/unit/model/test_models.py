@@ -132,7 +132,7 @@ def test_recomputed_activations_give_the_same_gradients(options):
     encoder, video = small(**options), torch.randn(2, 3, 8, 32, 32)
     grads = []
     for recompute in (False, True):
-        encoder.blocks.recompute = recompute
+        encoder.blocks.activation_checkpointing = recompute
         encoder.zero_grad()
         encoder(video, full=True).square().mean().backward()
         grads.append([p.grad.clone() for p in encoder.parameters() if p.grad is not None])
@@ -143,7 +143,7 @@ def test_recomputed_activations_give_the_same_gradients(options):
 def test_recompute_keeps_fewer_activations():
     def kept(recompute: bool) -> int:
         encoder, total = small(depth=6), 0
-        encoder.blocks.recompute = recompute
+        encoder.blocks.activation_checkpointing = recompute
 
         def pack(x: torch.Tensor) -> torch.Tensor:
             nonlocal total
