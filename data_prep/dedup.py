@@ -16,12 +16,13 @@ from functools import partial
 from pathlib import Path
 
 from data_prep.filters import Rejected
-from data_prep.index import dumps, read_lines, write_text
+from data_prep.index import read_lines, write_lines
 from data_prep.leaks import File, Fingerprint, Pair, Table, fingerprint_job
 from data_prep.sources.common import SourceItem
 from data_prep.workers import WorkerPool
 from vidssl.core.errors import UserError
 from vidssl.core.io import make_folder
+from vidssl.data.format import dumps
 
 SURE = 0.985  # correlation of what moves, from which on a file is dropped: re-encoded copies of UCF101 have 0.989 to 1
 WITHIN = 0.8  # of a file's looks
@@ -81,7 +82,7 @@ def remembered(
         return {line.pop("path"): line for line in lines}
     same = search()
     make_folder(file.parent)
-    write_text(file, map(dumps, _lines(listed, same)))
+    write_lines(file, map(dumps, _lines(listed, same)))
     if unseen := [path for path, told in same.items() if "unseen" in told]:
         print(
             f"{len(unseen)} files could not be looked at for duplicates, {unseen[0]} first: {file} lists them"

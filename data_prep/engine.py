@@ -1,74 +1,81 @@
-"""Where shards are made: here by a pool of processes, or one a task on a Ray cluster. The bytes are the same.
+"""Makes shards: with a pool of processes on this machine, or one task per shard on a Ray cluster; the bytes are equal.
 
-On Ray, source and OUT must be on a file system that all nodes see under the same path. A shard that was in the making
-on a worker or node that is lost is made again on another.
+On Ray, source and OUT must be on a file system that all nodes see under the same path. A shard whose worker or node is
+lost before it is finished is made again on another.
 """
 
-import io
 import os
 import socket
-import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from functools import lru_cache
 from itertools import islice
+from pathlib import Path
 from typing import Any
+
+from webdataset import TarWriter
 
 from data_prep.encode import EncodedSample
 from data_prep.filters import Rejected
-from data_prep.index import Member, dumps, key_of, line_of, write_text
+from data_prep.index import sample_key, tar_samples, write_lines
 from data_prep.inspect_file import FileInspector
 from data_prep.plan import Plan, ShardPlan, span_of
 from data_prep.sources import SourceItem
 from vidssl.core.errors import UserError
 from vidssl.core.io import make_folder
+from vidssl.data.format import dumps, sample_record, select_media
 
-Found = list[EncodedSample | Rejected]
-TRIES = 20  # of a shard whose workers or nodes are lost
+Inspected = list[EncodedSample | Rejected]  # what the inspection of one source file gives
+MAX_RETRIES = 20  # of a shard whose worker or node is lost
+# Owner, time and mode are constant, so that the bytes of a shard are a function of its samples.
+TAR_HEADER: dict[str, Any] = {"user": "", "group": "", "mode": 0o644, "mtime": 0}
 
 
-def write_shard(shard: ShardPlan, found: Iterable[Found], plan: Plan, mark: str = "") -> None:
-    """The tar, its jsonl and the list of what was rejected; `found` is what each file gave, in order.
+def write_shard(shard: ShardPlan, inspected: Iterable[Inspected], plan: Plan, suffix: str = "") -> None:
+    """Writes the tar, its .jsonl and the list of rejected files; the tar is renamed last.
 
-    mark: a name for the unfinished tar that no other process uses.
+    inspected: the result of each file of the shard, in order. suffix: makes the name of the unfinished tar unique.
     """
-    beside = shard.tar.with_name(f"{shard.tar.name}{mark}.tmp")
-    lines, rejected = [], []
-    with tarfile.open(beside, "w", format=tarfile.USTAR_FORMAT) as tar:
-        for (path, items), pieces in zip(shard.files(), found, strict=True):
-            for piece in pieces:
-                if isinstance(piece, Rejected):
-                    rejected.append({"path": path, **piece.line()})
+    unfinished = shard.tar.with_name(f"{shard.tar.name}{suffix}.tmp")
+    metas: dict[str, dict] = {}
+    rejected = []
+    with open(unfinished, "wb") as file, TarWriter(file, encoder=False, **TAR_HEADER) as tar:
+        for (path, items), results in zip(shard.files(), inspected, strict=True):
+            for result in results:
+                if isinstance(result, Rejected):
+                    rejected.append({"path": path, **result.line()})
                     continue
-                item = items[piece.item]
-                key, meta = key_of(path, piece.start, piece.end), sample_meta(item, piece, plan)
-                data = (plan.source / path).read_bytes() if piece.data is None else piece.data
-                ext = item.ext if piece.data is None else "mp4"
-                media = _add(tar, f"{key}.{ext}", data, ext)
-                _add(tar, f"{key}.json", dumps(meta).encode(), "json")
-                lines.append(dumps(line_of(key, media, meta)))
-    write_text(shard.tar.with_suffix(".jsonl"), lines)
-    write_text(shard.rejections, map(dumps, rejected))
-    os.replace(beside, shard.tar)
+                item = items[result.item]
+                key = sample_key(path, result.start, result.end)
+                metas[key] = sample_meta(item, result, plan)
+                # TarWriter sorts the members of one call; two calls put the media file first, whatever its name.
+                if result.data is None:
+                    tar.write({"__key__": key, item.ext: (plan.source / path).read_bytes()})
+                else:
+                    tar.write({"__key__": key, "mp4": result.data})
+                tar.write({"__key__": key, "json": dumps(metas[key]).encode()})
+    write_lines(shard.tar.with_suffix(".jsonl"), map(dumps, _records(unfinished, metas)))
+    write_lines(shard.rejections, map(dumps, rejected))
+    os.replace(unfinished, shard.tar)
 
 
-def _add(tar: tarfile.TarFile, name: str, data: bytes, ext: str) -> Member:
-    """One member with a header that says nothing of time, user or machine."""
-    info = tarfile.TarInfo(name)
-    info.size = len(data)
-    at = tar.offset + tarfile.BLOCKSIZE  # ustar: the header is one block
-    tar.addfile(info, io.BytesIO(data))
-    return Member(ext, at, len(data))
+def _records(tar: Path, metas: dict[str, dict]) -> Iterator[dict]:
+    """The records of a written tar: byte offsets and sizes are read back from its headers."""
+    for key, members in tar_samples(tar):
+        media = select_media(members)
+        assert media is not None, key
+        ext, (offset, size) = media
+        yield sample_record(key, ext, offset, size, metas[key])
 
 
-def sample_meta(item: SourceItem, piece: EncodedSample, plan: Plan) -> dict:
-    """What KEY.json holds."""
+def sample_meta(item: SourceItem, encoded: EncodedSample, plan: Plan) -> dict:
+    """Returns the contents of KEY.json."""
     first = plan.first_set or ""
     labels = {s: plan.classes[s].index(name) for s, name in item.labels.items()}
     return {
-        **piece.meta,
-        **{k: t for k, t in (("start", piece.start), ("end", piece.end)) if t is not None},
+        **encoded.meta,
+        **{k: t for k, t in (("start", encoded.start), ("end", encoded.end)) if t is not None},
         "label": labels.get(first, -1),
         "class": item.labels.get(first),
         "labels": labels,
@@ -77,95 +84,98 @@ def sample_meta(item: SourceItem, piece: EncodedSample, plan: Plan) -> dict:
     }
 
 
-def local(
-    plan: Plan, todo: list[ShardPlan], workers: int, timeout: float, done: Callable[[int], object]
+def make_locally(
+    plan: Plan, shards: list[ShardPlan], workers: int, timeout: float, on_items: Callable[[int], object]
 ) -> None:
-    """A pool of processes over files; one shard is looked into while another is written. done: gets counts of items."""
-    probers = FileInspector(plan.options["decoder"], timeout, plan.recipe, plan.filters)
-    with closing(probers), ThreadPoolExecutor(workers) as pool:
-        ahead: list[tuple[ShardPlan, list[tuple[int, Future]]]] = []
+    """Makes shards with a pool of processes, which inspect the files of one shard while the one before is written."""
+    inspector = FileInspector(plan.options["decoder"], timeout, plan.recipe, plan.filters)
+    with closing(inspector), ThreadPoolExecutor(workers) as pool:
+        submitted: list[tuple[ShardPlan, list[tuple[int, Future]]]] = []
 
         def submit(path: str, items: list[SourceItem]) -> tuple[int, Future]:
             spans = [span_of(item) for item in items]
-            return len(items), pool.submit(probers, plan.source / path, items[0].ext, spans)
+            return len(items), pool.submit(inspector, plan.source / path, items[0].ext, spans)
 
-        def results(futures: list[tuple[int, Future]]) -> Iterator[Found]:
+        def results(futures: list[tuple[int, Future]]) -> Iterator[Inspected]:
             while futures:
-                items, future = futures.pop(0)  # so that what was written is not kept
+                items, future = futures.pop(0)  # releases the encoded bytes of files already written
                 yield future.result()
-                done(items)
+                on_items(items)
 
         try:
-            for shard in [*todo, None]:
+            for shard in [*shards, None]:
                 if shard is not None:
-                    ahead.append((shard, [submit(path, items) for path, items in shard.files()]))
-                if len(ahead) > (shard is not None):
-                    ready, futures = ahead.pop(0)
+                    submitted.append((shard, [submit(path, items) for path, items in shard.files()]))
+                if len(submitted) > (shard is not None):
+                    ready, futures = submitted.pop(0)
                     write_shard(ready, results(futures), plan)
         finally:
-            pool.shutdown(
-                wait=False, cancel_futures=True
-            )  # when interrupted, do not first look into what is queued
+            pool.shutdown(wait=False, cancel_futures=True)  # an interrupt does not wait for queued files
 
 
-def ray(plan: Plan, todo: list[ShardPlan], timeout: float, done: Callable[[int], object]) -> None:
-    """A task a shard, on the cluster that RAY_ADDRESS names or that runs here; else on this machine alone."""
+def make_on_ray(
+    plan: Plan, shards: list[ShardPlan], timeout: float, on_items: Callable[[int], object]
+) -> None:
+    """Makes each shard in a task of the Ray cluster at RAY_ADDRESS or on this machine, or of a new local one."""
     try:
-        import ray as cluster
+        import ray
         from ray.exceptions import RayError
     except ImportError:
         raise UserError("--engine ray: Ray is not installed; pip install 'vidssl[ray]'") from None
-    waiting: dict[Any, ShardPlan] = {}
-    made = "the cluster"
+    running: dict[Any, ShardPlan] = {}
+    where = "the cluster"  # what an error line names
     try:
-        if not cluster.is_initialized():
-            cluster.init(log_to_driver=False)
-        task = cluster.remote(num_cpus=1, max_retries=TRIES)(make_on_node)
-        common = cluster.put(plan._replace(sets={}, rejected={}, source=plan.source.resolve()))
-        left = iter(todo)
+        if not ray.is_initialized():
+            ray.init(log_to_driver=False)
+        task = ray.remote(num_cpus=1, max_retries=MAX_RETRIES)(make_on_node)
+        common = ray.put(plan._replace(sets={}, rejected={}, source=plan.source.resolve()))
+        waiting = iter(shards)
         while True:
-            room = 2 * max(1, int(cluster.cluster_resources().get("CPU", 1))) - len(waiting)
-            for shard in islice(left, max(0, room)):
-                waiting[task.remote(common, shard._replace(tar=shard.tar.resolve()), timeout)] = shard
-            if not waiting:
+            free_slots = 2 * max(1, int(ray.cluster_resources().get("CPU", 1))) - len(running)
+            for shard in islice(waiting, max(0, free_slots)):
+                running[task.remote(common, shard._replace(tar=shard.tar.resolve()), timeout)] = shard
+            if not running:
                 return
-            for ready in cluster.wait(list(waiting), timeout=10)[0]:
-                shard = waiting.pop(ready)
-                made = shard.tar.name
-                cluster.get(ready)
-                done(len(shard.items))
+            for ready in ray.wait(list(running), timeout=10)[0]:
+                shard = running.pop(ready)
+                where = shard.tar.name
+                ray.get(ready)
+                on_items(len(shard.items))
     except (RayError, ConnectionError) as e:
         cause = getattr(e, "cause", None)
-        said = str(cause if isinstance(cause, UserError) else e).strip().splitlines()[-1]
-        raise UserError(f"{made}: {said} (call again: finished shards stay)") from e
+        line = str(cause if isinstance(cause, UserError) else e).strip().splitlines()[-1]
+        raise UserError(f"{where}: {line} (call again: finished shards stay)") from e
     finally:
-        for ref in waiting:
-            cluster.cancel(ref)
+        for ref in running:
+            ray.cancel(ref)
 
 
 def make_on_node(plan: Plan, shard: ShardPlan, timeout: float) -> None:
-    """One shard, made in a worker of the cluster."""
+    """Makes one shard in a worker of the cluster."""
     node = socket.gethostname()
     for folder in (plan.source, shard.tar.parent):
         if not folder.is_dir():
             raise UserError(f"{folder}: not there on node {node}; all nodes must see it under this path")
     if shard.is_finished():
         return
-    prober = _prober_of_worker(plan.options["decoder"], timeout, plan.recipe, plan.filters)
-    found = (prober(plan.source / p, items[0].ext, [span_of(i) for i in items]) for p, items in shard.files())
-    write_shard(shard, found, plan, mark=f".{node}-{os.getpid()}")
+    inspector = _inspector_of_worker(plan.options["decoder"], timeout, plan.recipe, plan.filters)
+    inspected = (
+        inspector(plan.source / path, items[0].ext, [span_of(item) for item in items])
+        for path, items in shard.files()
+    )
+    write_shard(shard, inspected, plan, suffix=f".{node}-{os.getpid()}")
 
 
-_prober_of_worker = lru_cache(maxsize=1)(FileInspector)  # a worker makes many shards; its child ends with it
+_inspector_of_worker = lru_cache(maxsize=1)(FileInspector)  # reused for all shards that a worker makes
 
 
-def make(plan: Plan, engine: str, workers: int, timeout: float, done: Callable[[int], object]) -> None:
-    """Every shard that is not there yet. engine: local or ray."""
-    todo = [shard for shard in plan.shards() if not shard.is_finished()]
+def make(plan: Plan, engine: str, workers: int, timeout: float, on_items: Callable[[int], object]) -> None:
+    """Makes every unfinished shard. engine: "local" or "ray"; on_items: called with numbers of finished items."""
+    unfinished = [shard for shard in plan.shards() if not shard.is_finished()]
     for folder in plan.sets:
         make_folder(folder)
-    done(sum(len(s.items) for s in plan.shards()) - sum(len(s.items) for s in todo))
+    on_items(sum(len(s.items) for s in plan.shards()) - sum(len(s.items) for s in unfinished))
     if engine == "ray":
-        ray(plan, todo, timeout, done)
+        make_on_ray(plan, unfinished, timeout, on_items)
     else:
-        local(plan, todo, workers, timeout, done)
+        make_locally(plan, unfinished, workers, timeout, on_items)

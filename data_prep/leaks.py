@@ -34,10 +34,11 @@ import numpy as np
 from PIL import Image
 
 from data_prep.filters import Rejected
-from data_prep.index import dumps, write_text
+from data_prep.index import write_lines
 from data_prep.workers import WorkerPool
 from vidssl.core.errors import UserError, run_cli
 from vidssl.data.decoding import open_video
+from vidssl.data.format import dumps
 from vidssl.data.isolation import Reporter
 from vidssl.data.shards import Sample, Shards
 
@@ -315,7 +316,7 @@ def main(argv: list[str]) -> None:
     train, test = Shards([args.train]), Shards([args.test])
     lines = list(find(train, test, args.workers, args.timeout))
     if args.out:
-        write_text(args.out, map(dumps, lines))
+        write_lines(args.out, map(dumps, lines))
     leaks = [line for line in lines if "test" in line and "train" in line]
     for line in leaks:
         print(

@@ -18,13 +18,13 @@ from tqdm import tqdm
 from data_prep import engine
 from data_prep.encode import Recipe
 from data_prep.filters import Filters
-from data_prep.index import dumps, read_lines, shard_entry, write_index, write_text
+from data_prep.index import read_lines, write_lines
 from data_prep.plan import NEAR, Plan, make_plan
 from data_prep.report import write_report
 from data_prep.sources import SOURCES, read_source
 from vidssl.core.errors import UserError, run_cli
 from vidssl.core.io import check_writable, make_folder
-from vidssl.data.index import read_index
+from vidssl.data.format import dumps, dumps_index, read_index, shard_entry
 
 PRESETS = ("ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow")
 FIRST = ("plan.json.tmp", NEAR)  # what is written before plan.json
@@ -52,7 +52,7 @@ def open_out(out: Path, plan: Plan) -> bool:
             )
         return all((folder / "index.json").exists() for folder in plan.sets)
     make_folder(out)
-    write_text(file, [dumps({"version": 1, "plan": plan.digest, "options": plan.options})])
+    write_lines(file, [dumps({"version": 1, "plan": plan.digest, "options": plan.options})])
     return False
 
 
@@ -69,11 +69,11 @@ def finish(plan: Plan) -> None:
         for shard in shards:
             rejected += [json.loads(line) for line in read_lines(shard.rejections)]
         rejected.sort(key=lambda r: (r["path"], r.get("start", 0.0), r.get("end", 0.0)))
-        write_text(folder / "rejected.jsonl", map(dumps, rejected))
+        write_lines(folder / "rejected.jsonl", map(dumps, rejected))
         full = [(s.tar, len(read_lines(s.tar.with_suffix(".jsonl")))) for s in shards]
         entries = [shard_entry(tar, n) for tar, n in full if n]
         made_by = {**plan.options, "plan": plan.digest, "bytes_in": plan.bytes_in[folder]}
-        write_index(folder, plan.classes, entries, len(rejected), made_by)
+        write_lines(folder / "index.json", [dumps_index(plan.classes, entries, len(rejected), made_by)])
 
 
 def clean(plan: Plan) -> None:

@@ -13,10 +13,11 @@ import av
 from data_prep.dedup import near_files, remembered
 from data_prep.encode import Recipe, Span
 from data_prep.filters import Filters, same_files
-from data_prep.index import class_lists, dumps, key_of
+from data_prep.index import class_lists, sample_key
 from data_prep.sources import SourceItem, SourceListing
 from vidssl.core.errors import UserError
 from vidssl.core.splits import GroupSelection, shuffle_key
+from vidssl.data.format import dumps
 
 NEAR = "near-"  # how the files begin that remember near duplicates
 SHARD_BYTES = 1_000_000_000  # of source files; a shard is closed before it grows beyond that
@@ -110,7 +111,7 @@ def make_plan(source: SourceListing, root: Path, out: Path, args: argparse.Names
     for item in source.items:
         for label_set, name in item.labels.items():
             names[label_set].add(name)
-    keys = {key_of(item.path, *span_of(item)): span_of(item) for item in source.items}
+    keys = {sample_key(item.path, *span_of(item)): span_of(item) for item in source.items}
     if len(keys) < len(source.items):
         raise UserError(
             f"{root}: two paths have the same key, or a file the same segment twice; rename or remove one"

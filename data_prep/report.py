@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.index import dumps, read_lines, write_text
+from data_prep.index import read_lines, write_lines
 from vidssl.core.errors import UserError, run_cli
 from vidssl.core.io import atomic_write
-from vidssl.data.index import read_index
+from vidssl.data.format import dumps, read_index
 
 BINS = 24
 
@@ -117,7 +117,7 @@ def write_report(folder: Path) -> dict:
     """report.png and then report.json beside index.json."""
     report = make_report(folder)
     atomic_write(folder / "report.png", lambda beside: draw(report, beside))
-    write_text(folder / "report.json", [json.dumps(report, indent=1)])
+    write_lines(folder / "report.json", [json.dumps(report, indent=1)])
     return report
 
 

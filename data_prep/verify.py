@@ -16,12 +16,12 @@ from typing import BinaryIO
 
 import numpy as np
 
-from data_prep.index import dumps, media_of, tar_samples
+from data_prep.index import tar_samples
 from vidssl.core.errors import DecodeError, UserError, run_cli
 from vidssl.core.io import stream_sha256
 from vidssl.data.decoding import open_video
 from vidssl.data.decoding.pyav import PyAVVideo
-from vidssl.data.index import entries, read_index
+from vidssl.data.format import dumps, read_index, select_media, shard_table
 from vidssl.data.remote import ShardError, fetch, is_url, join, local, shown
 
 FRAME_FACTS = ("frames", "height", "width")
@@ -68,12 +68,8 @@ def check_lines(where: str, tar: BinaryIO, lines: list[dict], strict: bool) -> I
     inside = dict(tar_samples(Path(where), tar))
     for line in lines:
         members = inside.get(line["key"], {})
-        media = media_of(members)
-        if media is None or (media.ext, media.offset, media.size) != (
-            line["ext"],
-            line["offset"],
-            line["size"],
-        ):
+        media = select_media(members)
+        if media is None or (media[0], *media[1]) != (line["ext"], line["offset"], line["size"]):
             yield f"{where}: {line['key']}: not where its jsonl says"
         elif strict:
             tar.seek(members["json"].offset)
@@ -103,7 +99,7 @@ def check_sample(tar_name: str, tar: BinaryIO, line: dict) -> Iterator[str]:
 def check_set(folder: str, decode: int) -> Iterator[str]:
     """Problems of one data set; `decode` samples, evenly spread, are decoded."""
     index = read_index(folder)
-    entries(index, folder)  # are its lines in order?
+    shard_table(index, folder)  # raises UserError if an entry is damaged
     ends = list(accumulate(entry["samples"] for entry in index["shards"]))
     total = ends[-1] if ends else 0
     chosen = np.unique(np.linspace(0, total - 1, min(decode, total)).astype(int)).tolist()

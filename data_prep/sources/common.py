@@ -11,9 +11,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from vidssl.core.errors import UserError
-from vidssl.data.decoding.base import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
+from vidssl.data.decoding.base import VIDEO_EXTENSIONS
+from vidssl.data.format import MEDIA_EXTENSIONS
 
-EXTENSIONS = (*VIDEO_EXTENSIONS, *IMAGE_EXTENSIONS)
+EXTENSIONS = MEDIA_EXTENSIONS
 SPLITS = {
     "train": "train",
     "val": "val",

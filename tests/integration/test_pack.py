@@ -18,7 +18,7 @@ import pytest
 
 from data_prep import pack, scan, verify
 from data_prep.encode import EncodedSample
-from data_prep.index import class_lists, key_of, read_lines
+from data_prep.index import class_lists, read_lines, sample_key
 from data_prep.inspect_file import FileInspector, Rejected
 from data_prep.plan import divide
 from data_prep.sources import SourceItem, read_source
@@ -64,7 +64,9 @@ def test_what_a_pack_holds(packed, tiny_corpus, frame_index):
             assert set(line) == {"key", "ext", "offset", "size", "meta"}
             data, meta = tar[line["offset"] : line["offset"] + line["size"]], line["meta"]
             assert data == (tiny_corpus / meta["source"]).read_bytes()
-            assert line["key"] == key_of(meta["source"]) and "." not in line["key"] and line["ext"] == "mp4"
+            assert (
+                line["key"] == sample_key(meta["source"]) and "." not in line["key"] and line["ext"] == "mp4"
+            )
             assert meta["class"] == meta["source"].split("/")[0] == index["classes"]["label"][meta["label"]]
             assert meta["labels"] == {"label": meta["label"]} and meta["group"] is None
             assert (meta["frames"], meta["height"], meta["width"]) == (20 - meta["label"], 48, 64)

@@ -296,7 +296,7 @@ def test_a_kill_in_the_middle_leaves_a_usable_cache(server, tmp_path, made):
 
 def test_a_damaged_beginning_is_fetched_again(server, tmp_path):
     shards = open_remote(server, tmp_path)
-    part = tmp_path / f"{shards.entries.sha256[0].decode()}.{shards.sizes[0]}.part"
+    part = tmp_path / f"{shards.table.sha256[0].decode()}.{shards.sizes[0]}.part"
     part.write_bytes(b"x" * 1000)  # as after a power cut
     assert len(shards.read(shards.sample(0, 0))) == PAYLOAD
     tar = files(tmp_path, ".tar")[0]
@@ -340,7 +340,7 @@ def test_what_was_read_longest_ago_goes_first_and_nothing_in_use(server, tmp_pat
     shards = open_remote(server, tmp_path, cache_gb=3.5 * SHARD / 1e9)
 
     def there() -> set[int]:
-        return {s for s in range(SHARDS) if shards.cache.has(shards.entries.sha256[s].decode())}
+        return {s for s in range(SHARDS) if shards.cache.has(shards.table.sha256[s].decode())}
 
     for s in (0, 1, 2, 0):  # 0 was read last
         fetch(shards, s)
@@ -376,7 +376,7 @@ def test_room_is_waited_for(server, tmp_path):
         done.join(0.3)
         assert done.is_alive()
     done.join(5)
-    assert not done.is_alive() and shards.cache.has(shards.entries.sha256[1].decode())
+    assert not done.is_alive() and shards.cache.has(shards.table.sha256[1].decode())
 
 
 class Bytes(Dataset):

@@ -7,30 +7,20 @@ beside each tar, a `.jsonl` that tells where each sample's bytes are; `data_prep
 """
 
 import hashlib
-import json
 import os
 from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
-from typing import Any, BinaryIO, Literal, NamedTuple
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 
 from vidssl.core.errors import DecodeError, UserError
-from vidssl.data.index import Entries, entries, index_text, parse_index
+from vidssl.data.format import Sample, ShardTable, parse_index, parse_sample, read_index_bytes, shard_table
 from vidssl.data.remote import Cache, ShardError, is_url, join, local, shown
 
 LINES_BYTES = 64 << 20  # of .jsonl files kept in a process
-
-
-class Sample(NamedTuple):
-    key: str
-    ext: str  # of the media file, lower case
-    shard: int
-    offset: int  # of the media bytes in the tar
-    size: int  # bytes
-    meta: dict[str, Any]  # label, labels, fps, frames, ...: see data_prep.pack
 
 
 class IndexLines(Sequence[Sample]):
@@ -47,8 +37,8 @@ class IndexLines(Sequence[Sample]):
     def __getitem__(self, number: Any) -> Any:
         number = range(len(self))[number]
         try:
-            r = json.loads(self.data[self.ends[number - 1] + 1 if number else 0 : self.ends[number]])
-            return Sample(r["key"], r["ext"], self.shard, r["offset"], r["size"], r["meta"])
+            start = self.ends[number - 1] + 1 if number else 0
+            return parse_sample(self.data[start : self.ends[number]], self.shard)
         except (ValueError, KeyError, TypeError) as e:
             raise ShardError(
                 f"{self.where}: line {number + 1} is not of a sample ({e})", "shard_changed"
@@ -78,7 +68,7 @@ class Shards:
             if folder in self.folders:
                 raise UserError(f"{folder}: named twice")
             self.folders.append(folder)
-            text = index_text(folder)
+            text = read_index_bytes(folder)
             digest.update(text)
             index = parse_index(text, folder)
             for name, names in index["classes"].items():
@@ -86,10 +76,10 @@ class Shards:
                     raise UserError(
                         f"{folder}: the classes of label '{name}' differ from those of {folders[0]}"
                     )
-            parts.append(entries(index, folder))
-        self.entries = Entries(*map(np.concatenate, zip(*parts, strict=True)))
+            parts.append(shard_table(index, folder))
+        self.table = ShardTable(*map(np.concatenate, zip(*parts, strict=True)))
         self.folder_of = np.repeat(np.arange(len(parts)), [len(p.names) for p in parts])
-        self.counts, self.sizes = self.entries.samples, self.entries.sizes
+        self.counts, self.sizes = self.table.samples, self.table.sizes
         self.n = int(self.counts.sum())
         self.hash = digest.hexdigest()  # the index holds each shard's checksum, so this names the data
         if not self.n:
@@ -124,7 +114,7 @@ class Shards:
 
     def path(self, shard: int, ext: str = ".tar") -> str:
         """Path or address of its tar or .jsonl."""
-        name = self.entries.names[shard].decode().removesuffix(".tar")
+        name = self.table.names[shard].decode().removesuffix(".tar")
         return join(self.folders[self.folder_of[shard]], name + ext)
 
     def sample(self, shard: int, number: int) -> Sample:
@@ -158,7 +148,7 @@ class Shards:
     def _tar(self, shard: int) -> AbstractContextManager[BinaryIO]:
         path = self.path(shard)
         if self.cache and is_url(path):
-            return self.cache.open(path, self.entries.sha256[shard].decode(), int(self.sizes[shard]))
+            return self.cache.open(path, self.table.sha256[shard].decode(), int(self.sizes[shard]))
         try:
             return nullcontext(self._open(path))
         except OSError as e:
@@ -188,7 +178,7 @@ class Shards:
         return lines
 
     def _read_lines(self, shard: int) -> IndexLines:
-        path, sha256 = self.path(shard, ".jsonl"), self.entries.index_sha256[shard].decode()
+        path, sha256 = self.path(shard, ".jsonl"), self.table.index_sha256[shard].decode()
         if self.cache and is_url(path):
             with self.cache.open(path, sha256, None) as file:
                 data = file.read()

@@ -18,7 +18,7 @@ from vidssl.core.errors import DecodeError, UserError
 from vidssl.data import shards as shards_module
 from vidssl.data.augment import RandomCrop
 from vidssl.data.dataset import DataConfig, TrainClips
-from vidssl.data.index import entries, parse_index, read_index
+from vidssl.data.format import parse_index, read_index, shard_table
 from vidssl.data.loader import train_batches
 from vidssl.data.order import Order
 from vidssl.data.shards import IndexLines, Shards
@@ -151,7 +151,7 @@ def test_an_index_that_is_wrong(tmp_path):
     ):
         wrong = {**index, "shards": [index["shards"][0] | change]}
         with pytest.raises(UserError, match=rf"index\.json: damaged list of shards \(.*{says}|{says}"):
-            entries(wrong, str(folder))
+            shard_table(wrong, str(folder))
     for text, says in (
         (b"\xff", "not an index of shards"),
         (b"[1]", "not an index of shards"),

@@ -19,13 +19,13 @@ from PIL import Image
 from data_prep import pack, report
 from data_prep.encode import EncodedSample, Recipe, encode_clips
 from data_prep.filters import NO_FILTERS, Filters, Rejected, _blocks, thumbnail
-from data_prep.index import key_of, read_lines
+from data_prep.index import read_lines, sample_key
 from data_prep.inspect_file import FileInspector
 from data_prep.reader import even_size
 from vidssl.core.errors import UserError
 from vidssl.data.decoding import open_video
 from vidssl.data.decoding.pyav import PyAVVideo
-from vidssl.data.index import read_index
+from vidssl.data.format import read_index
 
 ROOT = Path(__file__).parents[3]
 WHOLE = ((None, None),)
@@ -339,7 +339,8 @@ def test_a_pack_of_segments(packed, corpus):
     }
     second = samples["v1.mp4", 0.4]
     assert (
-        second["key"] == key_of("v1.mp4", 0.4, 1.2) != key_of("v1.mp4", 0.4, 1.3) and "." not in second["key"]
+        second["key"] == sample_key("v1.mp4", 0.4, 1.2) != sample_key("v1.mp4", 0.4, 1.3)
+        and "." not in second["key"]
     )
     assert second["meta"]["class"] == "b" and (second["meta"]["start"], second["meta"]["end"]) == (0.4, 1.2)
     assert (second["meta"]["frames"], second["meta"]["height"]) == (8, 32)

@@ -1,0 +1,174 @@
+"""The shard format: WebDataset tars, a .jsonl beside each tar, and one index.json for the data set.
+
+A sample is one media file `KEY.mp4` (or another extension) followed by `KEY.json` with its metadata. `shard-NAME.jsonl`
+holds one record per sample: where its media bytes are in the tar, and the metadata again. `index.json` holds the
+classes and one entry per shard (name, samples, bytes, SHA-256 of the tar and of the .jsonl); it is written last, so a
+folder that has one is complete. `data_prep` writes these files, `vidssl.data.shards` reads them.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+
+from vidssl.core.errors import UserError
+from vidssl.core.io import file_sha256
+from vidssl.data.decoding.base import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
+from vidssl.data.remote import ShardError, fetch_small, is_url, join, shown
+
+VERSION = 1
+MEDIA_EXTENSIONS = (*VIDEO_EXTENSIONS, *IMAGE_EXTENSIONS)
+_SHA256 = re.compile("[0-9a-f]{64}")
+
+Payload = TypeVar("Payload")
+
+
+class Sample(NamedTuple):
+    """A sample of a data set and where its media bytes are."""
+
+    key: str
+    ext: str  # of the media file, lower case
+    shard: int
+    offset: int  # of the media bytes in the tar
+    size: int  # bytes
+    meta: dict[str, Any]  # label, labels, fps, frames, ...: see data_prep.pack
+
+
+class ShardTable(NamedTuple):
+    """The shard entries of an index as arrays [S]: 0.2 kB per shard, and shared by forked processes without copies."""
+
+    names: np.ndarray  # bytes, UTF-8
+    samples: np.ndarray  # i64
+    sizes: np.ndarray  # i64, bytes of the tar
+    sha256: np.ndarray  # bytes, hexadecimal; of the tar
+    index_sha256: np.ndarray  # of its .jsonl
+
+
+def dumps(value: Any) -> str:
+    """Returns one line of JSON that is the same for equal values."""
+    return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(", ", ": "), allow_nan=False)
+
+
+def select_media(members: Mapping[str, Payload]) -> tuple[str, Payload] | None:
+    """Returns extension and payload of the media file among `members` (lower-case extension -> payload).
+
+    If a sample has several media files, the first in the order of MEDIA_EXTENSIONS is its media file.
+    """
+    return next(((ext, members[ext]) for ext in MEDIA_EXTENSIONS if ext in members), None)
+
+
+def parse_meta(where: str, json_bytes: bytes | None, cls_bytes: bytes | None) -> dict[str, Any]:
+    """Returns the metadata of a sample from its .json, or else from its .cls (a label number or a class name)."""
+    if json_bytes is not None:
+        try:
+            meta = json.loads(json_bytes)
+        except ValueError as e:
+            raise UserError(f"{where}.json: not JSON: {e}") from e
+        if not isinstance(meta, dict):
+            raise UserError(f"{where}.json: expected an object, found {type(meta).__name__}")
+        return meta
+    if cls_bytes is None:
+        return {}
+    text = cls_bytes.decode("utf-8", "replace").strip()
+    return {"label": int(text)} if text.isdecimal() else {"class": text}
+
+
+def sample_record(key: str, ext: str, offset: int, size: int, meta: dict) -> dict[str, Any]:
+    """Returns a record of a shard's .jsonl; `offset` and `size` are those of the media bytes in the tar."""
+    return {"key": key, "ext": ext, "offset": offset, "size": size, "meta": meta}
+
+
+def parse_sample(line: bytes, shard: int) -> Sample:
+    """Raises ValueError, KeyError or TypeError if `line` is not a record of a .jsonl."""
+    r = json.loads(line)
+    return Sample(r["key"], r["ext"], shard, r["offset"], r["size"], r["meta"])
+
+
+def shard_entry(tar: Path, samples: int) -> dict[str, Any]:
+    """Returns the entry of index.json for a finished tar and its .jsonl."""
+    return {
+        "name": tar.name,
+        "samples": samples,
+        "bytes": tar.stat().st_size,
+        "sha256": file_sha256(tar),
+        "index_sha256": file_sha256(tar.with_suffix(".jsonl")),
+    }
+
+
+def dumps_index(
+    classes: dict[str, list[str]], entries: list[dict[str, Any]], rejected: int, made_by: dict[str, Any]
+) -> str:
+    """Returns the text of index.json; rejected: number of source files left out; made_by: options of the writer."""
+    index = {
+        "version": VERSION,
+        "samples": sum(entry["samples"] for entry in entries),
+        "classes": classes,
+        "shards": entries,
+        "rejected": rejected,
+        "pack": made_by,
+    }
+    return json.dumps(index, sort_keys=True, ensure_ascii=False, indent=1)
+
+
+def read_index(folder: str | Path) -> dict[str, Any]:
+    """Returns the parsed index.json of a local folder or URL."""
+    return parse_index(read_index_bytes(str(folder)), str(folder))
+
+
+def read_index_bytes(folder: str) -> bytes:
+    """Returns the bytes of index.json; raises UserError with a hint if the folder or URL has none."""
+    where = join(folder, "index.json")
+    if is_url(folder):
+        try:
+            return fetch_small(where)
+        except ShardError as e:
+            hint = ": is this the address of a packed data set?" if e.reason == "shard_missing" else ""
+            raise UserError(f"{e}{hint}") from e
+    try:
+        return Path(where).read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        packed = sorted(p.parent.name for p in Path(folder).glob("*/index.json"))
+        hint = (
+            f"; did you mean one of {packed} in it?" if packed else "; make one with python -m data_prep.pack"
+        )
+        raise UserError(f"{folder}: no index.json, so this is not a packed data set{hint}") from None
+    except OSError as e:
+        raise UserError(f"{where}: {e.strerror}") from None
+
+
+def parse_index(text: bytes, folder: str) -> dict[str, Any]:
+    """Returns the checked contents of index.json; `folder` is named in errors."""
+    where = shown(join(folder, "index.json"))
+    try:
+        index = json.loads(text)
+    except ValueError as e:
+        raise UserError(f"{where}: not an index of shards ({e})") from None
+    if not isinstance(index, dict) or not {"version", "classes", "shards"} <= index.keys():
+        raise UserError(f"{where}: not an index of shards")
+    if index["version"] != VERSION:
+        raise UserError(f"{where}: an index of version {index['version']}, expected {VERSION}")
+    return index
+
+
+def shard_table(index: dict[str, Any], folder: str) -> ShardTable:
+    """Returns the checked shard entries of an index. Names and checksums become file names, so both are checked."""
+    entries = index["shards"]
+    try:
+        for entry in entries:
+            name = entry["name"]
+            if not name.endswith(".tar") or "/" in name or "\0" in name:
+                raise ValueError(f"{name!r} is not the name of a .tar file")
+            if not (_SHA256.fullmatch(entry["sha256"]) and _SHA256.fullmatch(entry["index_sha256"])):
+                raise ValueError(f"{name}: a checksum is not 64 hexadecimal digits")
+        return ShardTable(
+            np.array([entry["name"].encode() for entry in entries], bytes),
+            np.array([entry["samples"] for entry in entries], np.int64),
+            np.array([entry["bytes"] for entry in entries], np.int64),
+            np.array([entry["sha256"] for entry in entries], "S64"),
+            np.array([entry["index_sha256"] for entry in entries], "S64"),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as e:
+        raise UserError(f"{shown(join(folder, 'index.json'))}: damaged list of shards ({e})") from None
