@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -41,9 +40,8 @@ from vidssl.model.vit import LAYER_NORM_EPS
 from vidssl.pretrained import files
 from vidssl.pretrained.files import LoadedEncoder, load_encoder
 from vidssl.pretrained.infer_config import Checkpoint
-from vidssl.training import distributed
-from vidssl.training.checkpoint import gather_to_cpu, load_checkpoint, provenance, save_checkpoint
-from vidssl.training.distributed import all_reduce_metrics, check_ranks_agree
+from vidssl.training.checkpoint import load_checkpoint, provenance, save_checkpoint
+from vidssl.training.distributed import Strategy, gather_to_cpu
 from vidssl.training.finetuning import (
     FINETUNE_HEADS,
     Classifier,
@@ -59,7 +57,7 @@ from vidssl.training.finetuning import (
     open_splits,
 )
 from vidssl.training.malloc import tune_malloc
-from vidssl.training.optim import OptimConfig, build_optimizer, clip_gradients, schedule, set_schedule
+from vidssl.training.optim import OptimConfig, build_optimizer, schedule, set_schedule
 from vidssl.training.preemption import exit_on_lost_peer
 
 SCHEMA: config.Schema = {
@@ -86,7 +84,7 @@ RESUME_MUTABLE = (
 class FinetuneLoop(NamedTuple):
     """What a run of these parts needs at every turn."""
 
-    accelerator: Accelerator
+    strategy: Strategy
     model: nn.Module  # as prepared
     classifier: Classifier
     optimizer: Any
@@ -97,8 +95,8 @@ class FinetuneLoop(NamedTuple):
 
     def step(self, batch: Batch, mixer: Mixer, step: int, steps: int) -> dict[str, float]:
         """One update -> loss and norm of the gradients, over all processes."""
-        a, parts = self.accelerator, self.speed.micro_batches
-        torch.manual_seed(self.tune.seed + step * a.num_processes + a.process_index)  # of drop path
+        a, parts = self.strategy, self.speed.micro_batches
+        torch.manual_seed(self.tune.seed + step * a.world + a.rank)  # of drop path
         set_schedule(self.optimizer, schedule(self.optim, step, steps))
         self.optimizer.zero_grad()
         video, target = mixer(normalise(batch.video.to(a.device), self.colours), batch, step)
@@ -109,8 +107,8 @@ class FinetuneLoop(NamedTuple):
                     loss = F.cross_entropy(self.model(some).float(), want) / parts
                 a.backward(loss)
             total += loss.detach()
-        norm = clip_gradients(a, self.model, self.optim, step)
-        met = all_reduce_metrics(a, {"loss": total, "grad_norm": norm}, {})
+        norm = a.clip(self.model, self.optim, step)
+        met = a.reduce({"loss": total, "grad_norm": norm}, {})
         bad = [name for name in met if not math.isfinite(met[name]) and (name == "loss" or a.scaler is None)]
         if bad:  # fp16's scaler leaves out steps by itself
             raise UserError(
@@ -127,14 +125,14 @@ class FinetuneLoop(NamedTuple):
         classes = self.classifier.head.linear.out_features
 
         def encode(video: Tensor) -> Tensor:
-            with self.accelerator.autocast():
+            with self.strategy.autocast():
                 logits = self.classifier(normalise(video, self.colours))
             return logits.float().softmax(-1)[:, None]
 
         videos = max(1, self.speed.eval_batch // view.clips)
         reading = ProbeProtocol(encode_batch=videos, workers=self.speed.workers)
         self.classifier.eval()
-        feed = FeatureLoader(encode, shards, samples, view, self.accelerator, reading, name)
+        feed = FeatureLoader(encode, shards, samples, view, self.strategy.accelerator, reading, name)
         found = compute_features(feed, FeatureShape(len(samples), view.clips, 1, classes), "memory", {})
         self.classifier.train()
         if name == "test":
@@ -176,7 +174,6 @@ class FinetuneState:
         self.rows: list[dict[str, Any]] = []
         self.best: dict[str, Tensor] = {}
         self.start = 0  # step
-        check_ranks_agree(run.accelerator, state)
         if state:
             now, self.best = (
                 {k.removeprefix(part): v for k, v in state["model"].items() if k.startswith(part)}
@@ -184,8 +181,8 @@ class FinetuneState:
             )
             run.classifier.load_state_dict(now)
             run.optimizer.load_state_dict(state["optimizer"])
-            if run.accelerator.scaler is not None and state["scaler"]:
-                run.accelerator.scaler.load_state_dict(state["scaler"])
+            if run.strategy.scaler is not None and state["scaler"]:
+                run.strategy.scaler.load_state_dict(state["scaler"])
             self.rows, self.start = state["epochs"], state["step"]
 
     def end_epoch(self, step: int, losses: list[float], view: View) -> None:
@@ -202,9 +199,9 @@ class FinetuneState:
             if all(row["held_out_accuracy"] >= before["held_out_accuracy"] for before in self.rows):
                 self.best = gather_to_cpu(self.run.classifier.state_dict())
         self.rows.append(row)
-        self.run.accelerator.print(", ".join(f"{k} {v:.6g}" for k, v in row.items()))
-        if self.run.accelerator.is_main_process:
-            scaler = self.run.accelerator.scaler
+        self.run.strategy.accelerator.print(", ".join(f"{k} {v:.6g}" for k, v in row.items()))
+        if self.run.strategy.is_main:
+            scaler = self.run.strategy.scaler
             parts = {"now.": self.run.classifier.state_dict(), "best.": self.best}
             state: dict[str, Any] = {
                 "provenance": self.about,
@@ -236,10 +233,10 @@ class FinetuneState:
 def fit(course: FinetuneState, view: View, augment: Any, per_epoch: int, data: DataConfig) -> None:
     """From where it stands to the end of the last epoch."""
     run, parts = course.run, course.parts
-    a, tune, speed, steps = run.accelerator, run.tune, run.speed, per_epoch * run.tune.epochs
+    a, tune, speed, steps = run.strategy, run.tune, run.speed, per_epoch * run.tune.epochs
     stream = SubsetOrder(parts.train_places, tune.seed, tune.lanes)
     clips = LabelledClips(parts.task.label, parts.shards["train"], stream, data, augment)
-    shares = a.process_index, a.num_processes
+    shares = a.rank, a.world
     clips_a_step = [tune.batch * tune.repeat]
     loader: Any = train_steps(
         Streams([clips]),
@@ -258,7 +255,7 @@ def fit(course: FinetuneState, view: View, augment: Any, per_epoch: int, data: D
             course.out.name,
             steps,
             initial=course.start,
-            disable=not a.is_main_process,
+            disable=not a.is_main,
             mininterval=20,
         )
         for done, (batch,) in enumerate(bar, course.start + 1):
@@ -325,25 +322,22 @@ def main(argv: list[str]) -> None:
     if state := load_checkpoint(out / "checkpoints"):
         check_same(state, about, out)
     unused = loaded.encoder.patch_embed_img is not None or len(loaded.encoder.level_norms) > 0
-    ddp = DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=unused)
-    if distributed.env_flag("ACCELERATE_USE_FSDP") or distributed.env_flag("ACCELERATE_USE_DEEPSPEED"):
-        raise UserError("fine-tuning is of whole models: use configs/accelerate/ddp.yaml")
     tune_malloc()
-    accelerator = distributed.make_accelerator(speed.precision, kwargs_handlers=[ddp])
-    check_divisible(tune, speed, accelerator.num_processes)
+    strategy = Strategy.from_env(speed, unused_parameters=unused, allow_sharding=False)
+    check_divisible(tune, speed, strategy.world)
 
     per_epoch = max(1, len(parts.train_places) // tune.batch)
     optim = config.build(cfg["optim"], OptimConfig, warmup=round(tune.warmup * per_epoch)).scaled(tune.batch)
     classifier, model = make_classifier(loaded, cfg["head"], len(parts.task.names), tune)
     classifier.encoder.blocks.activation_checkpointing = speed.activation_checkpointing
-    prepared, optimizer = accelerator.prepare(classifier, build_optimizer(classifier, optim, fused=True))
+    prepared, optimizer = strategy.prepare(classifier, build_optimizer(classifier, optim, fused=True))
     colours = loaded.about["pixels"]["mean"], loaded.about["pixels"]["std"]
-    run = FinetuneLoop(accelerator, prepared, classifier, optimizer, optim, tune, speed, colours)
-    if accelerator.is_main_process:
+    run = FinetuneLoop(strategy, prepared, classifier, optimizer, optim, tune, speed, colours)
+    if strategy.is_main:
         make_folder(out)
         with os_errors_as_user_errors(out):
             config.save(cfg, out / "config.yaml")
-    accelerator.wait_for_everyone()
+    strategy.barrier()
     course = FinetuneState(run, parts, out, about, state)
     augment = config.build(cfg["augment"], AUGMENTS, size=view.size)
     clip: dict[str, Any] = {"frames": view.frames, "stride": view.stride, "fps": view.fps}
@@ -354,7 +348,7 @@ def main(argv: list[str]) -> None:
 
     chosen = course.chosen()
     seen = run.look(parts.shards["test"], *parts.test, view, "test")
-    if accelerator.is_main_process:
+    if strategy.is_main:
         row, told = score_predictions(
             parts.task, seen, list(range(len(seen.samples))), outputs_of(seen), tune.seed
         )
@@ -362,9 +356,8 @@ def main(argv: list[str]) -> None:
         with os_errors_as_user_errors(out):
             save(out, classifier, model, loaded, {**about, "step": chosen["step"]})
             write(out, cfg, loaded, parts, row, told, about)
-        accelerator.print(f"{row['label']} {row['metric']} {row['value']:.2f}  {row['ci95']}")
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
+        strategy.accelerator.print(f"{row['label']} {row['metric']} {row['value']:.2f}  {row['ci95']}")
+    strategy.close()
 
 
 if __name__ == "__main__":

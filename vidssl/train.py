@@ -8,12 +8,10 @@ import hashlib
 import sys
 import time
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from vidssl import config
 from vidssl.config import Count, Part, Positive, Size
@@ -33,9 +31,8 @@ from vidssl.objective.masks import MASKS
 from vidssl.objective.objective import ERRORS, ContextLoss
 from vidssl.objective.targets import TARGETS, Ema
 from vidssl.pretrained.init import start_from
-from vidssl.training import distributed
-from vidssl.training.checkpoint import load_checkpoint, provenance, quarantine
-from vidssl.training.distributed import all_reduce_metrics, skip_step
+from vidssl.training.checkpoint import list_checkpoints, provenance, quarantine
+from vidssl.training.distributed import Strategy
 from vidssl.training.feature_stats import FeatureStats
 from vidssl.training.loss_guard import LossGuard
 from vidssl.training.malloc import tune_malloc
@@ -49,7 +46,7 @@ from vidssl.training.metrics_log import (
     start_trackers,
 )
 from vidssl.training.online_probe import OnlineProbe, OnlineProbeConfig
-from vidssl.training.optim import OptimConfig, build_optimizer, clip_gradients, schedule, set_schedule
+from vidssl.training.optim import OptimConfig, build_optimizer, schedule, set_schedule
 from vidssl.training.perf import StepMeter, peak_memory
 from vidssl.training.preemption import EXIT_REQUEUE, PreemptionHandler, exit_on_lost_peer
 from vidssl.training.state import TrainState
@@ -151,15 +148,6 @@ RESUME_MUTABLE += (
 )
 
 
-def without_paths(cfg: dict[str, Any]) -> dict[str, Any]:
-    """The configuration without the places of the further streams' data."""
-    data = cfg["data"]
-    return {
-        **cfg,
-        "data": {**data, "extra_streams": [{**a, "train": None} for a in data.get("extra_streams", [])]},
-    }
-
-
 def open_shards(data: DataConfig) -> tuple[list[Shards], str]:
     """Shards of each stream, and a hash of what they hold."""
     shards = [Shards(d.train, d.cache_dir, d.cache_gb, d.on_missing) for d in data.streams()]
@@ -167,28 +155,8 @@ def open_shards(data: DataConfig) -> tuple[list[Shards], str]:
     return shards, hashes[0] if len(hashes) == 1 else hashlib.sha256(" ".join(hashes).encode()).hexdigest()
 
 
-def check_same_run(cfg: dict[str, Any], data: str, state: dict[str, Any], out: Path) -> None:
-    """A folder holds one run: what changes its result must not change when it is continued from `state`."""
-    if state["provenance"]["data"] != data:
-        raise UserError(f"{out}: data.train is not what this run was started on (its index has another hash)")
-    before = state["provenance"]["config"]
-    free = RESUME_MUTABLE
-    if config.build(cfg["optim"], OptimConfig).endless(cfg["method"]["target"]["kind"] == "ema"):
-        free = (*RESUME_MUTABLE, "run.steps")
-    differing = [
-        f"{key} is {old!r} there, {new!r} here"
-        for key, old, new in config.differences(without_paths(before), without_paths(cfg), free)
-    ]
-    if state["step"] > cfg["run"]["steps"]:
-        raise UserError(f"{out}: {state['step']} steps are done, more than run.steps {cfg['run']['steps']}")
-    if differing:
-        raise UserError(
-            f"{out} holds another run: {'; '.join(differing[:3])}. Give another run.out, or the same values"
-        )
-
-
 def forward_backward(
-    accelerator: Accelerator, model: torch.nn.Module, batches: list[Batch], seed: int, step: int, parts: int
+    strategy: Strategy, model: torch.nn.Module, batches: list[Batch], seed: int, step: int, parts: int
 ) -> dict[str, torch.Tensor]:
     """Gradients of this process's share of the step's clips -> the loss and its parts, averaged over the clips.
 
@@ -197,17 +165,17 @@ def forward_backward(
     """
     pieces = []
     for number, batch in enumerate(batches):
-        video, position = batch.video.to(accelerator.device), batch.position.to(accelerator.device)
+        video, position = batch.video.to(strategy.device), batch.position.to(strategy.device)
         pieces += [(number, *piece) for piece in zip(video.chunk(parts), position.chunk(parts), strict=True)]
     clips = sum(len(position) for _, _, position in pieces)
     total: dict[str, torch.Tensor] = {}
     weights: dict[str, float] = {}
     for i, (number, video, position) in enumerate(pieces):
         share = len(position) / clips
-        with contextlib.nullcontext() if i == len(pieces) - 1 else distributed.no_sync(accelerator, model):
-            with accelerator.autocast():
+        with contextlib.nullcontext() if i == len(pieces) - 1 else strategy.no_sync(model):
+            with strategy.autocast():
                 got = model(normalise(video), KeyedRNG(seed, step, position))
-            accelerator.backward(got["loss"] * share)
+            strategy.backward(got["loss"] * share)
         if len(batches) > 1:
             got[f"loss_stream_{number}"] = got["loss"]
         for name, value in got.items():
@@ -237,27 +205,13 @@ def main(argv: list[str]) -> None:
     out = Path(run.out)
     check_writable(out)
     check_trackers(run.trackers)
-    state = load_checkpoint(out / "checkpoints")
-    if state:
-        check_same_run(cfg, data_hash, state, out)
-    unused = cfg["model"]["image_tokenizer"]  # gets no gradient from videos
-    if unused and distributed.env_flag("ACCELERATE_USE_DEEPSPEED"):
-        raise UserError(
-            "model.image_tokenizer: DeepSpeed decays weights that a batch makes no use of; use fsdp2.yaml"
-        )
-    ddp = DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=unused)
-    patience = timedelta(seconds=eff.peer_timeout_s)
-    accelerator = distributed.make_accelerator(
-        eff.precision,
+    strategy = Strategy.from_env(
+        eff,
+        unused_parameters=cfg["model"]["image_tokenizer"],  # gets no gradient from videos
         log_with=list(run.trackers) or None,
         project_dir=out,
-        kwargs_handlers=[ddp, InitProcessGroupKwargs(timeout=patience)],
     )
-    rank, world, main_process = (
-        accelerator.process_index,
-        accelerator.num_processes,
-        accelerator.is_main_process,
-    )
+    rank, world, main_process = strategy.rank, strategy.world, strategy.is_main
     sizes = data.clips(run.batch)
     for i, n in enumerate(sizes):
         what = (
@@ -272,7 +226,8 @@ def main(argv: list[str]) -> None:
             )
 
     objective = build_objective(cfg)
-    if run.init and not state:
+    fresh = not list_checkpoints(out / "checkpoints")
+    if run.init and fresh:
         start_from(objective, cfg)
     optimizer = build_optimizer(objective, optim, eff.fused)
     for module in objective.modules():
@@ -282,39 +237,53 @@ def main(argv: list[str]) -> None:
                 block.compile(
                     dynamic=True
                 )  # one for all numbers of tokens; names of weights stay as they are
-    model, optimizer = distributed.prepare(accelerator, objective, optimizer, patience)
-    watched, measures = None, main_process or distributed.is_sharded(model)
-    saves = measures or distributed.deepspeed_optimizer(accelerator) is not None
-    if measures and online_probe.train is not None:
+    model, optimizer = strategy.prepare(objective, optimizer)
+    watched = None
+    if strategy.runs_diagnostics and online_probe.train is not None:
         watched = OnlineProbe(online_probe, data.frames, cfg["augment"]["size"], data.stride, data.fps)
     about = provenance(cfg, data_hash)
     guard = LossGuard(
         run.max_consecutive_skips,
         run.max_rollbacks,
         run.loss_spike_std,
-        scaled=accelerator.scaler is not None,
+        scaled=strategy.scaler is not None,
     )
     feature_stats = FeatureStats()
-    resume = TrainState(accelerator, objective, optimizer, guard, feature_stats, out, about)
-    start = resume.load(state)
-    if run.init and not state:
-        resume.load_optimizer_state(Path(run.init))
-    if state and start == run.steps:
-        if main_process and not (out / "encoder.safetensors").exists():
-            resume.export(start, state["model"], snapshot=False)
-        accelerator.print(f"{out}: all {run.steps} steps are done")
+    mutable = RESUME_MUTABLE
+    if optim.endless(cfg["method"]["target"]["kind"] == "ema"):
+        mutable = (*RESUME_MUTABLE, "run.steps")
+    resume = TrainState(
+        strategy,
+        objective,
+        optimizer,
+        guard,
+        out,
+        about,
+        run.steps,
+        mutable,
+        run.keep_last,
+        run.keep_every,
+        run.snapshots,
+        feature_stats=feature_stats,
+    )
+    start = resume.restore()
+    if run.init and fresh:
+        resume.init_from(Path(run.init))
+    if start == run.steps:
+        resume.export_missing(start)
+        strategy.accelerator.print(f"{out}: all {run.steps} steps are done")
         return
-    log = meter = state = None
+    log = meter = None
     if main_process:
         make_folder(out)
         with os_errors_as_user_errors(out):
             log = MetricsLog(
-                out, start, run.steps, start_trackers(accelerator, cfg) if run.trackers else None
+                out, start, run.steps, start_trackers(strategy.accelerator, cfg) if run.trackers else None
             )
             quarantine(out / "checkpoints", start)
             config.save(cfg, out / "config.yaml")
-        meter = StepMeter(accelerator.device, eff.precision)
-    accelerator.wait_for_everyone()
+        meter = StepMeter(strategy.device, eff.precision)
+    strategy.barrier()
 
     augment = config.build(cfg["augment"], AUGMENTS)
     streams = make_streams(data, shards, augment, run.seed, run.lanes, run.shuffle_window, eff.cache_mb << 20)
@@ -336,19 +305,19 @@ def main(argv: list[str]) -> None:
             optimizer.zero_grad()
             shape = tuple(b.video.shape for b in batches)
             with meter.counting(shape) if meter else contextlib.nullcontext(True) as known:
-                parts = forward_backward(accelerator, model, batches, run.seed, step, eff.micro_batches)
-            norm = clip_gradients(accelerator, model, optim, step)
+                parts = forward_backward(strategy, model, batches, run.seed, step, eff.micro_batches)
+            norm = strategy.clip(model, optim, step)
             done, replaced = step + 1, [(key, reason) for b in batches for key, reason in b.bad]
             collapsed = main_process and run.stop_on_collapse and feature_stats.collapsed
             flags = {"bad": len(replaced), "stop": preemption.requested, "collapsed": collapsed}
-            met = all_reduce_metrics(accelerator, {**parts, "grad_norm": norm}, flags)
+            met = strategy.reduce({**parts, "grad_norm": norm}, flags)
 
             if (why := guard.reason_to_skip(met)) is None:
-                optimizer.step()
+                strategy.step(optimizer)
                 if isinstance(objective.target, Ema):
                     objective.target.update(objective.encoder, now["momentum"])
             else:
-                skip_step(accelerator)
+                strategy.skip_step(optimizer)
             if log and why:
                 log.info(f"step {done}: not taken: {why}")
             if guard.should_rollback:
@@ -357,12 +326,12 @@ def main(argv: list[str]) -> None:
                     log.info(f"step {done}: back to what was learned up to step {back}; the data go on")
 
             shown = torch.cat([torch.stack([b.position, hash_keys(b.key)], 1) for b in batches])
-            seen = accelerator.gather(shown.to(accelerator.device))
+            seen = strategy.accelerator.gather(shown.to(strategy.device))
             took = time.perf_counter() - clock
             clock = time.perf_counter()
             bad_lines.add(*({"step": done, "key": key, "reason": reason} for key, reason in replaced))
             measuring, figures = done % run.feature_stats_every == 0 or done in (1, run.steps), {}
-            if measures:
+            if strategy.runs_diagnostics:
                 feature_stats.add_clips(batches[0].video)
                 with torch.compiler.set_stance("force_eager") if eff.compile else contextlib.nullcontext():
                     figures = feature_stats.measure(objective) if measuring else {}
@@ -391,13 +360,12 @@ def main(argv: list[str]) -> None:
             due = not guard.consecutive_skips and (
                 done % run.save_every == 0 or met["stop"] or met["collapsed"]
             )
-            if saves and (due or done == run.steps):
-                resume.save(done, run, log.lines if log else None)
+            if strategy.participates_in_save and (due or done == run.steps):
+                resume.save(done, log.lines.sync if log else lambda: None)
             if met["stop"] or met["collapsed"]:
                 break
         bad_lines.close()
-    accelerator.wait_for_everyone()  # a launcher may end all processes when the first one ends
-    accelerator.end_training()
+    strategy.close()
     for line in resume.writer.pop_errors():
         print_stderr(f"step {done}: {line}")
     if resume.writer.failed:

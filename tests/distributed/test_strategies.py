@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,15 +24,19 @@ import yaml
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+from cpu_topologies import enable_cpu_sharding
 from safetensors.torch import load_file
 from torch import nn
 from torch._dynamo.utils import counters
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from vidssl import config, train
 from vidssl.core.errors import UserError
 from vidssl.model.vit import Block
-from vidssl.training import deepspeed, distributed
+from vidssl.training import deepspeed
 from vidssl.training.deepspeed import local_gradient
+from vidssl.training.distributed import Strategy
 from vidssl.training.preemption import EXIT_REQUEUE
 
 ROOT = Path(__file__).parents[2]
@@ -69,29 +74,39 @@ def arguments(method: str, shards: Path, out: Path, *more: str) -> list[str]:
     return [*METHODS[method], *BOTH, *data, *more]
 
 
-def go(argv: list[str], stop: int = STEPS) -> None:
-    """train.main, cut off before a step (0..); of VideoMAE, the losses of steps 4 and 5 (1..) are spoiled."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    schedule, forward_backward = train.schedule, train.forward_backward
+def go(
+    argv: list[str], stop: int = STEPS, observe: Callable[[Strategy, nn.Module], None] | None = None
+) -> None:
+    """train.main, cut off in a step (0..); `observe` sees the gradients of step 2.
 
-    def cut_off(optim, step, steps):
+    Of VideoMAE the losses of steps 3 and 4 are spoiled in the first process.
+    """
+    AcceleratorState._reset_state(reset_partial_state=True)
+    clip, reduce = Strategy.clip, Strategy.reduce
+    spoil = "run.max_consecutive_skips=1" in argv
+    current = 0
+
+    def cut_off(self, model, config, step):
+        nonlocal current
+        current = step
         if step == stop:
             raise KeyboardInterrupt
-        return schedule(optim, step, steps)
+        if step == 2 and observe is not None:
+            observe(self, model)
+        return clip(self, model, config, step)
 
-    def spoiled(accelerator, model, batches, seed, step, parts):
-        got = forward_backward(accelerator, model, batches, seed, step, parts)
-        if step in (3, 4) and "run.max_consecutive_skips=1" in argv and accelerator.process_index == 0:
-            got["loss"] = got["loss"] * float("nan")
-        return got
+    def spoiled(self, means, sums):
+        if spoil and current in (3, 4) and self.rank == 0:
+            means["loss"] = means["loss"] * float("nan")
+        return reduce(self, means, sums)
 
-    train.schedule, train.forward_backward = cut_off, spoiled
+    Strategy.clip, Strategy.reduce = cut_off, spoiled  # type: ignore[method-assign]
     try:
         train.main(argv)
     except KeyboardInterrupt:
         assert stop < STEPS
     finally:
-        train.schedule, train.forward_backward = schedule, forward_backward
+        Strategy.clip, Strategy.reduce = clip, reduce  # type: ignore[method-assign]
 
 
 def launcher_variables(name: str) -> dict[str, str]:
@@ -104,40 +119,28 @@ def launcher_variables(name: str) -> dict[str, str]:
 
 
 def share(tensors) -> float:
-    pairs = [
-        (t.to_local().numel() if isinstance(t, distributed.DTensor) else t.numel(), t.numel())
-        for t in tensors
-    ]
+    """Fraction of the elements that this process holds."""
+    pairs = [(t.to_local().numel() if isinstance(t, DTensor) else t.numel(), t.numel()) for t in tensors]
     return sum(a for a, _ in pairs) / sum(b for _, b in pairs)
 
 
-def see_shares(out: Path) -> None:
-    """Note how much of the weights and moments each process holds, and of how many units they are."""
-    honest = train.clip_gradients
-
-    def clip(accelerator, model, optim, step):
-        if step == 2:
-            (optimizer,) = accelerator._optimizers
-            parts = {n: [*m.parameters()] for n, m in getattr(model, "module", model).named_children()}
-            told: dict[str, Any] = {n: share(p) for n, p in parts.items() if len(p) > 1}
-            if (cut := distributed.deepspeed_optimizer(accelerator)) is None:
-                told["moments"] = share([s["exp_avg"] for s in optimizer.state.values()])
-                told["units"] = sorted(
-                    type(m).__name__ for m in model.modules() if isinstance(m, distributed.FSDPModule)
-                )
-            else:
-                trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-                pieces = [g for p in model.parameters() if (g := local_gradient(p)) is not None]
-                told["moments"] = (
-                    sum(s["exp_avg"].numel() for s in cut.engine.optimizer.state.values()) / trained
-                )
-                told["gradients"] = sum(g.numel() for g in pieces) / trained
-                told["whole"] = sum(p.grad is not None for p in model.parameters())
-            out.mkdir(parents=True, exist_ok=True)
-            (out / f"shares-{accelerator.process_index}.json").write_text(json.dumps(told))
-        return honest(accelerator, model, optim, step)
-
-    train.clip_gradients = clip
+def write_shares(out: Path, strategy: Strategy, model: nn.Module) -> None:
+    """Write how much of the weights, moments and gradients this process holds, and the types of the FSDP units."""
+    (optimizer,) = strategy.accelerator._optimizers
+    children = {n: [*m.parameters()] for n, m in getattr(model, "module", model).named_children()}
+    shares: dict[str, Any] = {n: share(p) for n, p in children.items() if len(p) > 1}
+    if isinstance(strategy, deepspeed.Zero):
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        pieces = [g for p in model.parameters() if (g := local_gradient(p)) is not None]
+        moments = strategy.optimizer.engine.optimizer.state.values()
+        shares["moments"] = sum(s["exp_avg"].numel() for s in moments) / trained
+        shares["gradients"] = sum(g.numel() for g in pieces) / trained
+        shares["whole"] = sum(p.grad is not None for p in model.parameters())
+    else:
+        shares["moments"] = share([s["exp_avg"] for s in optimizer.state.values()])
+        shares["units"] = sorted(type(m).__name__ for m in model.modules() if isinstance(m, FSDPModule))
+    out.mkdir(parents=True, exist_ok=True)
+    (out / f"shares-{strategy.rank}.json").write_text(json.dumps(shares))
 
 
 def one_process(plan: dict, world: int, rank: int, port: int, jobs: list) -> None:
@@ -150,17 +153,15 @@ def one_process(plan: dict, world: int, rank: int, port: int, jobs: list) -> Non
     }
     os.environ |= {k: str(v) for k, v in here.items()} | {"MASTER_ADDR": "127.0.0.1"}
     PartialState.destroy_process_group = lambda *_: None  # type: ignore[method-assign]
-    honest = train.clip_gradients
+    enable_cpu_sharding()
     for launch, argv, stop in jobs:
         os.environ |= {
             **dict.fromkeys(("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"), "false"),
             **plan["launch"][launch],
         }
-        if launch in ("fsdp2", "zero1", "zero2"):
-            see_shares(Path(next(a for a in argv if a.startswith("run.out=")).removeprefix("run.out=")))
-        go(argv, stop)
-        torch.distributed.barrier()  # the next job may go on in the same folder
-        train.clip_gradients = honest
+        out = Path(next(a for a in argv if a.startswith("run.out=")).removeprefix("run.out="))
+        go(argv, stop, partial(write_shares, out) if launch in ("fsdp2", "zero1", "zero2") else None)
+        torch.distributed.barrier()  # the next job may continue in the same folder
 
 
 def run_plan(plan: dict) -> None:
@@ -225,8 +226,9 @@ def runs(synthetic_shards, tmp_path_factory) -> Path:
     launch["kept"] = launch["fsdp2"] | {"FSDP_RESHARD_AFTER_FORWARD": "false"}
     plan = {"launch": launch, "groups": [[4, four], [2, two]]}
     (out / "plan.json").write_text(json.dumps(plan))
+    env = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     done = subprocess.run(
-        [sys.executable, __file__, out / "plan.json"], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, __file__, out / "plan.json"], cwd=ROOT, env=env, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     go(job("", "down")[1])

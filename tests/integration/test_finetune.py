@@ -26,8 +26,9 @@ from vidssl.objective.build import build_objective
 from vidssl.pretrained.files import load_encoder, read
 from vidssl.pretrained.init import as_checkpoint, write_run
 from vidssl.train import SCHEMA
+from vidssl.training.distributed import Strategy
 from vidssl.training.finetuning import Mixer, SubsetOrder, TuneConfig, make_classifier, pair_mixup_partners
-from vidssl.training.optim import OptimConfig, build_optimizer, clip_gradients, schedule, set_schedule
+from vidssl.training.optim import OptimConfig, build_optimizer, schedule, set_schedule
 
 ROOT = Path(__file__).parents[2]
 MIXED = ("tune.mixup=0.8", "tune.cutmix=1.0", "tune.drop_path=0.1")
@@ -170,13 +171,15 @@ def test_without_anything_held_out_the_last_epoch_is_taken(encoder, shards, tmp_
 def test_killed_and_started_again_it_gives_the_same_weights(tuned, encoder, shards, tmp_path, monkeypatch):
     again, calls = call(encoder, shards, tmp_path / "run", *MIXED), []
 
+    clip = Strategy.clip
+
     def cut_off(*given):
         calls.append(1)
         if len(calls) == 8:  # two steps an epoch
             raise KeyboardInterrupt
-        return clip_gradients(*given)
+        return clip(*given)
 
-    monkeypatch.setattr(finetune, "clip_gradients", cut_off)
+    monkeypatch.setattr(Strategy, "clip", cut_off)
     with pytest.raises(KeyboardInterrupt):
         finetune.main(again)
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000006"]

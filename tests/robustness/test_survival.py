@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from vidssl import train
 from vidssl.core.errors import UserError
 from vidssl.training import checkpoint, metrics_log, preemption
-from vidssl.training.distributed import all_reduce_metrics
+from vidssl.training.distributed import Strategy, gather_to_cpu
 from vidssl.training.feature_stats import FeatureStats
 from vidssl.training.loss_guard import MIN_HISTORY, LossGuard
 
@@ -135,7 +135,7 @@ def test_when_no_checkpoint_is_whole_it_does_not_start_anew(tmp_path):
 def test_what_is_written_in_the_background_is_a_copy(tmp_path):
     weights = torch.zeros(4)
     tree = {"a": weights, "b": [weights, {"c": weights.view(2, 2)}]}
-    got = checkpoint.gather_to_cpu(tree)
+    got = gather_to_cpu(tree)
     weights += 1
     assert got["a"].sum() == got["b"][0].sum() == 0 and got["b"][1]["c"].shape == (2, 2)
 
@@ -226,7 +226,7 @@ def test_too_many_in_a_row_go_back_and_the_data_go_on_and_a_continued_run_does_t
 
 def test_after_a_set_number_of_times_it_stops_and_no_checkpoint_is_of_a_bad_row(run, tmp_path, monkeypatch):
     spoil(monkeypatch, set(range(6, 13)))
-    with pytest.raises(UserError, match=r"step 11: loss nan \(2 steps in a row, gone back 2 times\)"):
+    with pytest.raises(UserError, match=r"step 11: loss nan \(2 steps in a row, 2 rollbacks\)"):
         run(tmp_path / "run", "run.max_consecutive_skips=1")
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000004"]
 
@@ -251,16 +251,16 @@ def test_a_spike_is_what_lies_far_above_the_last_accepted_steps():
 
 def test_sigterm_ends_after_the_step_with_the_status_that_asks_for_more(run, tmp_path, monkeypatch, capfd):
     run(tmp_path / "whole")
-    honest = train.clip_gradients
+    honest = Strategy.clip
 
-    def told(accelerator, model, optim, step):
+    def clip(self, model, config, step):
         if step == 5:
             os.kill(os.getpid(), signal.SIGTERM)
-        return honest(accelerator, model, optim, step)
+        return honest(self, model, config, step)
 
     before = signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as m, pytest.raises(SystemExit) as ended:
-        m.setattr(train, "clip_gradients", told)
+        m.setattr(Strategy, "clip", clip)
         run(tmp_path / "run")
     signal.signal(signal.SIGTERM, before)
     assert ended.value.code == preemption.EXIT_REQUEUE == 75
@@ -275,11 +275,11 @@ import os, signal, sys
 from vidssl import train
 from vidssl.core.errors import run_cli
 honest = train.forward_backward
-def spoiled(accelerator, model, batches, seed, step, parts):
-    got = honest(accelerator, model, batches, seed, step, parts)
-    if accelerator.process_index == 1 and step == 2:
+def spoiled(strategy, model, batches, seed, step, parts):
+    got = honest(strategy, model, batches, seed, step, parts)
+    if strategy.rank == 1 and step == 2:
         got["loss"] = got["loss"] * float("nan")
-    if accelerator.process_index == 1 and step == 6:
+    if strategy.rank == 1 and step == 6:
         os.kill(os.getpid(), signal.{number})
     return got
 train.forward_backward = spoiled
@@ -386,5 +386,5 @@ def test_the_rest_goes_on_while_a_checkpoint_is_written():
 
 def test_sums_and_means_of_one_process():
     AcceleratorState._reset_state(reset_partial_state=True)
-    got = all_reduce_metrics(Accelerator(cpu=True), {"loss": torch.tensor(0.5)}, {"bad": 2, "stop": True})
+    got = Strategy(Accelerator(cpu=True)).reduce({"loss": torch.tensor(0.5)}, {"bad": 2, "stop": True})
     assert got == {"loss": 0.5, "bad": 2, "stop": 1}

@@ -24,7 +24,6 @@ import vidssl
 from vidssl.core.errors import UserError
 from vidssl.core.io import file_sha256, fsync_path, print_stderr
 from vidssl.pretrained.files import write_tensors
-from vidssl.training.distributed import full_tensor
 
 LIBRARIES = ("torchvision", "accelerate", "numpy", "safetensors", "av", "decord2")
 TENSOR_FILES = ("model", "optimizer")
@@ -59,19 +58,6 @@ def revision() -> str:
         except (OSError, subprocess.SubprocessError):  # no git, another owner, a slow disk
             pass
     return vidssl.__version__
-
-
-def gather_to_cpu(tree: Any, keep: bool = True) -> Any:
-    """The same tree with every tensor whole and copied to the memory of the CPU. Of pieces (FSDP2), all processes must
-    take part; without `keep` None is put in the place of every tensor."""
-    if isinstance(tree, Tensor):
-        full = full_tensor(tree.detach())
-        return full.to("cpu", copy=True).contiguous() if keep else None
-    if isinstance(tree, dict):
-        return {k: gather_to_cpu(v, keep) for k, v in tree.items()}
-    if isinstance(tree, (list, tuple)):
-        return type(tree)(gather_to_cpu(v, keep) for v in tree)
-    return tree
 
 
 def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int, keep_every: int = 0) -> None:

@@ -4,23 +4,66 @@
 gradients and cuts them; when a step is taken, and with which gradients, is decided outside of it, as for other runs.
 """
 
+import contextlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate import DeepSpeedPlugin
 from torch import Tensor, nn
+from torch.distributed import distributed_c10d
 
 from vidssl.core.errors import UserError
+from vidssl.training.distributed import Strategy
 
 USE_FSDP2 = "use configs/accelerate/fsdp2.yaml"
 BUCKET = 25_000_000  # gradients that are summed at a time, of which each process holds a buffer in f32
 
 
-def zero_plugin(precision: str) -> DeepSpeedPlugin:
+class Zero(Strategy):
+    """DeepSpeed's ZeRO: optimizer state (stage 2: and gradients) sharded over the processes, weights whole."""
+
+    optimizer: "ZeroOptimizer"
+
+    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Any, "ZeroOptimizer"]:
+        groups = [{**group, "params": [*group["params"]]} for group in optimizer.param_groups]
+        engine, _ = self.accelerator.prepare(model, optimizer)
+        # torch < 2.14 has only the private name
+        set_timeout = getattr(dist, "set_timeout", None) or distributed_c10d._set_pg_timeout
+        set_timeout(self.timeout, engine.data_parallel_group)  # a process group of its own
+        self.optimizer = self.accelerator.deepspeed_engine_wrapped = ZeroOptimizer(engine, groups)
+        return engine, self.optimizer
+
+    @contextlib.contextmanager
+    def no_sync(self, model: nn.Module) -> Iterator[None]:
+        self.optimizer.last = False
+        try:
+            yield
+        finally:
+            self.optimizer.last = True
+
+    def _unscale_and_clip(self, parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
+        return self.optimizer.clip_grad_norm_(parameters, limit)
+
+    def _clip(self, parameters: Iterable[nn.Parameter], limit: float) -> None:
+        self.optimizer.clip_grad_norm_(parameters, limit)
+
+    def skip_step(self, optimizer: Any) -> None:
+        self.optimizer.leave_out()
+
+    @property
+    def participates_in_save(self) -> bool:
+        return True
+
+
+def zero_plugin(precision: str, unused_parameters: bool = False) -> DeepSpeedPlugin:
     """What the launcher asks for. precision: fp32, or bf16 by autocast, with sums and weights in f32."""
+    if unused_parameters:
+        raise UserError(
+            "model.image_tokenizer: DeepSpeed decays weights that a batch makes no use of; use fsdp2.yaml"
+        )
     stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
     if os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none") != "none":
         raise UserError(

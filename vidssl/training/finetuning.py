@@ -70,6 +70,7 @@ class FinetuneEfficiency:
     activation_checkpointing: bool = False  # recompute activations in the backward pass
     decode_in_subprocess: bool = True
     eval_batch: Count = 16  # clips per forward pass in evaluation
+    peer_timeout_s: Count = 600  # seconds that a process waits for another one before it gives up
 
 
 def check_divisible(tune: TuneConfig, efficiency: FinetuneEfficiency, world: int) -> None:

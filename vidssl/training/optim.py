@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from vidssl.config import Amount, Count, Positive, Share, Size
 from vidssl.core.errors import UserError
 from vidssl.core.schedules import DECAYS, cosine, linear
-from vidssl.training.distributed import deepspeed_optimizer
+from vidssl.training.distributed import Strategy
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
-NO_LIMIT = float("inf")
 
 
 @dataclass(frozen=True)
@@ -173,18 +172,5 @@ def set_schedule(optimizer: torch.optim.Optimizer, now: dict[str, float]) -> Non
 
 
 def clip_gradients(accelerator: Accelerator, model: nn.Module, o: OptimConfig, step: int) -> Tensor:
-    """Clip the gradients of step 0.. as `o` asks; returns their total norm before that.
-
-    Only accelerator.clip_grad_norm_ undoes the scale of fp16, which may happen once a step.
-    Source of clip_per_module: V-JEPA, app/vjepa/train.py: encoder and predictor (its mask tokens included) apart.
-    """
-    limit = o.clip_grad if o.clip_grad is not None and step >= o.clip_start else NO_LIMIT
-    sharded = deepspeed_optimizer(accelerator)
-    clip_all = sharded.clip_grad_norm_ if sharded else accelerator.clip_grad_norm_
-    norm = clip_all(model.parameters(), NO_LIMIT if o.clip_per_module else limit)
-    if o.clip_per_module and limit < NO_LIMIT:
-        clip = sharded.clip_grad_norm_ if sharded else nn.utils.clip_grad_norm_
-        named = [("encoder" in name.split("."), p) for name, p in model.named_parameters() if p.requires_grad]
-        for part in (True, False):
-            clip([p for of_encoder, p in named if of_encoder == part], limit)
-    return norm
+    """Strategy.clip for a plain Accelerator."""
+    return Strategy(accelerator).clip(model, o, step)

@@ -1,119 +1,179 @@
-"""The checkpoints of a run: what it has learned goes into them while it goes on, and comes back."""
+"""Saves and restores the state of a training run; checkpoints are written in the background (files: checkpoint.py)."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from accelerate import Accelerator
 from torch import Tensor
 
+from vidssl import config
 from vidssl.core.errors import UserError
 from vidssl.objective.objective import Objective
 from vidssl.pretrained.init import as_checkpoint, write_run
-from vidssl.training.checkpoint import (
-    AsyncWriter,
-    gather_to_cpu,
-    load_checkpoint,
-    read_checkpoint,
-    save_checkpoint,
-)
-from vidssl.training.distributed import check_ranks_agree, shard_like
-from vidssl.training.feature_stats import FeatureStats
+from vidssl.training.checkpoint import AsyncWriter, load_checkpoint, read_checkpoint, save_checkpoint
+from vidssl.training.distributed import Strategy
 from vidssl.training.loss_guard import LossGuard
-from vidssl.training.metrics_log import JsonlWriter
+
+
+class Resumable(Protocol):
+    """A part of a run with state of its own (plain data that JSON can hold) that checkpoints contain."""
+
+    def state(self) -> Any: ...
+
+    def load(self, state: Any) -> None: ...
 
 
 class TrainState:
-    """Everything that a run of these parts must find again; `about` (provenance) says what it is of."""
+    """Weights, optimizer, scaler, loss guard and further parts of a run, and the folder of its checkpoints."""
 
     def __init__(
         self,
-        accelerator: Accelerator,
+        strategy: Strategy,
         objective: Objective,
         optimizer: Any,
         guard: LossGuard,
-        feature_stats: FeatureStats,
         out: Path,
-        about: dict[str, Any],
+        provenance: dict[str, Any],
+        steps: int,
+        mutable: tuple[str, ...],
+        keep_last: int = 2,
+        keep_every: int = 0,
+        snapshots: bool = False,
+        **parts: Resumable,
     ):
-        self.accelerator, self.objective, self.optimizer = accelerator, objective, optimizer
-        self.guard, self.feature_stats, self.out, self.about = guard, feature_stats, out, about
+        """steps: optimizer steps of the run; mutable: configuration keys that may change when a run is continued;
+        keep_last, keep_every: see save_checkpoint; snapshots: keep the encoder of every checkpoint."""
+        self.strategy = strategy
+        self.objective = objective
+        self.optimizer = optimizer
+        self.guard = guard
+        self.parts: dict[str, Resumable] = {"guard": guard, **parts}
+        self.out = out
+        self.provenance = provenance
+        self.steps = steps
+        self.mutable = mutable
+        self.keep_last = keep_last
+        self.keep_every = keep_every
+        self.snapshots = snapshots
         self.writer = AsyncWriter()
 
-    def load(self, state: dict[str, Any] | None) -> int:
-        """Be where a checkpoint was, if there is one -> its step. All processes must ask."""
-        check_ranks_agree(self.accelerator, state)
+    def restore(self) -> int:
+        """Loads the newest checkpoint of the run's folder. Returns its step; 0 if there is none. Collective.
+
+        Raises UserError if the folder holds another run.
+        """
+        state = load_checkpoint(self.out / "checkpoints")
+        self._check_ranks_agree(state)
         if state is None:
             return 0
-        self._load_weights(state)
-        self.guard.load(state["guard"])
-        self.feature_stats.load(state["feature_stats"])
+        check_same_run(state, self.provenance, self.steps, self.mutable, self.out)
+        self.strategy.load_state(self.objective, self.optimizer, state)
+        for name, part in self.parts.items():
+            part.load(state[name])
         return state["step"]
 
-    def _load_weights(self, state: dict[str, Any]) -> None:
-        places = self.objective.state_dict()
-        model = {k: shard_like(v, places[k]) if k in places else v for k, v in state["model"].items()}
-        self.objective.load_state_dict(model)
-        groups, saved = self.optimizer.param_groups, state["optimizer"]
-        for group, old in zip(groups, saved["param_groups"], strict=True):
-            old["fused"] = group["fused"]  # a matter of speed, which may change
-        self.optimizer.load_state_dict({**saved, "state": self._moments(saved)})
-        if self.accelerator.scaler is not None and state["scaler"]:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
-
-    def _moments(self, saved: dict[str, Any]) -> dict[int, dict[str, Tensor]]:
-        """AdamW's, of the parameters that have kept their shape."""
-        params = [p for group in self.optimizer.param_groups for p in group["params"]]
-        kept = {i: of for i, of in saved["state"].items() if of["exp_avg"].shape == params[i].shape}
-        return {i: {k: shard_like(v, params[i]) for k, v in of.items()} for i, of in kept.items()}
-
-    def load_optimizer_state(self, place: Path) -> None:
-        """The moments, too, of the checkpoint of another run whose weights this one starts from (`start_from`); what
-        is no such checkpoint, but a run's folder or a public file, has none."""
-        if not (place / "state.json").is_file():
+    def init_from(self, init: Path) -> None:
+        """Loads the optimizer's moments if `init` is a step checkpoint; other sources carry weights only."""
+        if not (init / "state.json").is_file():
             return
-        saved, groups = read_checkpoint(place)["optimizer"], self.optimizer.state_dict()["param_groups"]
+        saved = read_checkpoint(init)["optimizer"]
+        groups = self.optimizer.state_dict()["param_groups"]
         if [len(g["params"]) for g in saved["param_groups"]] != [len(g["params"]) for g in groups]:
             raise UserError(
-                f"run.init: {place} has other groups of parameters; its run's folder gives weights alone"
+                f"run.init: {init} has other groups of parameters; its run's folder gives weights alone"
             )
-        self.optimizer.load_state_dict({"state": self._moments(saved), "param_groups": groups})
+        moments = self.strategy.moments(self.optimizer, saved)
+        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
 
-    def rollback(self, why: str) -> int:
-        """To what was learned up to the last checkpoint -> its step; an error when that was done too often."""
+    def rollback(self, reason: str) -> int:
+        """Goes back to the last checkpoint; the data and the guard's history go on. Returns its step. Collective.
+
+        Raises UserError with `reason` if there is no checkpoint or the limit of rollbacks is reached.
+        """
         guard, state = self.guard, None
         self.writer.wait()
-        self.accelerator.wait_for_everyone()
+        self.strategy.barrier()
         if guard.rolled_back < guard.rollbacks:
             state = load_checkpoint(self.out / "checkpoints")
-            check_ranks_agree(self.accelerator, state)
+            self._check_ranks_agree(state)
         if state is None:
             raise UserError(
-                f"{why} ({guard.consecutive_skips} steps in a row, gone back {guard.rolled_back} times); what was learned up to the "
-                f"last checkpoint is in {self.out}; a smaller optim.lr, a longer warm-up or optim.clip_grad may help"
+                f"{reason} ({guard.consecutive_skips} steps in a row, {guard.rolled_back} rollbacks); the last "
+                f"checkpoint is in {self.out}; a smaller optim.lr, a longer warm-up or optim.clip_grad may help"
             )
-        self._load_weights(state)
-        guard.rolled_back, guard.consecutive_skips = guard.rolled_back + 1, 0
+        self.strategy.load_state(self.objective, self.optimizer, state)
+        guard.rolled_back += 1
+        guard.consecutive_skips = 0
         return state["step"]
 
-    def save(self, step: int, run: Any, lines: JsonlWriter | None) -> None:
-        """Copy what was learned up to this step, and write it while the next ones run, once the log's lines are on the
-        disk. run: the `run` section. Of shards, all processes must take part; the one that has the lines writes."""
-        self.writer.wait()  # so that there are never two copies
-        learned = {"model": self.objective.state_dict(), "optimizer": self.optimizer.state_dict()}
-        learned = gather_to_cpu(learned, keep=lines is not None)
-        if lines is None:
+    def save(self, step: int, before_write: Callable[[], None]) -> None:
+        """Copies the state after `step` steps, and writes it while the next steps run.
+
+        All processes with strategy.participates_in_save must call it; the first one writes. before_write: called
+        first, so that the log on the disk is never behind a checkpoint.
+        """
+        self.writer.wait()  # so that there is never more than one copy
+        state = self.strategy.full_state(self.objective, self.optimizer)
+        if not self.strategy.is_main:
             return
-        scaler = self.accelerator.scaler
-        state = {**learned, "scaler": scaler.state_dict() if scaler else None, "provenance": self.about}
-        state |= {"guard": self.guard.state(), "feature_stats": self.feature_stats.state()}
+        state["provenance"] = self.provenance
+        state |= {name: part.state() for name, part in self.parts.items()}
 
         def write() -> None:
-            self.export(step, learned["model"], run.snapshots)  # a finished run has an encoder
-            save_checkpoint(self.out / "checkpoints", step, state, run.keep_last, run.keep_every)
+            self.export(step, state["model"], self.snapshots)
+            save_checkpoint(self.out / "checkpoints", step, state, self.keep_last, self.keep_every)
 
-        self.writer.start(f"the checkpoint of step {step}", lines.sync, write)
+        self.writer.start(f"the checkpoint of step {step}", before_write, write)
 
-    def export(self, step: int, learned: dict[str, Tensor], snapshot: bool) -> None:
-        """encoder.safetensors and what stands beside it. learned: the objective's state dict, whole."""
-        found = as_checkpoint(self.objective, self.about["config"], learned)
-        write_run(self.out, found, {**self.about, "step": step}, snapshot)
+    def export(self, step: int, weights: dict[str, Tensor], snapshot: bool = False) -> None:
+        """Writes encoder.safetensors and the files beside it. weights: the objective's state dict, unsharded."""
+        found = as_checkpoint(self.objective, self.provenance["config"], weights)
+        write_run(self.out, found, {**self.provenance, "step": step}, snapshot)
+
+    def export_missing(self, step: int) -> None:
+        """Exports the restored weights of a finished run whose encoder.safetensors is gone. Collective."""
+        if not self.strategy.on_main((self.out / "encoder.safetensors").exists):
+            state = self.strategy.full_state(self.objective, self.optimizer)
+            if self.strategy.is_main:
+                self.export(step, state["model"])
+
+    def _check_ranks_agree(self, state: dict[str, Any] | None) -> None:
+        import torch
+
+        mine = torch.tensor([state["step"] if state else 0], device=self.strategy.device)
+        steps = sorted(set(self.strategy.accelerator.gather(mine).tolist()))
+        if len(steps) > 1:
+            raise UserError(
+                f"the processes have read checkpoints of different steps {steps} (0: none): the folder is not shared"
+            )
+
+
+def check_same_run(
+    state: dict[str, Any], provenance: dict[str, Any], steps: int, mutable: tuple[str, ...], out: Path
+) -> None:
+    """Raises UserError unless a run with `provenance` may continue the checkpoint `state`.
+
+    Data and configuration must be the same, except for the keys in `mutable`; `steps` may not be exceeded already.
+    """
+    before = state["provenance"]
+    if before["data"] != provenance["data"]:
+        raise UserError(f"{out}: data.train is not what this run was started on (its index has another hash)")
+    if state["step"] > steps:
+        raise UserError(f"{out}: {state['step']} steps are done, more than run.steps {steps}")
+    differing = [
+        f"{key} is {old!r} there, {new!r} here"
+        for key, old, new in config.differences(
+            without_paths(before["config"]), without_paths(provenance["config"]), mutable
+        )
+    ]
+    if differing:
+        raise UserError(
+            f"{out} holds another run: {'; '.join(differing[:3])}. Give another run.out, or the same values"
+        )
+
+
+def without_paths(cfg: dict[str, Any]) -> dict[str, Any]:
+    """The configuration without the folders of extra streams: the hash of their data is compared instead."""
+    data = cfg["data"]
+    streams = [{**stream, "train": None} for stream in data.get("extra_streams", [])]
+    return {**cfg, "data": {**data, "extra_streams": streams}}
