@@ -27,7 +27,7 @@ from vidssl.evaluation.probe_data import ProbeData, make_view
 from vidssl.evaluation.protocol import TrainingSet, select_and_train
 from vidssl.evaluation.splits import label_sets, labelled
 from vidssl.evaluation.tasks import make_task
-from vidssl.pretrained.files import load_encoder
+from vidssl.pretrained.load import load_encoder
 from vidssl.probe import PROTOCOLS as KINDS
 from vidssl.probe import SCHEMA, make_extractor
 

@@ -25,7 +25,7 @@ from vidssl.objective.block_masks import BlockGroup, MultiBlock3D
 from vidssl.objective.masks import dual_mask, running_cell_maps
 from vidssl.objective.objective import ERRORS, ContextLoss, Objective, inverse_sqrt_distance
 from vidssl.objective.targets import Ema, Pixels, level_norm
-from vidssl.pretrained import load
+from vidssl.pretrained import public
 from vidssl.pretrained.key_maps import ATTENTIVE, rename
 from vidssl.training.optim import OptimConfig, build_optimizer, schedule, set_schedule
 
@@ -49,7 +49,7 @@ def start(values: int) -> KeyedRNG:
 
 def masked_pixels(case: Case) -> None:
     """VideoMAE, VideoMAE V2, MAE-ST and MAE."""
-    found = load.read_state(case.state, case.name, case.given())
+    found = public.read_state(case.state, case.name, case.given())
     encoder = found.build_encoder()
     predictor, query = found.build_predictor(encoder)
     clips, hidden = case.video, case["mask"]
@@ -73,8 +73,8 @@ def masked_pixels(case: Case) -> None:
     if "encoder_visible" in case:
         case.compare("encoder_visible", encoder(clips, mask.context))
     if "prediction" in case:
-        z, whole = encoder(clips, mask.context, full=True), case["prediction"].shape[1] == grid.n
-        said = predictor.proj(predictor.tokens(z, mask, query(0), grid, everywhere=whole)[:, 0])
+        z, whole = encoder(clips, mask.context, return_levels=True), case["prediction"].shape[1] == grid.n
+        said = predictor.proj(predictor.forward_tokens(z, mask, query(0), grid, include_context=whole)[:, 0])
         if whole:  # MAE-ST predicts at every token
             said = gather_tokens(said, torch.cat([mask.context, mask.target[:, 0]], 1).argsort(1))
         case.compare("prediction", said)
@@ -99,7 +99,7 @@ def finish(case: Case, objective: Objective, clips: Tensor) -> None:
 
 def features(case: Case) -> None:
     """V-JEPA, V-JEPA 2 and 2.1, and I-JEPA: predictions of features."""
-    found = load.read_state(case.state, case.name, case.given())
+    found = public.read_state(case.state, case.name, case.given())
     encoder = found.build_encoder(found.online)
     if found.model["positions"] == "learned":
         raise UserError(f"{case.name}: the reference's table of positions is none of ours")
@@ -131,7 +131,7 @@ def features(case: Case) -> None:
             )
         case.compare("target_full", target(clips))
     for m, (context, prediction, i) in zip(masks, names, strict=True):
-        z = encoder(clips, m.context, full=True)
+        z = encoder(clips, m.context, return_levels=True)
         got = predictor(z, m, query(int(i[1:] or 0)), grid)
         case.compare(context, z)
         case.compare(prediction, got.target.transpose(0, 1) if image else got.target)
@@ -145,7 +145,7 @@ def features(case: Case) -> None:
     if "encoder_image" in case:
         case.compare("encoder_image", encoder(case["images"]))
     if "encoder_full_levels" in case:
-        case.compare("encoder_full_levels", encoder(clips, full=True))
+        case.compare("encoder_full_levels", encoder(clips, return_levels=True))
     if "init.encoder_proj_std" in case:
         start_values(case, found.model)
     context = ContextLoss(0.5) if "loss_context" in case else None
@@ -179,7 +179,7 @@ def start_values(case: Case, model: dict[str, Any]) -> None:
 
 def fine_tuned(case: Case) -> None:
     """VideoMAE's classifier on the mean of the tokens."""
-    found = load.read_state(case.state, case.name, case.given())
+    found = public.read_state(case.state, case.name, case.given())
     encoder, head = found.build_encoder(), found.build_head()
     tokens = encoder(case["clips"])
     case.compare("features", head.features(tokens))  # type: ignore[union-attr, operator]
@@ -188,7 +188,7 @@ def fine_tuned(case: Case) -> None:
 
 def attentive(case: Case) -> None:
     """A probe head: logits, cross-entropy with the labels 0, 1, 2, ..., gradients."""
-    head = load.read_attentive(case.state, case.about["num_heads"], case.name)
+    head = public.read_attentive(case.state, case.about["num_heads"], case.name)
     logits = head(case["features"])
     case.left.discard("features")
     case.compare("logits", logits)
@@ -205,7 +205,7 @@ def attentive(case: Case) -> None:
 def run(case: Case) -> None:
     """The reference's training loop: schedules, decay groups, momentum, and where the weights end."""
     given = case.given()
-    found = load.read_state(case.state, case.name, given)
+    found = public.read_state(case.state, case.name, given)
     encoder = found.build_encoder(found.online)
     predictor, query = found.build_predictor(encoder)
     h = case.about["hyperparameters"]
@@ -255,7 +255,7 @@ def run(case: Case) -> None:
     for key, values in trace.items():
         case.compare(f"trace.{key}", torch.tensor(values))
     final = {k.removeprefix("final."): v for k, v in case.tensors.items() if k.startswith("final.")}
-    want = load.read_state(final, case.name, given)
+    want = public.read_state(final, case.name, given)
     ours = {"encoder": encoder, "target": target.encoder, "predictor": predictor, "query": query}
     theirs = {
         "encoder": want.online,

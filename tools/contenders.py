@@ -17,7 +17,7 @@ from vidssl.objective.build import build_objective
 from vidssl.objective.objective import Objective
 from vidssl.objective.targets import Ema
 from vidssl.pretrained.export_hf import save_hf
-from vidssl.pretrained.init import as_checkpoint
+from vidssl.pretrained.init import to_checkpoint
 from vidssl.train import SCHEMA
 from vidssl.training.optim import OptimConfig, build_optimizer
 
@@ -98,7 +98,7 @@ def from_transformers(kind: str, objective: Objective, cfg: dict[str, Any], devi
     import transformers
 
     with tempfile.TemporaryDirectory() as folder:
-        save_hf(Path(folder), as_checkpoint(objective, cfg, objective.state_dict()))
+        save_hf(Path(folder), to_checkpoint(objective, cfg, objective.state_dict()))
         return getattr(transformers, kind).from_pretrained(folder).to(device)
 
 

@@ -16,8 +16,9 @@ from omegaconf import OmegaConf
 
 from vidssl.core.errors import UserError, run_cli
 from vidssl.core.io import check_writable, make_folder
-from vidssl.pretrained import files
 from vidssl.pretrained.export_hf import save_hf
+from vidssl.pretrained.files import save_native
+from vidssl.pretrained.load import inflate_to_video, read_checkpoint_file
 
 
 def main(argv: list[str]) -> None:
@@ -34,14 +35,14 @@ def main(argv: list[str]) -> None:
         raise UserError(f"{a.dst}: is there already; give a new folder")
     check_writable(a.dst)
     given: Any = OmegaConf.to_container(OmegaConf.from_dotlist(a.given))
-    found, about = files.read(a.src, **given)
+    found, about = read_checkpoint_file(a.src, **given)
     if a.video:
-        found = files.as_video(found, a.video, tubelet=2)
+        found = inflate_to_video(found, a.video, tubelet=2)
     if a.to == "hf":
         print(f"{a.dst}: transformers.{save_hf(a.dst, found)}.from_pretrained('{a.dst}')")
     else:
         make_folder(a.dst)
-        files.save(a.dst, found, {**about, "source": found.format})
+        save_native(a.dst, found, {**about, "source": found.format})
         print(f"{a.dst}: {found.format}, " + ", ".join(f"{k} {v}" for k, v in found.model.items()))
     if found.unused:
         print(f"not needed: {', '.join(found.unused)}")

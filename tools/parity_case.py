@@ -10,7 +10,7 @@ from torch import Tensor
 from vidssl.core.errors import UserError
 from vidssl.model.grid import Mask
 from vidssl.objective.objective import Objective
-from vidssl.pretrained import load
+from vidssl.pretrained import public
 from vidssl.pretrained.key_maps import JEPA, rename
 
 INPUTS = ("state.", "clips", "images", "mask", "decode_mask", "ids_restore", "context_ids", "target_ids.")
@@ -68,10 +68,10 @@ class Case:
 
     def gradients(self, objective: Objective) -> None:
         """Every gradient of the reference against ours, in our names."""
-        name, rules = load.detect(self.state, self.name, self.given())
+        name, rules = public.detect(self.state, self.name, self.given())
         theirs = {k.removeprefix("grad."): v for k, v in self.tensors.items() if k.startswith("grad.")}
         renamed = rename(theirs, rules, self.name)
-        renamed = load.canonicalise(renamed, name, {}) if rules is JEPA else renamed
+        renamed = public.canonicalise(renamed, name, {}) if rules is JEPA else renamed
         parts = {"encoder.": objective.encoder, "predictor.": objective.predictor, "query.": objective.query}
         ours = {p + k: v.grad for p, module in parts.items() for k, v in module.named_parameters()}
         self.compare_gradients(renamed.tensors, ours)

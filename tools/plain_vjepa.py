@@ -23,7 +23,7 @@ def encode(net: Encoder, video: Tensor, ids: Tensor | None) -> Tensor:
     grid = net.grid_of(video)
     x = net.patch_embed.proj(video).flatten(2).transpose(1, 2)
     everywhere = torch.arange(grid.n, device=video.device).expand(len(video), -1)
-    x = x + net.positions.added(grid, everywhere)
+    x = x + net.positions.embedding(grid, everywhere)
     x = x if ids is None else gather_tokens(x, ids)
     for block in net.blocks:
         x = block(x)
@@ -47,7 +47,7 @@ class PlainLoop(nn.Module):
         seen = [encode(o.encoder, video, m.context) for m in masks]
         z = []
         for i, (x, m) in enumerate(zip(seen, masks, strict=True)):
-            said = o.predictor.tokens(x, m, o.query(i), grid, everywhere=True)[:, 0]
+            said = o.predictor.forward_tokens(x, m, o.query(i), grid, include_context=True)[:, 0]
             z.append(o.predictor.proj(said[:, m.context.shape[1] :]))
         return torch.stack([torch.mean(torch.abs(a - b)) for a, b in zip(z, h, strict=True)]).mean()
 

@@ -37,9 +37,9 @@ from vidssl.evaluation.report import PredictionRow, weights_hash, write_report, 
 from vidssl.evaluation.views import View
 from vidssl.model.heads import HEAD_EPS, AttentiveHead
 from vidssl.model.vit import LAYER_NORM_EPS
-from vidssl.pretrained import files
-from vidssl.pretrained.files import LoadedEncoder, load_encoder
+from vidssl.pretrained.files import save_native
 from vidssl.pretrained.infer_config import Checkpoint
+from vidssl.pretrained.load import LoadedEncoder, load_encoder
 from vidssl.training.checkpoint import load_checkpoint, provenance, save_checkpoint
 from vidssl.training.distributed import Strategy, gather_to_cpu
 from vidssl.training.finetuning import (
@@ -292,11 +292,11 @@ def save(
     out: Path, classifier: Classifier, model: dict, loaded: LoadedEncoder, about: dict[str, Any]
 ) -> None:
     """encoder.safetensors and head.safetensors: for a probe, for another fine-tuning, for conversion."""
-    found = Checkpoint("vidssl", model, classifier.encoder.state_dict(), loaded.about["pixels"])
+    found = Checkpoint("vidssl", model, classifier.encoder.state_dict(), loaded.metadata["pixels"])
     found.head, found.head_eps = classifier.head.state_dict(), LAYER_NORM_EPS
     if isinstance(classifier.head, AttentiveHead):
         found.head_heads, found.head_eps = classifier.head.xattn.heads, HEAD_EPS
-    files.save(out, found, about)
+    save_native(out, found, about)
 
 
 @exit_on_lost_peer()
@@ -331,7 +331,7 @@ def main(argv: list[str]) -> None:
     classifier, model = make_classifier(loaded, cfg["head"], len(parts.task.names), tune)
     classifier.encoder.blocks.activation_checkpointing = speed.activation_checkpointing
     prepared, optimizer = strategy.prepare(classifier, build_optimizer(classifier, optim, fused=True))
-    colours = loaded.about["pixels"]["mean"], loaded.about["pixels"]["std"]
+    colours = loaded.metadata["pixels"]["mean"], loaded.metadata["pixels"]["std"]
     run = FinetuneLoop(strategy, prepared, classifier, optimizer, optim, tune, speed, colours)
     if strategy.is_main:
         make_folder(out)

@@ -42,7 +42,7 @@ from vidssl.evaluation.splits import label_sets, labelled, list_text, low_shot
 from vidssl.evaluation.tasks import make_task
 from vidssl.evaluation.views import Control, PatchMeans, View
 from vidssl.pretrained.external import open_encoder
-from vidssl.pretrained.files import LoadedEncoder
+from vidssl.pretrained.load import LoadedEncoder
 from vidssl.training.malloc import tune_malloc
 
 PROTOCOLS = {"attentive": Attentive, "linear": Linear, "knn": Knn, "retrieval": Retrieval}
@@ -85,7 +85,7 @@ def make_extractor(
     anew: OpenEncoder, loaded: LoadedEncoder, control: Control, seed: int, accelerator: Accelerator
 ) -> FeatureExtractor:
     """The encoder, or what a control puts in its place; anew: opens it untrained, with a seed."""
-    model, pixels = loaded.about["model"], loaded.about["pixels"]
+    model, pixels = loaded.metadata["model"], loaded.metadata["pixels"]
     if control == "pixels":
         means = PatchMeans(model["tubelet"], model["patch"])
         about = {"encoder": "patch means", "tubelet": means.tubelet, "patch": means.patch}

@@ -30,7 +30,8 @@ from vidssl.objective.build import build_objective
 from vidssl.objective.masks import MASKS
 from vidssl.objective.objective import ERRORS, ContextLoss
 from vidssl.objective.targets import TARGETS, Ema
-from vidssl.pretrained.init import start_from
+from vidssl.pretrained.init import init_from_pretrained
+from vidssl.pretrained.load import load_teacher
 from vidssl.training.checkpoint import list_checkpoints, provenance, quarantine
 from vidssl.training.distributed import Strategy
 from vidssl.training.feature_stats import FeatureStats
@@ -107,7 +108,7 @@ class EfficiencyConfig:
 SCHEMA: config.Schema = {
     "method": {
         "mask": Part(MASKS),
-        "target": Part(TARGETS, ("encoder",)),
+        "target": Part(TARGETS, ("encoder", "teacher")),
         "query": Part(QUERIES, ("width",)),
         "predictor": Part(PREDICTORS, ("encoder", "out")),
         "error": Part(ERRORS),
@@ -225,10 +226,10 @@ def main(argv: list[str]) -> None:
                 f"efficiency.micro_batches {eff.micro_batches} does not divide {share} clips a process"
             )
 
-    objective = build_objective(cfg)
+    objective = build_objective(cfg, load_teacher)
     fresh = not list_checkpoints(out / "checkpoints")
     if run.init and fresh:
-        start_from(objective, cfg)
+        init_from_pretrained(objective, cfg)
     optimizer = build_optimizer(objective, optim, eff.fused)
     for module in objective.modules():
         if isinstance(module, TransformerStack):

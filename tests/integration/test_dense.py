@@ -26,8 +26,9 @@ from vidssl.evaluation.dense.propagation import (
 )
 from vidssl.model.heads import DepthHead
 from vidssl.model.vit import Encoder
-from vidssl.pretrained.files import LoadedEncoder, load_encoder, save
+from vidssl.pretrained.files import save_native
 from vidssl.pretrained.infer_config import Checkpoint
+from vidssl.pretrained.load import LoadedEncoder, load_encoder
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -40,7 +41,7 @@ def run(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("dense") / "run"
     out.mkdir()
     torch.manual_seed(0)
-    save(out, Checkpoint("vidssl", MODEL, Encoder(**MODEL, class_token=False).state_dict()), {})
+    save_native(out, Checkpoint("vidssl", MODEL, Encoder(**MODEL, class_token=False).state_dict()), {})
     return out
 
 
@@ -267,7 +268,7 @@ def test_controls_are_other_eyes(run):
     assert len({name for _, name in look.values()}) == 3
     assert look["pixels"][0].shape == (5, 3, 3, 96) and look["none"][0].shape == (5, 3, 3, 24)
     model = {"frames": 2, "height": 16, "width": 16, "tubelet": 1, "patch": 8}
-    other = LoadedEncoder(torch.nn.Flatten(2), {"model": model, "pixels": loaded.about["pixels"]})  # type: ignore[arg-type]
+    other = LoadedEncoder(torch.nn.Flatten(2), {"model": model, "pixels": loaded.metadata["pixels"]})  # type: ignore[arg-type]
     other.encoder.forward = lambda video: torch.ones(len(video), 2 * 9, 5)
     seen, _ = make_frame_encoder(lambda seed: other, other, "none", DenseProtocol(size=24), CPU)
     assert seen(np.zeros((3, 24, 48, 3), np.uint8)).shape == (3, 3, 3, 5)  # of another library: squares

@@ -16,7 +16,7 @@ from vidssl.core.errors import UserError
 from vidssl.core.pixels import normalise
 from vidssl.evaluation.report import weights_hash
 from vidssl.pretrained.external import open_encoder
-from vidssl.pretrained.files import load_encoder
+from vidssl.pretrained.load import load_encoder
 
 ROOT = Path(__file__).parents[2]
 transformers = pytest.importorskip("transformers", reason="needs transformers (pip install vidssl[hf])")
@@ -127,7 +127,7 @@ def test_features_are_the_models_own(kind, folder):
         got = loaded.encoder(clips)
     assert got.shape == (2, FRAMES // TUBELET.get(kind, 1) * 9, 24)
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
-    model = loaded.about["model"]
+    model = loaded.metadata["model"]
     assert [model[k] for k in ("frames", "height", "tubelet", "patch")] == [
         FRAMES,
         SIDE,
@@ -155,7 +155,9 @@ def test_a_patch_stands_at_its_place_and_time(kind, folder):
 def test_the_zoo_reads_the_same_model(kind, folder):
     ours, theirs = load_encoder(folder(kind)), open_encoder(f"hf:{folder(kind)}")
     torch.testing.assert_close(ours.encoder(video()), theirs.encoder(video()), atol=1e-5, rtol=1e-5)
-    for value, other in zip(ours.about["pixels"].values(), theirs.about["pixels"].values(), strict=True):
+    for value, other in zip(
+        ours.metadata["pixels"].values(), theirs.metadata["pixels"].values(), strict=True
+    ):
         assert value == pytest.approx(other)
 
 
@@ -179,14 +181,14 @@ def test_pixels_and_size_are_those_of_the_models_processor(processor, kind, sett
     tool = getattr(transformers, processor)(**settings)
     tool.save_pretrained(tmp_path)
     loaded = open_encoder(f"hf:{tmp_path}", frames=FRAMES)
-    assert loaded.about["model"]["height"] == (32 if kind == "dinov2" else SIDE)
+    assert loaded.metadata["model"]["height"] == (32 if kind == "dinov2" else SIDE)
     u8 = torch.randint(0, 256, (1, 3, FRAMES, SIDE, SIDE), generator=torch.Generator().manual_seed(0)).to(
         torch.uint8
     )
     frames = list(u8[0].transpose(0, 1))
     given = torch.stack(frames) if processor.endswith("VideoProcessor") else frames
     want = next(iter(tool(given, return_tensors="pt", do_resize=False, do_center_crop=False).values()))
-    got = normalise(u8, tuple(loaded.about["pixels"].values()))[0].transpose(0, 1)
+    got = normalise(u8, tuple(loaded.metadata["pixels"].values()))[0].transpose(0, 1)
     torch.testing.assert_close(got, want.reshape(FRAMES, 3, SIDE, SIDE).float(), atol=1e-4, rtol=0)
 
 
@@ -207,18 +209,18 @@ def test_timm_sees_each_frame_alone(weights):
     with torch.no_grad():
         want = torch.cat([net.forward_features(clips[:, :, t])[:, 1:] for t in range(3)], 1)
         torch.testing.assert_close(loaded.encoder(clips), want, atol=1e-5, rtol=1e-5)
-    about = loaded.about
+    about = loaded.metadata
     assert about["pixels"] == {"mean": list(net.default_cfg["mean"]), "std": list(net.default_cfg["std"])}
     assert (about["model"]["height"], about["model"]["patch"], about["model"]["tubelet"]) == (160, 16, 1)
     small = open_encoder("timm:test_vit", file=str(weights), frames=3, size=32)
-    assert small.encoder(video(3, 32)).shape == (2, 3 * 4, 64) and small.about["model"]["height"] == 32
+    assert small.encoder(video(3, 32)).shape == (2, 3 * 4, 64) and small.metadata["model"]["height"] == 32
 
 
 def test_maps_of_convolutions_are_tokens_too():
     loaded = open_encoder("timm:test_resnet", 0, frames=2, size=64)
     maps = loaded.encoder.net.forward_features(video(2, 64)[:, :, 1])  # [2, D, 2, 2]
     torch.testing.assert_close(loaded.encoder(video(2, 64))[:, 4 + 1], maps[:, :, 0, 1])
-    assert loaded.about["model"]["patch"] == 32
+    assert loaded.metadata["model"]["patch"] == 32
 
 
 @pytest.mark.parametrize("kind", ["timm", "hf"])

@@ -23,8 +23,8 @@ from vidssl.evaluation.evaluate import LabelledFeatures
 from vidssl.evaluation.features import StoredFeatures
 from vidssl.evaluation.report import weights_hash
 from vidssl.objective.build import build_objective
-from vidssl.pretrained.files import load_encoder, read
-from vidssl.pretrained.init import as_checkpoint, write_run
+from vidssl.pretrained.init import save_run_encoder, to_checkpoint
+from vidssl.pretrained.load import load_encoder, read_checkpoint_file
 from vidssl.train import SCHEMA
 from vidssl.training.distributed import Strategy
 from vidssl.training.finetuning import Mixer, SubsetOrder, TuneConfig, make_classifier, pair_mixup_partners
@@ -72,8 +72,8 @@ def encoder(tmp_path_factory) -> Path:
     clip.append("method.mask.past=1")
     cfg = config.load([method, *sizes, *clip, "run.out=x", "run.steps=1", "run.batch=8"], SCHEMA)
     objective = build_objective(cfg)
-    write_run(
-        out, as_checkpoint(objective, cfg, objective.state_dict()), {"config": cfg, "step": 0}, snapshot=False
+    save_run_encoder(
+        out, to_checkpoint(objective, cfg, objective.state_dict()), {"config": cfg, "step": 0}, snapshot=False
     )
     return out
 
@@ -128,7 +128,7 @@ def test_it_learns_and_reports_as_a_probe_does(tuned, encoder, shards):
 
 def test_what_it_leaves_is_an_encoder_with_its_head(tuned, encoder):
     """The weights of the chosen epoch, which the checkpoint holds too; they have moved in every part."""
-    found, about = read(str(tuned))
+    found, about = read_checkpoint_file(str(tuned))
     kept = load_file(next((tuned / "checkpoints").iterdir()) / "model.safetensors")
     assert all(kept[f"best.encoder.{k}"].equal(v) for k, v in found.encoder.items())
     assert all(kept[f"best.head.{k}"].equal(v) for k, v in found.head.items())
@@ -165,7 +165,7 @@ def test_without_anything_held_out_the_last_epoch_is_taken(encoder, shards, tmp_
                        "head.heads=2", "tune.repeat=2", "efficiency.micro_batches=2"))  # fmt: skip
     (row,) = report(tmp_path / "run")["results"]
     assert row["n_train"] == 48 and row["chosen"]["epoch"] == 2 and row["chosen"]["n_held_out"] == 0
-    assert read(str(tmp_path / "run"))[0].head_heads == 2
+    assert read_checkpoint_file(str(tmp_path / "run"))[0].head_heads == 2
 
 
 def test_killed_and_started_again_it_gives_the_same_weights(tuned, encoder, shards, tmp_path, monkeypatch):

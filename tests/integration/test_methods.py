@@ -22,7 +22,8 @@ from vidssl.model.vit import MODELS
 from vidssl.objective.build import build_objective
 from vidssl.objective.masks import MASKS
 from vidssl.objective.targets import Ema
-from vidssl.pretrained.init import as_checkpoint, write_run
+from vidssl.pretrained.init import save_run_encoder, to_checkpoint
+from vidssl.pretrained.load import load_teacher
 from vidssl.train import SCHEMA
 from vidssl.training.optim import OptimConfig, build_optimizer, clip_gradients, schedule, set_schedule
 
@@ -57,11 +58,12 @@ def losses(method: str) -> list[float]:
         if own(method)["method"]["target"]["kind"] == "teacher":
             larger = small("vjepa2_1", "model.dim=64", "model.heads=4", "run.seed=1")
             objective = build_objective(larger)
-            found = as_checkpoint(objective, larger, objective.state_dict())
-            write_run(Path(folder), found, {"config": larger, "step": 0}, snapshot=False)
+            found = to_checkpoint(objective, larger, objective.state_dict())
+            save_run_encoder(Path(folder), found, {"config": larger, "step": 0}, snapshot=False)
             given = [f"method.target.path={folder}"]
         cfg = small(method, *given)
-        objective, optim = build_objective(cfg), config.build(cfg["optim"], OptimConfig)
+        objective = build_objective(cfg, load_teacher)
+        optim = config.build(cfg["optim"], OptimConfig)
     optimizer, accelerator, frames = build_optimizer(objective, optim), Accelerator(), cfg["data"]["frames"]
     noise = torch.randint(
         0, 256, (8, 3, 1, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)

@@ -29,7 +29,7 @@ from vidssl.evaluation.protocol import label_free
 from vidssl.evaluation.report import weights_hash
 from vidssl.evaluation.views import EvalClips
 from vidssl.model.vit import Encoder
-from vidssl.pretrained.files import LoadedEncoder, load_encoder
+from vidssl.pretrained.load import LoadedEncoder, load_encoder
 
 ROOT = Path(__file__).parents[2]
 

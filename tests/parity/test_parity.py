@@ -19,7 +19,7 @@ from torch import Tensor
 from vidssl.core.errors import UserError
 from vidssl.model import positions
 from vidssl.objective import objective, targets
-from vidssl.pretrained import load
+from vidssl.pretrained import public
 from vidssl.pretrained.key_maps import RenamedTensors, rename
 
 ROOT = Path(__file__).parents[2]
@@ -57,7 +57,7 @@ def weights(change: Callable[[str, Tensor], Tensor]) -> Callable:
             r = rename(*args)
             return r._replace(tensors={k: change(k, v) for k, v in r.tensors.items()})
 
-        m.setattr(load, "rename", wrong)
+        m.setattr(public, "rename", wrong)
 
     return apply
 
@@ -84,7 +84,7 @@ def head_key_and_value_swapped(m: pytest.MonkeyPatch) -> None:
             tensors={k: v.roll(len(v) // 2, 0) if ".kv." in k else v for k, v in r.tensors.items()}
         )
 
-    m.setattr(load, "rename", wrong)
+    m.setattr(public, "rename", wrong)
 
 
 def eps(value: float) -> Callable:
@@ -129,7 +129,7 @@ def flat_table_in_halves(m: pytest.MonkeyPatch) -> None:
             [positions.sincos_flat(grid, dim)[:, 0::2], positions.sincos_flat(grid, dim)[:, 1::2]], 1
         )
 
-    m.setitem(positions.TABLES, "sincos_flat", wrong)
+    m.setitem(positions.FIXED_TABLES, "sincos_flat", wrong)
 
 
 def pixels_normed_by(norm: str) -> Callable:
@@ -192,7 +192,7 @@ def tokens_not_decayed(m: pytest.MonkeyPatch) -> None:
 
 
 def everything_decayed(m: pytest.MonkeyPatch) -> None:
-    right = tool.make_optimizer
+    right = tool.build_optimizer
 
     def wrong(*args):
         optimizer = right(*args)
@@ -284,7 +284,7 @@ def test_eps_is_1e_6_in_the_families_whose_limits_are_too_wide_to_see_1e_5(case,
 def kinds(case: str) -> tuple[str, str]:
     """Positions of encoder and predictor, as read."""
     found = tool.Case(GOLDEN / f"{case}.safetensors")
-    read = load.read_state(found.state, case, found.given())
+    read = public.read_state(found.state, case, found.given())
     assert read.predictor is not None
     return read.model["positions"], read.predictor["positions"]
 
@@ -308,9 +308,11 @@ def test_tables_are_recognised(case, kind):
 @golden
 @pytest.mark.parametrize("case, kind", [item for item in TABLES.items() if item[1].startswith("sincos")])
 def test_another_table_is_not_recognised(case, kind, monkeypatch):
-    right = positions.TABLES[kind]
+    right = positions.FIXED_TABLES[kind]
     for wrong in (lambda t: t.roll(t.shape[1] // 2, 1), lambda t: t.flip(1), lambda t: t.roll(1, 0)):
-        monkeypatch.setitem(positions.TABLES, kind, lambda grid, dim, wrong=wrong: wrong(right(grid, dim)))
+        monkeypatch.setitem(
+            positions.FIXED_TABLES, kind, lambda grid, dim, wrong=wrong: wrong(right(grid, dim))
+        )
         assert kinds(case) == ("learned", "learned")
 
 

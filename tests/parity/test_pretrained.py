@@ -27,9 +27,11 @@ from vidssl.model.predictor import JointPredictor
 from vidssl.model.vit import Encoder
 from vidssl.objective.objective import ERRORS, Objective
 from vidssl.objective.targets import Pixels, level_norm
-from vidssl.pretrained import files, load
+from vidssl.pretrained import public
 from vidssl.pretrained.export_hf import ratio, save_hf
+from vidssl.pretrained.files import save_native
 from vidssl.pretrained.infer_config import Checkpoint
+from vidssl.pretrained.load import inflate_to_video, load_encoder, read_checkpoint_file
 
 ROOT = Path(__file__).parents[2]
 spec = importlib.util.spec_from_file_location("convert", ROOT / "tools" / "convert.py")
@@ -148,7 +150,7 @@ def of_ours(found: Checkpoint) -> dict[str, Tensor]:
             IMAGES[:, :, None],
             ("patch", "normalised"),
         )
-        out = {"visible": encoder(clips, mask.context, full=True)}
+        out = {"visible": encoder(clips, mask.context, return_levels=True)}
     elif found.format == "I-JEPA":
         return {"all": encoder(IMAGES[:, :, None])}
     elif found.model["positions"] == "rope":
@@ -166,8 +168,10 @@ def of_ours(found: Checkpoint) -> dict[str, Tensor]:
                 gather_tokens(encoder(clips), CONTEXT), mask, query(1), grid
             ).target[:, 0]
         else:
-            z, whole = encoder(clips, mask.context, full=True), found.format == "MAE"
-            said = predictor.proj(predictor.tokens(z, mask, query(0), grid, everywhere=whole)[:, 0])
+            z, whole = encoder(clips, mask.context, return_levels=True), found.format == "MAE"
+            said = predictor.proj(
+                predictor.forward_tokens(z, mask, query(0), grid, include_context=whole)[:, 0]
+            )
             out["prediction"] = gather_tokens(said, NOISE.argsort(1).argsort(1)) if whole else said
             target = Pixels(encoder, *norm)
             objective = Objective(encoder, lambda *_: [mask], target, query, predictor, ERRORS["l2"]())
@@ -190,7 +194,7 @@ def test_a_model_of_transformers_gives_the_same_outputs_here(name, names, tmp_pa
     model.save_pretrained(tmp_path)
     if names == "in memory":  # the names of transformers 5; save_pretrained writes those of 4
         save_file(model.state_dict(), tmp_path / "model.safetensors")
-    found, about = files.read(str(tmp_path))
+    found, about = read_checkpoint_file(str(tmp_path))
     same(of_ours(found), of_hf(model))
     assert about == {"source": found.format}
     if found.head:  # transformers' mean head has torch's default, its attentive head the model's
@@ -213,10 +217,10 @@ def plain(path: Path) -> dict[str, Tensor]:
 @pytest.mark.parametrize("name", [name for name in MODELS if name.startswith("V") and "ViT" not in name])
 def test_to_native_and_back_every_bit_is_the_same(name, tmp_path):
     random_hf(name).save_pretrained(tmp_path / "hf")
-    first, _ = files.read(str(tmp_path / "hf"))
+    first, _ = read_checkpoint_file(str(tmp_path / "hf"))
     (tmp_path / "native").mkdir()
-    files.save(tmp_path / "native", first, {})
-    second, _ = files.read(str(tmp_path / "native"))
+    save_native(tmp_path / "native", first, {})
+    second, _ = read_checkpoint_file(str(tmp_path / "native"))
     assert save_hf(tmp_path / "back", second) == name
     there, back = plain(tmp_path / "hf"), plain(tmp_path / "back")
     assert there.keys() == back.keys()
@@ -224,7 +228,7 @@ def test_to_native_and_back_every_bit_is_the_same(name, tmp_path):
     config, again = (json.loads((tmp_path / f / "config.json").read_text()) for f in ("hf", "back"))
     kept = (again.keys() & config.keys()) - {"id2label", "label2id"}  # names of classes are not carried
     assert {k: again[k] for k in kept} == {k: config[k] for k in kept}
-    third, _ = files.read(str(tmp_path / "back"))
+    third, _ = read_checkpoint_file(str(tmp_path / "back"))
     assert third.model == first.model and third.predictor == first.predictor
     parts = ((third.encoder, first.encoder), (third.predictor_weights, first.predictor_weights))
     for got, want in (*parts, (third.head, first.head)):
@@ -289,7 +293,7 @@ def test_a_model_of_ours_gives_the_same_outputs_in_transformers(name, tmp_path):
     model, info = getattr(hf(), name).from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     same(of_hf(official_eps(model.eval())), of_ours(found))
-    again, _ = files.read(str(tmp_path))
+    again, _ = read_checkpoint_file(str(tmp_path))
     assert {k: again.model[k] for k in found.model} == found.model
     for key, value in again.encoder.items():
         if key.endswith("qkv.bias") and name.startswith("VideoMAE"):  # softmax takes the keys' bias away
@@ -361,7 +365,7 @@ def saved(path: Path, content: Any) -> str:
 
 def read_case(name: str, wrap, path: Path, **more) -> tuple[Any, Checkpoint]:
     case = tool.Case(GOLDEN / f"{name}.safetensors")
-    return case, load.read(saved(path, wrap(dict(case.state))), **{**case.given(), **more})
+    return case, public.read_public(saved(path, wrap(dict(case.state))), **{**case.given(), **more})
 
 
 def near(got: Tensor, want: Tensor) -> None:
@@ -391,7 +395,7 @@ def test_v_jepa_2_with_the_tables_of_its_configuration_and_ten_mask_tokens(tmp_p
 
     case = tool.Case(GOLDEN / "vjepa2_rope.safetensors")
     given = {k: v for k, v in case.given().items() if k != "positions"}
-    found = load.read(saved(tmp_path / "vitl.pt", wrap(case.state)), **given)
+    found = public.read_public(saved(tmp_path / "vitl.pt", wrap(case.state)), **given)
     assert (found.format, found.model["positions"]) == ("V-JEPA 2", "rope")
     unused = ["target_encoder.pos_embed", "encoder.pos_embed", "predictor.predictor_pos_embed"]
     assert {k.removeprefix("target_") for k in found.unused} == {k.removeprefix("target_") for k in unused}
@@ -410,7 +414,7 @@ def test_v_jepa_2_1_and_its_distilled_form(tmp_path):
     assert (found.format, found.model["positions"]) == ("V-JEPA 2.1", "rope_interleaved")
     assert len(found.model["levels"]) == 4 and found.unused == []
     near(found.build_encoder(found.online)(case.video), case["encoder_full"])
-    near(level_norm(found.build_encoder()(case.video, full=True), 48), case["target_full"])
+    near(level_norm(found.build_encoder()(case.video, return_levels=True), 48), case["target_full"])
 
     def distilled(state):
         """The average of the student is evaluated; target_encoder is the teacher, of another size."""
@@ -471,7 +475,7 @@ def test_published_sizes_need_nothing_given(name, dim):
             k.replace("level_norms", "norms_block").replace("encoder.norm.", last): v
             for k, v in state.items()
         }
-    found = load.read_state(state, "FILE", {})
+    found = public.read_state(state, "FILE", {})
     assert found.format == name
     want = {
         "dim": dim,
@@ -508,7 +512,9 @@ def test_masked_autoencoders(case, key, model, tmp_path):
     if "decode_mask" in case:
         hidden = (~case["decode_mask"]).nonzero()[:, 1].reshape(2, -1)
     mask = Mask(context, hidden[:, None])
-    got = predictor(encoder(case.video, context, full=True), mask, query(0), encoder.grid).target[:, 0]
+    got = predictor(encoder(case.video, context, return_levels=True), mask, query(0), encoder.grid).target[
+        :, 0
+    ]
     whole = case["prediction"].shape[1] == encoder.grid.n
     near(got, gather_tokens(case["prediction"], hidden) if whole else case["prediction"])
 
@@ -517,8 +523,8 @@ def test_masked_autoencoders(case, key, model, tmp_path):
 def test_fine_tuned_videomae_keeps_its_classifier(tmp_path):
     case, found = read_case("videomae_finetune", lambda s: {"model": s, "args": ARGS}, tmp_path / "ft.pth")
     near(found.build_head()(found.build_encoder()(case["clips"])), case["logits"])
-    files.save(tmp_path, found, {})
-    again, _ = files.read(str(tmp_path))
+    save_native(tmp_path, found, {})
+    again, _ = read_checkpoint_file(str(tmp_path))
     near(again.build_head()(again.build_encoder()(case["clips"])), case["logits"])
 
 
@@ -550,7 +556,9 @@ def test_videomae_v2_of_patch_14(tmp_path):
         q, k, v = state.pop(f"blocks.{i}.attn.qkv.bias").chunk(3)
         state |= {f"blocks.{i}.attn.q_bias": q, f"blocks.{i}.attn.v_bias": v}
         found.encoder[f"blocks.{i}.attn.qkv.bias"] = torch.cat([q, 0 * k, v])
-    read = load.read(saved(tmp_path / "v2.pth", {"module": state}), heads=4, frames=4, height=28, width=42)
+    read = public.read_public(
+        saved(tmp_path / "v2.pth", {"module": state}), heads=4, frames=4, height=28, width=42
+    )
     assert (read.format, read.model["patch"]) == ("VideoMAE", 14)
     clips = torch.randn(1, 3, 4, 28, 42)
     found.head_eps = 1e-6
@@ -575,7 +583,9 @@ def test_mae(tmp_path):
         table = module.positions.table
         state[key] = torch.cat([0 * table[:1], table])[None]
     state["cls_token"], state["mask_token"] = state["cls_token"][None, None], found.query[None]
-    read = load.read(saved(tmp_path / "mae.pth", {"model": state, "args": ARGS}), heads=4, predictor_heads=2)
+    read = public.read_public(
+        saved(tmp_path / "mae.pth", {"model": state, "args": ARGS}), heads=4, predictor_heads=2
+    )
     read.format = "MAE"
     assert read.model == {**found.model, **{k: read.model[k] for k in read.model.keys() - found.model.keys()}}
     assert (read.predictor["positions"], read.predictor["class_token"]) == ("sincos_2d", "encoder")
@@ -583,7 +593,7 @@ def test_mae(tmp_path):
     same(of_ours(read), of_ours(found))
     del state["cls_token"]
     with pytest.raises(UserError, match=r"10 positions|pos_embed"):
-        load.read(saved(tmp_path / "mae.pth", {"model": state}), heads=4, predictor_heads=2)
+        public.read_public(saved(tmp_path / "mae.pth", {"model": state}), heads=4, predictor_heads=2)
 
 
 TIMM = {
@@ -610,12 +620,12 @@ def test_vits_of_timm(name, tmp_path):
     side = net.patch_embed.img_size[0]
     images = torch.randn(2, 3, side, side)
     heads = {"heads": 4} if net.embed_dim == 96 else {}
-    found = load.read(saved(tmp_path / "net.pth", net.state_dict()), **heads)
+    found = public.read_public(saved(tmp_path / "net.pth", net.state_dict()), **heads)
     assert found.format == "ViT" and set(found.unused) == {"head.weight", "head.bias"}
     with torch.no_grad():
         want = net.forward_features(images)[:, net.num_prefix_tokens :]
         near(found.build_encoder()(images[:, :, None]), want)
-        video = files.as_video(found, 16, tubelet=2)
+        video = inflate_to_video(found, 16, tubelet=2)
         encoder = video.build_encoder()
         near(encoder(images[:, :, None].repeat(1, 1, 2, 1, 1)), want)  # a still clip of one tubelet
         still = encoder(images[:, :, None].repeat(1, 1, 16, 1, 1))
@@ -623,19 +633,19 @@ def test_vits_of_timm(name, tmp_path):
     save_file(net.state_dict(), tmp_path / "model.safetensors")
     about = {"architecture": name, "pretrained_cfg": {"mean": [0.5] * 3, "std": [0.25] * 3}}
     (tmp_path / "config.json").write_text(json.dumps(about))
-    assert load.read(str(tmp_path), **heads).pixels == {"mean": [0.5] * 3, "std": [0.25] * 3}
+    assert public.read_public(str(tmp_path), **heads).pixels == {"mean": [0.5] * 3, "std": [0.25] * 3}
 
 
 def test_fixed_tables_of_images_become_places_in_space(tmp_path):
     found = own("sincos_2d", tubelet=1, frames=1)
     images = IMAGES[:, :, None]
     want = found.build_encoder()(images)
-    encoder = files.as_video(found, 4, tubelet=2).build_encoder()
+    encoder = inflate_to_video(found, 4, tubelet=2).build_encoder()
     near(encoder(images.repeat(1, 1, 2, 1, 1)), want)
-    with pytest.raises(UserError, match="5 frames are not a multiple of the 2"):
-        files.as_video(found, 5, tubelet=2)
-    with pytest.raises(UserError, match="of a video model already"):
-        files.as_video(own("sincos_flat"), 16, tubelet=2)
+    with pytest.raises(UserError, match="5 frames are not a multiple of the tubelet of 2"):
+        inflate_to_video(found, 5, tubelet=2)
+    with pytest.raises(UserError, match="already a video model"):
+        inflate_to_video(own("sincos_flat"), 16, tubelet=2)
 
 
 class Evil:
@@ -662,7 +672,7 @@ def test_a_pickle_that_would_run_code_is_refused(protocol, tmp_path):
         pytest.warns(UserWarning) if protocol == 4 else nullcontext(),
         pytest.raises(UserError, match=words) as e,
     ):
-        load.read(str(path))
+        public.read_public(str(path))
     assert "\n" not in str(e.value) and not (tmp_path / "made").exists()
 
 
@@ -686,9 +696,11 @@ GIVEN = {"heads": 4, "predictor_heads": 2, "frames": 4}
 
 
 def test_the_state_that_the_errors_below_start_from(tmp_path):
-    found = load.read(saved(tmp_path / "x.pth", jepa_state()), **GIVEN)
+    found = public.read_public(saved(tmp_path / "x.pth", jepa_state()), **GIVEN)
     assert (found.format, found.model["positions"], found.unused) == ("V-JEPA", "sincos_uniform", [])
-    half = load.read(saved(tmp_path / "x.pth", {k: v.bfloat16() for k, v in jepa_state().items()}), **GIVEN)
+    half = public.read_public(
+        saved(tmp_path / "x.pth", {k: v.bfloat16() for k, v in jepa_state().items()}), **GIVEN
+    )
     assert all(half.encoder[k].equal(v.bfloat16().float()) for k, v in found.encoder.items())
 
 
@@ -755,7 +767,7 @@ def test_wrong_files_say_what_is_wrong_in_one_line(name, tmp_path):
     change(state, given)
     path = saved(tmp_path / "x.pth", {**state, "epoch": 3})
     with pytest.raises(UserError, match=words) as e:
-        load.read(path, **given)
+        public.read_public(path, **given)
     assert str(e.value).startswith(path) and "\n" not in str(e.value)
 
 
@@ -777,15 +789,15 @@ def test_any_weight_missing_or_of_another_shape_is_an_error(case):
                 {key: wrong} if wrong is not None else {}
             )
             with pytest.raises(UserError) as e:
-                load.read_state(state, "FILE", case.given())
+                public.read_state(state, "FILE", case.given())
             assert str(e.value).startswith("FILE: ") and "\n" not in str(e.value)
 
 
 def test_width_100_needs_its_heads(tmp_path):
     path = saved(tmp_path / "x.pth", jepa_state(dim=100, heads=5))
     with pytest.raises(UserError, match="width 100 has: give heads="):
-        load.read(path, predictor_heads=2, frames=4)
-    assert load.read(path, heads=5, predictor_heads=2, frames=4).model["heads"] == 5
+        public.read_public(path, predictor_heads=2, frames=4)
+    assert public.read_public(path, heads=5, predictor_heads=2, frames=4).model["heads"] == 5
 
 
 def test_an_encoder_alone_with_a_table_is_of_v_jepa_or_of_v_jepa_2(tmp_path):
@@ -794,9 +806,9 @@ def test_an_encoder_alone_with_a_table_is_of_v_jepa_or_of_v_jepa_2(tmp_path):
     with pytest.raises(
         UserError, match=r"give positions=sincos_uniform \(V-JEPA\) or positions=rope \(V-JEPA 2\)"
     ):
-        load.read(path, heads=4, frames=4)
-    first = load.read(path, heads=4, frames=4, positions="sincos_uniform")
-    second = load.read(path, heads=4, frames=4, height=24, width=24, positions="rope")
+        public.read_public(path, heads=4, frames=4)
+    first = public.read_public(path, heads=4, frames=4, positions="sincos_uniform")
+    second = public.read_public(path, heads=4, frames=4, height=24, width=24, positions="rope")
     assert (first.format, first.unused) == ("V-JEPA", [])
     assert (second.format, second.unused) == ("V-JEPA 2", ["encoder.pos_embed"])
     assert first.build_encoder()(CLIPS).equal(own("sincos_uniform").build_encoder()(CLIPS))
@@ -811,11 +823,11 @@ def test_truncated_files(suffix, tmp_path):
     for size in (0, 1, 7, 9, 100, 1000, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:size])
         with pytest.raises(UserError, match=f"x{suffix}: not a readable checkpoint") as e:
-            files.read(str(path))
+            read_checkpoint_file(str(path))
         assert "\n" not in str(e.value)
     path.write_text("not a checkpoint\n" * 99)
     with pytest.raises(UserError, match="not a readable checkpoint"):
-        files.read(str(path))
+        read_checkpoint_file(str(path))
 
 
 @pytest.mark.parametrize(
@@ -842,7 +854,7 @@ def test_truncated_files(suffix, tmp_path):
 )
 def test_files_that_hold_something_else(content, words, tmp_path):
     with pytest.raises(UserError, match=words):
-        load.read(saved(tmp_path / "x.pth", content))
+        public.read_public(saved(tmp_path / "x.pth", content))
 
 
 def test_folders_of_hugging_face(tmp_path):
@@ -857,19 +869,19 @@ def test_folders_of_hugging_face(tmp_path):
     index = {"weight_map": {k: file for file, keys in shards.items() for k in keys}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     save_file({"other": torch.ones(1)}, tmp_path / "model.fp16.safetensors")  # another form of the same model
-    assert (load.read(str(tmp_path)).build_encoder()(clips) - want).abs().max() < 1e-5
+    assert (public.read_public(str(tmp_path)).build_encoder()(clips) - want).abs().max() < 1e-5
     (tmp_path / "model.safetensors").unlink()
-    assert (load.read(str(tmp_path)).build_encoder()(clips) - want).abs().max() < 1e-5
+    assert (public.read_public(str(tmp_path)).build_encoder()(clips) - want).abs().max() < 1e-5
     (tmp_path / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(
         UserError, match=r"index.json names model-00002-of-00002.safetensors, which is not there"
     ):
-        load.read(str(tmp_path))
+        public.read_public(str(tmp_path))
     (tmp_path / "model.safetensors.index.json").unlink()
     with pytest.raises(UserError, match=r"no model.safetensors or pytorch_model.bin"):
-        load.read(str(tmp_path))
+        public.read_public(str(tmp_path))
     torch.save(whole, tmp_path / "pytorch_model.bin")
-    assert (load.read(str(tmp_path)).build_encoder()(clips) - want).abs().max() < 1e-5
+    assert (public.read_public(str(tmp_path)).build_encoder()(clips) - want).abs().max() < 1e-5
     config = json.loads((tmp_path / "config.json").read_text())
     wrong = [
         ({"model_type": "bert"}, "model_type 'bert'; known are videomae, vjepa2"),
@@ -878,17 +890,17 @@ def test_folders_of_hugging_face(tmp_path):
     for change, words in wrong:
         (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
         with pytest.raises(UserError, match=words):
-            load.read(str(tmp_path))
+            public.read_public(str(tmp_path))
     (tmp_path / "config.json").write_text(
         json.dumps({k: v for k, v in config.items() if k != "num_attention_heads"})
     )
     with pytest.raises(UserError, match=r"config.json: 'num_attention_heads' is missing"):
-        load.read(str(tmp_path))
+        public.read_public(str(tmp_path))
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"config.json: not JSON"):
-        load.read(str(tmp_path))
+        public.read_public(str(tmp_path))
     with pytest.raises(UserError, match="no such file"):
-        load.read(str(tmp_path / "nowhere"))
+        public.read_public(str(tmp_path / "nowhere"))
 
 
 # The command, and what it writes.
@@ -903,18 +915,16 @@ def test_the_command(tmp_path, capsys):
         "encoder.safetensors",
         "predictor.safetensors",
     ]
-    loaded = files.load_encoder(str(tmp_path / "native"))
-    assert loaded.about["source"] == "V-JEPA 2" and loaded.encoder(CLIPS).equal(
+    loaded = load_encoder(str(tmp_path / "native"))
+    assert loaded.metadata["source"] == "V-JEPA 2" and loaded.encoder(CLIPS).equal(
         own("rope").build_encoder()(CLIPS)
     )
     convert.main([str(tmp_path / "native"), str(tmp_path / "hf"), "--to", "hf"])
     assert "transformers.VJEPA2Model.from_pretrained" in capsys.readouterr().out
-    assert (
-        files.load_encoder(str(tmp_path / "hf")).encoder(CLIPS) - loaded.encoder(CLIPS)
-    ).abs().max() < 1e-5
+    assert (load_encoder(str(tmp_path / "hf")).encoder(CLIPS) - loaded.encoder(CLIPS)).abs().max() < 1e-5
     with pytest.raises(UserError, match="is there already; give a new folder"):
         convert.main([source, str(tmp_path / "hf"), *given])
-    with pytest.raises(UserError, match="says what it is; heads cannot be given"):
+    with pytest.raises(UserError, match="describes its own model; heads cannot be given"):
         convert.main([str(tmp_path / "native"), str(tmp_path / "again"), "heads=4"])
     assert not (tmp_path / "again").exists()
 
@@ -926,7 +936,7 @@ def test_the_command_makes_video_encoders_of_images(tmp_path, capsys):
     source = saved(tmp_path / "net.pth", net.state_dict())
     convert.main([source, str(tmp_path / "video"), "--video", "16"])
     assert "not needed: head.weight, head.bias" in capsys.readouterr().out
-    encoder, about = files.load_encoder(str(tmp_path / "video"))
+    encoder, about = load_encoder(str(tmp_path / "video"))
     assert (about["model"]["frames"], about["model"]["tubelet"], encoder.grid) == (16, 2, (8, 2, 2))
     image = torch.randn(1, 3, 32, 32)
     with torch.no_grad():
@@ -951,12 +961,12 @@ def test_the_probe_reads_public_files(tmp_path):
     state["encoder.pos_embed"] = found.build_encoder().positions.table[None]
     state |= {f"predictor.mask_tokens.{i}": torch.zeros(1, 1, 48) for i in range(2)}
     path = saved(tmp_path / "x.pth.tar", parts(state, "module.backbone.", {"encoder": "target_encoder"}))
-    encoder, about = files.load_encoder(path)
+    encoder, about = load_encoder(path)
     clips = torch.randn(1, 3, 16, 24, 24)
     assert encoder(clips).equal(found.build_encoder()(clips))
     assert about["source"] == "V-JEPA" and about["pixels"]["mean"] == [0.485, 0.456, 0.406]
     assert not any(p.requires_grad for p in encoder.parameters()) and not encoder.training
-    first, again, other = (files.load_encoder(path, seed).encoder(clips) for seed in (1, 1, 2))
+    first, again, other = (load_encoder(path, seed).encoder(clips) for seed in (1, 1, 2))
     assert first.equal(again) and not first.equal(other)
 
 
@@ -972,7 +982,7 @@ def test_a_run_of_ours_becomes_a_model_of_transformers(synthetic_shards, tmp_pat
     done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     convert.main([str(tmp_path / "run"), str(tmp_path / "hf"), "--to", "hf"])
-    encoder, about = files.load_encoder(str(tmp_path / "run"))
+    encoder, about = load_encoder(str(tmp_path / "run"))
     assert about["step"] == 2 and about["pixels"]["std"] == [0.229, 0.224, 0.225]
     m = about["model"]
     clips = torch.randn(1, 3, m["frames"], m["height"], m["width"])

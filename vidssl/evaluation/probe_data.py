@@ -9,7 +9,7 @@ from vidssl.config import Count, Names, Positive, Size
 from vidssl.core.errors import UserError
 from vidssl.evaluation.protocol import ProbeProtocol
 from vidssl.evaluation.views import Control, FrameOrder, View
-from vidssl.pretrained.files import LoadedEncoder
+from vidssl.pretrained.load import LoadedEncoder
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 
@@ -44,7 +44,7 @@ class ProbeData:
 
 def make_view(data: ProbeData, protocol: ProbeProtocol, loaded: LoadedEncoder, control: Control) -> View:
     """The clip the encoder was trained on, unless the configuration says otherwise."""
-    model, trained = loaded.about["model"], loaded.about.get("config")
+    model, trained = loaded.metadata["model"], loaded.metadata.get("config")
     if model["height"] != model["width"]:
         raise UserError(
             f"encoder: its clips are {model['height']} x {model['width']} px; a probe's are square"

@@ -15,7 +15,7 @@ from torch import nn
 
 import vidssl
 from vidssl.core.io import atomic_write, make_folder
-from vidssl.pretrained.files import LoadedEncoder
+from vidssl.pretrained.load import LoadedEncoder
 
 
 class PredictionRow(NamedTuple):
@@ -109,7 +109,7 @@ def write_report(path: Path, cfg: dict[str, Any], loaded: LoadedEncoder, own: di
     report = {
         **own,
         "encoder": {"path": cfg["encoder"], **encoder, "sha256": weights_hash(loaded.encoder)},
-        "trained": {k: loaded.about.get(k) for k in ("step", "data", "source")},
+        "trained": {k: loaded.metadata.get(k) for k in ("step", "data", "source")},
         "versions": {"vidssl": vidssl.__version__, "torch": str(torch.__version__), "code": code_hash()},
         "config_sha256": hashlib.sha256(json.dumps(cfg, sort_keys=True).encode()).hexdigest(),
         "config": cfg,

@@ -1,21 +1,22 @@
-"""Heads over frozen tokens: V-JEPA's attentive head, and the mean of the tokens."""
+"""Heads on frozen tokens: V-JEPA's attentive head, mean pooling, a linear layer, and dense depth."""
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from timm.layers import Mlp
 from torch import Tensor, nn
 
 from vidssl.model.vit import LAYER_NORM_EPS, Block, TransformerStack, check_heads, init_weights
 
-HEAD_EPS = 1e-5  # of the LayerNorms of the attentive head
+HEAD_EPS = 1e-5  # of the attentive head's LayerNorms
 
 
 class CrossAttention(nn.Module):
-    """One query [B, 1, D] over tokens [B, N, D] -> [B, 1, D]. No output projection: the reference holds one, never
-    applied.
+    """Attention of one query [B, 1, D] to tokens [B, N, D]. Returns [B, 1, D]. No output projection: the reference has
+    one that is never applied.
 
     With a single query, q . (K x + b) = (K' q) . x + q . b and sum a (V x + b) = V (sum a x) + b, so keys and values of
-    the tokens are never formed: 2 * heads * N * D multiplications in place of 2 * N * D^2, the same function.
+    the tokens are never formed: 2 * heads * N * D multiplications instead of 2 * N * D^2, the same function.
     """
 
     def __init__(self, dim: int, heads: int):
@@ -25,17 +26,18 @@ class CrossAttention(nn.Module):
         self.kv = nn.Linear(dim, 2 * dim)
 
     def forward(self, query: Tensor, tokens: Tensor) -> Tensor:
-        q = self.q(query[:, 0]).unflatten(-1, (self.heads, -1))  # [B, H, D/H]
-        key, value = self.kv.weight.unflatten(0, (2, self.heads, -1))  # [H, D/H, D] each
-        key_bias, value_bias = self.kv.bias.unflatten(0, (2, self.heads, -1))  # [H, D/H] each
-        reach = torch.einsum("bhe,hed->bhd", q, key)
-        score = reach @ tokens.transpose(1, 2) + (q * key_bias).sum(-1, keepdim=True)  # [B, H, N]
+        q = rearrange(self.q(query), "b 1 (h e) -> b h e", h=self.heads)
+        key, value = rearrange(self.kv.weight, "(kv h e) d -> kv h e d", kv=2, h=self.heads)
+        key_bias, value_bias = rearrange(self.kv.bias, "(kv h e) -> kv h e", kv=2, h=self.heads)
+        projected_query = torch.einsum("bhe,hed->bhd", q, key)
+        score = projected_query @ tokens.transpose(1, 2) + (q * key_bias).sum(-1, keepdim=True)  # [B, H, N]
         pooled = (score / q.shape[-1] ** 0.5).softmax(-1) @ tokens  # [B, H, D]
-        return (torch.einsum("bhd,hed->bhe", pooled, value) + value_bias).flatten(1)[:, None]
+        output = torch.einsum("bhd,hed->bhe", pooled, value) + value_bias
+        return rearrange(output, "b h e -> b 1 (h e)")
 
 
 class AttentiveHead(nn.Module):
-    """tokens [B, N, D] -> logits [B, classes]: one learned query that cross-attends to all tokens.
+    """Maps tokens [B, N, D] to logits [B, classes] by one learned query that cross-attends to all tokens.
 
     depth 1 is V-JEPA's: norm on keys and values only, residual to the query, MLP of width 4D, then a linear layer.
     With depth d, d - 1 self-attention blocks over all tokens come first (V-JEPA 2: depth 4).
@@ -68,7 +70,7 @@ class AttentiveHead(nn.Module):
 
 
 class MeanHead(nn.Module):
-    """tokens [B, N, D] -> logits [B, classes]: mean, LayerNorm, linear layer, as VideoMAE fine-tunes."""
+    """Maps tokens [B, N, D] to logits [B, classes]: mean, LayerNorm, linear layer, as VideoMAE fine-tunes."""
 
     def __init__(self, dim: int, classes: int, eps: float = LAYER_NORM_EPS):
         super().__init__()
@@ -76,7 +78,7 @@ class MeanHead(nn.Module):
         self.linear = nn.Linear(dim, classes)
 
     def features(self, tokens: Tensor) -> Tensor:
-        """[B, D]: what the linear layer reads."""
+        """The input of the linear layer, [B, D]."""
         return self.norm(tokens.mean(1))
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -84,7 +86,7 @@ class MeanHead(nn.Module):
 
 
 class LinearHead(nn.Module):
-    """[B, 1, D] -> logits [B, C]."""
+    """A linear layer with zero initial weights: maps [B, 1, D] to logits [B, outputs]."""
 
     def __init__(self, dim: int, outputs: int):
         super().__init__()
@@ -97,23 +99,23 @@ class LinearHead(nn.Module):
 
 
 MIN_DEPTH = 1e-3  # metres; as in DINOv2
-UPSAMPLING = 4  # of the grid of tokens, before the depth head decides
+DEPTH_UPSAMPLING = 4  # factor between the token grid and the predicted depth map
 
 
 class DepthHead(nn.Module):
-    """tokens f32 [B, h, w, D] -> depth f32 [B, 4 h, 4 w]: a linear layer on bilinearly upsampled tokens, whose outputs,
-    cut off below 0 and normalised by their sum (AdaBins, arXiv 2011.14141), weigh bins evenly laid from 0 to `most`."""
+    """Maps tokens f32 [B, h, w, D] to depth f32 [B, 4 h, 4 w] by a linear layer on bilinearly upsampled tokens, whose
+    outputs, clipped at 0 and normalised by their sum, weight depth bins spaced evenly up to `max_depth` (AdaBins,
+    arXiv 2011.14141)."""
 
     bins: Tensor
 
-    def __init__(self, dim: int, bins: int, most: float):
+    def __init__(self, dim: int, bins: int, max_depth: float):
         super().__init__()
         self.linear = nn.Linear(dim, bins)
-        self.register_buffer("bins", torch.linspace(MIN_DEPTH, most, bins))
+        self.register_buffer("bins", torch.linspace(MIN_DEPTH, max_depth, bins))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        score = F.interpolate(
-            self.linear(tokens).permute(0, 3, 1, 2), scale_factor=UPSAMPLING, mode="bilinear"
-        )
-        share = score.relu() + 0.1  # so that no sum is 0
-        return torch.einsum("bkhw,k->bhw", share / share.sum(1, keepdim=True), self.bins)
+        score = rearrange(self.linear(tokens), "b h w k -> b k h w")
+        score = F.interpolate(score, scale_factor=DEPTH_UPSAMPLING, mode="bilinear")
+        weight = score.relu() + 0.1  # keeps every sum above 0
+        return torch.einsum("bkhw,k->bhw", weight / weight.sum(1, keepdim=True), self.bins)

@@ -1,4 +1,4 @@
-"""The encoder: a 3-D patch ViT that embeds and runs only the tokens it is given."""
+"""The encoder: a 3-D patch ViT that embeds and processes only the given tokens."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -6,6 +6,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from timm.layers import DropPath, Mlp, SwiGLU
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -17,11 +18,11 @@ from vidssl.model.positions import PositionEncoding, PositionKind, RotaryTable, 
 
 Init = Literal["trunc_normal", "xavier"]
 Feedforward = Literal["gelu", "swiglu"]
-LAYER_NORM_EPS = 1e-6  # of every LayerNorm, as in both V-JEPA and VideoMAE (torch's default is 1e-5)
+LAYER_NORM_EPS = 1e-6  # as in both V-JEPA and VideoMAE (torch's default is 1e-5)
 
 
 def draw_weight(weight: Tensor, init: Init, std: float) -> None:
-    """Truncated normal (V-JEPA: deviation 0.02, made for widths near 1,000) or Xavier uniform (VideoMAE), in place."""
+    """In place: truncated normal (V-JEPA: std 0.02, chosen for widths near 1,000) or Xavier uniform (VideoMAE)."""
     if init == "trunc_normal":
         nn.init.trunc_normal_(weight, std=std)
     else:
@@ -29,16 +30,17 @@ def draw_weight(weight: Tensor, init: Init, std: float) -> None:
 
 
 def init_weights(module: nn.Module, init: Init, std: float = 0.02) -> None:
-    """Every linear layer; zero biases."""
-    for m in module.modules():
-        if isinstance(m, nn.Linear):
-            draw_weight(m.weight, init, std)
-            if m.bias is not None:
-                nn.init.zeros_(m.bias)
+    """Draws the weights of every linear layer in `module`; biases are zero."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            draw_weight(layer.weight, init, std)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention; [B, N, D] -> [B, N, D], or with `last` [B, last, D]: of the last tokens only."""
+    """Multi-head self-attention of x [B, n, D]. Returns [B, n, D], or with `num_outputs` only the last so many tokens,
+    which attend to all."""
 
     def __init__(self, dim: int, heads: int):
         super().__init__()
@@ -46,21 +48,19 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, turn: RotaryTable | None = None, last: int | None = None) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        if turn is not None:
-            q, k, v = (
-                apply_rope(q, turn),
-                apply_rope(k, turn),
-                v.contiguous(),
-            )  # so that q, k before it need not be kept
-        if last is not None:
-            q = q[:, :, -last:]
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+    def forward(self, x: Tensor, rope: RotaryTable | None = None, num_outputs: int | None = None) -> Tensor:
+        q, k, v = rearrange(self.qkv(x), "b n (qkv h d) -> qkv b h n d", qkv=3, h=self.heads)
+        if rope is not None:
+            q = apply_rope(q, rope)
+            k = apply_rope(k, rope)
+            v = v.contiguous()  # then the backward pass need not keep the joint qkv
+        if num_outputs is not None:
+            q = q[:, :, -num_outputs:]
+        return self.proj(rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)"))
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block. SwiGLU has 2/3 of the hidden width, rounded up to 8 (V-JEPA 2's `wide_silu`)."""
+    """Pre-norm transformer block."""
 
     def __init__(
         self,
@@ -71,52 +71,58 @@ class Block(nn.Module):
         eps: float = LAYER_NORM_EPS,
     ):
         super().__init__()
-        hidden = round(dim * mlp_ratio)
+        hidden_dim = round(dim * mlp_ratio)
         self.norm1 = nn.LayerNorm(dim, eps=eps)
         self.attn = Attention(dim, heads)
         self.norm2 = nn.LayerNorm(dim, eps=eps)
-        self.mlp = Mlp(dim, hidden) if mlp == "gelu" else SwiGLU(dim, -(-(2 * hidden // 3) // 8) * 8)
+        self.mlp = Mlp(dim, hidden_dim) if mlp == "gelu" else SwiGLU(dim, swiglu_dim(hidden_dim))
         self.drop_path = DropPath()
 
-    def forward(self, x: Tensor, turn: RotaryTable | None = None, last: int | None = None) -> Tensor:
-        """last: only so many tokens, from the end, come out; they attend to all."""
-        mixed = self.attn(self.norm1(x), turn, last)
-        x = (x if last is None else x[:, -last:]) + self.drop_path(mixed)
+    def forward(self, x: Tensor, rope: RotaryTable | None = None, num_outputs: int | None = None) -> Tensor:
+        """num_outputs: only the last so many tokens are returned; the others serve as keys and values."""
+        attended = self.attn(self.norm1(x), rope, num_outputs)
+        x = (x if num_outputs is None else x[:, -num_outputs:]) + self.drop_path(attended)
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
+def swiglu_dim(hidden_dim: int) -> int:
+    """Hidden width of a SwiGLU in place of an MLP of `hidden_dim`: 2/3 of it, rounded up to a multiple of 8 (V-JEPA 2's
+    `wide_silu`)."""
+    return -(-(2 * hidden_dim // 3) // 8) * 8
+
+
 class TransformerStack(nn.ModuleList):
-    """A stack of blocks; with `activation_checkpointing` set, activations are recomputed in the backward pass instead of kept."""
+    """A stack of blocks. activation_checkpointing: activations are recomputed in the backward pass, not stored."""
 
     activation_checkpointing = False
 
     def forward(
-        self, x: Tensor, turn: RotaryTable | None, layers: Sequence[int], last: int | None = None
+        self, x: Tensor, rope: RotaryTable | None, layers: Sequence[int], num_outputs: int | None = None
     ) -> list[Tensor]:
-        """-> what comes out of each of `layers` (numbers from 0); with `last`, only so many tokens of the last."""
-        out = []
+        """Outputs of the given 0-based layers; the final layer returns only its last `num_outputs` tokens."""
+        outputs = []
         for i, block in enumerate(self):
-            some = last if i == len(self) - 1 else None
+            block_outputs = num_outputs if i == len(self) - 1 else None
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, turn, some, use_reentrant=False)
+                x = checkpoint(block, x, rope, block_outputs, use_reentrant=False)
             else:
-                x = block(x, turn, some)
+                x = block(x, rope, block_outputs)
             if i in layers:
-                out.append(x)
-        return out
+                outputs.append(x)
+        return outputs
 
     def set_drop_path(self, rate: float) -> None:
-        """Stochastic depth (Huang et al. 2016, arXiv 1603.09382): in training a sample passes by each half of a block
-        with a chance that rises evenly from 0 in the first block to `rate` in the last."""
+        """Stochastic depth (Huang et al. 2016, arXiv 1603.09382): in training a sample skips each half of a block with a
+        probability that rises linearly from 0 in the first block to `rate` in the last."""
         for i, block in enumerate(self):
             assert isinstance(block, Block)
             block.drop_path.drop_prob = rate * i / max(1, len(self) - 1)
 
     def rescale(self) -> None:
-        """Divide each block's two output weights by sqrt(2 * its number from 1), so that the sum of many grows less.
+        """Divides the two output weights of block i = 1, 2, ... by sqrt(2 i), so that the residual sum grows less.
 
-        Source: V-JEPA 2 (`_rescale_blocks`; of a SwiGLU it takes the second input weight, not the output). V-JEPA and
-        I-JEPA call it too, but draw all weights again afterwards, so their published runs start without it.
+        Source: V-JEPA 2 (`_rescale_blocks`; of a SwiGLU it rescales the second input weight, not the output weight).
+        V-JEPA and I-JEPA call it too, but draw all weights again afterwards, so their published runs start without it.
         """
         with torch.no_grad():
             for i, block in enumerate(self, 1):
@@ -127,12 +133,12 @@ class TransformerStack(nn.ModuleList):
 
 
 class PatchEmbed(nn.Module):
-    """patches [B, n, 3, tubelet, patch, patch] -> [B, n, D]: a 3-D convolution's weights, applied to chosen patches."""
+    """Embeds patches [B, n, 3, tubelet, patch, patch] as [B, n, D] with the weights of a 3-D convolution."""
 
     def __init__(self, dim: int, tubelet: int, patch: int, init: Init, std: float):
         super().__init__()
-        size = (tubelet, patch, patch)
-        self.proj = nn.Conv3d(3, dim, size, stride=size)
+        kernel = (tubelet, patch, patch)
+        self.proj = nn.Conv3d(3, dim, kernel, stride=kernel)
         draw_weight(self.proj.weight.data.flatten(1), init, std)
         nn.init.zeros_(self.proj.bias)  # type: ignore[arg-type]
 
@@ -146,11 +152,10 @@ def check_heads(dim: int, heads: int) -> None:
 
 
 class Encoder(nn.Module):
-    """video f32 [B, 3, T, H, W], ids i64 [B, Nc] | None -> features [B, Nc, D] (of all N tokens without ids).
+    """Maps video f32 [B, 3, T, H, W] and ids i64 [B, Nc] to features [B, Nc, D] (all N tokens without ids).
 
-    Patches that are not asked for are neither embedded nor attended to. Any T, H and W that are multiples of the patch
-    will do; tables of positions are then interpolated from the native grid. Parameter names follow V-JEPA's
-    VisionTransformer where it has them.
+    Other patches are neither embedded nor attended to. T, H and W may be any multiples of the patch; tables of positions
+    are then interpolated from the native grid. Parameter names follow V-JEPA's VisionTransformer where it has them.
     """
 
     def __init__(
@@ -177,14 +182,14 @@ class Encoder(nn.Module):
         depth_rescale: bool = False,
         drop_path: Share = 0.0,
     ):
-        """frames, height, width: of a native clip, in frames and pixels; tubelet in frames, patch in pixels.
+        """frames, height, width: size of a native clip, in frames and pixels; tubelet in frames, patch in pixels.
 
-        positions: see model/positions.py; rope_grid: places across, on which rotary rows and columns are laid out
-        whatever the input (V-JEPA 2.1: 16). mlp: the feed-forward layer. class_token: a learned token without a place
-        (MAE, MAE-ST). image_tokenizer: a clip of one frame has an embedding of its own, and an added vector tells
-        images from videos (V-JEPA 2.1). levels: layers, from 0, of which a predictor gets the normed output beside the
-        last (V-JEPA 2.1); the last one must be among them. final_norm: off in models fine-tuned on the mean of tokens
-        (VideoMAE). depth_rescale: see Blocks.rescale; drop_path: see Blocks.set_drop_path.
+        positions: see model/positions.py. rope_grid: side of the grid onto which rotary rows and columns are stretched
+        whatever the input (V-JEPA 2.1: 16). mlp: the feed-forward layer. class_token: a learned token without a position
+        (MAE, MAE-ST). image_tokenizer: a clip of one frame has its own patch embedding, and an added vector tells
+        images from videos (V-JEPA 2.1). levels: 0-based layers whose normed outputs the predictor receives
+        (V-JEPA 2.1); the last layer must be among them. final_norm: False in models fine-tuned on the mean of tokens
+        (VideoMAE). depth_rescale: see TransformerStack.rescale; drop_path: see TransformerStack.set_drop_path.
         """
         super().__init__()
         check_heads(dim, heads)
@@ -193,10 +198,14 @@ class Encoder(nn.Module):
                 f"model.levels {list(levels)}: give layers in rising order, the last one is {depth - 1}"
             )
         if class_token and positions.startswith("rope"):
-            raise UserError("model.class_token has no place, so it does not go with rotary positions")
-        self.tubelet, self.patch, self.dim = tubelet, patch, dim
+            raise UserError(
+                "model.class_token has no position, so it cannot be combined with rotary positions"
+            )
+        self.tubelet = tubelet
+        self.patch = patch
+        self.dim = dim
         self.levels: tuple[int, ...] = tuple(levels) or (depth - 1,)
-        self.width = dim * len(self.levels)  # of what a predictor is given
+        self.width = dim * len(self.levels)  # of the features with return_levels
         self.patch_embed = PatchEmbed(dim, tubelet, patch, init, init_std)
         self.patch_embed_img = PatchEmbed(dim, 1, patch, init, init_std) if image_tokenizer else None
         self.grid = self._grid(frames, height, width)
@@ -215,37 +224,35 @@ class Encoder(nn.Module):
 
     def _grid(self, frames: int, height: int, width: int) -> Grid:
         tubelet = 1 if self.patch_embed_img and frames == 1 else self.tubelet
-        for name, value, unit in (
-            ("frames", frames, tubelet),
-            ("height", height, self.patch),
-            ("width", width, self.patch),
-        ):
-            if value % unit or value < unit:
-                raise UserError(f"clip {name} {value} is not a multiple of the model's patch size {unit}")
+        sizes = (("frames", frames, tubelet), ("height", height, self.patch), ("width", width, self.patch))
+        for name, size, unit in sizes:
+            if size % unit or size < unit:
+                raise UserError(f"clip {name} {size} is not a multiple of the model's patch size {unit}")
         return Grid(frames // tubelet, height // self.patch, width // self.patch)
 
     def grid_of(self, video: Tensor) -> Grid:
-        """The grid of [B, 3, T, H, W]."""
+        """The token grid of a video [B, 3, T, H, W]."""
         return self._grid(*video.shape[2:])
 
-    def forward(self, video: Tensor, ids: Tensor | None = None, full: bool = False) -> Tensor:
-        """full: what a predictor is given, [B, (1 +) Nc, levels * D], the class token first if there is one."""
-        grid, image = self.grid_of(video), bool(self.patch_embed_img) and video.shape[2] == 1
+    def forward(self, video: Tensor, ids: Tensor | None = None, return_levels: bool = False) -> Tensor:
+        """return_levels: returns the predictor's input [B, (1 +) Nc, levels * D], with the class token first if there is
+        one."""
+        grid = self.grid_of(video)
+        is_image = self.patch_embed_img is not None and video.shape[2] == 1
         patches = patchify(video, video.shape[2] // grid.t, self.patch)
         if ids is not None:
             patches = gather_tokens(patches, ids)
-        embed = self.patch_embed_img if image else self.patch_embed
-        x = embed(patches) + self.positions.added(grid, ids)  # type: ignore[misc]
-        if self.patch_embed_img:
-            x = x + (self.img_mod_embed if image else self.video_mod_embed)
+        embed = self.patch_embed_img if is_image else self.patch_embed
+        x = embed(patches) + self.positions.embedding(grid, ids)  # type: ignore[misc]
+        if self.patch_embed_img is not None:
+            x = x + (self.img_mod_embed if is_image else self.video_mod_embed)
         if self.class_token is not None:
             x = torch.cat([self.class_token.expand(len(x), 1, -1), x], 1)
-        *lower, last = self.blocks(
-            x, self.positions.turn(grid, ids, x.device), self.levels if full else self.levels[-1:]
-        )
-        norms = zip(lower, self.level_norms, strict=False)
-        x = torch.cat([*(norm(y) for y, norm in norms), self.norm(last)], -1) if lower else self.norm(last)
-        return x if full or self.class_token is None else x[:, 1:]
+        levels = self.levels if return_levels else self.levels[-1:]
+        *lower, last = self.blocks(x, self.positions.rope(grid, ids, x.device), levels)
+        features = [norm(level) for norm, level in zip(self.level_norms, lower, strict=False)]
+        x = torch.cat([*features, self.norm(last)], -1) if lower else self.norm(last)
+        return x if return_levels or self.class_token is None else x[:, 1:]
 
 
 MODELS: dict[str, Callable[..., Encoder]] = {

@@ -13,17 +13,31 @@ from vidssl.core.errors import UserError
 from vidssl.core.pixels import channel_statistics
 from vidssl.model.grid import patchify
 from vidssl.model.vit import Encoder
-from vidssl.pretrained.files import load_encoder
 
 
-class Pixels(nn.Module):
+class Target(nn.Module):
+    """Base of all targets. `encoder` is the momentum encoder, which evaluation then uses; None where there is none."""
+
+    encoder: Encoder | None
+    width: int
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.encoder = None
+        self.width = width
+
+    def update(self, encoder: Encoder, momentum: float) -> None:
+        """Called after every optimiser step; a target without a momentum encoder does nothing."""
+
+
+class Pixels(Target):
     """The pixels of a patch, in (frame, row, column, colour) order; K = frames * patch * patch * 3.
 
     norm "channel": every colour of a patch has mean 0 and (unbiased) deviation 1, as in VideoMAE
-    (engine_for_pretraining.py; epsilon 1e-6 outside the root); "patch": all of a patch together, as in MAE and MAE-ST
-    (models_mae.py; epsilon inside the root); "none". space: pixels in [0, 1] ("rgb", VideoMAE) or as the encoder gets
-    them ("normalised", MAE and MAE-ST). per_tubelet: frames of each tubelet that are to be predicted, evenly chosen
-    over the clip (MAE-ST: 1 of 2); None: all.
+    (engine_for_pretraining.py; epsilon 1e-6 outside the root); "patch": all colours of a patch together, as in MAE and
+    MAE-ST (models_mae.py; epsilon inside the root); "none". space: pixels in [0, 1] ("rgb", VideoMAE) or normalised as
+    the encoder's input ("normalised", MAE and MAE-ST). per_tubelet: number of frames of each tubelet to predict, spread
+    evenly over the clip (MAE-ST: 1 of 2); None: all.
     """
 
     def __init__(
@@ -33,19 +47,22 @@ class Pixels(nn.Module):
         space: Literal["rgb", "normalised"] = "rgb",
         per_tubelet: Count | None = None,
     ):
-        super().__init__()
-        self.tubelet, self.patch, self.norm, self.space = encoder.tubelet, encoder.patch, norm, space
-        self.frames = per_tubelet or encoder.tubelet
-        if self.frames > encoder.tubelet:
-            raise UserError(f"method.target.per_tubelet: {self.frames} of {encoder.tubelet} frames")
-        self.width = 3 * self.frames * encoder.patch**2
+        frames = per_tubelet or encoder.tubelet
+        if frames > encoder.tubelet:
+            raise UserError(f"method.target.per_tubelet: {frames} of {encoder.tubelet} frames")
+        super().__init__(3 * frames * encoder.patch**2)
+        self.tubelet = encoder.tubelet
+        self.patch = encoder.patch
+        self.frames = frames
+        self.norm = norm
+        self.space = space
 
     @torch.no_grad()
     def forward(self, video: Tensor) -> Tensor:
         eps: float | Tensor = 1e-6
         if self.space == "rgb":
             mean, std = channel_statistics(video)
-            if self.norm == "channel":  # then what a colour is multiplied with is of no account but here
+            if self.norm == "channel":  # cancels the scale of a channel, so only eps must be rescaled
                 eps = eps / std.view(3, 1)
             else:
                 video = video.float() * std + mean
@@ -54,66 +71,68 @@ class Pixels(nn.Module):
             video = video[:, :, torch.linspace(0, video.shape[2] - 1, count).long()]
         x = rearrange(patchify(video.float(), self.frames, self.patch), "b n c u p q -> b n c (u p q)")
         if self.norm != "none":
-            over = -1 if self.norm == "channel" else (2, 3)
-            x = x - x.mean(over, keepdim=True)
-            squares = torch.linalg.vector_norm(
-                x, dim=over, keepdim=True
-            ).square()  # CPUs are quicker at it than at var
-            variance = squares / (x[0, 0].numel() // squares[0, 0].numel() - 1)
-            x = x.div_(variance.sqrt() + eps if self.norm == "channel" else (variance + eps).sqrt())
+            x = self._normalise(x, eps)
         return rearrange(x, "b n c k -> b n (k c)")
+
+    def _normalise(self, x: Tensor, eps: float | Tensor) -> Tensor:
+        """x [B, N, 3, K / 3]: every channel, or every patch, with mean 0 and deviation 1."""
+        dims = -1 if self.norm == "channel" else (2, 3)
+        x = x - x.mean(dims, keepdim=True)
+        # A vector norm is faster than var on CPUs.
+        squares = torch.linalg.vector_norm(x, dim=dims, keepdim=True).square()
+        variance = squares / (x[0, 0].numel() // squares[0, 0].numel() - 1)
+        return x.div_(variance.sqrt() + eps if self.norm == "channel" else (variance + eps).sqrt())
 
 
 def level_norm(features: Tensor, dim: int) -> Tensor:
-    """[B, N, levels * dim], every level layer-normed by itself, without weights."""
+    """Layer-norms every level of features [B, N, levels * dim] by itself, without weights."""
     return F.layer_norm(features.unflatten(-1, (-1, dim)), (dim,)).flatten(2)
 
 
-class Ema(nn.Module):
-    """Layer-normed features of a momentum encoder that sees the whole clip; K = the encoder's width, all its levels.
+class Ema(Target):
+    """Layer-normed features of a momentum encoder that sees the whole clip; K = the width of all its levels.
 
     Source: V-JEPA (arXiv 2404.08471), section 3.1, app/vjepa/train.py; levels: V-JEPA 2.1, app/vjepa_2_1/train.py.
     """
 
+    encoder: Encoder
+
     def __init__(self, encoder: Encoder):
-        super().__init__()
+        super().__init__(encoder.width)
         self.encoder = copy.deepcopy(encoder).requires_grad_(False)
         self.encoder.blocks.set_drop_path(0.0)
-        self.width = encoder.width
 
     @torch.no_grad()
     def forward(self, video: Tensor) -> Tensor:
-        features = self.encoder(video, full=True)
+        features = self.encoder(video, return_levels=True)
         return level_norm(features[:, int(self.encoder.class_token is not None) :], self.encoder.dim)
 
     @torch.no_grad()
     def update(self, encoder: Encoder, momentum: float) -> None:
-        """self.encoder <- momentum * self.encoder + (1 - momentum) * encoder."""
+        """self.encoder = momentum * self.encoder + (1 - momentum) * encoder."""
         torch._foreach_lerp_(list(self.encoder.parameters()), list(encoder.parameters()), 1 - momentum)
 
 
-class Teacher(nn.Module):
+class Teacher(Target):
     """Layer-normed last features of a frozen, larger encoder: distillation (V-JEPA 2.1's ViT-B and ViT-L).
 
-    The teacher is read from `path` at every start and is not part of the checkpoints. It must cut a clip into the same
-    tokens.
+    The teacher is loaded from `path` at every start and is not part of the checkpoints. Its tokens must be of the same
+    tubelet and patch.
     """
 
-    def __init__(self, encoder: Encoder, path: str):
-        super().__init__()
-        net = load_encoder(path).encoder
-        if (net.tubelet, net.patch) != (encoder.tubelet, encoder.patch):
+    def __init__(self, encoder: Encoder, teacher: Encoder, path: str):
+        super().__init__(teacher.dim)
+        if (teacher.tubelet, teacher.patch) != (encoder.tubelet, encoder.patch):
             raise UserError(
-                f"method.target.path: {path} cuts tokens of {net.tubelet} frames x {net.patch} px, this model of "
-                f"{encoder.tubelet} x {encoder.patch}"
+                f"method.target.path: {path} has tokens of {teacher.tubelet} frames x {teacher.patch} px, this model "
+                f"of {encoder.tubelet} x {encoder.patch}"
             )
-        self.hidden = [net]  # in a list, so that it is no sub-module
-        self.width = net.dim
+        self._teacher = [teacher]  # in a list, so that it is not registered as a submodule
 
     @torch.no_grad()
     def forward(self, video: Tensor) -> Tensor:
-        self.hidden[0] = self.hidden[0].to(video.device)
-        return level_norm(self.hidden[0](video), self.width)
+        self._teacher[0] = self._teacher[0].to(video.device)
+        return level_norm(self._teacher[0](video), self.width)
 
 
 TARGETS = {"pixels": Pixels, "ema": Ema, "teacher": Teacher}

@@ -20,8 +20,8 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from vidssl.core.errors import UserError
-from vidssl.pretrained.files import LoadedEncoder, load_encoder
-from vidssl.pretrained.load import read_json
+from vidssl.pretrained.load import LoadedEncoder, load_encoder
+from vidssl.pretrained.public import read_json
 
 VIDEO = ("videomae", "vjepa2", "timesformer", "vivit", "videoprism_vision_model")
 ANY_LENGTH = ("vjepa2", "timesformer")  # of these: clips of other lengths than the config's

@@ -17,7 +17,7 @@ from vidssl.config import Count
 from vidssl.core.errors import UserError
 from vidssl.model.grid import Grid
 from vidssl.model.heads import HEAD_EPS, AttentiveHead, MeanHead
-from vidssl.model.positions import TABLES
+from vidssl.model.positions import FIXED_TABLES
 from vidssl.model.predictor import JointPredictor, MaskToken
 from vidssl.model.vit import Encoder
 from vidssl.pretrained.key_maps import RenamedTensors
@@ -243,7 +243,7 @@ def describe_encoder(w: dict[str, Tensor], name: str, where: str, given: dict[st
         raise UserError(
             f"{where}: the file does not say how many heads a model of width {dim} has: give heads="
         )
-    token, grid = settle_class_token(w, places, where), grid_of(model)
+    token, grid = settle_class_token(w, places, where), token_grid(model)
     if "table" in w:
         model["positions"] = match_table(w, "table", "positions.table", grid, dim)
         if given.get("positions", model["positions"]) != model["positions"]:
@@ -259,7 +259,7 @@ def describe_encoder(w: dict[str, Tensor], name: str, where: str, given: dict[st
     return model
 
 
-def grid_of(model: dict[str, Any]) -> Grid:
+def token_grid(model: dict[str, Any]) -> Grid:
     t, patch = model["tubelet"], model["patch"]
     return Grid(model["frames"] // t, model["height"] // patch, model["width"] // patch)
 
@@ -311,7 +311,7 @@ def settle_class_token(w: dict[str, Tensor], places: int | None, where: str) -> 
 def match_table(w: dict[str, Tensor], table: str, learned: str, grid: Grid, dim: int) -> str:
     """The fixed table that a file's table is, which is then left out; "learned" if it is none, and then it stays."""
     values = w.pop(table).flatten(0, -2)
-    for kind, make in TABLES.items():
+    for kind, make in FIXED_TABLES.items():
         fits = (kind == "sincos_2d") == (grid.t == 1) and values.shape == (grid.n, dim)
         if fits and (make(grid, dim) - values).abs().max() < 1e-5:
             return kind

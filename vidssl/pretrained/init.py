@@ -1,4 +1,4 @@
-"""Weights between a run and its files: what it starts from, and what it leaves for evaluation and conversion."""
+"""Weights between a run and its files: initialisation from a checkpoint, and the files written for evaluation."""
 
 import math
 from pathlib import Path
@@ -11,111 +11,115 @@ from vidssl.core.pixels import MEAN, STD
 from vidssl.model.grid import Grid
 from vidssl.model.positions import resize_table
 from vidssl.objective.objective import Objective
-from vidssl.objective.targets import Ema
-from vidssl.pretrained import files
-from vidssl.pretrained.files import save_weights
-from vidssl.pretrained.infer_config import Checkpoint, grid_of
+from vidssl.pretrained.files import native_header, save_native, save_weights
+from vidssl.pretrained.infer_config import Checkpoint, token_grid
+from vidssl.pretrained.load import read_checkpoint_file
 from vidssl.training.checkpoint import read_checkpoint
 
 
-def start_from(objective: Objective, cfg: dict[str, Any]) -> None:
-    """The weights of run.init into encoder, momentum encoder and (where there is one) predictor. It names a run, a
-    public checkpoint, or one of a run's own (RUN/checkpoints/step-00000100).
+def init_from_pretrained(objective: Objective, cfg: dict[str, Any]) -> None:
+    """Loads run.init into encoder, momentum encoder and (where the checkpoint has one) predictor. run.init names a run,
+    a published checkpoint, or a step checkpoint (RUN/checkpoints/step-00000100)."""
+    source = cfg["run"]["init"]
+    if (Path(source) / "state.json").is_file():
+        checkpoint = read_step_checkpoint(Path(source), objective)
+    else:
+        checkpoint = read_checkpoint_file(source)[0]
+    load_pretrained(objective, cfg, checkpoint, source)
+
+
+def load_pretrained(objective: Objective, cfg: dict[str, Any], checkpoint: Checkpoint, source: str) -> None:
+    """Loads the parts of a checkpoint into an objective. source: its name in error messages.
 
     The configuration must describe the same networks: rotary and fixed positions, heads and epsilons leave no trace in
-    the weights, so that a wrong one would load. Only the native size of a clip may differ: learned places are then
-    interpolated, fixed and rotary ones are those of the new size.
+    the weights, so that wrong ones would load without an error. Only the native clip size may differ: learned positions
+    are then interpolated, fixed and rotary ones are computed for the new size.
     """
-    where = cfg["run"]["init"]
-    found = (
-        of_step(Path(where), objective) if (Path(where) / "state.json").is_file() else files.read(where)[0]
-    )
-    check_same("model", found.model, cfg["model"], where)
-    parts: list[tuple[nn.Module, dict[str, Tensor]]] = [(objective.encoder, found.online or found.encoder)]
-    if isinstance(objective.target, Ema):
-        parts.append((objective.target.encoder, found.encoder))
-    if found.predictor is not None and found.query is not None:
-        check_same("method.predictor", found.predictor, cfg["method"]["predictor"], where)
-        groups = cfg["method"]["query"]["groups"]  # V-JEPA 2 has ten mask tokens, of which it uses the first
-        parts += [
-            (objective.predictor, found.predictor_weights),
-            (objective.query, {"tokens": found.query[:groups]}),
-        ]
+    check_same_options("model", checkpoint.model, cfg["model"], source)
+    online = checkpoint.online or checkpoint.encoder
+    parts: list[tuple[nn.Module, dict[str, Tensor]]] = [(objective.encoder, online)]
+    if objective.target.encoder is not None:
+        parts.append((objective.target.encoder, checkpoint.encoder))
+    if checkpoint.predictor is not None and checkpoint.query is not None:
+        check_same_options("method.predictor", checkpoint.predictor, cfg["method"]["predictor"], source)
+        groups = cfg["method"]["query"]["groups"]  # V-JEPA 2 has ten mask tokens and uses the first ones
+        parts.append((objective.predictor, checkpoint.predictor_weights))
+        parts.append((objective.query, {"tokens": checkpoint.query[:groups]}))
     for module, weights in parts:
         try:
-            module.load_state_dict(refit(weights, grid_of(found.model), objective.encoder.grid))
+            module.load_state_dict(
+                resize_positions(weights, token_grid(checkpoint.model), objective.encoder.grid)
+            )
         except RuntimeError as e:
-            raise UserError(f"run.init: {where} does not fit: {' '.join(str(e).split())}") from None
+            raise UserError(f"run.init: {source} does not fit: {' '.join(str(e).split())}") from None
 
 
-def refit(weights: dict[str, Tensor], old: Grid, new: Grid) -> dict[str, Tensor]:
-    """The weights of an encoder or predictor with its learned places interpolated from one grid to another."""
+def resize_positions(weights: dict[str, Tensor], old: Grid, new: Grid) -> dict[str, Tensor]:
+    """Weights of an encoder or predictor with learned positions interpolated from one grid to another."""
     for name, axes in (("table", "thw"), ("time", "t"), ("space", "hw")):
         key = f"positions.{name}"
-        a, b = (
-            Grid(*(n if axis in axes else 1 for axis, n in zip("thw", g, strict=True))) for g in (old, new)
+        source, target = (
+            Grid(*(n if axis in axes else 1 for axis, n in zip("thw", grid, strict=True)))
+            for grid in (old, new)
         )
-        if key in weights and a != b:
-            weights = {**weights, key: resize_table(weights[key], a, b)}
+        if key in weights and source != target:
+            weights = {**weights, key: resize_table(weights[key], source, target)}
     return weights
 
 
-def of_step(place: Path, objective: Objective) -> Checkpoint:
-    """What a run had learned by the step of one of its checkpoints."""
+def read_step_checkpoint(folder: Path, objective: Objective) -> Checkpoint:
+    """The weights of a pre-training run at the step of one of its checkpoints."""
     try:
-        state = read_checkpoint(place)
+        state = read_checkpoint(folder)
     except (OSError, ValueError, KeyError, TypeError) as e:
-        raise UserError(f"run.init: {place}: cannot be read ({str(e).strip().splitlines()[0]})") from None
+        raise UserError(f"run.init: {folder}: cannot be read ({str(e).strip().splitlines()[0]})") from None
     cfg = state["provenance"]["config"]
     if "method" not in cfg:
-        raise UserError(f"run.init: {place} is not of a pre-training run; give the run's folder")
-    return as_checkpoint(objective, cfg, state["model"])
+        raise UserError(f"run.init: {folder} is not of a pre-training run; give the run's folder")
+    return to_checkpoint(objective, cfg, state["model"])
 
 
-def check_same(section: str, theirs: dict[str, Any], ours: dict[str, Any], where: str) -> None:
-    """An error that says what to set, where `ours` describes another network than `theirs`."""
-    for key in theirs.keys() & ours.keys():
-        a, b = theirs[key], ours[key]
+def check_same_options(section: str, stored: dict[str, Any], ours: dict[str, Any], source: str) -> None:
+    """Raises UserError naming the key to change if `ours` describes another network than `stored`."""
+    for key in stored.keys() & ours.keys():
+        a, b = stored[key], ours[key]
         a = list(a) if isinstance(a, tuple) else a
         if not (math.isclose(a, b, rel_tol=1e-3) if isinstance(a, float) else a == b):
-            raise UserError(f"run.init: {where} has {section}.{key}={a}, not {b}: set that")
+            raise UserError(f"run.init: {source} has {section}.{key}={a}, not {b}: set that")
 
 
-def model_of(cfg: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of Encoder, but for what only training knows. cfg: the resolved configuration of a run."""
+def encoder_arguments(cfg: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of Encoder from a run's resolved configuration, without those that matter in training only."""
+    size = cfg["augment"]["size"]
     model = {k: v for k, v in cfg["model"].items() if k not in ("kind", "drop_path")}
-    return model | {
-        "frames": cfg["data"]["frames"],
-        "height": cfg["augment"]["size"],
-        "width": cfg["augment"]["size"],
-    }
+    return model | {"frames": cfg["data"]["frames"], "height": size, "width": size}
 
 
-def as_checkpoint(objective: Objective, cfg: dict[str, Any], learned: dict[str, Tensor]) -> Checkpoint:
-    """What a run has learned. cfg: the resolved configuration it was made from; learned: the objective's state dict,
-    whole."""
+def to_checkpoint(objective: Objective, cfg: dict[str, Any], state: dict[str, Tensor]) -> Checkpoint:
+    """The checkpoint of a run. cfg: its resolved configuration; state: the full state dict of the objective."""
 
     def part(name: str) -> dict[str, Tensor]:
-        return {k.removeprefix(f"{name}."): v for k, v in learned.items() if k.startswith(f"{name}.")}
+        return {k.removeprefix(f"{name}."): v for k, v in state.items() if k.startswith(f"{name}.")}
 
-    predictor, slow = dict(cfg["method"]["predictor"]), part("target.encoder")
-    found = Checkpoint(
-        "vidssl", model_of(cfg), slow or part("encoder"), {"mean": list(MEAN), "std": list(STD)}
-    )
-    if slow:
-        found.online = part("encoder")
+    pixels = {"mean": list(MEAN), "std": list(STD)}
+    momentum = part("target.encoder")
+    checkpoint = Checkpoint("vidssl", encoder_arguments(cfg), momentum or part("encoder"), pixels)
+    if momentum:
+        checkpoint.online = part("encoder")
+    predictor = dict(cfg["method"]["predictor"])
     if predictor.pop("kind") == "joint":
-        found.predictor = {**predictor, "out": objective.target.width}
-        found.predictor_weights, found.query = part("predictor"), learned["query.tokens"]
-    return found
+        checkpoint.predictor = {**predictor, "out": objective.target.width}
+        checkpoint.predictor_weights = part("predictor")
+        checkpoint.query = state["query.tokens"]
+    return checkpoint
 
 
-def write_run(out: Path, found: Checkpoint, about: dict[str, Any], snapshot: bool) -> None:
-    """encoder.safetensors and what stands beside it; with `snapshot` also snapshots/step-00000100, which stays."""
-    files.save(out, found, about)
+def save_run_encoder(out: Path, checkpoint: Checkpoint, metadata: dict[str, Any], snapshot: bool) -> None:
+    """Writes encoder.safetensors and its companions; with `snapshot` also snapshots/step-00000100.safetensors, which is
+    never overwritten."""
+    save_native(out, checkpoint, metadata)
     if snapshot:
-        place = out / "snapshots"
-        place.mkdir(exist_ok=True)
-        save_weights(
-            place / f"step-{about['step']:08d}.safetensors", found.encoder, files.header(found, about)
-        )
+        folder = out / "snapshots"
+        folder.mkdir(exist_ok=True)
+        header = native_header(checkpoint, metadata)
+        save_weights(folder / f"step-{metadata['step']:08d}.safetensors", checkpoint.encoder, header)

@@ -22,7 +22,7 @@ from vidssl.evaluation.splits import label_sets, labelled, split_by_group
 from vidssl.evaluation.tasks import Task, class_of, make_task
 from vidssl.model.heads import AttentiveHead, MeanHead
 from vidssl.model.vit import Encoder
-from vidssl.pretrained.files import LoadedEncoder, make_encoder
+from vidssl.pretrained.load import LoadedEncoder, build_encoder
 
 FINETUNE_HEADS = {"mean": MeanHead, "attentive": AttentiveHead}
 HEAD_INIT_SCALE = 0.001  # factor on the initial weights of the last layer (VideoMAE, run_class_finetuning.py)
@@ -109,13 +109,13 @@ def make_classifier(
     A mean head has its own LayerNorm, which replaces the encoder's final one (VideoMAE,
     modeling_finetune.py).
     """
-    model = dict(loaded.about["model"])
+    model = dict(loaded.metadata["model"])
     weights = loaded.encoder.state_dict()
     if head["kind"] == "mean":
         model["final_norm"] = False
         weights = {k: v for k, v in weights.items() if not k.startswith("norm.")}
     torch.manual_seed(tune.seed)
-    encoder = make_encoder({**model, "drop_path": tune.drop_path})
+    encoder = build_encoder({**model, "drop_path": tune.drop_path})
     encoder.load_state_dict(weights)
     new_head = config.build(head, FINETUNE_HEADS, dim=encoder.dim, classes=classes)
     nn.init.trunc_normal_(new_head.linear.weight, std=0.02).data.mul_(HEAD_INIT_SCALE)

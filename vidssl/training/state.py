@@ -9,7 +9,7 @@ from torch import Tensor
 from vidssl import config
 from vidssl.core.errors import UserError
 from vidssl.objective.objective import Objective
-from vidssl.pretrained.init import as_checkpoint, write_run
+from vidssl.pretrained.init import save_run_encoder, to_checkpoint
 from vidssl.training.checkpoint import AsyncWriter, load_checkpoint, read_checkpoint, save_checkpoint
 from vidssl.training.distributed import Strategy
 from vidssl.training.loss_guard import LossGuard
@@ -127,8 +127,8 @@ class TrainState:
 
     def export(self, step: int, weights: dict[str, Tensor], snapshot: bool = False) -> None:
         """Writes encoder.safetensors and the files beside it. weights: the objective's state dict, unsharded."""
-        found = as_checkpoint(self.objective, self.provenance["config"], weights)
-        write_run(self.out, found, {**self.provenance, "step": step}, snapshot)
+        found = to_checkpoint(self.objective, self.provenance["config"], weights)
+        save_run_encoder(self.out, found, {**self.provenance, "step": step}, snapshot)
 
     def export_missing(self, step: int) -> None:
         """Exports the restored weights of a finished run whose encoder.safetensors is gone. Collective."""

@@ -108,7 +108,7 @@ def test_a_rope_grid_makes_places_independent_of_the_resolution():
 
 def test_separable_positions_are_space_plus_time():
     position = PositionEncoding("learned_separable", Grid(2, 2, 3), 8, 1)
-    table = position.added(Grid(2, 2, 3), None)
+    table = position.embedding(Grid(2, 2, 3), None)
     assert torch.allclose(table[9], position.time[1] + position.space[3])
 
 
@@ -134,7 +134,7 @@ def test_recomputed_activations_give_the_same_gradients(options):
     for recompute in (False, True):
         encoder.blocks.activation_checkpointing = recompute
         encoder.zero_grad()
-        encoder(video, full=True).square().mean().backward()
+        encoder(video, return_levels=True).square().mean().backward()
         grads.append([p.grad.clone() for p in encoder.parameters() if p.grad is not None])
     assert len(grads[0]) == len(grads[1])
     assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(*grads, strict=True))
@@ -159,7 +159,7 @@ def test_recompute_keeps_fewer_activations():
 
 def test_levels_are_normed_features_of_their_layers_and_the_last_is_the_feature():
     encoder, video = small(levels=(0, 1)), torch.randn(1, 3, 8, 32, 32)
-    full = encoder(video, full=True)
+    full = encoder(video, return_levels=True)
     assert full.shape == (1, 64, 96)
     assert torch.equal(full[..., 48:], encoder(video))
     x = encoder.patch_embed(patchify(video, 2, 8)) + encoder.positions.table
@@ -174,7 +174,7 @@ def test_a_class_token_is_seen_by_the_others_and_not_returned():
     encoder, video = small(class_token=True), torch.randn(1, 3, 8, 32, 32)
     features = encoder(video)
     assert features.shape == (1, 64, 48)
-    assert encoder(video, full=True).shape == (1, 65, 48)
+    assert encoder(video, return_levels=True).shape == (1, 65, 48)
     with torch.no_grad():
         encoder.class_token += torch.randn(48)
     assert (encoder(video) - features).abs().max() > 1e-3
@@ -186,7 +186,7 @@ def test_class_tokens_of_predictors(kind):
     predictor = JointPredictor(encoder, 7, width=24, depth=1, heads=3, class_token=kind)
     order = ids(64, 30)
     mask = Mask(order[:, :10], order[:, None, 10:])
-    z = encoder(video, mask.context, full=True)
+    z = encoder(video, mask.context, return_levels=True)
     before = predictor(z, mask, torch.zeros(24), encoder.grid).target
     assert before.shape == (2, 1, 20, 7)
     z[:, 0] += 5.0
@@ -218,7 +218,7 @@ def test_context_loss_weights_by_distance_to_the_nearest_target():
 
 def test_context_loss_rises_and_adds_its_share():
     context = ContextLoss(0.5, False, (10, 20))
-    assert [context.at(s) for s in (0, 10, 15, 20, 99)] == [0, 0, 0.25, 0.5, 0.5]
+    assert [context.weight_at(s) for s in (0, 10, 15, 20, 99)] == [0, 0, 0.25, 0.5, 0.5]
     encoder, video = small(), torch.randn(2, 3, 8, 32, 32)
     order = ids(64, 40)
     masks = [Mask(order[:, :16], order[:, None, 16:])]

@@ -152,7 +152,9 @@ def test_what_is_not_asked_for_is_left_out_of_the_last_block_only(positions):
     )
     query, sizes = torch.randn(24), []
     hook = predictor.blocks[-1].mlp.register_forward_hook(lambda _, x, y: sizes.append(y.shape[1]))
-    said = [predictor.tokens(z, mask, query, encoder.grid, everywhere) for everywhere in (False, True)]
+    said = [
+        predictor.forward_tokens(z, mask, query, encoder.grid, everywhere) for everywhere in (False, True)
+    ]
     hook.remove()
     assert sizes == [3, 6] and said[1].shape[2] == 6
     assert torch.allclose(said[0], said[1][:, :, 3:], atol=1e-6)

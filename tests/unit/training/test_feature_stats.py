@@ -11,7 +11,7 @@ from vidssl.core.pixels import normalise
 from vidssl.core.rng import KeyedRNG
 from vidssl.core.spectrum import alpha_req, rankme, singular_values
 from vidssl.objective.build import build_objective
-from vidssl.objective.targets import Ema, level_norm
+from vidssl.objective.targets import Ema, Target, level_norm
 from vidssl.train import SCHEMA
 from vidssl.training.feature_stats import FeatureStats, feature_statistics
 from vidssl.training.optim import OptimConfig, build_optimizer, schedule, set_schedule
@@ -75,12 +75,12 @@ def test_a_restored_state_continues_the_comparison():
     assert restored.baseline == {"rank": 9.0} and restored.low_in_a_row == 1 and not restored.collapsed
 
 
-class NoStopGradient(nn.Module):
+class NoStopGradient(Target):
     """A target that collapses by design: the online encoder's features, with gradients."""
 
     def __init__(self, encoder):
-        super().__init__()
-        self.encoders, self.width = [encoder], encoder.width  # a list: not registered as a submodule
+        super().__init__(encoder.width)
+        self.encoders = [encoder]  # a list: not registered as a submodule
 
     def forward(self, video):
         return level_norm(self.encoders[0](video), self.width)

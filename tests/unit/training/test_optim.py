@@ -20,8 +20,8 @@ from vidssl.model.grid import Grid
 from vidssl.model.positions import resize_table
 from vidssl.model.vit import Block, TransformerStack
 from vidssl.objective.build import build_objective
-from vidssl.pretrained.files import load_encoder
-from vidssl.pretrained.init import start_from
+from vidssl.pretrained.init import init_from_pretrained
+from vidssl.pretrained.load import load_encoder
 from vidssl.train import SCHEMA
 from vidssl.training.checkpoint import load_checkpoint
 from vidssl.training.optim import (
@@ -395,7 +395,7 @@ def test_other_runs_cannot_be_prolonged(synthetic_shards, tmp_path):
     run(synthetic_shards, tmp_path / "run", "run.steps=1")
     with pytest.raises(UserError, match=r"run\.steps is 1 there, 2 here"):
         run(synthetic_shards, tmp_path / "run", "run.steps=2")
-    with pytest.raises(UserError, match="the target stands still once it is 1"):
+    with pytest.raises(UserError, match="a momentum of 1 freezes the target"):
         still = ("optim.schedule_steps=2", "optim.final_lr=1e-4", "optim.momentum=[0.9,1]")
         run(synthetic_shards, tmp_path / "other", "run.steps=2", *still)
     with pytest.raises(UserError, match=r"optim\.final_lr: with optim\.settle it is the rate that is kept"):
@@ -437,7 +437,7 @@ def test_a_branch_starts_from_a_run_or_one_of_its_checkpoints(step, infinite, sy
     assert {float(of["step"]) for of in state["optimizer"]["state"].values()} == {2.0 + (step or 0)}
     assert {tuple(g["betas"]) for g in state["optimizer"]["param_groups"]} == {(0.9, 0.99)}
     objective = build_objective(state["provenance"]["config"])
-    start_from(objective, state["provenance"]["config"])
+    init_from_pretrained(objective, state["provenance"]["config"])
     before = load_file(place / "model.safetensors")
     assert all(before[k].equal(v) for k, v in objective.state_dict().items())
 
@@ -451,7 +451,7 @@ def test_a_cooldown_goes_on_with_larger_and_longer_clips(positions, synthetic_sh
     assert math.isfinite(row["loss"]) and row["lr"] > 0
     cfg = load_checkpoint(tmp_path / "large" / "checkpoints")["provenance"]["config"]
     objective, before = build_objective(cfg), load_file(where / "model.safetensors")
-    start_from(objective, cfg)
+    init_from_pretrained(objective, cfg)
     for name, value in objective.state_dict().items():
         if "positions." not in name:
             assert value.equal(before[name]), name

@@ -23,7 +23,7 @@ from vidssl.core.pixels import normalise
 from vidssl.evaluation.report import weights_hash
 from vidssl.evaluation.views import EncoderControl, PatchMeans
 from vidssl.model.vit import Encoder
-from vidssl.pretrained.files import LoadedEncoder
+from vidssl.pretrained.load import LoadedEncoder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +101,10 @@ def make_frame_encoder(
 ) -> tuple[FrameEncoder, str]:
     """-> (the encoder's look, or that of what a control puts in its place, and a hash or name of it). anew: opens the
     encoder untrained, with a seed."""
-    model, statistics = loaded.about["model"], (loaded.about["pixels"]["mean"], loaded.about["pixels"]["std"])
+    model, statistics = (
+        loaded.metadata["model"],
+        (loaded.metadata["pixels"]["mean"], loaded.metadata["pixels"]["std"]),
+    )
     size, clip, levels = asked.size or model["height"], asked.frames or model["frames"], asked.levels
     ours = isinstance(loaded.encoder, Encoder)
     depth = len(loaded.encoder.blocks) if ours else 0
