@@ -15,9 +15,7 @@ from vidssl.objective.objective import ERRORS, ContextLoss, Objective
 from vidssl.objective.targets import TARGETS
 
 
-def build_objective(
-    cfg: dict[str, Any], load_teacher: Callable[[str], Encoder] | None = None
-) -> Objective:
+def build_objective(cfg: dict[str, Any], load_teacher: Callable[[str], Encoder] | None = None) -> Objective:
     """The method of a resolved configuration, with fresh weights drawn from run.seed.
 
     load_teacher: reads the frozen encoder of method.target.kind=teacher from its path (pretrained.load.load_teacher).
