@@ -240,8 +240,16 @@ def main(argv: list[str]) -> None:
                 )  # one for all numbers of tokens; names of weights stay as they are
     model, optimizer = strategy.prepare(objective, optimizer)
     watched = None
-    if strategy.runs_diagnostics and online_probe.train is not None:
-        watched = OnlineProbe(online_probe, data.frames, cfg["augment"]["size"], data.stride, data.fps)
+    if online_probe.train is not None:
+        watched = OnlineProbe(
+            online_probe,
+            data,
+            cfg["augment"]["size"],
+            workers=eff.workers,
+            isolate=eff.decode_in_subprocess,
+            decodes=strategy.runs_diagnostics,
+            barrier=strategy.barrier,
+        )
     about = provenance(cfg, data_hash)
     guard = LossGuard(
         run.max_consecutive_skips,

@@ -1,6 +1,7 @@
 """What of a video an encoder sees in evaluation: segments x crops, and what a control does to the frames."""
 
 import hashlib
+from collections.abc import Callable
 from typing import Literal, NamedTuple, get_args
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch.utils.data import Dataset
 
 from vidssl.core.errors import DecodeError
 from vidssl.data.augment import CenterCrop
+from vidssl.data.dataset import do_nothing
 from vidssl.data.decoding import open_video
 from vidssl.data.sampling import sample_indices, segment_starts
 from vidssl.data.shards import Sample, Shards
@@ -69,6 +71,7 @@ class EvalClips(Dataset):
     def __init__(self, shards: Shards, samples: list[Sample], view: View, per: int):
         self.shards, self.samples, self.view, self.per = shards, samples, view, per
         self.resize = CenterCrop(view.size)
+        self.on_decode: Callable[[], None] = do_nothing  # called when a sample's bytes have been read
 
     def __getitem__(self, example: int) -> tuple[int, Tensor | str]:
         v = self.view
@@ -77,7 +80,9 @@ class EvalClips(Dataset):
         segments = sorted({segment for _, segment in wanted})
         starts, sample = segment_starts(v.segments), self.samples[number]
         try:
-            video = open_video(self.shards.read(sample), sample.ext, sample.meta)
+            data = self.shards.read(sample)
+            self.on_decode()
+            video = open_video(data, sample.ext, sample.meta)
             picks = [sample_indices(video.times, v.frames, v.stride, v.fps, starts[s]) for s in segments]
             frames = video.get(np.concatenate(picks))
         except DecodeError as e:

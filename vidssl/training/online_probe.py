@@ -1,145 +1,201 @@
-"""An online probe: labelled clips through the encoder while it trains, read by nearest neighbours and by a ridge."""
+"""Online probe: k-NN and ridge accuracy of the features on labelled clips, measured during training."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from vidssl.config import Count, Names, Positive, Size
 from vidssl.core.errors import UserError
 from vidssl.core.pixels import normalise
+from vidssl.data.dataset import DataConfig
+from vidssl.data.isolation import Failure, Reporter, Sandbox
 from vidssl.data.shards import Sample, Shards
+from vidssl.evaluation.neighbours import knn_predict
+from vidssl.evaluation.solvers import ridge_predict
+from vidssl.evaluation.splits import labelled
+from vidssl.evaluation.tasks import Task, make_task
 from vidssl.evaluation.views import EvalClips, View
 from vidssl.objective.objective import Objective
 from vidssl.training.distributed import unsharded
 
-NEIGHBOURS, TEMPERATURE = 20, 0.07  # as DINO's k-NN (arXiv 2104.14294)
-RIDGES = (1e-3, 1e-2, 1e-1, 1.0)  # of the standardised features, chosen on a quarter of train
-BATCH = 16  # clips at a time
+KNN_K = 20  # as DINO's k-NN (arXiv 2104.14294)
+RIDGE_L2 = (1e-3, 1e-2, 1e-1, 1.0)  # on standardised features; selected on a quarter of train
+ENCODE_BATCH = 16  # clips per forward pass
+DECODE_BATCH = 4  # clips between two barriers
 
 
 @dataclass(frozen=True)
 class OnlineProbeConfig:
-    """The `online_probe` section: labelled shards on which the features are read while training. Quick figures to follow a run
-    by, of mean tokens of the middle clip; the figures to report are those of probe.py."""
+    """The `online_probe` section: labelled shards for a quick measure of the features during training, on the
+    mean token of the middle clip of each video. Report the results of probe.py instead."""
 
-    train: Names | None = None  # packed folders with labels; None: nothing is watched
+    train: Names | None = None  # packed folders with labels; None: no online probe
     test: Names | None = None
     every: Count = 1000  # steps
-    samples: Count = 512  # of each, evenly taken, at most
-    label: str | None = None  # of several label sets; None: the first
-    stride: Count | None = None  # between frames; with fps None as well: that of `data`
-    fps: Positive | None = None
-    memory_mb: Size = (
-        512  # decoded clips held in memory, in 2**20 bytes; what is more is an error before the start
-    )
+    samples: Count = 512  # at most, of train and of test each, evenly spaced
+    label: str | None = None  # the label set; None: the first
+    stride: Count | None = None  # frames; with fps None as well: that of `data`
+    fps: Positive | None = None  # frames per second
+    memory_mb: Size = 512  # limit of the decoded clips in memory, in 2**20 bytes, checked at the start
 
     def __post_init__(self) -> None:
         if (self.train is None) != (self.test is None):
             raise UserError("online_probe: give train and test, or neither")
 
 
+class LabelledClipSet(NamedTuple):
+    """Decoded clips u8 [n, 3, T, S, S] and their labels (classes, or lists of classes)."""
+
+    clips: Tensor
+    labels: list[Any]
+
+
 class OnlineProbe:
-    """The decoded clips of both parts, u8 [n, 3, T, S, S], and their classes."""
+    """Decodes the clips once and keeps them in memory."""
 
     def __init__(
-        self, online_probe: OnlineProbeConfig, frames: int, size: int, stride: int | None, fps: float | None
+        self,
+        config: OnlineProbeConfig,
+        data: DataConfig,
+        size: int,
+        *,
+        workers: int = 0,
+        isolate: bool = False,
+        decodes: bool = True,
+        barrier: Callable[[], None] = lambda: None,
     ):
-        rate = (
-            (online_probe.stride, online_probe.fps)
-            if online_probe.stride or online_probe.fps
-            else (stride, fps)
-        )
-        self.view = View(frames, *rate, segments=1, crops=1, size=size)
-        need = 2 * online_probe.samples * 3 * frames * size * size >> 20
-        if need > online_probe.memory_mb:
-            raise UserError(
-                f"online_probe.samples {online_probe.samples} take {need} MB, online_probe.memory_mb is {online_probe.memory_mb}"
-            )
-        assert online_probe.train is not None and online_probe.test is not None
-        sets = {
-            part: Shards(folders)
-            for part, folders in (("train", online_probe.train), ("test", online_probe.test))
-        }
-        classes = sets["train"].classes
-        label = online_probe.label or next(iter(classes), "")
-        for part, shards in sets.items():
-            if label not in shards.classes or shards.classes[label] != classes.get(label):
-                there = ", ".join(shards.classes) or "none"
-                raise UserError(
-                    f"online_probe.{part}: no label '{label}' with the classes of online_probe.train; it has {there}"
-                )
-        self.classes = len(classes[label])
-        self.parts = {part: self._read(shards, online_probe.samples, label) for part, shards in sets.items()}
+        """data, size (pixels): of the clips in training. workers: processes that decode; isolate: in child
+        processes of theirs.
 
-    def _read(self, shards: Shards, count: int, label: str) -> tuple[Tensor, Tensor]:
-        samples = [s for s in shards.all() if class_of(s, label) >= 0]
-        samples = [samples[i] for i in np.unique(np.linspace(0, len(samples) - 1, count).round().astype(int))]
-        clips, labels = [], []
-        seen = EvalClips(shards, samples, self.view, 1)
-        for i, sample in enumerate(samples):
-            _, clip = seen[i]
-            if isinstance(
-                clip, Tensor
-            ):  # else it cannot be decoded; this is a quick figure, and probe.py counts it
-                clips.append(clip[0])
-                labels.append(class_of(sample, label))
-        if not clips:
-            raise UserError(f"online_probe: {', '.join(shards.folders)}: no labelled sample can be decoded")
-        return torch.stack(clips), torch.tensor(labels)
+        Every process constructs the probe; only those with `decodes` decode and can measure. All of them call
+        `barrier` after every DECODE_BATCH clips, so that none waits for another one longer than these take.
+        """
+        own_rate = config.stride or config.fps
+        stride, fps = (config.stride, config.fps) if own_rate else (data.stride, data.fps)
+        view = View(data.frames, stride, fps, segments=1, crops=1, size=size)
+        need_mb = 2 * config.samples * 3 * data.frames * size * size >> 20
+        if need_mb > config.memory_mb:
+            raise UserError(
+                f"online_probe.samples {config.samples} take {need_mb} MB, "
+                f"online_probe.memory_mb is {config.memory_mb}"
+            )
+        assert config.train is not None and config.test is not None
+        shards = {"train": Shards(config.train), "test": Shards(config.test)}
+        label_set = config.label or next(iter(shards["train"].classes), "")
+        classes = common_classes(shards, label_set)
+        samples = {
+            part: evenly_spaced(labelled(s, [label_set]), config.samples) for part, s in shards.items()
+        }
+        self.task: Task
+        self.task, *labels = make_task(label_set, classes, samples["train"], samples["test"], "class")
+        self.parts: dict[str, LabelledClipSet] = {}
+        for part, part_labels in zip(shards, labels, strict=True):
+            clips: Dataset = EvalClips(shards[part], samples[part], view, 1)
+            if isolate:
+                clips = IsolatedEvalClips(clips, data.decode_timeout_s, data.memory_mb << 20)
+            decoded = decode_all(clips, part_labels, workers, decodes, barrier)
+            if decodes and not decoded.labels:
+                folders = ", ".join(shards[part].folders)
+                raise UserError(f"online_probe: {folders}: no labelled sample can be decoded")
+            self.parts[part] = decoded
 
     @torch.no_grad()
     def measure(self, objective: Objective) -> dict[str, float]:
-        """Percent of test that k nearest neighbours and a ridge classifier get right; chance is 100 / classes. With
-        shards (FSDP2) all processes must measure."""
-        encoder = objective.eval_encoder
-        was, device = encoder.training, next(encoder.parameters()).device
-        encoder.eval()
-        found = {}
-        for part, (clips, labels) in self.parts.items():
-            with unsharded(objective):
-                pooled = [encoder(normalise(b.to(device))).float().mean(1).cpu() for b in clips.split(BATCH)]
-            found[part] = torch.cat(pooled), labels
-        encoder.train(was)
-        train, test = found["train"], found["test"]
-        center, width = train[0].mean(0), train[0].std(0).clamp_min(1e-6)
-        train, test = ((train[0] - center) / width, train[1]), ((test[0] - center) / width, test[1])
-        right = {
-            "knn": neighbours(train, test[0], self.classes),
-            "linear": ridge(train, test[0], self.classes),
+        """Percent of test clips that k-NN and ridge regression classify correctly (of several labels a clip:
+        mAP).
+        With sharded weights (FSDP2) every process must call this."""
+        features = {part: self._features(objective, data.clips) for part, data in self.parts.items()}
+        mean = features["train"].mean(0)
+        std = features["train"].std(0).clamp_min(1e-6)
+        train = (features["train"] - mean) / std
+        test = (features["test"] - mean) / std
+        targets = self.task.shares(self.task.target(self.parts["train"].labels, train.device))
+        predictions = {
+            "knn": knn_predict(train, targets, test, [KNN_K])[0],
+            "linear": ridge_predict(train, targets, test, RIDGE_L2),
         }
-        return {f"online_probe_{k}": 100 * float((v == test[1]).float().mean()) for k, v in right.items()}
+        labels = self.parts["test"].labels
+        return {f"online_probe_{k}": self.task.score(p.numpy(), labels) for k, p in predictions.items()}
+
+    def _features(self, objective: Objective, clips: Tensor) -> Tensor:
+        """Mean tokens f32 [n, D] on the CPU, by the encoder that will be evaluated."""
+        encoder = objective.eval_encoder
+        device = next(encoder.parameters()).device
+        was_training = encoder.training
+        encoder.eval()
+        with unsharded(objective):
+            batches = (normalise(batch.to(device)) for batch in clips.split(ENCODE_BATCH))
+            features = [encoder(batch).float().mean(1).cpu() for batch in batches]
+        encoder.train(was_training)
+        return torch.cat(features)
 
 
-def class_of(sample: Sample, label: str) -> int:
-    """Its class in one label set; -1: none."""
-    labels = sample.meta.get("labels")
-    return labels.get(label, -1) if labels else sample.meta.get("label", -1)
+def common_classes(shards: dict[str, Shards], label_set: str) -> list[str]:
+    """Class names of the label set. Raises UserError if train or test lacks it or has other classes."""
+    classes = shards["train"].classes.get(label_set)
+    for part, s in shards.items():
+        if classes is None or s.classes.get(label_set) != classes:
+            available = ", ".join(s.classes) or "none"
+            raise UserError(
+                f"online_probe.{part}: no label '{label_set}' with the classes of online_probe.train; "
+                f"available: {available}"
+            )
+    return classes or []
 
 
-def neighbours(train: tuple[Tensor, Tensor], test: Tensor, classes: int) -> Tensor:
-    """i64 [m]: the class that the nearest of train [n, D], weighted by exp(cosine / TEMPERATURE), vote for."""
-    near, ids = (F.normalize(test, dim=1) @ F.normalize(train[0], dim=1).T).topk(
-        min(NEIGHBOURS, len(train[1]))
-    )
-    votes = F.one_hot(train[1][ids], classes) * (near / TEMPERATURE).exp()[..., None]
-    return votes.sum(1).argmax(1)
+def evenly_spaced(samples: list[Sample], count: int) -> list[Sample]:
+    """At most `count` samples, evenly spaced from the first to the last."""
+    numbers = np.linspace(0, len(samples) - 1, count).round().astype(int)
+    return [samples[i] for i in np.unique(numbers)] if samples else []
 
 
-def ridge(train: tuple[Tensor, Tensor], test: Tensor, classes: int) -> Tensor:
-    """i64 [m]: least squares on one-hot classes, in closed form; its strength by every fourth sample of train."""
-    x, y = train[0].double(), F.one_hot(train[1], classes).double()
-    out = torch.arange(len(x)) % 4 == 3
+class IsolatedEvalClips(Dataset):
+    """EvalClips decoded in a child process: a file that hangs or crashes the decoder counts as
+    undecodable."""
 
-    def fit(x: Tensor, y: Tensor, strength: float) -> Tensor:
-        gram = x.T @ x + strength * len(x) * torch.eye(x.shape[1], dtype=x.dtype)
-        return torch.linalg.solve(gram, x.T @ (y - y.mean(0)))
+    def __init__(self, clips: EvalClips, timeout_s: float, memory_bytes: int):
+        """timeout_s: seconds to decode a sample; reading has timeouts of its own."""
+        self.sandbox = Sandbox(
+            partial(decode_in_child, clips),
+            timeout_s,
+            start="fork",
+            timed_from="progress",
+            memory_bytes=memory_bytes,
+        )
 
-    def score(strength: float) -> float:
-        guess = x[out] @ fit(x[~out], y[~out], strength) + y[~out].mean(0)
-        return float((guess.argmax(1) == train[1][out]).float().mean())
+    def __getitem__(self, number: int) -> tuple[int, Tensor | str]:
+        clip = self.sandbox.run(number)
+        if isinstance(clip, Failure):
+            return number, clip.reason
+        return number, clip if isinstance(clip, str) else torch.from_numpy(clip)
 
-    best = max(RIDGES, key=score)
-    return (test.double() @ fit(x, y, best) + y.mean(0)).argmax(1)
+
+def decode_in_child(clips: EvalClips, report: Reporter, number: int) -> np.ndarray | str:
+    """Returns the clip as an array, which travels by shared memory, or the reason why there is none."""
+    clips.on_decode = report.progress
+    _, clip = clips[number]
+    return clip if isinstance(clip, str) else clip.contiguous().numpy()
+
+
+def decode_all(
+    clips: Dataset, labels: list[Any], workers: int, decodes: bool, barrier: Callable[[], None]
+) -> LabelledClipSet:
+    """Decodes the clips (nothing without `decodes`) and calls `barrier` after every DECODE_BATCH of them.
+    Clips that cannot be decoded are left out: probe.py counts them, this is a quick measure."""
+    batches = [range(i, min(i + DECODE_BATCH, len(labels))) for i in range(0, len(labels), DECODE_BATCH)]
+    loader: Any = batches
+    if decodes:
+        loader = DataLoader(clips, batch_sampler=batches, num_workers=workers, collate_fn=list)  # type: ignore[arg-type]
+    decoded: list[tuple[int, Tensor]] = []
+    for batch in loader:
+        if decodes:
+            decoded += [(i, clip[0]) for i, clip in batch if isinstance(clip, Tensor)]
+        barrier()
+    stacked = torch.stack([clip for _, clip in decoded]) if decoded else torch.empty(0, dtype=torch.uint8)
+    return LabelledClipSet(stacked, [labels[i] for i, _ in decoded])
