@@ -14,15 +14,15 @@ from pathlib import Path
 import torch
 
 from vidssl import config
+from vidssl.config import load_config
 from vidssl.core.errors import run_cli
 from vidssl.core.pixels import normalise
 from vidssl.core.rng import KeyedRNG
-from vidssl.objective.build import build_objective
 from vidssl.objective.targets import Ema
-from vidssl.train import SCHEMA
 from vidssl.training.feature_stats import FeatureStats
-from vidssl.training.optim import OptimConfig, build_optimizer
+from vidssl.training.optim import build_optimizer
 from vidssl.training.perf import count_flops
+from vidssl.training.schema import TrainConfig
 
 ROOT = Path(__file__).parents[1]
 
@@ -66,9 +66,9 @@ def main(argv: list[str]) -> None:
         heads = config.merge([*files, *sizes])[0]["method"]["predictor"]["heads"]
         width = config.merge([*files, *sizes])[0]["method"]["predictor"]["width"]
         sizes += [f"method.predictor.heads={heads if width % heads == 0 else width // 64}"]
-        cfg = config.load([*files, *sizes], SCHEMA)
-        objective, stats = build_objective(cfg).to(device), FeatureStats()
-        optimizer = build_optimizer(objective, config.build(cfg["optim"], OptimConfig))
+        cfg = load_config([*files, *sizes], TrainConfig)
+        objective, stats = cfg.build_objective().to(device), FeatureStats()
+        optimizer = build_optimizer(objective, cfg.optim)
 
         def step(objective=objective, optimizer=optimizer) -> None:
             optimizer.zero_grad()

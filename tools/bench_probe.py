@@ -9,6 +9,7 @@ workers, on the same videos and heads. Fewer --stream-epochs than epochs are ext
 """
 
 import argparse
+import dataclasses
 import json
 import time
 from collections.abc import Callable
@@ -17,19 +18,19 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from vidssl import config
+from vidssl.config import load_config
 from vidssl.core.errors import UserError, run_cli
 from vidssl.data.shards import Shards
 from vidssl.evaluation.evaluate import groups_of
 from vidssl.evaluation.features import FeatureLoader, compute_features
 from vidssl.evaluation.metrics import accuracy, bootstrap_ci
-from vidssl.evaluation.probe_data import ProbeData, make_view
+from vidssl.evaluation.probe_config import ProbeConfig
+from vidssl.evaluation.probe_data import make_view
 from vidssl.evaluation.protocol import TrainingSet, select_and_train
 from vidssl.evaluation.splits import label_sets, labelled
 from vidssl.evaluation.tasks import make_task
 from vidssl.pretrained.load import load_encoder
-from vidssl.probe import PROTOCOLS as KINDS
-from vidssl.probe import SCHEMA, make_extractor
+from vidssl.probe import make_extractor
 
 DEFAULTS = {
     "probe.kind": "attentive",
@@ -56,12 +57,13 @@ def main(argv: list[str]) -> None:
     a = p.parse_args(argv)
     torch.set_num_threads(1)
     given = {s.split("=")[0] for s in a.settings}
-    cfg = config.load([*a.settings, *(f"{k}={v}" for k, v in DEFAULTS.items() if k not in given)], SCHEMA)
-    data, protocol = config.build(cfg["data"], ProbeData), config.build(cfg["probe"], KINDS)
+    defaults = [f"{k}={v}" for k, v in DEFAULTS.items() if k not in given]
+    cfg = load_config([*a.settings, *defaults], ProbeConfig)
+    data, protocol = cfg.data, cfg.probe.build()
     streamed_epochs = a.stream_epochs or protocol.epochs
     if not 0 < streamed_epochs <= protocol.epochs:
         raise UserError(f"--stream-epochs {streamed_epochs}: expected 1 to {protocol.epochs}")
-    accelerator, loaded = Accelerator(cpu=True), load_encoder(cfg["encoder"])
+    accelerator, loaded = Accelerator(cpu=True), load_encoder(cfg.encoder)
     shards = {"train": Shards(data.train), "test": Shards(data.test)}
     label = label_sets(shards["train"], shards["test"], data.labels)[0]
     samples = {name: labelled(part, [label]) for name, part in shards.items()}
@@ -93,8 +95,8 @@ def main(argv: list[str]) -> None:
     groups = groups_of(samples["train"], numbers["train"])
     heads, (model, dress, chosen) = timed(lambda: select_and_train(protocol, task, train, groups))
     testing, (right,) = timed(lambda: score([model], dress(kept["test"])))
-    grid, full = protocol.grid(), cfg["probe"]["epochs"]
-    short = config.build({**cfg["probe"], "epochs": streamed_epochs}, KINDS)
+    grid, full = protocol.grid(), protocol.epochs
+    short = dataclasses.replace(protocol, epochs=streamed_epochs)
     stream = seen("stream")
     epochs, models = timed(lambda: short.train(task, train._replace(source=stream["train"]), grid))
     test_again, hits = timed(lambda: score(models, stream["test"]))

@@ -10,16 +10,15 @@ import torch
 from plain_vjepa import PlainLoop
 from torch import Tensor, nn
 
-from vidssl import config
+from vidssl.config import load_config
 from vidssl.core.rng import KeyedRNG
 from vidssl.model.vit import MODELS, TransformerStack
-from vidssl.objective.build import build_objective
 from vidssl.objective.objective import Objective
 from vidssl.objective.targets import Ema
 from vidssl.pretrained.export_hf import save_hf
 from vidssl.pretrained.init import to_checkpoint
-from vidssl.train import SCHEMA
-from vidssl.training.optim import OptimConfig, build_optimizer
+from vidssl.training.optim import build_optimizer
+from vidssl.training.schema import TrainConfig
 
 ROOT = Path(__file__).parents[1]
 DECODERS = {
@@ -56,23 +55,23 @@ def draws(video: Tensor, number: int) -> KeyedRNG:
     return KeyedRNG(0, number, torch.arange(len(video), device=video.device) + number * len(video))
 
 
-def build(method: str, model: str, device: str, *options: str) -> tuple[Objective, dict[str, Any]]:
+def build(method: str, model: str, device: str, *options: str) -> tuple[Objective, TrainConfig]:
     """A configuration in configs/, and its objective."""
     files = [
         str(ROOT / f"configs/{name}.yaml")
         for name in (f"method/{method}", f"model/{model}", "data/clips_16x4")
     ]
-    cfg = config.load([*files, "run.out=x", "run.steps=1000", "run.batch=1", *options], SCHEMA)
-    return build_objective(cfg).to(device), cfg
+    cfg = load_config([*files, "run.out=x", "run.steps=1000", "run.batch=1", *options], TrainConfig)
+    return cfg.build_objective().to(device), cfg
 
 
-def ours(objective: Objective, cfg: dict[str, Any], compiled: bool) -> Contender:
+def ours(objective: Objective, cfg: TrainConfig, compiled: bool) -> Contender:
     """A step as train.py takes it."""
     objective = copy.deepcopy(objective)
     for module in objective.modules():
         for block in module if isinstance(module, TransformerStack) and compiled else ():
             block.compile(dynamic=True)
-    optimizer = build_optimizer(objective, config.build(cfg["optim"], OptimConfig), fused=True)
+    optimizer = build_optimizer(objective, cfg.optim, fused=True)
 
     def finish() -> None:
         optimizer.step()
@@ -93,16 +92,17 @@ def plain_loop(objective: Objective) -> Contender:
     return Contender(lambda video, number: loop(video, draws(video, number)), finish, loop)
 
 
-def from_transformers(kind: str, objective: Objective, cfg: dict[str, Any], device: str) -> nn.Module:
+def from_transformers(kind: str, objective: Objective, cfg: TrainConfig, device: str) -> nn.Module:
     """A model of transformers with our weights."""
     import transformers
 
     with tempfile.TemporaryDirectory() as folder:
-        save_hf(Path(folder), to_checkpoint(objective, cfg, objective.state_dict()))
+        arguments, predictor = cfg.encoder_arguments(), cfg.method.predictor
+        save_hf(Path(folder), to_checkpoint(objective, arguments, predictor, objective.state_dict()))
         return getattr(transformers, kind).from_pretrained(folder).to(device)
 
 
-def their_videomae(objective: Objective, cfg: dict[str, Any], device: str) -> Contender:
+def their_videomae(objective: Objective, cfg: TrainConfig, device: str) -> Contender:
     net = from_transformers("VideoMAEForPreTraining", objective, cfg, device).train()
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4)
 
@@ -123,7 +123,7 @@ def encoder(objective: Objective) -> Contender:
     return Contender(lambda video, number: net(video).square().mean(), lambda: None, net)
 
 
-def their_encoder(objective: Objective, cfg: dict[str, Any], device: str) -> Contender:
+def their_encoder(objective: Objective, cfg: TrainConfig, device: str) -> Contender:
     net: Any = from_transformers("VJEPA2Model", objective, cfg, device).train()
 
     def forward(video: Tensor, number: int) -> Tensor:

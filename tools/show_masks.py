@@ -13,16 +13,15 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-import yaml
 
-from vidssl import config
+from vidssl.config import load_config
 from vidssl.core.rng import KeyedRNG
-from vidssl.data.augment import AUGMENTS
-from vidssl.data.dataset import DataConfig, TrainClips
+from vidssl.data.dataset import TrainClips
 from vidssl.data.order import Order
 from vidssl.data.shards import Shards
 from vidssl.model.grid import Grid, Mask
 from vidssl.objective.masks import MASKS
+from vidssl.training.schema import TrainConfig
 
 
 def paint(video: np.ndarray, mask: Mask, grid: Grid) -> list[np.ndarray]:
@@ -50,18 +49,17 @@ def show(runs: list[Path], out: Path) -> None:
     """One clip of the first run's data; for every run and each of its masks a row of context and a row of targets."""
     rows: list[tuple[str, np.ndarray]] = []
     for run in runs:
-        cfg = yaml.safe_load((run / "config.yaml").read_text())
-        data = config.build(cfg["data"], DataConfig)
-        shards = Shards(data.train)
-        order = Order(shards.counts, cfg["run"]["seed"], cfg["run"]["lanes"])
-        item = TrainClips(shards, order, data, config.build(cfg["augment"], AUGMENTS))[0]
+        cfg = load_config([str(run / "config.yaml")], TrainConfig)
+        shards = Shards(cfg.data.train)
+        order = Order(shards.counts, cfg.run.seed, cfg.run.lanes)
+        item = TrainClips(shards, order, cfg.data, cfg.augment.build())[0]
         video = item.video.permute(1, 2, 3, 0).numpy()
-        unit = cfg["model"]["tubelet"], cfg["model"]["patch"]
+        unit = cfg.model.arguments["tubelet"], cfg.model.arguments["patch"]
         grid = Grid(video.shape[0] // unit[0], video.shape[1] // unit[1], video.shape[2] // unit[1])
         if not rows:
             rows.append(("clip", strip(video)))
-        draws = KeyedRNG(cfg["run"]["seed"], 0, torch.tensor([0]))
-        for i, mask in enumerate(config.build(cfg["method"]["mask"], MASKS)(item.video[None], grid, draws)):
+        draws = KeyedRNG(cfg.run.seed, 0, torch.tensor([0]))
+        for i, mask in enumerate(cfg.method.mask.build()(item.video[None], grid, draws)):
             context, target = paint(video, mask, grid)
             rows += [
                 (f"{run.name}\nmask {i + 1}\ncontext", context),

@@ -1,16 +1,20 @@
-"""Configuration: YAML files and key=value on the command line become one strict tree of keyword arguments.
+"""Configuration: YAML files and key=value arguments are merged and validated into nested frozen dataclasses.
 
-A section is the keyword arguments of one callable, or `kind` + the keyword arguments of TABLE[kind]. Defaults live in
-the callables' signatures only. An unknown key or kind, a wrong type, or two files that set the same key is an error
-that names file, key and what is allowed.
+A field of a configuration class is one of three things: a section (a dataclass of its own), a `Spec` (the keyword
+arguments of one callable, chosen by `kind` from a table), or a plain value. Defaults live only in the signatures of the
+classes and callables. Raises UserError with file, key and the allowed values for an unknown key or kind, a wrong type
+(true or "3" is no integer, 3.0 neither), or two files that set the same key.
 """
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, get_args, get_type_hints
+from typing import Annotated, Any, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -20,24 +24,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, TypeAdapter, Valida
 from vidssl.core.errors import UserError
 from vidssl.core.io import atomic_write
 
-
-class Part(NamedTuple):
-    """A section of the schema: what it configures, and the arguments that the code itself gives."""
-
-    table: Mapping[str, Callable] | Callable
-    given: tuple[str, ...] = ()
-
-
-class Value(NamedTuple):
-    """A single value of the schema."""
-
-    hint: Any
-    default: Any = inspect.Parameter.empty
-
-
-Schema = Mapping[str, Any]  # nested: names -> Part | Value | Schema
-
-# Types of values. The signature is where a value's bounds stand, once.
+# Types of values; each states its bounds once.
 Names = Annotated[  # one name, or several
     list[str], BeforeValidator(lambda v: [v] if isinstance(v, str) else v), Field(min_length=1)
 ]
@@ -48,138 +35,319 @@ Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
-def _rising(pair: tuple[float, float]) -> tuple[float, float]:
+def _check_ascending(pair: tuple[float, float]) -> tuple[float, float]:
     if pair[0] > pair[1]:
         raise ValueError("the first must not be larger than the second")
     return pair
 
 
-Range = Annotated[tuple[Positive, Positive], AfterValidator(_rising)]  # from, to
+Range = Annotated[tuple[Positive, Positive], AfterValidator(_check_ascending)]  # from, to
 
 
-def load(argv: list[str], schema: Schema) -> dict[str, Any]:
-    """Files and overrides -> the resolved tree: validated, with every default written out."""
+@dataclass(frozen=True)
+class Spec:
+    """A callable and its validated keyword arguments: a part that is built later."""
+
+    kind: str | None  # name in the table; None: there is no choice
+    arguments: dict[str, Any]
+    factory: Callable[..., Any] = field(compare=False, repr=False)
+
+    def build(self, **given: Any) -> Any:
+        """Calls the factory; `given` are the arguments that code supplies, not the user."""
+        return self.factory(**self.arguments, **given)
+
+
+class Choice(NamedTuple):
+    """Annotation of a Spec field: `kind` selects a callable from `table`."""
+
+    table: Mapping[str, Callable[..., Any]]
+    given: tuple[str, ...] = ()  # parameters that code supplies
+
+
+class Arguments(NamedTuple):
+    """Annotation of a Spec field: the keyword arguments of one callable, without `kind`."""
+
+    target: Callable[..., Any]
+    given: tuple[str, ...] = ()  # parameters that code supplies
+
+
+class Source(NamedTuple):
+    """Where a key was set: a file, or a key=value argument."""
+
+    text: str
+    is_file: bool = True
+
+
+Origin = Mapping[str, Source]  # by dotted key
+Config = TypeVar("Config")
+
+# Old name of a key -> its present name; an unknown key that is listed here is reported with its present name.
+RENAMED = {
+    "watch": "online_probe",
+    "optim.settle": "optim.schedule_steps",
+    "optim.stretch": "optim.ipe_scale",
+    "optim.lr_start": "optim.warmup_lr",
+    "optim.lr_end": "optim.final_lr",
+    "optim.lr_per": "optim.lr_batch",
+    "optim.lr_rule": "optim.lr_scaling",
+    "optim.clip_each": "optim.clip_per_module",
+    "optim.clip_from": "optim.clip_start",
+    "optim.weight_decay_end": "optim.final_weight_decay",
+    "online_probe.keep_mb": "online_probe.memory_mb",
+    "run.spike": "run.loss_spike_std",
+    "run.skip_bad": "run.max_consecutive_skips",
+    "run.rollbacks": "run.max_rollbacks",
+    "run.keep": "run.keep_last",
+    "run.window": "run.shuffle_window",
+    "run.health_every": "run.feature_stats_every",
+    "data.also": "data.extra_streams",
+    "data.max_bad": "data.max_decode_error_rate",
+    "data.deadline": "data.decode_timeout_s",
+    "data.share": "data.train_fractions",
+    "efficiency.recompute": "efficiency.activation_checkpointing",
+    "efficiency.isolate": "efficiency.decode_in_subprocess",
+    "efficiency.keep_memory": "efficiency.tune_malloc",
+    "efficiency.timeout": "efficiency.peer_timeout_s",
+    "augment.erase": "augment.random_erasing",
+    "augment.erase_mode": "augment.random_erasing_mode",
+    "augment.colour": "augment.color_jitter",
+    "augment.color_jitter.chance": "augment.color_jitter.p",
+    "augment.color_jitter.grey": "augment.color_jitter.grayscale_p",
+    "method.mask.floor": "method.mask.keep_quantile",
+    "method.mask.published": "method.mask.reference_quirks",
+    "probe.pool": "probe.aggregate",
+    "probe.slices": "probe.temporal_bins",
+    "probe.held_out": "probe.val_fraction",
+    "tune.held_out": "tune.val_fraction",
+    "tune.smoothing": "tune.label_smoothing",
+}
+# The same for values: (key, old value) -> present value.
+RENAMED_VALUES = {
+    ("data.rule", "reference"): "vjepa",
+    ("method.mask.kind", "blocks"): "multiblock_3d",
+    ("method.mask.kind", "block"): "single_block",
+    ("method.mask.kind", "multiblock"): "multiblock_2d",
+}
+KEY = re.compile(r"[\w.\[\]]+")  # the left side of a key=value argument
+
+
+def load_config(argv: Sequence[str], cls: type[Config]) -> Config:
+    """The configuration that files and key=value arguments describe."""
     tree, origin = merge(argv)
-    return _fill(tree, schema, "", origin)
+    return _section(tree, cls, "", origin)
 
 
-def merge(argv: list[str]) -> tuple[dict[str, Any], dict[str, str]]:
-    """-> (the merged tree, {dotted key: the file or argument that set it})."""
+def from_tree(tree: Any, cls: type[Config], source: str) -> Config:
+    """The configuration of a stored tree; options it lacks get their defaults. source: its file, for errors."""
+    return _section(tree, cls, "", _origin_of(tree, "", Source(source)))
+
+
+def spec_from_tree(tree: Any, choice: Choice | Arguments, at: str, source: str) -> Spec:
+    """One Spec of a stored tree. at: its dotted key; source: its file, for errors."""
+    return _spec(tree, choice, at, _origin_of(tree, at, Source(source)))
+
+
+def to_tree(cfg: Any) -> dict[str, Any]:
+    """Plain resolved tree of a configuration dataclass, every default included; itself a runnable configuration."""
+    hints = get_type_hints(type(cfg), include_extras=True)
+    return {f.name: _dump(getattr(cfg, f.name), hints[f.name]) for f in dataclasses.fields(cfg)}
+
+
+def merge(argv: Sequence[str]) -> tuple[dict[str, Any], dict[str, Source]]:
+    """Returns (merged tree, {dotted key: where it was set}). Arguments override files, in any order."""
+    files = [item for item in argv if _is_file(item)]
+    overrides = [item for item in argv if item not in files]
     merged: Any = OmegaConf.create({})
-    origin: dict[str, str] = {}
-    for item in sorted(argv, key=lambda a: "=" in a):  # stable: files first, then overrides
-        if "=" in item:
-            part = _read(partial(OmegaConf.from_dotlist, [item]), item)
-        elif item.endswith((".yaml", ".yml")):
-            if not Path(item).is_file():
-                raise UserError(f"{item}: no such file")
-            part = _read(partial(OmegaConf.load, item), item)
-        else:
-            raise UserError(f"'{item}' is neither a .yaml file nor key=value")
-        if not isinstance(part, DictConfig):
-            raise UserError(f"{item}: not a mapping of sections")
-        if missing := OmegaConf.missing_keys(part):
-            raise UserError(f"{item}: '{sorted(missing)[0]}' is '???': give a value")
+    origin: dict[str, Source] = {}
+    for source in (*map(Source, files), *(Source(item, is_file=False) for item in overrides)):
+        part = _read_part(source)
         for key in _leaves(OmegaConf.to_container(part), ""):
-            clash = next(
-                (k for k in origin if k == key or k.startswith(key + ".") or key.startswith(k + ".")), None
-            )
-            if clash and "=" not in item:
+            earlier = next((k for k in origin if _overlap(k, key)), None)
+            if earlier and source.is_file:
                 raise UserError(
-                    f"{item}: '{key}' is already set by {origin[clash]}; give it on the command line to override"
+                    f"{source.text}: '{key}' is already set by {origin[earlier].text}; "
+                    "give it on the command line to override"
                 )
-            origin[key] = item
+            origin[key] = source
         merged = OmegaConf.merge(merged, part)
-    return _read(lambda: OmegaConf.to_container(merged, resolve=True), "configuration"), origin
+    return _one_line_errors(lambda: OmegaConf.to_container(merged, resolve=True), "configuration"), origin
 
 
-def _read(action: Callable[[], Any], where: str) -> Any:
+def _is_file(item: str) -> bool:
+    """Whether an argument names a YAML file; its path may contain "="."""
+    if not item.endswith((".yaml", ".yml")):
+        return False
+    return "=" not in item or Path(item).is_file() or not KEY.fullmatch(item.split("=")[0])
+
+
+def _overlap(a: str, b: str) -> bool:
+    return a == b or a.startswith(b + ".") or b.startswith(a + ".")
+
+
+def _read_part(source: Source) -> DictConfig:
+    text = source.text
+    if source.is_file:
+        if not Path(text).is_file():
+            raise UserError(f"{text}: no such file")
+        part = _one_line_errors(partial(OmegaConf.load, text), text)
+    elif "=" in text:
+        part = _one_line_errors(partial(OmegaConf.from_dotlist, [text]), text)
+    else:
+        raise UserError(f"'{text}' is neither a .yaml file nor key=value")
+    if not isinstance(part, DictConfig):
+        raise UserError(f"{text}: not a mapping of sections")
+    if missing := OmegaConf.missing_keys(part):
+        raise UserError(f"{text}: '{sorted(missing)[0]}' is '???': give a value")
+    return part
+
+
+def _one_line_errors(action: Callable[[], Any], where: str) -> Any:
     try:
         return action()
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as e:
         raise UserError(f"{where}: {' '.join(str(e).split())}") from None
 
 
-def _leaves(node: Any, at: str) -> list[str]:
+def _leaves(node: Any, at: str) -> Iterator[str]:
+    """Dotted keys of the values of a tree."""
     if not isinstance(node, dict) or (at and not node):
-        return [at]
-    return [leaf for k, v in node.items() for leaf in _leaves(v, f"{at}.{k}" if at else str(k))]
+        yield at
+        return
+    for key, value in node.items():
+        yield from _leaves(value, _join(at, key))
 
 
-def _where(key: str, origin: dict[str, str]) -> str:
-    """'file: key' of the file that set `key` or something in it."""
+def _origin_of(tree: Any, at: str, source: Source) -> Origin:
+    return dict.fromkeys(_leaves(tree, at), source)
+
+
+def _join(at: str, key: Any) -> str:
+    return f"{at}.{key}" if at else str(key)
+
+
+def _where(key: str, origin: Origin) -> str:
+    """'file: key', or the argument, that set `key` or something below it."""
     for k, source in origin.items():
         if k == key or k.startswith(key + "."):
-            return f"{source}: {key}" if "=" not in source else f"'{source}'"
+            return f"{source.text}: {key}" if source.is_file else f"'{source.text}'"
     return key
 
 
-def _fill(node: Any, schema: Schema, at: str, origin: dict[str, str]) -> dict[str, Any]:
+def _unknown(key: str, what: str, allowed: Sequence[str], origin: Origin) -> UserError:
+    hint = f"allowed: {', '.join(allowed) or 'none'}"
+    if key in RENAMED:
+        hint = f"it is called {RENAMED[key]} now"
+    return UserError(f"{_where(key, origin)}: unknown {what}; {hint}")
+
+
+def _section(node: Any, cls: type[Config], at: str, origin: Origin) -> Config:
+    """The dataclass `cls` from a mapping of its fields."""
+    hints = get_type_hints(cls, include_extras=True)
+    fields = dataclasses.fields(cls)  # type: ignore[arg-type]
+    names = [f.name for f in fields]
     if not isinstance(node, dict):
-        raise UserError(f"{_where(at, origin)}: must be a mapping with {sorted(schema)}")
+        raise UserError(f"{_where(at, origin)}: must be a mapping with {', '.join(names)}")
+    has_sections = any(_choice_of(h) or dataclasses.is_dataclass(h) for h in hints.values())
     for key in node:
-        if key not in schema:
-            path = f"{at}.{key}" if at else str(key)
-            raise UserError(f"{_where(path, origin)}: unknown section; allowed: {', '.join(schema)}")
-    out = {}
-    for key, part in schema.items():
-        path = f"{at}.{key}" if at else key
-        if isinstance(part, Value):
-            out[key] = _check(node.get(key, part.default), part.hint, path, origin)
+        if key not in names:
+            raise _unknown(_join(at, key), "section" if has_sections else "key", names, origin)
+    values: dict[str, Any] = {}
+    for f in fields:
+        key, hint = _join(at, f.name), hints[f.name]
+        if choice := _choice_of(hint):
+            values[f.name] = _spec(node.get(f.name, {}), choice, key, origin)
+        elif dataclasses.is_dataclass(hint):
+            values[f.name] = _section(node.get(f.name, {}), hint, key, origin)  # type: ignore[arg-type]
         else:
-            fill = _arguments if isinstance(part, Part) else _fill
-            out[key] = fill(node.get(key, {}), part, path, origin)
-    return out
+            values[f.name] = _value(node.get(f.name, _default_of(f)), hint, key, origin)
+    return cls(**values)
 
 
-def _arguments(node: Any, part: Part, at: str, origin: dict[str, str]) -> dict[str, Any]:
-    """The section's keyword arguments, checked and completed from the signature."""
+def _choice_of(hint: Any) -> Choice | Arguments | None:
+    if get_origin(hint) is not Annotated:
+        return None
+    return next((m for m in hint.__metadata__ if isinstance(m, Choice | Arguments)), None)
+
+
+def _default_of(f: dataclasses.Field) -> Any:
+    if f.default_factory is not dataclasses.MISSING:
+        return f.default_factory()
+    return inspect.Parameter.empty if f.default is dataclasses.MISSING else f.default
+
+
+def _spec(node: Any, choice: Choice | Arguments, at: str, origin: Origin) -> Spec:
+    """The callable's keyword arguments, validated and completed from its signature."""
     if not isinstance(node, dict):
         raise UserError(f"{_where(at, origin)}: must be a mapping of arguments")
-    values, out = dict(node), {}
-    target = part.table
-    if isinstance(target, Mapping):
-        allowed = ", ".join(target)
-        if "kind" not in values:
+    given = dict(node)
+    kind = None
+    if isinstance(choice, Choice):
+        allowed = ", ".join(choice.table)
+        if "kind" not in given:
             raise UserError(f"{_where(at, origin)}: 'kind' is missing; allowed: {allowed}")
-        kind = values.pop("kind")
-        if not isinstance(kind, str) or kind not in target:
-            raise UserError(f"{_where(at + '.kind', origin)}: no kind '{kind}'; allowed: {allowed}")
-        out["kind"], target = kind, target[kind]
-    parameters = {k: p for k, p in inspect.signature(target).parameters.items() if k not in part.given}
-    hints = _hints(target)
-    for key in values:
+        kind = given.pop("kind")
+        if not isinstance(kind, str) or kind not in choice.table:
+            hint = _renamed_value(f"{at}.kind", kind) or f"allowed: {allowed}"
+            raise UserError(f"{_where(at + '.kind', origin)}: no kind '{kind}'; {hint}")
+        factory = choice.table[kind]
+    else:
+        factory = choice.target
+    parameters = inspect.signature(factory).parameters
+    parameters = {k: p for k, p in parameters.items() if k not in choice.given}  # type: ignore[assignment]
+    for key in given:
         if key not in parameters:
-            raise UserError(
-                f"{_where(f'{at}.{key}', origin)}: unknown key; allowed: {', '.join(parameters) or 'none'}"
-            )
-    for key, p in parameters.items():
-        out[key] = _check(values.get(key, p.default), hints[key], f"{at}.{key}", origin)
-    return out
+            raise _unknown(_join(at, key), "key", list(parameters), origin)
+    hints = _hints(factory)
+    arguments = {
+        k: _value(given.get(k, p.default), hints[k], _join(at, k), origin) for k, p in parameters.items()
+    }
+    return Spec(kind, arguments, factory)
 
 
-def _check(value: Any, hint: Any, at: str, origin: dict[str, str]) -> Any:
-    """The value as plain data, once it is of the type that the hint asks for."""
+def _value(value: Any, hint: Any, at: str, origin: Origin) -> Any:
+    """The value as the type that the hint names; strict, as JSON is: 3 is a float, but 3.0 and true are no integers."""
     if value is inspect.Parameter.empty:
         raise UserError(
             f"'{at}' is missing (expected {_name(hint)}): set it in a file, or {at}=... on the command line"
         )
     adapter = TypeAdapter(hint)
     try:
-        return adapter.dump_python(adapter.validate_python(value), mode="json")
+        return adapter.validate_json(json.dumps(value, default=_plain), strict=True)
     except ValidationError as e:
         first = e.errors()[0]
-        inside = "".join(f"[{i}]" for i in first["loc"])
-        raise UserError(
-            f"{_where(at, origin)}{inside}: {first['msg'].lower()}, not {first['input']!r} (expected {_name(hint)})"
-        ) from None
+        inner = [str(i) for i in first["loc"]]
+        if (key := ".".join([at, *inner])) in RENAMED:
+            raise _unknown(key, "key", [], origin) from None
+        where = _where(at, origin) + "".join(f"[{i}]" for i in inner)
+        hint_text = _renamed_value(at, value) or f"expected {_name(hint)}"
+        raise UserError(f"{where}: {first['msg'].lower()}, not {first['input']!r} ({hint_text})") from None
 
 
-def _hints(target: Callable) -> dict[str, Any]:
-    while isinstance(target, partial):
-        target = target.func
-    plain_class = inspect.isclass(target) and not dataclasses.is_dataclass(target)
-    return get_type_hints(target.__init__ if plain_class else target, include_extras=True)  # type: ignore[misc]
+def _renamed_value(key: str, value: Any) -> str | None:
+    new = RENAMED_VALUES.get((key, value)) if isinstance(value, str) else None
+    return new and f"it is called {new} now"
+
+
+def _plain(value: Any) -> Any:
+    """A default that is no JSON type (a dataclass, say) as one."""
+    return TypeAdapter(type(value)).dump_python(value, mode="json")
+
+
+def _dump(value: Any, hint: Any) -> Any:
+    if isinstance(value, Spec):
+        hints = _hints(value.factory)
+        arguments = {k: _dump(v, hints[k]) for k, v in value.arguments.items()}
+        return arguments if value.kind is None else {"kind": value.kind, **arguments}
+    if dataclasses.is_dataclass(hint):
+        return to_tree(value)
+    return TypeAdapter(hint).dump_python(value, mode="json")
+
+
+def _hints(factory: Callable[..., Any]) -> dict[str, Any]:
+    while isinstance(factory, partial):
+        factory = factory.func
+    plain_class = inspect.isclass(factory) and not dataclasses.is_dataclass(factory)
+    return get_type_hints(factory.__init__ if plain_class else factory, include_extras=True)  # type: ignore[misc]
 
 
 def _name(hint: Any) -> str:
@@ -189,28 +357,30 @@ def _name(hint: Any) -> str:
     return str(hint).replace("typing.", "") if get_args(hint) else getattr(hint, "__name__", str(hint))
 
 
-def build(values: dict[str, Any], table: Mapping[str, Callable] | Callable, **given: Any) -> Any:
-    """Call what a filled section configures."""
+def build(
+    values: Mapping[str, Any], table: Mapping[str, Callable[..., Any]] | Callable[..., Any], **given: Any
+) -> Any:
+    """Calls `table`, or table[kind], with plain arguments, such as those of a file's header."""
     values = dict(values)
     target = table[values.pop("kind")] if isinstance(table, Mapping) else table
     hints = _hints(target)
-    typed = {
-        k: TypeAdapter(hints[k]).validate_python(v) for k, v in values.items()
-    }  # lists -> tuples and the like
+    typed = {k: TypeAdapter(hints[k]).validate_python(v) for k, v in values.items()}  # lists become tuples
     return target(**typed, **given)
 
 
 def save(tree: dict[str, Any], path: Path) -> None:
-    """Write a resolved tree as YAML; it is itself a runnable configuration."""
-    atomic_write(path, lambda beside: beside.write_text(yaml.safe_dump(tree, sort_keys=False)))
+    """Writes a resolved tree as YAML."""
+    atomic_write(path, lambda temporary: temporary.write_text(yaml.safe_dump(tree, sort_keys=False)))
 
 
-def differences(a: Any, b: Any, free: Sequence[str] = (), at: str = "") -> list[tuple[str, Any, Any]]:
-    """(dotted key, value in a, value in b) wherever two trees differ; None where a key is absent. free: dotted keys
-    that may differ, with all below them."""
-    if at in free:
+def differences(a: Any, b: Any, ignored: Sequence[str] = (), at: str = "") -> list[tuple[str, Any, Any]]:
+    """(dotted key, value in a, value in b) wherever two trees differ; None where a key is absent.
+
+    ignored: dotted keys that may differ, with all below them.
+    """
+    if at in ignored:
         return []
     if isinstance(a, dict) and isinstance(b, dict):
         keys = list(dict.fromkeys([*a, *b]))
-        return [d for k in keys for d in differences(a.get(k), b.get(k), free, f"{at}.{k}" if at else k)]
+        return [d for k in keys for d in differences(a.get(k), b.get(k), ignored, _join(at, k))]
     return [] if a == b else [(at, a, b)]

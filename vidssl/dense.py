@@ -5,7 +5,6 @@ r"""Dense frozen evaluation: encoder -> tokens of frames -> depth, masks, key po
 encoder: as vidssl/probe.py takes it. data.test: the folder of a data set, which has its train list, too.
 """
 
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,37 +13,14 @@ import torch
 from tqdm import tqdm
 
 from vidssl import config
-from vidssl.config import Count, Part, Value
 from vidssl.core.errors import UserError, run_cli
 from vidssl.core.io import check_writable, make_folder
 from vidssl.evaluation.dense.datasets import READERS, DenseSample, data_hash
-from vidssl.evaluation.dense.depth import Depth
 from vidssl.evaluation.dense.frames import make_frame_encoder
-from vidssl.evaluation.dense.propagation import Keypoints, Masks
+from vidssl.evaluation.dense.schema import DenseConfig, DenseData
 from vidssl.evaluation.report import write_csv, write_report
 from vidssl.pretrained.external import open_encoder
 from vidssl.training.malloc import tune_malloc
-
-TASKS = {"depth": Depth, "masks": Masks, "keypoints": Keypoints}
-
-
-@dataclass(frozen=True)
-class DenseData:
-    """The `data` section: a data set's own folder, which has lists of train and test."""
-
-    test: str  # its test list is evaluated
-    format: str  # davis, jhmdb, nyu or synthetic
-    train: str | None = None  # its train list is for heads and choices; None: the folder of test
-    limit: Count | None = None  # sequences of train at most, evenly spread over the list
-
-
-SCHEMA: config.Schema = {
-    "encoder": Value(str),
-    "encoder_file": Value(str | None, None),  # weights of a timm model; None: timm downloads them
-    "out": Value(str),
-    "data": Part(DenseData),
-    "task": Part(TASKS),
-}
 
 
 def read_items(data: DenseData, truth: str) -> dict[str, list[DenseSample]]:
@@ -78,13 +54,13 @@ def read_items(data: DenseData, truth: str) -> dict[str, list[DenseSample]]:
 
 
 def main(argv: list[str]) -> None:
-    cfg = config.load(argv, SCHEMA)
-    data, task = config.build(cfg["data"], DenseData), config.build(cfg["task"], TASKS)
+    cfg = config.load_config(argv, DenseConfig)
+    data, task = cfg.data, cfg.task.build()
     anew = partial(
-        open_encoder, cfg["encoder"], file=cfg["encoder_file"], frames=task.frames, size=task.size, alone=1
+        open_encoder, cfg.encoder, file=cfg.encoder_file, frames=task.frames, size=task.size, alone=1
     )
     loaded = anew(None)
-    items, out = read_items(data, task.truth), Path(cfg["out"])
+    items, out = read_items(data, task.truth), Path(cfg.out)
     if (out / "dense.json").exists():
         raise UserError(f"{out / 'dense.json'} exists: the test set was read for it; give another out=")
     check_writable(out)
@@ -102,7 +78,7 @@ def main(argv: list[str]) -> None:
         row = task.figures(rows, [item.group for item in items["test"]])
         counts = {"n_test": len(items["test"]), "n_train": len(items["train"])}
         results.append(
-            {"control": control, "task": cfg["task"]["kind"], **row, **counts, "chosen": chosen, "eye": eye}
+            {"control": control, "task": cfg.task.kind, **row, **counts, "chosen": chosen, "eye": eye}
         )
         for item, figures in zip(items["test"], rows, strict=True):
             told += [
@@ -113,7 +89,7 @@ def main(argv: list[str]) -> None:
     make_folder(out)
     write_csv(out / "sequences.csv", ("control", "sequence", "group", "row", *task.columns), told)
     report = {"results": results, "data": hashes, "seed": task.seed}
-    write_report(out / "dense.json", cfg, loaded, report)
+    write_report(out / "dense.json", config.to_tree(cfg), loaded, report)
 
 
 if __name__ == "__main__":

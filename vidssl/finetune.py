@@ -10,6 +10,7 @@ its last epoch.
 import contextlib
 import hashlib
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,11 +21,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from vidssl import config
-from vidssl.config import Part, Value
 from vidssl.core.errors import UserError, run_cli
 from vidssl.core.io import check_writable, make_folder, os_errors_as_user_errors
 from vidssl.core.pixels import normalise
-from vidssl.data.augment import AUGMENTS
 from vidssl.data.dataset import DataConfig, Streams
 from vidssl.data.loader import Batch, train_steps
 from vidssl.data.shards import Sample, Shards
@@ -43,9 +42,8 @@ from vidssl.pretrained.load import LoadedEncoder, load_encoder
 from vidssl.training.checkpoint import load_checkpoint, provenance, save_checkpoint
 from vidssl.training.distributed import Strategy, gather_to_cpu
 from vidssl.training.finetuning import (
-    FINETUNE_HEADS,
     Classifier,
-    FinetuneDataConfig,
+    FinetuneConfig,
     FinetuneEfficiency,
     FinetuneSplits,
     LabelledClips,
@@ -60,17 +58,6 @@ from vidssl.training.malloc import tune_malloc
 from vidssl.training.optim import OptimConfig, build_optimizer, schedule, set_schedule
 from vidssl.training.preemption import exit_on_lost_peer
 
-SCHEMA: config.Schema = {
-    "encoder": Value(str),
-    "out": Value(str),
-    "random_init": Value(bool, False),  # the same encoder untrained, for comparison
-    "data": Part(FinetuneDataConfig),
-    "augment": Part(AUGMENTS, ("size",)),
-    "head": Part(FINETUNE_HEADS, ("dim", "classes")),
-    "optim": Part(OptimConfig, ("warmup",)),
-    "tune": Part(TuneConfig),
-    "efficiency": Part(FinetuneEfficiency),
-}
 RESUME_MUTABLE = (
     "out",
     "data.train",
@@ -267,7 +254,7 @@ def fit(course: FinetuneState, view: View, augment: Any, per_epoch: int, data: D
 
 def write(
     out: Path,
-    cfg: dict,
+    cfg: FinetuneConfig,
     loaded: LoadedEncoder,
     parts: FinetuneSplits,
     row: dict[str, Any],
@@ -282,10 +269,10 @@ def write(
         "low_shot": [],
         "data": {name: part.hash for name, part in parts.shards.items()},
         "test_samples_of_train_groups": parts.shared_groups,
-        "seed": cfg["tune"]["seed"],
+        "seed": cfg.tune.seed,
         "libraries": about["libraries"],
     }
-    write_report(out / "probe.json", cfg, loaded, report)
+    write_report(out / "probe.json", config.to_tree(cfg), loaded, report)
 
 
 def save(
@@ -301,24 +288,20 @@ def save(
 
 @exit_on_lost_peer()
 def main(argv: list[str]) -> None:
-    cfg = config.load(argv, SCHEMA)
-    data, tune, speed = (
-        config.build(cfg[k], t)
-        for k, t in (("data", FinetuneDataConfig), ("tune", TuneConfig), ("efficiency", FinetuneEfficiency))
-    )
-    out = Path(cfg["out"])
+    cfg = config.load_config(argv, FinetuneConfig)
+    data, tune, speed = cfg.data, cfg.tune, cfg.efficiency
+    out = Path(cfg.out)
     if (out / "probe.json").exists():
         raise UserError(f"{out / 'probe.json'} exists: the test set was read for it; give another out=")
     check_writable(out)
-    loaded = load_encoder(cfg["encoder"], tune.seed if cfg["random_init"] else None)
+    loaded = load_encoder(cfg.encoder, tune.seed if cfg.random_init else None)
     parts = open_splits(data, tune)
-    places = {"train": data.train, "test": data.test, "stride": data.stride, "fps": data.fps}
-    view = make_view(
-        ProbeData(**places), ProbeProtocol(segments=tune.segments, crops=tune.crops), loaded, "none"
-    )
-    cfg["data"] |= {"stride": view.stride, "fps": view.fps}
+    clips = ProbeData(data.train, data.test, stride=data.stride, fps=data.fps)
+    view = make_view(clips, ProbeProtocol(segments=tune.segments, crops=tune.crops), loaded, "none")
+    cfg = replace(cfg, data=replace(data, stride=view.stride, fps=view.fps))
+    tree = config.to_tree(cfg)
     hashes = [*(part.hash for part in parts.shards.values()), weights_hash(loaded.encoder)]
-    about = provenance(cfg, hashlib.sha256(" ".join(hashes).encode()).hexdigest())
+    about = provenance(tree, hashlib.sha256(" ".join(hashes).encode()).hexdigest())
     if state := load_checkpoint(out / "checkpoints"):
         check_same(state, about, out)
     unused = loaded.encoder.patch_embed_img is not None or len(loaded.encoder.level_norms) > 0
@@ -327,8 +310,8 @@ def main(argv: list[str]) -> None:
     check_divisible(tune, speed, strategy.world)
 
     per_epoch = max(1, len(parts.train_places) // tune.batch)
-    optim = config.build(cfg["optim"], OptimConfig, warmup=round(tune.warmup * per_epoch)).scaled(tune.batch)
-    classifier, model = make_classifier(loaded, cfg["head"], len(parts.task.names), tune)
+    optim = cfg.optim.build(warmup=round(tune.warmup * per_epoch)).scaled(tune.batch)
+    classifier, model = make_classifier(loaded, cfg.head, len(parts.task.names), tune)
     classifier.encoder.blocks.activation_checkpointing = speed.activation_checkpointing
     prepared, optimizer = strategy.prepare(classifier, build_optimizer(classifier, optim, fused=True))
     colours = loaded.metadata["pixels"]["mean"], loaded.metadata["pixels"]["std"]
@@ -336,10 +319,10 @@ def main(argv: list[str]) -> None:
     if strategy.is_main:
         make_folder(out)
         with os_errors_as_user_errors(out):
-            config.save(cfg, out / "config.yaml")
+            config.save(tree, out / "config.yaml")
     strategy.barrier()
     course = FinetuneState(run, parts, out, about, state)
-    augment = config.build(cfg["augment"], AUGMENTS, size=view.size)
+    augment = cfg.augment.build(size=view.size)
     clip: dict[str, Any] = {"frames": view.frames, "stride": view.stride, "fps": view.fps}
     read = DataConfig(
         train=data.train, **clip, repeat=tune.repeat, max_decode_error_rate=data.max_decode_error_rate

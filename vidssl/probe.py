@@ -18,16 +18,14 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import Tensor
 
 from vidssl import config
-from vidssl.config import Part, Value
 from vidssl.core.errors import UserError, run_cli
 from vidssl.core.io import check_writable, make_folder
 from vidssl.core.pixels import normalise
 from vidssl.data.shards import Sample, Shards
 from vidssl.evaluation.evaluate import LabelledFeatures, check_disjoint, check_readable, evaluate
 from vidssl.evaluation.features import Encode, FeatureLoader, TokenSource, choose_storage, compute_features
-from vidssl.evaluation.heads import Attentive, Linear
-from vidssl.evaluation.neighbours import Knn, Retrieval
-from vidssl.evaluation.probe_data import ProbeData, make_view
+from vidssl.evaluation.probe_config import ProbeConfig
+from vidssl.evaluation.probe_data import make_view
 from vidssl.evaluation.protocol import ProbeProtocol, label_free
 from vidssl.evaluation.report import (
     PredictionRow,
@@ -45,23 +43,12 @@ from vidssl.pretrained.external import open_encoder
 from vidssl.pretrained.load import LoadedEncoder
 from vidssl.training.malloc import tune_malloc
 
-PROTOCOLS = {"attentive": Attentive, "linear": Linear, "knn": Knn, "retrieval": Retrieval}
 FEATURE_CODE = (
     "data/",
     "model/",
     "zoo/",
     "evaluation/views.py",
 )  # what decides features: a change asks for new ones
-
-
-SCHEMA: config.Schema = {
-    "encoder": Value(str),
-    "encoder_file": Value(str | None, None),  # weights of a timm model; None: timm downloads them
-    "out": Value(str),
-    "random_init": Value(bool, False),  # the same encoder untrained, for comparison
-    "data": Part(ProbeData),
-    "probe": Part(PROTOCOLS),
-}
 
 
 OpenEncoder = Callable[[int | None], LoadedEncoder]  # a seed for the encoder untrained, or None
@@ -146,12 +133,12 @@ def extract_features(
 
 
 def main(argv: list[str]) -> None:
-    cfg = config.load(argv, SCHEMA)
-    data, protocol = config.build(cfg["data"], ProbeData), config.build(cfg["probe"], PROTOCOLS)
+    cfg = config.load_config(argv, ProbeConfig)
+    data, protocol = cfg.data, cfg.probe.build()
     opened: OpenEncoder = partial(
-        open_encoder, cfg["encoder"], file=cfg["encoder_file"], frames=data.frames, size=data.size
+        open_encoder, cfg.encoder, file=cfg.encoder_file, frames=data.frames, size=data.size
     )
-    loaded = opened(protocol.seed if cfg["random_init"] else None)
+    loaded = opened(protocol.seed if cfg.random_init else None)
     shards = {
         n: Shards(d, data.cache_dir, data.cache_gb) for n, d in (("train", data.train), ("test", data.test))
     }
@@ -161,7 +148,7 @@ def main(argv: list[str]) -> None:
     shared_groups, keys = check_disjoint(train, test), [s.key for s in train]
     kinds = dict.fromkeys(data.tags, "tags") | dict.fromkeys(data.numbers, "number")
     tasks = {n: make_task(n, shards["train"].classes[n], train, test, kinds.get(n, "class")) for n in labels}
-    out = Path(cfg["out"])
+    out = Path(cfg.out)
     if (out / "probe.json").exists():
         raise UserError(f"{out / 'probe.json'} exists: the test set was read for it; give another out=")
     check_writable(out)
@@ -186,12 +173,12 @@ def main(argv: list[str]) -> None:
                 LabelledFeatures(seen[name][0], side.samples, truth, seen[name][1])
                 for (name, side), truth in zip(sides.items(), truths, strict=True)
             )
-            for share, seed in [(s, seed) for s in data.train_fractions for seed in data.seeds] or [
-                (None, None)
-            ]:
-                about: dict[str, Any] = {"control": control, "protocol": cfg["probe"]["kind"]}
+            draws: list[tuple[float | None, int | None]]
+            draws = [(share, seed) for share in data.train_fractions for seed in data.seeds]
+            for share, seed in draws or [(None, None)]:
+                about: dict[str, Any] = {"control": control, "protocol": cfg.probe.kind}
                 among = None
-                if share is not None:
+                if share is not None and seed is not None:
                     among = low_shot(task, keys, truths[0], share, seed)
                     lists[name := f"{label}-{share:g}-seed{seed}.txt"] = text = list_text(keys, among)
                     sha256 = hashlib.sha256(text.encode()).hexdigest()
@@ -226,7 +213,7 @@ def main(argv: list[str]) -> None:
             "test_samples_of_train_groups": shared_groups,
             "seed": protocol.seed,
         }
-        write_report(out / "probe.json", cfg, loaded, report)
+        write_report(out / "probe.json", config.to_tree(cfg), loaded, report)
     accelerator.wait_for_everyone()
     accelerator.end_training()
 

@@ -7,31 +7,21 @@ import contextlib
 import hashlib
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from vidssl import config
-from vidssl.config import Count, Part, Positive, Size
 from vidssl.core.errors import UserError, run_cli
 from vidssl.core.io import check_writable, make_folder, os_errors_as_user_errors, print_stderr
 from vidssl.core.pixels import normalise
 from vidssl.core.rng import KeyedRNG
-from vidssl.data.augment import AUGMENTS
 from vidssl.data.dataset import DataConfig, make_streams
 from vidssl.data.loader import Batch, train_steps
 from vidssl.data.order import check_split
 from vidssl.data.shards import Shards
-from vidssl.model.predictor import PREDICTORS, QUERIES
-from vidssl.model.vit import MODELS, TransformerStack
-from vidssl.objective.build import build_objective
-from vidssl.objective.masks import MASKS
-from vidssl.objective.objective import ERRORS, ContextLoss
-from vidssl.objective.targets import TARGETS, Ema
-from vidssl.pretrained.init import init_from_pretrained
-from vidssl.pretrained.load import load_teacher
+from vidssl.model.vit import TransformerStack
 from vidssl.training.checkpoint import list_checkpoints, provenance, quarantine
 from vidssl.training.distributed import Strategy
 from vidssl.training.feature_stats import FeatureStats
@@ -40,88 +30,18 @@ from vidssl.training.malloc import tune_malloc
 from vidssl.training.metrics_log import (
     JsonlWriter,
     MetricsLog,
-    Tracker,
     batch_hash,
     check_trackers,
     hash_keys,
     start_trackers,
 )
-from vidssl.training.online_probe import OnlineProbe, OnlineProbeConfig
-from vidssl.training.optim import OptimConfig, build_optimizer, schedule, set_schedule
+from vidssl.training.online_probe import OnlineProbe
+from vidssl.training.optim import build_optimizer, schedule, set_schedule
 from vidssl.training.perf import StepMeter, peak_memory
 from vidssl.training.preemption import EXIT_REQUEUE, PreemptionHandler, exit_on_lost_peer
-from vidssl.training.state import TrainState
+from vidssl.training.schema import TrainConfig
+from vidssl.training.state import TrainState, init_from_pretrained
 
-
-@dataclass(frozen=True)
-class RunConfig:
-    """The `run` section: what changes the result."""
-
-    out: str  # folder
-    steps: Count  # optimiser steps
-    batch: Count  # clips a step, over all processes
-    init: str | None = None  # a checkpoint to start from: a run folder, or a public one
-    seed: Size = 0
-    lanes: Count = 8  # a multiple of every number of processes that may be used
-    shuffle_window: Count = 4096  # samples that are shuffled among themselves in a lane
-    save_every: Count = 500  # steps between checkpoints
-    keep_last: Count = 2  # newest checkpoints kept
-    keep_every: Size = 0  # steps: checkpoints at multiples of it are kept, too; 0: none
-    snapshots: bool = False  # keep the encoder of every checkpoint, to probe how it went
-    max_consecutive_skips: Size = (
-        3  # steps in a row whose loss or gradients are not finite are left out, before going back
-    )
-    max_rollbacks: Size = 2  # to the last checkpoint, before the run stops
-    loss_spike_std: Positive | None = (
-        None  # deviations of the last 128 steps above their mean at which a step is left out, too
-    )
-    feature_stats_every: Count = 100  # steps between measurements of the features
-    stop_on_collapse: bool = False  # else a collapse is only said
-    trackers: tuple[Tracker, ...] = ()  # besides log.jsonl
-
-
-@dataclass(frozen=True)
-class EfficiencyConfig:
-    """The `efficiency` section: what changes only the speed (up to rounding)."""
-
-    workers: Size = 2  # loader processes for each training process
-    micro_batches: Count = 1  # parts in which a process runs its share of the batch (gradient accumulation)
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the forward pass
-    compile: bool = (
-        False  # the transformer blocks, by torch.compile: needs a C++ compiler, and minutes at the start
-    )
-    fused: bool = True  # the optimiser's step is one kernel
-    activation_checkpointing: bool = (
-        False  # activations of the transformer blocks in the backward pass, instead of keeping them
-    )
-    decode_in_subprocess: bool = (
-        True  # decode in child processes, so that a file that hangs or crashes a decoder costs itself only
-    )
-    cache_mb: Size = 0  # decoded frames each loader process may hold, in 2**20 bytes; for corpora that fit
-    tune_malloc: bool = (
-        True  # on a CPU, freed memory stays with the process; else each step gets its pages anew
-    )
-    threads: Count | None = None  # of torch on the CPU, a process; None: torch's own choice
-    peer_timeout_s: Count = 600  # seconds that a process waits for another one before it gives up
-
-
-SCHEMA: config.Schema = {
-    "method": {
-        "mask": Part(MASKS),
-        "target": Part(TARGETS, ("encoder", "teacher")),
-        "query": Part(QUERIES, ("width",)),
-        "predictor": Part(PREDICTORS, ("encoder", "out")),
-        "error": Part(ERRORS),
-        "context": Part(ContextLoss),
-    },
-    "model": Part(MODELS, ("frames", "height", "width")),
-    "data": Part(DataConfig),
-    "augment": Part(AUGMENTS),
-    "optim": Part(OptimConfig),
-    "run": Part(RunConfig),
-    "online_probe": Part(OnlineProbeConfig),
-    "efficiency": Part(EfficiencyConfig),
-}
 # What may change when a run is continued. Of what is read the hash is compared, so that a data set may move.
 RESUME_MUTABLE: tuple[str, ...] = (
     "efficiency",
@@ -189,13 +109,10 @@ def forward_backward(
 
 @exit_on_lost_peer()
 def main(argv: list[str]) -> None:
-    cfg = config.load(argv, SCHEMA)
-    run, eff = config.build(cfg["run"], RunConfig), config.build(cfg["efficiency"], EfficiencyConfig)
-    data, optim = (
-        config.build(cfg["data"], DataConfig),
-        config.build(cfg["optim"], OptimConfig).scaled(run.batch),
-    )
-    online_probe = config.build(cfg["online_probe"], OnlineProbeConfig)
+    cfg = config.load_config(argv, TrainConfig)
+    tree = config.to_tree(cfg)
+    run, eff, data, online_probe = cfg.run, cfg.efficiency, cfg.data, cfg.online_probe
+    optim = cfg.optim.scaled(run.batch)
     if eff.threads:
         torch.set_num_threads(eff.threads)
     if eff.tune_malloc:
@@ -208,7 +125,7 @@ def main(argv: list[str]) -> None:
     check_trackers(run.trackers)
     strategy = Strategy.from_env(
         eff,
-        unused_parameters=cfg["model"]["image_tokenizer"],  # gets no gradient from videos
+        unused_parameters=cfg.model.arguments["image_tokenizer"],  # gets no gradient from videos
         log_with=list(run.trackers) or None,
         project_dir=out,
     )
@@ -226,7 +143,7 @@ def main(argv: list[str]) -> None:
                 f"efficiency.micro_batches {eff.micro_batches} does not divide {share} clips a process"
             )
 
-    objective = build_objective(cfg, load_teacher)
+    objective = cfg.build_objective()
     fresh = not list_checkpoints(out / "checkpoints")
     if run.init and fresh:
         init_from_pretrained(objective, cfg)
@@ -244,13 +161,13 @@ def main(argv: list[str]) -> None:
         watched = OnlineProbe(
             online_probe,
             data,
-            cfg["augment"]["size"],
+            cfg.augment.arguments["size"],
             workers=eff.workers,
             isolate=eff.decode_in_subprocess,
             decodes=strategy.runs_diagnostics,
             barrier=strategy.barrier,
         )
-    about = provenance(cfg, data_hash)
+    about = provenance(tree, data_hash)
     guard = LossGuard(
         run.max_consecutive_skips,
         run.max_rollbacks,
@@ -259,7 +176,7 @@ def main(argv: list[str]) -> None:
     )
     feature_stats = FeatureStats()
     mutable = RESUME_MUTABLE
-    if optim.endless(cfg["method"]["target"]["kind"] == "ema"):
+    if optim.endless(cfg.method.target.kind == "ema"):
         mutable = (*RESUME_MUTABLE, "run.steps")
     resume = TrainState(
         strategy,
@@ -287,14 +204,14 @@ def main(argv: list[str]) -> None:
         make_folder(out)
         with os_errors_as_user_errors(out):
             log = MetricsLog(
-                out, start, run.steps, start_trackers(strategy.accelerator, cfg) if run.trackers else None
+                out, start, run.steps, start_trackers(strategy.accelerator, tree) if run.trackers else None
             )
             quarantine(out / "checkpoints", start)
-            config.save(cfg, out / "config.yaml")
+            config.save(tree, out / "config.yaml")
         meter = StepMeter(strategy.device, eff.precision)
     strategy.barrier()
 
-    augment = config.build(cfg["augment"], AUGMENTS)
+    augment = cfg.augment.build()
     streams = make_streams(data, shards, augment, run.seed, run.lanes, run.shuffle_window, eff.cache_mb << 20)
     loader = train_steps(streams, start, run.steps, sizes, rank, world, eff.workers, eff.decode_in_subprocess)
     bad_lines = JsonlWriter(out / "bad_samples.jsonl")
@@ -318,13 +235,16 @@ def main(argv: list[str]) -> None:
             norm = strategy.clip(model, optim, step)
             done, replaced = step + 1, [(key, reason) for b in batches for key, reason in b.bad]
             collapsed = main_process and run.stop_on_collapse and feature_stats.collapsed
-            flags = {"bad": len(replaced), "stop": preemption.requested, "collapsed": collapsed}
+            flags: dict[str, float] = {
+                "bad": len(replaced),
+                "stop": preemption.requested,
+                "collapsed": collapsed,
+            }
             met = strategy.reduce({**parts, "grad_norm": norm}, flags)
 
             if (why := guard.reason_to_skip(met)) is None:
                 strategy.step(optimizer)
-                if isinstance(objective.target, Ema):
-                    objective.target.update(objective.encoder, now["momentum"])
+                objective.target.update(objective.encoder, now["momentum"])
             else:
                 strategy.skip_step(optimizer)
             if log and why:

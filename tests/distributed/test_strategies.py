@@ -31,13 +31,15 @@ from torch._dynamo.utils import counters
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from vidssl import config, train
+from vidssl import train
+from vidssl.config import load_config
 from vidssl.core.errors import UserError
 from vidssl.model.vit import Block
 from vidssl.training import deepspeed
 from vidssl.training.deepspeed import local_gradient
 from vidssl.training.distributed import Strategy
 from vidssl.training.preemption import EXIT_REQUEUE
+from vidssl.training.schema import TrainConfig
 
 ROOT = Path(__file__).parents[2]
 STEPS, SAVE = 6, 2
@@ -512,8 +514,8 @@ def test_the_commands_of_the_launch_examples_compose(monkeypatch):
         (by_slurm.replace("\\", "").replace("#", "").split(), 2 * 8),
         (container["args"], int(env["NODES"]) * int(env["GPUS"])),
     ):
-        cfg = config.load(argv, train.SCHEMA)
-        assert cfg["run"]["batch"] % cfg["run"]["lanes"] == 0 == cfg["run"]["lanes"] % world
+        run = load_config(argv, TrainConfig).run
+        assert run.batch % run.lanes == 0 == run.lanes % world
     assert job["spec"]["completions"] == job["spec"]["parallelism"] == int(env["NODES"])
     assert env["MASTER_ADDR"] == f"{job['metadata']['name']}-0.{service['metadata']['name']}"
     assert pod["subdomain"] == service["metadata"]["name"] and pod["restartPolicy"] == "Never"

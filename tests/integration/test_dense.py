@@ -11,7 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from vidssl import config, dense
+from vidssl import dense
+from vidssl.config import load_config
 from vidssl.core.errors import UserError
 from vidssl.evaluation.dense.datasets import NYU_SIZE, READERS, DenseSample, KeypointLabels, data_hash
 from vidssl.evaluation.dense.depth import Depth, depth_errors, log_loss
@@ -24,6 +25,7 @@ from vidssl.evaluation.dense.propagation import (
     jaccard,
     propagate,
 )
+from vidssl.evaluation.dense.schema import DenseConfig
 from vidssl.model.heads import DepthHead
 from vidssl.model.vit import Encoder
 from vidssl.pretrained.files import save_native
@@ -588,6 +590,5 @@ def test_a_test_sequence_that_is_in_train_is_an_error(run, tmp_path):
 
 def test_every_dense_configuration_composes():
     for path in sorted((ROOT / "configs/dense").glob("*.yaml")):
-        tree = config.load([str(path), "encoder=x", "data.test=y", "out=z"], dense.SCHEMA)
-        task = config.build(tree["task"], dense.TASKS)
-        assert tree["data"]["format"] in READERS[task.truth]
+        cfg = load_config([str(path), "encoder=x", "data.test=y", "out=z"], DenseConfig)
+        assert cfg.data.format in READERS[cfg.task.build().truth]

@@ -15,20 +15,27 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from data_prep import pack
-from vidssl import config, finetune
+from vidssl import finetune
+from vidssl.config import load_config, to_tree
 from vidssl.core.errors import UserError
 from vidssl.data.loader import Batch
 from vidssl.data.shards import Shards
 from vidssl.evaluation.evaluate import LabelledFeatures
 from vidssl.evaluation.features import StoredFeatures
 from vidssl.evaluation.report import weights_hash
-from vidssl.objective.build import build_objective
 from vidssl.pretrained.init import save_run_encoder, to_checkpoint
 from vidssl.pretrained.load import load_encoder, read_checkpoint_file
-from vidssl.train import SCHEMA
 from vidssl.training.distributed import Strategy
-from vidssl.training.finetuning import Mixer, SubsetOrder, TuneConfig, make_classifier, pair_mixup_partners
+from vidssl.training.finetuning import (
+    FinetuneConfig,
+    Mixer,
+    SubsetOrder,
+    TuneConfig,
+    make_classifier,
+    pair_mixup_partners,
+)
 from vidssl.training.optim import OptimConfig, build_optimizer, schedule, set_schedule
+from vidssl.training.schema import TrainConfig
 
 ROOT = Path(__file__).parents[2]
 MIXED = ("tune.mixup=0.8", "tune.cutmix=1.0", "tune.drop_path=0.1")
@@ -70,10 +77,13 @@ def encoder(tmp_path_factory) -> Path:
     ]
     clip = ["augment.kind=center_crop", "augment.size=16", "data.stride=1", "data.train=x"]
     clip.append("method.mask.past=1")
-    cfg = config.load([method, *sizes, *clip, "run.out=x", "run.steps=1", "run.batch=8"], SCHEMA)
-    objective = build_objective(cfg)
+    cfg = load_config([method, *sizes, *clip, "run.out=x", "run.steps=1", "run.batch=8"], TrainConfig)
+    objective = cfg.build_objective()
     save_run_encoder(
-        out, to_checkpoint(objective, cfg, objective.state_dict()), {"config": cfg, "step": 0}, snapshot=False
+        out,
+        to_checkpoint(objective, cfg.encoder_arguments(), cfg.method.predictor, objective.state_dict()),
+        {"config": to_tree(cfg), "step": 0},
+        snapshot=False,
     )
     return out
 
@@ -320,10 +330,10 @@ def test_every_epoch_shows_every_chosen_sample_in_a_new_order():
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs/finetune").glob("*.yaml")), ids=lambda p: p.stem)
 def test_the_recipes_are_whole(path):
-    cfg = config.load([str(path), "encoder=x", "out=x", "data.train=x", "data.test=x"], finetune.SCHEMA)
-    tune = config.build(cfg["tune"], TuneConfig)
-    finetune.check_divisible(tune, config.build(cfg["efficiency"], finetune.FinetuneEfficiency), 8)
-    o = config.build(cfg["optim"], OptimConfig, warmup=10)
+    cfg = load_config([str(path), "encoder=x", "out=x", "data.train=x", "data.test=x"], FinetuneConfig)
+    tune = cfg.tune
+    finetune.check_divisible(tune, cfg.efficiency, 8)
+    o = cfg.optim.build(warmup=10)
     if path.stem.startswith("videomae"):  # the published rate at 384 videos
         assert (
             o.scaled(tune.batch).lr == pytest.approx(7.5e-4) and o.layer_decay == 0.75 and not o.decay_tokens

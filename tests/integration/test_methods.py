@@ -14,18 +14,13 @@ import torch
 import yaml
 from accelerate import Accelerator
 
-from vidssl import config
+from vidssl.config import load_config, to_tree
 from vidssl.core.pixels import normalise
 from vidssl.core.rng import KeyedRNG
-from vidssl.model.predictor import PREDICTORS
-from vidssl.model.vit import MODELS
-from vidssl.objective.build import build_objective
-from vidssl.objective.masks import MASKS
 from vidssl.objective.targets import Ema
 from vidssl.pretrained.init import save_run_encoder, to_checkpoint
-from vidssl.pretrained.load import load_teacher
-from vidssl.train import SCHEMA
-from vidssl.training.optim import OptimConfig, build_optimizer, clip_gradients, schedule, set_schedule
+from vidssl.training.optim import build_optimizer, clip_gradients, schedule, set_schedule
+from vidssl.training.schema import TrainConfig
 
 ROOT = Path(__file__).parents[2]
 METHODS = sorted(p.stem for p in (ROOT / "configs/method").glob("*.yaml"))
@@ -42,13 +37,13 @@ def own(method: str) -> dict[str, Any]:
     return yaml.safe_load((ROOT / f"configs/method/{method}.yaml").read_text())
 
 
-def small(method: str, *more: str) -> dict[str, Any]:
+def small(method: str, *more: str) -> TrainConfig:
     """The method's file at a tiny size: nothing but sizes and the start of its schedules is not the file's own."""
     model = own(method).get("model", {})
     fit = [f"data.frames={1 if model.get('tubelet') == 1 else 8}"]
     fit += ["model.levels=[0,1]"] if "levels" in model else []
     fit += ["method.context.warmup=[0,0]"] if "context" in own(method)["method"] else []
-    return config.load([str(ROOT / f"configs/method/{method}.yaml"), *RUN, *SMALL, *fit, *more], SCHEMA)
+    return load_config([str(ROOT / f"configs/method/{method}.yaml"), *RUN, *SMALL, *fit, *more], TrainConfig)
 
 
 def losses(method: str) -> list[float]:
@@ -57,14 +52,14 @@ def losses(method: str) -> list[float]:
         given = []
         if own(method)["method"]["target"]["kind"] == "teacher":
             larger = small("vjepa2_1", "model.dim=64", "model.heads=4", "run.seed=1")
-            objective = build_objective(larger)
-            found = to_checkpoint(objective, larger, objective.state_dict())
-            save_run_encoder(Path(folder), found, {"config": larger, "step": 0}, snapshot=False)
+            objective = larger.build_objective()
+            predictor = larger.method.predictor
+            found = to_checkpoint(objective, larger.encoder_arguments(), predictor, objective.state_dict())
+            save_run_encoder(Path(folder), found, {"config": to_tree(larger), "step": 0}, snapshot=False)
             given = [f"method.target.path={folder}"]
         cfg = small(method, *given)
-        objective = build_objective(cfg, load_teacher)
-        optim = config.build(cfg["optim"], OptimConfig)
-    optimizer, accelerator, frames = build_optimizer(objective, optim), Accelerator(), cfg["data"]["frames"]
+        objective, optim = cfg.build_objective(), cfg.optim
+    optimizer, accelerator, frames = build_optimizer(objective, optim), Accelerator(), cfg.data.frames
     noise = torch.randint(
         0, 256, (8, 3, 1, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
     )
@@ -104,12 +99,14 @@ def test_the_files_that_a_header_names_make_the_whole_recipe(method):
     named = re.findall(r"\b(?:model|data)/\w+\.yaml", header)
     assert sorted(name.split("/")[0] for name in named) == ["data", "model"]
     given = ["method.target.path=x"] if method == "vjepa2_1_distilled" else []
-    cfg = config.load([str(path), *(str(ROOT / "configs" / name) for name in named), *RUN, *given], SCHEMA)
-    size = cfg["augment"]["size"]
+    cfg = load_config(
+        [str(path), *(str(ROOT / "configs" / name) for name in named), *RUN, *given], TrainConfig
+    )
+    size = cfg.augment.arguments["size"]
     with torch.device("meta"):  # sizes only
-        encoder = config.build(cfg["model"], MODELS, frames=cfg["data"]["frames"], height=size, width=size)
-        config.build(cfg["method"]["predictor"], PREDICTORS, encoder=encoder, out=encoder.width)
-    mask = config.build(cfg["method"]["mask"], MASKS)
+        encoder = cfg.model.build(frames=cfg.data.frames, height=size, width=size)
+        cfg.method.predictor.build(encoder=encoder, out=encoder.width)
+    mask = cfg.method.mask.build()
     for m in mask(torch.empty(0), encoder.grid, KeyedRNG(0, 0, torch.arange(2))):
         assert 0 < m.context.shape[1] < encoder.grid.n and 0 < m.target.shape[2] < encoder.grid.n
 

@@ -1,12 +1,22 @@
-"""A wrong key, kind, type or file is one line that says where and what would be right."""
+"""config.py: valid configurations are typed and complete; a mistake is one line with file, key and remedy."""
 
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from dataclasses import dataclass, field
+from typing import Annotated, Literal, NamedTuple
 
 import pytest
 
-from vidssl import config
-from vidssl.config import Names, Part, Value
+from vidssl.config import (
+    Arguments,
+    Choice,
+    Names,
+    Spec,
+    differences,
+    from_tree,
+    load_config,
+    merge,
+    save,
+    to_tree,
+)
 from vidssl.core.errors import UserError
 
 
@@ -32,18 +42,32 @@ class Disc:
 class Run:
     out: Names
     steps: int = 3
+    exact: bool = False
 
 
-SCHEMA = {
-    "part": {"shape": Part({"shape": Shape, "disc": Disc}, ("width",))},
-    "run": Part(Run),
-    "name": Value(str, "x"),
-}
+@dataclass(frozen=True)
+class Part:
+    shape: Annotated[Spec, Choice({"shape": Shape, "disc": Disc}, given=("width",))]
+
+
+@dataclass(frozen=True)
+class Example:
+    part: Part
+    run: Run
+    name: str = "x"
+    tags: tuple[str, ...] = field(default_factory=tuple)
+
+
+@dataclass(frozen=True)
+class WithoutKind:
+    disc: Annotated[Spec, Arguments(Disc, given=("width",))]
 
 
 def write(tmp_path, name, text):
-    (tmp_path / name).write_text(text)
-    return str(tmp_path / name)
+    path = tmp_path / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return str(path)
 
 
 @pytest.fixture
@@ -51,32 +75,41 @@ def good(tmp_path):
     return write(tmp_path, "good.yaml", "part: {shape: {kind: shape, side: 3}}\nrun: {out: somewhere}\n")
 
 
-def test_defaults_are_filled_in_and_the_result_is_itself_a_configuration(good, tmp_path):
-    tree = config.load([good], SCHEMA)
-    assert tree["part"]["shape"] == {
-        "kind": "shape",
-        "side": 3,
-        "boxes": [[1, 0.5]],
-        "mode": "a",
-        "wide": None,
-    }
-    assert tree["run"] == {"out": ["somewhere"], "steps": 3}
-    config.save(tree, tmp_path / "resolved.yaml")
-    assert config.load([str(tmp_path / "resolved.yaml")], SCHEMA) == tree
-    built = config.build(tree["part"]["shape"], {"shape": Shape, "disc": Disc})
-    assert built == Shape(3, (Box(1, 0.5),))
+def test_defaults_are_filled_in_and_values_are_typed(good):
+    cfg = load_config([good, "part.shape.wide=2"], Example)
+    assert cfg.run == Run(["somewhere"], 3) and cfg.name == "x" and cfg.tags == ()
+    assert cfg.part.shape.build() == Shape(3, (Box(1, 0.5),), wide=2.0)
+    assert isinstance(cfg.part.shape.arguments["wide"], float)
+
+
+def test_the_saved_tree_is_itself_a_configuration(good, tmp_path):
+    cfg = load_config([good], Example)
+    tree = to_tree(cfg)
+    shape = {"kind": "shape", "side": 3, "boxes": [[1, 0.5]], "mode": "a", "wide": None}
+    assert tree["part"]["shape"] == shape
+    assert tree["run"] == {"out": ["somewhere"], "steps": 3, "exact": False}
+    save(tree, tmp_path / "resolved.yaml")
+    again = load_config([str(tmp_path / "resolved.yaml")], Example)
+    assert again == cfg and to_tree(again) == tree
+
+
+def test_a_stored_tree_gets_defaults_of_options_it_lacks():
+    tree = {"part": {"shape": {"kind": "shape", "side": 3}}, "run": {"out": ["a"]}}
+    assert from_tree(tree, Example, "old").run.steps == 3
+    with pytest.raises(UserError, match=r"old: run\.speed: unknown key"):
+        from_tree({**tree, "run": {"out": ["a"], "speed": 1}}, Example, "old")
 
 
 def test_command_line_overrides_files_in_any_place(good):
-    tree = config.load(["run.steps=7", good, "part.shape.boxes=[{count: 2, scale: 0.1}]", "name=y"], SCHEMA)
-    assert tree["run"]["steps"] == 7
-    assert tree["part"]["shape"]["boxes"] == [[2, 0.1]]
-    assert tree["name"] == "y"
+    cfg = load_config(["run.steps=7", good, "part.shape.boxes=[{count: 2, scale: 0.1}]", "name=y"], Example)
+    assert cfg.run.steps == 7 and cfg.name == "y"
+    assert cfg.part.shape.arguments["boxes"] == (Box(2, 0.1),)
 
 
 def test_given_arguments_reach_the_callable():
-    disc = config.build({"kind": "disc", "radius": 2.0}, {"disc": Disc}, width=4)
-    assert (disc.radius, disc.width) == (2.0, 4)
+    disc = load_config(["disc.radius=2"], WithoutKind).disc
+    assert disc.kind is None and disc.build(width=4).width == 4 and disc.build(width=4).radius == 2.0
+    assert to_tree(WithoutKind(disc)) == {"disc": {"radius": 2.0}}
 
 
 @pytest.mark.parametrize(
@@ -100,43 +133,73 @@ def test_given_arguments_reach_the_callable():
         ("part: 3", ["bad.yaml: part", "mapping"]),
         ("part: {shape: [1, 2}", ["bad.yaml", "line 1"]),
         ("- a\n- b", ["bad.yaml", "mapping"]),
+        ("watch: {every: 3}", ["bad.yaml: watch", "it is called online_probe now"]),
+        (
+            "part: {shape: {kind: disc, radius: 1}}\nrun: {skip_bad: 3}",
+            ["bad.yaml: run.skip_bad", "it is called run.max_consecutive_skips now"],
+        ),
     ],
 )
 def test_one_clear_line(text, words, tmp_path):
     bad = write(tmp_path, "bad.yaml", text)
     with pytest.raises(UserError) as e:
-        config.load([bad, "run.out=x"], SCHEMA)
+        load_config([bad, "run.out=x"], Example)
     message = str(e.value)
     assert "\n" not in message
     for word in words:
         assert word in message
 
 
+@pytest.mark.parametrize("value", ["true", "'3'", "3.0", "1e3", "null"])
+def test_integers_are_strict(value, good):
+    with pytest.raises(UserError, match=r"run\.steps.*valid integer.*expected int"):
+        load_config([good, f"run.steps={value}"], Example)
+
+
+@pytest.mark.parametrize("setting", ["run.exact=1", "part.shape.wide='2'", "part.shape.wide=true", "name=3"])
+def test_other_scalars_are_strict(setting, good):
+    with pytest.raises(UserError, match="should be a valid"):
+        load_config([good, setting], Example)
+
+
 def test_two_files_that_set_one_key(good, tmp_path):
     other = write(tmp_path, "other.yaml", "run: {steps: 4}\n")
     third = write(tmp_path, "third.yaml", "run: {steps: 5}\n")
-    assert config.load([good, other], SCHEMA)["run"]["steps"] == 4
+    assert load_config([good, other], Example).run.steps == 4
     with pytest.raises(UserError, match=r"third.yaml: 'run.steps' is already set by .*other.yaml"):
-        config.load([good, other, third], SCHEMA)
-    assert config.load([good, other, "run.steps=9"], SCHEMA)["run"]["steps"] == 9
+        load_config([good, other, third], Example)
+    assert load_config([good, other, "run.steps=9"], Example).run.steps == 9
+
+
+def test_a_path_may_contain_an_equals_sign(tmp_path, good):
+    path = write(tmp_path, "lr=1e-3/config.yaml", "run: {steps: 4}\n")
+    assert load_config([good, path], Example).run.steps == 4
+    with pytest.raises(UserError, match=r"runs/lr=2/config.yaml: no such file"):
+        load_config([good, "runs/lr=2/config.yaml"], Example)
+    assert load_config([good, "name=list.yaml"], Example).name == "list.yaml"
+
+
+def test_merge_says_where_each_key_was_set(good):
+    origin = merge([good, "run.steps=7"])[1]
+    assert origin["run.out"].is_file and origin["run.steps"] == ("run.steps=7", False)
 
 
 def test_wrong_arguments(good):
     with pytest.raises(UserError, match=r"nowhere.yaml: no such file"):
-        config.load(["nowhere.yaml"], SCHEMA)
+        load_config(["nowhere.yaml"], Example)
     with pytest.raises(UserError, match="neither"):
-        config.load([good, "steps"], SCHEMA)
+        load_config([good, "steps"], Example)
     with pytest.raises(UserError, match=r"'run.stepz=3'.*unknown key"):
-        config.load([good, "run.stepz=3"], SCHEMA)
+        load_config([good, "run.stepz=3"], Example)
 
 
-def test_what_may_differ_is_left_out_with_all_below_it():
+def test_ignored_differences_include_all_below_them():
     a, b = {"a": {"b": 1, "c": 2}, "ab": 1, "d": {"e": 1}}, {"a": {"b": 2}, "ab": 2, "d": {"e": 2}}
-    assert config.differences(a, b, ("a", "d.e")) == [("ab", 1, 2)]
+    assert differences(a, b, ("a", "d.e")) == [("ab", 1, 2)]
 
 
 def test_differences():
-    assert config.differences({"a": {"b": 1}, "c": 2}, {"a": {"b": 3}, "d": 4}) == [
+    assert differences({"a": {"b": 1}, "c": 2}, {"a": {"b": 3}, "d": 4}) == [
         ("a.b", 1, 3),
         ("c", 2, None),
         ("d", None, 4),

@@ -15,7 +15,7 @@ Fraction = Annotated[float, Field(gt=0, lt=1)]
 
 
 Fractions = Annotated[
-    tuple[Fraction, ...], BeforeValidator(lambda v: v if isinstance(v, list | tuple) else [v])
+    tuple[Fraction, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list | tuple) else (v,))
 ]
 
 

@@ -1,49 +1,55 @@
 """Builds the objective that a configuration describes."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 
-from vidssl import config
-from vidssl.core.errors import UserError
+from vidssl.config import Choice, Spec
 from vidssl.core.rng import KeyedRNG
 from vidssl.model.predictor import PREDICTORS, QUERIES
-from vidssl.model.vit import MODELS, Encoder
+from vidssl.model.vit import Encoder
 from vidssl.objective.masks import MASKS
 from vidssl.objective.objective import ERRORS, ContextLoss, Objective
 from vidssl.objective.targets import TARGETS
 
 
-def build_objective(cfg: dict[str, Any], load_teacher: Callable[[str], Encoder] | None = None) -> Objective:
-    """The method of a resolved configuration, with fresh weights drawn from run.seed.
+@dataclass(frozen=True)
+class MethodConfig:
+    """The `method` section: the parts of the formula (objective.py)."""
 
+    mask: Annotated[Spec, Choice(MASKS)]
+    target: Annotated[Spec, Choice(TARGETS, given=("encoder", "teacher"))]
+    query: Annotated[Spec, Choice(QUERIES, given=("width",))]
+    predictor: Annotated[Spec, Choice(PREDICTORS, given=("encoder", "out"))]
+    error: Annotated[Spec, Choice(ERRORS)]
+    context: ContextLoss
+
+
+def build_objective(
+    method: MethodConfig,
+    model: Spec,
+    frames: Sequence[int],
+    size: int,
+    seed: int,
+    load_teacher: Callable[[str], Encoder],
+) -> Objective:
+    """The method with fresh weights drawn from `seed`.
+
+    frames: of a clip of each stream; the first is the encoder's native one. size: pixels of a clip's side.
     load_teacher: reads the frozen encoder of method.target.kind=teacher from its path (pretrained.load.load_teacher).
     """
-    torch.manual_seed(cfg["run"]["seed"])
-    size = cfg["augment"]["size"]
-    method = cfg["method"]
-    encoder = config.build(cfg["model"], MODELS, frames=cfg["data"]["frames"], height=size, width=size)
-    given = {}
-    if method["target"]["kind"] == "teacher":
-        if load_teacher is None:
-            raise UserError("method.target.kind: a teacher needs a function that loads it")
-        given["teacher"] = load_teacher(method["target"]["path"])
-    target = config.build(method["target"], TARGETS, encoder=encoder, **given)
-    predictor = config.build(method["predictor"], PREDICTORS, encoder=encoder, out=target.width)
-    query = config.build(method["query"], QUERIES, width=predictor.width)
-    mask = config.build(method["mask"], MASKS)
-    error = config.build(method["error"], ERRORS)
-    context = config.build(method["context"], ContextLoss)
-    optim = cfg["optim"]
-    if target.encoder is not None and optim["schedule_steps"] and optim["momentum"][1] == 1:
-        raise UserError(
-            "optim.momentum: a momentum of 1 freezes the target, and with optim.schedule_steps the run goes on after it"
-        )
-    for stream in (
-        cfg["data"],
-        *cfg["data"]["extra_streams"],
-    ):  # raises if the grid is too small for the mask
-        blank = torch.zeros(1, 3, stream["frames"], size, size)
+    torch.manual_seed(seed)
+    encoder = model.build(frames=frames[0], height=size, width=size)
+    given = {"encoder": encoder}
+    if method.target.kind == "teacher":
+        given["teacher"] = load_teacher(method.target.arguments["path"])
+    target = method.target.build(**given)
+    predictor = method.predictor.build(encoder=encoder, out=target.width)
+    query = method.query.build(width=predictor.width)
+    mask = method.mask.build()
+    for count in frames:  # raises UserError if the grid of a stream is too small for the mask
+        blank = torch.zeros(1, 3, count, size, size)
         mask(blank, encoder.grid_of(blank), KeyedRNG(0, 0, torch.zeros(1, dtype=torch.int64)))
-    return Objective(encoder, mask, target, query, predictor, error, context)
+    return Objective(encoder, mask, target, query, predictor, method.error.build(), method.context)

@@ -6,43 +6,36 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from vidssl.config import Spec
 from vidssl.core.errors import UserError
 from vidssl.core.pixels import MEAN, STD
 from vidssl.model.grid import Grid
 from vidssl.model.positions import resize_table
+from vidssl.objective.build import MethodConfig
 from vidssl.objective.objective import Objective
 from vidssl.pretrained.files import native_header, save_native, save_weights
 from vidssl.pretrained.infer_config import Checkpoint, token_grid
-from vidssl.pretrained.load import read_checkpoint_file
-from vidssl.training.checkpoint import read_checkpoint
 
 
-def init_from_pretrained(objective: Objective, cfg: dict[str, Any]) -> None:
-    """Loads run.init into encoder, momentum encoder and (where the checkpoint has one) predictor. run.init names a run,
-    a published checkpoint, or a step checkpoint (RUN/checkpoints/step-00000100)."""
-    source = cfg["run"]["init"]
-    if (Path(source) / "state.json").is_file():
-        checkpoint = read_step_checkpoint(Path(source), objective)
-    else:
-        checkpoint = read_checkpoint_file(source)[0]
-    load_pretrained(objective, cfg, checkpoint, source)
+def load_pretrained(
+    objective: Objective, checkpoint: Checkpoint, model: Spec, method: MethodConfig, source: str
+) -> None:
+    """Loads a checkpoint into encoder, momentum encoder and (where the checkpoint has one) predictor.
 
-
-def load_pretrained(objective: Objective, cfg: dict[str, Any], checkpoint: Checkpoint, source: str) -> None:
-    """Loads the parts of a checkpoint into an objective. source: its name in error messages.
+    model, method: the configuration of the objective; source: the checkpoint's name in error messages.
 
     The configuration must describe the same networks: rotary and fixed positions, heads and epsilons leave no trace in
     the weights, so that wrong ones would load without an error. Only the native clip size may differ: learned positions
     are then interpolated, fixed and rotary ones are computed for the new size.
     """
-    check_same_options("model", checkpoint.model, cfg["model"], source)
+    check_same_options("model", checkpoint.model, model.arguments, source)
     online = checkpoint.online or checkpoint.encoder
     parts: list[tuple[nn.Module, dict[str, Tensor]]] = [(objective.encoder, online)]
     if objective.target.encoder is not None:
         parts.append((objective.target.encoder, checkpoint.encoder))
     if checkpoint.predictor is not None and checkpoint.query is not None:
-        check_same_options("method.predictor", checkpoint.predictor, cfg["method"]["predictor"], source)
-        groups = cfg["method"]["query"]["groups"]  # V-JEPA 2 has ten mask tokens and uses the first ones
+        check_same_options("method.predictor", checkpoint.predictor, method.predictor.arguments, source)
+        groups = method.query.arguments["groups"]  # V-JEPA 2 has ten mask tokens and uses the first ones
         parts.append((objective.predictor, checkpoint.predictor_weights))
         parts.append((objective.query, {"tokens": checkpoint.query[:groups]}))
     for module, weights in parts:
@@ -67,18 +60,6 @@ def resize_positions(weights: dict[str, Tensor], old: Grid, new: Grid) -> dict[s
     return weights
 
 
-def read_step_checkpoint(folder: Path, objective: Objective) -> Checkpoint:
-    """The weights of a pre-training run at the step of one of its checkpoints."""
-    try:
-        state = read_checkpoint(folder)
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise UserError(f"run.init: {folder}: cannot be read ({str(e).strip().splitlines()[0]})") from None
-    cfg = state["provenance"]["config"]
-    if "method" not in cfg:
-        raise UserError(f"run.init: {folder} is not of a pre-training run; give the run's folder")
-    return to_checkpoint(objective, cfg, state["model"])
-
-
 def check_same_options(section: str, stored: dict[str, Any], ours: dict[str, Any], source: str) -> None:
     """Raises UserError naming the key to change if `ours` describes another network than `stored`."""
     for key in stored.keys() & ours.keys():
@@ -88,27 +69,21 @@ def check_same_options(section: str, stored: dict[str, Any], ours: dict[str, Any
             raise UserError(f"run.init: {source} has {section}.{key}={a}, not {b}: set that")
 
 
-def encoder_arguments(cfg: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of Encoder from a run's resolved configuration, without those that matter in training only."""
-    size = cfg["augment"]["size"]
-    model = {k: v for k, v in cfg["model"].items() if k not in ("kind", "drop_path")}
-    return model | {"frames": cfg["data"]["frames"], "height": size, "width": size}
-
-
-def to_checkpoint(objective: Objective, cfg: dict[str, Any], state: dict[str, Tensor]) -> Checkpoint:
-    """The checkpoint of a run. cfg: its resolved configuration; state: the full state dict of the objective."""
+def to_checkpoint(
+    objective: Objective, model: dict[str, Any], predictor: Spec, state: dict[str, Tensor]
+) -> Checkpoint:
+    """The checkpoint of a run. model: arguments of its Encoder; state: the full state dict of the objective."""
 
     def part(name: str) -> dict[str, Tensor]:
         return {k.removeprefix(f"{name}."): v for k, v in state.items() if k.startswith(f"{name}.")}
 
     pixels = {"mean": list(MEAN), "std": list(STD)}
     momentum = part("target.encoder")
-    checkpoint = Checkpoint("vidssl", encoder_arguments(cfg), momentum or part("encoder"), pixels)
+    checkpoint = Checkpoint("vidssl", model, momentum or part("encoder"), pixels)
     if momentum:
         checkpoint.online = part("encoder")
-    predictor = dict(cfg["method"]["predictor"])
-    if predictor.pop("kind") == "joint":
-        checkpoint.predictor = {**predictor, "out": objective.target.width}
+    if predictor.kind == "joint":
+        checkpoint.predictor = {**predictor.arguments, "out": objective.target.width}
         checkpoint.predictor_weights = part("predictor")
         checkpoint.query = state["query.tokens"]
     return checkpoint

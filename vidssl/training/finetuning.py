@@ -10,9 +10,9 @@ from pydantic import Field
 from timm.data.mixup import Mixup, mixup_target
 from torch import Tensor, nn
 
-from vidssl import config
-from vidssl.config import Amount, Count, Names, Positive, Share, Size
+from vidssl.config import Amount, Arguments, Choice, Count, Names, Positive, Share, Size, Spec
 from vidssl.core.errors import UserError
+from vidssl.data.augment import AUGMENTS
 from vidssl.data.dataset import TrainClips
 from vidssl.data.loader import Batch
 from vidssl.data.order import Order
@@ -23,6 +23,7 @@ from vidssl.evaluation.tasks import Task, class_of, make_task
 from vidssl.model.heads import AttentiveHead, MeanHead
 from vidssl.model.vit import Encoder
 from vidssl.pretrained.load import LoadedEncoder, build_encoder
+from vidssl.training.optim import OptimConfig
 
 FINETUNE_HEADS = {"mean": MeanHead, "attentive": AttentiveHead}
 HEAD_INIT_SCALE = 0.001  # factor on the initial weights of the last layer (VideoMAE, run_class_finetuning.py)
@@ -73,6 +74,21 @@ class FinetuneEfficiency:
     peer_timeout_s: Count = 600  # seconds that a process waits for another one before it gives up
 
 
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig:
+    """All sections of vidssl/finetune.py."""
+
+    encoder: str  # a run folder, a file of ours, or a public checkpoint
+    out: str  # folder
+    random_init: bool = False  # the same encoder untrained, for comparison
+    data: FinetuneDataConfig
+    augment: Annotated[Spec, Choice(AUGMENTS, given=("size",))]
+    head: Annotated[Spec, Choice(FINETUNE_HEADS, given=("dim", "classes"))]
+    optim: Annotated[Spec, Arguments(OptimConfig, given=("warmup",))]
+    tune: TuneConfig
+    efficiency: FinetuneEfficiency
+
+
 def check_divisible(tune: TuneConfig, efficiency: FinetuneEfficiency, world: int) -> None:
     """Raises UserError if the batch cannot be divided evenly over lanes, processes and micro-batches."""
     clips = tune.batch * tune.repeat // world
@@ -102,7 +118,7 @@ class Classifier(nn.Module):
 
 
 def make_classifier(
-    loaded: LoadedEncoder, head: dict[str, Any], classes: int, tune: TuneConfig
+    loaded: LoadedEncoder, head: Spec, classes: int, tune: TuneConfig
 ) -> tuple[Classifier, dict[str, Any]]:
     """Returns the pretrained encoder under a new head, and the encoder's constructor arguments.
 
@@ -111,13 +127,13 @@ def make_classifier(
     """
     model = dict(loaded.metadata["model"])
     weights = loaded.encoder.state_dict()
-    if head["kind"] == "mean":
+    if head.kind == "mean":
         model["final_norm"] = False
         weights = {k: v for k, v in weights.items() if not k.startswith("norm.")}
     torch.manual_seed(tune.seed)
     encoder = build_encoder({**model, "drop_path": tune.drop_path})
     encoder.load_state_dict(weights)
-    new_head = config.build(head, FINETUNE_HEADS, dim=encoder.dim, classes=classes)
+    new_head = head.build(dim=encoder.dim, classes=classes)
     nn.init.trunc_normal_(new_head.linear.weight, std=0.02).data.mul_(HEAD_INIT_SCALE)
     nn.init.zeros_(new_head.linear.bias)
     return Classifier(encoder, new_head), model

@@ -9,10 +9,13 @@ from torch import Tensor
 from vidssl import config
 from vidssl.core.errors import UserError
 from vidssl.objective.objective import Objective
-from vidssl.pretrained.init import save_run_encoder, to_checkpoint
+from vidssl.pretrained.infer_config import Checkpoint
+from vidssl.pretrained.init import load_pretrained, save_run_encoder, to_checkpoint
+from vidssl.pretrained.load import read_checkpoint_file
 from vidssl.training.checkpoint import AsyncWriter, load_checkpoint, read_checkpoint, save_checkpoint
 from vidssl.training.distributed import Strategy
 from vidssl.training.loss_guard import LossGuard
+from vidssl.training.schema import TrainConfig
 
 
 class Resumable(Protocol):
@@ -127,7 +130,8 @@ class TrainState:
 
     def export(self, step: int, weights: dict[str, Tensor], snapshot: bool = False) -> None:
         """Writes encoder.safetensors and the files beside it. weights: the objective's state dict, unsharded."""
-        found = to_checkpoint(self.objective, self.provenance["config"], weights)
+        cfg = config.from_tree(self.provenance["config"], TrainConfig, "provenance")
+        found = to_checkpoint(self.objective, cfg.encoder_arguments(), cfg.method.predictor, weights)
         save_run_encoder(self.out, found, {**self.provenance, "step": step}, snapshot)
 
     def export_missing(self, step: int) -> None:
@@ -148,23 +152,51 @@ class TrainState:
             )
 
 
+def init_from_pretrained(objective: Objective, cfg: TrainConfig) -> None:
+    """Loads the weights of run.init: a run, a published checkpoint, or a step checkpoint (RUN/checkpoints/step-N)."""
+    source = str(cfg.run.init)
+    if (Path(source) / "state.json").is_file():
+        checkpoint = read_step_checkpoint(Path(source), objective)
+    else:
+        checkpoint = read_checkpoint_file(source)[0]
+    load_pretrained(objective, checkpoint, cfg.model, cfg.method, source)
+
+
+def read_step_checkpoint(folder: Path, objective: Objective) -> Checkpoint:
+    """The weights of a pre-training run at the step of one of its checkpoints."""
+    try:
+        state = read_checkpoint(folder)
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise UserError(f"run.init: {folder}: cannot be read ({str(e).strip().splitlines()[0]})") from None
+    tree = state["provenance"]["config"]
+    if "method" not in tree:
+        raise UserError(f"run.init: {folder} is not of a pre-training run; give the run's folder")
+    cfg = config.from_tree(tree, TrainConfig, str(folder))
+    return to_checkpoint(objective, cfg.encoder_arguments(), cfg.method.predictor, state["model"])
+
+
 def check_same_run(
-    state: dict[str, Any], provenance: dict[str, Any], steps: int, mutable: tuple[str, ...], out: Path
+    state: dict[str, Any],
+    provenance: dict[str, Any],
+    steps: int,
+    mutable: tuple[str, ...],
+    out: Path,
+    schema: type[Any] = TrainConfig,
 ) -> None:
     """Raises UserError unless a run with `provenance` may continue the checkpoint `state`.
 
-    Data and configuration must be the same, except for the keys in `mutable`; `steps` may not be exceeded already.
+    Data and configuration must be the same, except for the keys in `mutable`; `steps` may not be exceeded already. The
+    stored configuration is read by today's `schema`, so that options added since then have their defaults.
     """
     before = state["provenance"]
     if before["data"] != provenance["data"]:
         raise UserError(f"{out}: data.train is not what this run was started on (its index has another hash)")
     if state["step"] > steps:
         raise UserError(f"{out}: {state['step']} steps are done, more than run.steps {steps}")
+    then = without_paths(config.to_tree(config.from_tree(before["config"], schema, str(out))))
+    now = without_paths(provenance["config"])
     differing = [
-        f"{key} is {old!r} there, {new!r} here"
-        for key, old, new in config.differences(
-            without_paths(before["config"]), without_paths(provenance["config"]), mutable
-        )
+        f"{key} is {old!r} there, {new!r} here" for key, old, new in config.differences(then, now, mutable)
     ]
     if differing:
         raise UserError(

@@ -4,6 +4,8 @@ The crops themselves, and that they are functions of the generator, are tested i
 """
 
 import random
+from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 import pytest
@@ -12,13 +14,17 @@ from PIL import Image
 from timm.data.auto_augment import NAME_TO_OP
 from torchvision.transforms.v2 import functional as TF
 
-from vidssl import config
+from vidssl.config import Choice, Spec, load_config
 from vidssl.core.errors import UserError
 from vidssl.data.augment import AUGMENTS, ColorJitter, MultiScaleCrop, RandomCrop
 
 SIZE = 48
 NAME = "rand-m7-n4-mstd0.5-inc1"
-SCHEMA = {"augment": config.Part(AUGMENTS)}
+
+
+@dataclass(frozen=True)
+class Sections:
+    augment: Annotated[Spec, Choice(AUGMENTS)]
 
 
 def rng(seed: int = 0) -> np.random.Generator:
@@ -222,14 +228,13 @@ def test_the_options_read_from_a_configuration():
         f"augment.randaugment={NAME}",
         "augment.random_erasing=0.25",
     ]
-    tree = config.load([*files, "augment.colour={brightness: 0.4, grey: 0.2}"], SCHEMA)
-    built = config.build(tree["augment"], AUGMENTS)
+    built = load_config([*files, "augment.colour={brightness: 0.4, grey: 0.2}"], Sections).augment.build()
     want = RandomCrop(32, randaugment=NAME, random_erasing=0.25, colour=ColorJitter(brightness=0.4, grey=0.2))
-    assert built == want and config.load(files, SCHEMA)["augment"]["colour"] is None
+    assert built == want and load_config(files, Sections).augment.arguments["colour"] is None
     for bad, word in (
         ("colour={hue: 0.8}", "0.5"),
         ("colour={bright: 1}", "bright"),
         ("random_erasing_mode=black", "const"),
     ):
         with pytest.raises(UserError, match=word):
-            config.load([*files, f"augment.{bad}"], SCHEMA)
+            load_config([*files, f"augment.{bad}"], Sections)

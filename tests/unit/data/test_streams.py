@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from vidssl import config
-from vidssl.config import Part
+from vidssl.config import from_tree, load_config, to_tree
 from vidssl.core.errors import UserError
 from vidssl.core.pixels import normalise
 from vidssl.core.rng import KeyedRNG
@@ -20,9 +20,9 @@ from vidssl.data.augment import RandomCrop
 from vidssl.data.dataset import STREAM_STRIDE, DataConfig, ExtraStream, Streams, make_streams
 from vidssl.data.loader import Batch, train_steps
 from vidssl.data.shards import Shards
-from vidssl.objective.build import build_objective
 from vidssl.objective.masks import MASKS
-from vidssl.train import SCHEMA, forward_backward
+from vidssl.train import forward_backward
+from vidssl.training.schema import TrainConfig
 
 ROOT = Path(__file__).parents[3]
 FILES = ["configs/method/vjepa.yaml", "configs/model/vit_micro.yaml", "configs/data/quickstart.yaml"]
@@ -101,10 +101,15 @@ def test_equal_streams_are_drawn_independently(corpora):
     assert not keys[0].equal(keys[1])
 
 
+@dataclass(frozen=True)
+class Sections:
+    data: DataConfig
+
+
 def test_the_configuration_of_streams_is_strict(corpora):
     def load(*settings: str) -> DataConfig:
         base = ["data.train=x", "data.frames=4", "data.stride=2"]
-        return config.build(config.load([*base, *settings], {"data": Part(DataConfig)})["data"], DataConfig)
+        return load_config([*base, *settings], Sections).data
 
     got = load(
         "data.extra_streams=[{train: y, frames: 1, stride: 1, clips: 8, weights: [1]}]", "data.weights=[0.5]"
@@ -129,9 +134,9 @@ def test_the_configuration_of_streams_is_strict(corpora):
 # --- the step ---
 
 
-def tiny(further: str = "[]", *more: str) -> dict:
+def tiny(further: str = "[]", *more: str) -> TrainConfig:
     settings = ["data.train=x", "run.out=x", "run.batch=8", f"data.extra_streams={further}", *SMALL, *more]
-    return config.load([*FILES, *settings], SCHEMA)
+    return load_config([*FILES, *settings], TrainConfig)
 
 
 def batch_of(n: int, frames: int, first: int) -> Batch:
@@ -142,7 +147,7 @@ def batch_of(n: int, frames: int, first: int) -> Batch:
 
 @pytest.mark.parametrize("parts", [1, 2])
 def test_gradients_are_the_weighted_sum_over_the_streams(parts):
-    accelerator, objective = Accelerator(cpu=True), build_objective(tiny())
+    accelerator, objective = Accelerator(cpu=True), tiny().build_objective()
     batches = [batch_of(6, 8, 0), batch_of(2, 4, STREAM_STRIDE)]
     told = forward_backward(accelerator, objective, batches, seed=0, step=3, parts=parts)
     got = {name: p.grad.clone() for name, p in objective.named_parameters() if p.grad is not None}
@@ -161,9 +166,9 @@ def test_gradients_are_the_weighted_sum_over_the_streams(parts):
             assert torch.allclose(got[name], p.grad, rtol=1e-3, atol=1e-6), name
 
 
-@pytest.mark.parametrize("kind", ["tube", "blocks", "random", "multiblock"])
+@pytest.mark.parametrize("kind", ["tube", "multiblock_3d", "random", "multiblock_2d"])
 def test_masks_are_drawn_on_the_grid_of_each_stream(kind):
-    objective = build_objective(tiny("[{train: x, frames: 1, stride: 1, clips: 8}]"))
+    objective = tiny("[{train: x, frames: 1, stride: 1, clips: 8}]").build_objective()
     objective.mask = MASKS[kind]()
     for frames, slices in ((8, 4), (4, 2), (1, 1)):
         batch = batch_of(4, frames, STREAM_STRIDE)
@@ -178,11 +183,11 @@ def test_masks_are_drawn_on_the_grid_of_each_stream(kind):
 def test_a_stream_that_the_mask_or_the_model_cannot_take_is_found_before_training():
     image = "[{train: x, frames: 1, stride: 1, clips: 8}]"
     with pytest.raises(UserError, match="clip frames 1 is not a multiple"):
-        build_objective(tiny(image, "model.image_tokenizer=false"))
-    cfg = tiny(image)
-    cfg["method"]["mask"] = {"kind": "future", "visible": 0.5, "past": 2}
+        tiny(image, "model.image_tokenizer=false").build_objective()
+    tree = to_tree(tiny(image))
+    tree["method"]["mask"] = {"kind": "future", "visible": 0.5, "past": 2}
     with pytest.raises(UserError, match="two or more time slices, not an image"):
-        build_objective(cfg)
+        from_tree(tree, TrainConfig, "test").build_objective()
 
 
 def run(corpora: list[str], out: Path, processes: int) -> list[dict]:

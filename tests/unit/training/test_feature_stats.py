@@ -6,15 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from vidssl import config
+from vidssl.config import load_config
 from vidssl.core.pixels import normalise
 from vidssl.core.rng import KeyedRNG
 from vidssl.core.spectrum import alpha_req, rankme, singular_values
-from vidssl.objective.build import build_objective
 from vidssl.objective.targets import Ema, Target, level_norm
-from vidssl.train import SCHEMA
 from vidssl.training.feature_stats import FeatureStats, feature_statistics
-from vidssl.training.optim import OptimConfig, build_optimizer, schedule, set_schedule
+from vidssl.training.optim import build_optimizer, schedule, set_schedule
+from vidssl.training.schema import TrainConfig
 
 ROOT = Path(__file__).parents[3]
 STEPS, EVERY = 300, 50
@@ -101,9 +100,9 @@ def clips(step: int, n: int = 16) -> torch.Tensor:
 
 def train(collapsing: bool) -> tuple[list[dict], list[str], FeatureStats]:
     """Returns the rows with statistics, the collapse warnings, and the FeatureStats after the last step."""
-    cfg = config.load([*FILES, *SMALL], SCHEMA)
-    objective = build_objective(cfg)
-    optim = config.build(cfg["optim"], OptimConfig)
+    cfg = load_config([*FILES, *SMALL], TrainConfig)
+    objective = cfg.build_objective()
+    optim = cfg.optim
     if collapsing:
         objective.target = NoStopGradient(objective.encoder)
     optimizer = build_optimizer(objective, optim)

@@ -14,15 +14,13 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch import nn
 
-from vidssl import config, train
+from vidssl import train
+from vidssl.config import from_tree, load_config
 from vidssl.core.errors import UserError
 from vidssl.model.grid import Grid
 from vidssl.model.positions import resize_table
 from vidssl.model.vit import Block, TransformerStack
-from vidssl.objective.build import build_objective
-from vidssl.pretrained.init import init_from_pretrained
 from vidssl.pretrained.load import load_encoder
-from vidssl.train import SCHEMA
 from vidssl.training.checkpoint import load_checkpoint
 from vidssl.training.optim import (
     OptimConfig,
@@ -32,6 +30,8 @@ from vidssl.training.optim import (
     schedule,
     set_schedule,
 )
+from vidssl.training.schema import TrainConfig
+from vidssl.training.state import init_from_pretrained
 
 ROOT = Path(__file__).parents[3]
 GOLDEN = ROOT.parent / "shared" / "golden"
@@ -114,8 +114,8 @@ def test_published_v_jepa_ends_where_its_stretched_schedules_are_cut():
 
 
 def make(method: str, *more: str) -> tuple[nn.Module, OptimConfig]:
-    cfg = config.load([str(ROOT / f"configs/method/{method}.yaml"), *SMALL, *more], SCHEMA)
-    return build_objective(cfg), config.build(cfg["optim"], OptimConfig)
+    cfg = load_config([str(ROOT / f"configs/method/{method}.yaml"), *SMALL, *more], TrainConfig)
+    return cfg.build_objective(), cfg.optim
 
 
 def test_parameters_without_decay_are_biases_and_norms():
@@ -395,10 +395,12 @@ def test_other_runs_cannot_be_prolonged(synthetic_shards, tmp_path):
     run(synthetic_shards, tmp_path / "run", "run.steps=1")
     with pytest.raises(UserError, match=r"run\.steps is 1 there, 2 here"):
         run(synthetic_shards, tmp_path / "run", "run.steps=2")
-    with pytest.raises(UserError, match="a momentum of 1 freezes the target"):
+    with pytest.raises(UserError, match="a momentum of 1 freezes the target encoder"):
         still = ("optim.schedule_steps=2", "optim.final_lr=1e-4", "optim.momentum=[0.9,1]")
         run(synthetic_shards, tmp_path / "other", "run.steps=2", *still)
-    with pytest.raises(UserError, match=r"optim\.final_lr: with optim\.settle it is the rate that is kept"):
+    with pytest.raises(
+        UserError, match=r"optim\.final_lr: with optim\.schedule_steps it is the rate that is kept"
+    ):
         run(synthetic_shards, tmp_path / "other", "run.steps=2", "optim.schedule_steps=2")
 
 
@@ -411,9 +413,9 @@ def test_the_files_of_such_runs_go_with_a_published_method(file):
         else ["optim.warmup=0", "optim.decay=linear", "optim.final_lr=1e-6"]
     )
     files = [str(p) for p in (method, data, ROOT / f"configs/run/{file}.yaml")]
-    cfg = config.load([*files, "model.kind=vit_tiny", "data.train=x", *more], SCHEMA)
-    o = config.build(cfg["optim"], OptimConfig)
-    rates = [schedule(o, step, cfg["run"]["steps"])["lr"] for step in (60_000, cfg["run"]["steps"] - 1)]
+    cfg = load_config([*files, "model.kind=vit_tiny", "data.train=x", *more], TrainConfig)
+    o = cfg.optim
+    rates = [schedule(o, step, cfg.run.steps)["lr"] for step in (60_000, cfg.run.steps - 1)]
     assert rates == pytest.approx([2e-4, 2e-4] if file == "infinite" else [1e-6, 1e-6])
 
 
@@ -436,8 +438,9 @@ def test_a_branch_starts_from_a_run_or_one_of_its_checkpoints(step, infinite, sy
     state = load_checkpoint(tmp_path / "run" / "checkpoints")
     assert {float(of["step"]) for of in state["optimizer"]["state"].values()} == {2.0 + (step or 0)}
     assert {tuple(g["betas"]) for g in state["optimizer"]["param_groups"]} == {(0.9, 0.99)}
-    objective = build_objective(state["provenance"]["config"])
-    init_from_pretrained(objective, state["provenance"]["config"])
+    cfg = from_tree(state["provenance"]["config"], TrainConfig, "state")
+    objective = cfg.build_objective()
+    init_from_pretrained(objective, cfg)
     before = load_file(place / "model.safetensors")
     assert all(before[k].equal(v) for k, v in objective.state_dict().items())
 
@@ -449,8 +452,9 @@ def test_a_cooldown_goes_on_with_larger_and_longer_clips(positions, synthetic_sh
     where = tmp_path / "small" / "checkpoints" / "step-00000001"
     (row,) = run(synthetic_shards, tmp_path / "large", *kind, f"run.init={where}", frames=8, size=32)
     assert math.isfinite(row["loss"]) and row["lr"] > 0
-    cfg = load_checkpoint(tmp_path / "large" / "checkpoints")["provenance"]["config"]
-    objective, before = build_objective(cfg), load_file(where / "model.safetensors")
+    state = load_checkpoint(tmp_path / "large" / "checkpoints")
+    cfg = from_tree(state["provenance"]["config"], TrainConfig, "state")
+    objective, before = cfg.build_objective(), load_file(where / "model.safetensors")
     init_from_pretrained(objective, cfg)
     for name, value in objective.state_dict().items():
         if "positions." not in name:

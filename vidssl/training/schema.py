@@ -1,0 +1,99 @@
+"""The configuration of a pre-training run."""
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from vidssl.config import Choice, Count, Positive, Size, Spec
+from vidssl.core.errors import UserError
+from vidssl.data.augment import AUGMENTS
+from vidssl.data.dataset import DataConfig
+from vidssl.model.vit import MODELS
+from vidssl.objective.build import MethodConfig, build_objective
+from vidssl.objective.objective import Objective
+from vidssl.pretrained.load import NATIVE_SIZE_KEYS, load_teacher
+from vidssl.training.metrics_log import Tracker
+from vidssl.training.online_probe import OnlineProbeConfig
+from vidssl.training.optim import OptimConfig
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """The `run` section: what changes the result."""
+
+    out: str  # folder
+    steps: Count  # optimiser steps
+    batch: Count  # clips a step, over all processes
+    init: str | None = None  # a checkpoint to start from: a run folder, or a public one
+    seed: Size = 0
+    lanes: Count = 8  # a multiple of every number of processes that may be used
+    shuffle_window: Count = 4096  # samples that are shuffled among themselves in a lane
+    save_every: Count = 500  # steps between checkpoints
+    keep_last: Count = 2  # newest checkpoints kept
+    keep_every: Size = 0  # checkpoints at multiples of this number of steps are kept too; 0: none
+    snapshots: bool = (
+        False  # keep the encoder of every checkpoint, to evaluate it over the course of training
+    )
+    max_consecutive_skips: Size = 3  # skipped steps in a row before a rollback
+    max_rollbacks: Size = 2  # rollbacks to the last checkpoint before the run stops
+    loss_spike_std: Positive | None = (
+        None  # skip steps this many deviations above the recent mean; None: never
+    )
+    feature_stats_every: Count = 100  # steps between measurements of the features
+    stop_on_collapse: bool = False  # stop when the features have collapsed; else a collapse is only logged
+    trackers: tuple[Tracker, ...] = ()  # besides log.jsonl
+
+
+@dataclass(frozen=True)
+class EfficiencyConfig:
+    """The `efficiency` section: what changes only the speed (up to rounding)."""
+
+    workers: Size = 2  # loader processes for each training process
+    micro_batches: Count = (
+        1  # parts in which a process computes its share of the batch (gradient accumulation)
+    )
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the forward pass
+    compile: bool = (
+        False  # torch.compile the transformer blocks: needs a C++ compiler, and minutes at the start
+    )
+    fused: bool = True  # the optimiser's step is one kernel
+    activation_checkpointing: bool = False  # recompute the blocks' activations in the backward pass
+    decode_in_subprocess: bool = True  # a file that hangs or crashes a decoder then costs only itself
+    cache_mb: Size = 0  # decoded frames that each loader process may hold, in 2**20 bytes
+    tune_malloc: bool = (
+        True  # on CPUs, keep freed memory in the process instead of returning it to the system
+    )
+    threads: Count | None = None  # of torch on the CPU, for each process; None: torch's own choice
+    peer_timeout_s: Count = 600  # seconds that a process waits for another one before it gives up
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """All sections of vidssl/train.py."""
+
+    method: MethodConfig
+    model: Annotated[Spec, Choice(MODELS, NATIVE_SIZE_KEYS)]
+    data: DataConfig
+    augment: Annotated[Spec, Choice(AUGMENTS)]
+    optim: OptimConfig
+    run: RunConfig
+    online_probe: OnlineProbeConfig
+    efficiency: EfficiencyConfig
+
+    def __post_init__(self) -> None:
+        endless = self.method.target.kind == "ema" and self.optim.schedule_steps is not None
+        if endless and self.optim.momentum[1] == 1:
+            raise UserError(
+                "optim.momentum: a momentum of 1 freezes the target encoder, while a run with optim.schedule_steps goes on"
+            )
+
+    def build_objective(self) -> Objective:
+        """The method with fresh weights drawn from run.seed."""
+        frames = [stream.frames for stream in self.data.streams()]
+        size = self.augment.arguments["size"]
+        return build_objective(self.method, self.model, frames, size, self.run.seed, load_teacher)
+
+    def encoder_arguments(self) -> dict[str, Any]:
+        """Arguments of the run's Encoder for its file's header: all but what only training uses."""
+        model = {k: v for k, v in self.model.arguments.items() if k != "drop_path"}
+        size = self.augment.arguments["size"]
+        return model | {"frames": self.data.frames, "height": size, "width": size}
