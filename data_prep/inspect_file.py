@@ -48,7 +48,12 @@ def inspect_file(data: bytes, ext: str, decoder: str) -> Iterator[dict]:
     if ext in IMAGE_EXTENSIONS:
         yield meta_of(ImageVideo(data))
         return
-    truth = PyAVVideo(data)
+    with PyAVVideo(data) as truth:
+        yield from compare_decoders(data, truth, decoder)
+
+
+def compare_decoders(data: bytes, truth: PyAVVideo, decoder: str) -> Iterator[dict]:
+    """`inspect_file` for a video. truth: without meta, so that it counts frames."""
     meta = meta_of(truth)
     even = np.abs(truth.times - np.arange(len(truth)) / (meta["fps"] or 1.0)).max() < EVEN_S
     yield {**meta, "times": None if even else truth.times.round(6).tolist()}
@@ -96,15 +101,15 @@ def decodes_right(
     anchors i64 [k]: frame indices. frames: index -> true frame, thinned, for the anchors and their neighbours.
     """
     try:
-        video = open_with(data, meta)
-        if len(video) != len(truth) or np.abs(video.times - truth.times).max() > TIMES_S:
-            return False
-        requests = [[i] for i in anchors[::-1].tolist()] + [list(frames)]
-        return all(
-            is_frame(i, decoded, frames)
-            for indices in requests
-            for i, decoded in zip(indices, video.get(indices), strict=True)
-        )
+        with open_with(data, meta) as video:
+            if len(video) != len(truth) or np.abs(video.times - truth.times).max() > TIMES_S:
+                return False
+            requests = [[i] for i in anchors[::-1].tolist()] + [list(frames)]
+            return all(
+                is_frame(i, decoded, frames)
+                for indices in requests
+                for i, decoded in zip(indices, video.get(indices), strict=True)
+            )
     except DecodeError:
         return False
 

@@ -106,7 +106,7 @@ def grey(video: Any, indices: np.ndarray, side: int, alive: Heartbeat) -> np.nda
     """Frames at `indices`, as u8 [n,side,side]; decoded in one pass, one held at a time."""
     wanted, back = np.unique(indices, return_inverse=True)
     out = np.empty((len(wanted), side, side), np.uint8)
-    for i, frame in enumerate(video.each(wanted)):
+    for i, frame in enumerate(video.iter_frames(wanted)):
         out[i] = np.asarray(Image.fromarray(frame).convert("L").resize((side, side), Image.Resampling.BOX))
         if i % 32 == 0:
             alive()
@@ -115,10 +115,10 @@ def grey(video: Any, indices: np.ndarray, side: int, alive: Heartbeat) -> np.nda
 
 def fingerprint(data: bytes, ext: str, meta: dict | None, alive: Heartbeat = nothing) -> Fingerprint:
     """Look at the frame that is shown at 0, 1 / RATE, 2 / RATE, ... seconds. alive: called now and then."""
-    video = open_video(data, ext, meta)
-    alive()
-    when = np.arange(0.0, video.times[-1] + 1e-6, 1 / RATE)
-    pictures = grey(video, np.searchsorted(video.times, when + 1e-6, side="right") - 1, 32, alive)
+    with open_video(data, ext, meta) as video:
+        alive()
+        when = np.arange(0.0, video.times[-1] + 1e-6, 1 / RATE)
+        pictures = grey(video, np.searchsorted(video.times, when + 1e-6, side="right") - 1, 32, alive)
     keep = np.flatnonzero(pictures.std((1, 2)) >= FLAT)
     return Fingerprint(sha256(data).digest(), phash(pictures)[keep], keep.astype(np.int32))
 
@@ -185,11 +185,12 @@ class File(NamedTuple):
 def moving(file: File, start: float, end: float, alive: Heartbeat) -> tuple[float, np.ndarray]:
     """From the first frame after `start` to the last before `end` (seconds): its time, and 8x8 thumbnails f32 [n,64],
     FINE a second, linear in between those of the frames."""
-    video = open_video(*file)
-    indices = np.flatnonzero((video.times >= start) & (video.times <= end))
-    if len(indices) < 2:
-        return 0.0, np.zeros((0, 64), np.float32)
-    times, thumbs = video.times[indices], grey(video, indices, 8, alive).reshape(-1, 64).astype(np.float32)
+    with open_video(*file) as video:
+        indices = np.flatnonzero((video.times >= start) & (video.times <= end))
+        if len(indices) < 2:
+            return 0.0, np.zeros((0, 64), np.float32)
+        times = video.times[indices]
+        thumbs = grey(video, indices, 8, alive).reshape(-1, 64).astype(np.float32)
     when = np.arange(times[0], times[-1] + 1e-6, 1 / FINE)
     before = np.searchsorted(times, when, side="right").clip(1, len(times) - 1) - 1
     part = ((when - times[before]) / (times[before + 1] - times[before])).astype(np.float32)[:, None]

@@ -20,6 +20,7 @@ from data_prep.index import tar_samples
 from vidssl.core.errors import DecodeError, UserError, run_cli
 from vidssl.core.io import stream_sha256
 from vidssl.data.decoding import open_video
+from vidssl.data.decoding.image import ImageVideo
 from vidssl.data.decoding.pyav import PyAVVideo
 from vidssl.data.format import dumps, read_index, select_media, shard_table
 from vidssl.data.remote import ShardError, fetch, is_url, join, local, shown
@@ -83,10 +84,10 @@ def check_sample(tar_name: str, tar: BinaryIO, line: dict) -> Iterator[str]:
     tar.seek(line["offset"])
     data = tar.read(line["size"])
     try:
-        video = open_video(data, line["ext"], meta)
-        video.get([0, len(video) // 2, len(video) - 1])
-        whole = video if video.decoder == "image" else PyAVVideo(data)
-        real = dict(zip(FRAME_FACTS, (len(whole), *whole.size), strict=True))
+        with open_video(data, line["ext"], meta) as video:
+            video.get([0, len(video) // 2, len(video) - 1])
+        with ImageVideo(data) if video.decoder == "image" else PyAVVideo(data) as whole:
+            real = dict(zip(FRAME_FACTS, (len(whole), *whole.size), strict=True))
         if len(video) != len(whole):
             yield f"{where}: {video.decoder} sees {len(video)} frames, a full decode {len(whole)}"
         for fact in FRAME_FACTS:

@@ -63,8 +63,8 @@ class Damaged:
         meta = self.metas[number] if rng.uniform() < 0.5 else None
         self.on_decode()
         try:
-            video = open_video(data, file.suffix[1:], meta)
-            frames = video.get(sample_indices(video.times, 8, stride=2, start=rng.uniform()))
+            with open_video(data, file.suffix[1:], meta) as video:
+                frames = video.get(sample_indices(video.times, 8, stride=2, start=rng.uniform()))
         except DecodeError as e:
             return DecodeFailure(kind, e.reason)
         return Example(position, kind, -1, torch.from_numpy(frames), [])

@@ -1,7 +1,6 @@
 """What stands at a position of the training stream: a clip, after as many attempts as that takes."""
 
 import dataclasses
-import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -15,7 +14,7 @@ from torch.utils.data import Dataset
 from vidssl.config import Count, Names, Positive, Share
 from vidssl.core.errors import DecodeError, UserError
 from vidssl.data.augment import scale
-from vidssl.data.decoding import open_video, select_decoder
+from vidssl.data.decoding import check_decoder, open_video, select_decoder
 from vidssl.data.decoding.base import Decoder, Video
 from vidssl.data.order import Stream, batches, make_order
 from vidssl.data.sampling import Rule, repeated, repeated_positions, sample_several
@@ -90,7 +89,7 @@ class DataConfig:
         1  # clips of a video that is decoded once (repeated augmentation): of a batch so many show the same
     )
     short_side: Count | None = None  # pixels; larger frames are scaled to it when decoded; None: as stored
-    decoder: Decoder = "auto"  # see decoders.served_by
+    decoder: Decoder = "auto"  # see decoding.select_decoder
     max_decode_error_rate: Share = 0.05  # fraction of samples that may fail to decode before the run stops
     on_missing: Literal["error", "skip"] = (
         "error"  # a shard that is missing or changed; skip: its samples are bad
@@ -104,8 +103,6 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_rate("data", self.stride, self.fps)
-        if self.decoder == "torchcodec":
-            importlib.import_module("vidssl.data.decoding.torchcodec")  # says what is missing
 
     def streams(self) -> list["DataConfig"]:
         """Each stream as if it were the only one."""
@@ -140,6 +137,7 @@ class FrameCache:
     """Whole decoded videos of this process, up to `limit` bytes; what does not fit is decoded clip by clip."""
 
     def __init__(self, shards: Shards, short_side: int | None, limit: int, decoder: Decoder = "auto"):
+        check_decoder(decoder)
         self.shards, self.short_side, self.left, self.decoder = shards, short_side, limit, decoder
         self.on_decode: Callable[[], None] = do_nothing  # called when a sample's bytes have been read
         self.videos: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
@@ -161,16 +159,16 @@ class FrameCache:
     def _decode(
         self, sample: Sample, data: bytes, pick: Callable[[np.ndarray], np.ndarray], decoder: Decoder
     ) -> np.ndarray:
-        video = open_video(data, sample.ext, sample.meta, decoder)
-        size = len(video.times) * video.size[0] * video.size[1] * 3
-        if size <= WHOLE and self.left > 0:
+        with open_video(data, sample.ext, sample.meta, decoder) as video:
+            size = len(video) * video.size[0] * video.size[1] * 3
+            if size > WHOLE or self.left <= 0:
+                return scale(video.get(pick(video.times)), self.short_side)
             if self._keep((sample.shard, sample.offset), video):
                 frames, times = self.videos[sample.shard, sample.offset]
                 return frames[pick(times)]
-            video = open_video(
-                data, sample.ext, sample.meta, decoder
-            )  # anew: what failed once may go on failing
-        return scale(video.get(pick(video.times)), self.short_side)
+        # Opened again, because a decoder that failed once may go on failing.
+        with open_video(data, sample.ext, sample.meta, decoder) as video:
+            return scale(video.get(pick(video.times)), self.short_side)
 
     def _keep(self, place: tuple[int, int], video: Video) -> bool:
         """False if some frame does not decode: a clip of the others still may, as it would without a cache."""

@@ -82,9 +82,9 @@ class EvalClips(Dataset):
         try:
             data = self.shards.read(sample)
             self.on_decode()
-            video = open_video(data, sample.ext, sample.meta)
-            picks = [sample_indices(video.times, v.frames, v.stride, v.fps, starts[s]) for s in segments]
-            frames = video.get(np.concatenate(picks))
+            with open_video(data, sample.ext, sample.meta) as video:
+                picks = [sample_indices(video.times, v.frames, v.stride, v.fps, starts[s]) for s in segments]
+                frames = video.get(np.concatenate(picks))
         except DecodeError as e:
             return example, e.reason
         rng = np.random.default_rng(int.from_bytes(hashlib.sha256(sample.key.encode()).digest()[:8], "big"))

@@ -1,5 +1,12 @@
-"""Bytes -> frames: opens a video or picture with the decoder that is right for it."""
+"""Bytes -> frames: opens a video or an image with the decoder that is right for it.
 
+PyAV counts the frames that come out of the decoder, which is right for any file. decord and torchcodec count packets,
+which is wrong for some files, so they serve only files for which `data_prep.pack` has compared both.
+
+Frames are RGB, 8 bit, 0..255; alpha is dropped; non-square pixels stay as stored; HDR is converted without tone mapping.
+"""
+
+import importlib
 from typing import get_args
 
 from vidssl.core.errors import DecodeError
@@ -8,19 +15,29 @@ from vidssl.data.decoding.image import ImageVideo
 from vidssl.data.decoding.pyav import PyAVVideo
 
 
-def select_decoder(ext: str, meta: dict | None, decoder: Decoder) -> str:
-    """Which of image, decord, torchcodec and pyav opens a file. meta: what pack wrote beside it. `decoder`:
+def check_decoder(decoder: Decoder) -> None:
+    """Raises ValueError for an unknown decoder, UserError for one that is not installed."""
+    if decoder not in get_args(Decoder):
+        raise ValueError(f"decoder {decoder!r}: expected auto, decord or pyav, or torchcodec")
+    if decoder == "torchcodec":
+        importlib.import_module("vidssl.data.decoding.torchcodec")  # its UserError names what is missing
 
-    - "auto": PyAV, which seeks where pack found that to be right; decord where only that was;
-    - "decord": where pack found its frames to be right, and files that pack has not measured; else PyAV;
-    - "torchcodec": where pack found decord right (it does not mirror, and counts frames that an edit list hides);
+
+def select_decoder(ext: str, meta: dict | None, decoder: Decoder) -> str:
+    """Returns which of image, decord, torchcodec and pyav opens a file. meta: what pack recorded, or None.
+
+    decoder:
+    - "auto": PyAV, unless pack found PyAV's seeking wrong and decord right;
+    - "decord": decord for files that pack found it right for, and for files that pack has not measured; else PyAV;
+    - "torchcodec": for files that pack found decord right for (neither of the two mirrors frames, or counts the frames
+      that an edit list hides); else PyAV;
     - "pyav": PyAV.
     """
     if decoder not in get_args(Decoder):
         raise ValueError(f"decoder {decoder!r}: expected auto, decord or pyav, or torchcodec")
     if ext.lower().lstrip(".") in IMAGE_EXTENSIONS:
         return "image"
-    if meta is None or "frames" not in meta:  # written by others: nothing in it that was measured
+    if meta is None or "frames" not in meta:  # not measured by pack
         return "decord" if decoder == "decord" else "pyav"
     if decoder == "auto":
         return meta.get("decoder", "pyav")
@@ -28,24 +45,24 @@ def select_decoder(ext: str, meta: dict | None, decoder: Decoder) -> str:
 
 
 def open_video(data: bytes, ext: str, meta: dict | None = None, decoder: Decoder = "auto") -> Video:
-    """Open a video or image from memory. `ext` is without dot; for `meta` and `decoder` see `served_by`.
+    """Opens a video or an image from memory. ext: without dot. meta, decoder: see `select_decoder`.
 
-    With meta opening is cheap; without it the file is decoded once by PyAV to be sure of its frames. Raises DecodeError
-    with a reason for anything that does not decode.
+    Opening is cheap with meta; without, PyAV decodes the file once to count its frames. Raises DecodeError with a
+    reason for anything that does not decode, UserError if the decoder is not installed.
     """
-    kind = select_decoder(ext, meta, decoder)
+    selected = select_decoder(ext, meta, decoder)
     if not data:
         raise DecodeError("empty")
     if len(data) > MAX_BYTES:
         raise DecodeError("too_large", f"{len(data)} bytes")
-    if kind == "image":
+    if selected == "image":
         return ImageVideo(data)
     meta = meta if meta and "frames" in meta else None
-    if kind == "decord":
-        from vidssl.data.decoding.decord import DecordVideo  # it builds on this module
+    if selected == "decord":
+        from vidssl.data.decoding.decord import DecordVideo  # imports torch, which takes seconds
 
         return DecordVideo(data, meta)
-    if kind == "torchcodec" and meta is not None:
+    if selected == "torchcodec" and meta is not None:
         from vidssl.data.decoding.torchcodec import TorchCodecVideo  # an optional dependency
 
         return TorchCodecVideo(data, meta)

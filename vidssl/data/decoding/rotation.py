@@ -1,4 +1,4 @@
-"""Display matrices: how a player turns the frames of a video that was taken with a tilted camera."""
+"""Display matrices: how a player rotates and mirrors the frames of a video, for a camera that was held tilted."""
 
 import struct
 from typing import Any, NamedTuple
@@ -9,34 +9,42 @@ from av.sidedata.sidedata import Type
 
 
 class Rotation(NamedTuple):
-    """A display matrix with right angles: transpose if `swap`, then reverse rows and columns as asked."""
+    """A display matrix with right angles: transpose, then reverse rows and columns."""
 
-    swap: bool = False
-    rows: bool = False
-    columns: bool = False
+    transpose: bool = False
+    flip_rows: bool = False
+    flip_columns: bool = False
 
-    def __call__(self, frame: np.ndarray) -> np.ndarray:
-        """[H,W,3] as stored -> [H',W',3] as shown."""
-        frame = frame.transpose(1, 0, 2) if self.swap else frame
-        return frame[:: -1 if self.rows else 1, :: -1 if self.columns else 1]
+    def apply(self, frame: np.ndarray) -> np.ndarray:
+        """[H,W,C] as stored -> [H',W',C] as displayed."""
+        frame = frame.transpose(1, 0, 2) if self.transpose else frame
+        return frame[:: -1 if self.flip_rows else 1, :: -1 if self.flip_columns else 1]
+
+    def displayed_size(self, frame: av.VideoFrame) -> tuple[int, int]:
+        """(height, width) of a stored frame as displayed."""
+        return (frame.width, frame.height) if self.transpose else (frame.height, frame.width)
 
     @property
     def degrees(self) -> int:
-        """Clockwise rotation in the matrix, as FFmpeg reads it; a mirroring is not told."""
-        return (270 if self.rows else 90) if self.swap else (180 if self.columns else 0)
+        """Clockwise rotation in the matrix, as FFmpeg reads it; mirroring is not part of it."""
+        if self.transpose:
+            return 270 if self.flip_rows else 90
+        return 180 if self.flip_columns else 0
+
+
+QUARTER_TURNS = {  # counter-clockwise degrees, as PyAV gives them
+    90: Rotation(True, True, False),
+    180: Rotation(False, True, True),
+    270: Rotation(True, False, True),
+}
 
 
 def rotation_of(frame: av.VideoFrame) -> Rotation:
-    """How a player turns this frame: its display matrix (a, b, u, c, d, v, x, y, w), to the nearest right angle."""
+    """Returns the display matrix (a, b, u, c, d, v, x, y, w) of a frame, to the nearest right angle."""
     try:
         data: Any = frame.side_data.get(Type.DISPLAYMATRIX)  # type: ignore[call-overload]
-    except ValueError:  # PyAV cannot name some other side data of this frame, but it knows the angle
-        quarter = {
-            270: Rotation(True, False, True),
-            180: Rotation(False, True, True),
-            90: Rotation(True, True, False),
-        }
-        return quarter.get(frame.rotation % 360, Rotation())
+    except ValueError:  # PyAV has no name for some other side data of this frame, but knows the angle
+        return QUARTER_TURNS.get(frame.rotation % 360, Rotation())
     if data is None:
         return Rotation()
     a, b, _, c, d, *_ = struct.unpack("9i", bytes(data))
@@ -46,14 +54,15 @@ def rotation_of(frame: av.VideoFrame) -> Rotation:
 
 
 class RotationReader:
-    """`turn_of` the frames of one video, looked up anew when their angle changes: looking makes a reference cycle,
-    which keeps a frame's memory until some garbage collection."""
+    """`rotation_of` for the frames of one video, computed again only when the angle changes: reading side data makes a
+    reference cycle, which keeps the memory of the frame until a garbage collection."""
 
     def __init__(self) -> None:
         self._angle: int | None = None
-        self._turn = Rotation()
+        self._rotation = Rotation()
 
     def __call__(self, frame: av.VideoFrame) -> Rotation:
         if self._angle != frame.rotation:
-            self._angle, self._turn = frame.rotation, rotation_of(frame)
-        return self._turn
+            self._angle = frame.rotation
+            self._rotation = rotation_of(frame)
+        return self._rotation

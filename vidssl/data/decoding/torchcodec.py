@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from vidssl.core.errors import DecodeError, UserError
-from vidssl.data.decoding.base import Video, _line
+from vidssl.data.decoding.base import Video, error_line
 from vidssl.data.decoding.pyav import PyAVVideo
 
 try:
@@ -16,11 +16,11 @@ except (ImportError, OSError, RuntimeError) as e:  # the package, or FFmpeg's li
         "FFmpeg's shared libraries (4 to 8)"
     ) from None
 
-_ERRORS = (RuntimeError, ValueError, IndexError, StopIteration)
+ERRORS = (RuntimeError, ValueError, IndexError, StopIteration)
 
 
 class TorchCodecVideo(Video):
-    """Frames by torchcodec, on one thread; it applies the rotation itself, and reads all packets to number the frames.
+    """Frames by torchcodec, on one thread. torchcodec applies the rotation itself, and reads all packets to count frames.
 
     The times are those that PyAV finds in the packets.
     """
@@ -28,19 +28,23 @@ class TorchCodecVideo(Video):
     decoder = "torchcodec"
 
     def __init__(self, data: bytes, meta: dict):
-        packets = PyAVVideo(data, meta)
-        self.times, self.size, self.codec = packets.times, packets.size, packets.codec
+        with PyAVVideo(data, meta) as packets:
+            self.times = packets.times
+            self.size = packets.size
+            self.codec = packets.codec
         try:
             self._reader = VideoDecoder(data, num_ffmpeg_threads=1, dimension_order="NHWC", seek_mode="exact")
-        except _ERRORS as e:
-            raise DecodeError("decode_error", f"torchcodec: {_line(e)}") from e
-        if len(self._reader) != len(self):
-            raise DecodeError(
-                "decode_error", f"torchcodec counts {len(self._reader)} frames, packed were {len(self)}"
-            )
+        except ERRORS as e:
+            raise DecodeError("decode_error", f"torchcodec: {error_line(e)}") from e
+        frames = len(self._reader)
+        if frames != len(self):
+            raise DecodeError("decode_error", f"torchcodec counts {frames} frames, packed were {len(self)}")
 
-    def _frames(self, wanted: np.ndarray) -> Iterator[np.ndarray]:
+    def close(self) -> None:
+        self._reader = None
+
+    def _decode_frames(self, indices: np.ndarray) -> Iterator[np.ndarray]:
         try:
-            yield from self._reader.get_frames_at(wanted.tolist()).data.numpy()
-        except _ERRORS as e:
-            raise DecodeError("decode_error", f"torchcodec: {_line(e)}") from e
+            yield from self._reader.get_frames_at(indices.tolist()).data.numpy()
+        except ERRORS as e:
+            raise DecodeError("decode_error", f"torchcodec: {error_line(e)}") from e

@@ -204,8 +204,9 @@ def synthetic(truth: str, folder: Path, split: str) -> list[DenseSample]:
 def _read_synthetic(video: Path, truth: Path, what: str) -> tuple[np.ndarray, Any]:
     """Depth is a level: 1 for the nearest object, 2 for one behind another, 3 for the background. Key points are four
     spots fixed to each object; those that a nearer object hides are not seen; scale: the object's diameter."""
-    opened, t = open_video(video.read_bytes(), video.suffix[1:]), np.load(truth)
-    shown = opened.get(np.arange(len(opened.times)))
+    with open_video(video.read_bytes(), video.suffix[1:]) as opened:
+        shown = opened.get(np.arange(len(opened)))
+    t = np.load(truth)
     masks = (
         np.unpackbits(t["masks"], count=int(np.prod(t["masks_shape"]))).reshape(t["masks_shape"]).astype(bool)
     )

@@ -1,0 +1,117 @@
+"""The video stream of a file, opened with PyAV: one opener and one decoding loop for training and data preparation."""
+
+import errno
+from collections.abc import Container, Iterator
+from itertools import islice
+from typing import Any, BinaryIO
+
+import av
+from av.stream import Disposition
+
+from vidssl.core.errors import DecodeError
+from vidssl.data.decoding.base import MAX_FRAMES, check_length, check_size, error_line
+
+ERRORS = (av.FFmpegError, OSError, ValueError)  # ValueError: a seek before the start of a file in memory
+
+
+class VideoStream:
+    """The best video stream of a file, decoded on one thread. Damaged packets are skipped and counted.
+
+    rate: average frames per second, 0 if unknown. time_base: seconds per unit of a time stamp.
+    """
+
+    def __init__(self, file: BinaryIO):
+        self._file = file
+        self._container: Any = None
+        self.damaged_packets = 0
+        self._open()
+
+    def close(self) -> None:
+        """Closes the container; the file stays open."""
+        if self._container is not None:
+            self._container.close()
+            self._container = None
+
+    def _open(self) -> None:
+        self.close()
+        self._file.seek(0)
+        try:
+            self._container = av.open(self._file)
+        except ERRORS as e:
+            if is_disk_error(e):
+                raise
+            raise DecodeError("not_a_video", getattr(e, "strerror", None) or error_line(e)) from e
+        stream: Any = self._container.streams.best("video")
+        if stream is None or stream.disposition & Disposition.attached_pic:
+            raise DecodeError("no_video_stream")
+        context = stream.codec_context
+        if context is None:
+            raise DecodeError("no_decoder", "the codec is not built into FFmpeg")
+        check_size(context.width, context.height)
+        context.thread_count = 1  # loader workers and inspections are processes
+        self._stream = stream
+        self._at_start = True
+        self.codec = context.codec.canonical_name
+        self.rate = float(stream.average_rate or stream.guessed_rate or 0)
+        self.time_base = float(stream.time_base)
+
+    def rewind(self) -> None:
+        """Goes back to the first packet, by opening the file again: not every container seeks to its start."""
+        if not self._at_start:
+            self._open()
+
+    def seek(self, pts: int) -> None:
+        """Goes to the key frame at or before a time stamp; to the start if the container does not seek."""
+        try:
+            self._container.seek(pts, stream=self._stream, backward=True)
+            self._at_start = False
+        except av.FFmpegError:
+            self._open()
+
+    def packet_pts(self) -> list[int]:
+        """Returns the sorted time stamps of all packets to be displayed; reads the container, decodes nothing."""
+        self.rewind()
+        self._at_start = False
+        displayed = (
+            p.pts for p in self._container.demux(self._stream) if p.pts is not None and not p.is_discard
+        )
+        try:
+            pts = sorted(islice(displayed, MAX_FRAMES + 1))
+        except ERRORS as e:
+            if is_disk_error(e):
+                raise
+            pts = []  # decoding finds out what is wrong
+        check_length(len(pts))
+        return pts
+
+    def decode(self, only: Container[int] | None = None) -> Iterator[av.VideoFrame]:
+        """Yields every frame that decodes, from the present position to the end.
+
+        only: time stamps; a frame with another one is decoded only if further frames refer to it. With x264's default
+        B-frames that spares about half of the frames.
+        """
+        self._at_start = False
+        context = self._stream.codec_context
+        skip_frame = ""
+        try:
+            for packet in self._container.demux(self._stream):
+                skip = "DEFAULT" if only is None or packet.pts in only else "NONREF"
+                if skip != skip_frame:
+                    context.skip_frame = skip_frame = skip
+                try:
+                    frames = packet.decode()
+                except av.FFmpegError:
+                    self.damaged_packets += 1
+                    continue
+                for frame in frames:
+                    check_size(frame.width, frame.height)
+                    yield frame
+        except ERRORS as e:
+            if is_disk_error(e):
+                raise
+            self.damaged_packets += 1  # the container ends early; the frames before are valid
+
+
+def is_disk_error(e: Exception) -> bool:
+    """Whether the disk failed rather than the file: damage makes FFmpeg seek to positions that no file has (EINVAL)."""
+    return isinstance(e, OSError) and not isinstance(e, av.FFmpegError) and e.errno != errno.EINVAL
