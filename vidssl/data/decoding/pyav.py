@@ -1,6 +1,5 @@
 """Frames by PyAV, the decoder that is right for any file."""
 
-import gc
 import io
 import math
 from collections.abc import Iterator, Sequence
@@ -32,11 +31,17 @@ class PyAVVideo(Video):
         self._stream = VideoStream(io.BytesIO(data))
         self._reformat = VideoReformatter().reformat
         self._read_rotation = RotationReader()
-        self._pts: list[int] | None = (
-            None  # time stamp of each frame, if seeking by them gives the right frames
-        )
+        self._pts: list[int] | None = None  # of each frame, if seeking by time stamps gives the right frames
         self.codec = self._stream.codec
         self.rate = self._stream.rate
+        try:
+            self._index(meta)
+        except DecodeError:
+            self.close()
+            raise
+
+    def _index(self, meta: dict | None) -> None:
+        """Finds times and size, and whether frames can be sought by the time stamps of the packets."""
         if meta is None:
             self._decode_all()
             return
@@ -59,10 +64,7 @@ class PyAVVideo(Video):
         return self._stream.damaged_packets
 
     def close(self) -> None:
-        """Closes the container and collects young garbage: PyAV's containers and frames are in reference cycles, and
-        those that grow old would keep their memory for thousands of files."""
         self._stream.close()
-        gc.collect(1)
 
     def _decode_all(self) -> None:
         """Decodes the file once: times, size, rotation."""
