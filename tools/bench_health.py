@@ -18,7 +18,6 @@ from vidssl.config import load_config
 from vidssl.core.errors import run_cli
 from vidssl.core.pixels import normalise
 from vidssl.core.rng import KeyedRNG
-from vidssl.objective.targets import Ema
 from vidssl.training.feature_stats import FeatureStats
 from vidssl.training.optim import build_optimizer
 from vidssl.training.perf import count_flops
@@ -74,8 +73,7 @@ def main(argv: list[str]) -> None:
             optimizer.zero_grad()
             objective(normalise(u8), KeyedRNG(0, 0, torch.arange(a.batch, device=device)))["loss"].backward()
             optimizer.step()
-            if isinstance(objective.target, Ema):
-                objective.target.update(objective.encoder, 0.999)
+            objective.target.update(objective.encoder, 0.999)
 
         stats.add_clips(u8)
         (f, s), (fm, sm) = cost(step, a.steps), cost(lambda s=stats, o=objective: s.measure(o), a.steps)  # type: ignore[misc]

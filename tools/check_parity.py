@@ -217,7 +217,6 @@ def run(case: Case) -> None:
         warmup=int(h["warmup"] * h["iterations_per_epoch"]),
         weight_decay=h["wd"],
         final_weight_decay=h["final_wd"],
-        momentum=tuple(h["ema"]),
         betas=tuple(h["betas"]),
         eps=h["eps"],
         ipe_scale=h["ipe_scale"],
@@ -233,7 +232,7 @@ def run(case: Case) -> None:
         b = step % batches
         count = len([k for k in case.tensors if k.startswith(f"context_ids.{b}.")])
         masks.value = [case.ids(f"{b}.{i}") for i in range(count)]  # type: ignore[arg-type]
-        now = schedule(optim, step, steps)
+        now = schedule(optim, step, steps, tuple(h["ema"]))
         set_schedule(optimizer, now)
         optimizer.zero_grad()
         loss = objective(case[f"clips.{b}"], start(1))["loss"]
@@ -243,12 +242,12 @@ def run(case: Case) -> None:
             "grad_norm_predictor": [p.grad.norm() for m in (predictor, query) for p in m.parameters()],  # type: ignore[union-attr]
         }
         optimizer.step()
-        target.update(encoder, now["momentum"])
+        target.update(encoder, now["ema"])
         values = {
             "loss": loss.item(),
             "lr": now["lr"],
             "wd": now["weight_decay"],
-            "momentum": now["momentum"],
+            "momentum": now["ema"],
         }
         for key, value in {**values, **{k: torch.stack(v).norm().item() for k, v in norms.items()}}.items():
             trace[key].append(value)

@@ -14,7 +14,6 @@ from vidssl.config import load_config
 from vidssl.core.rng import KeyedRNG
 from vidssl.model.vit import MODELS, TransformerStack
 from vidssl.objective.objective import Objective
-from vidssl.objective.targets import Ema
 from vidssl.pretrained.export_hf import save_hf
 from vidssl.pretrained.init import to_checkpoint
 from vidssl.training.optim import build_optimizer
@@ -75,8 +74,7 @@ def ours(objective: Objective, cfg: TrainConfig, compiled: bool) -> Contender:
 
     def finish() -> None:
         optimizer.step()
-        if isinstance(objective.target, Ema):
-            objective.target.update(objective.encoder, MOMENTUM)
+        objective.target.update(objective.encoder, MOMENTUM)
 
     return Contender(lambda video, number: objective(video, draws(video, number))["loss"], finish, objective)
 

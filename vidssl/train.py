@@ -176,7 +176,7 @@ def main(argv: list[str]) -> None:
     )
     feature_stats = FeatureStats()
     mutable = RESUME_MUTABLE
-    if optim.endless(cfg.method.target.kind == "ema"):
+    if cfg.is_open_ended:
         mutable = (*RESUME_MUTABLE, "run.steps")
     resume = TrainState(
         strategy,
@@ -226,7 +226,7 @@ def main(argv: list[str]) -> None:
             waited = time.perf_counter() - clock
             # Anything else that draws random numbers depends on the step, too.
             torch.manual_seed(run.seed + step * world + rank)
-            now = schedule(optim, step, run.steps)
+            now = schedule(optim, step, run.steps, cfg.momentum)
             set_schedule(optimizer, now)
             optimizer.zero_grad()
             shape = tuple(b.video.shape for b in batches)
@@ -244,7 +244,7 @@ def main(argv: list[str]) -> None:
 
             if (why := guard.reason_to_skip(met)) is None:
                 strategy.step(optimizer)
-                objective.target.update(objective.encoder, now["momentum"])
+                objective.target.update(objective.encoder, now["ema"])
             else:
                 strategy.skip_step(optimizer)
             if log and why:

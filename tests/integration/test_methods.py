@@ -17,9 +17,9 @@ from accelerate import Accelerator
 from vidssl.config import load_config, to_tree
 from vidssl.core.pixels import normalise
 from vidssl.core.rng import KeyedRNG
-from vidssl.objective.targets import Ema
 from vidssl.pretrained.init import save_run_encoder, to_checkpoint
-from vidssl.training.optim import build_optimizer, clip_gradients, schedule, set_schedule
+from vidssl.training.distributed import Strategy
+from vidssl.training.optim import build_optimizer, schedule, set_schedule
 from vidssl.training.schema import TrainConfig
 
 ROOT = Path(__file__).parents[2]
@@ -59,22 +59,22 @@ def losses(method: str) -> list[float]:
             given = [f"method.target.path={folder}"]
         cfg = small(method, *given)
         objective, optim = cfg.build_objective(), cfg.optim
-    optimizer, accelerator, frames = build_optimizer(objective, optim), Accelerator(), cfg.data.frames
+    optimizer = build_optimizer(objective, optim)
+    strategy = Strategy(Accelerator())
     noise = torch.randint(
         0, 256, (8, 3, 1, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
     )
-    video = torch.cat([noise.roll(t, -1) for t in range(frames)], 2)
+    video = torch.cat([noise.roll(t, -1) for t in range(cfg.data.frames)], 2)
     out = []
     for step in range(STEPS):
-        now = schedule(optim, step, STEPS)
+        now = schedule(optim, step, STEPS, objective.target.momentum)
         set_schedule(optimizer, now)
         loss = objective(normalise(video), KeyedRNG(0, step, torch.arange(8) + 8 * step))["loss"]
         optimizer.zero_grad()
         loss.backward()
-        clip_gradients(accelerator, objective, optim, step)
+        strategy.clip(objective, optim, step)
         optimizer.step()
-        if isinstance(objective.target, Ema):
-            objective.target.update(objective.encoder, now["momentum"])
+        objective.target.update(objective.encoder, now["ema"])
         out.append(loss.item())
     return out
 

@@ -64,7 +64,7 @@ def test_the_run_folder(whole, synthetic_shards):
         "loss_0",
         "lr",
         "weight_decay",
-        "momentum",
+        "ema",
         "grad_norm",
         "clips_per_s",
         "wait",

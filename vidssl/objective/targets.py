@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from vidssl.config import Count
+from vidssl.config import Count, Share
 from vidssl.core.errors import UserError
 from vidssl.core.pixels import channel_statistics
 from vidssl.model.grid import patchify
@@ -20,11 +20,13 @@ class Target(nn.Module):
 
     encoder: Encoder | None
     width: int
+    momentum: tuple[float, float]  # of `update`, at the first and at the last step, linear between them
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, momentum: tuple[float, float] = (1.0, 1.0)):
         super().__init__()
         self.encoder = None
         self.width = width
+        self.momentum = momentum
 
     def update(self, encoder: Encoder, momentum: float) -> None:
         """Called after every optimiser step; a target without a momentum encoder does nothing."""
@@ -97,8 +99,8 @@ class Ema(Target):
 
     encoder: Encoder
 
-    def __init__(self, encoder: Encoder):
-        super().__init__(encoder.width)
+    def __init__(self, encoder: Encoder, momentum: tuple[Share, Share] = (0.998, 1.0)):
+        super().__init__(encoder.width, momentum)
         self.encoder = copy.deepcopy(encoder).requires_grad_(False)
         self.encoder.blocks.set_drop_path(0.0)
 

@@ -17,7 +17,6 @@ from torch import Tensor
 from vidssl.core.pixels import normalise
 from vidssl.core.spectrum import alpha_req, rankme, singular_values
 from vidssl.objective.objective import Objective
-from vidssl.objective.targets import Ema
 from vidssl.training.distributed import full_tensor, unsharded
 
 MIN_CLIPS, MAX_CLIPS = 8, 32  # clips that one measurement uses
@@ -116,7 +115,7 @@ class FeatureStats:
             target = objective.target(target_video)
         stats = feature_statistics(features, encoder.grid_of(video).t)
         stats["target_var"] = float(target.float().flatten(0, 1).var(0).mean())
-        if isinstance(objective.target, Ema):
+        if objective.target.encoder is not None:
             stats |= ema_drift(objective, target_video, features[::TARGET_CLIP_STRIDE])
         objective.train(was_training)
         self.baseline = self.baseline or stats

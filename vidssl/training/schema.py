@@ -80,11 +80,21 @@ class TrainConfig:
     efficiency: EfficiencyConfig
 
     def __post_init__(self) -> None:
-        endless = self.method.target.kind == "ema" and self.optim.schedule_steps is not None
-        if endless and self.optim.momentum[1] == 1:
+        target = self.method.target
+        if target.kind == "ema" and self.optim.schedule_steps is not None and self.momentum[1] == 1:
             raise UserError(
-                "optim.momentum: a momentum of 1 freezes the target encoder, while a run with optim.schedule_steps goes on"
+                "method.target.momentum: a momentum of 1 freezes the target encoder, while a run with optim.schedule_steps goes on"
             )
+
+    @property
+    def momentum(self) -> tuple[float, float]:
+        """Of the EMA target at the first and the last step; (1, 1) for targets that do not change."""
+        return self.method.target.arguments.get("momentum", (1.0, 1.0))
+
+    @property
+    def is_open_ended(self) -> bool:
+        """Whether no step depends on run.steps, so that a finished run can be continued with a larger one."""
+        return self.optim.is_open_ended(self.momentum)
 
     def build_objective(self) -> Objective:
         """The method with fresh weights drawn from run.seed."""

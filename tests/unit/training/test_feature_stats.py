@@ -10,7 +10,7 @@ from vidssl.config import load_config
 from vidssl.core.pixels import normalise
 from vidssl.core.rng import KeyedRNG
 from vidssl.core.spectrum import alpha_req, rankme, singular_values
-from vidssl.objective.targets import Ema, Target, level_norm
+from vidssl.objective.targets import Target, level_norm
 from vidssl.training.feature_stats import FeatureStats, feature_statistics
 from vidssl.training.optim import build_optimizer, schedule, set_schedule
 from vidssl.training.schema import TrainConfig
@@ -110,14 +110,13 @@ def train(collapsing: bool) -> tuple[list[dict], list[str], FeatureStats]:
     rows, warnings = [], []
     for step in range(STEPS):
         video = clips(step)
-        hparams = schedule(optim, step, STEPS)
+        hparams = schedule(optim, step, STEPS, objective.target.momentum)
         set_schedule(optimizer, hparams)
         loss = objective(normalise(video), KeyedRNG(0, step, torch.arange(16) + 16 * step))["loss"]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if isinstance(objective.target, Ema):
-            objective.target.update(objective.encoder, hparams["momentum"])
+        objective.target.update(objective.encoder, hparams["ema"])
         stats.add_clips(video)
         if (step + 1) % EVERY == 0 or step == 0:
             rows.append({"step": step + 1, "loss": loss.item(), **stats.measure(objective)})

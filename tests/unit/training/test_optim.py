@@ -22,10 +22,10 @@ from vidssl.model.positions import resize_table
 from vidssl.model.vit import Block, TransformerStack
 from vidssl.pretrained.load import load_encoder
 from vidssl.training.checkpoint import load_checkpoint
+from vidssl.training.distributed import Strategy
 from vidssl.training.optim import (
     OptimConfig,
     build_optimizer,
-    clip_gradients,
     is_token,
     schedule,
     set_schedule,
@@ -53,17 +53,17 @@ def test_schedules_are_those_of_the_reference_run():
         ipe_scale=h["ipe_scale"],
         weight_decay=h["wd"],
         final_weight_decay=h["final_wd"],
-        momentum=tuple(h["ema"]),
     )
+    momentum = tuple(h["ema"])
     steps = h["num_epochs"] * epoch
     assert steps == len(trace["trace.lr"]) == 20
-    now = [schedule(o, step, steps) for step in range(steps)]
-    for ours, theirs in (("lr", "trace.lr"), ("weight_decay", "trace.wd"), ("momentum", "trace.momentum")):
+    now = [schedule(o, step, steps, momentum) for step in range(steps)]
+    for ours, theirs in (("lr", "trace.lr"), ("weight_decay", "trace.wd"), ("ema", "trace.momentum")):
         assert [n[ours] for n in now] == pytest.approx(trace[theirs].tolist(), rel=1e-9), ours
 
 
 def test_schedules():
-    o = OptimConfig(**LR, weight_decay=0.04, final_weight_decay=0.4, momentum=(0.9, 1.0))
+    o = OptimConfig(**LR, weight_decay=0.04, final_weight_decay=0.4)
     assert schedule(o, 0, 110)["lr"] == pytest.approx(0.19)
     assert schedule(o, 8, 110)["lr"] == pytest.approx(0.91) and schedule(o, 9, 110)["lr"] == pytest.approx(
         1.0
@@ -72,7 +72,9 @@ def test_schedules():
     assert schedule(o, 109, 110)["lr"] == pytest.approx(0.2)
     assert schedule(o, 54, 110)["weight_decay"] == pytest.approx(0.22)
     assert schedule(o, 109, 110)["weight_decay"] == pytest.approx(0.4)
-    assert schedule(o, 0, 110)["momentum"] == 0.9 and schedule(o, 55, 110)["momentum"] == pytest.approx(0.95)
+    assert schedule(o, 0, 110)["ema"] == 1.0
+    assert schedule(o, 0, 110, (0.9, 1.0))["ema"] == 0.9
+    assert schedule(o, 55, 110, (0.9, 1.0))["ema"] == pytest.approx(0.95)
 
 
 def test_decay_of_the_learning_rate_after_the_warm_up():
@@ -92,10 +94,8 @@ def test_stretch_draws_the_schedules_longer_and_cuts_them(decay):
     o = {**LR, "decay": decay, "final_weight_decay": 0.4}
     for step in range(100):
         assert schedule(OptimConfig(**o, ipe_scale=1.25), step, 100) == schedule(OptimConfig(**o), step, 125)
-    over = schedule(
-        OptimConfig(**o, ipe_scale=0.5, momentum=(0.9, 1.0)), 99, 100
-    )  # done at half time; it stays there
-    assert over == pytest.approx({"lr": 0.2, "weight_decay": 0.4, "momentum": 1.0})
+    over = schedule(OptimConfig(**o, ipe_scale=0.5), 99, 100, (0.9, 1.0))  # constant after half of the steps
+    assert over == pytest.approx({"lr": 0.2, "weight_decay": 0.4, "ema": 1.0})
 
 
 def test_published_v_jepa_ends_where_its_stretched_schedules_are_cut():
@@ -107,10 +107,9 @@ def test_published_v_jepa_ends_where_its_stretched_schedules_are_cut():
         ipe_scale=1.25,
         weight_decay=0.04,
         final_weight_decay=0.4,
-        momentum=(0.998, 1.0),
     )
-    end = schedule(o, 90000 - 1, 90000)
-    assert end == pytest.approx({"lr": 7.5e-5, "weight_decay": 0.366, "momentum": 0.9996}, rel=0.01)
+    end = schedule(o, 90000 - 1, 90000, (0.998, 1.0))
+    assert end == pytest.approx({"lr": 7.5e-5, "weight_decay": 0.366, "ema": 0.9996}, rel=0.01)
 
 
 def make(method: str, *more: str) -> tuple[nn.Module, OptimConfig]:
@@ -195,19 +194,15 @@ def accelerator() -> Accelerator:
 )
 def test_clipping_together_or_each_and_from_a_step(accelerator, options, step, want):
     model = parts(*GIVEN)
-    norm = clip_gradients(accelerator, model, OptimConfig(lr=1.0, **options), step)
+    norm = Strategy(accelerator).clip(model, OptimConfig(lr=1.0, **options), step)
     assert float(norm) == pytest.approx(2536**0.5)  # of all, before clipping
     assert gradients(model) == pytest.approx(want, rel=1e-5)
 
 
 def test_clipping_finds_the_encoder_in_a_wrapped_model(accelerator):
     model = parts(*GIVEN)
-    clip_gradients(
-        accelerator,
-        nn.ModuleDict({"module": model}),
-        OptimConfig(lr=1.0, clip_grad=10.0, clip_per_module=True),
-        0,
-    )
+    wrapped = nn.ModuleDict({"module": model})
+    Strategy(accelerator).clip(wrapped, OptimConfig(lr=1.0, clip_grad=10.0, clip_per_module=True), 0)
     assert gradients(model) == pytest.approx([6, 8, 4, 4, 2], rel=1e-5)
 
 
@@ -215,7 +210,7 @@ def test_clipping_finds_the_encoder_in_a_wrapped_model(accelerator):
 def test_the_scale_of_fp16_is_undone_once_a_step(accelerator, each, monkeypatch):
     calls = []
     monkeypatch.setattr(accelerator, "unscale_gradients", lambda: calls.append(1))
-    clip_gradients(accelerator, parts(*GIVEN), OptimConfig(lr=1.0, clip_grad=1.0, clip_per_module=each), 0)
+    Strategy(accelerator).clip(parts(*GIVEN), OptimConfig(lr=1.0, clip_grad=1.0, clip_per_module=each), 0)
     assert calls == [1]
 
 
@@ -225,20 +220,19 @@ INFINITE = {
     "warmup": 10,
     "schedule_steps": 40,
     "final_weight_decay": 0.4,
-    "momentum": (0.9, 0.99),
 }
 
 
 def test_an_infinite_run_settles_and_does_not_know_its_length():
     o = OptimConfig(**INFINITE)
-    rows = [schedule(o, step, 60) for step in range(200)]
-    assert rows == [schedule(o, step, 10**6) for step in range(200)]
+    rows = [schedule(o, step, 60, (0.9, 0.99)) for step in range(200)]
+    assert rows == [schedule(o, step, 10**6, (0.9, 0.99)) for step in range(200)]
     assert (
         rows[9]["lr"] == 1.0
         and rows[29]["lr"] == pytest.approx(0.55)
         and rows[49]["lr"] == pytest.approx(0.1)
     )
-    assert all(row == pytest.approx({"lr": 0.1, "weight_decay": 0.4, "momentum": 0.99}) for row in rows[50:])
+    assert all(row == pytest.approx({"lr": 0.1, "weight_decay": 0.4, "ema": 0.99}) for row in rows[50:])
 
 
 def test_an_annealing_branch_starts_at_the_constant_rate_and_ends_where_it_should():
@@ -253,21 +247,19 @@ def test_an_annealing_branch_starts_at_the_constant_rate_and_ends_where_it_shoul
 @pytest.mark.parametrize(
     "options, momentum, want",
     [
-        ({}, True, False),
-        ({"decay": "linear"}, False, False),
-        ({"decay": "constant"}, True, False),  # the momentum goes from 0.998 to 1 over run.steps
-        ({"decay": "constant"}, False, True),
-        ({"decay": "constant", "momentum": (0.99, 0.99)}, True, True),
-        ({"decay": "constant", "final_weight_decay": 0.4}, False, False),
-        ({"schedule_steps": 40, "final_weight_decay": 0.4}, True, True),
+        ({}, (0.998, 1.0), False),
+        ({"decay": "linear"}, (1.0, 1.0), False),
+        ({"decay": "constant"}, (0.998, 1.0), False),
+        ({"decay": "constant"}, (1.0, 1.0), True),
+        ({"decay": "constant"}, (0.99, 0.99), True),
+        ({"decay": "constant", "final_weight_decay": 0.4}, (1.0, 1.0), False),
+        ({"schedule_steps": 40, "final_weight_decay": 0.4}, (0.998, 0.999), True),
     ],
 )
 def test_what_may_be_prolonged_does_not_depend_on_the_length(options, momentum, want):
     o = OptimConfig(lr=1.0, final_lr=0.1, warmup=5, **options)
-    assert o.endless(momentum) == want
-    rows = [[schedule(o, step, steps) for step in range(50)] for steps in (50, 80)]
-    for row in () if momentum else rows[0] + rows[1]:
-        del row["momentum"]
+    assert o.is_open_ended(momentum) == want
+    rows = [[schedule(o, step, steps, momentum) for step in range(50)] for steps in (50, 80)]
     assert (rows[0] == rows[1]) == want
 
 
@@ -355,7 +347,7 @@ TINY += [
     "optim.warmup=1",
     "augment.kind=random_crop",
 ]
-HELD = ["optim.lr=2e-3", "optim.final_lr=1e-3", "optim.schedule_steps=2", "optim.momentum=[0.9,0.99]"]
+HELD = ["optim.lr=2e-3", "optim.final_lr=1e-3", "optim.schedule_steps=2", "method.target.momentum=[0.9,0.99]"]
 
 
 def run(shards: Path, out: Path, *more: str, frames: int = 4, size: int = 16) -> list[dict]:
@@ -383,7 +375,7 @@ def test_a_prolonged_infinite_run_is_the_long_one(infinite, synthetic_shards, tm
     whole = run(synthetic_shards, tmp_path / "whole", *HELD, "run.steps=6")
     shutil.copytree(infinite, tmp_path / "run")
     longer = run(synthetic_shards, tmp_path / "run", *HELD, "run.steps=6")
-    for key in ("loss", "lr", "momentum", "weight_decay", "keys"):
+    for key in ("loss", "lr", "ema", "weight_decay", "keys"):
         assert [r[key] for r in longer] == [r[key] for r in whole], key
     a, b = (load_file(tmp_path / name / "encoder.safetensors") for name in ("whole", "run"))
     assert all(a[k].equal(b[k]) for k in a)
@@ -396,11 +388,9 @@ def test_other_runs_cannot_be_prolonged(synthetic_shards, tmp_path):
     with pytest.raises(UserError, match=r"run\.steps is 1 there, 2 here"):
         run(synthetic_shards, tmp_path / "run", "run.steps=2")
     with pytest.raises(UserError, match="a momentum of 1 freezes the target encoder"):
-        still = ("optim.schedule_steps=2", "optim.final_lr=1e-4", "optim.momentum=[0.9,1]")
+        still = ("optim.schedule_steps=2", "optim.final_lr=1e-4", "method.target.momentum=[0.9,1]")
         run(synthetic_shards, tmp_path / "other", "run.steps=2", *still)
-    with pytest.raises(
-        UserError, match=r"optim\.final_lr: with optim\.schedule_steps it is the rate that is kept"
-    ):
+    with pytest.raises(UserError, match=r"optim\.final_lr: with optim\.schedule_steps training goes on"):
         run(synthetic_shards, tmp_path / "other", "run.steps=2", "optim.schedule_steps=2")
 
 
@@ -432,7 +422,7 @@ def test_a_branch_starts_from_a_run_or_one_of_its_checkpoints(step, infinite, sy
         "optim.warmup=0",
         "run.steps=2",
     ]
-    fall += ["optim.momentum=[0.99,0.99]", "optim.betas=[0.9,0.99]"]
+    fall += ["method.target.momentum=[0.99,0.99]", "optim.betas=[0.9,0.99]"]
     rows = run(synthetic_shards, tmp_path / "run", *fall, f"run.init={where}")
     assert [r["lr"] for r in rows] == pytest.approx([1e-4, 1e-5])
     state = load_checkpoint(tmp_path / "run" / "checkpoints")
