@@ -185,11 +185,12 @@ def main(argv: list[str]) -> None:
         guard,
         out,
         about,
+        TrainConfig,
         run.steps,
         mutable,
         run.keep_last,
         run.keep_every,
-        run.snapshots,
+        snapshots=run.snapshots,
         feature_stats=feature_stats,
     )
     start = resume.restore()

@@ -140,7 +140,7 @@ def read_checkpoint(place: Path) -> dict[str, Any]:
         except SafetensorError as e:
             raise ValueError(f"{path.name}: {e}") from None
     state["optimizer"] = unflatten_optimizer(state["optimizer"], state.pop("groups"))
-    if not {"step", "guard", "feature_stats", "scaler", "provenance"} <= state.keys():
+    if not {"step", "guard", "scaler", "provenance"} <= state.keys():
         raise ValueError("not a checkpoint of vidssl")
     return state
 

@@ -1,7 +1,8 @@
 """Parts of fine-tuning: configuration, classifier, train/held-out/test splits, labelled clips, mixup."""
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, NamedTuple
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,10 +21,14 @@ from vidssl.data.shards import Sample, Shards
 from vidssl.evaluation.evaluate import check_disjoint, groups_of
 from vidssl.evaluation.splits import label_sets, labelled, split_by_group
 from vidssl.evaluation.tasks import Task, class_of, make_task
-from vidssl.model.heads import AttentiveHead, MeanHead
-from vidssl.model.vit import Encoder
+from vidssl.model.heads import HEAD_EPS, AttentiveHead, MeanHead
+from vidssl.model.vit import LAYER_NORM_EPS, Encoder
+from vidssl.pretrained.files import save_native
+from vidssl.pretrained.infer_config import Checkpoint
 from vidssl.pretrained.load import LoadedEncoder, build_encoder
+from vidssl.training.metrics_log import Tracker
 from vidssl.training.optim import OptimConfig
+from vidssl.training.schema import EfficiencyConfig
 
 FINETUNE_HEADS = {"mean": MeanHead, "attentive": AttentiveHead}
 HEAD_INIT_SCALE = 0.001  # factor on the initial weights of the last layer (VideoMAE, run_class_finetuning.py)
@@ -57,21 +62,14 @@ class TuneConfig:
     segments: Count = 5  # clips per test video, evenly spaced
     crops: Count = 3  # square crops per test clip
     allow_unreadable: bool = False  # count an unreadable test video as wrong and list it, instead of an error
+    max_consecutive_skips: Size = 3  # skipped steps in a row before a rollback
+    max_rollbacks: Size = 2  # rollbacks to the last checkpoint before the run stops
+    loss_spike_std: Positive | None = (
+        None  # skip steps this many deviations above the recent mean; None: never
+    )
+    trackers: tuple[Tracker, ...] = ()  # besides log.jsonl
     lanes: Count = 8  # a multiple of every number of processes that may be used
     seed: Size = 0
-
-
-@dataclass(frozen=True)
-class FinetuneEfficiency:
-    """The `efficiency` section: options that change only the speed (up to rounding)."""
-
-    workers: Size = 2  # loader processes per training process
-    micro_batches: Count = 1  # gradient accumulation steps
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    activation_checkpointing: bool = False  # recompute activations in the backward pass
-    decode_in_subprocess: bool = True
-    eval_batch: Count = 16  # clips per forward pass in evaluation
-    peer_timeout_s: Count = 600  # seconds that a process waits for another one before it gives up
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,10 +84,25 @@ class FinetuneConfig:
     head: Annotated[Spec, Choice(FINETUNE_HEADS, given=("dim", "classes"))]
     optim: Annotated[Spec, Arguments(OptimConfig, given=("warmup",))]
     tune: TuneConfig
-    efficiency: FinetuneEfficiency
+    efficiency: EfficiencyConfig
 
 
-def check_divisible(tune: TuneConfig, efficiency: FinetuneEfficiency, world: int) -> None:
+# Keys that may change when a run is continued. Of data the hashes are compared.
+RESUME_MUTABLE = (
+    "out",
+    "data.train",
+    "data.test",
+    "data.max_decode_error_rate",
+    "tune.allow_unreadable",
+    "tune.max_consecutive_skips",
+    "tune.max_rollbacks",
+    "tune.loss_spike_std",
+    "tune.trackers",
+    "efficiency",
+)
+
+
+def check_divisible(tune: TuneConfig, efficiency: EfficiencyConfig, world: int) -> None:
     """Raises UserError if the batch cannot be divided evenly over lanes, processes and micro-batches."""
     clips = tune.batch * tune.repeat // world
     for what, n, divisor_name, divisor in (
@@ -106,37 +119,53 @@ def check_divisible(tune: TuneConfig, efficiency: FinetuneEfficiency, world: int
 
 
 class Classifier(nn.Module):
-    """video f32 [B, 3, T, H, W] -> logits [B, C]."""
+    """Maps video f32 [B, 3, T, H, W] to logits [B, C]. arguments: constructor arguments of the encoder."""
 
-    def __init__(self, encoder: Encoder, head: MeanHead | AttentiveHead):
+    def __init__(self, encoder: Encoder, head: MeanHead | AttentiveHead, arguments: dict[str, Any]):
         super().__init__()
         self.encoder: Encoder = encoder
         self.head: MeanHead | AttentiveHead = head
+        self.arguments = arguments
 
     def forward(self, video: Tensor) -> Tensor:
         return self.head(self.encoder(video))
 
 
-def make_classifier(
-    loaded: LoadedEncoder, head: Spec, classes: int, tune: TuneConfig
-) -> tuple[Classifier, dict[str, Any]]:
-    """Returns the pretrained encoder under a new head, and the encoder's constructor arguments.
+def make_classifier(loaded: LoadedEncoder, head: Spec, classes: int, tune: TuneConfig) -> Classifier:
+    """Returns the pretrained encoder under a new head.
 
     A mean head has its own LayerNorm, which replaces the encoder's final one (VideoMAE,
     modeling_finetune.py).
     """
-    model = dict(loaded.metadata["model"])
+    arguments = dict(loaded.metadata["model"])
     weights = loaded.encoder.state_dict()
     if head.kind == "mean":
-        model["final_norm"] = False
+        arguments["final_norm"] = False
         weights = {k: v for k, v in weights.items() if not k.startswith("norm.")}
     torch.manual_seed(tune.seed)
-    encoder = build_encoder({**model, "drop_path": tune.drop_path})
+    encoder = build_encoder({**arguments, "drop_path": tune.drop_path})
     encoder.load_state_dict(weights)
     new_head = head.build(dim=encoder.dim, classes=classes)
     nn.init.trunc_normal_(new_head.linear.weight, std=0.02).data.mul_(HEAD_INIT_SCALE)
     nn.init.zeros_(new_head.linear.bias)
-    return Classifier(encoder, new_head), model
+    return Classifier(encoder, new_head, arguments)
+
+
+def export_classifier(
+    out: Path, classifier: Classifier, loaded: LoadedEncoder, metadata: dict[str, Any]
+) -> None:
+    """Writes encoder.safetensors and head.safetensors, for a probe, another fine-tuning or a conversion.
+
+    loaded: the encoder that was fine-tuned.
+    """
+    weights = classifier.encoder.state_dict()
+    checkpoint = Checkpoint("vidssl", classifier.arguments, weights, loaded.metadata["pixels"])
+    checkpoint.head = classifier.head.state_dict()
+    checkpoint.head_eps = LAYER_NORM_EPS
+    if isinstance(classifier.head, AttentiveHead):
+        checkpoint.head_heads = classifier.head.xattn.heads
+        checkpoint.head_eps = HEAD_EPS
+    save_native(out, checkpoint, metadata)
 
 
 class SubsetOrder:

@@ -96,9 +96,10 @@ class OnlineProbe:
         self.task, *labels = make_task(label_set, classes, samples["train"], samples["test"], "class")
         self.parts: dict[str, LabelledClipSet] = {}
         for part, part_labels in zip(shards, labels, strict=True):
-            clips: Dataset = EvalClips(shards[part], samples[part], view, 1)
+            eval_clips = EvalClips(shards[part], samples[part], view, 1)
+            clips: Dataset = eval_clips
             if isolate:
-                clips = IsolatedEvalClips(clips, data.decode_timeout_s, data.memory_mb << 20)
+                clips = IsolatedEvalClips(eval_clips, data.decode_timeout_s, data.memory_mb << 20)
             decoded = decode_all(clips, part_labels, workers, decodes, barrier)
             if decodes and not decoded.labels:
                 folders = ", ".join(shards[part].folders)

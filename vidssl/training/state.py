@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from vidssl import config
 from vidssl.core.errors import UserError
@@ -26,38 +26,38 @@ class Resumable(Protocol):
     def load(self, state: Any) -> None: ...
 
 
-class TrainState:
+class RunState:
     """Weights, optimizer, scaler, loss guard and further parts of a run, and the folder of its checkpoints."""
 
     def __init__(
         self,
         strategy: Strategy,
-        objective: Objective,
+        model: nn.Module,
         optimizer: Any,
         guard: LossGuard,
         out: Path,
         provenance: dict[str, Any],
+        schema: type[Any],
         steps: int,
         mutable: tuple[str, ...],
         keep_last: int = 2,
         keep_every: int = 0,
-        snapshots: bool = False,
         **parts: Resumable,
     ):
-        """steps: optimizer steps of the run; mutable: configuration keys that may change when a run is continued;
-        keep_last, keep_every: see save_checkpoint; snapshots: keep the encoder of every checkpoint."""
+        """schema: class of the configuration; steps: optimizer steps of the run; mutable: configuration keys that may
+        change when a run is continued; keep_last, keep_every: see save_checkpoint."""
         self.strategy = strategy
-        self.objective = objective
+        self.model = model
         self.optimizer = optimizer
         self.guard = guard
         self.parts: dict[str, Resumable] = {"guard": guard, **parts}
         self.out = out
         self.provenance = provenance
+        self.schema = schema
         self.steps = steps
         self.mutable = mutable
         self.keep_last = keep_last
         self.keep_every = keep_every
-        self.snapshots = snapshots
         self.writer = AsyncWriter()
 
     def restore(self) -> int:
@@ -69,24 +69,11 @@ class TrainState:
         self._check_ranks_agree(state)
         if state is None:
             return 0
-        check_same_run(state, self.provenance, self.steps, self.mutable, self.out)
-        self.strategy.load_state(self.objective, self.optimizer, state)
+        check_same_run(state, self.provenance, self.steps, self.mutable, self.out, self.schema)
+        self.strategy.load_state(self.model, self.optimizer, state)
         for name, part in self.parts.items():
             part.load(state[name])
         return state["step"]
-
-    def init_from(self, init: Path) -> None:
-        """Loads the optimizer's moments if `init` is a step checkpoint; other sources carry weights only."""
-        if not (init / "state.json").is_file():
-            return
-        saved = read_checkpoint(init)["optimizer"]
-        groups = self.optimizer.state_dict()["param_groups"]
-        if [len(g["params"]) for g in saved["param_groups"]] != [len(g["params"]) for g in groups]:
-            raise UserError(
-                f"run.init: {init} has other groups of parameters; its run's folder gives weights alone"
-            )
-        moments = self.strategy.moments(self.optimizer, saved)
-        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
 
     def rollback(self, reason: str) -> int:
         """Goes back to the last checkpoint; the data and the guard's history go on. Returns its step. Collective.
@@ -104,7 +91,7 @@ class TrainState:
                 f"{reason} ({guard.consecutive_skips} steps in a row, {guard.rolled_back} rollbacks); the last "
                 f"checkpoint is in {self.out}; a smaller optim.lr, a longer warm-up or optim.clip_grad may help"
             )
-        self.strategy.load_state(self.objective, self.optimizer, state)
+        self.strategy.load_state(self.model, self.optimizer, state)
         guard.rolled_back += 1
         guard.consecutive_skips = 0
         return state["step"]
@@ -116,30 +103,20 @@ class TrainState:
         first, so that the log on the disk is never behind a checkpoint.
         """
         self.writer.wait()  # so that there is never more than one copy
-        state = self.strategy.full_state(self.objective, self.optimizer)
+        state = self.strategy.full_state(self.model, self.optimizer)
         if not self.strategy.is_main:
             return
         state["provenance"] = self.provenance
         state |= {name: part.state() for name, part in self.parts.items()}
 
         def write() -> None:
-            self.export(step, state["model"], self.snapshots)
+            self.export(step, state["model"])
             save_checkpoint(self.out / "checkpoints", step, state, self.keep_last, self.keep_every)
 
         self.writer.start(f"the checkpoint of step {step}", before_write, write)
 
-    def export(self, step: int, weights: dict[str, Tensor], snapshot: bool = False) -> None:
-        """Writes encoder.safetensors and the files beside it. weights: the objective's state dict, unsharded."""
-        cfg = config.from_tree(self.provenance["config"], TrainConfig, "provenance")
-        found = to_checkpoint(self.objective, cfg.encoder_arguments(), cfg.method.predictor, weights)
-        save_run_encoder(self.out, found, {**self.provenance, "step": step}, snapshot)
-
-    def export_missing(self, step: int) -> None:
-        """Exports the restored weights of a finished run whose encoder.safetensors is gone. Collective."""
-        if not self.strategy.on_main((self.out / "encoder.safetensors").exists):
-            state = self.strategy.full_state(self.objective, self.optimizer)
-            if self.strategy.is_main:
-                self.export(step, state["model"])
+    def export(self, step: int, weights: dict[str, Tensor]) -> None:
+        """Called with the whole state dict of the model before each checkpoint is written; does nothing here."""
 
     def _check_ranks_agree(self, state: dict[str, Any] | None) -> None:
         import torch
@@ -150,6 +127,49 @@ class TrainState:
             raise UserError(
                 f"the processes have read checkpoints of different steps {steps} (0: none): the folder is not shared"
             )
+
+
+class TrainState(RunState):
+    """The state of a pre-training run; each checkpoint also exports the encoder."""
+
+    def __init__(
+        self,
+        strategy: Strategy,
+        objective: Objective,
+        *args: Any,
+        snapshots: bool = False,
+        **options: Any,
+    ):
+        """snapshots: keep the encoder of every checkpoint; the other arguments: see RunState."""
+        super().__init__(strategy, objective, *args, **options)
+        self.objective = objective
+        self.snapshots = snapshots
+
+    def init_from(self, init: Path) -> None:
+        """Loads the optimizer's moments if `init` is a step checkpoint; other sources carry weights only."""
+        if not (init / "state.json").is_file():
+            return
+        saved = read_checkpoint(init)["optimizer"]
+        groups = self.optimizer.state_dict()["param_groups"]
+        if [len(g["params"]) for g in saved["param_groups"]] != [len(g["params"]) for g in groups]:
+            raise UserError(
+                f"run.init: {init} has other groups of parameters; its run's folder gives weights alone"
+            )
+        moments = self.strategy.moments(self.optimizer, saved)
+        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+
+    def export(self, step: int, weights: dict[str, Tensor]) -> None:
+        """Writes encoder.safetensors and the files beside it. weights: the objective's state dict, unsharded."""
+        cfg = config.from_tree(self.provenance["config"], TrainConfig, "provenance")
+        found = to_checkpoint(self.objective, cfg.encoder_arguments(), cfg.method.predictor, weights)
+        save_run_encoder(self.out, found, {**self.provenance, "step": step}, self.snapshots)
+
+    def export_missing(self, step: int) -> None:
+        """Exports the restored weights of a finished run whose encoder.safetensors is gone. Collective."""
+        if not self.strategy.on_main((self.out / "encoder.safetensors").exists):
+            state = self.strategy.full_state(self.model, self.optimizer)
+            if self.strategy.is_main:
+                self.export(step, state["model"])
 
 
 def init_from_pretrained(objective: Objective, cfg: TrainConfig) -> None:
@@ -190,9 +210,9 @@ def check_same_run(
     """
     before = state["provenance"]
     if before["data"] != provenance["data"]:
-        raise UserError(f"{out}: data.train is not what this run was started on (its index has another hash)")
+        raise UserError(f"{out}: this run was started on other data (the hash differs)")
     if state["step"] > steps:
-        raise UserError(f"{out}: {state['step']} steps are done, more than run.steps {steps}")
+        raise UserError(f"{out}: {state['step']} steps are done, more than the {steps} of this configuration")
     then = without_paths(config.to_tree(config.from_tree(before["config"], schema, str(out))))
     now = without_paths(provenance["config"])
     differing = [
@@ -200,7 +220,7 @@ def check_same_run(
     ]
     if differing:
         raise UserError(
-            f"{out} holds another run: {'; '.join(differing[:3])}. Give another run.out, or the same values"
+            f"{out} holds another run: {'; '.join(differing[:3])}. Give another output folder, or the same values"
         )
 
 

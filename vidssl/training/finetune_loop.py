@@ -1,0 +1,314 @@
+"""The loop of fine-tuning: steps, evaluation of held-out train after each epoch, selection of the epoch."""
+
+import contextlib
+import time
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vidssl.core.pixels import normalise
+from vidssl.data.dataset import DataConfig, Streams
+from vidssl.data.loader import Batch, train_steps
+from vidssl.data.shards import Sample, Shards
+from vidssl.evaluation.evaluate import LabelledFeatures, check_readable
+from vidssl.evaluation.feature_cache import FeatureShape
+from vidssl.evaluation.features import FeatureLoader, FeatureStorage, compute_features
+from vidssl.evaluation.views import View
+from vidssl.pretrained.load import LoadedEncoder
+from vidssl.training.distributed import Strategy
+from vidssl.training.finetuning import (
+    Classifier,
+    FinetuneConfig,
+    FinetuneSplits,
+    LabelledClips,
+    Mixer,
+    SubsetOrder,
+    make_classifier,
+)
+from vidssl.training.metrics_log import JsonlWriter, MetricsLog
+from vidssl.training.optim import OptimConfig, build_optimizer, schedule, set_schedule
+from vidssl.training.perf import peak_memory
+from vidssl.training.preemption import PreemptionHandler
+from vidssl.training.state import RunState
+
+
+class EpochSelection(nn.Module):
+    """The classifier in training, a copy of it after the best epoch, and a record of each epoch.
+
+    One module, so that checkpoints hold both. The best epoch has the highest accuracy on held-out train, the
+    last one of equal ones; without held-out samples it is the last epoch, and no copy is kept.
+    """
+
+    def __init__(self, classifier: Classifier, best: Classifier | None):
+        """best: another classifier of the same shape, to copy weights into; None without held-out samples."""
+        super().__init__()
+        self.now = classifier
+        self.best = best
+        self.epochs: list[dict[str, Any]] = []
+        self.losses: list[float] = []  # of the accepted steps of the current epoch
+
+    def end_epoch(self, step: int, accuracy: float | None) -> dict[str, Any]:
+        """Records the epoch that ended after `step` steps, and returns the record. accuracy: on held-out
+        train."""
+        mean_loss = float(np.mean(self.losses)) if self.losses else None
+        record: dict[str, Any] = {"epoch": len(self.epochs) + 1, "step": step, "loss": mean_loss}
+        if accuracy is not None and self.best is not None:
+            if all(accuracy >= earlier["held_out_accuracy"] for earlier in self.epochs):
+                self.best.load_state_dict(self.now.state_dict())
+            record["held_out_accuracy"] = accuracy
+        self.epochs.append(record)
+        self.losses = []
+        return record
+
+    def select(self, n_held_out: int) -> dict[str, Any]:
+        """Loads the weights of the best epoch into the classifier. Returns the report of the choice."""
+        if self.best is None:
+            return {**self.epochs[-1], "epochs": len(self.epochs), "n_held_out": 0}
+        self.now.load_state_dict(self.best.state_dict())
+        best = max(reversed(self.epochs), key=lambda record: record["held_out_accuracy"])
+        return {**best, "epochs": len(self.epochs), "n_held_out": n_held_out, "tried": self.epochs}
+
+    def state(self) -> dict[str, Any]:
+        """The state for a checkpoint besides weights, as plain data."""
+        return {"epochs": self.epochs, "losses": self.losses}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Restores what `state` returned."""
+        self.epochs = list(state["epochs"])
+        self.losses = list(state["losses"])
+
+
+@dataclass
+class Finetuner:
+    """The parts of a fine-tuning run.
+
+    model: the classifier as prepared by the strategy; optim: with the scaled rates and the warm-up in steps;
+    view: of a test video; pixels: mean and standard deviation that the encoder's input is normalised with.
+    """
+
+    config: FinetuneConfig
+    strategy: Strategy
+    model: nn.Module
+    selection: EpochSelection
+    optimizer: Any
+    optim: OptimConfig
+    splits: FinetuneSplits
+    view: View
+    pixels: tuple[list[float], list[float]]
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return steps_per_epoch(self.splits, self.config.tune.batch)
+
+    @property
+    def steps(self) -> int:
+        return self.steps_per_epoch * self.config.tune.epochs
+
+    def train(
+        self, state: RunState, start: int, log: MetricsLog | None, bad: JsonlWriter
+    ) -> tuple[int, bool]:
+        """Trains from step `start` to the end of the last epoch, or until SIGTERM. Returns the number of
+        steps done, all of them saved, and whether SIGTERM came. log, bad: log.jsonl in the first process, and
+        bad_samples.jsonl."""
+        mixer = Mixer(self.config.tune, len(self.splits.task.names))
+        loader: Any = self.train_loader(start)
+        done, preempted = start, False
+        self.model.train()
+        with PreemptionHandler() as preemption, state.writer, contextlib.closing(loader):
+            clock = time.perf_counter()
+            for done, (batch,) in enumerate(loader, start + 1):
+                waited = time.perf_counter() - clock
+                metrics = self.step(state, batch, mixer, done - 1, preemption, log)
+                preempted = bool(metrics.pop("stop"))
+                seconds = time.perf_counter() - clock
+                bad.add(*({"step": done, "key": key, "reason": reason} for key, reason in batch.bad))
+                epoch = self.end_epoch(done) if done % self.steps_per_epoch == 0 else None
+                if log:
+                    self.write_log(log, state, {"step": done, **metrics}, seconds, waited, epoch)
+                settled = not state.guard.consecutive_skips  # else a rollback may follow
+                if preempted or done == self.steps or (epoch and settled):
+                    state.save(done, log.lines.sync if log else lambda: None)
+                if preempted:
+                    break
+                clock = time.perf_counter()
+        return done, preempted
+
+    def write_log(
+        self,
+        log: MetricsLog,
+        state: RunState,
+        row: dict[str, Any],
+        seconds: float,
+        waited: float,
+        epoch: dict[str, Any] | None,
+    ) -> None:
+        """Completes the row of a step. seconds: of the step, `waited` of them for the loader; epoch: the
+        record of the epoch that it ends."""
+        tune = self.config.tune
+        row["clips_per_s"] = tune.batch * tune.repeat / seconds
+        row["wait"] = waited / seconds
+        row["memory"] = peak_memory(self.strategy.device)
+        row["skipped"] = state.guard.skipped
+        if epoch:
+            row["epoch"] = epoch["epoch"]
+            row["epoch_loss"] = epoch["loss"]
+            if "held_out_accuracy" in epoch:
+                row["held_out_accuracy"] = epoch["held_out_accuracy"]
+            log.info(", ".join(f"{k} {v}" for k, v in epoch.items()))
+        log.write(row)
+        for error in state.writer.pop_errors():
+            log.info(f"step {row['step']}: {error}; the run continues")
+
+    def train_loader(self, start: int) -> Any:
+        """Yields a list with one Batch for each step from `start` to the last one."""
+        cfg, view = self.config, self.view
+        clip = DataConfig(
+            train=cfg.data.train,
+            frames=view.frames,
+            stride=view.stride,
+            fps=view.fps,
+            repeat=cfg.tune.repeat,
+            max_decode_error_rate=cfg.data.max_decode_error_rate,
+        )
+        order = SubsetOrder(self.splits.train_places, cfg.tune.seed, cfg.tune.lanes)
+        augment = cfg.augment.build(size=view.size)
+        cache_bytes = cfg.efficiency.cache_mb << 20
+        shards = self.splits.shards["train"]
+        clips = LabelledClips(self.splits.task.label, shards, order, clip, augment, cache_bytes)
+        return train_steps(
+            Streams([clips]),
+            start,
+            self.steps,
+            [cfg.tune.batch * cfg.tune.repeat],
+            self.strategy.rank,
+            self.strategy.world,
+            cfg.efficiency.workers,
+            cfg.efficiency.decode_in_subprocess,
+        )
+
+    def step(
+        self,
+        state: RunState,
+        batch: Batch,
+        mixer: Mixer,
+        step: int,
+        preemption: PreemptionHandler,
+        log: MetricsLog | None,
+    ) -> dict[str, float]:
+        """One optimizer step, or a skipped one. Returns its metrics over all processes; "stop": SIGTERM came."""
+        strategy, tune = self.strategy, self.config.tune
+        torch.manual_seed(tune.seed + step * strategy.world + strategy.rank)  # for drop path
+        hparams = schedule(self.optim, step, self.steps)
+        set_schedule(self.optimizer, hparams)
+        self.optimizer.zero_grad()
+        video = normalise(batch.video.to(strategy.device), self.pixels)
+        loss = self.forward_backward(*mixer(video, batch, step))
+        grad_norm = strategy.clip(self.model, self.optim, step)
+        flags = {"bad": float(len(batch.bad)), "stop": float(preemption.requested)}
+        metrics = strategy.reduce({"loss": loss, "grad_norm": grad_norm}, flags)
+        reason = state.guard.reason_to_skip(metrics)
+        if reason is None:
+            strategy.step(self.optimizer)
+            self.selection.losses.append(metrics["loss"])
+        else:
+            strategy.skip_step(self.optimizer)
+            if log:
+                log.info(f"step {step + 1}: skipped: {reason}")
+        if state.guard.should_rollback:
+            last = state.rollback(f"step {step + 1}: {reason}")
+            if log:
+                log.info(f"step {step + 1}: rolled back to step {last}; the data continue")
+        return {**metrics, "lr": hparams["lr"], "weight_decay": hparams["weight_decay"]}
+
+    def forward_backward(self, video: Tensor, target: Tensor) -> Tensor:
+        """Accumulates the gradients of this process's clips f32 [B, 3, T, H, W] and soft targets f32 [B, C].
+        Returns their mean loss."""
+        parts = self.config.efficiency.micro_batches
+        total = torch.zeros((), device=video.device)
+        micro_batches = zip(video.chunk(parts), target.chunk(parts), strict=True)
+        for i, (clips, targets) in enumerate(micro_batches, 1):
+            with contextlib.nullcontext() if i == parts else self.strategy.no_sync(self.model):
+                with self.strategy.autocast():
+                    loss = F.cross_entropy(self.model(clips).float(), targets) / parts
+                self.strategy.backward(loss)
+            total += loss.detach()
+        return total
+
+    def end_epoch(self, step: int) -> dict[str, Any]:
+        """Evaluates held-out train on the middle clip of each video, and records the epoch."""
+        samples, labels = self.splits.held_out
+        if not samples:
+            return self.selection.end_epoch(step, None)
+        view = self.view._replace(segments=1, crops=1)
+        predictions = self.predict(self.splits.shards["train"], samples, labels, view, "held-out train")
+
+        def accuracy() -> float:
+            decoded = predictions.read()
+            outputs = mean_over_clips(predictions)[decoded]
+            return self.splits.task.score(outputs, [labels[n] for n in decoded])
+
+        return self.selection.end_epoch(step, self.strategy.on_main(accuracy))
+
+    def predict(
+        self, shards: Shards, samples: list[Sample], labels: list[Any], view: View, name: str
+    ) -> LabelledFeatures:
+        """Class probabilities [n, clips, 1, C] of the samples, computed by all processes. Undecodable samples
+        are left out of held-out train; in test they are an error unless tune.allow_unreadable is set."""
+        cfg = self.config
+        classifier = self.selection.now
+        classes = len(self.splits.task.names)
+
+        def encode(video: Tensor) -> Tensor:
+            with self.strategy.autocast():
+                logits = classifier(normalise(video, self.pixels))
+            return logits.float().softmax(-1)[:, None]
+
+        clips_per_step = cfg.tune.batch * cfg.tune.repeat // self.strategy.world
+        clips_per_pass = clips_per_step // cfg.efficiency.micro_batches
+        storage = FeatureStorage(
+            encode_batch=max(1, clips_per_pass // view.clips), workers=cfg.efficiency.workers
+        )
+        loader = FeatureLoader(encode, shards, samples, view, self.strategy.accelerator, storage, name)
+        classifier.eval()
+        found = compute_features(loader, FeatureShape(len(samples), view.clips, 1, classes), "memory", {})
+        classifier.train()
+        if name == "test":
+            check_readable(found, samples, cfg.tune.allow_unreadable, name, "tune")
+        return LabelledFeatures(found.source, samples, labels, found.unreadable)
+
+
+def build_finetuner(
+    cfg: FinetuneConfig, strategy: Strategy, loaded: LoadedEncoder, splits: FinetuneSplits, view: View
+) -> Finetuner:
+    """Builds classifier and optimizer. view: of a test video."""
+    efficiency = cfg.efficiency
+    classifier = make_classifier(loaded, cfg.head, len(splits.task.names), cfg.tune)
+    best = deepcopy(classifier).requires_grad_(False).to(strategy.device) if splits.held_out[0] else None
+    classifier.encoder.blocks.activation_checkpointing = efficiency.activation_checkpointing
+    for block in classifier.encoder.blocks if efficiency.compile else ():
+        block.compile(dynamic=True)
+    warmup = round(cfg.tune.warmup * steps_per_epoch(splits, cfg.tune.batch))
+    optim = cfg.optim.build(warmup=warmup).scaled(cfg.tune.batch)
+    model, optimizer = strategy.prepare(classifier, build_optimizer(classifier, optim, efficiency.fused))
+    selection = EpochSelection(classifier, best)
+    pixels = loaded.metadata["pixels"]["mean"], loaded.metadata["pixels"]["std"]
+    return Finetuner(cfg, strategy, model, selection, optimizer, optim, splits, view, pixels)
+
+
+def steps_per_epoch(splits: FinetuneSplits, batch: int) -> int:
+    return max(1, len(splits.train_places) // batch)
+
+
+def mean_over_clips(predictions: LabelledFeatures) -> np.ndarray:
+    """Outputs f64 [n, C], averaged over the clips of each sample; NaN where the sample could not be
+    decoded."""
+    n, clips = predictions.source.shape[:2]
+    (outputs,) = predictions.source.batches(clips, [list(range(n))])
+    means = outputs.mean(1).double().cpu().numpy()
+    means[list(predictions.unreadable)] = np.nan
+    return means
