@@ -12,7 +12,7 @@ import av
 
 from data_prep.dedup import near_files, remembered
 from data_prep.encode import Recipe, Span
-from data_prep.filters import Filters, same_files
+from data_prep.filters import Filters, find_identical_files
 from data_prep.index import class_lists, sample_key
 from data_prep.sources import SourceItem, SourceListing
 from vidssl.core.errors import UserError
@@ -174,7 +174,7 @@ def _options(args: argparse.Namespace, recipe: Recipe | None) -> dict:
 
 def same_bytes(items: list[SourceItem], root: Path) -> dict[str, tuple[str, dict]]:
     """Path -> the first by path that holds the same bytes, and what is told of it."""
-    same = same_files(root / path for path in sorted({item.path for item in items}))
+    same = find_identical_files(root / path for path in sorted({item.path for item in items}))
     named = {str(k.relative_to(root)): str(v.relative_to(root)) for k, v in same.items()}
     return {k: (v, {"detail": f"the same bytes as {v}", "value": 0}) for k, v in named.items()}
 

@@ -18,7 +18,7 @@ from PIL import Image
 
 from data_prep import pack, report
 from data_prep.encode import EncodedSample, Recipe, encode_clips
-from data_prep.filters import NO_FILTERS, Filters, Rejected, _blocks, thumbnail
+from data_prep.filters import NO_FILTERS, Filters, Rejected, block_means, thumbnail
 from data_prep.index import read_lines, sample_key
 from data_prep.inspect_file import FileInspector
 from data_prep.reader import even_size
@@ -271,7 +271,7 @@ def test_luma_is_measured_alike_in_all_formats():
     picture = (
         np.random.default_rng(0).integers(0, 255, (64, 96, 3)).repeat(2, 0).repeat(2, 1).astype(np.uint8)
     )
-    want = _blocks(picture) @ np.array([0.299, 0.587, 0.114], np.float32)  # luma of BT.601
+    want = block_means(picture) @ np.array([0.299, 0.587, 0.114], np.float32)  # luma of BT.601
     frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
     for name in ("yuv420p", "yuvj420p", "yuv444p", "yuv420p10le", "nv12", "gray", "rgb24", "gbrp", "yuyv422"):
         assert np.abs(thumbnail(frame.reformat(format=name)) - want).mean() < 1.5, name

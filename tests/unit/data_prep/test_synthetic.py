@@ -18,9 +18,9 @@ from data_prep.synthetic import (
     SHAPES,
     SIDE,
     Track,
-    make_one,
+    make_tracks,
     render,
-    tracks,
+    write_example,
 )
 from vidssl.core.errors import UserError
 
@@ -103,7 +103,7 @@ def test_nearer_hides_farther():
 
 def test_motions_do_what_they_are_called():
     for motion in MOTIONS:
-        track = tracks(motion, 6, np.random.default_rng(1))
+        track = make_tracks(motion, 6, np.random.default_rng(1))
         assert [a.shape for a in track] == [(FRAMES, 6, 2), (FRAMES, 6), (FRAMES, 6)]
         step = (np.diff(track.position, axis=0) + SIDE / 2) % SIDE - SIDE / 2  # [T-1, n, 2]
         turn = (np.diff(track.angle, axis=0) + np.pi) % (2 * np.pi) - np.pi
@@ -137,7 +137,7 @@ def facts(drawn: list[Track], t: int) -> list[np.ndarray]:
     return [*single, *both, *((a[:, ::2] - a[:, 1::2]) % 1 for a in single)]
 
 
-def distances(make=tracks, source=np.random.Generator) -> dict[int, float]:
+def distances(make=make_tracks, source=np.random.Generator) -> dict[int, float]:
     """Frame -> the largest scaled Kolmogorov-Smirnov distance of a fact in one motion class from the other nine."""
     drawn = [
         [make(m, OBJECTS, source(np.random.PCG64((k, i)))) for i in range(CALLS)]
@@ -167,13 +167,13 @@ class Leaning(np.random.Generator):
 
 def bounded(motion: str, n: int, rng: np.random.Generator) -> Track:
     """Objects that stop at the frame's edge instead of coming in at the other."""
-    track = tracks(motion, n, rng)
+    track = make_tracks(motion, n, rng)
     return track._replace(position=np.unwrap(track.position, period=SIDE, axis=0).clip(0, SIDE))
 
 
 def growing(motion: str, n: int, rng: np.random.Generator) -> Track:
     """Sizes that stop at the largest and smallest instead of starting over."""
-    track = tracks(motion, n, rng)
+    track = make_tracks(motion, n, rng)
     size = np.exp(np.unwrap(np.log(track.size), period=np.log(RADIUS[1] / RADIUS[0]), axis=0))
     return track._replace(size=size.clip(*RADIUS))
 
@@ -192,7 +192,7 @@ def test_same_seed_same_bytes(tmp_path):
     for place, seed in (("a", 3), ("b", 3), ("c", 4)):
         for name in ("videos", "truth"):
             (tmp_path / place / name).mkdir(parents=True)
-        make_one((tmp_path / place, "k", "approach", "blue", (seed, 0, 7)))
+        write_example((tmp_path / place, "k", "approach", "blue", (seed, 0, 7)))
     video = {p: (tmp_path / p / "videos/k.mp4").read_bytes() for p in "abc"}
     truth = {p: dict(np.load(tmp_path / p / "truth/k.npz")) for p in "abc"}
     assert video["a"] == video["b"] != video["c"]
