@@ -1,95 +1,105 @@
-"""Files all of whose pictures another one shows too, re-encoded or scaled or trimmed: what
-`pack --drop-duplicates near` drops.
+"""Near duplicates: files whose pictures another file shows too, re-encoded, scaled or trimmed.
 
-Looked for as `leaks` does (its page says how): perceptual hashes find pairs, and what moves in the two decides, here at
-SURE, since takes of one scene are not duplicates. Pictures and films in which nothing moves go by their hashes. Of a
-pair the later one by name is dropped if WITHIN of its looks are in the other one; else the earlier one, if it is in the
-later one. What is in none that is kept, is kept. Files are opened in child processes with a deadline; those that could
-not be looked at are kept, counted and listed.
+`pack --drop-duplicates near` drops them. Candidates are found by perceptual hashes (data_prep.fingerprint)
+and decided by what moves in the two (data_prep.matching), here at MIN_DUPLICATE_CORRELATION, since takes of
+one scene are no duplicates; images and videos in which nothing moves are decided by their hashes. Of a pair
+the later file by name is dropped if most of its hashes match the other one; else the earlier file, if most of
+its own do. A file is dropped only if a file that is kept contains it. Files are decoded in child processes
+with a deadline; those that cannot be decoded are kept, counted and listed.
 """
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import closing
 from functools import partial
 from pathlib import Path
 
 from data_prep.filters import Rejected
+from data_prep.fingerprint import Candidate, Fingerprint, HashTable, MediaFile
 from data_prep.index import read_lines, write_lines
-from data_prep.leaks import File, Fingerprint, Pair, Table, fingerprint_job
+from data_prep.matching import matching_job
 from data_prep.sources.common import SourceItem
 from data_prep.workers import WorkerPool
 from vidssl.core.errors import UserError
 from vidssl.core.io import make_folder
 from vidssl.data.format import dumps
 
-SURE = 0.985  # correlation of what moves, from which on a file is dropped: re-encoded copies of UCF101 have 0.989 to 1
-WITHIN = 0.8  # of a file's looks
+MIN_DUPLICATE_CORRELATION = 0.985  # re-encoded copies of UCF101 have 0.989 to 1
+MIN_CONTAINED_SHARE = 0.8  # of a file's hashes
 
 
-def read_file(place: tuple[str, str]) -> File:
-    """place: path and extension."""
-    path, ext = place
-    return File(Path(path).read_bytes(), ext)
+def read_file(location: tuple[str, str]) -> MediaFile:
+    """location: path and extension."""
+    path, ext = location
+    return MediaFile(Path(path).read_bytes(), ext)
 
 
-def near_files(root: Path, items: list[SourceItem], workers: int, timeout: float) -> dict[str, dict]:
-    """Path -> {"first": file that shows it too, "why", "alike", ...}, or {"unseen": why it was not looked at}."""
+def find_near_duplicates(
+    root: Path, items: list[SourceItem], workers: int, timeout_s: float
+) -> dict[str, dict]:
+    """Returns path -> {"duplicate_of": the file that contains it, "match", ...}, or {"error": why it is not
+    compared}.
+
+    timeout_s: seconds without progress until a file counts as hanging.
+    """
     files = sorted({item.path: item.ext for item in items}.items())
-    places = [(str(root / path), ext) for path, ext in files]
-    pool = WorkerPool(partial(fingerprint_job, read_file), timeout)
-    with closing(pool):
-        jobs: list[tuple] = [("fingerprint", place) for place in places]
-        found = pool.map(jobs, workers, "look for duplicates", "files")
-        seen: list[Fingerprint | None] = [None if isinstance(looks, Rejected) else looks for looks in found]
-        lost = [(path, f) for (path, _), f in zip(files, found, strict=True) if isinstance(f, Rejected)]
-        told: dict[str, dict] = {path: {"unseen": f.reason} for path, f in lost}
-        table = Table(seen)
-        pairs = [p for i, looks in enumerate(seen) if looks for p in table.pairs(i, looks) if p.train < i]
-        pairs.sort(key=lambda p: (p.test, p.train))
-        jobs = [("compare", p, places[p.test], places[p.train]) for p in pairs]
-        answers = pool.map(jobs, workers, "compare", "files")
-    for pair, answer in zip(pairs, answers, strict=True):
-        path, first = files[pair.test][0], files[pair.train][0]
-        if isinstance(answer, Rejected):
-            told.setdefault(path, {"unseen": answer.reason})
-        elif answer and answer.get("alike", 1.0) >= SURE and not {path, first} & told.keys():
-            if is_within(pair, seen[pair.test]):
-                told[path] = {"first": first, **answer}
-            elif is_within(pair, seen[pair.train]):
-                told[first] = {"first": path, **answer, "shift": -answer["shift"]}
-    return told
+    locations = [(str(root / path), ext) for path, ext in files]
+    with closing(WorkerPool(partial(matching_job, read_file), timeout_s)) as pool:
+        jobs: list[tuple] = [("fingerprint", location) for location in locations]
+        results = pool.map(jobs, workers, "fingerprint", "files")
+        fingerprints = [r if isinstance(r, Fingerprint) else None for r in results]
+        table = HashTable(fingerprints)
+        candidates = [
+            c for i, f in enumerate(fingerprints) if f for c in table.candidates(i, f) if c.train < i
+        ]
+        candidates.sort(key=lambda c: (c.test, c.train))
+        jobs = [("compare", c, locations[c.test], locations[c.train]) for c in candidates]
+        compared = pool.map(jobs, workers, "compare", "files")
+    found = {
+        path: {"error": result.reason}
+        for (path, _), result in zip(files, results, strict=True)
+        if isinstance(result, Rejected)
+    }
+    for candidate, match in zip(candidates, compared, strict=True):
+        later, earlier = files[candidate.test][0], files[candidate.train][0]
+        if isinstance(match, Rejected):
+            found.setdefault(later, {"error": match.reason})
+        elif (
+            match
+            and match.get("correlation", 1.0) >= MIN_DUPLICATE_CORRELATION
+            and not {later, earlier} & found.keys()
+        ):
+            if is_contained(candidate, fingerprints[candidate.test]):
+                found[later] = {"duplicate_of": earlier, **match}
+            elif is_contained(candidate, fingerprints[candidate.train]):
+                found[earlier] = {"duplicate_of": later, **match, "shift": -match["shift"]}
+    return found
 
 
-def is_within(pair: Pair, looks: Fingerprint | None) -> bool:
-    """Is most of this one of the two in the other one?"""
-    return looks is not None and pair.votes >= WITHIN * len(looks.hashes)
+def is_contained(candidate: Candidate, own: Fingerprint | None) -> bool:
+    """Whether most hashes of one of the two videos, whose fingerprint is `own`, match the other video."""
+    return own is not None and candidate.matched >= MIN_CONTAINED_SHARE * len(own.hashes)
 
 
-def remembered(
+def cached_near_duplicates(
     file: Path, root: Path, items: list[SourceItem], search: Callable[[], dict[str, dict]]
 ) -> dict[str, dict]:
-    """What `search` finds, kept in `file`, so that a pack that goes on need not look again."""
-    names = sorted({item.path for item in items})
-    listed = hashlib.sha256(
-        "\n".join(f"{name} {(root / name).stat().st_size}" for name in names).encode()
-    ).hexdigest()
+    """Returns the result of `search`, which is kept in `file` so that a pack that is resumed need not search
+    again."""
+    paths = sorted({item.path for item in items})
+    listing = "\n".join(f"{path} {(root / path).stat().st_size}" for path in paths)
+    header = {"files": hashlib.sha256(listing.encode()).hexdigest()}
     if file.exists():
-        head, *lines = map(json.loads, read_lines(file))
-        if head != {"files": listed}:
+        cached_header, *records = map(json.loads, read_lines(file))
+        if cached_header != header:
             raise UserError(f"{file}: is of other files; choose another folder, or remove it")
-        return {line.pop("path"): line for line in lines}
-    same = search()
+        return {record.pop("path"): record for record in records}
+    found = search()
     make_folder(file.parent)
-    write_lines(file, map(dumps, _lines(listed, same)))
-    if unseen := [path for path, told in same.items() if "unseen" in told]:
-        print(
-            f"{len(unseen)} files could not be looked at for duplicates, {unseen[0]} first: {file} lists them"
-        )
-    return same
-
-
-def _lines(listed: str, same: dict[str, dict]) -> Iterable[dict]:
-    yield {"files": listed}
-    yield from ({"path": path, **told} for path, told in sorted(same.items()))
+    write_lines(
+        file, map(dumps, [header, *({"path": path, **record} for path, record in sorted(found.items()))])
+    )
+    if failed := [path for path, record in found.items() if "error" in record]:
+        print(f"{len(failed)} files could not be compared, {failed[0]} first: {file} lists them")
+    return found

@@ -19,6 +19,7 @@ import itertools
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -173,13 +174,14 @@ def encode_clips(
 ) -> list[EncodedSample | Rejected]:
     """Cuts and encodes all clips of a video file. Returns them sorted by item and start.
 
-    spans: one per item of the file. on_progress: called every PROGRESS_EVERY frames, for callers with a
-    deadline.
+    spans: one per item of the file. on_progress: called every PROGRESS_EVERY frames (callers have deadlines).
     """
     try:
-        return ClipCutter(Reader(file), spans, recipe, filters).run(on_progress)
+        with closing(Reader(file)) as reader:
+            return ClipCutter(reader, spans, recipe, filters).run(on_progress)
     except BadStampsError:
-        return ClipCutter(Reader(file, count=True), spans, recipe, filters).run(on_progress)
+        with closing(Reader(file, count=True)) as reader:
+            return ClipCutter(reader, spans, recipe, filters).run(on_progress)
 
 
 class ClipCutter:

@@ -20,7 +20,7 @@ from data_prep.encode import EncodedSample
 from data_prep.filters import Rejected
 from data_prep.index import sample_key, tar_samples, write_lines
 from data_prep.inspect_file import FileInspector
-from data_prep.plan import Plan, ShardPlan, span_of
+from data_prep.plan import Plan, ShardPlan
 from data_prep.sources import SourceItem
 from vidssl.core.errors import UserError
 from vidssl.core.io import make_folder
@@ -44,7 +44,7 @@ def write_shard(shard: ShardPlan, inspected: Iterable[Inspected], plan: Plan, su
         for (path, items), results in zip(shard.files(), inspected, strict=True):
             for result in results:
                 if isinstance(result, Rejected):
-                    rejected.append({"path": path, **result.line()})
+                    rejected.append({"path": path, **result.record()})
                     continue
                 item = items[result.item]
                 key = sample_key(path, result.start, result.end)
@@ -71,7 +71,7 @@ def _records(tar: Path, metas: dict[str, dict]) -> Iterator[dict]:
 
 def sample_meta(item: SourceItem, encoded: EncodedSample, plan: Plan) -> dict:
     """Returns the contents of KEY.json."""
-    first = plan.first_set or ""
+    first = plan.main_label_set or ""
     labels = {s: plan.classes[s].index(name) for s, name in item.labels.items()}
     return {
         **encoded.meta,
@@ -93,7 +93,7 @@ def make_locally(
         submitted: list[tuple[ShardPlan, list[tuple[int, Future]]]] = []
 
         def submit(path: str, items: list[SourceItem]) -> tuple[int, Future]:
-            spans = [span_of(item) for item in items]
+            spans = [item.span for item in items]
             return len(items), pool.submit(inspector, plan.source / path, items[0].ext, spans)
 
         def results(futures: list[tuple[int, Future]]) -> Iterator[Inspected]:
@@ -128,7 +128,7 @@ def make_on_ray(
         if not ray.is_initialized():
             ray.init(log_to_driver=False)
         task = ray.remote(num_cpus=1, max_retries=MAX_RETRIES)(make_on_node)
-        common = ray.put(plan._replace(sets={}, rejected={}, source=plan.source.resolve()))
+        common = ray.put(plan._replace(datasets={}, rejected={}, source=plan.source.resolve()))
         waiting = iter(shards)
         while True:
             free_slots = 2 * max(1, int(ray.cluster_resources().get("CPU", 1))) - len(running)
@@ -160,7 +160,7 @@ def make_on_node(plan: Plan, shard: ShardPlan, timeout: float) -> None:
         return
     inspector = _inspector_of_worker(plan.options["decoder"], timeout, plan.recipe, plan.filters)
     inspected = (
-        inspector(plan.source / path, items[0].ext, [span_of(item) for item in items])
+        inspector(plan.source / path, items[0].ext, [item.span for item in items])
         for path, items in shard.files()
     )
     write_shard(shard, inspected, plan, suffix=f".{node}-{os.getpid()}")
@@ -172,7 +172,7 @@ _inspector_of_worker = lru_cache(maxsize=1)(FileInspector)  # reused for all sha
 def make(plan: Plan, engine: str, workers: int, timeout: float, on_items: Callable[[int], object]) -> None:
     """Makes every unfinished shard. engine: "local" or "ray"; on_items: called with numbers of finished items."""
     unfinished = [shard for shard in plan.shards() if not shard.is_finished()]
-    for folder in plan.sets:
+    for folder in plan.datasets:
         make_folder(folder)
     on_items(sum(len(s.items) for s in plan.shards()) - sum(len(s.items) for s in unfinished))
     if engine == "ray":

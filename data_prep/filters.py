@@ -36,7 +36,7 @@ class Rejected(NamedTuple):
     start: float | None = None  # seconds
     end: float | None = None
 
-    def line(self) -> dict:
+    def record(self) -> dict:
         """The entries of rejected.jsonl beside the path."""
         optional = {"value": self.value, "start": self.start, "end": self.end}
         present = {name: value for name, value in optional.items() if value is not None}

@@ -19,7 +19,7 @@ from data_prep import engine
 from data_prep.encode import Recipe
 from data_prep.filters import Filters
 from data_prep.index import read_lines, write_lines
-from data_prep.plan import NEAR, Plan, make_plan
+from data_prep.plan import NEAR_PREFIX, Plan, make_plan
 from data_prep.report import write_report
 from data_prep.sources import SOURCES, read_source
 from vidssl.core.errors import UserError, run_cli
@@ -27,7 +27,7 @@ from vidssl.core.io import check_writable, make_folder
 from vidssl.data.format import dumps, dumps_index, read_index, shard_entry
 
 PRESETS = ("ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow")
-FIRST = ("plan.json.tmp", NEAR)  # what is written before plan.json
+FIRST = ("plan.json.tmp", NEAR_PREFIX)  # what is written before plan.json
 
 
 def check_free(out: Path) -> None:
@@ -50,7 +50,7 @@ def open_out(out: Path, plan: Plan) -> bool:
             raise UserError(
                 f"{out}: holds a pack of other files or with other options; choose another folder"
             )
-        return all((folder / "index.json").exists() for folder in plan.sets)
+        return all((folder / "index.json").exists() for folder in plan.datasets)
     make_folder(out)
     write_lines(file, [dumps({"version": 1, "plan": plan.digest, "options": plan.options})])
     return False
@@ -64,7 +64,7 @@ def pack(plan: Plan, args: argparse.Namespace) -> None:
 
 def finish(plan: Plan) -> None:
     """rejected.jsonl and, last, index.json of every data set."""
-    for folder, shards in plan.sets.items():
+    for folder, shards in plan.datasets.items():
         rejected = list(plan.rejected.get(folder, []))
         for shard in shards:
             rejected += [json.loads(line) for line in read_lines(shard.rejections)]
@@ -78,7 +78,7 @@ def finish(plan: Plan) -> None:
 
 def clean(plan: Plan) -> None:
     """The report; and away with what only a resumed run needs. Done last; again by a run that finds all finished."""
-    for folder, shards in plan.sets.items():
+    for folder, shards in plan.datasets.items():
         if not (folder / "report.json").exists():
             write_report(folder)
         for left in [s.rejections for s in shards] + list(folder.glob("shard-*.tmp")):
@@ -87,7 +87,7 @@ def clean(plan: Plan) -> None:
 
 def summarise(plan: Plan) -> None:
     """A line for each data set."""
-    for folder in plan.sets:
+    for folder in plan.datasets:
         index = read_index(folder)
         reasons = Counter(json.loads(line)["reason"] for line in read_lines(folder / "rejected.jsonl"))
         size = sum(s["bytes"] for s in index["shards"])
@@ -208,7 +208,7 @@ def main(argv: list[str]) -> None:
         finish(plan)
     clean(plan)
     summarise(plan)
-    if not any(read_index(folder)["samples"] for folder in plan.sets):
+    if not any(read_index(folder)["samples"] for folder in plan.datasets):
         raise UserError(f"{args.src}: no file in it can be decoded; see {args.out}/rejected.jsonl")
 
 

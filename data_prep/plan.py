@@ -1,4 +1,9 @@
-"""Which file goes to which data set and shard, decided before any is packed: all that decides the bytes."""
+"""The plan of a pack: which file goes to which data set and shard, and all else that decides the bytes of the
+shards.
+
+It is made before any file is packed, so the shards depend neither on the order nor on the number of the
+workers.
+"""
 
 import argparse
 import hashlib
@@ -10,8 +15,8 @@ from typing import NamedTuple
 
 import av
 
-from data_prep.dedup import near_files, remembered
-from data_prep.encode import Recipe, Span
+from data_prep.dedup import cached_near_duplicates, find_near_duplicates
+from data_prep.encode import Recipe
 from data_prep.filters import Filters, find_identical_files
 from data_prep.index import class_lists, sample_key
 from data_prep.sources import SourceItem, SourceListing
@@ -19,143 +24,160 @@ from vidssl.core.errors import UserError
 from vidssl.core.splits import GroupSelection, shuffle_key
 from vidssl.data.format import dumps
 
-NEAR = "near-"  # how the files begin that remember near duplicates
-SHARD_BYTES = 1_000_000_000  # of source files; a shard is closed before it grows beyond that
+NEAR_PREFIX = "near-"  # of the names of the files that keep near duplicates
+MAX_SHARD_BYTES = 1_000_000_000  # of source files; a shard is closed before it exceeds this
 
 
 class ShardPlan(NamedTuple):
-    """One shard to be: `tar` is where it will stand. Items of one file follow each other."""
+    """A shard to be written to `tar`. Items of one file are consecutive."""
 
     tar: Path
     items: list[SourceItem]
 
     @property
     def rejections(self) -> Path:
+        """The list of rejected files, until it is merged into rejected.jsonl."""
         return self.tar.with_suffix(".rejected")
 
     def files(self) -> list[tuple[str, list[SourceItem]]]:
-        """Each file with all that is cut from it."""
+        """Returns each file with its items."""
         return [(path, list(items)) for path, items in groupby(self.items, lambda item: item.path)]
 
     def is_finished(self) -> bool:
-        """The tar is renamed into place last, so it vouches for the files beside it."""
+        """Whether the shard is complete. The tar is renamed into place last, after the files beside it."""
         return self.tar.exists() and self.tar.with_suffix(".jsonl").exists() and self.rejections.exists()
 
 
 class Plan(NamedTuple):
-    """sets: folder of each data set -> its shards. options: all that decides the bytes beside the source.
-
-    recipe: None where the files' own bytes are kept. rejected: known without opening a video (lines of
-    rejected.jsonl). bytes_in: of each data set's files.
-    """
-
     source: Path
-    sets: dict[Path, list[ShardPlan]]
-    classes: dict[str, list[str]]
-    first_set: str | None
-    rejected: dict[Path, list[dict]]
-    bytes_in: dict[Path, int]
-    recipe: Recipe | None
+    datasets: dict[Path, list[ShardPlan]]  # folder of each data set -> its shards
+    classes: dict[str, list[str]]  # label set -> class names
+    main_label_set: str | None  # the first; "label" and "class" of a sample are of this one
+    rejected: dict[Path, list[dict]]  # folder -> records of rejected.jsonl that are known without decoding
+    bytes_in: dict[Path, int]  # folder -> bytes of its source files
+    recipe: Recipe | None  # None: files keep their bytes
     filters: Filters
-    options: dict
-    digest: str
+    options: dict  # everything beside the source that decides the bytes
+    digest: str  # SHA-256 of everything that decides the bytes
 
     def shards(self) -> list[ShardPlan]:
-        return [shard for shards in self.sets.values() for shard in shards]
+        return [shard for shards in self.datasets.values() for shard in shards]
 
 
-def span_of(item: SourceItem) -> Span:
-    return item.start, item.end
+class Duplicate(NamedTuple):
+    of: str  # path of the file that is kept
+    record: dict  # entries of rejected.jsonl
 
 
-def divide(
+def split_train_test(
     items: list[SourceItem], label_set: str | None, fraction: float, seed: int
 ) -> dict[str, list[SourceItem]]:
-    """Splits items into train and test: whole groups (a file without a group is its own), about `fraction` of each
-    class to test. A class with two groups or more has at least one in test and one in train. Linear in the number of
-    items."""
+    """Splits items by whole groups; a file without a group is a group of its own.
+
+    About `fraction` of each class of `label_set` goes to test, at least one group, but never the last group
+    of a class in train. Classes with the fewest groups choose first, and groups that would exceed a class's
+    share are skipped. Linear in the number of items.
+    """
     group_of = [f"group {item.group}" if item.group else f"file {item.path}" for item in items]
     test = GroupSelection(group_of, [item.labels.get(label_set or "", "") for item in items])
     groups = test.groups_by_class(sorted(test.class_counts, key=lambda group: shuffle_key(seed, group)))
     for label in sorted(groups, key=lambda label: (len(groups[label]), label)):
-        wanted = max(1, round(fraction * test.samples[label]))
+        target = max(1, round(fraction * test.samples[label]))
         for group in groups[label]:
-            counts, selected = test.class_counts[group], test.selected_samples[label]
-            if selected >= wanted:
+            counts = test.class_counts[group]
+            selected = test.selected_samples[label]
+            if selected >= target:
                 break
-            fits = not selected or selected + counts[label] <= wanted
+            fits = not selected or selected + counts[label] <= target
             if group not in test.selected and fits and all(test.remaining_groups[k] > 1 for k in counts):
                 test.add(group)
-    parts: dict[str, list[SourceItem]] = {"train": [], "test": []}
+    splits: dict[str, list[SourceItem]] = {"train": [], "test": []}
     for group, item in zip(group_of, items, strict=True):
-        parts["test" if group in test.selected else "train"].append(item)
-    return {name: sorted(members, key=lambda item: item.place) for name, members in parts.items()}
+        splits["test" if group in test.selected else "train"].append(item)
+    return {split: sorted(members, key=lambda item: item.sort_key) for split, members in splits.items()}
 
 
 def make_plan(source: SourceListing, root: Path, out: Path, args: argparse.Namespace) -> Plan:
-    """args: those of pack, with `recipe` and `filters` made of them."""
-    first = source.sets[0] if source.sets else None
-    parts: dict[Path, list[SourceItem]] = defaultdict(list)
-    if any(item.split for item in source.items):
-        if args.test_fraction:
-            raise UserError(f"{root}: names its own splits; leave out --test-fraction")
-        for item in source.items:
-            parts[out / str(item.split)].append(item)
-    elif args.test_fraction:
-        parts |= {
-            out / k: v for k, v in divide(source.items, first, args.test_fraction, args.seed).items() if v
-        }
-    else:
-        parts[out] = source.items
-    names: dict[str, set[str]] = defaultdict(set)
-    for item in source.items:
-        for label_set, name in item.labels.items():
-            names[label_set].add(name)
-    keys = {sample_key(item.path, *span_of(item)): span_of(item) for item in source.items}
-    if len(keys) < len(source.items):
-        raise UserError(
-            f"{root}: two paths have the same key, or a file the same segment twice; rename or remove one"
-        )
-    recipe, cuts = args.recipe, any(span != (None, None) for span in keys.values())
-    if cuts and recipe and (recipe.window or recipe.scenes):
-        raise UserError(f"{root}: its annotations name segments; leave out --window, --hop and --scenes")
-    if cuts and args.drop_duplicates == "near":
-        raise UserError(f"{root}: its annotations name segments, and near duplicates are whole files")
-    recipe = recipe or (Recipe() if cuts else None)
+    """args: the arguments of pack, with `recipe` and `filters`. Raises UserError if they contradict the
+    source."""
+    main_label_set = source.label_sets[0] if source.label_sets else None
+    datasets = assign_datasets(source, main_label_set, root, out, args)
+    recipe = choose_recipe(source.items, root, args)
     sizes = {item.path: (root / item.path).stat().st_size for item in source.items}
-    options = _options(args, recipe)
+    options = bytes_options(args, recipe)
     digest = hashlib.sha256(dumps({"version": 2, **options}).encode())
     for item in source.items:
         digest.update(dumps([*item, sizes[item.path]]).encode())
     digest.update(dumps(source.rejected).encode())
-    rejected: dict[Path, list[dict]] = defaultdict(list)
-    for (
-        path,
-        reason,
-    ) in source.rejected.items():  # no split was read for them: the first data set keeps the list
-        rejected[min(parts)].append({"path": path, "reason": reason, "detail": ""})
     bytes_in = {
-        folder: sum(sizes[p] for p in {item.path for item in items}) for folder, items in parts.items()
+        folder: sum(sizes[path] for path in {item.path for item in items})
+        for folder, items in datasets.items()
     }
-    if args.drop_duplicates:
-        for folder, items in parts.items():
-            parts[folder], more = without_duplicates(items, same_bytes(items, root))
-            rejected[folder] += more
-    if args.drop_duplicates == "near":
-        for folder, items in parts.items():
-            same = same_pictures(items, root, out / f"{NEAR}{folder.name}.jsonl", args)
-            digest.update(dumps(same).encode())
-            parts[folder], more = without_duplicates(items, same)
-            rejected[folder] += more
-    sets = {folder: _cut(folder, parts[folder], sizes, args) for folder in sorted(parts)}
-    classes = class_lists(names)
+    rejected: dict[Path, list[dict]] = defaultdict(list)
+    # The splits of files that the source rejects are not known; the first data set lists them.
+    rejected[min(datasets)] = [
+        {"path": path, "reason": reason, "detail": ""} for path, reason in source.rejected.items()
+    ]
+    for folder, items in datasets.items():
+        if args.drop_duplicates:
+            items, dropped = drop_duplicates(items, identical_files(items, root))
+            rejected[folder] += dropped
+        if args.drop_duplicates == "near":
+            near = near_duplicates(items, root, out / f"{NEAR_PREFIX}{folder.name}.jsonl", args)
+            digest.update(dumps(near).encode())
+            items, dropped = drop_duplicates(items, near)
+            rejected[folder] += dropped
+        datasets[folder] = items
     return Plan(
-        root, sets, classes, first, rejected, bytes_in, recipe, args.filters, options, digest.hexdigest()
-    )  # fmt: skip
+        source=root,
+        datasets={folder: plan_shards(folder, datasets[folder], sizes, args) for folder in sorted(datasets)},
+        classes=class_names(source.items),
+        main_label_set=main_label_set,
+        rejected=rejected,
+        bytes_in=bytes_in,
+        recipe=recipe,
+        filters=args.filters,
+        options=options,
+        digest=digest.hexdigest(),
+    )
 
 
-def _options(args: argparse.Namespace, recipe: Recipe | None) -> dict:
-    """What decides the bytes and stands in index.json."""
+def assign_datasets(
+    source: SourceListing, main_label_set: str | None, root: Path, out: Path, args: argparse.Namespace
+) -> dict[Path, list[SourceItem]]:
+    """Returns folder -> items: a folder per split of the source or of --test-fraction, or `out` itself."""
+    if any(item.split for item in source.items):
+        if args.test_fraction:
+            raise UserError(f"{root}: names its own splits; leave out --test-fraction")
+        datasets: dict[Path, list[SourceItem]] = defaultdict(list)
+        for item in source.items:
+            datasets[out / str(item.split)].append(item)
+        return datasets
+    if args.test_fraction:
+        splits = split_train_test(source.items, main_label_set, args.test_fraction, args.seed)
+        return {out / split: items for split, items in splits.items() if items}
+    return {out: source.items}
+
+
+def choose_recipe(items: list[SourceItem], root: Path, args: argparse.Namespace) -> Recipe | None:
+    """Returns the recipe of --fps and so on; segments of files are always re-encoded, if need be by the
+    defaults."""
+    keys = {sample_key(item.path, *item.span) for item in items}
+    if len(keys) < len(items):
+        raise UserError(
+            f"{root}: two paths have the same key, or a file the same segment twice; rename or remove one"
+        )
+    if all(item.span == (None, None) for item in items):
+        return args.recipe
+    if args.recipe and (args.recipe.window or args.recipe.scenes):
+        raise UserError(f"{root}: its annotations name segments; leave out --window, --hop and --scenes")
+    if args.drop_duplicates == "near":
+        raise UserError(f"{root}: its annotations name segments, and near duplicates are whole files")
+    return args.recipe or Recipe()
+
+
+def bytes_options(args: argparse.Namespace, recipe: Recipe | None) -> dict:
+    """Returns the options that decide the bytes, as index.json lists them."""
     options = {
         "decoder": args.decoder,
         "samples_per_shard": args.samples_per_shard,
@@ -164,60 +186,84 @@ def _options(args: argparse.Namespace, recipe: Recipe | None) -> dict:
         "drop_duplicates": args.drop_duplicates,
         "filters": args.filters._asdict(),
     }
-    if recipe:  # another encoder writes other bytes
-        options |= {
-            "encode": recipe._asdict(),
-            "libavcodec": ".".join(map(str, av.library_versions["libavcodec"])),
-        }
+    if recipe:  # another version of the encoder writes other bytes
+        options["encode"] = recipe._asdict()
+        options["libavcodec"] = ".".join(map(str, av.library_versions["libavcodec"]))
     return options
 
 
-def same_bytes(items: list[SourceItem], root: Path) -> dict[str, tuple[str, dict]]:
-    """Path -> the first by path that holds the same bytes, and what is told of it."""
-    same = find_identical_files(root / path for path in sorted({item.path for item in items}))
-    named = {str(k.relative_to(root)): str(v.relative_to(root)) for k, v in same.items()}
-    return {k: (v, {"detail": f"the same bytes as {v}", "value": 0}) for k, v in named.items()}
+def class_names(items: list[SourceItem]) -> dict[str, list[str]]:
+    """Returns label set -> sorted class names."""
+    names: dict[str, set[str]] = defaultdict(set)
+    for item in items:
+        for label_set, name in item.labels.items():
+            names[label_set].add(name)
+    return class_lists(names)
 
 
-def same_pictures(
-    items: list[SourceItem], root: Path, file: Path, args: argparse.Namespace
-) -> dict[str, tuple[str, dict]]:
-    """The same for what shows the same pictures; remembered in `file`."""
-    found = remembered(file, root, items, lambda: near_files(root, items, args.workers, args.timeout))
-    same = {k: v for k, v in found.items() if "first" in v}
-    return {k: (v["first"], {"detail": f"its pictures are in {v['first']}", **v}) for k, v in same.items()}
+def identical_files(items: list[SourceItem], root: Path) -> dict[str, Duplicate]:
+    """Returns path -> the first path, in alphabetical order, with the same bytes."""
+    identical = find_identical_files(root / path for path in sorted({item.path for item in items}))
+    paths = {str(file.relative_to(root)): str(first.relative_to(root)) for file, first in identical.items()}
+    return {
+        path: Duplicate(first, {"detail": f"the same bytes as {first}", "value": 0})
+        for path, first in paths.items()
+    }
 
 
-def without_duplicates(
-    items: list[SourceItem], same: dict[str, tuple[str, dict]]
+def near_duplicates(
+    items: list[SourceItem], root: Path, cache: Path, args: argparse.Namespace
+) -> dict[str, Duplicate]:
+    """Returns path -> the file that contains its pictures. The result is kept in `cache`."""
+    found = cached_near_duplicates(
+        cache, root, items, lambda: find_near_duplicates(root, items, args.workers, args.timeout)
+    )
+    return {
+        path: Duplicate(
+            record["duplicate_of"], {"detail": f"its pictures are in {record['duplicate_of']}", **record}
+        )
+        for path, record in found.items()
+        if "duplicate_of" in record
+    }
+
+
+def drop_duplicates(
+    items: list[SourceItem], duplicates: dict[str, Duplicate]
 ) -> tuple[list[SourceItem], list[dict]]:
-    """Of files of one data set that are the same, what is cut from the one that `same` names stays."""
-    there = {(item.path, *span_of(item)) for item in items}
+    """Returns the items that are kept and the records of rejected.jsonl of the others.
+
+    An item is dropped if the same segment of the file that it duplicates is an item too.
+    """
+    segments = {(item.path, *item.span) for item in items}
     kept, rejected = [], []
     for item in items:
-        first, told = same.get(item.path, (None, {}))
-        if first is None or (first, *span_of(item)) not in there:
+        duplicate = duplicates.get(item.path)
+        if duplicate is None or (duplicate.of, *item.span) not in segments:
             kept.append(item)
             continue
-        line = {"path": item.path, "reason": "duplicate", **told}
         times = {"start": item.start, "end": item.end}
-        rejected.append(line | {k: t for k, t in times.items() if t is not None})
+        record = {"path": item.path, "reason": "duplicate", **duplicate.record}
+        rejected.append(record | {name: t for name, t in times.items() if t is not None})
     return kept, rejected
 
 
-def _cut(
+def plan_shards(
     folder: Path, items: list[SourceItem], sizes: dict[str, int], args: argparse.Namespace
 ) -> list[ShardPlan]:
-    """Shuffle files by seed and cut into shards, by count of samples and by bytes; a file is in one shard."""
-    most = args.samples_per_shard or max(8, min(1000, math.ceil(len(items) / 16)))
+    """Shuffles files by --seed and fills one shard after the other, limited in samples and bytes.
+
+    All items of a file are in one shard. sizes: path -> bytes.
+    """
+    max_samples = args.samples_per_shard or max(8, min(1000, math.ceil(len(items) / 16)))
     shards: list[list[SourceItem]] = [[]]
-    filled = 0
-    by_draw = sorted(items, key=lambda item: (shuffle_key(args.seed, item.path), item.place))
-    for path, together in groupby(by_draw, lambda item: item.path):
-        group = list(together)
-        if shards[-1] and (len(shards[-1]) + len(group) > most or filled + sizes[path] > SHARD_BYTES):
+    bytes_filled = 0
+    shuffled = sorted(items, key=lambda item: (shuffle_key(args.seed, item.path), item.sort_key))
+    for path, same_file in groupby(shuffled, lambda item: item.path):
+        file_items = list(same_file)
+        is_full = len(shards[-1]) + len(file_items) > max_samples
+        if shards[-1] and (is_full or bytes_filled + sizes[path] > MAX_SHARD_BYTES):
             shards.append([])
-            filled = 0
-        shards[-1] += group
-        filled += sizes[path]
-    return [ShardPlan(folder / f"shard-{i:06d}.tar", part) for i, part in enumerate(shards)]
+            bytes_filled = 0
+        shards[-1] += file_items
+        bytes_filled += sizes[path]
+    return [ShardPlan(folder / f"shard-{i:06d}.tar", shard) for i, shard in enumerate(shards)]

@@ -108,7 +108,7 @@ def shape_distance(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def texture(kind: int, phase: float, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """A pattern in [0, 1] fixed to the object; none is symmetric under rotation, so that any spin is visible."""
+    """A pattern in [0, 1] fixed to the object; none is symmetric under rotation, so any spin is visible."""
     if kind == 0:
         return 0.5 + 0.5 * np.sign(np.sin(5 * x + phase))  # stripes
     if kind == 1:

@@ -255,7 +255,7 @@ def main(argv: list[str]) -> None:
     if a.folder is None and not (source / "labels.csv").exists():
         make_corpus(source, a.train, a.test, a.labelled, workers=cores)
     found = read_source(source)
-    if not found.sets:
+    if not found.label_sets:
         raise UserError(
             f"{source}: no labels, so nothing to probe; expected FOLDER/<class>/<file>, or labels.csv"
         )
@@ -271,7 +271,7 @@ def main(argv: list[str]) -> None:
         1 if torch.cuda.is_available() else min(2, cores)
     )  # small models use one core each better than all one
     threads = max(1, cores // at_once)
-    jobs = make_jobs(out, "folder" if a.folder else "quickstart", found.sets[0], threads, a.set, a.probe)
+    jobs = make_jobs(out, "folder" if a.folder else "quickstart", found.label_sets[0], threads, a.set, a.probe)
     run_jobs(jobs, out, at_once, threads)
     rows = summary(out)
     atomic_write(out / "summary.json", lambda beside: beside.write_text(json.dumps(rows, indent=1)))

@@ -1,64 +1,64 @@
-"""Corpora as their owners publish them: annotation files and a folder of files -> items. One file a format.
+"""Source formats: annotation files as they are published, and a folder of files. One module per format.
 
-Shards of others need no source: `python -m data_prep.scan DIR` makes their index.
+WebDataset shards need no source: `python -m data_prep.scan DIR` makes their index.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
 
-from data_prep.sources import (
-    csv_list,
-    diving48,
-    epic_kitchens,
-    folder,
-    hmdb51,
-    imagenet,
-    jester,
-    json_lines,
-    kinetics,
-    ssv2,
-    ucf101,
-    unlabelled,
-)
 from data_prep.sources.common import EXTENSIONS, SourceItem, SourceListing
+from data_prep.sources.csv_list import read_csv_list
+from data_prep.sources.diving48 import read_diving48
+from data_prep.sources.epic_kitchens import read_epic_kitchens
+from data_prep.sources.folder import read_folder
+from data_prep.sources.hmdb51 import read_hmdb51
+from data_prep.sources.imagenet import read_imagenet
+from data_prep.sources.jester import read_jester
+from data_prep.sources.json_lines import read_json_lines
+from data_prep.sources.kinetics import read_kinetics
+from data_prep.sources.ssv2 import read_ssv2
+from data_prep.sources.ucf101 import read_ucf101
+from data_prep.sources.unlabelled import read_unlabelled
 from vidssl.core.errors import UserError
 
 __all__ = ["EXTENSIONS", "SOURCES", "SourceItem", "SourceListing", "read_source"]
 
-SOURCES = {  # kind -> (the folder of files, annotation files) -> Source
-    "folder": folder.read,
-    "imagefolder": folder.read,
-    "csv": csv_list.read,
-    "jsonl": json_lines.read,
-    "unlabelled": unlabelled.read,
-    "kinetics": kinetics.read,
-    "ssv2": ssv2.read,
-    "ucf101": ucf101.read,
-    "hmdb51": hmdb51.read,
-    "diving48": diving48.read,
-    "jester": jester.read,
-    "epic_kitchens": epic_kitchens.read,
-    "imagenet": imagenet.read,
+SOURCES = {  # --source -> reader(folder of files, annotation files)
+    "folder": read_folder,
+    "imagefolder": read_folder,
+    "csv": read_csv_list,
+    "jsonl": read_json_lines,
+    "unlabelled": read_unlabelled,
+    "kinetics": read_kinetics,
+    "ssv2": read_ssv2,
+    "ucf101": read_ucf101,
+    "hmdb51": read_hmdb51,
+    "diving48": read_diving48,
+    "jester": read_jester,
+    "epic_kitchens": read_epic_kitchens,
+    "imagenet": read_imagenet,
 }
 
 
 def read_source(root: Path, kind: str = "folder", annotations: Sequence[Path] = ()) -> SourceListing:
-    """The items of the files below `root`, said by `annotations` in the format `kind`."""
+    """Lists the files below `root` by annotations in the format `kind`. Raises UserError if there is no
+    file."""
     if kind == "webdataset":
-        raise UserError(f"{root}: shards of others are used as they are: python -m data_prep.scan {root}")
+        raise UserError(f"{root}: WebDataset shards are used as they are: python -m data_prep.scan {root}")
     if kind not in SOURCES:
         raise UserError(f"--source {kind}: expected one of {', '.join(SOURCES)}")
     if not root.is_dir():
         raise UserError(
             f"{root}: no such folder; expected FOLDER/<class>/<file>, or a folder with labels.csv"
         )
-    source = SOURCES[kind](root, annotations)
-    if not source.items:
-        others = ", ".join(f"{n} {ext}" for ext, n in source.ignored.most_common(5))
-        if source.rejected:
-            first, rest = next(iter(source.rejected)), len(source.rejected)
-            raise UserError(
-                f"{root}: none of its {rest} files is there, of a known kind, named in UTF-8 (the first: {first[:80]})"
-            )
-        raise UserError(f"{root}: no video or image in it" + (f" (other files: {others})" if others else ""))
-    return source
+    listing = SOURCES[kind](root, annotations)
+    if listing.items:
+        return listing
+    if listing.rejected:
+        first = next(iter(listing.rejected))
+        raise UserError(
+            f"{root}: none of its {len(listing.rejected)} files is there, of a known kind, named in UTF-8 "
+            f"(the first: {first[:80]})"
+        )
+    others = ", ".join(f"{n} {ext}" for ext, n in listing.ignored.most_common(5))
+    raise UserError(f"{root}: no video or image in it" + (f" (other files: {others})" if others else ""))

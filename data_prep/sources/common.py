@@ -1,4 +1,7 @@
-"""What every source format uses: Item and Source, the files of a folder by name, and readers that know their lines."""
+"""Parts of every source format: items and listings, files by name, and readers of annotation files.
+
+Readers yield (FILE:LINE, entry), so that every error names its line.
+"""
 
 import csv
 import json
@@ -26,9 +29,10 @@ SPLITS = {
 
 
 class SourceItem(NamedTuple):
-    """One file, or the part of it from `start` to `end` (seconds; None: its own start, its own end).
+    """A file, or the segment of it from `start` to `end` (seconds; None: start or end of the file).
 
-    labels: label set -> class name (sets without a value are absent). Several parts of one file are several items.
+    labels: label set -> class name; label sets without a value are absent. Several segments of a file are
+    several items.
     """
 
     path: str  # relative to the source, with "/"
@@ -43,113 +47,145 @@ class SourceItem(NamedTuple):
         return PurePosixPath(self.path).suffix[1:].lower()
 
     @property
-    def place(self) -> tuple[str, float, float]:
-        """What no two items share, and what they are sorted by."""
+    def span(self) -> tuple[float | None, float | None]:
+        return self.start, self.end
+
+    @property
+    def sort_key(self) -> tuple[str, float, float]:
+        """Unique among the items of a source."""
         return self.path, self.start or 0.0, math.inf if self.end is None else self.end
 
 
 class SourceListing(NamedTuple):
-    """items: sorted by `place`. rejected: path (or the name that the annotations give) -> reason, known without opening
-    a file. ignored: extension, or a reason in brackets -> files."""
-
-    items: list[SourceItem]
-    sets: list[str]
-    rejected: dict[str, str]
-    ignored: Counter
+    items: list[SourceItem]  # sorted by `sort_key`
+    label_sets: list[str]
+    rejected: dict[str, str]  # path (or the name in the annotations) -> reason that is known without decoding
+    ignored: Counter  # extension, or a reason in brackets -> number of files
 
 
 class FileFinder:
-    """The files of one kind in a folder, by name without folder and extension: owners' lists name them so, and every
-    mirror puts them into other folders."""
+    """Finds files by name, without folder and extension: annotations name them so, and folders differ by
+    mirror."""
 
     def __init__(self, root: Path, extensions: Sequence[str] = VIDEO_EXTENSIONS):
-        self.root, self.ignored = root, Counter[str]()
-        self.of: dict[str, list[str]] = {}  # name -> paths, sorted
+        self.root = root
+        self.paths: dict[str, list[str]] = {}  # name -> sorted paths
+        self._ignored: Counter[str] = Counter()
         self._used: set[str] = set()
-        for path in sorted(walk(root)):
+        for path in sorted(list_files(root)):
             name, ext = os.path.splitext(path.rpartition("/")[2])
             if os.fsencode(path).decode("utf-8", "replace") != path:
-                self.ignored["(not named in UTF-8)"] += 1
+                self._ignored["(not named in UTF-8)"] += 1
             elif name.startswith(".") or ext[1:].lower() not in extensions or not os.path.isfile(root / path):
-                self.ignored[ext.lower() or "(no extension)"] += 1
+                self._ignored[ext.lower() or "(no extension)"] += 1
             else:
-                self.of.setdefault(name, []).append(path)
+                self.paths.setdefault(name, []).append(path)
 
     def find(self, name: str, folder: str | None = None) -> str | None:
-        """The path of `name`; of several one inside a folder called `folder`, else the first by path."""
-        paths = self.of.get(name, [])
-        inside = [p for p in paths if folder in p.split("/")[:-1]]
+        """Returns the path of `name`, or None. Prefers one inside a folder called `folder`, then the first by
+        path."""
+        paths = self.paths.get(name, [])
         if not paths:
             return None
-        self._used.add((inside or paths)[0])
-        return (inside or paths)[0]
+        in_folder = [path for path in paths if folder in path.split("/")[:-1]]
+        found = (in_folder or paths)[0]
+        self._used.add(found)
+        return found
 
-    def left(self) -> Counter[str]:
-        """`ignored`, with the files that were not asked for."""
-        rest = sum(map(len, self.of.values())) - len(self._used)
-        return self.ignored + Counter({"(not in the annotations)": rest})
+    def ignored_files(self) -> Counter[str]:
+        """Counts the files of other kinds and those that were never found by name."""
+        unused = sum(map(len, self.paths.values())) - len(self._used)
+        return self._ignored + Counter({"(not in the annotations)": unused})
 
 
 class ListingBuilder:
-    """The items of a source while they are read. `repeats`: whether a list may name the same file twice, as a published
-    one may: the second is counted (with other labels it is an error all the same)."""
+    """Collects the items of a source.
 
-    def __init__(self, repeats: bool = True):
-        self._at: dict[
+    allow_repeats: whether a list may name the same item twice with equal labels, as some published ones do;
+    repeats are counted.
+    """
+
+    def __init__(self, allow_repeats: bool = True):
+        self._entries: dict[
             tuple, tuple[SourceItem, str, str | None]
-        ] = {}  # place -> item, FILE:LINE, reason of its rejection
-        self._repeats, self._twice = repeats, 0
+        ] = {}  # sort key -> item, FILE:LINE, reason
+        self._allow_repeats = allow_repeats
+        self._repeats = 0
 
-    def add(self, where: str, item: SourceItem, reason: str | None = None) -> bool:
-        """where: FILE:LINE. reason: why it is rejected, None if it is not. False: it is there already."""
-        if item.place not in self._at:
-            self._at[item.place] = item, where, reason
-            return True
-        there, first, _ = self._at[item.place]
-        if first.rpartition(":")[0] == where.rpartition(":")[0]:
-            first = f"line {first.rpartition(':')[2]}"
-        if not self._repeats:
-            raise UserError(f"{where}: {item.path} is named again (first in {first}); expected each once")
-        if there != item:
+    def add(self, where: str, item: SourceItem, reason: str | None = None) -> None:
+        """where: FILE:LINE. reason: why the item is rejected; None: it is not. Raises UserError if it
+        contradicts."""
+        if item.sort_key not in self._entries:
+            self._entries[item.sort_key] = item, where, reason
+            return
+        known, first_where, _ = self._entries[item.sort_key]
+        if first_where.rpartition(":")[0] == where.rpartition(":")[0]:
+            first_where = f"line {first_where.rpartition(':')[2]}"
+        if not self._allow_repeats:
             raise UserError(
-                f"{where}: {item.path} is {_told(item)} here, but {_told(there)} in {first}; expected one"
+                f"{where}: {item.path} is named again (first in {first_where}); expected each once"
             )
-        self._twice += 1
-        return False
+        if known != item:
+            here, there = _describe(item), _describe(known)
+            raise UserError(
+                f"{where}: {item.path} is {here} here, but {there} in {first_where}; expected one"
+            )
+        self._repeats += 1
 
-    def source(self, sets: Iterable[str], ignored: Counter[str] | None = None) -> SourceListing:
-        """All of them; either none has a split, or each has one that can name a folder."""
-        found = [self._at[place] for place in sorted(self._at)]
-        good = [(item, where) for item, where, reason in found if reason is None]
-        if any(item.split for item, _ in good):
-            for item, where in good:
+    def add_named(
+        self,
+        where: str,
+        name: str,
+        path: str | None,
+        labels: dict[str, str],
+        group: str | None = None,
+        split: str | None = None,
+    ) -> None:
+        """Adds the file `name` of the annotations, which FileFinder found at `path` (None: it is missing)."""
+        self.add(where, SourceItem(path or name, labels, group, split), None if path else "missing")
+
+    def build(self, label_sets: Iterable[str], ignored: Counter[str] | None = None) -> SourceListing:
+        """Returns the listing. Raises UserError if only some items have a split, or one that cannot name a
+        folder."""
+        entries = [self._entries[key] for key in sorted(self._entries)]
+        accepted = [(item, where) for item, where, reason in entries if reason is None]
+        if any(item.split for item, _ in accepted):
+            for item, where in accepted:
                 if not re.fullmatch(r"[A-Za-z0-9_-]{1,40}", item.split or ""):
-                    what = f"{where}: split {item.split or ''!r}"
-                    raise UserError(f"{what}: expected a word of letters, digits, - and _")
-        rejected = {item.path: reason for item, _, reason in found if reason is not None}
-        ignored = (ignored or Counter()) + Counter({"(named twice)": self._twice})
-        return SourceListing([item for item, _ in good], list(sets), rejected, ignored)
+                    problem = f"{where}: split {item.split or ''!r}"
+                    raise UserError(f"{problem}: expected a word of letters, digits, - and _")
+        rejected = {item.path: reason for item, _, reason in entries if reason is not None}
+        ignored = (ignored or Counter()) + Counter({"(named twice)": self._repeats})
+        return SourceListing([item for item, _ in accepted], list(label_sets), rejected, ignored)
 
 
-def _told(item: SourceItem) -> str:
+def _describe(item: SourceItem) -> str:
     return " ".join([*item.labels.values(), f"({item.split})"])
 
 
-def walk(root: Path) -> Iterator[str]:
-    """Every file below root, its path with "/"; hidden folders are left out."""
+def list_files(root: Path) -> Iterator[str]:
+    """Yields the path of every file below `root`, relative and with "/"; hidden folders are left out."""
     for folder, folders, files in os.walk(root):
         folders[:] = sorted(f for f in folders if not f.startswith("."))
         for name in files:
             yield (Path(folder) / name).relative_to(root).as_posix()
 
 
-def need(annotations: Sequence[Path], kind: str, what: str) -> None:
+def rejection_reason(root: Path, item: SourceItem) -> str | None:
+    """Returns why an item is rejected without opening its file, or None."""
+    if not os.path.isfile(root / item.path):  # False, too, for a path that is too long for any file
+        return "missing"
+    return None if item.ext in EXTENSIONS else "unknown_extension"
+
+
+def require_annotations(annotations: Sequence[Path], kind: str, names: str) -> None:
+    """Raises UserError, with the usual `names` of the files, if there are none."""
     if not annotations:
-        raise UserError(f"--source {kind} needs --annotations FILE ...: {what}")
+        raise UserError(f"--source {kind} needs --annotations FILE ...: {names}")
 
 
 def text_lines(file: Path) -> list[str]:
-    """Lines without their ends; \\r\\n or \\n, and a byte order mark or none."""
+    """Returns the lines of a UTF-8 file, without line ends (\\r\\n or \\n) and byte order mark."""
     try:
         return file.read_text(encoding="utf-8-sig").rstrip("\n").split("\n")
     except UnicodeDecodeError as e:
@@ -158,31 +194,27 @@ def text_lines(file: Path) -> list[str]:
         raise UserError(f"{file}: {e.strerror}; expected an annotation file") from e
 
 
-def words(file: Path, form: str) -> Iterator[tuple[str, list[str]]]:
-    """(FILE:LINE, words) of every line that is not blank; as many words as `form` has, which the error shows."""
+def split_lines(file: Path, form: str) -> Iterator[tuple[str, list[str]]]:
+    """Yields (FILE:LINE, words) of every line that is not blank.
+
+    form: what a line is expected to be, for the error; it has as many words as each line must have.
+    """
     for number, line in enumerate(text_lines(file), 1):
         if line.strip():
-            parts = line.split()
-            if len(parts) != len(form.split()):
+            words = line.split()
+            if len(words) != len(form.split()):
                 raise UserError(f"{file}:{number}: {line.strip()!r}: expected {form}")
-            yield f"{file}:{number}", parts
+            yield f"{file}:{number}", words
 
 
-def table(file: Path, needed: Sequence[str]) -> Iterator[tuple[str, dict[str, str]]]:
-    """(FILE:LINE, column -> value without blanks around it) of every row of a csv with a header."""
-    text_lines(file)  # so that what is not text is said before
+def csv_rows(file: Path, required: Sequence[str]) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yields (FILE:LINE, column -> stripped value) of every row of a csv file whose header has the required
+    columns."""
+    text_lines(file)  # raises UserError if the file is not text
     try:
         with open(file, encoding="utf-8-sig", newline="") as f:
             rows = csv.DictReader(f, strict=True)
-            columns = list(rows.fieldnames or [])
-            if not columns:
-                raise UserError(f"{file}: empty; expected a header line with the columns {', '.join(needed)}")
-            for c in needed:
-                if c not in columns:
-                    raise UserError(f"{file}:1: no column `{c}` (found: {', '.join(columns)})")
-            for i, c in enumerate(columns):
-                if c and c in columns[:i]:
-                    raise UserError(f"{file}:1: two columns {c!r}; expected each name once")
+            _check_header(file, list(rows.fieldnames or []), required)
             empty = True
             for row in rows:
                 empty = False
@@ -197,58 +229,82 @@ def table(file: Path, needed: Sequence[str]) -> Iterator[tuple[str, dict[str, st
         raise UserError(f"{file}:{rows.line_num}: not a valid CSV line: {e}") from e
 
 
-def json_file(file: Path) -> Any:
-    """The value of a JSON file."""
+def _check_header(file: Path, columns: list[str], required: Sequence[str]) -> None:
+    if not columns:
+        raise UserError(f"{file}: empty; expected a header line with the columns {', '.join(required)}")
+    for name in required:
+        if name not in columns:
+            raise UserError(f"{file}:1: no column `{name}` (found: {', '.join(columns)})")
+    for i, name in enumerate(columns):
+        if name and name in columns[:i]:
+            raise UserError(f"{file}:1: two columns {name!r}; expected each name once")
+
+
+def read_json(file: Path) -> Any:
+    """Returns the value of a JSON file."""
     try:
         return json.loads("\n".join(text_lines(file)))
     except ValueError as e:
         raise UserError(f"{file}:{getattr(e, 'lineno', 1)}: not JSON: {e}") from e
 
 
-def json_list(file: Path, needed: Sequence[str]) -> Iterator[tuple[str, dict]]:
-    """(FILE:LINE, object) of a JSON file that is a list of objects, LINE being where the object starts."""
-    text, decode = "\n".join(text_lines(file)), json.JSONDecoder().raw_decode
-    if not isinstance(json_file(file), list):  # which also finds what is not JSON
-        raise UserError(f"{file}:1: expected a list of objects with {', '.join(needed)}")
-    between = re.compile(r"[\s,]*")
-    at, line, counted = text.index("[") + 1, 1, 0
-    while (at := between.match(text, at).end()) and text[at] != "]":  # type: ignore[union-attr]
-        line, counted = line + text.count("\n", counted, at), at
-        entry, at = decode(text, at)
-        if not isinstance(entry, dict) or any(name not in entry for name in needed):
-            raise UserError(f"{file}:{line}: {str(entry)[:80]}: expected an object with {', '.join(needed)}")
+def json_objects(file: Path, required: Sequence[str]) -> Iterator[tuple[str, dict]]:
+    """Yields (FILE:LINE, object) of a JSON file that is a list of objects with the required keys.
+
+    LINE is where the object starts.
+    """
+    expected = f"with {', '.join(required)}"
+    if not isinstance(read_json(file), list):  # raises UserError if the file is not JSON
+        raise UserError(f"{file}:1: expected a list of objects {expected}")
+    text = "\n".join(text_lines(file))
+    decode = json.JSONDecoder().raw_decode
+    separator = re.compile(r"[\s,]*")
+    position = text.index("[") + 1
+    line = 1
+    counted = 0  # newlines before this position are in `line`
+    while True:
+        separated = separator.match(text, position)
+        assert separated is not None  # it matches the empty string, too
+        position = separated.end()
+        if text[position] == "]":
+            return
+        line += text.count("\n", counted, position)
+        counted = position
+        entry, position = decode(text, position)
+        if not isinstance(entry, dict) or any(name not in entry for name in required):
+            raise UserError(f"{file}:{line}: {str(entry)[:80]}: expected an object {expected}")
         yield f"{file}:{line}", entry
 
 
-def split_of(file: Path) -> str:
-    """train, val or test, from the name of an annotation file."""
+def split_from_name(file: Path) -> str:
+    """Returns train, val or test, by the name of an annotation file."""
     found = {SPLITS[w] for w in re.findall("train|validation|validate|val|test", file.stem.lower())}
     if len(found) != 1:
         raise UserError(f"{file}: its name must say whose list it is: train, validation or test")
     return found.pop()
 
 
-def seconds(where: str, start: Any, end: Any) -> tuple[float | None, float | None]:
-    """Start and end of a part; blank or None: the file's own."""
-    out: list[float | None] = []
+def parse_span(where: str, start: Any, end: Any) -> tuple[float | None, float | None]:
+    """Returns start and end of a segment in seconds; blank or None: start or end of the file."""
+    span: list[float | None] = []
     for name, value in (("start", start), ("end", end)):
         if value is None or value == "":
-            out.append(None)
+            span.append(None)
             continue
         try:
-            number = math.nan if isinstance(value, bool) else float(value)
+            seconds = math.nan if isinstance(value, bool) else float(value)
         except (TypeError, ValueError):
-            number = math.nan
-        if not 0 <= number < math.inf:
+            seconds = math.nan
+        if not 0 <= seconds < math.inf:
             raise UserError(f"{where}: {name} {value!r}: expected seconds, 0 or more")
-        out.append(number)
-    if out[1] is not None and out[1] <= (out[0] or 0.0):
+        span.append(seconds)
+    if span[1] is not None and span[1] <= (span[0] or 0.0):
         raise UserError(f"{where}: start {start} is not before end {end}; expected seconds")
-    return out[0], out[1]
+    return span[0], span[1]
 
 
-def inside(where: str, text: Any, root: Path) -> str:
-    """A path that a list names, checked to be relative and inside the source."""
+def parse_path(where: str, text: Any, root: Path) -> str:
+    """Returns a path of an annotation file. Raises UserError if it is not relative and inside the source."""
     path = PurePosixPath(text.strip() if isinstance(text, str) else "")
     if not path.parts or path.is_absolute() or ".." in path.parts or "\0" in str(path):
         raise UserError(f"{where}: path {text!r}: expected a path inside {root}")

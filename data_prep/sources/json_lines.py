@@ -1,6 +1,6 @@
-"""JSON lines: {"path": ..., "label": ... or "labels": {set: name}, "group", "split", "start", "end"}.
+"""JSON lines: {"path": ..., "label": ... or "labels": {label set: class}, "group", "split", "start", "end"}.
 
-All but path may be left out. start and end are seconds; a class may be a name or a whole number.
+All but path are optional. start and end are seconds; a class may be a name or a whole number.
 """
 
 import json
@@ -12,44 +12,54 @@ from data_prep.sources.common import (
     ListingBuilder,
     SourceItem,
     SourceListing,
-    inside,
-    need,
-    seconds,
+    parse_path,
+    parse_span,
+    rejection_reason,
+    require_annotations,
     text_lines,
 )
-from data_prep.sources.csv_list import check
 from vidssl.core.errors import UserError
 
 KEYS = ("path", "label", "labels", "group", "split", "start", "end")
 
 
-def read(root: Path, annotations: Sequence[Path]) -> SourceListing:
+def read_json_lines(root: Path, annotations: Sequence[Path]) -> SourceListing:
     """Paths are relative to the source."""
-    need(annotations, "jsonl", "files with one object a line")
-    out, sets = ListingBuilder(repeats=False), dict[str, None]()
+    require_annotations(annotations, "jsonl", "files with one object a line")
+    listing = ListingBuilder(allow_repeats=False)
+    label_sets: dict[str, None] = {}
     for file in annotations:
         for number, line in enumerate(text_lines(file), 1):
             if not line.strip():
                 continue
             where = f"{file}:{number}"
-            try:
-                entry = json.loads(line)
-            except ValueError as e:
-                raise UserError(f"{where}: not JSON: {e}") from e
-            if not isinstance(entry, dict) or not set(entry) <= set(KEYS):
-                raise UserError(
-                    f"{where}: {line.strip()[:80]}: expected an object with no other keys than {', '.join(KEYS)}"
-                )
+            entry = _parse_entry(where, line)
             labels = _labels(where, entry)
-            sets |= dict.fromkeys(labels)
-            group, split = (_name(where, key, entry.get(key)) for key in ("group", "split"))
-            times = seconds(where, entry.get("start"), entry.get("end"))
-            item = SourceItem(inside(where, entry.get("path"), root), labels, group, split, *times)
-            out.add(where, item, check(root, item))
-    return out.source(sets)
+            label_sets |= dict.fromkeys(labels)
+            item = SourceItem(
+                parse_path(where, entry.get("path"), root),
+                labels,
+                _name(where, "group", entry.get("group")),
+                _name(where, "split", entry.get("split")),
+                *parse_span(where, entry.get("start"), entry.get("end")),
+            )
+            listing.add(where, item, rejection_reason(root, item))
+    return listing.build(label_sets)
 
 
-def _labels(where: str, entry: dict) -> dict[str, str]:
+def _parse_entry(where: str, line: str) -> dict[str, Any]:
+    try:
+        entry = json.loads(line)
+    except ValueError as e:
+        raise UserError(f"{where}: not JSON: {e}") from e
+    if not isinstance(entry, dict) or not set(entry) <= set(KEYS):
+        expected = f"expected an object with no other keys than {', '.join(KEYS)}"
+        raise UserError(f"{where}: {line.strip()[:80]}: {expected}")
+    return entry
+
+
+def _labels(where: str, entry: dict[str, Any]) -> dict[str, str]:
+    """Returns label set -> class name."""
     if "label" in entry and "labels" in entry:
         raise UserError(f"{where}: both `label` and `labels`; expected one of them")
     labels = entry.get("labels", {"label": entry.get("label")})
@@ -60,6 +70,7 @@ def _labels(where: str, entry: dict) -> dict[str, str]:
 
 
 def _name(where: str, key: str, value: Any) -> str | None:
+    """Returns a name or a whole number as a string; None if it is absent or blank."""
     if isinstance(value, bool) or not isinstance(value, str | int | None):
         raise UserError(f"{where}: {key} {value!r}: expected a name or a whole number")
-    return str(value).strip() or None if value is not None else None
+    return None if value is None else str(value).strip() or None

@@ -1,8 +1,9 @@
 """Kinetics-400, 600 and 700 (arXiv 1705.06950, 1808.01340, 1907.06987): DeepMind's csv files.
 
-label,youtube_id,time_start,time_end,split (400 has is_cc after them; a test list may have no label). Trimmed files are
-named ID_SSSSSS_EEEEEE (seconds, six digits), in one folder a split (CVDF) or a folder a class, with spaces or
-underscores (the official crawler, OpenMMLab). A file called ID alone is the whole video and is cut by the times.
+label,youtube_id,time_start,time_end,split (400 has is_cc after them; a test list may have no label). Trimmed
+files are called ID_SSSSSS_EEEEEE (seconds, six digits), in one folder per split (CVDF) or per class, with
+spaces or underscores (the official crawler, OpenMMLab). A file called ID alone is the whole video and is cut
+by the times.
 """
 
 from collections.abc import Sequence
@@ -14,34 +15,35 @@ from data_prep.sources.common import (
     ListingBuilder,
     SourceItem,
     SourceListing,
-    need,
-    seconds,
-    split_of,
-    table,
+    csv_rows,
+    parse_span,
+    require_annotations,
+    split_from_name,
 )
 from vidssl.core.errors import UserError
 
 
-def read(root: Path, annotations: Sequence[Path]) -> SourceListing:
-    """Group: the YouTube video. The split is the row's, or that in the file's name where there is no such column."""
-    need(annotations, "kinetics", "train.csv, val.csv or validate.csv, test.csv")
-    files, out = FileFinder(root), ListingBuilder()
+def read_kinetics(root: Path, annotations: Sequence[Path]) -> SourceListing:
+    """Group: the YouTube video. The split is that of the row, or of the file's name without such a column."""
+    require_annotations(annotations, "kinetics", "train.csv, val.csv or validate.csv, test.csv")
+    files, listing = FileFinder(root), ListingBuilder()
     for file in annotations:
-        for where, row in table(file, ["youtube_id", "time_start", "time_end"]):
-            split = SPLITS.get(row["split"]) if "split" in row else split_of(file)
+        for where, row in csv_rows(file, ["youtube_id", "time_start", "time_end"]):
+            split = SPLITS.get(row["split"]) if "split" in row else split_from_name(file)
             if split is None:
                 raise UserError(f"{where}: split {row['split']!r}: expected train, val, validate or test")
-            start, end = seconds(where, row["time_start"], row["time_end"])
-            if start is None or end is None or not row["youtube_id"]:
+            youtube_id = row["youtube_id"]
+            start, end = parse_span(where, row["time_start"], row["time_end"])
+            if start is None or end is None or not youtube_id:
                 raise UserError(
                     f"{where}: expected youtube_id, time_start and time_end (seconds), found {row}"
                 )
             labels = {"label": row["label"]} if row.get("label") else {}
-            name = f"{row['youtube_id']}_{int(start):06d}_{int(end):06d}"
-            if path := files.find(name):
-                out.add(where, SourceItem(path, labels, row["youtube_id"], split))
-            elif path := files.find(row["youtube_id"]):
-                out.add(where, SourceItem(path, labels, row["youtube_id"], split, start, end))
+            trimmed_name = f"{youtube_id}_{int(start):06d}_{int(end):06d}"
+            trimmed = files.find(trimmed_name)
+            whole = None if trimmed else files.find(youtube_id)
+            if whole:
+                listing.add(where, SourceItem(whole, labels, youtube_id, split, start, end))
             else:
-                out.add(where, SourceItem(name, labels, row["youtube_id"], split), "missing")
-    return out.source(["label"], files.left())
+                listing.add_named(where, trimmed_name, trimmed, labels, youtube_id, split)
+    return listing.build(["label"], files.ignored_files())

@@ -1,7 +1,7 @@
 """UCF101 (arXiv 1212.0402): classInd.txt and, of one of the three splits, trainlist01.txt and testlist01.txt.
 
-classInd.txt: `1 ApplyEyeMakeup`. trainlist: `ApplyEyeMakeup/v_ApplyEyeMakeup_g08_c01.avi 1`; testlist: the same without
-the number.
+classInd.txt: `1 ApplyEyeMakeup`. trainlist: `ApplyEyeMakeup/v_ApplyEyeMakeup_g08_c01.avi 1`; testlist: the
+same without the number.
 """
 
 import re
@@ -11,49 +11,52 @@ from pathlib import Path
 from data_prep.sources.common import (
     FileFinder,
     ListingBuilder,
-    SourceItem,
     SourceListing,
-    need,
-    split_of,
-    words,
+    require_annotations,
+    split_from_name,
+    split_lines,
 )
 from vidssl.core.errors import UserError
 
 
-def read(root: Path, annotations: Sequence[Path]) -> SourceListing:
-    """Group: v_CLASS_gNN, the video that its clips are cut from."""
-    need(annotations, "ucf101", "classInd.txt, trainlist01.txt, testlist01.txt")
-    index = [file for file in annotations if file.name.lower().startswith("classind")]
-    if len(index) != 1:
-        raise UserError(f"--source ucf101: {len(index)} classInd.txt among the annotations; expected one")
-    classes: dict[str, tuple[int, str]] = {}  # lower case: the lists and files also spell HandStandPushups
-    for where, (number, name) in words(index[0], "NUMBER CLASS"):
+def read_ucf101(root: Path, annotations: Sequence[Path]) -> SourceListing:
+    """Group: v_CLASS_gNN, the video from which its clips are cut."""
+    require_annotations(annotations, "ucf101", "classInd.txt, trainlist01.txt, testlist01.txt")
+    class_files = [file for file in annotations if file.name.lower().startswith("classind")]
+    if len(class_files) != 1:
+        raise UserError(
+            f"--source ucf101: {len(class_files)} classInd.txt among the annotations; expected one"
+        )
+    classes = _read_classes(class_files[0])
+    files, listing = FileFinder(root), ListingBuilder()
+    for file in annotations:
+        if file == class_files[0]:
+            continue
+        split = split_from_name(file)
+        form = "CLASS/FILE.avi NUMBER" if split == "train" else "CLASS/FILE.avi"
+        for where, words in split_lines(file, form):
+            folder, _, name = words[0].rpartition("/")
+            match = re.fullmatch(r"(v_.+_g\d+)_c\d+", Path(name).stem)
+            if folder.lower() not in classes or not match:
+                expected = f"expected CLASS/v_CLASS_gNN_cNN.avi, CLASS being in {class_files[0]}"
+                raise UserError(f"{where}: {words[0]}: {expected}")
+            number, label = classes[folder.lower()]
+            if len(words) > 1 and words[1] != str(number):
+                raise UserError(
+                    f"{where}: class number {words[1]} of {label}: expected {number}, as in {class_files[0]}"
+                )
+            path = files.find(Path(name).stem, folder)
+            listing.add_named(where, words[0], path, {"label": label}, match[1], split)
+    return listing.build(["label"], files.ignored_files())
+
+
+def _read_classes(file: Path) -> dict[str, tuple[int, str]]:
+    """Returns lower-case class -> (number, class): the lists and files also spell HandStandPushups."""
+    classes: dict[str, tuple[int, str]] = {}
+    for where, (number, name) in split_lines(file, "NUMBER CLASS"):
         if not number.isdecimal() or name.lower() in classes:
             raise UserError(
                 f"{where}: '{number} {name}': expected a number and a class that was not named before"
             )
         classes[name.lower()] = int(number), name
-    files, out = FileFinder(root), ListingBuilder()
-    for file in annotations:
-        if file == index[0]:
-            continue
-        split = split_of(file)
-        for where, parts in words(file, "CLASS/FILE.avi NUMBER" if split == "train" else "CLASS/FILE.avi"):
-            folder, _, name = parts[0].rpartition("/")
-            found = re.fullmatch(r"(v_.+_g\d+)_c\d+", Path(name).stem)
-            if folder.lower() not in classes or not found:
-                raise UserError(
-                    f"{where}: {parts[0]}: expected CLASS/v_CLASS_gNN_cNN.avi, CLASS being in {index[0]}"
-                )
-            want, label = classes[folder.lower()]
-            if len(parts) > 1 and parts[1] != str(want):
-                raise UserError(
-                    f"{where}: class number {parts[1]} of {label}: expected {want}, as in {index[0]}"
-                )
-            path = files.find(Path(name).stem, folder)
-            out.add(
-                where,
-                SourceItem(path or parts[0], {"label": label}, found[1], split),
-                None if path else "missing",
-            )
-    return out.source(["label"], files.left())
+    return classes

@@ -20,7 +20,7 @@ from data_prep import pack, scan, verify
 from data_prep.encode import EncodedSample
 from data_prep.index import class_lists, read_lines, sample_key
 from data_prep.inspect_file import FileInspector, Rejected
-from data_prep.plan import divide
+from data_prep.plan import split_train_test
 from data_prep.sources import SourceItem, read_source
 from vidssl.core.errors import UserError
 from vidssl.data.decoding import open_video
@@ -278,7 +278,7 @@ def test_labels_csv(tmp_path, make_video, make_image):
 def test_folders_without_labels_and_with_splits(tmp_path):
     (tmp_path / "a.mp4").write_bytes(b"x")
     source = read_source(tmp_path)
-    assert source.items == [SourceItem("a.mp4", {})] and source.sets == []
+    assert source.items == [SourceItem("a.mp4", {})] and source.label_sets == []
     for name in ("train/run/deep/1.mp4", "val/run/2.MP4", "val/.hidden.mp4"):
         (tmp_path / "s" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "s" / name).write_bytes(b"x")
@@ -355,8 +355,8 @@ def test_division_by_group(seed, fraction):
     rng = np.random.default_rng(seed)
     items = [SourceItem(f"{i}", {"label": f"c{rng.integers(4)}"}, f"g{rng.integers(12)}") for i in range(150)]
     items += [SourceItem("lone", {"label": "lone"}, "g_lone")]
-    parts = divide(items, "label", fraction, seed)
-    assert parts == divide(items[::-1], "label", fraction, seed)
+    parts = split_train_test(items, "label", fraction, seed)
+    assert parts == split_train_test(items[::-1], "label", fraction, seed)
     assert sorted(parts["train"] + parts["test"]) == sorted(items)
     assert not {i.group for i in parts["train"]} & {i.group for i in parts["test"]}
     counts = {name: Counter(i.labels["label"] for i in part) for name, part in parts.items()}

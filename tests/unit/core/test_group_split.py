@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 import numpy as np
 import pytest
 
-from data_prep.plan import divide
+from data_prep.plan import split_train_test
 from data_prep.sources import SourceItem
 from vidssl.core.splits import GroupSelection, shuffle_key
 
@@ -46,7 +46,7 @@ def make_items(n: int, classes: int, groups: int, seed: int) -> list[SourceItem]
 def test_equals_the_quadratic_definition(seed):
     items = make_items(120, 1 + seed % 6, 3 + 2 * seed, seed)
     fraction = (0.02, 0.2, 0.5, 0.9)[seed % 4]
-    parts = divide(items, "label", fraction, seed)
+    parts = split_train_test(items, "label", fraction, seed)
     in_test = {f"group {i.group}" if i.group else f"file {i.path}" for i in parts["test"]}
     assert in_test == quadratic_split(items, fraction, seed)
 
@@ -54,7 +54,7 @@ def test_equals_the_quadratic_definition(seed):
 def test_240_000_samples_take_seconds():
     items = make_items(240_000, 1, 100_000, 0)
     began = time.process_time()
-    parts = divide(items, "label", 0.1, 0)
+    parts = split_train_test(items, "label", 0.1, 0)
     assert len(parts["test"]) == pytest.approx(24_000, rel=0.01)
     assert time.process_time() - began < 30
 

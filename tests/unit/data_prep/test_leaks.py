@@ -1,4 +1,4 @@
-"""data_prep.leaks: copies of training videos in a test set."""
+"""data_prep.leaks and data_prep.dedup: copies of training videos in a test set, and near duplicates."""
 
 import io
 import json
@@ -13,12 +13,22 @@ import pytest
 from PIL import Image
 
 from data_prep import leaks, pack
-from data_prep.leaks import Fingerprint, Pair, Table, align, distance, fingerprint, phash
+from data_prep.fingerprint import (
+    MAX_HASH_DISTANCE,
+    Candidate,
+    Fingerprint,
+    HashTable,
+    MediaFile,
+    fingerprint,
+    hamming_distance,
+    phash,
+)
+from data_prep.matching import align, compare, matching_job
 from vidssl.core.errors import UserError
 
 
 def film(seed: int, seconds: float = 4.0) -> np.ndarray:
-    """u8 [n,96,128,3], 24 a second: a background of its own, and a bright spot on a path of its own."""
+    """u8 [n,96,128,3], 24 frames per second: a bright spot moves over a background; both are random."""
     rng = np.random.default_rng(seed)
     small = Image.fromarray(rng.integers(0, 200, (6, 8, 3), np.uint8))
     back = np.asarray(small.resize((128, 96), Image.Resampling.BICUBIC))
@@ -91,9 +101,9 @@ def found(tmp_path_factory):
     return {line["test"].rsplit("-", 1)[0]: line for line in lines}, len(lines), (train, test)
 
 
-def test_copies_are_found_and_nothing_else(found):
+def test_only_copies_are_found(found):
     lines, n, _ = found
-    assert {test: (line["train"].rsplit("-", 1)[0], line["why"]) for test, line in lines.items()} == {
+    assert {test: (line["train"].rsplit("-", 1)[0], line["match"]) for test, line in lines.items()} == {
         "same": ("f0", "bytes"),
         "worse": ("f1", "pictures"),
         "cut": ("f2", "pictures"),
@@ -103,7 +113,7 @@ def test_copies_are_found_and_nothing_else(found):
     assert n == 5  # each once
 
 
-def test_when_the_copy_begins(found):
+def test_shift_and_overlap_of_copies(found):
     lines, _, _ = found
     for name, shift, seconds in (
         ("worse", 0.0, 4.0),
@@ -111,25 +121,28 @@ def test_when_the_copy_begins(found):
         ("middle", 20 / 24, 50 / 24),
     ):
         assert lines[name]["shift"] == pytest.approx(shift, abs=0.1), name
-        assert lines[name]["seconds"] == pytest.approx(seconds, abs=0.2), name
-        assert lines[name]["alike"] > 0.95, name
+        assert lines[name]["overlap"] == pytest.approx(seconds, abs=0.2), name
+        assert lines[name]["correlation"] > 0.95, name
 
 
-def test_another_take_of_a_scene_is_no_copy(found):
+def test_another_take_of_a_scene_is_no_leak(found):
     """The backgrounds are equal, what moves is not."""
     _, _, (train, test) = found
     sets = leaks.Shards([train]), leaks.Shards([test])
     samples = [s.all() for s in sets]
-    seen = [[fingerprint(d.read(x), x.ext, x.meta) for x in s] for d, s in zip(sets, samples, strict=True)]
+    seen = [
+        [fingerprint(MediaFile(d.read(x), x.ext, x.meta)) for x in s]
+        for d, s in zip(sets, samples, strict=True)
+    ]
     i, j = (
         next(i for i, x in enumerate(s) if x.key.startswith(k))
         for s, k in zip(samples, ("f5", "take"), strict=True)
     )
-    far = [distance(seen[0][x].hashes, seen[1][j].hashes).mean() for x in (i, i - 1)]
+    far = [hamming_distance(seen[0][x].hashes, seen[1][j].hashes).mean() for x in (i, i - 1)]
     assert far[0] < far[1] / 1.5  # the scene is the same
     read = leaks.ShardFiles(dict(zip(("train", "test"), sets, strict=True)))
     files = read(("test", samples[1][j])), read(("train", samples[0][i]))
-    assert leaks.compare(Pair(j, i, 32, 2.0, 0.0, far[0]), *files) is None
+    assert compare(Candidate(j, i, 32, 2.0, 0.0, far[0]), *files) is None
 
 
 def test_no_leak_is_exit_status_0(found, tmp_path, capsys):
@@ -140,26 +153,26 @@ def test_no_leak_is_exit_status_0(found, tmp_path, capsys):
         leaks.main([train, str(tmp_path / "own")])
 
 
-def faulty_job(read, report, what, place, *rest):
+def faulty_job(read, report, task, location, *rest):
     """Fingerprints a video; the decoder hangs on files named hang*, and dies of those named crash*."""
-    name = place[1].key
+    name = location[1].key
     if name.startswith("hang"):
         time.sleep(1000)
     if name.startswith("crash"):
         os.kill(os.getpid(), signal.SIGSEGV)
-    return leaks.fingerprint_job(read, report, what, place, *rest)
+    return matching_job(read, report, task, location, *rest)
 
 
-def test_a_video_that_hangs_or_crashes_the_decoder_is_reported(tmp_path):
+def test_hanging_and_crashing_videos_are_reported(tmp_path):
     copy = encode(film(1, 1.0))
     train = leaks.Shards([packed(tmp_path, "train", {"a.mp4": copy})])
     test = leaks.Shards([packed(tmp_path, "test", {"b.mp4": copy, "crash.mp4": copy, "hang.mp4": copy})])
-    lines = list(leaks.find(train, test, workers=2, timeout=5.0, job=faulty_job))
-    found = {line["test"].rsplit("-", 1)[0]: line.get("reason", line["why"]) for line in lines}
+    lines = list(leaks.find_leaks(train, test, workers=2, timeout_s=5.0, job=faulty_job))
+    found = {line["test"].rsplit("-", 1)[0]: line.get("error", line.get("match")) for line in lines}
     assert found == {"b": "bytes", "crash": "decoder_crash", "hang": "timeout"}
 
 
-def test_phash_is_a_dct_and_survives_light():
+def test_phash_is_a_dct_and_ignores_brightness():
     rng = np.random.default_rng(0)
     pictures = rng.integers(0, 256, (20, 32, 32)).astype(np.float64)
     want = []
@@ -170,33 +183,32 @@ def test_phash_is_a_dct_and_survives_light():
         want.append((low > np.median(low)).ravel())
     got = np.unpackbits(phash(pictures).view(np.uint8).reshape(20, 8), axis=1).astype(bool)
     assert (got == np.stack(want)).all()
-    assert (distance(phash(pictures), phash(pictures * 0.7 + 20)) <= 2).all()
-    far = distance(phash(pictures[:10]), phash(pictures[10:]))
+    assert (hamming_distance(phash(pictures), phash(pictures * 0.7 + 20)) <= 2).all()
+    far = hamming_distance(phash(pictures[:10]), phash(pictures[10:]))
     assert 20 <= far.mean() <= 44 and (got.sum(1) == 32).all()
-    assert distance(np.array([0], np.uint64), np.array([2**64 - 1], np.uint64)).tolist() == [64]
+    assert hamming_distance(np.array([0], np.uint64), np.array([2**64 - 1], np.uint64)).tolist() == [64]
 
 
-def test_the_table_finds_what_comparing_all_finds():
-    """Every look with an equal quarter and at most NEAR other bits, and no other."""
+def test_table_finds_what_exhaustive_comparison_finds():
+    """Every hash that shares a quarter with the query and differs by at most MAX_HASH_DISTANCE bits, and no other."""
     rng = np.random.default_rng(1)
     hashes = rng.integers(0, 2**63, 3000).astype(np.uint64)
     flips = [np.uint64(sum(1 << int(b) for b in rng.choice(64, k, replace=False))) for k in (1, 3, 6, 9, 12)]
     near = np.concatenate([hashes[:50] ^ f for f in flips])
     digest, numbers = b"", np.arange(len(near) + 3000, dtype=np.int32)
-    table = Table(
+    table = HashTable(
         [Fingerprint(digest, hashes, numbers[:3000]), None, Fingerprint(digest, near, numbers[3000:])]
     )
     for query in hashes[:50]:
-        d = distance(table.hashes, np.full(len(table.hashes), query))
+        d = hamming_distance(table.hashes, np.full(len(table.hashes), query))
         share = (table.hashes[:, None].view(np.uint16) == query.reshape(1, 1).view(np.uint16)).any(1)
-        assert table.near(query).tolist() == np.flatnonzero((d <= leaks.NEAR) & share).tolist()
-    assert len(table.near(np.uint64(0))) == 0 and (table.video[3000:] == 2).all()
+        assert table.lookup(query).tolist() == np.flatnonzero((d <= MAX_HASH_DISTANCE) & share).tolist()
+    assert len(table.lookup(np.uint64(0))) == 0 and (table.video[3000:] == 2).all()
 
 
-def test_a_full_bucket_costs_no_more_than_its_limit(monkeypatch):
-    monkeypatch.setattr(leaks, "BUCKET", 10)
+def test_full_buckets_are_sampled():
     same = Fingerprint(b"", np.zeros(1000, np.uint64), np.arange(1000, dtype=np.int32))
-    assert len(Table([same]).near(np.uint64(0))) == 10
+    assert len(HashTable([same], max_bucket=10).lookup(np.uint64(0))) == 10
 
 
 def test_align():
@@ -205,15 +217,15 @@ def test_align():
     assert align(train, train[30:80] * 0.5 + 9)[1:] == (30, 50)
     assert align(train, train[30:80])[0] == pytest.approx(1)
     assert align(train, rng.normal(size=(50, 64)).astype(np.float32))[0] < 0.3
-    assert align(train, train[:5]) == (-1.0, 0, 0)  # less than LEAST
+    assert align(train, train[:5]) == (-1.0, 0, 0)  # less than MIN_OVERLAP_SECONDS
 
 
-def test_a_film_in_black_is_not_looked_up():
-    assert len(fingerprint(encode(np.zeros((48, 96, 128, 3), np.uint8)), "mp4", None).hashes) == 0
-    assert fingerprint(encode(film(1, 2.0)), "mp4", None).numbers.tolist() == list(range(16))
+def test_black_frames_are_not_hashed():
+    assert len(fingerprint(MediaFile(encode(np.zeros((48, 96, 128, 3), np.uint8)), "mp4")).hashes) == 0
+    assert fingerprint(MediaFile(encode(film(1, 2.0)), "mp4")).steps.tolist() == list(range(16))
 
 
-def test_pack_drops_near_duplicates_and_remembers_them(tmp_path, monkeypatch):
+def test_pack_drops_near_duplicates_and_caches_them(tmp_path, monkeypatch):
     films = {i: film(i) for i in range(3)}
     back = np.asarray(Image.fromarray(np.median(films[2], 0).astype(np.uint8)))
     files = {f"a{i}.mp4": encode(frames) for i, frames in films.items()}
@@ -232,14 +244,17 @@ def test_pack_drops_near_duplicates_and_remembers_them(tmp_path, monkeypatch):
     with monkeypatch.context() as cut_off, pytest.raises(KeyboardInterrupt):
         cut_off.setattr(pack.engine, "make", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         pack.main(command)
-    monkeypatch.setattr("data_prep.plan.near_files", lambda *_: pytest.fail("looked again"))
+    monkeypatch.setattr("data_prep.plan.find_near_duplicates", lambda *_: pytest.fail("searched again"))
     pack.main(command)
     rejected = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
-    why = {r["path"]: r.get("first", r["detail"]) for r in rejected if r["reason"] == "duplicate"}
+    why = {r["path"]: r.get("duplicate_of", r["detail"]) for r in rejected if r["reason"] == "duplicate"}
     copies = {"b_same.mp4": "the same bytes as a0.mp4", "b_worse.mp4": "a0.mp4", "b_cut.mp4": "a1.mp4"}
-    assert why == {**copies, "a8_part.mp4": "b8_whole.mp4"}  # what shows more stays, also if it comes later
+    assert why == {
+        **copies,
+        "a8_part.mp4": "b8_whole.mp4",
+    }  # the longer file is kept, even if its name is later
     seen = [json.loads(line) for line in (tmp_path / "out" / "near-out.jsonl").read_text().splitlines()[1:]]
-    assert {line["path"] for line in seen if "unseen" in line} == {"b_broken.mp4"}
+    assert {line["path"] for line in seen if "error" in line} == {"b_broken.mp4"}
     assert [r["path"] for r in rejected if r["reason"] != "duplicate"] == ["b_broken.mp4"]
     kept = [s.meta["source"] for s in leaks.Shards([str(tmp_path / "out")]).all()]
     assert sorted(kept) == ["a0.mp4", "a1.mp4", "a2.mp4", "b8_whole.mp4", "b_take.mp4"]

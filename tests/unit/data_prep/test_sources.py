@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.sources import SOURCES, SourceItem, read_source
-from data_prep.sources.common import json_list
+from data_prep.sources.common import json_objects
 from vidssl.core.errors import UserError
 
 
@@ -71,7 +71,7 @@ def test_kinetics_in_every_layout(make):
     cuts = {item.path: (item.start, item.end) for item in source.items if item.end is not None}
     assert cuts == {"whole/---QUuC4vJs.mp4": (84.0, 94.0)}
     assert source.rejected == {"gone_000000_000010": "missing"}
-    assert source.ignored == {".txt": 1, "(not in the annotations)": 2} and source.sets == ["label"]
+    assert source.ignored == {".txt": 1, "(not in the annotations)": 2} and source.label_sets == ["label"]
 
 
 def test_kinetics_without_a_split_column_and_with_rows_that_stand_twice(make):
@@ -249,7 +249,7 @@ def test_epic_kitchens(make):
         SourceItem(files[0], numbers, "P01", "train", 3723.5, 3724.0),
         SourceItem(files[1], {}, "P02", "test", 2.86, 3.87),
     ]
-    assert source.sets == ["verb", "noun", "action"] and source.rejected == {
+    assert source.label_sets == ["verb", "noun", "action"] and source.rejected == {
         "P01/videos/P01_09.MP4": "missing"
     }
     assert source.ignored == {"(second narration of a segment)": 1}
@@ -281,7 +281,10 @@ def test_unlabelled_lists(make):
     source = make(
         "unlabelled", {"list.txt": "a/b/nVbIUDjzWY4.webm\n\nc.mp4\nlost.mp4\nd.doc"}, "c.mp4", "d.doc"
     )
-    assert [item.path for item in source.items] == ["a/b/nVbIUDjzWY4.webm", "c.mp4"] and source.sets == []
+    assert [item.path for item in source.items] == [
+        "a/b/nVbIUDjzWY4.webm",
+        "c.mp4",
+    ] and source.label_sets == []
     assert source.rejected == {"d.doc": "unknown_extension", "lost.mp4": "missing"}
 
 
@@ -359,7 +362,7 @@ def test_json_lines(make):
         SourceItem("a.mp4", {"verb": "open", "noun": "7"}, "g", "train", 1.0, 2.5),
         SourceItem("a.mp4", {"label": "x"}, None, "val", 3.0),
     ]
-    assert source.sets == ["verb", "noun", "label"] and source.rejected == {"lost.mp4": "missing"}
+    assert source.label_sets == ["verb", "noun", "label"] and source.rejected == {"lost.mp4": "missing"}
 
 
 KIN, TWO = "kinetics", '[\n {"id": "1", "template": "a"},\n {"id": "2"}\n]'
@@ -549,11 +552,11 @@ def test_an_annotation_file_that_is_no_text_or_not_there(tmp_path, kind):
         read_source(tmp_path, kind, [file])
 
 
-def test_lines_of_a_json_list_however_it_is_laid_out(tmp_path):
+def test_lines_of_a_json_objects_however_it_is_laid_out(tmp_path):
     entries = [{"id": f"a, ]\n{i}", "x": [1, {"y": 2}]} for i in range(3)]
     for indent, lines in ((None, [1, 1, 1]), (1, [2, 11, 20])):
         (tmp_path / "l.json").write_text(" " + json.dumps(entries, indent=indent) + "\n")
-        found = list(json_list(tmp_path / "l.json", ["id"]))
+        found = list(json_objects(tmp_path / "l.json", ["id"]))
         assert [e for _, e in found] == entries
         starts = json.dumps(entries, indent=indent).split("\n")
         want = [1] * 3 if indent is None else [i for i, x in enumerate(starts, 1) if x == " {"]

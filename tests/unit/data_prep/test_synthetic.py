@@ -215,7 +215,7 @@ def test_the_file_holds_the_frames_that_were_drawn(synthetic_corpus):
 
 def test_classes_are_balanced_and_the_labels_are_read(synthetic_corpus):
     source = read_source(synthetic_corpus)
-    assert source.sets == ["motion", "appearance"] and not source.rejected and len(source.items) == 90
+    assert source.label_sets == ["motion", "appearance"] and not source.rejected and len(source.items) == 90
     assert Counter(item.split for item in source.items) == {"train": 60, "test": 30}
     for split, samples in (("train", 60), ("test", 30)):
         labels = [item.labels for item in source.items if item.split == split]
