@@ -271,7 +271,9 @@ def main(argv: list[str]) -> None:
         1 if torch.cuda.is_available() else min(2, cores)
     )  # small models use one core each better than all one
     threads = max(1, cores // at_once)
-    jobs = make_jobs(out, "folder" if a.folder else "quickstart", found.label_sets[0], threads, a.set, a.probe)
+    jobs = make_jobs(
+        out, "folder" if a.folder else "quickstart", found.label_sets[0], threads, a.set, a.probe
+    )
     run_jobs(jobs, out, at_once, threads)
     rows = summary(out)
     atomic_write(out / "summary.json", lambda beside: beside.write_text(json.dumps(rows, indent=1)))
