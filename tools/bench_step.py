@@ -1,7 +1,7 @@
 """Training steps side by side with transformers' models and the published loop: clips a second in alternation.
 
 python tools/bench_step.py [--model vit_small] [--batch 8] [--rounds 8] [--precision fp32|bf16] [--compile]
-    [--keep-memory ours|all|none]
+    [--tune-malloc ours|all|none]
 
 One batch of noise (16 x 224 px), forward, backward and AdamW, each contender in a process of its own, ours with
 efficiency.tune_malloc as train.py has it. The two of a pair take turns step by step, so that whatever else the machine
@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from contenders import DECODERS, MOMENTUM, PAIRS, Contender, draws, make
+from bench.contenders import DECODERS, MOMENTUM, PAIRS, Contender, make, rng_of
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
@@ -61,9 +61,9 @@ class Row(NamedTuple):
 
 
 @contextlib.contextmanager
-def keeping(net: nn.Module) -> Iterator[dict[int, int]]:
+def keeping(model: nn.Module) -> Iterator[dict[int, int]]:
     """Storages (address -> bytes) that are kept for a backward pass in here, weights left out."""
-    own, kept = {p.untyped_storage().data_ptr() for p in net.parameters()}, {}
+    own, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
 
     def pack(t: Tensor) -> Tensor:
         storage = t.untyped_storage()
@@ -98,7 +98,7 @@ def beyond(objective: Objective, video: Tensor, device: str, rounds: int) -> dic
     grid = objective.encoder.grid_of(video)
     parts: dict[str, Callable[[], Any]] = {
         "target pass": lambda: target(video),
-        "masks": lambda: objective.mask(video, grid, draws(video, 1)),
+        "masks": lambda: objective.mask(video, grid, rng_of(video, 1)),
         "momentum update": lambda: target.update(objective.encoder, MOMENTUM),
     }
     return {
@@ -138,7 +138,7 @@ def serve(pipe: Connection, name: str, a: argparse.Namespace, device: str) -> No
     contender, objective = make(name, a.model, device, a.compile)
     contender = contender._replace(bf16=a.precision == "bf16")
     video = torch.randn(a.batch, 3, 16, 224, 224, generator=torch.Generator().manual_seed(0)).to(device)
-    with keeping(contender.net) as storages:
+    with keeping(contender.model) as storages:
         loss = float(contender.loss(video, 0).detach())
     if name != PAIRS[1][0]:  # the one of which more is asked
         del objective
@@ -209,7 +209,7 @@ def main(argv: list[str]) -> None:
     p.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     p.add_argument("--compile", action="store_true", help="our blocks by torch.compile")
     p.add_argument(
-        "--keep-memory", choices=("ours", "all", "none"), default="ours", help="for which contenders"
+        "--tune-malloc", choices=("ours", "all", "none"), default="ours", help="for which contenders"
     )
     p.add_argument("--only", default="", help="pairs with these words in the name, such as VideoMAE")
     p.add_argument("--out", type=Path)

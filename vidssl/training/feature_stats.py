@@ -2,7 +2,7 @@
 detection.
 
 Computed without gradients on a few clips of the main process's batches (with sharded weights every process
-takes part); tools/bench_health.py measures the cost.
+takes part); tools/bench_feature_stats.py measures the cost.
 """
 
 from collections import deque

@@ -1,4 +1,4 @@
-"""Those that bench_step.py lets take turns, each with its training step: ours, transformers', the published loop."""
+"""The training steps that bench_step.py compares: this project's, transformers', the published V-JEPA loop."""
 
 import copy
 import tempfile
@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from plain_vjepa import PlainLoop
 from torch import Tensor, nn
 
+from bench.plain_vjepa import PlainLoop
 from vidssl.config import load_config
 from vidssl.core.rng import KeyedRNG
 from vidssl.model.vit import MODELS, TransformerStack
@@ -19,7 +19,7 @@ from vidssl.pretrained.init import to_checkpoint
 from vidssl.training.optim import build_optimizer
 from vidssl.training.schema import TrainConfig
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DECODERS = {
     "vit_small": (192, 4, 3),
     "vit_base": (384, 4, 6),
@@ -34,28 +34,30 @@ MOMENTUM = 0.999
 
 
 class Contender(NamedTuple):
+    """A training step that can be timed."""
+
     forward: Callable[[Tensor, int], Tensor]  # (video, number of the step) -> loss
     finish: Callable[[], None]  # after the backward pass
-    net: nn.Module  # whose parameters are trained
+    model: nn.Module  # the module that is trained
     bf16: bool = False
 
     def loss(self, video: Tensor, number: int) -> Tensor:
-        """In bf16, if that was asked for; weights are cast anew, as they are in training."""
+        """Returns the loss; with bf16, weights are cast anew in every step, as in training."""
         with torch.autocast(video.device.type, torch.bfloat16, enabled=self.bf16):
             return self.forward(video, number)
 
     def step(self, video: Tensor, number: int) -> None:
-        self.net.zero_grad()
+        self.model.zero_grad()
         self.loss(video, number).backward()
         self.finish()
 
 
-def draws(video: Tensor, number: int) -> KeyedRNG:
+def rng_of(video: Tensor, number: int) -> KeyedRNG:
     return KeyedRNG(0, number, torch.arange(len(video), device=video.device) + number * len(video))
 
 
 def build(method: str, model: str, device: str, *options: str) -> tuple[Objective, TrainConfig]:
-    """A configuration in configs/, and its objective."""
+    """Returns the objective of a configuration in configs/, and the configuration."""
     files = [
         str(ROOT / f"configs/{name}.yaml")
         for name in (f"method/{method}", f"model/{model}", "data/clips_16x4")
@@ -65,7 +67,7 @@ def build(method: str, model: str, device: str, *options: str) -> tuple[Objectiv
 
 
 def ours(objective: Objective, cfg: TrainConfig, compiled: bool) -> Contender:
-    """A step as train.py takes it."""
+    """The step of train.py."""
     objective = copy.deepcopy(objective)
     for module in objective.modules():
         for block in module if isinstance(module, TransformerStack) and compiled else ():
@@ -76,7 +78,7 @@ def ours(objective: Objective, cfg: TrainConfig, compiled: bool) -> Contender:
         optimizer.step()
         objective.target.update(objective.encoder, MOMENTUM)
 
-    return Contender(lambda video, number: objective(video, draws(video, number))["loss"], finish, objective)
+    return Contender(lambda video, number: objective(video, rng_of(video, number))["loss"], finish, objective)
 
 
 def plain_loop(objective: Objective) -> Contender:
@@ -87,11 +89,11 @@ def plain_loop(objective: Objective) -> Contender:
         optimizer.step()
         loop.update(MOMENTUM)
 
-    return Contender(lambda video, number: loop(video, draws(video, number)), finish, loop)
+    return Contender(lambda video, number: loop(video, rng_of(video, number)), finish, loop)
 
 
 def from_transformers(kind: str, objective: Objective, cfg: TrainConfig, device: str) -> nn.Module:
-    """A model of transformers with our weights."""
+    """Returns a model of transformers with the weights of `objective`."""
     import transformers
 
     with tempfile.TemporaryDirectory() as folder:
@@ -101,37 +103,37 @@ def from_transformers(kind: str, objective: Objective, cfg: TrainConfig, device:
 
 
 def their_videomae(objective: Objective, cfg: TrainConfig, device: str) -> Contender:
-    net = from_transformers("VideoMAEForPreTraining", objective, cfg, device).train()
-    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4)
+    model = from_transformers("VideoMAEForPreTraining", objective, cfg, device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
 
     grid, masks = objective.encoder.grid, objective.mask
 
     def forward(video: Tensor, number: int) -> Tensor:
-        (mask,) = masks(video, grid, draws(video, number))
+        (mask,) = masks(video, grid, rng_of(video, number))
         hidden = torch.ones(len(video), grid.n, dtype=torch.bool, device=video.device)
         hidden.scatter_(1, mask.context, False)
-        return net(video.transpose(1, 2), bool_masked_pos=hidden).loss
+        return model(video.transpose(1, 2), bool_masked_pos=hidden).loss
 
-    return Contender(forward, optimizer.step, net)
+    return Contender(forward, optimizer.step, model)
 
 
 def encoder(objective: Objective) -> Contender:
     """Forward and backward through V-JEPA 2's encoder."""
-    net = objective.eval_encoder.requires_grad_(True)
-    return Contender(lambda video, number: net(video).square().mean(), lambda: None, net)
+    model = objective.eval_encoder.requires_grad_(True)
+    return Contender(lambda video, number: model(video).square().mean(), lambda: None, model)
 
 
 def their_encoder(objective: Objective, cfg: TrainConfig, device: str) -> Contender:
-    net: Any = from_transformers("VJEPA2Model", objective, cfg, device).train()
+    model: Any = from_transformers("VJEPA2Model", objective, cfg, device).train()
 
     def forward(video: Tensor, number: int) -> Tensor:
-        return net(video.transpose(1, 2), skip_predictor=True).last_hidden_state.square().mean()
+        return model(video.transpose(1, 2), skip_predictor=True).last_hidden_state.square().mean()
 
-    return Contender(forward, lambda: None, net.encoder)
+    return Contender(forward, lambda: None, model.encoder)
 
 
 def make(name: str, model: str, device: str, compiled: bool) -> tuple[Contender, Objective]:
-    """One of PAIRS, and the objective whose weights it starts from."""
+    """Returns a contender named in PAIRS, and the objective whose weights it starts from."""
     width, depth, heads = DECODERS[model]
     if "VideoMAE" in name:
         decoder = [
