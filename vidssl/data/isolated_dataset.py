@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch.utils.data import Dataset
@@ -50,9 +50,7 @@ class IsolatedDataset(Dataset[Example]):
         result = self.sandbox.run(position, attempt)
         if isinstance(result, Failure):
             return DecodeFailure(self.dataset.key(position, attempt), result.reason)
-        if isinstance(result, DecodeFailure):
-            return result
-        return Example(**{**result, "video": torch.from_numpy(result["video"])})
+        return result
 
     def close(self) -> None:
         """Kills the child."""
@@ -61,11 +59,7 @@ class IsolatedDataset(Dataset[Example]):
 
 def attempt_in_child(
     dataset: AttemptDataset, report: Reporter, position: int, attempt: int
-) -> DecodeFailure | dict[str, Any]:
-    """Returns the failure, or the fields of the Example with `video` as an array, which travels by shared memory."""
+) -> Example | DecodeFailure:
     torch.set_num_threads(1)
     dataset.on_decode = report.progress
-    result = dataset.attempt(position, attempt)
-    if isinstance(result, DecodeFailure):
-        return result
-    return {**result._asdict(), "video": result.video.contiguous().numpy()}
+    return dataset.attempt(position, attempt)

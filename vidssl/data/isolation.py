@@ -17,6 +17,7 @@ Imports neither torch nor a decoder: a spawned child that only re-encodes does w
 import contextlib
 import ctypes
 import faulthandler
+import io
 import math
 import mmap
 import multiprocessing
@@ -30,6 +31,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate
 from multiprocessing.connection import Connection, Pipe
 from multiprocessing.process import BaseProcess
 from multiprocessing.util import Finalize
@@ -351,34 +353,48 @@ def serve(work: Work, conn: Connection, memory: mmap.mmap | None) -> None:
         conn.send(message)
 
 
+class ResultPickler(pickle.Pickler):
+    """Pickles tensors as arrays, whose content can be kept out of the pickle."""
+
+    def reducer_override(self, value: Any) -> Any:
+        torch = sys.modules.get("torch")  # not imported: then there are no tensors
+        if torch is not None and isinstance(value, torch.Tensor):
+            return tensor_of, (value.contiguous().numpy(),)
+        return NotImplemented
+
+
+def tensor_of(array: np.ndarray) -> Any:
+    import torch
+
+    return torch.from_numpy(array)
+
+
 def pack(value: Any, memory: mmap.mmap | None) -> tuple[bytes, list[int]]:
-    """Pickles a result; its contiguous arrays go into `memory`, one after the other, if they all fit.
+    """Pickles a result; its arrays and tensors go into `memory`, one after the other, if they all fit.
 
     Returns the pickle, and the size in bytes of each array that is not in it.
     """
+    arrays: list[memoryview] = []
     if memory is not None:
-        arrays: list[pickle.PickleBuffer] = []
-        pickled = pickle.dumps(value, protocol=5, buffer_callback=arrays.append)
-        raw = [array.raw() for array in arrays]
-        if sum(r.nbytes for r in raw) <= len(memory):
-            position = 0
-            for r in raw:
-                memory[position : position + r.nbytes] = r
-                position += r.nbytes
-            return pickled, [r.nbytes for r in raw]
-    return pickle.dumps(value, protocol=5), []
+        stream = io.BytesIO()
+        ResultPickler(stream, 5, buffer_callback=lambda buffer: arrays.append(buffer.raw())).dump(value)
+        sizes = [array.nbytes for array in arrays]
+        if sum(sizes) <= len(memory):
+            for array, end in zip(arrays, accumulate(sizes), strict=True):
+                memory[end - array.nbytes : end] = array
+            return stream.getvalue(), sizes
+    stream = io.BytesIO()
+    ResultPickler(stream, 5).dump(value)
+    return stream.getvalue(), []
 
 
 def unpack(packed: tuple[bytes, list[int]], memory: mmap.mmap | None) -> Any:
     """Reverts `pack`. The arrays are copies, since the child writes its next result into the same memory."""
     pickled, sizes = packed
-    if memory is None:
-        return pickle.loads(pickled)
-    ends = np.cumsum(sizes, dtype=np.int64).tolist()
-    copies = [
-        np.frombuffer(memory, np.uint8, size, end - size).copy()
-        for size, end in zip(sizes, ends, strict=True)
-    ]
+    copies = []
+    for size, end in zip(sizes, accumulate(sizes), strict=True):
+        assert memory is not None
+        copies.append(np.frombuffer(memory, np.uint8, size, end - size).copy())
     return pickle.loads(pickled, buffers=copies)
 
 

@@ -172,16 +172,13 @@ class IsolatedEvalClips(Dataset):
 
     def __getitem__(self, number: int) -> tuple[int, Tensor | str]:
         clip = self.sandbox.run(number)
-        if isinstance(clip, Failure):
-            return number, clip.reason
-        return number, clip if isinstance(clip, str) else torch.from_numpy(clip)
+        return clip if not isinstance(clip, Failure) else (number, clip.reason)
 
 
-def decode_in_child(clips: EvalClips, report: Reporter, number: int) -> np.ndarray | str:
-    """Returns the clip as an array, which travels by shared memory, or the reason why there is none."""
+def decode_in_child(clips: EvalClips, report: Reporter, number: int) -> tuple[int, Tensor | str]:
+    """Returns the number, and the clip or the reason why there is none."""
     clips.on_decode = report.progress
-    _, clip = clips[number]
-    return clip if isinstance(clip, str) else clip.contiguous().numpy()
+    return clips[number]
 
 
 def decode_all(
