@@ -1,7 +1,7 @@
 """Measures what is in a file: its frames, their times and size, and which decoders return the right frames.
 
-`FileInspector` does this in child processes, where files are also cut and re-encoded if there is a recipe, so that a
-decoder that crashes or hangs costs one file.
+`FileInspector` does this in child processes, where files are also cut and re-encoded if there is a recipe, so
+that a decoder that crashes or hangs costs one file.
 """
 
 import math
@@ -39,9 +39,10 @@ Inspected = list[EncodedSample | Rejected]
 def inspect_file(data: bytes, ext: str, decoder: str) -> Iterator[dict]:
     """Yields the meta of a file's frames, and again when more is known; the last one counts.
 
-    The first is safe whatever happens later: the frames are those of a full decode by PyAV, and "times" (seconds, one
-    per frame; null: evenly spaced) makes PyAV serve exactly these by counting from the start. Then PyAV's seeking is
-    compared with that decode, and decord, which may crash (unless `decoder` is "pyav" or the file is damaged).
+    The first is safe whatever happens later: the frames are those of a full decode by PyAV, and "times"
+    (seconds, one per frame; null: evenly spaced) makes PyAV serve exactly these by counting from the start.
+    Then PyAV's seeking is compared with that decode, and decord, which may crash (unless `decoder` is "pyav"
+    or the file is damaged).
     """
     if not data:
         raise DecodeError("empty")
@@ -96,9 +97,11 @@ def decodes_right(
     anchors: np.ndarray,
     frames: dict[int, np.ndarray],
 ) -> bool:
-    """Whether a decoder returns the true frames: single anchors in backward order (each a seek), then all in one run.
+    """Whether a decoder returns the true frames: single anchors in backward order (each a seek), then all in
+    one run.
 
-    anchors i64 [k]: frame indices. frames: index -> true frame, thinned, for the anchors and their neighbours.
+    anchors i64 [k]: frame indices. frames: index -> true frame, thinned, for the anchors and their
+    neighbours.
     """
     try:
         with open_with(data, meta) as video:
@@ -115,7 +118,7 @@ def decodes_right(
 
 
 def is_frame(i: int, decoded: np.ndarray, frames: dict[int, np.ndarray]) -> bool:
-    """Whether `decoded` (u8 [H,W,3]) is frame i and not rather one of its neighbours; `frames` are thinned."""
+    """Whether `decoded` (u8 [H,W,3]) is frame i rather than one of its neighbours; `frames` are thinned."""
     pixels = thin(decoded)
     difference = {
         j: np.abs(np.subtract(pixels, frames[j], dtype=np.int16)).mean()
@@ -140,7 +143,7 @@ def inspect_job(
     ext: str,
     spans: Sequence[Span],
 ) -> Inspected | Rejected:
-    """Inspects a file in a child process, or re-encodes it. Returns a sample for each clip, or why the file has none."""
+    """In a child process: inspects or re-encodes a file. Returns its samples, or why it has none."""
     if recipe and ext not in IMAGE_EXTENSIONS:
         with open(path, "rb") as file:
             if not file.read(1):
@@ -202,7 +205,7 @@ class FileInspector:
         self._pool = WorkerPool(partial(job, decoder, recipe, filters), timeout_s)
 
     def __call__(self, path: Path, ext: str, spans: Sequence[Span] = ((None, None),)) -> Inspected:
-        """Returns the samples of a file. A file that is rejected as a whole gives a rejection for each of `spans`."""
+        """Returns the samples of a file, or a rejection for each of `spans` if the file is rejected."""
         result = self._pool.run(str(path), ext, spans)
         if isinstance(result, Rejected):
             return [result._replace(item=i, start=start, end=end) for i, (start, end) in enumerate(spans)]

@@ -1,9 +1,9 @@
-"""A source video, decoded once from front to back: each frame with the seconds during which it is displayed, and as the
-picture that is encoded and measured."""
+"""A source video, decoded once from front to back: each frame with the seconds during which it is displayed,
+and as the picture that is encoded and measured."""
 
 import math
 from collections.abc import Iterator
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import av
 import numpy as np
@@ -136,13 +136,11 @@ def even_size(shown: tuple[int, int], short_side: int | None) -> tuple[int, int]
 
 def rotate_yuv(frame: av.VideoFrame, rotation: Rotation) -> av.VideoFrame:
     """Returns a yuv420p frame as a player displays it."""
-    planes = [
-        np.frombuffer(p, np.uint8).reshape(p.height, p.line_size)[:, : p.width, None]  # type: ignore[call-overload]
-        for p in frame.planes
-    ]
-    height, width = rotation.apply(planes[0]).shape[:2]
+    planes: list[Any] = list(frame.planes)
+    pixels = [np.frombuffer(p, np.uint8).reshape(p.height, p.line_size)[:, : p.width, None] for p in planes]
+    height, width = rotation.apply(pixels[0]).shape[:2]
     out = av.VideoFrame(width, height, "yuv420p")
-    for plane, target in zip(planes, out.planes, strict=True):
+    for plane, target in zip(pixels, out.planes, strict=True):
         padded = np.zeros((target.height, target.line_size), np.uint8)
         padded[:, : target.width] = rotation.apply(plane)[..., 0]
         target.update(padded.tobytes())

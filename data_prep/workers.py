@@ -1,4 +1,4 @@
-"""Child processes that look into files; a file that hangs or crashes the decoder is rejected, and the run goes on."""
+"""Child processes that decode files: a file that hangs or crashes its process is rejected, nothing else."""
 
 from collections.abc import Callable
 from functools import partial
@@ -30,7 +30,7 @@ class WorkerPool:
         return rejected_or_partial(result) if isinstance(result, Failure) else result
 
     def map(self, jobs: list[tuple], workers: int, title: str, unit: str) -> list[Any]:
-        """Runs the jobs in `workers` processes, with a progress bar. Returns the results in the order of the jobs."""
+        """Runs the jobs in `workers` processes, with a progress bar. Returns the results in order."""
         results = self._pool.map(jobs, workers)
         bar = tqdm(results, total=len(jobs), desc=title, unit=f" {unit}")
         return [rejected_or_partial(r) if isinstance(r, Failure) else r for r in bar]

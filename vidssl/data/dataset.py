@@ -17,7 +17,7 @@ from vidssl.data.augment import scale
 from vidssl.data.decoding import check_decoder, open_video, select_decoder
 from vidssl.data.decoding.base import Decoder, Video
 from vidssl.data.order import Stream, batches, make_order
-from vidssl.data.sampling import Rule, repeated, repeated_positions, sample_several
+from vidssl.data.sampling import Rule, repeated_positions, sample_clips, split_repeat
 from vidssl.data.shards import Sample, Shards
 
 ATTEMPTS = 20  # samples tried at one position before the run gives up
@@ -205,7 +205,7 @@ class TrainClips(Dataset[Example]):
         return first_decodable(g, self.attempt)
 
     def _sample(self, g: int, attempt: int) -> Sample:
-        p, _ = repeated(g, self.data.repeat, self.order.lanes)
+        p, _ = split_repeat(g, self.data.repeat, self.order.lanes)
         return self.shards.sample(*(self.order.replacement(p, attempt) if attempt else self.order.at(p)))
 
     def _rng(self, g: int) -> np.random.Generator:
@@ -219,7 +219,7 @@ class TrainClips(Dataset[Example]):
             self._decoded = None, np.empty(0)  # so that they are not held beside the next ones
             starts = [self._rng(copy).uniform() for copy in together]
             rate = {"frames": d.frames, "stride": d.stride, "fps": d.fps, "rule": d.rule}
-            frames = self.cache.clip(sample, lambda times: sample_several(times, starts, **rate).ravel())
+            frames = self.cache.clip(sample, lambda times: sample_clips(times, starts, **rate).ravel())
             clips = frames.reshape(len(together), d.frames, *frames.shape[1:])
             if d.repeat == 1:
                 return clips
@@ -230,7 +230,7 @@ class TrainClips(Dataset[Example]):
         sample, rng, (_, copy) = (
             self._sample(g, attempt),
             self._rng(g),
-            repeated(g, self.data.repeat, self.order.lanes),
+            split_repeat(g, self.data.repeat, self.order.lanes),
         )
         rng.uniform()  # the start
         try:
@@ -278,7 +278,7 @@ class Streams(Dataset[Example]):
         ]
         for parts in zip(*each, strict=True):
             for c, part in zip(self.clips, parts, strict=True):
-                part.sort(key=lambda g, c=c: repeated(g, c.data.repeat, c.order.lanes))  # type: ignore[misc]
+                part.sort(key=lambda g, c=c: split_repeat(g, c.data.repeat, c.order.lanes))  # type: ignore[misc]
             yield [i * STREAM_STRIDE + g for i, part in enumerate(parts) for g in part]
 
 

@@ -12,7 +12,7 @@ from vidssl.data.isolation import Failure, Reporter, Sandbox
 
 
 class AttemptDataset(Protocol):
-    """A data set of positions with replacements. It calls `on_decode` when the bytes of a sample have been read."""
+    """A data set of positions with replacements. It calls `on_decode` when it has read a sample's bytes."""
 
     on_decode: Callable[[], None]
 
@@ -24,9 +24,9 @@ class AttemptDataset(Protocol):
 class IsolatedDataset(Dataset[Example]):
     """`dataset`, with every attempt made in a forked child process.
 
-    An attempt that hangs, crashes or grows too much counts as a sample that could not be decoded, so the position's
-    rule of replacement applies as for a damaged file. Each loader worker (without workers: the training process) has
-    one child.
+    An attempt that hangs, crashes or grows too much counts as a sample that could not be decoded, so the
+    position's rule of replacement applies as for a damaged file. Each loader worker (without workers: the
+    training process) has one child.
 
     timeout_s: seconds that an attempt may decode; reading has timeouts of its own.
     memory_bytes, retained_bytes: see Sandbox; retained are the frames that the data set caches.

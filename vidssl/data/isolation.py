@@ -1,15 +1,17 @@
 """Runs decoders in a child process, so that a hang, a crash or runaway memory costs one job and nothing else.
 
-`Sandbox` owns one child process and supervises it: a job that makes no progress for too long, kills the process or
-grows it too much returns a `Failure`, and the next job gets a fresh process. `SandboxPool` lets several threads use
-sandboxes. The child answers jobs one by one over a pipe with (kind, value) messages, the last of which is the result.
+`Sandbox` owns one child process and supervises it: a job that makes no progress for too long, kills the
+process or grows it too much returns a `Failure`, and the next job gets a fresh process. `SandboxPool` lets
+several threads use sandboxes. The child answers jobs one by one over a pipe with (kind, value) messages, the
+last of which is the result.
 
 A child is started in one of two ways; all else is shared.
 
-- "fork" (loader workers): the child inherits the data set, an index of up to 10^8 samples, without pickling it, and the
-  arrays of a result come back through shared memory, since clips of several MB would wait in a pipe.
-- "spawn" (data preparation): the jobs are given out by threads, and a fork of a process with threads may inherit a
-  lock that nobody releases. Jobs and results are small and travel through the pipe.
+- "fork" (loader workers): the child inherits the data set, an index of up to 10^8 samples, without pickling
+  it, and the arrays of a result come back through shared memory, since clips of several MB would wait in a
+  pipe.
+- "spawn" (data preparation): the jobs are given out by threads, and a fork of a process with threads may
+  inherit a lock that nobody releases. Jobs and results are small and travel through the pipe.
 
 Imports neither torch nor a decoder: a spawned child that only re-encodes does without them.
 """
@@ -80,13 +82,14 @@ Work = Callable[..., Any]  # work(reporter, *job) -> result
 
 
 class Sandbox:
-    """Runs `work(reporter, *job)` for one job at a time in a child process, which is started at the first job.
+    """Runs `work(reporter, *job)` for one job at a time in a child process, which is started at the first
+    job.
 
-    work: with "spawn" it is pickled. Its MemoryError becomes a Failure, its UserError is raised in the parent; any
-        other exception ends the child with a traceback, which is a Failure by "crash".
+    work: with "spawn" it is pickled. Its MemoryError becomes a Failure, its UserError is raised in the
+        parent; any other exception ends the child with a traceback, which is a Failure by "crash".
     timeout_s: seconds that a job may take without progress.
-    timed_from: "job": the deadline counts from the start of the job; "progress": from its first progress (reading
-        remote data has timeouts of its own).
+    timed_from: "job": the deadline counts from the start of the job; "progress": from its first progress
+        (reading remote data has timeouts of its own).
     memory_bytes: bytes by which a job may grow the resident memory of the child; None: no limit.
     retained_bytes: bytes that the child may retain between jobs (caches). A child that has grown by more than
         memory_bytes + retained_bytes since its start is replaced between two jobs.
@@ -170,7 +173,7 @@ class Sandbox:
             return "result", Failure("crash", detail, partial)
 
     def _ready_child(self) -> "Child":
-        """Returns an idle child of this process: the present one if it is alive and has not grown too much."""
+        """Returns an idle child: the present one if it is alive, this process's own and not too large."""
         child = self._child
         if child is not None and child.owner == os.getpid():  # else a fork inherited the child of its parent
             if not child.conn.poll() and not self._has_grown(child):  # readable while idle: it has died
@@ -231,7 +234,7 @@ class Child:
         self.memory = memory
         self.owner = os.getpid()
         self.rss_at_start = 0
-        # Runs once: when called, when this object is collected, or when this process (not a fork of it) exits.
+        # Runs once: when called, when this object is collected, or when this process (no fork of it) exits.
         self.end = Finalize(self, end_process, (process, conn), exitpriority=10)
 
     def wait_until_ready(self) -> None:
@@ -247,7 +250,7 @@ class Child:
 
 
 class ForkedProcess:
-    """A fork with the methods of multiprocessing.Process, which refuses children to daemons such as loader workers."""
+    """A fork, for daemons such as loader workers, to which multiprocessing.Process refuses children."""
 
     def __init__(self, target: Callable[[], None]):
         self.exitcode: int | None = None

@@ -1,4 +1,4 @@
-"""Which frames of a video make a clip; `vidssl.data.decoding.pyav` reads them."""
+"""Which frames of a video make a clip, and where the repeats of a sample are in the stream."""
 
 import math
 from collections.abc import Sequence
@@ -8,8 +8,8 @@ import numpy as np
 
 Rule = Literal["exact", "vjepa"]
 
-_SAME_TIME = 1e-6  # seconds; a frame must be nearer than this to win over the earlier one
-_SAME_RATE = 0.01  # frames a second; time stamps may be rounded to milliseconds
+SAME_TIME_S = 1e-6  # seconds; a frame must be nearer by more than this to win over the earlier one
+SAME_RATE = 0.01  # frames per second; time stamps may be rounded to milliseconds
 
 
 def sample_indices(
@@ -20,89 +20,99 @@ def sample_indices(
     start: float = 0.0,
     rule: Rule = "exact",
 ) -> np.ndarray:
-    """Indices i64 [frames] of a clip, non-decreasing.
+    """Returns the frame indices of a clip, i64 [frames], non-decreasing.
 
-    times f64 [n] in seconds; exactly one of stride (in frames) and fps (frames per second). `start` in [0,1] places the
-    window among all that fit: 0 first, 1 last. `rule`:
-    - "exact" (default): the stride is the stride, and fps goes by the time stamps (right for a variable frame rate). A
-      video shorter than the window repeats its last frame.
-    - "vjepa": what V-JEPA's loader does, for published runs: see `_reference`.
+    times: f64 [n] in seconds. Exactly one of stride (frames of the video) and fps (frames per second) is
+    given.
+    start: position of the clip among all that fit, from 0 (first) to 1 (last).
+    rule:
+    - "exact": equal strides, or the frames nearest to equal times (right for variable frame rates). A video
+      shorter than the clip repeats its last frame.
+    - "vjepa": the choice of V-JEPA's loader, for published recipes: see `vjepa_indices`.
     """
     if (stride is None) == (fps is None):
         raise ValueError("give exactly one of stride and fps")
     if not 0 <= start <= 1:
         raise ValueError(f"start {start}: expected 0..1")
     if rule == "vjepa":
-        return _reference(len(times), frames, stride or _whole_stride(times, fps), start)
-    last, steps = len(times) - 1, np.arange(frames)
+        return vjepa_indices(len(times), frames, stride or vjepa_stride(times, fps), start)
+    steps = np.arange(frames)
     if stride is not None:
-        room = max(0, last - (frames - 1) * stride)
-        return np.minimum(min(room, int(start * (room + 1))) + steps * stride, last).astype(np.int64)
+        last = len(times) - 1
+        latest = max(0, last - (frames - 1) * stride)
+        first = min(latest, int(start * (latest + 1)))
+        return np.minimum(first + steps * stride, last).astype(np.int64)
     assert fps is not None
-    room = max(0.0, times[-1] - (frames - 1) / fps)
-    begin = times[
-        _nearest(times, np.array([start * room]))
-    ]  # on a frame: ties between two frames would flicker
-    return _nearest(times, begin + steps / fps)
+    latest_s = max(0.0, times[-1] - (frames - 1) / fps)
+    # Begins on a frame: between two frames, rounding would decide which of them is nearer.
+    first_s = times[nearest_frames(times, np.array([start * latest_s]))]
+    return nearest_frames(times, first_s + steps / fps)
 
 
-def sample_several(times: np.ndarray, starts: Sequence[float], **rule: Any) -> np.ndarray:
-    """`choose` for each of several starts -> i64 [len(starts), frames], for clips that share one decoding."""
-    return np.stack([sample_indices(times, start=start, **rule) for start in starts])
-
-
-def _reference(n: int, frames: int, stride: int, start: float) -> np.ndarray:
-    """V-JEPA's choice among n frames (src/datasets/video_dataset.py), a quirk that the published encoders have learned.
-
-    `frames` points are spread evenly over frames * stride frames, both ends included, and rounded down: 16 x 4 has a
-    spacing of 64 / 15 = 4.27, by turns 4 and 5, and the last frame of a video is never in a window that fits. A video
-    that is not longer than the window gives n // stride points spread over all of it (wider apart than the stride, the
-    more the fewer they are), then its last frame again and again. Exact is better: the spacing is what is asked for
-    and the same in every clip, so a motion has one speed.
-    """
-    length = frames * stride
-    if n > length:
-        begin = min(n - length - 1, int(start * (n - length)))
-        return np.linspace(begin, begin + length, frames).clip(begin, begin + length - 1).astype(np.int64)
-    spread = np.linspace(0, n, n // stride)
-    return np.concatenate([spread, np.full(frames - len(spread), n)]).clip(0, n - 1).astype(np.int64)
-
-
-def _whole_stride(times: np.ndarray, fps: float | None) -> int:
-    """Frames between those of a clip by V-JEPA 2's rule: the average rate, rounded up, // fps, at least 1.
-
-    30 frames a second at fps=4 give 7 (really 4.3 a second). Rates below fps, an error there, give 1 here.
-    """
-    assert fps is not None
-    span = times[-1] - times[0]
-    rate = (len(times) - 1) / span if span > 0 else 0.0
-    return max(1, int(math.ceil(rate - _SAME_RATE) // fps))
-
-
-def repeated(g: int, repeat: int, lanes: int) -> tuple[int, int]:
-    """Position g of a stream that shows every sample `repeat` times in a row -> (position of the sample, which copy).
-
-    The copies stand `lanes` positions apart, so that all are in the lane of their sample (position mod lanes): one
-    process has them, in one batch if the global batch is a multiple of lanes * repeat, and can decode the video once.
-    Such a batch holds batch / repeat samples, and as many positions as there are samples, times `repeat`, are an epoch.
-    """
-    row, lane = divmod(g, lanes)
-    return row // repeat * lanes + lane, row % repeat
-
-
-def repeated_positions(g: int, repeat: int, lanes: int) -> list[int]:
-    """The positions, g among them, that show the sample of position g (see `repeated`)."""
-    row, lane = divmod(g, lanes)
-    return [(row // repeat * repeat + copy) * lanes + lane for copy in range(repeat)]
+def sample_clips(times: np.ndarray, starts: Sequence[float], **settings: Any) -> np.ndarray:
+    """`sample_indices` for several starts: i64 [len(starts), frames], for clips that share one decoding."""
+    return np.stack([sample_indices(times, start=start, **settings) for start in starts])
 
 
 def segment_starts(segments: int) -> list[float]:
-    """Evenly spread `start`s for `choose`; the middle if there is one segment."""
+    """Evenly spaced `start`s for `sample_indices`; the middle for one segment."""
     return [0.5] if segments == 1 else np.linspace(0, 1, segments).tolist()
 
 
-def _nearest(times: np.ndarray, want: np.ndarray) -> np.ndarray:
-    """Index of the time nearest to each wanted time [k]; the earlier one of two equally near."""
-    right = np.searchsorted(times, want).clip(0, len(times) - 1)
+def vjepa_indices(n: int, frames: int, stride: int, start: float) -> np.ndarray:
+    """V-JEPA's choice among n frames (src/datasets/video_dataset.py), a quirk that the published encoders
+    have learned.
+
+    `frames` points are spread evenly over frames * stride frames, both ends included, and rounded down: 16 x
+    4 has a spacing of 64 / 15 = 4.27, alternately 4 and 5, and the last frame of a video is never in a window
+    that fits. A video not longer than the window gives n // stride points spread over all of it (the fewer
+    they are, the wider apart than the stride), then its last frame repeatedly. With "exact" the spacing is
+    the requested one and the same in every clip, so a motion has one speed.
+    """
+    window = frames * stride
+    if n > window:
+        first = min(n - window - 1, int(start * (n - window)))
+        points = np.linspace(first, first + window, frames)
+        return points.clip(first, first + window - 1).astype(np.int64)
+    points = np.linspace(0, n, n // stride)
+    padding = np.full(frames - len(points), n)
+    return np.concatenate([points, padding]).clip(0, n - 1).astype(np.int64)
+
+
+def vjepa_stride(times: np.ndarray, fps: float | None) -> int:
+    """V-JEPA 2's stride for a rate: the average rate, rounded up, // fps, at least 1.
+
+    A video of 30 frames per second at fps=4 gives 7 (4.3 per second in fact). A rate below fps, an error
+    there, gives 1.
+    """
+    assert fps is not None
+    duration = times[-1] - times[0]
+    rate = (len(times) - 1) / duration if duration > 0 else 0.0
+    return max(1, int(math.ceil(rate - SAME_RATE) // fps))
+
+
+def nearest_frames(times: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Indices of the frames nearest to the wanted times (f64 [k], seconds); the earlier one of two."""
+    right = np.searchsorted(times, wanted).clip(0, len(times) - 1)
     left = (right - 1).clip(0)
-    return np.where(times[right] - want < want - times[left] - _SAME_TIME, right, left).astype(np.int64)
+    right_is_nearer = times[right] - wanted < wanted - times[left] - SAME_TIME_S
+    return np.where(right_is_nearer, right, left).astype(np.int64)
+
+
+def split_repeat(position: int, repeat: int, lanes: int) -> tuple[int, int]:
+    """Position of a stream that shows every sample `repeat` times -> (position of the sample, number of the
+    repeat).
+
+    The repeats of a sample are `lanes` positions apart, so they are all in the lane of their sample (position
+    mod lanes): one process has them, in one batch if the global batch is a multiple of lanes * repeat, and
+    can decode the video once. Such a batch holds batch / repeat samples, and an epoch has `repeat` times as
+    many positions as samples.
+    """
+    row, lane = divmod(position, lanes)
+    return row // repeat * lanes + lane, row % repeat
+
+
+def repeated_positions(position: int, repeat: int, lanes: int) -> list[int]:
+    """All positions, the given one included, that show the sample of a position (see `split_repeat`)."""
+    row, lane = divmod(position, lanes)
+    return [(row // repeat * repeat + i) * lanes + lane for i in range(repeat)]

@@ -12,7 +12,7 @@ from PIL import Image
 from data_prep.inspect_file import inspect_file
 from vidssl.core.errors import DecodeError
 from vidssl.data.decoding import open_video
-from vidssl.data.sampling import repeated, sample_indices, sample_several, segment_starts
+from vidssl.data.sampling import sample_clips, sample_indices, segment_starts, split_repeat
 
 
 def draws(n: int) -> Iterator[tuple[np.random.Generator, np.ndarray, int, float]]:
@@ -315,7 +315,7 @@ def test_meta_that_does_not_fit_the_file(make_video):
 @pytest.mark.parametrize("repeat, lanes, batch", [(1, 4, 8), (2, 4, 8), (4, 1, 8), (4, 8, 64), (3, 2, 12)])
 def test_repeated_copies_share_lane_and_batch(repeat, lanes, batch):
     samples, epochs = 5 * lanes * batch, 2
-    seen = [repeated(g, repeat, lanes) for g in range(epochs * samples * repeat)]
+    seen = [split_repeat(g, repeat, lanes) for g in range(epochs * samples * repeat)]
     assert sorted(seen) == [(p, c) for p in range(epochs * samples) for c in range(repeat)]
     assert all(p % lanes == g % lanes for g, (p, _) in enumerate(seen))  # so one process has all copies
     for i in range(0, len(seen), batch):
@@ -327,7 +327,7 @@ def test_repeated_copies_share_lane_and_batch(repeat, lanes, batch):
 
 def test_several_clips_of_one_open_video(make_video, frame_index):
     video = open_video(make_video(), "mp4")
-    picked = sample_several(video.times, [0.9, 0.0, 0.4], frames=4, stride=3)
+    picked = sample_clips(video.times, [0.9, 0.0, 0.4], frames=4, stride=3)
     assert (picked == [sample_indices(video.times, 4, stride=3, start=s) for s in (0.9, 0.0, 0.4)]).all()
     together = video.get(picked.reshape(-1))
     assert [frame_index(f) for f in together] == picked.reshape(-1).tolist()

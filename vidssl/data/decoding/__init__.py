@@ -1,9 +1,10 @@
 """Bytes -> frames: opens a video or an image with the decoder that is right for it.
 
-PyAV counts the frames that come out of the decoder, which is right for any file. decord and torchcodec count packets,
-which is wrong for some files, so they serve only files for which `data_prep.pack` has compared both.
+PyAV counts the frames that come out of the decoder, which is right for any file. decord and torchcodec count
+packets, which is wrong for some files, so they serve only files for which `data_prep.pack` has compared both.
 
-Frames are RGB, 8 bit, 0..255; alpha is dropped; non-square pixels stay as stored; HDR is converted without tone mapping.
+Frames are RGB, 8 bit, 0..255; alpha is dropped; non-square pixels stay as stored; HDR is converted without
+tone mapping.
 """
 
 import importlib
@@ -28,9 +29,10 @@ def select_decoder(ext: str, meta: dict | None, decoder: Decoder) -> str:
 
     decoder:
     - "auto": PyAV, unless pack found PyAV's seeking wrong and decord right;
-    - "decord": decord for files that pack found it right for, and for files that pack has not measured; else PyAV;
-    - "torchcodec": for files that pack found decord right for (neither of the two mirrors frames, or counts the frames
-      that an edit list hides); else PyAV;
+    - "decord": decord for files that pack found it right for, and for files that pack has not measured; else
+      PyAV;
+    - "torchcodec": for files that pack found decord right for (neither of the two mirrors frames, or counts
+      the frames that an edit list hides); else PyAV;
     - "pyav": PyAV.
     """
     if decoder not in get_args(Decoder):
@@ -47,8 +49,8 @@ def select_decoder(ext: str, meta: dict | None, decoder: Decoder) -> str:
 def open_video(data: bytes, ext: str, meta: dict | None = None, decoder: Decoder = "auto") -> Video:
     """Opens a video or an image from memory. ext: without dot. meta, decoder: see `select_decoder`.
 
-    Opening is cheap with meta; without, PyAV decodes the file once to count its frames. Raises DecodeError with a
-    reason for anything that does not decode, UserError if the decoder is not installed.
+    Opening is cheap with meta; without, PyAV decodes the file once to count its frames. Raises DecodeError
+    with a reason for anything that does not decode, UserError if the decoder is not installed.
     """
     selected = select_decoder(ext, meta, decoder)
     if not data:

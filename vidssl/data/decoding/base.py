@@ -9,10 +9,13 @@ from vidssl.core.errors import DecodeError
 
 Decoder = Literal["auto", "decord", "pyav", "torchcodec"]
 
-VIDEO_EXTENSIONS = tuple("mp4 avi webm mkv mov m4v mpg mpeg wmv flv 3gp ts mts m2ts ogv asf vob gif".split())  # noqa: SIM905
+VIDEO_EXTENSIONS = (
+    *("mp4", "avi", "webm", "mkv", "mov", "m4v", "mpg", "mpeg", "wmv"),
+    *("flv", "3gp", "ts", "mts", "m2ts", "ogv", "asf", "vob", "gif"),
+)
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "bmp", "webp")
 
-# A file beyond these limits is damaged or hostile ("too_large", "too_long"), or has to be cut into clips by pack.
+# A file beyond these limits is damaged or hostile ("too_large", "too_long"), or pack must cut it into clips.
 MAX_PIXELS = 8192 * 8192  # of one frame
 MAX_FRAMES = 2_000_000  # of one file: 18 hours at 30 frames per second
 MAX_BYTES = 8 << 30  # of one file as stored
@@ -89,7 +92,7 @@ def check_length(frames: int) -> None:
 
 
 def error_line(error: BaseException) -> str:
-    """The informative line of an error message, at most 200 characters, without the stack traces of C++ libraries."""
+    """The informative line of an error message, at most 200 characters, without the stack traces of C++."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     informative = (line for line in lines if "ERROR" in line or "Check failed" in line)
     return next(informative, lines[0] if lines else "failed")[:200]

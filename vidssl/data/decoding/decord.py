@@ -1,9 +1,10 @@
-"""Frames by decord: fast, and used only for files that `data_prep.pack` found it right for (or has not measured)."""
+"""Frames by decord: only for files that `data_prep.pack` found it right for, or has not measured."""
 
 import io
 from collections.abc import Iterator
 
-import torch  # noqa: F401  # isort: skip  (before decord: imported after it, matrix products on the CPU crash with decord2)
+# torch before decord: imported after decord2, matrix products on the CPU crash.
+import torch  # noqa: F401  # isort: skip
 import decord
 import numpy as np
 from decord._ffi.base import DECORDError, DECORDLimitReachedError
@@ -17,10 +18,12 @@ ERRORS = (DECORDError, DECORDLimitReachedError, RuntimeError, AssertionError, Va
 
 
 class DecordVideo(Video):
-    """Frames by decord, on one thread. decord applies the rotation itself. One `get` decodes each frame once, forward.
+    """Frames by decord, on one thread. decord applies the rotation itself. One `get` decodes each frame once,
+    forward.
 
-    `get_batch` would return the same frames in the same CPU time (27 clips of 16 frames from 9 files: 0.97 and 0.98 s),
-    all at once; and it was reported to loop for ever on odd time stamps (github.com/dmlc/decord issues 269 and 375).
+    `get_batch` would return the same frames in the same CPU time (27 clips of 16 frames from 9 files: 0.97
+    and 0.98 s), all at once; and it was reported to loop for ever on odd time stamps (github.com/dmlc/decord
+    issues 269 and 375).
     """
 
     decoder = "decord"

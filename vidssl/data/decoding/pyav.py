@@ -18,10 +18,10 @@ from vidssl.data.decoding.video_stream import VideoStream
 class PyAVVideo(Video):
     """Frames by PyAV, on one thread.
 
-    Without `meta` the whole file is decoded once to find its frames; `packets_match` is then whether the time stamps of
-    the packets alone would have given the same. With the `meta` that pack recorded, opening decodes nothing; `get` seeks
-    to the key frame before the first frame if pack found the packets right (no "times" in meta), else it counts frames
-    from the start.
+    Without `meta` the whole file is decoded once to find its frames; `packets_match` is then whether the time
+    stamps of the packets alone would have given the same. With the `meta` that pack recorded, opening decodes
+    nothing; `get` seeks to the key frame before the first frame if pack found the packets right (no "times"
+    in meta), else it counts frames from the start.
     """
 
     decoder = "pyav"
@@ -85,7 +85,7 @@ class PyAVVideo(Video):
         self.packets_match = pts == packets and not self.errors
 
     def _seconds(self, pts: Sequence[int | None]) -> np.ndarray:
-        """Converts time stamps to seconds from 0, f64 [n]. By the average rate if any is missing or not increasing."""
+        """Time stamps -> seconds from 0, f64 [n]; by the average rate if any is missing or not increasing."""
         known = [p for p in pts if p is not None]
         if len(known) == len(pts) and all(a < b for a, b in pairwise(known)):
             seconds = (np.array(known, dtype=np.float64) - known[0]) * self._stream.time_base

@@ -1,4 +1,4 @@
-"""Display matrices: how a player rotates and mirrors the frames of a video, for a camera that was held tilted."""
+"""Display matrices: how a player rotates and mirrors frames, for a camera that was held tilted."""
 
 import struct
 from typing import Any, NamedTuple
@@ -54,8 +54,8 @@ def rotation_of(frame: av.VideoFrame) -> Rotation:
 
 
 class RotationReader:
-    """`rotation_of` for the frames of one video, computed again only when the angle changes: reading side data makes a
-    reference cycle, which keeps the memory of the frame until a garbage collection."""
+    """`rotation_of` for the frames of one video, computed again only when the angle changes: reading side
+    data makes a reference cycle, which keeps the memory of the frame until a garbage collection."""
 
     def __init__(self) -> None:
         self._angle: int | None = None

@@ -12,15 +12,16 @@ try:
     from torchcodec.decoders import VideoDecoder
 except (ImportError, OSError, RuntimeError) as e:  # the package, or FFmpeg's libraries, are missing
     raise UserError(
-        f"data.decoder: torchcodec cannot be loaded ({str(e).strip().splitlines()[0]}): pip install torchcodec, and "
-        "FFmpeg's shared libraries (4 to 8)"
+        f"data.decoder: torchcodec cannot be loaded ({str(e).strip().splitlines()[0]}): "
+        "pip install torchcodec, and FFmpeg's shared libraries (4 to 8)"
     ) from None
 
 ERRORS = (RuntimeError, ValueError, IndexError, StopIteration)
 
 
 class TorchCodecVideo(Video):
-    """Frames by torchcodec, on one thread. torchcodec applies the rotation itself, and reads all packets to count frames.
+    """Frames by torchcodec, on one thread. torchcodec applies the rotation itself, and reads all packets to
+    count frames.
 
     The times are those that PyAV finds in the packets.
     """

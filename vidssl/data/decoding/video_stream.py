@@ -1,4 +1,4 @@
-"""The video stream of a file, opened with PyAV: one opener and one decoding loop for training and data preparation."""
+"""The video stream of a file: PyAV's opener and decoding loop for training and data preparation."""
 
 import errno
 import gc
@@ -30,8 +30,8 @@ class VideoStream:
     def close(self) -> None:
         """Closes the container, not the file, and collects young garbage.
 
-        PyAV's containers and frames are in reference cycles; those that grew old would keep their memory, and the file's
-        bytes, for thousands of files.
+        PyAV's containers and frames are in reference cycles; those that grew old would keep their memory, and
+        the file's bytes, for thousands of files.
         """
         self._close_container()
         gc.collect(1)
@@ -73,7 +73,7 @@ class VideoStream:
         self.time_base = float(stream.time_base)
 
     def rewind(self) -> None:
-        """Goes back to the first packet, by opening the file again: not every container seeks to its start."""
+        """Goes back to the first packet. Opens the file again: not every container seeks to its start."""
         if not self._at_start:
             self._open()
 
@@ -86,7 +86,7 @@ class VideoStream:
             self._open()
 
     def packet_pts(self) -> list[int]:
-        """Returns the sorted time stamps of all packets to be displayed; reads the container, decodes nothing."""
+        """Returns the sorted time stamps of all packets to be displayed. Decodes nothing."""
         self.rewind()
         self._at_start = False
         displayed = (
@@ -104,8 +104,8 @@ class VideoStream:
     def decode(self, only: Container[int] | None = None) -> Iterator[av.VideoFrame]:
         """Yields every frame that decodes, from the present position to the end.
 
-        only: time stamps; a frame with another one is decoded only if further frames refer to it. With x264's default
-        B-frames that spares about half of the frames.
+        only: time stamps; a frame with another one is decoded only if further frames refer to it. With x264's
+        default B-frames that spares about half of the frames.
         """
         self._at_start = False
         context = self._stream.codec_context
@@ -130,5 +130,5 @@ class VideoStream:
 
 
 def is_disk_error(e: Exception) -> bool:
-    """Whether the disk failed rather than the file: damage makes FFmpeg seek to positions that no file has (EINVAL)."""
+    """Whether the disk failed, not the file: damage makes FFmpeg seek outside of the file (EINVAL)."""
     return isinstance(e, OSError) and not isinstance(e, av.FFmpegError) and e.errno != errno.EINVAL
