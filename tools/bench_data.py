@@ -1,18 +1,21 @@
 """CPU seconds per training clip, of the common practice and of this loader, and of FFmpeg decoding alone.
 
-python tools/bench_data.py FOLDER [--videos 16] [--source DIR] [--clips 96] [--rounds 3] [--workers 2] [--out FILE.json]
+python tools/bench_data.py FOLDER [--videos 16] [--source DIR] [--clips 96] [--rounds 3] [--workers 2] [--out
+FILE.json]
 
-FOLDER keeps the files that the tool makes: 10 s of H.264, 340 x 256, 30 frames a second, with the B-frames and key
-frames that FFmpeg gives by default, from the videos below --source (looped and scaled), else drawn; the same packed as
-they are, and packed clip-ready. A clip is 16 frames, every fourth, in random crops of 224 px. The contenders take turns
-in fresh processes; what counts is the CPU time of a process and its workers, the median of the rounds.
+FOLDER keeps the files that the tool makes: 10 s of H.264, 340 x 256, 30 frames a second, with the B-frames
+and key frames that FFmpeg gives by default, from the videos below --source (looped and scaled), else drawn;
+the same packed as they are, and packed clip-ready. A clip is 16 frames, every fourth, in random crops of 224
+px. The contenders take turns in fresh processes; what counts is the CPU time of a process and its workers,
+the median of the rounds.
 
-- common: decord's get_batch at full size, float, torch crop, resize and normalise, float batches out of the workers
+- common: decord's get_batch at full size, float, torch crop, resize and normalise, float batches out of the
+workers
 - original: this loader on the same bytes, same clips and crops
 - clip-ready: this loader on `pack --short-side 256 --fps 8 --keyframe-every 8` of them, every frame
 
-share: frames that have to be decoded for the clips (from the key frame before to the last) per CPU second, over the
-frames per CPU second that single-threaded FFmpeg decodes of the same files.
+share: frames that have to be decoded for the clips (from the key frame before to the last) per CPU second,
+over the frames per CPU second that single-threaded FFmpeg decodes of the same files.
 """
 
 import argparse
@@ -45,19 +48,23 @@ from vidssl.data.order import Order
 from vidssl.data.sampling import sample_indices
 from vidssl.data.shards import Shards
 
-BATCH, CROP = 8, RandomCrop(224, flip=0.5)
+BATCH = 8
+CROP = RandomCrop(224, flip=0.5)
 CLIP_READY = ["--short-side", "256", "--fps", "8", "--keyframe-every", "8"]
 
 
 class Common(Dataset[torch.Tensor]):
-    """What most training code does for a clip (the steps of V-JEPA's loader), at the same positions as `clips`."""
+    """What most training code does for a clip (the steps of V-JEPA's loader), at the same positions as
+    `clips`."""
 
     def __init__(self, clips: TrainClips, crop: RandomCrop):
         self.clips, self.crop = clips, crop
 
     def __getitem__(self, g: int) -> torch.Tensor:
         """-> normalised f32 [3, T, size, size]."""
-        shards, d, crop = self.clips.shards, self.clips.data, self.crop
+        shards = self.clips.shards
+        d = self.clips.data
+        crop = self.crop
         start = np.random.default_rng((self.clips.order.seed, 3, g)).uniform()
         reader = decord.VideoReader(
             io.BytesIO(shards.read(shards.sample(*self.clips.order.at(g)))), num_threads=1
@@ -84,7 +91,8 @@ def make_clips(folder: Path, stride: int, seed: int) -> TrainClips:
 
 
 def contender(name: str, folder: Path, clips: int, workers: int, seed: int) -> float:
-    """CPU seconds of this process and its workers for so many clips, less what a run of one batch costs: the start."""
+    """CPU seconds of this process and its workers for so many clips, less what a run of one batch costs: the
+    start."""
     torch.set_num_threads(1)
     is_packed = name == "clip-ready"
     ours = make_clips(folder / ("clip-ready" if is_packed else "original"), 1 if is_packed else 4, seed)
@@ -251,7 +259,8 @@ def main(argv: list[str]) -> None:
             make_clips(a.folder / kind, 1 if name == "clip-ready" else 4, seed) for seed in range(a.rounds)
         ]
         needed = statistics.mean(frames_to_decode(c, a.clips) for c in clips)
-        median, rate = statistics.median(measured), statistics.median(rates[kind])
+        median = statistics.median(measured)
+        rate = statistics.median(rates[kind])
         row = {
             "cpu_s": median,
             "rounds": measured,

@@ -2,8 +2,9 @@
 
 python tools/bench_health.py [--model vit_small] [--batch 8] [--size 224] [--every 100] [--steps 3]
 
-For VideoMAE and V-JEPA, on noise: FLOPs as torch counts them (matrix products, convolutions, attention) and CPU seconds
-of this process (which also hold the singular values), of one measurement and of `every` steps; best of a few.
+For VideoMAE and V-JEPA, on noise: FLOPs as torch counts them (matrix products, convolutions, attention) and
+CPU seconds of this process (which also hold the singular values), of one measurement and of `every` steps;
+best of a few.
 """
 
 import argparse
@@ -66,7 +67,8 @@ def main(argv: list[str]) -> None:
         width = config.merge([*files, *sizes])[0]["method"]["predictor"]["width"]
         sizes += [f"method.predictor.heads={heads if width % heads == 0 else width // 64}"]
         cfg = load_config([*files, *sizes], TrainConfig)
-        objective, stats = cfg.build_objective().to(device), FeatureStats()
+        objective = cfg.build_objective().to(device)
+        stats = FeatureStats()
         optimizer = build_optimizer(objective, cfg.optim)
 
         def step(objective=objective, optimizer=optimizer) -> None:
@@ -76,7 +78,9 @@ def main(argv: list[str]) -> None:
             objective.target.update(objective.encoder, 0.999)
 
         stats.add_clips(u8)
-        (f, s), (fm, sm) = cost(step, a.steps), cost(lambda s=stats, o=objective: s.measure(o), a.steps)  # type: ignore[misc]
+        # type: ignore[misc]
+        (f, s) = cost(step, a.steps)
+        (fm, sm) = cost(lambda s=stats, o=objective: s.measure(o), a.steps)
         shares = [x / (a.every * y + x) for x, y in ((fm, f), (sm, s))]
         print(
             f"{method:12s}{f / 1e9:12.1f}{fm / 1e9:10.1f}{shares[0]:8.2%}{s:12.2f}{sm:10.2f}{shares[1]:8.2%}",

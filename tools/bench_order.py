@@ -1,6 +1,8 @@
-"""The order of a large corpus, simulated: who sees what, how well it is shuffled, and what it costs. No bytes are read.
+"""The order of a large corpus, simulated: who sees what, how well it is shuffled, and what it costs. No bytes
+are read.
 
-python tools/bench_order.py [shards=100000] [samples=1000] [lanes=1024] [window=4096]     (samples: in a shard)
+python tools/bench_order.py [shards=100000] [samples=1000] [lanes=1024] [window=4096]     (samples: in a
+shard)
 """
 
 import resource
@@ -23,10 +25,14 @@ def resident_mb() -> float:
 
 
 def shown_once(order: Order, epoch: int) -> bool:
-    """Whether the lanes of an epoch show each of the samples once; `at` is held to this on a random 2,000 positions."""
-    e, places = order._epoch(epoch), np.empty(order.n, np.int64)  # places: on the line of shards, by position
+    """Whether the lanes of an epoch show each of the samples once; `at` is held to this on a random 2,000
+    positions."""
+    # places: on the line of shards, by position
+    e = order._epoch(epoch)
+    places = np.empty(order.n, np.int64)
     for lane in range(order.lanes):
-        begin, end = int(e.starts[lane]), int(e.starts[lane + 1])
+        begin = int(e.starts[lane])
+        end = int(e.starts[lane + 1])
         for w, left in enumerate(range(begin, end, order.window)):
             size = min(order.window, end - left)
             own = e.first[lane] + order.lanes * (w * order.window + np.arange(size))
@@ -54,7 +60,8 @@ def same_batches(order: Order, batch: int, steps: int) -> bool:
 
 
 def neighbours(order: Order | Mixture, batch: int, steps: int) -> dict[str, float]:
-    """How far apart the source shards of neighbours are, as a share of all shards, and how often they are one.
+    """How far apart the source shards of neighbours are, as a share of all shards, and how often they are
+    one.
 
     batch: neighbours within a global batch; lane: one after another in a lane (of lane 0).
     """
@@ -76,13 +83,15 @@ def main(argv: list[str]) -> None:
         raise UserError("expected: [shards=100000] [samples=1000] [lanes=1024] [window=4096]")
     shards, samples, lanes, window = (settings | given).values()
     counts = np.random.default_rng(0).integers(samples // 2, samples * 3 // 2 + 1, shards)
-    before, clock = resident_mb(), time.process_time()
+    before = resident_mb()
+    clock = time.process_time()
     order = Order(counts, 0, lanes, window)
     order.at(0)
     print(
         f"{order.n:,} samples in {shards:,} shards, {lanes} lanes: opened in {time.process_time() - clock:.2f} CPU s"
     )
-    clock, asked = time.process_time(), lanes * 20
+    clock = time.process_time()
+    asked = lanes * 20
     for g in range(asked):
         order.at(g)
     print(

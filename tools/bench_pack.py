@@ -1,9 +1,9 @@
 """How much of ffmpeg's throughput does re-encoding with pack keep? `python tools/bench_pack.py FOLDER`.
 
-Both encode the same videos with the same settings of x264 on the same number of processes, in turn; CPU seconds are
-counted over all processes, with decoding, starting up, checking and writing shards. ffmpeg is the binary of
-imageio-ffmpeg. pack's fixed costs (Python and its imports, in every process) are measured on one file a process and
-shown apart.
+Both encode the same videos with the same settings of x264 on the same number of processes, in turn; CPU
+seconds are counted over all processes, with decoding, starting up, checking and writing shards. ffmpeg is the
+binary of imageio-ffmpeg. pack's fixed costs (Python and its imports, in every process) are measured on one
+file a process and shown apart.
 """
 
 import argparse
@@ -23,7 +23,8 @@ from vidssl.data.decoding.base import VIDEO_EXTENSIONS
 
 def measure(work: Callable[[], object]) -> tuple[float, float]:
     """CPU seconds of the processes that `work` starts, and seconds on the wall."""
-    before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    start = time.monotonic()
     work()
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, time.monotonic() - start
@@ -52,7 +53,8 @@ def by_ffmpeg(files: list[Path], out: Path, args: argparse.Namespace) -> None:
     """Into a file each."""
     import imageio_ffmpeg
 
-    n, every = args.short_side, str(args.keyframe_every)
+    n = args.short_side
+    every = str(args.keyframe_every)
     scale = f"scale=w='if(gt(iw,ih),-2,min({n},iw))':h='if(gt(iw,ih),min({n},ih),-2)':flags=bicubic"
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-threads", "1", "-filter_threads", "1", "-i"]
     coding = [

@@ -1,11 +1,14 @@
-"""What features that are kept save: CPU seconds of a grid of heads, against decoding and encoding in every epoch.
+"""What features that are kept save: CPU seconds of a grid of heads, against decoding and encoding in every
+epoch.
 
-    python tools/bench_probe.py encoder=RUN data.train=SHARDS data.test=SHARDS probe.heads=3 [--stream-epochs 2]
+    python tools/bench_probe.py encoder=RUN data.train=SHARDS data.test=SHARDS probe.heads=3 [--stream-epochs
+    2]
 
-Kept: every video is decoded and encoded once; the grid is trained on a part of train, the chosen head again on all.
-Streamed: the grid is trained once over all of train, each epoch's batches being decoded and encoded again, and test
-is read once, or (the published practice) after every epoch. Both with one process, one thread and no
-workers, on the same videos and heads. Fewer --stream-epochs than epochs are extrapolated in a line, which is said.
+Kept: every video is decoded and encoded once; the grid is trained on a part of train, the chosen head again
+on all. Streamed: the grid is trained once over all of train, each epoch's batches being decoded and encoded
+again, and test is read once, or (the published practice) after every epoch. Both with one process, one thread
+and no workers, on the same videos and heads. Fewer --stream-epochs than epochs are extrapolated in a line,
+which is said.
 """
 
 import argparse
@@ -59,11 +62,13 @@ def main(argv: list[str]) -> None:
     given = {s.split("=")[0] for s in a.settings}
     defaults = [f"{k}={v}" for k, v in DEFAULTS.items() if k not in given]
     cfg = load_config([*a.settings, *defaults], ProbeConfig)
-    data, protocol = cfg.data, cfg.probe.build()
+    data = cfg.data
+    protocol = cfg.probe.build()
     streamed_epochs = a.stream_epochs or protocol.epochs
     if not 0 < streamed_epochs <= protocol.epochs:
         raise UserError(f"--stream-epochs {streamed_epochs}: expected 1 to {protocol.epochs}")
-    accelerator, loaded = Accelerator(cpu=True), load_encoder(cfg.encoder)
+    accelerator = Accelerator(cpu=True)
+    loaded = load_encoder(cfg.encoder)
     shards = {"train": Shards(data.train), "test": Shards(data.test)}
     label = label_sets(shards["train"], shards["test"], data.labels)[0]
     samples = {name: labelled(part, [label]) for name, part in shards.items()}
@@ -95,12 +100,14 @@ def main(argv: list[str]) -> None:
     groups = groups_of(samples["train"], numbers["train"])
     heads, (model, dress, chosen) = timed(lambda: select_and_train(protocol, task, train, groups))
     testing, (right,) = timed(lambda: score([model], dress(kept["test"])))
-    grid, full = protocol.grid(), protocol.epochs
+    grid = protocol.grid()
+    full = protocol.epochs
     short = dataclasses.replace(protocol, epochs=streamed_epochs)
     stream = seen("stream")
     epochs, models = timed(lambda: short.train(task, train._replace(source=stream["train"]), grid))
     test_again, hits = timed(lambda: score(models, stream["test"]))
-    total, other = encoding + heads + testing, epochs * full / streamed_epochs + test_again
+    total = encoding + heads + testing
+    other = epochs * full / streamed_epochs + test_again
     published = other + (full - 1) * test_again
     report = {
         "videos": {n: len(v) for n, v in numbers.items()},

@@ -1,22 +1,23 @@
-"""Training steps side by side with transformers' models and the published loop: clips a second in alternation.
+"""Training steps side by side with transformers' models and the published loop: clips a second in
+alternation.
 
 python tools/bench_step.py [--model vit_small] [--batch 8] [--rounds 8] [--precision fp32|bf16] [--compile]
     [--tune-malloc ours|all|none]
 
-One batch of noise (16 x 224 px), forward, backward and AdamW, each contender in a process of its own, ours with
-efficiency.tune_malloc as train.py has it. The two of a pair take turns step by step, so that whatever else the machine
-does hits both alike; the median counts. They have the same weights and masks, and their first losses (of V-JEPA 2 the
-features) must agree:
+One batch of noise (16 x 224 px), forward, backward and AdamW, each contender in a process of its own, ours
+with efficiency.tune_malloc as train.py has it. The two of a pair take turns step by step, so that whatever
+else the machine does hits both alike; the median counts. They have the same weights and masks, and their
+first losses (of V-JEPA 2 the features) must agree:
 
 - vidssl's VideoMAE, and transformers' VideoMAEForPreTraining, read from our export;
 - vidssl's V-JEPA, and the published loop written plainly (plain_vjepa.py);
 - forward and backward through vidssl's V-JEPA 2 encoder and transformers' VJEPA2Model, the whole clip.
 
 FLOPs are those of matrix products, convolutions and attention. `share` is FLOPs a second over what the same
-machine reaches in a 4096 x 4096 product of the same precision, measured between the rounds. `kept` are the bytes that a
-forward pass keeps for the backward pass, each storage once, weights left out (not their casts); `peak` is what the
-process has held at most, torch and weights included. Then come, of both our methods, where a step's time goes, and of
-V-JEPA what is beyond encoder and predictor: its share of time and FLOPs.
+machine reaches in a 4096 x 4096 product of the same precision, measured between the rounds. `kept` are the
+bytes that a forward pass keeps for the backward pass, each storage once, weights left out (not their casts);
+`peak` is what the process has held at most, torch and weights included. Then come, of both our methods, where
+a step's time goes, and of V-JEPA what is beyond encoder and predictor: its share of time and FLOPs.
 """
 
 import argparse
@@ -63,7 +64,8 @@ class Row(NamedTuple):
 @contextlib.contextmanager
 def keeping(model: nn.Module) -> Iterator[dict[int, int]]:
     """Storages (address -> bytes) that are kept for a backward pass in here, weights left out."""
-    own, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
 
     def pack(t: Tensor) -> Tensor:
         storage = t.untyped_storage()
@@ -183,7 +185,8 @@ def tell(rows: dict[str, Row], pairs: list[tuple[str, str]], rate: float, batch:
         f"{'':26s}{'clips/s':>9s}{'(spread)':>16s}{'GFLOP/clip':>12s}{'share':>8s}{'kept MB/clip':>14s}{'peak MB':>10s}"
     )
     for name, r in rows.items():
-        median, each = statistics.median(r.seconds), r.flops / batch
+        median = statistics.median(r.seconds)
+        each = r.flops / batch
         low, high = batch / max(r.seconds), batch / min(r.seconds)
         row = {"clips_per_s": batch / median, "spread": [low, high], "gflop_per_clip": each / 1e9}
         row |= {"share_of_matmul": r.flops / median / rate, "kept_mb_per_clip": r.kept / batch / 1e6}
@@ -220,7 +223,9 @@ def main(argv: list[str]) -> None:
     square = torch.randn(
         4096, 4096, device=device, dtype=torch.float32 if a.precision == "fp32" else torch.bfloat16
     )
-    products, shares, rest = [], {}, {}
+    products = []
+    shares = {}
+    rest = {}
     rows: dict[str, Row] = {}
     pairs = [pair for pair in PAIRS if a.only in " ".join(pair)]
     for pair in pairs:

@@ -1,10 +1,11 @@
-"""Kill a loading run again and again, with other numbers of processes and workers: is a sample lost or repeated?
+"""Kill a loading run again and again, with other numbers of processes and workers: is a sample lost or
+repeated?
 
 python tools/chaos_loader.py SHARDS [kills=300] [seed=0]
 
-A run is `world` processes that load their parts of the same global batches and write down what they showed, a line a
-step. All are killed (SIGKILL) at a random moment; the next run begins, as training would, after the last step that
-every process had written.
+A run is `world` processes that load their parts of the same global batches and write down what they showed, a
+line a step. All are killed (SIGKILL) at a random moment; the next run begins, as training would, after the
+last step that every process had written.
 """
 
 import json
@@ -71,7 +72,8 @@ def check(steps: list[Shown], clips: TrainClips) -> list[str]:
 
 def run(folder: Path, kills: int, seed: int) -> dict[str, Any]:
     """kills: how many runs are started and killed -> what happened, and what was wrong with it."""
-    fork, rng = multiprocessing.get_context("fork"), np.random.default_rng(seed)
+    fork = multiprocessing.get_context("fork")
+    rng = np.random.default_rng(seed)
     clips = make_clips(folder, seed)
     steps: list[Shown] = []
     used = Counter[str]()
@@ -85,10 +87,9 @@ def run(folder: Path, kills: int, seed: int) -> dict[str, Any]:
             ]
             for process in ranks:
                 process.start()
-            wanted, until = (
-                int(rng.integers(3)),
-                time.monotonic() + 60,
-            )  # some are killed before their first step
+            # some are killed before their first step
+            wanted = int(rng.integers(3))
+            until = time.monotonic() + 60
             while len(whole_steps(paths)) < wanted and time.monotonic() < until:
                 time.sleep(0.01)
             time.sleep(rng.uniform(0, 0.2))

@@ -1,14 +1,16 @@
 """Prints every break of the structural rules of the code: layers, names, lengths.
 
-python tools/check_architecture.py [--layers]      exit status 1 if there is any; --layers: only who imports whom
+python tools/check_architecture.py [--layers]      exit status 1 if there is any; --layers: only who imports
+whom
 
 The rules (docs/architecture.md gives the reasons):
 - layers: a package imports only the packages that ALLOWED lists for it;
 - names: a public class or function name at module level means one thing in vidssl and data_prep;
 - lengths: no function over 80 lines, no line over 110 columns;
-- packed assignments: `a, b = x.y, f(z)` is one assignment a line, unless the values are written alike or are a swap;
-- files directly in vidssl/ do not hide a module in use, since `accelerate launch vidssl/train.py` puts that folder first
-  on the import path;
+- packed assignments: `a, b = x.y, f(z)` is one assignment a line, unless the values are written alike or are
+a swap;
+- files directly in vidssl/ do not hide a module in use, since `accelerate launch vidssl/train.py` puts that
+folder first on the import path;
 - torch.load reads weights only, and nothing is unpickled or extracted from a tar.
 """
 
@@ -99,7 +101,8 @@ def long_functions(tree: ast.AST) -> Iterator[str]:
 
 
 def shape(node: ast.AST) -> str:
-    """Returns an expression with its names, attributes and constants blanked: equal for expressions written alike."""
+    """Returns an expression with its names, attributes and constants blanked: equal for expressions written
+    alike."""
     text = ast.dump(node, annotate_fields=False)
     text = re.sub(r"Constant\([^()]*\)", "Constant", text)
     return re.sub(r"'[^']*'", "_", text)
@@ -134,7 +137,8 @@ def hidden_modules(root: Path = ROOT) -> Iterator[str]:
 
 
 def find_breaks(root: Path = ROOT, only_layers: bool = False) -> list[str]:
-    """Returns a line for each break of a rule in vidssl, data_prep and (lengths, assignments) tools and tests."""
+    """Returns a line for each break of a rule in vidssl, data_prep and (lengths, assignments) tools and
+    tests."""
     breaks: list[str] = []
     homes: dict[str, list[str]] = defaultdict(list)
     for folder in ("vidssl", "data_prep", "tools", "tests"):

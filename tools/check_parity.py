@@ -2,10 +2,11 @@
 
 python tools/check_parity.py DIR
 
-Runs every case found in DIR (NAME.safetensors with the reference's state dict, inputs, outputs and gradients; NAME.json
-with its geometry and options) and prints a line for each: the largest absolute error of outputs and losses (limit
-1e-4) and the largest error of a gradient, relative to that gradient's largest entry (limit 1e-3). What a case is, is
-seen from what it holds; a tensor that nothing was compared with is a failure. Exit status 0 only if all hold.
+Runs every case found in DIR (NAME.safetensors with the reference's state dict, inputs, outputs and gradients;
+NAME.json with its geometry and options) and prints a line for each: the largest absolute error of outputs and
+losses (limit 1e-4) and the largest error of a gradient, relative to that gradient's largest entry (limit
+1e-3). What a case is, is seen from what it holds; a tensor that nothing was compared with is a failure. Exit
+status 0 only if all hold.
 """
 
 import json
@@ -52,7 +53,8 @@ def masked_pixels(case: Case) -> None:
     found = public.read_state(case.state, case.name, case.given())
     encoder = found.build_encoder()
     predictor, query = found.build_predictor(encoder)
-    clips, hidden = case.video, case["mask"]
+    clips = case.video
+    hidden = case["mask"]
     if "decode_mask" in case:
         mask = dual_mask(hidden, case["decode_mask"])
     else:
@@ -73,7 +75,8 @@ def masked_pixels(case: Case) -> None:
     if "encoder_visible" in case:
         case.compare("encoder_visible", encoder(clips, mask.context))
     if "prediction" in case:
-        z, whole = encoder(clips, mask.context, return_levels=True), case["prediction"].shape[1] == grid.n
+        z = encoder(clips, mask.context, return_levels=True)
+        whole = case["prediction"].shape[1] == grid.n
         said = predictor.proj(predictor.forward_tokens(z, mask, query(0), grid, include_context=whole)[:, 0])
         if whole:  # MAE-ST predicts at every token
             said = gather_tokens(said, torch.cat([mask.context, mask.target[:, 0]], 1).argsort(1))
@@ -221,7 +224,8 @@ def run(case: Case) -> None:
         eps=h["eps"],
         ipe_scale=h["ipe_scale"],
     )
-    target, masks = Ema(found.build_encoder()), Given([])
+    target = Ema(found.build_encoder())
+    masks = Given([])
     objective = Objective(encoder, masks, target, query, predictor, ERRORS["l1"]())
     optimizer = build_optimizer(objective, optim)
     batches = len([k for k in case.tensors if k.startswith("clips.")])
@@ -269,22 +273,23 @@ def run(case: Case) -> None:
 
 
 def mask_statistics(path: Path) -> tuple[float, str]:
-    """The multi-block sampler at a batch of one -> the largest deviation in standard errors (limit 5), and of what."""
+    """The multi-block sampler at a batch of one -> the largest deviation in standard errors (limit 5), and of
+    what."""
     worst = (0.0, "-")
     for name, want in json.loads(path.read_text()).items():
         frames, side = (int(part.rstrip("fpx")) for part in name.split("_")[:2])
-        grid, draws = Grid(frames // 2, side // 16, side // 16), 4000
+        grid = Grid(frames // 2, side // 16, side // 16)
+        draws = 4000
         group = BlockGroup(want["num_blocks"], want["block_scale"])
         masker = MultiBlock3D((group,), tuple(want["aspect"]), truncate="raster")
         context = torch.zeros(draws, grid.n, dtype=torch.bool)
         for step in range(draws):
             context[step, masker(None, grid, KeyedRNG(0, step, torch.tensor([step])))[0].context[0]] = True  # type: ignore[arg-type]
-        share, hidden = (
-            context.float().mean(1),
-            1 - context[:, : grid.h * grid.w].float().mean(0).reshape(grid.h, grid.w),
-        )
+        share = context.float().mean(1)
+        hidden = 1 - context[:, : grid.h * grid.w].float().mean(0).reshape(grid.h, grid.w)
         both = (1 / draws + 1 / want["draws"]) ** 0.5
-        spread, centre = want["context_ratio_std"], hidden[grid.h // 2, grid.w // 2].item()
+        spread = want["context_ratio_std"]
+        centre = hidden[grid.h // 2, grid.w // 2].item()
         off = {
             "mean": (share.mean().item() - want["context_ratio_mean"]) / (spread * both),
             "spread": (share.std().item() / spread - 1) / (both / 2**0.5),

@@ -1,13 +1,16 @@
 """Probes side by side: a table, differences with paired intervals, and a plot.
 
-    python tools/compare.py A/probe.json B/probe.json ... [--csv OUT.csv] [--plot OUT.png] [--names a b ...] [--rank]
+    python tools/compare.py A/probe.json B/probe.json ... [--csv OUT.csv] [--plot OUT.png] [--names a b ...]
+    [--rank]
 
-The folder of each probe.json holds its predictions.csv. A difference is to the first probe's row of the same label,
-control and share, sample by sample: groups of test samples are drawn anew for both together, so that what is hard for
-both does not widen the interval. Rows of numbers or tags have no right or wrong and get no difference.
+The folder of each probe.json holds its predictions.csv. A difference is to the first probe's row of the same
+label, control and share, sample by sample: groups of test samples are drawn anew for both together, so that
+what is hard for both does not widen the interval. Rows of numbers or tags have no right or wrong and get no
+difference.
 
---rank: Spearman's correlation, over the probes, of each score that needs no labels (RankMe, alpha-ReQ of the mean
-tokens of train) with the figure on test; p: two-sided, by all permutations of up to 7 probes, of more by 9,999 random.
+--rank: Spearman's correlation, over the probes, of each score that needs no labels (RankMe, alpha-ReQ of the
+mean tokens of train) with the figure on test; p: two-sided, by all permutations of up to 7 probes, of more by
+9,999 random.
 """
 
 import argparse
@@ -44,7 +47,8 @@ COLUMNS = (*COLUMNS, "n_test", "difference", "difference_low", "difference_high"
 
 
 def read_probe(path: Path, name: str) -> tuple[str, list[dict[str, Any]]]:
-    """-> (hash of the test data, rows with `right`: (key, number of the line with this key) -> (right, group))."""
+    """-> (hash of the test data, rows with `right`: (key, number of the line with this key) -> (right,
+    group))."""
     try:
         report = json.loads(path.read_text())
         with open(path.with_name("predictions.csv"), newline="") as f:

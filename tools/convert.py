@@ -2,10 +2,10 @@
 
 python tools/convert.py SRC DST --to native|hf [--video FRAMES] [key=value ...]
 
-SRC: a public checkpoint (V-JEPA, V-JEPA 2 and 2.1, VideoMAE and V2, MAE-ST, MAE, I-JEPA, a Hugging Face folder of
-videomae, vjepa2, ijepa or vit_mae, a ViT of timm) or a run folder. DST: a new folder. --video: an image encoder becomes
-the start of a video encoder. key=value: what the file does not say (heads=16 predictor_heads=12 frames=16 height=224
-width=224 positions=rope eps=1e-6).
+SRC: a public checkpoint (V-JEPA, V-JEPA 2 and 2.1, VideoMAE and V2, MAE-ST, MAE, I-JEPA, a Hugging Face
+folder of videomae, vjepa2, ijepa or vit_mae, a ViT of timm) or a run folder. DST: a new folder. --video: an
+image encoder becomes the start of a video encoder. key=value: what the file does not say (heads=16
+predictor_heads=12 frames=16 height=224 width=224 positions=rope eps=1e-6).
 """
 
 import argparse

@@ -26,8 +26,11 @@ LARGEST = 8 << 20  # bytes of a file that is taken
 
 def mutate(data: bytes, other: bytes, rng: np.random.Generator) -> tuple[str, bytes]:
     """-> (kind of damage, the damaged file). other: a second file, for a change of headers."""
-    kind, out, n = str(rng.choice(MUTATIONS)), bytearray(data), len(data)
-    at, length = int(rng.integers(n)), int(rng.integers(1, max(2, n // 8)))
+    kind = str(rng.choice(MUTATIONS))
+    out = bytearray(data)
+    n = len(data)
+    at = int(rng.integers(n))
+    length = int(rng.integers(1, max(2, n // 8)))
     if kind in ("flip", "flip_header"):
         for _ in range(int(2 ** rng.uniform(0, 8))):
             out[int(rng.integers(min(n, 4096) if kind == "flip_header" else n))] ^= int(rng.integers(1, 256))
@@ -51,14 +54,19 @@ class Damaged:
     """Position -> a damaged file and what becomes of it; half of them with what pack knows of the whole file."""
 
     def __init__(self, files: list[Path], metas: list[dict[str, Any]], seed: int):
-        self.files, self.metas, self.seed, self.on_decode = files, metas, seed, lambda: None
+        self.files = files
+        self.metas = metas
+        self.seed = seed
+        self.on_decode = lambda: None
 
     def key(self, position: int, attempt: int) -> str:
         return str(self.files[position % len(self.files)])
 
     def attempt(self, position: int, attempt: int) -> Example | DecodeFailure:
-        rng, number = np.random.default_rng((self.seed, position)), position % len(self.files)
-        file, other = self.files[number], self.files[int(rng.integers(len(self.files)))]
+        rng = np.random.default_rng((self.seed, position))
+        number = position % len(self.files)
+        file = self.files[number]
+        other = self.files[int(rng.integers(len(self.files)))]
         kind, data = mutate(file.read_bytes(), other.read_bytes(), rng)
         meta = self.metas[number] if rng.uniform() < 0.5 else None
         self.on_decode()
@@ -79,7 +87,8 @@ def run(files: list[Path], count: int, seed: int, deadline: float) -> tuple[Coun
     isolated = IsolatedDataset(
         Damaged([f for f, _ in known], [m for _, m in known], seed), deadline, memory_bytes=2 << 30
     )
-    outcomes, seconds = Counter[str](), []
+    outcomes = Counter[str]()
+    seconds = []
     for position in range(count):
         start = time.perf_counter()
         got = isolated.attempt(position, 0)

@@ -1,4 +1,5 @@
-"""One case of tools/check_parity.py: the tensors of a reference implementation, and what was compared with them."""
+"""One case of tools/check_parity.py: the tensors of a reference implementation, and what was compared with
+them."""
 
 import json
 from pathlib import Path
@@ -20,7 +21,8 @@ class Case:
     """One case: its tensors, and what was compared so far."""
 
     def __init__(self, path: Path):
-        self.name, self.tensors = path.stem, load_file(path)
+        self.name = path.stem
+        self.tensors = load_file(path)
         self.about = json.loads(path.with_suffix(".json").read_text())
         self.geometry, self.options = self.about.get("geometry", {}), self.about.get("options", {})
         self.state = {k.removeprefix("state."): v for k, v in self.tensors.items() if k.startswith("state.")}

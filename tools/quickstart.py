@@ -1,9 +1,10 @@
-"""The main job, end to end: videos -> shards -> two pre-trained encoders -> frozen probes -> a table and pictures.
+"""The main job, end to end: videos -> shards -> two pre-trained encoders -> frozen probes -> a table and
+pictures.
 
     python tools/quickstart.py [FOLDER] [--out runs/quickstart]     (tools/quickstart.sh installs first)
 
-Without FOLDER the corpus is rendered here. Every step is a command of the README and is skipped if its result is there,
-so a quickstart that was cut off goes on where it was. Writes OUT/summary.json and OUT/*.png.
+Without FOLDER the corpus is rendered here. Every step is a command of the README and is skipped if its result
+is there, so a quickstart that was cut off goes on where it was. Writes OUT/summary.json and OUT/*.png.
 """
 
 import argparse
@@ -47,8 +48,8 @@ LAUNCH += ["--mixed_precision", "no", "--dynamo_backend", "no"]
 
 
 class Job(NamedTuple):
-    """A command of the README, the jobs that must be done before it, and a file that is there when it is done (None:
-    the command finds out itself)."""
+    """A command of the README, the jobs that must be done before it, and a file that is there when it is done
+    (None: the command finds out itself)."""
 
     command: list[str]
     needs: tuple[str, ...]
@@ -69,13 +70,14 @@ def last_row(log: Path) -> dict | None:
 def make_jobs(
     out: Path, kind: str, label: str, threads: int, extra: list[str], extra_probe: list[str]
 ) -> dict[str, Job]:
-    """Two trainings that differ in the method's file alone, a probe of each and of an untrained encoder, and probes of
-    `label` from the snapshots, to see how it went."""
+    """Two trainings that differ in the method's file alone, a probe of each and of an untrained encoder, and
+    probes of `label` from the snapshots, to see how it went."""
     jobs: dict[str, Job] = {}
     shards = [f"data.{split}={out / 'shards' / split}" for split in ("train", "test")]
 
     def probe(name: str, trained: str, encoder: Path, *more: str) -> None:
-        place, log = out / "probes" / name, out / "logs" / f"probe_{name}.txt"
+        place = out / "probes" / name
+        log = out / "logs" / f"probe_{name}.txt"
         settings = [f"encoder={encoder}", f"out={place}", *shards, *extra_probe, *more]
         command = [*LAUNCH, "vidssl/probe.py", f"configs/probe/{kind}.yaml", *settings]
         jobs[f"probe {name}"] = Job(command, (trained,), place / "probe.json", log)
@@ -97,7 +99,8 @@ def make_jobs(
 
 
 def run_jobs(jobs: dict[str, Job], out: Path, at_once: int, threads: int) -> None:
-    """Run what is not done yet, `at_once` at a time, each with its output in a file; the first failure ends all."""
+    """Run what is not done yet, `at_once` at a time, each with its output in a file; the first failure ends
+    all."""
     options = {"cwd": ROOT, "env": {**os.environ, "OMP_NUM_THREADS": str(threads)}, "start_new_session": True}
     (out / "logs").mkdir(exist_ok=True)
     waiting = {name: job for name, job in jobs.items() if not (job.result and job.result.exists())}
@@ -166,7 +169,8 @@ def table(rows: list[dict]) -> str:
 
 
 def on_the_way(out: Path, method: str, last: int) -> list[tuple[int, float]]:
-    """(step, accuracy of the label that the snapshots were probed on), from the untrained encoder to the last."""
+    """(step, accuracy of the label that the snapshots were probed on), from the untrained encoder to the
+    last."""
     probes = {0: "random_init", last: method}
     probes |= {int(p.name.split("@")[1]): p.name for p in (out / "probes").glob(f"{method}@*")}
     reports = {
@@ -242,7 +246,8 @@ def main(argv: list[str]) -> None:
         "--probe", action="append", default=[], metavar="KEY=VALUE", help="override for the probes"
     )
     a = p.parse_args(argv)
-    began, cores = time.time(), os.cpu_count() or 1
+    began = time.time()
+    cores = os.cpu_count() or 1
     if a.folder is not None and not a.folder.is_dir():
         raise UserError(f"{a.folder}: no such folder")
     name = f"quickstart_{a.folder.resolve().name}" if a.folder else "quickstart"

@@ -46,7 +46,8 @@ def strip(video: np.ndarray) -> np.ndarray:
 
 
 def show(runs: list[Path], out: Path) -> None:
-    """One clip of the first run's data; for every run and each of its masks a row of context and a row of targets."""
+    """One clip of the first run's data; for every run and each of its masks a row of context and a row of
+    targets."""
     rows: list[tuple[str, np.ndarray]] = []
     for run in runs:
         cfg = load_config([str(run / "config.yaml")], TrainConfig)
@@ -70,7 +71,8 @@ def show(runs: list[Path], out: Path) -> None:
 
 def show_kinds(out: Path, grid: Grid = Grid(4, 8, 8), pixels: int = 8) -> None:
     """Every kind with its defaults on a blank clip of one frame a time slice."""
-    video, rows = np.full((grid.t, grid.h * pixels, grid.w * pixels, 3), 60, np.uint8), []
+    video = np.full((grid.t, grid.h * pixels, grid.w * pixels, 3), 60, np.uint8)
+    rows = []
     for kind, masker in MASKS.items():
         for mask in masker()(None, grid, KeyedRNG(0, 0, torch.tensor([0]))):
             context, target = paint(video, mask, grid)

@@ -97,7 +97,8 @@ def from_transformers(kind: str, objective: Objective, cfg: TrainConfig, device:
     import transformers
 
     with tempfile.TemporaryDirectory() as folder:
-        arguments, predictor = cfg.encoder_arguments(), cfg.method.predictor
+        arguments = cfg.encoder_arguments()
+        predictor = cfg.method.predictor
         save_hf(Path(folder), to_checkpoint(objective, arguments, predictor, objective.state_dict()))
         return getattr(transformers, kind).from_pretrained(folder).to(device)
 
@@ -106,7 +107,8 @@ def their_videomae(objective: Objective, cfg: TrainConfig, device: str) -> Conte
     model = from_transformers("VideoMAEForPreTraining", objective, cfg, device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
 
-    grid, masks = objective.encoder.grid, objective.mask
+    grid = objective.encoder.grid
+    masks = objective.mask
 
     def forward(video: Tensor, number: int) -> Tensor:
         (mask,) = masks(video, grid, rng_of(video, number))

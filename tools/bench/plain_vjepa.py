@@ -1,9 +1,10 @@
 """V-JEPA's published training step, on the modules of an Objective, for bench_step.py to compare with.
 
-Each mask embeds all patches of the clip by a convolution and then gathers the visible ones; the momentum encoder sees
-the clip once; the predictor takes all tokens through all its blocks; the optimiser is torch's default AdamW, and the
-EMA update runs parameter by parameter. Attention is torch's fused kernel in both. Source: V-JEPA,
-app/vjepa/train.py, src/models/{vision_transformer, predictor}.py, src/models/utils/multimask.py.
+Each mask embeds all patches of the clip by a convolution and then gathers the visible ones; the momentum
+encoder sees the clip once; the predictor takes all tokens through all its blocks; the optimiser is torch's
+default AdamW, and the EMA update runs parameter by parameter. Attention is torch's fused kernel in both.
+Source: V-JEPA, app/vjepa/train.py, src/models/{vision_transformer, predictor}.py,
+src/models/utils/multimask.py.
 """
 
 from typing import Any
@@ -19,7 +20,8 @@ from vidssl.objective.objective import Objective
 
 
 def encode(encoder: Encoder, video: Tensor, ids: Tensor | None) -> Tensor:
-    """Returns features f32 [B, Nc, D] of a video f32 [B, 3, T, H, W] at ids i64 [B, Nc]; of all patches without."""
+    """Returns features f32 [B, Nc, D] of a video f32 [B, 3, T, H, W] at ids i64 [B, Nc]; of all patches
+    without."""
     grid = encoder.grid_of(video)
     x = encoder.patch_embed.proj(video).flatten(2).transpose(1, 2)
     everywhere = torch.arange(grid.n, device=video.device).expand(len(video), -1)
