@@ -1,4 +1,4 @@
-"""Public checkpoints -> our modules: which format a file has, every key accounted for."""
+"""Reads published checkpoints: detects the format of a file and accounts for every key."""
 
 import argparse
 import json
@@ -16,7 +16,13 @@ from torch import Tensor
 
 from vidssl.core.errors import UserError
 from vidssl.model.heads import HEAD_EPS, AttentiveHead
-from vidssl.pretrained.infer_config import Checkpoint, check_ranks, check_shapes, describe, make_head
+from vidssl.pretrained.infer_config import (
+    Checkpoint,
+    build_head,
+    check_ranks,
+    check_shapes,
+    infer_checkpoint,
+)
 from vidssl.pretrained.key_maps import (
     ATTENTIVE,
     HUGGING_FACE,
@@ -29,28 +35,29 @@ from vidssl.pretrained.key_maps import (
     rename,
 )
 
+JEPA_ENCODERS = ("ema_encoder", "target_encoder", "encoder")  # the first that a file contains is evaluated
 
-def read_public(where: str, **given: Any) -> Checkpoint:
-    """A file or a Hugging Face folder. given: arguments of Encoder that the file does not say, and predictor_heads."""
-    path = Path(where)
+
+def read_public(source: str, **overrides: Any) -> Checkpoint:
+    """Reads a file or a Hugging Face folder.
+
+    overrides: arguments of Encoder that the file does not contain, and predictor_heads, head_eps, mean, std.
+    """
+    path = Path(source)
     if not path.exists():
         raise UserError(f"{path}: no such file or folder")
     if path.is_dir():
-        return read_folder(path, given)
-    return read_state(unwrap(load_state_file(path), str(path)), str(path), given)
+        return read_hf_folder(path, overrides)
+    state = unwrap_state_dict(load_state_file(path), str(path))
+    return checkpoint_from_state(state, str(path), overrides)
 
 
 def load_state_file(path: Path) -> dict[str, Any]:
-    """The content of a file, weights only: nothing in it is executed."""
-    scalar, array = np.float64(0).__reduce__()[0], np.zeros(0).__reduce__()[0]
-    harmless: list[Any] = [argparse.Namespace, OrderedDict, PosixPath, np.dtype, np.ndarray]
-    harmless += [type(np.dtype(t)) for t in ("float32", "float64", "int64", "bool")]
-    for home in ("numpy.core", "numpy._core"):  # of NumPy 1 and 2
-        harmless += [(scalar, f"{home}.multiarray.scalar"), (array, f"{home}.multiarray._reconstruct")]
+    """The content of a weight file; torch files are read weights-only, so that nothing in them is executed."""
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        with torch.serialization.safe_globals(harmless):
+        with torch.serialization.safe_globals(_harmless_globals()):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError as e:
         if code := re.search(r"GLOBAL (\S+)", str(e)):
@@ -67,74 +74,77 @@ def load_state_file(path: Path) -> dict[str, Any]:
     return content
 
 
-def unwrap(content: dict[str, Any], where: str) -> dict[str, Tensor]:
-    """The state dict inside, one flat dictionary; of the JEPA family `encoder.`, `predictor.`, `target_encoder.`."""
-    jepa = [
-        p
-        for p in ("target_encoder", "ema_encoder", "encoder", "predictor")
-        if isinstance(content.get(p), dict)
-    ]
-    if jepa:
-        flat = {}
-        for select_subtree in jepa:
-            for key, value in content[select_subtree].items():
-                flat[f"{select_subtree}.{re.sub(r'^(module[.])?(backbone[.])?', '', key)}"] = value
-        return flat
+def _harmless_globals() -> list[Any]:
+    """Classes that published checkpoints contain beside tensors: arguments, paths, NumPy scalars and arrays."""
+    scalar = np.float64(0).__reduce__()[0]
+    array = np.zeros(0).__reduce__()[0]
+    harmless: list[Any] = [argparse.Namespace, OrderedDict, PosixPath, np.dtype, np.ndarray]
+    harmless += [type(np.dtype(t)) for t in ("float32", "float64", "int64", "bool")]
+    for package in ("numpy.core", "numpy._core"):  # their names in NumPy 1 and 2
+        harmless += [(scalar, f"{package}.multiarray.scalar"), (array, f"{package}.multiarray._reconstruct")]
+    return harmless
+
+
+def unwrap_state_dict(content: dict[str, Any], source: str) -> dict[str, Tensor]:
+    """The state dict inside a file as one flat dictionary; the JEPA family's networks get the prefixes `encoder.`,
+    `predictor.`, `target_encoder.` and `ema_encoder.`."""
+    networks = [n for n in (*JEPA_ENCODERS, "predictor") if isinstance(content.get(n), dict)]
+    if networks:
+        return {
+            f"{network}.{re.sub(r'^(module[.])?(backbone[.])?', '', key)}": value
+            for network in networks
+            for key, value in content[network].items()
+        }
     for name in ("model", "module", "model_state", "state_dict"):
         if isinstance(content.get(name), dict):
-            return unwrap(content[name], where)
+            return unwrap_state_dict(content[name], source)
     tensors = {k: v for k, v in content.items() if isinstance(v, Tensor)}
     if not tensors:
-        raise UserError(f"{where}: no weights in it; its keys are {', '.join(map(str, list(content)[:6]))}")
+        raise UserError(f"{source}: no weights in it; its keys are {', '.join(map(str, list(content)[:6]))}")
     return {re.sub(r"^module[.]", "", k): v for k, v in tensors.items()}
 
 
-def read_state(state: dict[str, Tensor], where: str, given: dict[str, Any]) -> Checkpoint:
-    """A state dict of one of the official implementations; `where` names it in errors."""
-    name, rules = detect(state, where, given)
+def checkpoint_from_state(state: dict[str, Tensor], source: str, overrides: dict[str, Any]) -> Checkpoint:
+    """Converts a state dict of one of the official implementations; `source` names it in error messages."""
+    name, rules = detect_format(state, source, overrides)
     if rules is not JEPA:
-        return describe(rename(state, rules, where), name, where, given)
-    # The momentum encoder is the evaluated one; the trained one comes beside it. A distilled model has its own average
-    # (ema_encoder), and then target_encoder is the teacher.
-    encoders = {
-        p: select_subtree(state, p)
-        for p in ("ema_encoder", "target_encoder", "encoder")
-        if select_subtree(state, p)
-    }
+        return infer_checkpoint(rename(state, rules, source), name, source, overrides)
+    # The momentum encoder is evaluated, and the trained one is kept beside it. A distilled model has its own average
+    # (ema_encoder), and there target_encoder is the teacher.
+    encoders = {n: weights for n in JEPA_ENCODERS if (weights := select_encoder(state, n))}
+    has_own_average = "ema_encoder" in encoders
+    if has_own_average:
+        encoders.pop("target_encoder", None)
     predictor = {k: v for k, v in state.items() if k.startswith("predictor.")}
-    found = {
-        p: describe(
-            canonicalise(rename({**encoder, **predictor}, JEPA, where), name, given), name, where, given
-        )
-        for p, encoder in encoders.items()
-        if p != "target_encoder" or "ema_encoder" not in encoders
-    }
-    evaluated, *online = found.values()
+    checkpoints = []
+    for encoder in encoders.values():
+        renamed = canonicalise(rename({**encoder, **predictor}, JEPA, source), name, overrides)
+        checkpoints.append(infer_checkpoint(renamed, name, source, overrides))
+    evaluated, *online = checkpoints
     evaluated.online = online[0].encoder if online else None
-    evaluated.unused += [k for k in state if "ema_encoder" in found and k.startswith("target_encoder.")]
+    if has_own_average:
+        evaluated.unused += [k for k in state if k.startswith("target_encoder.")]
     return evaluated
 
 
-def select_subtree(state: dict[str, Tensor], name: str) -> dict[str, Tensor]:
-    """One of the encoders of a JEPA state dict, as `encoder.*`."""
+def select_encoder(state: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    """One of the encoders of a JEPA state dict, with the prefix `encoder.`."""
     return {f"encoder.{k[len(name) + 1 :]}": v for k, v in state.items() if k.startswith(f"{name}.")}
 
 
-def detect(state: dict[str, Tensor], where: str, given: dict[str, Any]) -> tuple[str, Rules]:
-    """The format that a state dict has, and its rules."""
+def detect_format(state: dict[str, Tensor], source: str, overrides: dict[str, Any]) -> tuple[str, Rules]:
+    """The name of a state dict's format, and its rules."""
     kernel = state.get("patch_embed.proj.weight")
     if any("embeddings.patch_embeddings." in k for k in state):
-        raise UserError(
-            f"{where}: a file of transformers; give the folder that it lies in, with its config.json"
-        )
+        raise UserError(f"{source}: a file of transformers; give its folder, with its config.json")
     if "encoder_to_decoder.weight" in state:
         return "VideoMAE", VIDEOMAE
     if any(k.startswith(("encoder.", "target_encoder.", "ema_encoder.")) for k in state):
-        return detect_jepa(state, where, given), JEPA
+        return detect_jepa(state, source, overrides), JEPA
     if any(k.startswith("pooler.") for k in state):
-        raise UserError(f"{where}: the head of a probe, without an encoder")
+        raise UserError(f"{source}: the head of a probe, without an encoder")
     if kernel is None:
-        raise UserError(f"{where}: no known format; its keys begin with {', '.join(list(state)[:3])}")
+        raise UserError(f"{source}: no known format; its keys begin with {', '.join(list(state)[:3])}")
     if kernel.ndim == 4:
         return ("MAE" if "decoder_embed.weight" in state else "ViT"), MAE
     if any(k.endswith("attn.q.weight") for k in state):
@@ -142,85 +152,90 @@ def detect(state: dict[str, Tensor], where: str, given: dict[str, Any]) -> tuple
     return "VideoMAE", VIDEOMAE_FINETUNED
 
 
-def detect_jepa(state: dict[str, Tensor], where: str, given: dict[str, Any]) -> str:
+def detect_jepa(state: dict[str, Tensor], source: str, overrides: dict[str, Any]) -> str:
     """I-JEPA, V-JEPA, V-JEPA 2 or V-JEPA 2.1."""
     kernel = next((v for k, v in state.items() if k.endswith("encoder.patch_embed.proj.weight")), None)
     if kernel is None:
-        raise UserError(f"{where}: a predictor without an encoder")
+        raise UserError(f"{source}: a predictor without an encoder")
     if kernel.ndim == 4:
         return "I-JEPA"
     if any(".norms_block." in k for k in state):
         return "V-JEPA 2.1"
-    tokens = sum(k.startswith("predictor.mask_tokens.") for k in state)
-    table = any(k.endswith("pos_embed") for k in state)
-    if not table or tokens > 2 or str(given.get("positions")).startswith("rope"):
+    mask_tokens = sum(k.startswith("predictor.mask_tokens.") for k in state)
+    has_table = any(k.endswith("pos_embed") for k in state)
+    if not has_table or mask_tokens > 2 or str(overrides.get("positions")).startswith("rope"):
         return "V-JEPA 2"
-    if tokens or "positions" in given:
+    if mask_tokens or "positions" in overrides:
         return "V-JEPA"
     raise UserError(
-        f"{where}: V-JEPA, or V-JEPA 2 with a stale pos_embed? The predictor would tell; give positions=sincos_uniform "
-        f"(V-JEPA) or positions=rope (V-JEPA 2)"
+        f"{source}: V-JEPA, or V-JEPA 2 with an unused pos_embed: without a predictor the file does not tell; give "
+        f"positions=sincos_uniform (V-JEPA) or positions=rope (V-JEPA 2)"
     )
 
 
-def canonicalise(r: RenamedTensors, name: str, given: dict[str, Any]) -> RenamedTensors:
-    """SwiGLU's three layers in timm's names; V-JEPA 2.1's four norms; positions that rotary models do not use."""
-    swiglu = {"fc1": "fc1_g", "fc2": "fc1_x", "fc3": "fc2"}
-    for select_subtree in ("encoder", "predictor"):
-        if f"{select_subtree}.blocks.0.mlp.fc3.weight" in r.tensors:
-            for key in [k for k in r.tensors if re.match(rf"{select_subtree}\.blocks\.\d+\.mlp\.", k)]:
-                new = re.sub(r"mlp\.(fc\d)", lambda m: f"mlp.{swiglu[m[1]]}#", key)
-                r.tensors[new], r.origin[new] = r.tensors.pop(key), r.origin[key]
-    for key in [k for k in r.tensors if "#" in k]:
-        r.tensors[key.replace("#", "")], r.origin[key.replace("#", "")] = r.tensors.pop(key), r.origin[key]
-    if name in ("V-JEPA 2", "V-JEPA 2.1") and str(given.get("positions", "rope")).startswith("rope"):
+def canonicalise(renamed: RenamedTensors, name: str, overrides: dict[str, Any]) -> RenamedTensors:
+    """Moves SwiGLU's three layers to timm's names, drops tables that rotary models do not use, and moves the last of
+    V-JEPA 2.1's level norms to `norm`."""
+    _rename_swiglu(renamed)
+    if name in ("V-JEPA 2", "V-JEPA 2.1") and str(overrides.get("positions", "rope")).startswith("rope"):
         for table in ("encoder.table", "predictor.table"):
-            if table in r.tensors:
-                r.unused.append(r.origin[table])
-                del r.tensors[table]
+            renamed.drop(table)
     if name == "V-JEPA 2.1":
-        norms = [int(k.split(".")[2]) for k in r.tensors if k.startswith("encoder.level_norms.")]
-        one_level = "predictor.embed.weight" in r.tensors
-        for key in [k for k in r.tensors if k.startswith("encoder.level_norms.")]:
-            if key.startswith(f"encoder.level_norms.{max(norms)}."):
-                new = key.replace(f"level_norms.{max(norms)}", "norm")
-                r.tensors[new], r.origin[new] = r.tensors.pop(key), r.origin[key]
-            elif one_level:  # the distilled models have the other norms and never use them
-                r.unused.append(r.origin[key])
-                del r.tensors[key]
-    return r
+        _settle_level_norms(renamed)
+    return renamed
 
 
-def read_folder(path: Path, given: dict[str, Any]) -> Checkpoint:
-    """A folder with config.json, as Hugging Face's hub serves it: transformers' models, and ViTs of timm."""
+def _rename_swiglu(renamed: RenamedTensors) -> None:
+    timm_names = {"fc1": "fc1_g", "fc2": "fc1_x", "fc3": "fc2"}
+    for network in ("encoder", "predictor"):
+        if f"{network}.blocks.0.mlp.fc3.weight" not in renamed.tensors:
+            continue
+        layers = [k for k in renamed.tensors if re.match(rf"{network}\.blocks\.\d+\.mlp\.", k)]
+        renamed.move({k: re.sub(r"mlp\.(fc\d)", lambda m: f"mlp.{timm_names[m[1]]}", k) for k in layers})
+
+
+def _settle_level_norms(renamed: RenamedTensors) -> None:
+    """The norm of the last level is `norm`; the distilled models contain the other norms and never use them."""
+    norms = [k for k in renamed.tensors if k.startswith("encoder.level_norms.")]
+    last = max((int(k.split(".")[2]) for k in norms), default=-1)
+    one_level = "predictor.embed.weight" in renamed.tensors
+    renamed.move({k: k.replace(f"level_norms.{last}", "norm") for k in norms if k.split(".")[2] == str(last)})
+    for key in norms if one_level else ():
+        renamed.drop(key)
+
+
+HF_FORMATS = {"videomae": "VideoMAE", "vjepa2": "V-JEPA 2", "ijepa": "I-JEPA", "vit_mae": "MAE"}
+
+
+def read_hf_folder(path: Path, overrides: dict[str, Any]) -> Checkpoint:
+    """A folder with config.json, as Hugging Face's hub serves it: models of transformers, and ViTs of timm."""
     if not (path / "config.json").is_file():
         raise UserError(f"{path}: neither encoder.safetensors nor config.json in it")
-    c = read_json(path / "config.json")
+    hf_config = read_json(path / "config.json")
     state: dict[str, Any] = {}
     for file in weight_files(path):
         state |= load_state_file(file)
-    if "architecture" in c:
-        pixels = {k: v for k, v in c.get("pretrained_cfg", {}).items() if k in ("mean", "std")}
-        return describe(rename(state, MAE, str(path)), "ViT", str(path), {**pixels, **given})
-    names = {"videomae": "VideoMAE", "vjepa2": "V-JEPA 2", "ijepa": "I-JEPA", "vit_mae": "MAE"}
-    kind = c.get("model_type")
-    if kind not in names:
-        raise UserError(f"{path}: model_type {kind!r}; known are {', '.join(names)} and ViTs of timm")
-    if c.get("hidden_act", "gelu") != "gelu":
-        raise UserError(f"{path}: hidden_act {c['hidden_act']!r}; only 'gelu' is known here")
+    if "architecture" in hf_config:
+        pixels = {k: v for k, v in hf_config.get("pretrained_cfg", {}).items() if k in ("mean", "std")}
+        return infer_checkpoint(rename(state, MAE, str(path)), "ViT", str(path), {**pixels, **overrides})
+    kind = hf_config.get("model_type")
+    if kind not in HF_FORMATS:
+        raise UserError(f"{path}: model_type {kind!r}; known are {', '.join(HF_FORMATS)} and ViTs of timm")
+    if hf_config.get("hidden_act", "gelu") != "gelu":
+        raise UserError(f"{path}: hidden_act {hf_config['hidden_act']!r}; only 'gelu' is supported")
     try:
-        said = hf_config_to_kwargs(c, kind)
+        arguments = hf_config_to_arguments(hf_config, kind)
     except KeyError as e:
         raise UserError(f"{path}/config.json: {e} is missing") from None
     if (path / "preprocessor_config.json").is_file():
-        pre = read_json(path / "preprocessor_config.json")
-        said |= {"mean": pre["image_mean"], "std": pre["image_std"]} if "image_mean" in pre else {}
-    r = rename(state, HUGGING_FACE, str(path))
-    if kind in ("ijepa", "vit_mae"):  # a classifier of images
-        for key in [k for k in r.tensors if k.startswith("head.")]:
-            r.unused.append(r.origin[key])
-            del r.tensors[key]
-    return describe(r, names[kind], str(path), {**said, **given})
+        preprocessor = read_json(path / "preprocessor_config.json")
+        if "image_mean" in preprocessor:
+            arguments |= {"mean": preprocessor["image_mean"], "std": preprocessor["image_std"]}
+    renamed = rename(state, HUGGING_FACE, str(path))
+    if kind in ("ijepa", "vit_mae"):  # drop a classifier of images
+        for key in [k for k in renamed.tensors if k.startswith("head.")]:
+            renamed.drop(key)
+    return infer_checkpoint(renamed, HF_FORMATS[kind], str(path), {**arguments, **overrides})
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -231,7 +246,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def weight_files(path: Path) -> list[Path]:
-    """The one file of weights in a folder, or all that its index names."""
+    """The one weight file of a folder, or all files that its index lists."""
     for name in ("model.safetensors", "pytorch_model.bin"):
         if (path / name).is_file():
             return [path / name]
@@ -243,33 +258,31 @@ def weight_files(path: Path) -> list[Path]:
     raise UserError(f"{path}: no model.safetensors or pytorch_model.bin in it")
 
 
-def hf_config_to_kwargs(c: dict[str, Any], kind: str) -> dict[str, Any]:
-    """What the config.json of transformers says of a model, in our words."""
-    said: dict[str, Any] = {"heads": c["num_attention_heads"], "eps": c.get("layer_norm_eps", 1e-12)}
+def hf_config_to_arguments(hf_config: dict[str, Any], kind: str) -> dict[str, Any]:
+    """Translates the config.json of transformers to arguments of Encoder and of infer_checkpoint."""
+    eps = hf_config.get("layer_norm_eps", 1e-12)
+    arguments: dict[str, Any] = {"heads": hf_config["num_attention_heads"], "eps": eps}
     if kind == "vjepa2":
-        said |= {
-            "positions": "rope",
-            "frames": c["frames_per_clip"],
-            "height": c["crop_size"],
-            "width": c["crop_size"],
-        }
-        return said | {"predictor_heads": c["pred_num_attention_heads"], "head_eps": said["eps"]}
-    size = c["image_size"] if isinstance(c["image_size"], list) else [c["image_size"]] * 2
-    said |= {"frames": c.get("num_frames", 1), "height": size[0], "width": size[1]}
-    said |= (
-        {"head_eps": 1e-5} if kind == "videomae" else {}
-    )  # transformers' fc_norm; the official code's is 1e-6
-    return said | (
-        {"predictor_heads": c["decoder_num_attention_heads"]} if "decoder_num_attention_heads" in c else {}
-    )
+        size = hf_config["crop_size"]
+        arguments |= {"frames": hf_config["frames_per_clip"], "height": size, "width": size}
+        arguments |= {"predictor_heads": hf_config["pred_num_attention_heads"], "head_eps": eps}
+        return arguments | {"positions": "rope"}
+    size = hf_config["image_size"]
+    height, width = size if isinstance(size, list) else (size, size)
+    arguments |= {"frames": hf_config.get("num_frames", 1), "height": height, "width": width}
+    if kind == "videomae":  # transformers' fc_norm has 1e-5; the official code's has 1e-6
+        arguments["head_eps"] = 1e-5
+    if "decoder_num_attention_heads" in hf_config:
+        arguments["predictor_heads"] = hf_config["decoder_num_attention_heads"]
+    return arguments
 
 
-def read_attentive(state: dict[str, Tensor], heads: int, where: str) -> AttentiveHead:
-    """The head of a published probe (its `classifier`, or one of its `classifiers`), keys without `module.`."""
-    r = rename(state, ATTENTIVE, where)
-    check_ranks(r, where)
-    weights = {k.removeprefix("head."): v.float() for k, v in r.tensors.items()}
+def read_attentive_head(state: dict[str, Tensor], heads: int, source: str) -> AttentiveHead:
+    """The head of a published probe: its `classifier`, or one of its `classifiers`, with keys without `module.`."""
+    renamed = rename(state, ATTENTIVE, source)
+    check_ranks(renamed, source)
+    weights = {k.removeprefix("head."): v.float() for k, v in renamed.tensors.items()}
     if "linear.weight" not in weights or "query_tokens" not in weights:
-        raise UserError(f"{where}: not an attentive head (no query_tokens, or no last layer)")
-    check_shapes(lambda: make_head(weights, heads, HEAD_EPS), weights, "head.", r, where)
+        raise UserError(f"{source}: not an attentive head (no query_tokens, or no last layer)")
+    check_shapes(lambda: build_head(weights, heads, HEAD_EPS), weights, "head.", renamed, source)
     return Checkpoint("probe", {}, {}, head=weights, head_heads=heads).build_head()  # type: ignore[return-value]

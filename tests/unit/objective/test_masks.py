@@ -32,8 +32,7 @@ from vidssl.objective.masks import (
     running_cell_maps,
 )
 
-GOLDEN = Path(__file__).parents[3].parent / "shared" / "golden"
-golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason="the reference tensors are not beside the repository")
+VECTORS = Path(__file__).parents[2] / "parity" / "vectors"  # of the reference implementations
 
 SIZES = [
     (1, 2, 2),
@@ -258,22 +257,20 @@ def test_block_is_one_box_through_all_of_time_and_nothing_is_cut():
 # Dual masking.
 
 
-@golden
-def test_running_cell_maps_and_dual_masks_are_those_of_the_reference():
-    reference = load_file(GOLDEN / "videomaev2_pretrain.safetensors")
-    maps = running_cell_maps(Grid(4, 4, 4), 0.5)
+def test_running_cell_and_dual_mask_match_the_reference():
+    reference = load_file(VECTORS / "videomaev2_pretrain.safetensors")
+    given = json.loads((VECTORS / "videomaev2_pretrain.json").read_text())["given"]
+    reference |= {name: torch.tensor(values, dtype=torch.bool) for name, (_, values) in given.items()}
+    maps = running_cell_maps(Grid(2, 4, 4), 0.5)
     assert maps.equal(reference["all_running_cell_masks"].flatten(1))
     mask = dual_mask(reference["mask"], reference["decode_mask"])
     for sample in range(2):
         assert mask.context[sample].equal((~reference["mask"][sample]).nonzero()[:, 0])
         assert mask.target[sample, 0].equal((~reference["decode_mask"][sample]).nonzero()[:, 0])
         assert mask.weight[sample, 0].equal(reference["mask"][sample][mask.target[sample, 0]].float())
-    error = (
-        (reference["prediction"] - reference["target"]).square().mean(-1)[:, None]
-    )  # of the decoded, in order
-    assert (error * mask.weight).sum() / mask.weight.sum() == pytest.approx(
-        float(reference["loss"]), rel=1e-5
-    )
+    error = (reference["prediction"] - reference["target"]).square().mean(-1)[:, None]  # in order of decoding
+    loss = (error * mask.weight).sum() / mask.weight.sum()
+    assert loss == pytest.approx(float(reference["loss"]), rel=1e-5)
 
 
 def test_running_cell_drops_whole_quarters_of_every_cell_and_runs_on_with_time():
@@ -424,13 +421,12 @@ def test_kept_counts_are_whole_slices_and_leave_room():
             assert nc > 0 and nt > 0 and nc + nt <= grid.n
 
 
-@golden
 @pytest.mark.parametrize("size", [14, 16])
 @pytest.mark.parametrize("group", [SHORT, LONG], ids=["short", "long"])
 def test_uncut_masks_have_the_statistics_of_the_published_sampler(group, size):
     """1,500 draws at batch 1 on both sides; bounds are 4.5 standard errors of their difference."""
     name = f"16f_{size * 16}px_{'short' if group is SHORT else 'long'}"
-    reference = json.loads((GOLDEN / "vjepa_mask_statistics.json").read_text())[name]
+    reference = json.loads((VECTORS / "vjepa_mask_statistics.json").read_text())[name]
     n, grid = reference["draws"], Grid(8, size, size)
     masker = MultiBlock3D((group,))
     hidden = torch.cat([masker.hidden(group, grid, draws(0, 1, step)) for step in range(n)]).float()

@@ -34,16 +34,15 @@ from vidssl.training.schema import TrainConfig
 from vidssl.training.state import init_from_pretrained
 
 ROOT = Path(__file__).parents[3]
-GOLDEN = ROOT.parent / "shared" / "golden"
+VECTORS = ROOT / "tests" / "parity" / "vectors"  # of the reference implementations
 SMALL = ["run.out=x", "run.steps=5", "run.batch=8", "data.train=x", "data.frames=8", "data.stride=1"]
 SMALL += ["augment.kind=center_crop", "augment.size=32", "model.kind=vit_tiny", "model.patch=8"]
 LR = {"lr": 1.0, "warmup_lr": 0.1, "final_lr": 0.2, "warmup": 10}
 
 
-@pytest.mark.skipif(not GOLDEN.is_dir(), reason="the reference tensors are not beside the repository")
 def test_schedules_are_those_of_the_reference_run():
-    trace = load_file(GOLDEN / "vjepa_run.safetensors")
-    h = json.loads((GOLDEN / "vjepa_run.json").read_text())["hyperparameters"]
+    trace = load_file(VECTORS / "vjepa_run.safetensors")
+    h = json.loads((VECTORS / "vjepa_run.json").read_text())["hyperparameters"]
     epoch = h["iterations_per_epoch"]
     o = OptimConfig(
         lr=h["ref_lr"],
