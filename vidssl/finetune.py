@@ -20,10 +20,8 @@ from vidssl.config import load_config, save, to_tree
 from vidssl.core.errors import UserError, run_cli
 from vidssl.core.io import check_writable, make_folder, os_errors_as_user_errors, print_stderr
 from vidssl.evaluation.evaluate import LabelledFeatures, score_predictions
-from vidssl.evaluation.probe_data import ProbeData, make_view
-from vidssl.evaluation.protocol import ProbeProtocol
+from vidssl.evaluation.probe_data import encoder_view
 from vidssl.evaluation.report import PredictionRow, weights_hash, write_report, write_tables
-from vidssl.evaluation.views import View
 from vidssl.pretrained.load import LoadedEncoder, load_encoder
 from vidssl.training.checkpoint import provenance, quarantine
 from vidssl.training.distributed import Strategy
@@ -41,12 +39,6 @@ from vidssl.training.malloc import tune_malloc
 from vidssl.training.metrics_log import JsonlWriter, MetricsLog, check_trackers, start_trackers
 from vidssl.training.preemption import EXIT_REQUEUE, exit_on_lost_peer
 from vidssl.training.state import RunState
-
-
-def evaluation_view(cfg: FinetuneConfig, loaded: LoadedEncoder) -> View:
-    """Segments and crops of a test video; frames, size and rate are those that the encoder was trained on."""
-    data = ProbeData(cfg.data.train, cfg.data.test, stride=cfg.data.stride, fps=cfg.data.fps)
-    return make_view(data, ProbeProtocol(segments=cfg.tune.segments, crops=cfg.tune.crops), loaded, "none")
 
 
 def write_results(
@@ -133,7 +125,7 @@ def main(argv: list[str]) -> None:
         tune_malloc()
     loaded = load_encoder(cfg.encoder, tune.seed if cfg.random_init else None)
     splits = open_splits(cfg.data, tune)
-    view = evaluation_view(cfg, loaded)
+    view = encoder_view(loaded, tune.segments, tune.crops, stride=cfg.data.stride, fps=cfg.data.fps)
     cfg = replace(cfg, data=replace(cfg.data, stride=view.stride, fps=view.fps))
     hashes = [shards.hash for shards in splits.shards.values()]
     hashes.append(weights_hash(loaded.encoder))

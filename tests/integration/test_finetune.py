@@ -52,9 +52,10 @@ MEAN_HEAD = Spec("mean", {"eps": 1e-6}, MeanHead)
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory) -> Path:
-    """48 + 24 noisy pictures of three colours, in groups of four, in the order of the colours; and a second
-    label that means nothing."""
-    root, rng = tmp_path_factory.mktemp("colours") / "corpus", np.random.default_rng(0)
+    """48 + 24 noisy images of three colours, in groups of four, sorted by colour, and a second, meaningless
+    label."""
+    root = tmp_path_factory.mktemp("colours") / "corpus"
+    rng = np.random.default_rng(0)
     root.mkdir()
     lines = ["path,label_anything,label_colour,group,split"]
     for split, n in (("train", 16), ("test", 8)):
@@ -97,6 +98,7 @@ def encoder(tmp_path_factory) -> Path:
 
 
 def call(encoder: Path, shards: Path, out: Path, *more: str) -> list[str]:
+    """Arguments of finetune.py; an epoch has two steps, since 12 of the 48 training samples are held out."""
     files = [str(ROOT / "configs/finetune/folder.yaml"), f"encoder={encoder}", f"out={out}"]
     data = [
         f"data.train={shards / 'train'}",
@@ -175,7 +177,8 @@ def test_output_is_the_encoder_and_head_of_the_chosen_epoch(tuned, encoder):
 def test_epoch_is_selected_on_held_out_train(encoder, shards, tmp_path, monkeypatch):
     """Between epochs only whole groups of train that are not trained on are evaluated; test once, at the
     end."""
-    evaluated, trained = [], set()
+    evaluated: list[tuple[str, list[str]]] = []
+    trained: set[str] = set()
     predict, step = Finetuner.predict, Finetuner.step
     monkeypatch.setattr(
         Finetuner, "predict", lambda *a: evaluated.append((a[-1], [s.key for s in a[2]])) or predict(*a)
@@ -347,7 +350,8 @@ def test_mixup_partners_do_not_depend_on_the_number_of_processes():
 @pytest.mark.parametrize("mixup, cutmix", [(0.8, 0.0), (0.0, 1.0)])
 def test_soft_targets_match_the_mixed_pixels(mixup, cutmix):
     tune = TuneConfig(epochs=1, batch=8, label_smoothing=0.1, mixup=mixup, cutmix=cutmix, lanes=4)
-    mixer, shares = Mixer(tune, 8), []
+    mixer = Mixer(tune, 8)
+    shares: list[float] = []
     for step in range(6):
         clips, target = mixer(*batch_of(list(range(8)), list(range(8))), step)  # of class p, all pixels p
         again, _ = mixer(*batch_of(list(range(8)), list(range(8))), step)

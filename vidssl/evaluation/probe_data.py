@@ -43,13 +43,38 @@ class ProbeData:
 
 
 def make_view(data: ProbeData, protocol: ProbeProtocol, loaded: LoadedEncoder, control: Control) -> View:
-    """The clip the encoder was trained on, unless the configuration says otherwise."""
+    """The view of a probe under a control."""
+    return encoder_view(
+        loaded,
+        protocol.segments,
+        protocol.crops,
+        frames=data.frames,
+        size=data.size,
+        stride=data.stride,
+        fps=data.fps,
+        control=control,
+    )
+
+
+def encoder_view(
+    loaded: LoadedEncoder,
+    segments: int,
+    crops: int,
+    *,
+    frames: int | None = None,
+    size: int | None = None,
+    stride: int | None = None,
+    fps: float | None = None,
+    control: Control = "none",
+) -> View:
+    """Clips with the frames, size (pixels) and rate (stride in frames, or fps) that the encoder was trained
+    on, where these are None."""
     model, trained = loaded.metadata["model"], loaded.metadata.get("config")
     if model["height"] != model["width"]:
         raise UserError(
             f"encoder: its clips are {model['height']} x {model['width']} px; a probe's are square"
         )
-    stride, fps, frames = data.stride, data.fps, data.frames or model["frames"]
+    frames = frames or model["frames"]
     if stride is None and fps is None:
         if frames == 1:
             stride = 1
@@ -65,6 +90,4 @@ def make_view(data: ProbeData, protocol: ProbeProtocol, loaded: LoadedEncoder, c
         if model.get("fixed"):
             raise UserError(f"{model['name']} sees clips of {frames} frames only: use the control 'still'")
         order, seen = "still", 1 if model.get("image_tokenizer") else model["tubelet"]
-    return View(
-        frames, stride, fps, protocol.segments, protocol.crops, data.size or model["height"], order, seen
-    )
+    return View(frames, stride, fps, segments, crops, size or model["height"], order, seen)

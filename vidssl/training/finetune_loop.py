@@ -52,11 +52,11 @@ class EpochSelection(nn.Module):
         self.epochs: list[dict[str, Any]] = []
         self.losses: list[float] = []  # of the accepted steps of the current epoch
 
-    def end_epoch(self, step: int, accuracy: float | None) -> dict[str, Any]:
-        """Records the epoch that ended after `step` steps, and returns the record. accuracy: on held-out
+    def end_epoch(self, epoch: int, step: int, accuracy: float | None) -> dict[str, Any]:
+        """Records epoch 1.. that ended after `step` steps, and returns the record. accuracy: on held-out
         train."""
         mean_loss = float(np.mean(self.losses)) if self.losses else None
-        record: dict[str, Any] = {"epoch": len(self.epochs) + 1, "step": step, "loss": mean_loss}
+        record: dict[str, Any] = {"epoch": epoch, "step": step, "loss": mean_loss}
         if accuracy is not None and self.best is not None:
             if all(accuracy >= earlier["held_out_accuracy"] for earlier in self.epochs):
                 self.best.load_state_dict(self.now.state_dict())
@@ -64,6 +64,11 @@ class EpochSelection(nn.Module):
         self.epochs.append(record)
         self.losses = []
         return record
+
+    def roll_back(self, step: int) -> None:
+        """Drops the records after `step`, to which the weights have been rolled back."""
+        self.epochs = [record for record in self.epochs if record["step"] <= step]
+        self.losses = []
 
     def select(self, n_held_out: int) -> dict[str, Any]:
         """Loads the weights of the best epoch into the classifier. Returns the report of the choice."""
@@ -117,7 +122,8 @@ class Finetuner:
         bad_samples.jsonl."""
         mixer = Mixer(self.config.tune, len(self.splits.task.names))
         loader: Any = self.train_loader(start)
-        done, preempted = start, False
+        done = start
+        preempted = False
         self.model.train()
         with PreemptionHandler() as preemption, state.writer, contextlib.closing(loader):
             clock = time.perf_counter()
@@ -200,9 +206,9 @@ class Finetuner:
         preemption: PreemptionHandler,
         log: MetricsLog | None,
     ) -> dict[str, float]:
-        """One optimizer step, or a skipped one. Returns its metrics over all processes; "stop": SIGTERM came."""
-        strategy, tune = self.strategy, self.config.tune
-        torch.manual_seed(tune.seed + step * strategy.world + strategy.rank)  # for drop path
+        """One optimizer step, or a skipped one. Returns its metrics over all processes; "stop": SIGTERM."""
+        strategy = self.strategy
+        torch.manual_seed(self.config.tune.seed + step * strategy.world + strategy.rank)  # for drop path
         hparams = schedule(self.optim, step, self.steps)
         set_schedule(self.optimizer, hparams)
         self.optimizer.zero_grad()
@@ -221,6 +227,7 @@ class Finetuner:
                 log.info(f"step {step + 1}: skipped: {reason}")
         if state.guard.should_rollback:
             last = state.rollback(f"step {step + 1}: {reason}")
+            self.selection.roll_back(last)
             if log:
                 log.info(f"step {step + 1}: rolled back to step {last}; the data continue")
         return {**metrics, "lr": hparams["lr"], "weight_decay": hparams["weight_decay"]}
@@ -241,9 +248,10 @@ class Finetuner:
 
     def end_epoch(self, step: int) -> dict[str, Any]:
         """Evaluates held-out train on the middle clip of each video, and records the epoch."""
+        epoch = step // self.steps_per_epoch
         samples, labels = self.splits.held_out
         if not samples:
-            return self.selection.end_epoch(step, None)
+            return self.selection.end_epoch(epoch, step, None)
         view = self.view._replace(segments=1, crops=1)
         predictions = self.predict(self.splits.shards["train"], samples, labels, view, "held-out train")
 
@@ -252,7 +260,7 @@ class Finetuner:
             outputs = mean_over_clips(predictions)[decoded]
             return self.splits.task.score(outputs, [labels[n] for n in decoded])
 
-        return self.selection.end_epoch(step, self.strategy.on_main(accuracy))
+        return self.selection.end_epoch(epoch, step, self.strategy.on_main(accuracy))
 
     def predict(
         self, shards: Shards, samples: list[Sample], labels: list[Any], view: View, name: str

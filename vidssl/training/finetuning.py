@@ -45,6 +45,10 @@ class FinetuneDataConfig:
     fps: Positive | None = None  # frames per second
     max_decode_error_rate: Share = 0.05  # of training samples; the run stops above it
 
+    def __post_init__(self) -> None:
+        if self.stride is not None and self.fps is not None:
+            raise UserError("data: give stride (in frames) or fps (frames per second), not both")
+
 
 @dataclass(frozen=True)
 class TuneConfig:

@@ -189,7 +189,8 @@ def decode_all(
     batches = [range(i, min(i + DECODE_BATCH, len(labels))) for i in range(0, len(labels), DECODE_BATCH)]
     loader: Any = batches
     if decodes:
-        loader = DataLoader(clips, batch_sampler=batches, num_workers=workers, collate_fn=list)  # type: ignore[arg-type]
+        sampler: Any = batches
+        loader = DataLoader(clips, batch_sampler=sampler, num_workers=workers, collate_fn=list)
     decoded: list[tuple[int, Tensor]] = []
     for batch in loader:
         if decodes:

@@ -68,7 +68,8 @@ def test_small_batches_are_buffered_over_steps():
 
 def test_a_restored_state_continues_the_comparison():
     stats = FeatureStats()
-    stats.baseline, stats.low_in_a_row = {"rank": 9.0}, 1
+    stats.baseline = {"rank": 9.0}
+    stats.low_in_a_row = 1
     restored = FeatureStats()
     restored.load(stats.state())
     assert restored.baseline == {"rank": 9.0} and restored.low_in_a_row == 1 and not restored.collapsed

@@ -73,7 +73,8 @@ def test_bright_channels_are_recognised(multi_label, tmp_path):
 
 def test_decoding_in_child_processes_gives_the_same_clips(tmp_path):
     train, test = write_shards(tmp_path / "train", 6), write_shards(tmp_path / "test", 3)
-    plain, isolated = make_probe(train, test), make_probe(train, test, isolate=True, workers=1)
+    plain = make_probe(train, test)
+    isolated = make_probe(train, test, isolate=True, workers=1)
     for part in ("train", "test"):
         assert plain.parts[part].clips.equal(isolated.parts[part].clips)
         assert plain.parts[part].labels == isolated.parts[part].labels
