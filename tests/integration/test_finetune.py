@@ -31,7 +31,7 @@ from vidssl.model.heads import MeanHead
 from vidssl.pretrained.init import save_run_encoder, to_checkpoint
 from vidssl.pretrained.load import load_encoder, read_checkpoint_file
 from vidssl.training.distributed import Strategy
-from vidssl.training.finetune_loop import Finetuner, mean_over_clips
+from vidssl.training.finetune_loop import EpochSelection, Finetuner, mean_over_clips
 from vidssl.training.finetuning import (
     FinetuneConfig,
     Mixer,
@@ -325,6 +325,20 @@ def test_outputs_are_averaged_over_clips_and_nan_if_undecodable():
     features = StoredFeatures(tokens, torch.device("cpu"))
     means = mean_over_clips(LabelledFeatures(features, [], [], {1: "corrupt"}))
     assert means[0] == pytest.approx([0.4, 0.6]) and np.isnan(means[1]).all() and means.shape == (2, 2)
+
+
+def test_rollback_drops_the_records_of_undone_epochs():
+    now = torch.nn.Linear(1, 1)
+    best = torch.nn.Linear(1, 1)
+    selection = EpochSelection(now, best)  # type: ignore[arg-type]
+    for epoch, accuracy in ((1, 50.0), (2, 90.0)):
+        selection.end_epoch(epoch, 2 * epoch, accuracy)
+    selection.roll_back(2)
+    now.weight.data.fill_(7)
+    selection.end_epoch(3, 6, 60.0)
+    chosen = selection.select(12)
+    assert chosen["epoch"] == 3 and [t["epoch"] for t in chosen["tried"]] == [1, 3]
+    assert best.weight.item() == 7
 
 
 def batch_of(position: list[int], label: list[int]) -> tuple[torch.Tensor, Batch]:
