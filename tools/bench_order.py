@@ -1,5 +1,4 @@
-"""The order of a large corpus, simulated: who sees what, how well it is shuffled, and what it costs. No bytes
-are read.
+"""Simulates the order of a large corpus: coverage, shuffling and cost. No shard is read.
 
 python tools/bench_order.py [shards=100000] [samples=1000] [lanes=1024] [window=4096]     (samples: in a
 shard)
@@ -18,13 +17,13 @@ WORLDS = (1, 8, 64, 1024)
 
 
 def resident_mb() -> float:
-    """2**20 bytes that this process holds at the most, so far."""
+    """Returns the peak resident memory of this process, in 2**20 bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
         1 << (20 if sys.platform == "darwin" else 10)
     )
 
 
-def shown_once(order: Order, epoch: int) -> bool:
+def covers_epoch(order: Order, epoch: int) -> bool:
     """Whether the lanes of an epoch show each of the samples once; `at` is held to this on a random 2,000
     positions."""
     # places: on the line of shards, by position
@@ -46,7 +45,7 @@ def shown_once(order: Order, epoch: int) -> bool:
 
 
 def same_batches(order: Order, batch: int, steps: int) -> bool:
-    """Whether processes that know nothing of one another show the same global batches in any number."""
+    """Returns whether independent processes build the same global batches for any number of processes."""
     want = [sorted(order.at(g) for g in range(s * batch, (s + 1) * batch)) for s in range(steps)]
     for world in WORLDS:
         got: list[list[tuple[int, int]]] = [[] for _ in range(steps)]
@@ -108,7 +107,7 @@ def main(argv: list[str]) -> None:
         print(f"{what}: {', '.join(f'{k} {v:.4g}' for k, v in found.items())}")
     print(f"a perfect shuffle: distance {1 / 3:.4g}, same shard {1 / shards:.4g}")
     for epoch in (0, 1):
-        print(f"epoch {epoch}: every sample once: {shown_once(order, epoch)}")
+        print(f"epoch {epoch}: every sample once: {covers_epoch(order, epoch)}")
 
 
 def mixed(counts: np.ndarray, lanes: int, window: int) -> Order | Mixture:

@@ -1,11 +1,11 @@
-"""Kill a loading run again and again, with other numbers of processes and workers: is a sample lost or
-repeated?
+"""Kills a loading run repeatedly, with changing numbers of processes and workers, and looks for lost or
+repeated samples.
 
 python tools/chaos_loader.py SHARDS [kills=300] [seed=0]
 
-A run is `world` processes that load their parts of the same global batches and write down what they showed, a
-line a step. All are killed (SIGKILL) at a random moment; the next run begins, as training would, after the
-last step that every process had written.
+A run is `world` processes that load their parts of the same global batches and write the positions and keys
+of each step as a line. All are killed (SIGKILL) at a random moment; the next run starts, as training would,
+after the last step that every process has written. Exit status 1 if a sample is lost or repeated.
 """
 
 import json
@@ -28,7 +28,7 @@ from vidssl.data.shards import Shards
 
 BATCH, LANES = 16, 8
 SETTINGS = [(world, workers) for world in (1, 2, 4) for workers in (0, 1, 2)]
-Shown = list[tuple[int, str]]  # (position, key)
+StepLog = list[tuple[int, str]]  # (position, key) of every example of a step
 
 
 def make_clips(folder: Path, seed: int) -> TrainClips:
@@ -38,15 +38,15 @@ def make_clips(folder: Path, seed: int) -> TrainClips:
 
 
 def load(clips: TrainClips, start: int, rank: int, world: int, workers: int, out: Path) -> None:
-    """A process of the run; it goes on until it is killed."""
+    """Loads until it is killed."""
     with open(out, "w", buffering=1) as file:
         for batch in train_batches(clips, start, 10**9, BATCH, rank, world, workers, isolate=True):
-            shown = list(zip(batch.position.tolist(), batch.key, strict=True))
-            file.write(json.dumps(shown) + "\n")
+            examples = list(zip(batch.position.tolist(), batch.key, strict=True))
+            file.write(json.dumps(examples) + "\n")
 
 
-def whole_steps(paths: list[Path]) -> list[Shown]:
-    """Steps that all processes have written, in order; a line that the kill cut short does not count."""
+def whole_steps(paths: list[Path]) -> list[StepLog]:
+    """Returns the steps that all processes have written completely, in order."""
     parts = []
     for path in paths:
         lines = path.read_text().split("\n")[:-1] if path.exists() else []
@@ -54,28 +54,28 @@ def whole_steps(paths: list[Path]) -> list[Shown]:
     return [[tuple(s) for part in step for s in part] for step in zip(*parts, strict=False)]
 
 
-def check(steps: list[Shown], clips: TrainClips) -> list[str]:
-    """What is wrong with what was shown; held to Order itself, and to every epoch's being a permutation."""
+def check(steps: list[StepLog], clips: TrainClips) -> list[str]:
+    """Returns what is wrong: steps that differ from Order, and epochs that are no permutation of the samples."""
     wrong = []
     for number, step in enumerate(steps):
         positions = range(number * BATCH, (number + 1) * BATCH)
-        want = {g: clips.shards.sample(*clips.order.at(g)).key for g in positions}
-        if len(step) != BATCH or dict(step) != want:
+        expected = {g: clips.shards.sample(*clips.order.at(g)).key for g in positions}
+        if len(step) != BATCH or dict(step) != expected:
             wrong.append(f"step {number}: {sorted(step)[:3]}...")
     keys = [key for step in steps for _, key in sorted(step)]
     n = clips.shards.n
     for epoch in range(len(keys) // n):
         if set(Counter(keys[epoch * n : (epoch + 1) * n]).values()) != {1}:
-            wrong.append(f"epoch {epoch}: not every sample once")
+            wrong.append(f"epoch {epoch}: not every sample exactly once")
     return wrong
 
 
 def run(folder: Path, kills: int, seed: int) -> dict[str, Any]:
-    """kills: how many runs are started and killed -> what happened, and what was wrong with it."""
+    """Starts and kills `kills` runs; returns the settings used, the counts, and what is wrong."""
     fork = multiprocessing.get_context("fork")
     rng = np.random.default_rng(seed)
     clips = make_clips(folder, seed)
-    steps: list[Shown] = []
+    steps: list[StepLog] = []
     used = Counter[str]()
     with tempfile.TemporaryDirectory() as out:
         for kill in range(kills):
@@ -88,9 +88,9 @@ def run(folder: Path, kills: int, seed: int) -> dict[str, Any]:
             for process in ranks:
                 process.start()
             # some are killed before their first step
-            wanted = int(rng.integers(3))
+            steps_to_wait = int(rng.integers(3))
             until = time.monotonic() + 60
-            while len(whole_steps(paths)) < wanted and time.monotonic() < until:
+            while len(whole_steps(paths)) < steps_to_wait and time.monotonic() < until:
                 time.sleep(0.01)
             time.sleep(rng.uniform(0, 0.2))
             for process in ranks:

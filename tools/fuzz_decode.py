@@ -1,6 +1,6 @@
-"""Damage real files in many ways and decode them as a training run would, in an isolated child process.
+"""Damages real files in many ways and decodes them as training does, in a child process.
 
-python tools/fuzz_decode.py FOLDER [count=5000] [seed=0] [deadline=20] -> a table of outcomes
+python tools/fuzz_decode.py FOLDER [count=5000] [seed=0] [deadline=20]      prints a table of outcomes
 """
 
 import time
@@ -21,11 +21,11 @@ from vidssl.data.isolated_dataset import IsolatedDataset
 from vidssl.data.sampling import sample_indices
 
 MUTATIONS = ("flip", "flip_header", "cut_end", "cut_out", "zeros", "swap_header", "repeat", "noise")
-LARGEST = 8 << 20  # bytes of a file that is taken
+MAX_FILE_BYTES = 8 << 20  # larger files are left out
 
 
 def mutate(data: bytes, other: bytes, rng: np.random.Generator) -> tuple[str, bytes]:
-    """-> (kind of damage, the damaged file). other: a second file, for a change of headers."""
+    """Returns (kind of damage, damaged bytes). other: a second file whose header may replace this one's."""
     kind = str(rng.choice(MUTATIONS))
     out = bytearray(data)
     n = len(data)
@@ -51,7 +51,8 @@ def mutate(data: bytes, other: bytes, rng: np.random.Generator) -> tuple[str, by
 
 
 class Damaged:
-    """Position -> a damaged file and what becomes of it; half of them with what pack knows of the whole file."""
+    """A data set of damaged files; every second one is opened with the metadata that pack has for the intact
+    file."""
 
     def __init__(self, files: list[Path], metas: list[dict[str, Any]], seed: int):
         self.files = files
@@ -79,7 +80,7 @@ class Damaged:
 
 
 def run(files: list[Path], count: int, seed: int, deadline: float) -> tuple[Counter[str], list[float]]:
-    """-> (how many ended how, seconds of each)."""
+    """Returns the number of files for each outcome, and the seconds of each file."""
     inspector = FileInspector("auto", 60.0)
     found = [(f, inspector(f, f.suffix[1:].lower())[0]) for f in files]
     known = [(f, sample.meta) for f, sample in found if isinstance(sample, EncodedSample)]
@@ -91,11 +92,11 @@ def run(files: list[Path], count: int, seed: int, deadline: float) -> tuple[Coun
     seconds = []
     for position in range(count):
         start = time.perf_counter()
-        got = isolated.attempt(position, 0)
+        result = isolated.attempt(position, 0)
         seconds.append(time.perf_counter() - start)
-        outcomes["decoded" if isinstance(got, Example) else got.reason] += 1
-        if isinstance(got, DecodeFailure) and got.reason in ("hang", "crash", "memory"):
-            print(f"{got.reason}: position {position}, from {got.key}", flush=True)
+        outcomes["decoded" if isinstance(result, Example) else result.reason] += 1
+        if isinstance(result, DecodeFailure) and result.reason in ("hang", "crash", "memory"):
+            print(f"{result.reason}: position {position}, from {result.key}", flush=True)
     isolated.close()
     return outcomes, seconds
 
@@ -105,7 +106,7 @@ def main(argv: list[str]) -> None:
     if not argv or settings.keys() - {"count", "seed", "deadline"}:
         raise UserError("expected: FOLDER [count=5000] [seed=0] [deadline=20]")
     files = [f for f in sorted(Path(argv[0]).rglob("*")) if f.suffix[1:].lower() in VIDEO_EXTENSIONS]
-    files = [f for f in files if 0 < f.stat().st_size <= LARGEST]
+    files = [f for f in files if 0 < f.stat().st_size <= MAX_FILE_BYTES]
     count, seed = int(settings.get("count", 5000)), int(settings.get("seed", 0))
     outcomes, seconds = run(files, count, seed, float(settings.get("deadline", 20)))
     for outcome, n in outcomes.most_common():

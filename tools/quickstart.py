@@ -1,10 +1,9 @@
-"""The main job, end to end: videos -> shards -> two pre-trained encoders -> frozen probes -> a table and
-pictures.
+"""Runs the pipeline end to end: videos, shards, two pretrained encoders, frozen probes, a table, pictures.
 
     python tools/quickstart.py [FOLDER] [--out runs/quickstart]     (tools/quickstart.sh installs first)
 
 Without FOLDER the corpus is rendered here. Every step is a command of the README and is skipped if its result
-is there, so a quickstart that was cut off goes on where it was. Writes OUT/summary.json and OUT/*.png.
+exists, so the same command continues an interrupted quickstart. Writes OUT/summary.json and OUT/*.png.
 """
 
 import argparse
@@ -48,8 +47,8 @@ LAUNCH += ["--mixed_precision", "no", "--dynamo_backend", "no"]
 
 
 class Job(NamedTuple):
-    """A command of the README, the jobs that must be done before it, and a file that is there when it is done
-    (None: the command finds out itself)."""
+    """A command of the README, the jobs that must end before it, and the file that it leaves (None: the command
+    itself continues or ends at once)."""
 
     command: list[str]
     needs: tuple[str, ...]
@@ -58,7 +57,7 @@ class Job(NamedTuple):
 
 
 def last_row(log: Path) -> dict | None:
-    """The last whole row of a log.jsonl that may be growing."""
+    """Returns the last complete row of a log.jsonl that may still grow."""
     if not log.exists() or not log.stat().st_size:
         return None
     with open(log, "rb") as f:
@@ -70,8 +69,8 @@ def last_row(log: Path) -> dict | None:
 def make_jobs(
     out: Path, kind: str, label: str, threads: int, extra: list[str], extra_probe: list[str]
 ) -> dict[str, Job]:
-    """Two trainings that differ in the method's file alone, a probe of each and of an untrained encoder, and
-    probes of `label` from the snapshots, to see how it went."""
+    """Returns two training runs that differ in the method file only, a probe of each and of an untrained encoder,
+    and probes of `label` on the snapshots."""
     jobs: dict[str, Job] = {}
     shards = [f"data.{split}={out / 'shards' / split}" for split in ("train", "test")]
 
@@ -99,8 +98,8 @@ def make_jobs(
 
 
 def run_jobs(jobs: dict[str, Job], out: Path, at_once: int, threads: int) -> None:
-    """Run what is not done yet, `at_once` at a time, each with its output in a file; the first failure ends
-    all."""
+    """Runs the jobs that are not done, `at_once` at a time, each with its output in a file; the first failure
+    ends all."""
     options = {"cwd": ROOT, "env": {**os.environ, "OMP_NUM_THREADS": str(threads)}, "start_new_session": True}
     (out / "logs").mkdir(exist_ok=True)
     waiting = {name: job for name, job in jobs.items() if not (job.result and job.result.exists())}
@@ -127,7 +126,7 @@ def run_jobs(jobs: dict[str, Job], out: Path, at_once: int, threads: int) -> Non
                 if process.poll() is not None:
                     del running[name]
                     if process.returncode:
-                        raise UserError(f"{name} failed: {last_words(jobs[name].log)}")
+                        raise UserError(f"{name} failed: {error_of(jobs[name].log)}")
     finally:  # each job is a process group of its own: the launcher and what it launched
         for process in running.values():
             os.killpg(process.pid, signal.SIGTERM)
@@ -136,15 +135,15 @@ def run_jobs(jobs: dict[str, Job], out: Path, at_once: int, threads: int) -> Non
         bar.close()
 
 
-def last_words(log: Path) -> str:
-    """The error line of a job's output, or its last line, and where the rest is."""
-    said = [line for line in log.read_text().splitlines() if line.strip()] or ["no output"]
-    line = next((s for s in reversed(said) if s.startswith("error: ")), said[-1])
-    return f"{line.removeprefix('error: ')} (all of it: {log})"
+def error_of(log: Path) -> str:
+    """Returns the error line of a job's output, or its last line, and the path of the output."""
+    lines = [line for line in log.read_text().splitlines() if line.strip()] or ["no output"]
+    line = next((s for s in reversed(lines) if s.startswith("error: ")), lines[-1])
+    return f"{line.removeprefix('error: ')} (full output: {log})"
 
 
 def summary(out: Path) -> list[dict]:
-    """A row for each encoder, label and control."""
+    """Returns a row for each encoder, label and control."""
     rows = []
     for name in (*METHODS, "random_init"):
         for r in json.loads((out / "probes" / name / "probe.json").read_text())["results"]:
@@ -154,7 +153,7 @@ def summary(out: Path) -> list[dict]:
 
 
 def table(rows: list[dict]) -> str:
-    """The results as text, a line an encoder and label."""
+    """Formats the results, one line for each encoder and label."""
     lines = [f"{'label':12s} {'encoder':12s} {'in order':>22s} {'frames shuffled':>22s} {'chance':>7s}"]
     for label in dict.fromkeys(r["label"] for r in rows):
         for encoder in dict.fromkeys(r["encoder"] for r in rows):
@@ -168,9 +167,8 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def on_the_way(out: Path, method: str, last: int) -> list[tuple[int, float]]:
-    """(step, accuracy of the label that the snapshots were probed on), from the untrained encoder to the
-    last."""
+def accuracy_over_steps(out: Path, method: str, last: int) -> list[tuple[int, float]]:
+    """Returns (step, accuracy on the label of the snapshot probes), from the untrained encoder to the last."""
     probes = {0: "random_init", last: method}
     probes |= {int(p.name.split("@")[1]): p.name for p in (out / "probes").glob(f"{method}@*")}
     reports = {
@@ -181,7 +179,7 @@ def on_the_way(out: Path, method: str, last: int) -> list[tuple[int, float]]:
 
 
 def draw(out: Path, rows: list[dict]) -> None:
-    """curves.png: losses, the spread of the features, probes along the way; accuracy.png: the table as bars."""
+    """Draws curves.png (losses, feature statistics, probes of snapshots) and accuracy.png (the table as bars)."""
     figure, axes = plt.subplots(1, 5, figsize=(18, 3.2))
     for i, m in enumerate(METHODS):
         log = [json.loads(line) for line in (out / m / "log.jsonl").read_text().splitlines()]
@@ -192,9 +190,9 @@ def draw(out: Path, rows: list[dict]) -> None:
             [r["step"] for r in health], [r["feature_std_time"] for r in health], "o-", ms=3, label=m
         )
         axes[3].plot([r["step"] for r in health], [r["feature_rank"] for r in health], "o-", ms=3, label=m)
-        way = on_the_way(out, m, log[-1]["step"])
+        way = accuracy_over_steps(out, m, log[-1]["step"])
         axes[4].plot(*zip(*way, strict=True), "o-", ms=3, label=m)
-    axes[4].set_title("frozen probe along the way, %")
+    axes[4].set_title("frozen probe of snapshots, %")
     axes[2].set_title("features: deviation over time / rms")
     axes[3].set_title("features: effective rank")
     for i, axis in enumerate(axes):
@@ -256,7 +254,7 @@ def main(argv: list[str]) -> None:
     check_writable(out)
     signal.signal(
         signal.SIGTERM, lambda *_: sys.exit(143)
-    )  # so that what runs in the background is ended, too
+    )  # so that the jobs in the background are ended, too
     if a.folder is None and not (source / "labels.csv").exists():
         make_corpus(source, a.train, a.test, a.labelled, workers=cores)
     found = read_source(source)
@@ -267,7 +265,7 @@ def main(argv: list[str]) -> None:
     split = [] if any(item.split for item in found.items) else ["--test-fraction", "0.3"]
     packed = subprocess.run([*PYTHON, "-m", "data_prep.pack", source, out / "shards", *split], cwd=ROOT)
     if packed.returncode:
-        sys.exit(packed.returncode)  # it has said why
+        sys.exit(packed.returncode)  # it has printed the reason
     for name in ("train", "test"):
         if not (out / "shards" / name / "index.json").exists():
             raise UserError(f"{source}: its splits must be called train and test")
