@@ -1,4 +1,4 @@
-"""CPU seconds per training clip, of the common practice and of this loader, and of FFmpeg decoding alone.
+"""Measures CPU seconds per training clip: common practice, this loader, and FFmpeg decoding alone.
 
 python tools/bench_data.py FOLDER [--videos 16] [--source DIR] [--clips 96] [--rounds 3] [--workers 2] [--out
 FILE.json]
@@ -54,14 +54,14 @@ CLIP_READY = ["--short-side", "256", "--fps", "8", "--keyframe-every", "8"]
 
 
 class Common(Dataset[torch.Tensor]):
-    """What most training code does for a clip (the steps of V-JEPA's loader), at the same positions as
+    """The usual steps of training code for a clip (those of V-JEPA's loader), at the same positions as
     `clips`."""
 
     def __init__(self, clips: TrainClips, crop: RandomCrop):
         self.clips, self.crop = clips, crop
 
     def __getitem__(self, g: int) -> torch.Tensor:
-        """-> normalised f32 [3, T, size, size]."""
+        """Returns a normalised clip f32 [3, T, size, size]."""
         shards = self.clips.shards
         d = self.clips.data
         crop = self.crop
@@ -91,8 +91,8 @@ def make_clips(folder: Path, stride: int, seed: int) -> TrainClips:
 
 
 def contender(name: str, folder: Path, clips: int, workers: int, seed: int) -> float:
-    """CPU seconds of this process and its workers for so many clips, less what a run of one batch costs: the
-    start."""
+    """Returns CPU seconds of this process and its workers for `clips` clips, without the start (measured by a
+    run of one batch)."""
     torch.set_num_threads(1)
     is_packed = name == "clip-ready"
     ours = make_clips(folder / ("clip-ready" if is_packed else "original"), 1 if is_packed else 4, seed)
@@ -109,7 +109,7 @@ def contender(name: str, folder: Path, clips: int, workers: int, seed: int) -> f
 
 
 def cpu_seconds() -> float:
-    """Of this process and of its children that have ended."""
+    """Returns CPU seconds of this process and of its ended children."""
     use = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(u.ru_utime + u.ru_stime for u in use)
 
@@ -125,7 +125,7 @@ def ffmpeg_binary() -> str:
 
 
 def decoding_rate(ffmpeg: str, files: list[Path], beside: Path) -> float:
-    """Frames that single-threaded FFmpeg decodes per CPU second, all files in one process."""
+    """Returns the frames per CPU second of single-threaded FFmpeg, all files in one process."""
     beside.write_text("".join(f"file '{f.resolve()}'\n" for f in files))
     begun = cpu_seconds()
     args = [
@@ -155,7 +155,7 @@ def frames_in(file: Path) -> int:
 
 
 def unpack(clips: TrainClips, folder: Path) -> list[Path]:
-    """The media files in the shards."""
+    """Extracts the media files of the shards into `folder` and returns them."""
     folder.mkdir(exist_ok=True)
     for sample in clips.shards.all():
         (folder / f"{sample.key}.{sample.ext}").write_bytes(clips.shards.read(sample))
@@ -163,7 +163,7 @@ def unpack(clips: TrainClips, folder: Path) -> list[Path]:
 
 
 def make_files(folder: Path, source: Path | None, videos: int, ffmpeg: str, workers: int) -> list[Path]:
-    """The corpus and both its packs, unless they are there."""
+    """Makes the corpus and its two packed versions unless they exist; returns the files."""
     corpus = folder / "files"
     corpus.mkdir(parents=True, exist_ok=True)
     found = sorted(p for p in source.rglob("*") if p.suffix[1:].lower() in VIDEO_EXTENSIONS) if source else []
@@ -205,7 +205,7 @@ def make_files(folder: Path, source: Path | None, videos: int, ffmpeg: str, work
 
 
 def frames_to_decode(clips: TrainClips, count: int) -> float:
-    """Mean over the clips: frames from the key frame before the first one to the last."""
+    """Returns the mean number of frames from the key frame before a clip's first frame to its last frame."""
     keys: dict[str, np.ndarray] = {}
     needed = []
     for g in range(count):

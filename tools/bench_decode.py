@@ -27,7 +27,7 @@ def cpu_seconds(*processes: psutil.Process) -> float:
 
 
 def cost(shards: Shards, clips: int) -> None:
-    """The same clips here and in a child, by turns; the start of the child is not counted (once a worker)."""
+    """Decodes the same clips here and in a child process in turns; the start of the child is not counted."""
     clip = TrainClips(
         shards, Order(shards.counts, 0), DataConfig(["-"], frames=16, stride=4), RandomCrop(224)
     )

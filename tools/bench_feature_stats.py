@@ -1,4 +1,4 @@
-"""What the measurements of the representation cost, against the steps between them.
+"""Measures the cost of the feature statistics relative to the training steps between them.
 
 python tools/bench_health.py [--model vit_small] [--batch 8] [--size 224] [--every 100] [--steps 3]
 
@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def cost(action: Callable[[], object], times: int) -> tuple[int, float]:
-    """FLOPs, and the fewest CPU seconds of some calls."""
+    """Returns FLOPs and the least CPU seconds of `times` calls."""
     with count_flops() as total:
         action()
     seconds = []

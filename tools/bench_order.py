@@ -24,8 +24,8 @@ def resident_mb() -> float:
 
 
 def covers_epoch(order: Order, epoch: int) -> bool:
-    """Whether the lanes of an epoch show each of the samples once; `at` is held to this on a random 2,000
-    positions."""
+    """Returns whether the lanes of an epoch contain each sample once; 2,000 random positions are looked up
+    too."""
     # places: on the line of shards, by position
     e = order._epoch(epoch)
     places = np.empty(order.n, np.int64)
@@ -59,8 +59,8 @@ def same_batches(order: Order, batch: int, steps: int) -> bool:
 
 
 def neighbours(order: Order | Mixture, batch: int, steps: int) -> dict[str, float]:
-    """How far apart the source shards of neighbours are, as a share of all shards, and how often they are
-    one.
+    """Returns the distance between the shards of neighbours as a fraction of all shards, and how often they
+    share one.
 
     batch: neighbours within a global batch; lane: one after another in a lane (of lane 0).
     """
@@ -111,7 +111,7 @@ def main(argv: list[str]) -> None:
 
 
 def mixed(counts: np.ndarray, lanes: int, window: int) -> Order | Mixture:
-    """The shards as three corpora of unequal sizes with the weights of VideoMix2M (V-JEPA 2)."""
+    """Returns the order of three corpora of unequal sizes with the weights of VideoMix2M (V-JEPA 2)."""
     return make_order(
         np.split(counts, [len(counts) // 5, len(counts) // 4]), [0.335, 0.1, 0.565], 0, lanes, window
     )

@@ -1,4 +1,5 @@
-"""How much of ffmpeg's throughput does re-encoding with pack keep? `python tools/bench_pack.py FOLDER`.
+"""Compares the throughput of re-encoding with pack to that of bare ffmpeg. `python tools/bench_pack.py
+FOLDER`.
 
 Both encode the same videos with the same settings of x264 on the same number of processes, in turn; CPU
 seconds are counted over all processes, with decoding, starting up, checking and writing shards. ffmpeg is the
@@ -22,7 +23,7 @@ from vidssl.data.decoding.base import VIDEO_EXTENSIONS
 
 
 def measure(work: Callable[[], object]) -> tuple[float, float]:
-    """CPU seconds of the processes that `work` starts, and seconds on the wall."""
+    """Returns CPU seconds of the processes that `work` starts, and wall-clock seconds."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     start = time.monotonic()
     work()
@@ -31,7 +32,7 @@ def measure(work: Callable[[], object]) -> tuple[float, float]:
 
 
 def by_pack(files: list[Path], out: Path, args: argparse.Namespace) -> None:
-    """Into one folder of shards."""
+    """Packs the files into one folder of shards."""
     source = out / "source"
     source.mkdir()
     for i, file in enumerate(files):
@@ -50,7 +51,7 @@ def by_pack(files: list[Path], out: Path, args: argparse.Namespace) -> None:
 
 
 def by_ffmpeg(files: list[Path], out: Path, args: argparse.Namespace) -> None:
-    """Into a file each."""
+    """Re-encodes each file into a file of its own."""
     import imageio_ffmpeg
 
     n = args.short_side

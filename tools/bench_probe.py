@@ -1,5 +1,4 @@
-"""What features that are kept save: CPU seconds of a grid of heads, against decoding and encoding in every
-epoch.
+"""Compares probing stored features with decoding and encoding in every epoch, in CPU seconds.
 
     python tools/bench_probe.py encoder=RUN data.train=SHARDS data.test=SHARDS probe.heads=3 [--stream-epochs
     2]
@@ -47,7 +46,7 @@ DEFAULTS = {
 
 
 def timed(action: Callable[[], Any]) -> tuple[float, Any]:
-    """-> (CPU seconds of this process, the result)."""
+    """Returns CPU seconds of this process, and the result."""
     began = time.process_time()
     result = action()
     return time.process_time() - began, result
@@ -84,7 +83,7 @@ def main(argv: list[str]) -> None:
     target = task.target(truths[0], accelerator.device)
 
     def score(models: list[Any], source: Any) -> list[Any]:
-        """Hits of each head on test, bool [n]."""
+        """Returns whether each head is right, bool [n] for every head."""
         outputs = protocol.predict(models, source, numbers["test"], task)
         return [output.argmax(1).numpy() == truths[1] for output in outputs]
 

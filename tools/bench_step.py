@@ -1,5 +1,4 @@
-"""Training steps side by side with transformers' models and the published loop: clips a second in
-alternation.
+"""Compares training steps with transformers' models and the published loop: clips per second.
 
 python tools/bench_step.py [--model vit_small] [--batch 8] [--rounds 8] [--precision fp32|bf16] [--compile]
     [--tune-malloc ours|all|none]
@@ -53,7 +52,7 @@ KINDS = {  # of operations, by parts of their names
 
 
 class Row(NamedTuple):
-    """What was measured of a contender."""
+    """The measurements of one contender."""
 
     seconds: list[float]  # of each round
     flops: int  # of a step
@@ -63,7 +62,7 @@ class Row(NamedTuple):
 
 @contextlib.contextmanager
 def keeping(model: nn.Module) -> Iterator[dict[int, int]]:
-    """Storages (address -> bytes) that are kept for a backward pass in here, weights left out."""
+    """Collects the storages (address: bytes) saved for backward inside this context, without weights."""
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept = {}
 
@@ -78,7 +77,7 @@ def keeping(model: nn.Module) -> Iterator[dict[int, int]]:
 
 
 def where_time_goes(contender: Contender, video: Tensor) -> dict[str, float]:
-    """Kind of operation -> share of a step's time on the CPU or device."""
+    """Returns the share of a step's time for each kind of operation."""
     with profile(
         activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if video.is_cuda else [])]
     ) as seen:
@@ -95,7 +94,7 @@ def where_time_goes(contender: Contender, video: Tensor) -> dict[str, float]:
 
 
 def beyond(objective: Objective, video: Tensor, device: str, rounds: int) -> dict[str, tuple[float, int]]:
-    """Of V-JEPA: what is done besides encoder and predictor -> (seconds, FLOPs)."""
+    """Returns (seconds, FLOPs) of the parts of a V-JEPA step besides encoder and predictor."""
     target: Any = objective.target
     grid = objective.encoder.grid_of(video)
     parts: dict[str, Callable[[], Any]] = {
@@ -110,7 +109,7 @@ def beyond(objective: Objective, video: Tensor, device: str, rounds: int) -> dic
 
 
 def timed(action: Callable[[], Any], device: str) -> float:
-    """Seconds, all work on the device done."""
+    """Returns the seconds of an action, device work included."""
     if device == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()
@@ -134,7 +133,7 @@ def check_equal(first: str, second: str, losses: dict[str, float]) -> None:
 
 
 def serve(pipe: Connection, name: str, a: argparse.Namespace, device: str) -> None:
-    """A contender in a process of its own, which does what it is told until it is told nothing more."""
+    """Runs a contender in its own process: answers requests from the pipe until it receives None."""
     if a.tune_malloc == "all" or (a.tune_malloc == "ours" and name.startswith("vidssl")):
         tune_malloc()
     contender, objective = make(name, a.model, device, a.compile)
@@ -158,8 +157,8 @@ def serve(pipe: Connection, name: str, a: argparse.Namespace, device: str) -> No
         pipe.send(does[what](number))
 
 
-class Server:
-    """The other end of `serve`."""
+class ContenderProcess:
+    """The parent's end of a process that runs `serve`."""
 
     def __init__(self, name: str, a: argparse.Namespace, device: str):
         context = multiprocessing.get_context("spawn")
@@ -178,8 +177,10 @@ class Server:
         self.process.join()
 
 
-def tell(rows: dict[str, Row], pairs: list[tuple[str, str]], rate: float, batch: int) -> dict[str, Any]:
-    """A line for each contender and each pair."""
+def print_table(
+    rows: dict[str, Row], pairs: list[tuple[str, str]], rate: float, batch: int
+) -> dict[str, Any]:
+    """Prints a line for each contender and each pair; returns the figures."""
     report: dict[str, Any] = {}
     print(
         f"{'':26s}{'clips/s':>9s}{'(spread)':>16s}{'GFLOP/clip':>12s}{'share':>8s}{'kept MB/clip':>14s}{'peak MB':>10s}"
@@ -229,7 +230,7 @@ def main(argv: list[str]) -> None:
     rows: dict[str, Row] = {}
     pairs = [pair for pair in PAIRS if a.only in " ".join(pair)]
     for pair in pairs:
-        servers = {name: Server(name, a, device) for name in pair}
+        servers = {name: ContenderProcess(name, a, device) for name in pair}
         if a.precision == "fp32":
             check_equal(*pair, {name: s.loss for name, s in servers.items()})
         seconds: dict[str, list[float]] = {name: [] for name in pair}
@@ -256,7 +257,7 @@ def main(argv: list[str]) -> None:
     print(
         f"{a.model}, 16 x 224 px, batch {a.batch}, {a.precision}, {device}; 4096^2 product {rate / 1e9:.0f} GFLOP/s"
     )
-    report |= tell(rows, pairs, rate, a.batch)
+    report |= print_table(rows, pairs, rate, a.batch)
     for name, kinds in shares.items():
         print(f"{name}: " + ", ".join(f"{kind} {share:.0%}" for kind, share in kinds.items()))
     for name, (took, count) in rest.items():

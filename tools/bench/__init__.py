@@ -1,1 +1,1 @@
-"""What the benchmarks compare."""
+"""The training steps that the benchmarks compare."""
