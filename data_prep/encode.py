@@ -28,7 +28,7 @@ import av
 import numpy as np
 from av.video.reformatter import ColorRange
 
-from data_prep.filters import Filters, Rejected, sample_indices
+from data_prep.filters import Filters, Rejected, evenly_spaced_indices
 from data_prep.reader import BadStampsError, Picture, Reader
 from data_prep.x264 import x264_options
 
@@ -272,7 +272,7 @@ class ClipCutter:
                 "no_frames", f"no frame begins between {start} and {end} s", 0, clip.item, start, end
             )
         rejected = self._filters.check_clip(
-            clip.duration, lambda: [clip.thumbnails[i] for i in sample_indices(len(clip.thumbnails))]
+            clip.duration, lambda: [clip.thumbnails[i] for i in evenly_spaced_indices(len(clip.thumbnails))]
         )
         if rejected:
             return rejected._replace(item=clip.item, start=start, end=end)

@@ -67,7 +67,7 @@ class Filters(NamedTuple):
         """Returns why a clip is dropped, or None.
 
         thumbnails: called if pixels must be measured; returns f32 [THUMBNAIL_SIDE,THUMBNAIL_SIDE] for each of
-        the frames of `sample_indices`.
+        the frames of `evenly_spaced_indices`.
         """
         if seconds < self.min_seconds:
             return Rejected("too_short", f"{seconds:.3f} s, under {self.min_seconds:g}", round(seconds, 3))
@@ -87,7 +87,7 @@ class Filters(NamedTuple):
 NO_FILTERS = Filters()
 
 
-def sample_indices(frames: int) -> np.ndarray:
+def evenly_spaced_indices(frames: int) -> np.ndarray:
     """Returns the indices of at most FILTER_FRAMES frames, evenly spaced over `frames`."""
     return np.unique(np.linspace(0, frames - 1, FILTER_FRAMES).round().astype(int))
 

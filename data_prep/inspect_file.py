@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from data_prep.encode import EncodedSample, Recipe, Span, encode_clips
-from data_prep.filters import NO_FILTERS, Filters, Rejected, sample_indices, thumbnail
+from data_prep.filters import NO_FILTERS, Filters, Rejected, evenly_spaced_indices, thumbnail
 from data_prep.reader import Reader
 from data_prep.workers import WorkerPool
 from vidssl.core.errors import DecodeError
@@ -177,7 +177,7 @@ def filter_original(path: Path, meta: dict, filters: Filters, report: Reporter) 
 
 def thumbnails(path: Path, frames: int, report: Reporter) -> list[np.ndarray]:
     """Luma thumbnails, f32 [32,32] each, of frames evenly spread over the video."""
-    wanted = set(sample_indices(frames).tolist())
+    wanted = set(evenly_spaced_indices(frames).tolist())
     found = []
     with open(path, "rb") as file:
         for i, frame in enumerate(Reader(file).decode()):

@@ -19,12 +19,10 @@ Imports neither torch nor a decoder: a spawned child that only re-encodes does w
 import contextlib
 import ctypes
 import faulthandler
-import io
 import math
 import mmap
 import multiprocessing
 import os
-import pickle
 import queue
 import signal
 import sys
@@ -33,7 +31,6 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import accumulate
 from multiprocessing.connection import Connection, Pipe
 from multiprocessing.process import BaseProcess
 from multiprocessing.util import Finalize
@@ -152,7 +149,7 @@ class Sandbox:
                 if child.conn.poll(POLL_S):
                     kind, value = child.conn.recv()
                     if kind == "result":
-                        return kind, unpack(value, child.memory)
+                        return kind, copy_arrays(value, child.memory)
                     if kind == "out_of_memory":
                         return kind, Failure("memory", "out of memory", partial)
                     if kind == "user_error":
@@ -348,7 +345,7 @@ def serve(work: Work, conn: Connection, memory: mmap.mmap | None) -> None:
         except (EOFError, OSError):
             return
         try:
-            message: tuple[Kind, Any] = "result", pack(work(reporter, *job), memory)
+            message: tuple[Kind, Any] = "result", share_arrays(work(reporter, *job), memory)
         except MemoryError:
             message = "out_of_memory", None
         except UserError as e:
@@ -356,49 +353,70 @@ def serve(work: Work, conn: Connection, memory: mmap.mmap | None) -> None:
         conn.send(message)
 
 
-class ResultPickler(pickle.Pickler):
-    """Pickles tensors as arrays, whose content can be kept out of the pickle."""
+class SharedArray(NamedTuple):
+    """Takes the place of an array or tensor in a result while its content is in shared memory.
 
-    def reducer_override(self, value: Any) -> Any:
-        torch = sys.modules.get("torch")  # not imported: then there are no tensors
-        if torch is not None and isinstance(value, torch.Tensor):
-            return tensor_of, (value.contiguous().numpy(),)
-        return NotImplemented
-
-
-def tensor_of(array: np.ndarray) -> Any:
-    import torch
-
-    return torch.from_numpy(array)
-
-
-def pack(value: Any, memory: mmap.mmap | None) -> tuple[bytes, list[int]]:
-    """Pickles a result; its arrays and tensors go into `memory`, one after the other, if they all fit.
-
-    Returns the pickle, and the size in bytes of each array that is not in it.
+    start: its first byte there.
     """
-    arrays: list[memoryview] = []
-    if memory is not None:
-        stream = io.BytesIO()
-        ResultPickler(stream, 5, buffer_callback=lambda buffer: arrays.append(buffer.raw())).dump(value)
-        sizes = [array.nbytes for array in arrays]
-        if sum(sizes) <= len(memory):
-            for array, end in zip(arrays, accumulate(sizes), strict=True):
-                memory[end - array.nbytes : end] = array
-            return stream.getvalue(), sizes
-    stream = io.BytesIO()
-    ResultPickler(stream, 5).dump(value)
-    return stream.getvalue(), []
+
+    start: int
+    shape: tuple[int, ...]
+    dtype: str
+    is_tensor: bool
 
 
-def unpack(packed: tuple[bytes, list[int]], memory: mmap.mmap | None) -> Any:
-    """Reverts `pack`. The arrays are copies, since the child writes its next result into the same memory."""
-    pickled, sizes = packed
-    copies = []
-    for size, end in zip(sizes, accumulate(sizes), strict=True):
-        assert memory is not None
-        copies.append(np.frombuffer(memory, np.uint8, size, end - size).copy())
-    return pickle.loads(pickled, buffers=copies)
+def share_arrays(result: Any, memory: mmap.mmap | None) -> Any:
+    """Moves the arrays and tensors of a result to `memory`, one after the other, as far as they fit."""
+    if memory is None:
+        return result
+    torch = sys.modules.get("torch")  # not imported: then there are no tensors
+    used = 0
+
+    def share(value: Any) -> Any:
+        nonlocal used
+        is_tensor = torch is not None and isinstance(value, torch.Tensor)
+        if not is_tensor and not isinstance(value, np.ndarray):
+            return value
+        array = value.numpy() if is_tensor else value
+        if not array.size or used + array.nbytes > len(memory):
+            return value
+        shared = SharedArray(used, array.shape, array.dtype.str, is_tensor)
+        shared_view(shared, memory)[...] = array
+        used += array.nbytes
+        return shared
+
+    return map_leaves(result, share)
+
+
+def copy_arrays(result: Any, memory: mmap.mmap | None) -> Any:
+    """Reverts `share_arrays`. Copies, since the child writes its next result into the same memory."""
+    if memory is None:
+        return result
+
+    def copy(value: Any) -> Any:
+        if not isinstance(value, SharedArray):
+            return value
+        array = shared_view(value, memory).copy()
+        return sys.modules["torch"].from_numpy(array) if value.is_tensor else array
+
+    return map_leaves(result, copy)
+
+
+def shared_view(array: SharedArray, memory: mmap.mmap) -> np.ndarray:
+    count = math.prod(array.shape)
+    return np.frombuffer(memory, np.dtype(array.dtype), count, array.start).reshape(array.shape)
+
+
+def map_leaves(value: Any, convert: Callable[[Any], Any]) -> Any:
+    """Converts what is in nested tuples (named ones too), lists and dicts."""
+    if isinstance(value, tuple) and not isinstance(value, SharedArray):
+        items = [map_leaves(v, convert) for v in value]
+        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+    if isinstance(value, list):
+        return [map_leaves(v, convert) for v in value]
+    if isinstance(value, dict):
+        return {k: map_leaves(v, convert) for k, v in value.items()}
+    return convert(value)
 
 
 def rss_bytes(pid: int | None) -> int:
