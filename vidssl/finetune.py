@@ -52,10 +52,7 @@ def write_results(
 ) -> None:
     """Writes probe.json and the tables beside it, in the format of a probe, and prints the main result."""
     label_set = splits.task.label
-    numbers = list(range(len(predictions.samples)))
-    row, lines = score_predictions(
-        splits.task, predictions, numbers, mean_over_clips(predictions), cfg.tune.seed
-    )
+    row, lines = score_predictions(splits.task, predictions, mean_over_clips(predictions), cfg.tune.seed)
     row |= {"n_train": len(splits.train_places), "chosen": chosen}
     write_tables(out, [PredictionRow(label_set, "none", "", "", *line) for line in lines], {label_set})
     report = {

@@ -24,8 +24,8 @@ from vidssl.data.shards import Shards
 from vidssl.evaluation.features import StoredFeatures
 from vidssl.evaluation.metrics import accuracy, bootstrap_ci
 from vidssl.evaluation.neighbours import Knn
-from vidssl.evaluation.probe_data import ProbeData, make_view
-from vidssl.evaluation.protocol import label_free
+from vidssl.evaluation.probe_data import encoder_view
+from vidssl.evaluation.protocol import label_free_scores
 from vidssl.evaluation.report import weights_hash
 from vidssl.evaluation.views import EvalClips
 from vidssl.model.vit import Encoder
@@ -189,7 +189,7 @@ def test_interval_covers_and_widens_with_groups():
     covered = 0
     for i in range(200):
         right = rng.uniform(size=100) < 0.7
-        low, high = bootstrap_ci(right, [str(k) for k in range(100)], seed=i, draws=400)
+        low, high = bootstrap_ci(right, [str(k) for k in range(100)], seed=i, resamples=400)
         covered += low <= 70 <= high
     assert 176 <= covered <= 200  # 95 % of 200 is 190; 4.5 deviations
     right = np.repeat(rng.uniform(size=20) < 0.5, 10)  # ten clips a group, all right or all wrong
@@ -388,9 +388,12 @@ def test_single_is_the_middle_frame_as_the_encoder_takes_an_image(tokenizer, fra
         "heads": 2,
         "image_tokenizer": tokenizer,
     }
-    about = {"model": {**options, "tubelet": 2, "patch": 16}, "pixels": {"mean": [0.5] * 3, "std": [0.5] * 3}}
-    data = ProbeData(["a"], ["b"], stride=2)
-    views = [make_view(data, Knn(), LoadedEncoder(None, about), control) for control in ("none", "single")]
+    metadata = {
+        "model": {**options, "tubelet": 2, "patch": 16},
+        "pixels": {"mean": [0.5] * 3, "std": [0.5] * 3},
+    }
+    loaded = LoadedEncoder(None, metadata)
+    views = [encoder_view(loaded, 1, 1, stride=2, control=control) for control in ("none", "single")]
     shards = Shards([str(synthetic_shards / "test")])
     whole, single = (EvalClips(shards, shards.all()[:1], view, 1)[0][1] for view in views)
     assert whole.shape == (1, 3, 4, 32, 32) and single.shape == (1, 3, frames, 32, 32)
@@ -402,10 +405,9 @@ def test_other_clips_than_the_encoders_own(run, synthetic_shards, tmp_path):
     """data.frames and data.size: positions are interpolated."""
     more = ["data.frames=4", "data.size=16", "probe.controls=[none]", "data.labels=motion"]
     probe.main([*arguments(run, synthetic_shards, tmp_path / "a", *more), f"probe.cache={tmp_path / 'c'}"])
-    abouts = [json.loads(p.read_text()) for p in (tmp_path / "c").glob("*/about.json")]
-    assert [a["view"][0] for a in abouts] == [4, 4] and {tuple(a["shape"][1:]) for a in abouts} == {
-        (1, 2 * 2 * 2, 128)
-    }
+    stored = [json.loads(p.read_text()) for p in (tmp_path / "c").glob("*/provenance.json")]
+    assert [s["view"]["frames"] for s in stored] == [4, 4]
+    assert {tuple(s["shape"][1:]) for s in stored} == {(1, 2 * 2 * 2, 128)}
     with pytest.raises(UserError, match="not a multiple of the model's patch size"):
         probe.main([*arguments(run, synthetic_shards, tmp_path / "b", *more[1:], "data.frames=3")])
 
@@ -418,7 +420,7 @@ def test_scores_without_labels_are_those_of_the_mean_tokens():
     within = torch.randn(40, 2, 4, 8)
     tokens = means[:, None, None] + 5.0 + within - within.mean((1, 2), keepdim=True)
     tokens[30:] = 1e3 * torch.randn(10, 2, 4, 8)
-    found = label_free(StoredFeatures(tokens, torch.device("cpu")), list(range(30)), Knn(segments=2))
+    found = label_free_scores(StoredFeatures(tokens, torch.device("cpu")), list(range(30)), Knn(segments=2))
     assert found["samples"] == 30
     assert found["rankme"] == pytest.approx(2, abs=0.01)  # three points about their mean span a plane
 

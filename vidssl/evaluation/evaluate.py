@@ -1,4 +1,4 @@
-"""A protocol's verdict: heads fitted on train, one look at test, and the checks that keep the two apart."""
+"""Trains on train, selects on held-out train, evaluates once on test; and the checks that keep train and test apart."""
 
 from typing import Any, NamedTuple
 
@@ -7,56 +7,69 @@ import torch
 
 from vidssl.core.errors import UserError
 from vidssl.data.shards import Sample
-from vidssl.evaluation.features import Features, TokenSource
+from vidssl.evaluation.features import TokenSource
 from vidssl.evaluation.protocol import ProbeProtocol, TrainingSet, select_and_train
-from vidssl.evaluation.report import outputs_text
 from vidssl.evaluation.tasks import Task
 
 
 def check_disjoint(train: list[Sample], test: list[Sample]) -> int:
-    """No sample may be in both. -> how many test samples have a group that train has, too (the source video, say)."""
-    seen = {(s.key, s.size) for s in train}
-    both = [s.key for s in test if (s.key, s.size) in seen]
-    if both:
+    """Raises UserError if a sample is in both. Returns the number of test samples whose group (source video, say) is
+    also in train."""
+    in_train = {(s.key, s.size) for s in train}
+    shared = [s.key for s in test if (s.key, s.size) in in_train]
+    if shared:
         raise UserError(
-            f"{len(both)} sample(s) are in train and in test, {both[0]} first: the test set must be new"
+            f"{len(shared)} sample(s) are in train and in test, {shared[0]} first: the test set must be new"
         )
     groups = {s.meta.get("group") for s in train} - {None}
     return sum(s.meta.get("group") in groups for s in test)
 
 
 def check_readable(
-    features: Features, samples: list[Sample], allowed: bool, name: str, section: str = "probe"
+    unreadable: dict[int, str], samples: list[Sample], allowed: bool, name: str, section: str = "probe"
 ) -> None:
-    """Evaluation replaces nothing: a sample that cannot be read is an error unless it may be counted as wrong.
-    section: of the configuration, where that is said."""
-    if features.unreadable and not allowed:
-        listed = ", ".join(
-            f"{samples[n].key} ({reason})" for n, reason in list(features.unreadable.items())[:3]
-        )
+    """Raises UserError for samples that cannot be decoded, unless these are allowed: evaluation replaces nothing.
+
+    unreadable: index of a sample -> reason. section: of the configuration, where `allow_unreadable` is set.
+    """
+    if unreadable and not allowed:
+        examples = [f"{samples[index].key} ({reason})" for index, reason in list(unreadable.items())[:3]]
         raise UserError(
-            f"{len(features.unreadable)} {name} sample(s) cannot be decoded: {listed}; mend the data, or set "
+            f"{len(unreadable)} {name} sample(s) cannot be decoded: {', '.join(examples)}; mend the data, or set "
             f"{section}.allow_unreadable=true (unreadable test samples then count as wrong and are listed)"
         )
 
 
-def groups_of(samples: list[Sample], numbers: list[int]) -> list[str]:
-    """A sample without a group is a group of its own."""
-    return [samples[n].meta.get("group") or f"sample {samples[n].key}" for n in numbers]
+def groups_of(samples: list[Sample]) -> list[str]:
+    """The group of each sample; a sample without one is a group of its own."""
+    return [sample.meta.get("group") or f"sample {sample.key}" for sample in samples]
 
 
 class LabelledFeatures(NamedTuple):
-    """A label set of one side: what heads see, the samples, their truths (None: without), and what was not read."""
+    """The features of train or test as heads see them, with the labels of one label set."""
 
     source: TokenSource
     samples: list[Sample]
-    truths: list[Any]
-    unreadable: dict[int, str]
+    labels: list[Any]  # None: the sample has no label
+    unreadable: dict[int, str]  # index of a sample -> reason
 
-    def read(self, among: list[int] | None = None) -> list[int]:
-        """Numbers of the samples that were read and have a truth."""
-        numbers = range(len(self.samples)) if among is None else among
-        return [n for n in numbers if self.truths[n] is not None and n not in self.unreadable]
+    def labelled(self) -> list[int]:
+        """Indices of the samples that have a label."""
+        return [index for index, label in enumerate(self.labels) if label is not None]
+
+    def usable(self) -> list[int]:
+        """Indices of the samples that have a label and features."""
+        return [index for index in self.labelled() if index not in self.unreadable]
+
+
+class SamplePrediction(NamedTuple):
+    """A test sample in predictions.csv."""
+
+    key: str
+    group: str  # "": the sample is a group of its own
+    truth: str
+    predicted: str  # "": it cannot be decoded
+    outputs: str  # probabilities in the order of the classes, or the number
 
 
 def evaluate(
@@ -64,47 +77,60 @@ def evaluate(
     task: Task,
     train: LabelledFeatures,
     test: LabelledFeatures,
-    among: list[int] | None,
+    subset: list[int] | None,
     device: torch.device,
-) -> tuple[dict[str, Any], list[tuple[str, str, str, str, str]]]:
-    """A row of results, and (key, group, truth, predicted, outputs) of every labelled test sample; unreadable ones
-    count as wrong. among: the train samples that may be used (low-shot)."""
-    numbers = train.read(among)
-    if not numbers:
-        raise UserError(f"no sample of train has a label of '{task.label}'")
-    truths = [train.truths[n] for n in numbers]
-    data = TrainingSet(train.source, numbers, truths, task.target(truths, device))
-    model, dress, chosen = select_and_train(protocol, task, data, groups_of(train.samples, numbers))
+) -> tuple[dict[str, Any], list[SamplePrediction]]:
+    """Returns a row of results, and the predictions of all labelled test samples; unreadable ones count as wrong.
 
-    asked = [n for n, truth in enumerate(test.truths) if truth is not None]
-    read = test.read()
-    if not read:
-        raise UserError(f"no sample of test has a label of '{task.label}'")
-    known = [test.truths[n] for n in read]
-    outputs = np.full((len(asked), task.outputs), np.nan)
-    said = protocol.predict([model], dress(test.source), read, task)[0].double().numpy()
-    outputs[np.isin(asked, read)] = said
-    row, told = score_predictions(task, test, asked, outputs, protocol.seed)
-    row |= {"n_train": len(numbers), "chosen": chosen}
-    more = protocol.more(model, dress(test.source), read, task, known)
-    row |= {name: round(value * len(read) / len(asked), 4) for name, value in more.items()}
-    return row, told
+    subset: indices of the train samples that may be used (low-shot).
+    """
+    indices = train.usable()
+    if subset is not None:
+        indices = sorted(set(indices) & set(subset))
+    test_indices = test.usable()
+    for name, found in (("train", indices), ("test", test_indices)):
+        if not found:
+            raise UserError(f"no sample of {name} has a label of '{task.label}'")
+    labels = [train.labels[index] for index in indices]
+    data = TrainingSet(train.source, indices, labels, task.target(labels, device))
+    probe = select_and_train(protocol, task, data, groups_of([train.samples[index] for index in indices]))
+
+    source = probe.standardise(test.source)
+    labelled = test.labelled()
+    outputs = np.full((len(labelled), task.num_outputs), np.nan)
+    predicted = protocol.predict([probe.model], source, test_indices, task)[0].double().numpy()
+    outputs[np.isin(labelled, test_indices)] = predicted
+    row, predictions = score_predictions(task, test, outputs, protocol.seed)
+    row |= {"n_train": len(indices), "chosen": probe.selection}
+    test_labels = [test.labels[index] for index in test_indices]
+    extra = protocol.extra_metrics(probe.model, source, test_indices, task, test_labels)
+    share = len(test_indices) / len(labelled)  # unreadable samples count as zero
+    row |= {name: round(value * share, 4) for name, value in extra.items()}
+    return row, predictions
 
 
 def score_predictions(
-    task: Task, test: LabelledFeatures, asked: list[int], outputs: np.ndarray, seed: int
-) -> tuple[dict[str, Any], list[tuple[str, str, str, str, str]]]:
-    """The figures, and the lines of predictions.csv, of outputs f64 [n, C] of the asked test samples; those of a sample
-    that could not be read are NaN."""
-    row = {
-        "label": task.label,
-        **task.figures(outputs, [test.truths[n] for n in asked], groups_of(test.samples, asked), seed),
-        "n_test": len(asked),
-        "unreadable": {test.samples[n].key: r for n, r in test.unreadable.items() if n in set(asked)},
+    task: Task, test: LabelledFeatures, outputs: np.ndarray, seed: int
+) -> tuple[dict[str, Any], list[SamplePrediction]]:
+    """Metrics, and predictions of all labelled test samples. outputs f64 [n, C], in their order; the row of a sample
+    that cannot be decoded is NaN."""
+    indices = test.labelled()
+    samples = [test.samples[index] for index in indices]
+    labels = [test.labels[index] for index in indices]
+    unreadable = {
+        s.key: test.unreadable[i] for i, s in zip(indices, samples, strict=True) if i in test.unreadable
     }
-    told = []
-    for n, output in zip(asked, outputs, strict=True):
-        sample, bad = test.samples[n], bool(np.isnan(output).all())
-        guess = ("", "") if bad else (task.guess(output), outputs_text(output))
-        told.append((sample.key, sample.meta.get("group") or "", task.word(test.truths[n]), *guess))
-    return row, told
+    metrics = task.test_metrics(outputs, labels, groups_of(samples), seed)
+    row = {"label": task.label, **metrics, "n_test": len(samples), "unreadable": unreadable}
+    predictions = []
+    for sample, label, output in zip(samples, labels, outputs, strict=True):
+        readable = not np.isnan(output).all()
+        prediction = SamplePrediction(
+            sample.key,
+            sample.meta.get("group") or "",
+            task.format_label(label),
+            task.format_prediction(output) if readable else "",
+            " ".join(f"{value:.4g}" for value in output) if readable else "",
+        )
+        predictions.append(prediction)
+    return row, predictions

@@ -1,13 +1,15 @@
-"""Frozen features of a data set: kept in memory or on disk, or, where they do not fit, computed whenever asked for."""
+"""Frozen features of a data set: kept in memory or on disk, or computed in every pass where they do not fit."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
+from einops import rearrange
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -19,149 +21,178 @@ from vidssl.evaluation.feature_cache import FeatureShape, FeatureStore, used_gb
 from vidssl.evaluation.views import EvalClips, View
 
 Encode = Callable[[Tensor], Tensor]  # video u8 [B, 3, T, S, S] -> f32 [B, N, D]
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+Location = Literal["disk", "memory", "stream"]
+CACHE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureStorage:
-    """How features are computed and kept; of these only `cache_dtype` changes results."""
+    """How features are computed and kept; only `cache_dtype` changes results."""
 
     cache: str | None = (
-        None  # a folder where features stay for other heads, protocols and calls; None: in memory
+        None  # folder that keeps features for other heads, protocols and runs; None: in memory
     )
-    cache_gb: Positive = 100.0  # that the folder may hold
+    cache_gb: Positive = 100.0  # size limit of the folder
     cache_dtype: Literal["fp32", "bf16"] = "fp32"  # on disk
-    memory_gb: Positive = 8.0  # that features may take without a cache
-    stream: Literal["auto", "never", "always"] = (
-        "auto"  # decode and encode in every epoch: auto, where they do not fit
-    )
-    allow_unreadable: bool = False  # a test video that cannot be read: an error, or counted wrong and listed
+    memory_gb: Positive = 8.0  # size limit of features in memory
+    stream: Literal["auto", "never", "always"] = "auto"  # decode and encode in every pass; auto: if too large
+    allow_unreadable: bool = False  # count test samples that cannot be decoded as wrong; false: an error
     encode_batch: Count = 16  # videos
-    workers: Size = 2  # processes that decode
+    workers: Size = 2  # decoding processes
 
 
 class TokenSource(Protocol):
-    """Features by the numbers of examples. An example is `per` clips of a sample, numbered as in EvalClips."""
+    """Features of numbered examples. An example is `clips_per_example` clips of a sample, numbered as in EvalClips."""
 
     shape: FeatureShape
 
-    def batches(self, per: int, lists: list[list[int]]) -> Iterator[Tensor]:
-        """f32 [b, per * N, D] on the device for each list of examples, to do with as one likes."""
+    def batches(self, clips_per_example: int, batches: list[list[int]]) -> Iterator[Tensor]:
+        """Yields f32 [b, clips_per_example * N, D] on the device for each batch of examples. These are copies; callers
+        may modify them in place."""
 
 
 class StoredFeatures:
     """Features [n, C, N, D], in memory or mapped from the disk."""
 
     def __init__(self, tokens: Tensor, device: torch.device):
-        self.tokens, self.device, self.shape = tokens, device, FeatureShape(*tokens.shape)
+        self.tokens = tokens
+        self.device = device
+        self.shape = FeatureShape(*tokens.shape)
 
-    def batches(self, per: int, lists: list[list[int]]) -> Iterator[Tensor]:
-        s = self.shape
-        examples = self.tokens.view(s.samples * s.clips // per, per * s.tokens, s.width)
-        for numbers in lists:
+    def batches(self, clips_per_example: int, batches: list[list[int]]) -> Iterator[Tensor]:
+        pattern = "n (e c) tokens d -> (n e) (c tokens) d"
+        examples = rearrange(self.tokens, pattern, c=clips_per_example)  # a view
+        for numbers in batches:
             yield examples[numbers].to(self.device).float()
 
 
 class StreamedFeatures:
-    """Features that are computed anew whenever they are asked for, by all heads of a grid together."""
+    """Features that are computed in every pass, once for all heads of a hyperparameter grid."""
 
-    def __init__(self, feed: "FeatureLoader", shape: FeatureShape):
-        self.feed, self.shape = feed, shape
+    def __init__(self, loader: "FeatureLoader", shape: FeatureShape):
+        self.loader = loader
+        self.shape = shape
 
-    def batches(self, per: int, lists: list[list[int]]) -> Iterator[Tensor]:
-        found: list[Tensor] = []
-        sizes = iter(map(len, lists))
+    def batches(self, clips_per_example: int, batches: list[list[int]]) -> Iterator[Tensor]:
+        tokens: list[Tensor] = []
+        sizes = iter(map(len, batches))
         size = next(sizes, 0)
-        for _, value in self.feed.examples(per, [e for numbers in lists for e in numbers], move=False):
+        for _, value in self.loader.examples(clips_per_example, list(chain(*batches)), to_cpu=False):
             if isinstance(value, str):
-                raise UserError(f"a sample that could be read before cannot be read now ({value})")
-            found.append(value)
-            if len(found) == size:
-                yield torch.stack(found)
-                found, size = [], next(sizes, 0)
+                raise UserError(f"a sample that was decoded before cannot be decoded now ({value})")
+            tokens.append(value)
+            if len(tokens) == size:
+                yield torch.stack(tokens)
+                tokens = []
+                size = next(sizes, 0)
+
+
+class UngatheredFeatures:
+    """Stands for features on the processes that did not gather them."""
+
+    def __init__(self, shape: FeatureShape):
+        self.shape = shape
+
+    def batches(self, clips_per_example: int, batches: list[list[int]]) -> Iterator[Tensor]:
+        raise RuntimeError("only the first process has the features")
 
 
 class StandardisedFeatures:
-    """Another source with the mean of train at each token taken off, and the deviation of train in each channel 1.
+    """Another source minus the mean of train at each token, over the standard deviation of train in each channel.
 
-    After the encoder's LayerNorm, what is common to all clips (positions above all) can be much larger than what tells
-    them apart, and differently so from encoder to encoder; a head at one learning rate then measures that ratio rather
-    than the information. Statistics come from train alone.
+    After the encoder's LayerNorm, what all clips have in common (above all positions) can be much larger than what
+    distinguishes them, and differently so from encoder to encoder; a head at one learning rate then measures that ratio
+    rather than the information. The statistics come from train alone.
     """
 
-    def __init__(self, source: TokenSource, mean: Tensor, deviation: Tensor):
-        self.source, self.mean, self.deviation, self.shape = source, mean, deviation, source.shape
+    def __init__(self, source: TokenSource, mean: Tensor, std: Tensor):
+        """mean f32 [clips_per_example * N, D], std f32 [D]; see `token_statistics`."""
+        self.source = source
+        self.mean = mean
+        self.std = std
+        self.shape = source.shape
 
-    def batches(self, per: int, lists: list[list[int]]) -> Iterator[Tensor]:
-        for tokens in self.source.batches(per, lists):
-            yield tokens.sub_(self.mean).div_(self.deviation)  # a batch is a copy
+    def batches(self, clips_per_example: int, batches: list[list[int]]) -> Iterator[Tensor]:
+        for tokens in self.source.batches(clips_per_example, batches):
+            yield tokens.sub_(self.mean).div_(self.std)
 
 
-def statistics(source: TokenSource, per: int, examples: list[int], batch: int) -> tuple[Tensor, Tensor]:
-    """-> (mean [per * N, D] at each token, deviation [D] about those means) over examples; summed in f64."""
-    first, second = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
-    lists = [examples[i : i + batch] for i in range(0, len(examples), batch)]
-    for tokens in source.batches(per, lists):
-        x = tokens.double()
-        first, second = first.to(x.device) + x.sum(0), second.to(x.device) + x.square().sum(0)
-    mean = first / len(examples)
-    variance = (second / len(examples) - mean.square()).mean(0)
+def token_statistics(
+    source: TokenSource, clips_per_example: int, batches: list[list[int]]
+) -> tuple[Tensor, Tensor]:
+    """Mean f32 [clips_per_example * N, D] at each token, and standard deviation f32 [D] about those means, over
+    examples; summed in f64."""
+    total = torch.zeros((), dtype=torch.float64)
+    squares = torch.zeros((), dtype=torch.float64)
+    for batch in source.batches(clips_per_example, batches):
+        tokens = batch.double()
+        total = total.to(tokens.device) + tokens.sum(0)
+        squares = squares.to(tokens.device) + tokens.square().sum(0)
+    count = sum(map(len, batches))
+    mean = total / count
+    variance = (squares / count - mean.square()).mean(0)
     return mean.float(), variance.clamp_min(0).sqrt().clamp_min(1e-6).float()
 
 
 class FeatureLoader(NamedTuple):
-    """What is needed to compute the features of a data set under a view."""
+    """Decodes and encodes the samples of a data set under a view."""
 
     encode: Encode
     shards: Shards
     samples: list[Sample]
     view: View
     accelerator: Accelerator
-    reading: FeatureStorage
-    name: str  # for the progress line
+    storage: FeatureStorage
+    name: str  # of the progress bar
 
     @torch.no_grad()
-    def examples(self, per: int, numbers: list[int], move: bool = True) -> Iterator[tuple[int, Tensor | str]]:
-        """(number of an example, f32 [per * N, D] or why it cannot be read), in order; move: to the CPU."""
-        r, per_video = self.reading, self.view.clips // per
-        clips = EvalClips(self.shards, self.samples, self.view, per)
-        batch = r.encode_batch * per_video  # examples: as many clips as in `encode_batch` videos
-        loader = DataLoader(clips, batch, sampler=numbers, num_workers=r.workers, collate_fn=list)
-        quiet = not move or not self.accelerator.is_main_process
+    def examples(
+        self, clips_per_example: int, numbers: list[int], to_cpu: bool = True
+    ) -> Iterator[tuple[int, Tensor | str]]:
+        """Yields (number of an example, f32 [clips_per_example * N, D] or reason why it cannot be decoded), in order.
+        With to_cpu the features are moved to the CPU, and the first process shows a progress bar."""
+        clips = EvalClips(self.shards, self.samples, self.view, clips_per_example)
+        batch = (
+            self.storage.encode_batch * self.view.clips // clips_per_example
+        )  # examples of `encode_batch` videos
+        workers = self.storage.workers
+        loader = DataLoader(clips, batch, sampler=numbers, num_workers=workers, collate_fn=list)
+        quiet = not to_cpu or not self.accelerator.is_main_process
         for items in tqdm(loader, desc=self.name, disable=quiet, mininterval=5):
-            good = [clips for _, clips in items if isinstance(clips, Tensor)]
-            tokens = iter(())
-            if good:
-                found = self.encode(torch.stack(good).to(self.accelerator.device).flatten(0, 1)).float()
-                found = found.unflatten(0, (len(good), per)).flatten(1, 2)
-                tokens = iter(found.cpu() if move else found)
-            for number, clip in items:
-                yield number, clip if isinstance(clip, str) else next(tokens)
+            decoded = [value for _, value in items if isinstance(value, Tensor)]
+            tokens: Iterator[Tensor] = iter(())
+            if decoded:
+                video = torch.stack(decoded).to(self.accelerator.device)
+                encoded = self.encode(rearrange(video, "b clips c t h w -> (b clips) c t h w")).float()
+                pattern = "(b clips) n d -> b (clips n) d"
+                encoded = rearrange(encoded, pattern, clips=clips_per_example)
+                tokens = iter(encoded.cpu() if to_cpu else encoded)
+            for number, value in items:
+                yield number, value if isinstance(value, str) else next(tokens)
 
     @torch.no_grad()
     def shape(self) -> FeatureShape:
-        """From one black clip."""
-        v = self.view
-        clip = torch.zeros(
-            1, 3, v.seen or v.frames, v.size, v.size, dtype=torch.uint8, device=self.accelerator.device
-        )
-        return FeatureShape(len(self.samples), v.clips, *self.encode(clip).shape[1:])
+        """The shape of the features, from one black clip."""
+        view = self.view
+        clip = torch.zeros(1, 3, view.first_frames or view.frames, view.size, view.size, dtype=torch.uint8)
+        tokens = self.encode(clip.to(self.accelerator.device))
+        return FeatureShape(len(self.samples), view.clips, *tokens.shape[1:])
 
     def rows(self, numbers: list[int], shape: FeatureShape) -> Iterator[tuple[int, Tensor | str]]:
-        """(number of a sample, f32 [C, N, D] or why it cannot be read)."""
+        """Yields (number of a sample, f32 [C, N, D] or reason why it cannot be decoded)."""
         for number, value in self.examples(shape.clips, numbers):
             yield number, value if isinstance(value, str) else value.view(shape[1:])
 
     def unreadable(self) -> dict[int, str]:
-        """Every sample decoded, none encoded."""
+        """Decodes every sample and encodes none. Returns number of a sample -> reason."""
         clips = EvalClips(self.shards, self.samples, self.view, self.view.clips)
         numbers = list(range(len(self.samples)))
-        loader = DataLoader(clips, 1, sampler=numbers, num_workers=self.reading.workers, collate_fn=_reasons)
-        return {number: why for items in loader for number, why in items}
+        loader = DataLoader(clips, 1, sampler=numbers, num_workers=self.storage.workers, collate_fn=_reasons)
+        return {number: reason for items in loader for number, reason in items}
 
 
 def _reasons(items: list[tuple[int, Tensor | str]]) -> list[tuple[int, str]]:
-    return [(number, why) for number, why in items if isinstance(why, str)]
+    return [(number, value) for number, value in items if isinstance(value, str)]
 
 
 class Features(NamedTuple):
@@ -170,71 +201,114 @@ class Features(NamedTuple):
 
 
 def choose_storage(
-    shapes: list[FeatureShape], abouts: list[dict], reading: FeatureStorage, processes: int
-) -> tuple[str, str]:
-    """-> ("disk", "memory" or "stream": where the features of these data sets under one view go, and a line that says
-    so before any work is done)."""
-    if reading.cache is not None:
-        where, limit, copies = "disk", reading.cache_gb, 1
-        need = sum(s.gb(DTYPES[reading.cache_dtype]) for s in shapes)
-        have, option = used_gb(Path(reading.cache), abouts), f"probe.cache_gb is {reading.cache_gb:g}"
-    else:
-        copies = 1 if processes == 1 else 3  # its own, those it is sent, and the whole
-        need, have, limit = copies * sum(s.gb(torch.float32) for s in shapes), 0.0, reading.memory_gb
-        where, option = "memory", f"probe.memory_gb is {reading.memory_gb:g}"
-    s = shapes[0]
-    what = f"{' + '.join(str(s.samples) for s in shapes)} videos x {s.clips} clips x {s.tokens} tokens x {s.width}"
-    line = f"{what}: {need:.3g} GB of features"
-    if reading.stream == "always":
-        return "stream", f"{line}, computed in every epoch"
-    if have + need <= limit:
-        return where, f"{line}, kept {f'in {reading.cache}' if where == 'disk' else 'in memory'}"
-    full = f"{line}, {option}" + (f" and {reading.cache} holds {have:.3g} GB already" if have else "")
-    if reading.stream == "never":
-        raise UserError(f"{full}: raise it, use fewer segments or samples, or set probe.stream=auto")
-    return "stream", f"{full}: they are computed in every epoch, which is slow"
-
-
-def compute_features(feed: FeatureLoader, shape: FeatureShape, where: str, about: dict[str, Any]) -> Features:
-    """Computed by all processes, each its part; all get the whole. about: what decides the features, for the cache."""
-    a, numbers = feed.accelerator, range(len(feed.samples))
-    if where == "stream":
-        found = Features(StreamedFeatures(feed, shape), feed.unreadable() if a.is_main_process else {})
-    elif where == "disk":
-        found = on_disk(feed, shape, about)
-    else:
-        mine = feed.rows(list(numbers[a.process_index :: a.num_processes]), shape)
-        tokens, bad = torch.zeros(shape), {}
-        for number, value in mine if a.num_processes == 1 else gather_object(list(mine)):
-            if isinstance(value, str):
-                bad[number] = value
-            else:
-                tokens[number] = value
-        found = Features(StoredFeatures(tokens, a.device), dict(sorted(bad.items())))
-    if len(found.unreadable) == len(feed.samples):
-        why = next(iter(found.unreadable.values()))
-        raise UserError(
-            f"none of the {len(feed.samples)} samples can be decoded ({why}): run data_prep.verify"
+    shapes: list[FeatureShape],
+    storage: FeatureStorage,
+    processes: int,
+    stores: Sequence[FeatureStore] = (),
+) -> tuple[Location, str]:
+    """Where the features of these data sets go, and a line for the log that states it before any work is done.
+    stores: those of the data sets, if `storage.cache` is set."""
+    where: Location
+    if storage.cache is not None:
+        where = "disk"
+        place = f"in {storage.cache}"
+        limit = storage.cache_gb
+        needed = sum(store.shape.gigabytes(store.dtype) for store in stores)
+        used = used_gb(Path(storage.cache), stores)
+        option = f"probe.cache_gb is {limit:g}" + (
+            f" and {storage.cache} holds {used:.3g} GB already" if used else ""
         )
-    return found
+    else:
+        where = "memory"
+        place = "in memory"
+        limit = storage.memory_gb
+        copies = 1 if processes == 1 else 3  # of the first process: its own, those it receives, and all
+        needed = copies * sum(shape.gigabytes(torch.float32) for shape in shapes)
+        used = 0.0
+        option = f"probe.memory_gb is {limit:g}"
+    s = shapes[0]
+    videos = " + ".join(str(shape.samples) for shape in shapes)
+    line = f"{videos} videos x {s.clips} clips x {s.tokens} tokens x {s.width}: {needed:.3g} GB of features"
+    if storage.stream == "always":
+        return "stream", f"{line}, computed in every epoch"
+    if used + needed <= limit:
+        return where, f"{line}, kept {place}"
+    if storage.stream == "never":
+        raise UserError(
+            f"{line}, {option}: raise it, use fewer segments or samples, or set probe.stream=auto"
+        )
+    return "stream", f"{line}, {option}: they are computed in every epoch, which is slow"
 
 
-def on_disk(feed: FeatureLoader, shape: FeatureShape, about: dict[str, Any]) -> Features:
-    """What is missing in the cache is computed; everything else is verified."""
-    a = feed.accelerator
-    assert feed.reading.cache is not None
-    rows = FeatureStore(Path(feed.reading.cache), about, shape, DTYPES[feed.reading.cache_dtype])
+def compute_features(
+    loader: FeatureLoader,
+    shape: FeatureShape,
+    where: Location,
+    store: FeatureStore | None = None,
+    all_ranks: bool = False,
+) -> Features:
+    """Computes the features, each process its share. The first process gets all of them, with `all_ranks` every
+    process; each knows which samples cannot be decoded. store: for where="disk"."""
+    accelerator = loader.accelerator
+    if where == "stream":
+        unreadable = loader.unreadable() if accelerator.is_main_process else {}
+        features = Features(StreamedFeatures(loader, shape), unreadable)
+    elif where == "disk":
+        assert store is not None
+        features = _compute_on_disk(loader, store)
+    else:
+        features = _compute_in_memory(loader, shape, all_ranks)
+    (unreadable,) = broadcast_object_list([features.unreadable])
+    if len(unreadable) == len(loader.samples):
+        reason = next(iter(unreadable.values()))
+        raise UserError(
+            f"none of the {len(loader.samples)} samples can be decoded ({reason}): run data_prep.verify"
+        )
+    return features._replace(unreadable=unreadable)
+
+
+def _compute_in_memory(loader: FeatureLoader, shape: FeatureShape, all_ranks: bool) -> Features:
+    accelerator = loader.accelerator
+    share = range(accelerator.process_index, len(loader.samples), accelerator.num_processes)
+    rows = _gather(accelerator, loader.rows(list(share), shape), all_ranks)
+    if rows is None:
+        return Features(UngatheredFeatures(shape), {})
+    tokens = torch.zeros(shape)
+    unreadable = {}
+    for number, value in rows:
+        if isinstance(value, str):
+            unreadable[number] = value
+        else:
+            tokens[number] = value
+    return Features(StoredFeatures(tokens, accelerator.device), dict(sorted(unreadable.items())))
+
+
+def _gather(accelerator: Accelerator, rows: Iterator[Any], all_ranks: bool) -> Any:
+    """The rows of all processes, on the first process or on all; None on the others."""
+    if accelerator.num_processes == 1:
+        return rows
+    if all_ranks:
+        return gather_object(list(rows))
+    gathered: Any = [None] * accelerator.num_processes if accelerator.is_main_process else None
+    torch.distributed.gather_object(list(rows), gathered, dst=0)
+    return None if gathered is None else chain.from_iterable(gathered)
+
+
+def _compute_on_disk(loader: FeatureLoader, store: FeatureStore) -> Features:
+    """Computes the blocks that are missing from the cache, and verifies the others."""
+    accelerator = loader.accelerator
 
     def fill() -> None:
-        a.wait_for_everyone()  # the first has the lock and has made the file
-        missing = [b for b in range(a.process_index, rows.blocks, a.num_processes) if not rows.whole(b)]
-        rows.write(feed.rows([n for block in missing for n in rows.range(block)], shape))
-        a.wait_for_everyone()
+        accelerator.wait_for_everyone()  # the first process holds the lock and has created the file
+        blocks = range(accelerator.process_index, store.num_blocks, accelerator.num_processes)
+        missing = [block for block in blocks if not store.is_valid(block)]
+        store.write(loader.rows([n for block in missing for n in store.block_rows(block)], store.shape))
+        accelerator.wait_for_everyone()
 
-    if a.is_main_process:
-        with rows.lock():
+    if accelerator.is_main_process:
+        with store.lock():
             fill()
     else:
         fill()
-    tokens, bad = rows.read()
-    return Features(StoredFeatures(tokens, a.device), bad)
+    tokens, unreadable = store.read()
+    return Features(StoredFeatures(tokens, accelerator.device), unreadable)

@@ -1,4 +1,4 @@
-"""Heads that are trained on frozen tokens: attentive and linear. All heads of a grid see each batch together."""
+"""Heads trained on frozen tokens: attentive and linear. All heads of a hyperparameter grid share each batch."""
 
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
@@ -8,160 +8,164 @@ from typing import Annotated, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
+from einops import rearrange, reduce
 from pydantic import Field
 from torch import Tensor, nn
 
 from vidssl.config import Amount, Count, Positive
 from vidssl.core.schedules import cosine
 from vidssl.evaluation.features import TokenSource
-from vidssl.evaluation.protocol import HyperparameterGrid, ProbeProtocol, TrainingSet, chunks, pooled
+from vidssl.evaluation.protocol import HyperparameterGrid, ProbeProtocol, TrainingSet, chunks, mean_pool
 from vidssl.evaluation.solvers import minimise, ridge_regression
 from vidssl.evaluation.tasks import Task
 from vidssl.model.heads import HEAD_EPS, AttentiveHead, LinearHead
 
 
-def is_joint(heads: Sequence[nn.Module]) -> bool:
-    """Whether the heads are attentive ones that only cross-attend."""
+def only_cross_attend(heads: Sequence[nn.Module]) -> bool:
+    """Whether all heads are attentive heads without self-attention blocks."""
     return all(isinstance(head, AttentiveHead) and not len(head.blocks) for head in heads)
 
 
-def attend(heads: Sequence[AttentiveHead], tokens: Tensor) -> Iterator[Tensor]:
-    """tokens f32 [B, N, D] -> logits [B, C] of each head of depth 1; the same as each head alone.
+def cross_attend_jointly(heads: Sequence[AttentiveHead], tokens: Tensor) -> Iterator[Tensor]:
+    """Yields the logits [B, C] of each head of depth 1 for tokens f32 [B, N, D], equal to those of each head alone.
 
-    The tokens are normed once, the norm's scale and shift being moved behind the products (a shift of the keys adds the
-    same to all scores of a query, which the softmax takes away); the queries of all heads are then one matrix product.
+    The tokens are normalised once: the norm's scale and shift are applied after the products (a shift of the keys adds
+    the same to all scores of a query, which the softmax removes). The queries of all heads form one matrix product.
     """
     x = F.layer_norm(tokens, tokens.shape[-1:], eps=HEAD_EPS)
-    reaches = []
+    queries = []
     for head in heads:
-        q = head.xattn.q(head.query_tokens[0, 0]).unflatten(0, (head.xattn.heads, -1))  # [H, D/H]
-        key = head.xattn.kv.weight.chunk(2)[0].unflatten(0, (head.xattn.heads, -1))  # [H, D/H, D]
-        reaches.append(torch.einsum("he,hed->hd", q, key) * head.norm1.weight / q.shape[-1] ** 0.5)
-    score = torch.cat(reaches).expand(len(x), -1, -1) @ x.transpose(1, 2)  # [B, G * H, N]
-    for head, pooled_tokens in zip(heads, (score.softmax(-1) @ x).chunk(len(heads), 1), strict=True):
-        value, bias = head.xattn.kv.weight.chunk(2)[1], head.xattn.kv.bias.chunk(2)[1]
-        value = value.unflatten(0, (head.xattn.heads, -1))
-        mixed = pooled_tokens * head.norm1.weight + head.norm1.bias  # [B, H, D]
-        query = head.query_tokens[0] + torch.einsum("bhd,hed->bhe", mixed, value).flatten(1) + bias
+        split = {"h": head.xattn.heads}
+        q = rearrange(head.xattn.q(head.query_tokens[0, 0]), "(h e) -> h e", **split)
+        key = rearrange(head.xattn.kv.weight.chunk(2)[0], "(h e) d -> h e d", **split)
+        queries.append(torch.einsum("he,hed->hd", q, key) * head.norm1.weight / q.shape[-1] ** 0.5)
+    scores = torch.cat(queries).expand(len(x), -1, -1) @ x.transpose(1, 2)  # [B, heads * H, N]
+    attended = (scores.softmax(-1) @ x).chunk(len(heads), 1)
+    for head, mean in zip(heads, attended, strict=True):
+        value = rearrange(head.xattn.kv.weight.chunk(2)[1], "(h e) d -> h e d", h=head.xattn.heads)
+        bias = head.xattn.kv.bias.chunk(2)[1]
+        mean = mean * head.norm1.weight + head.norm1.bias  # [B, H, D]
+        query = head.query_tokens[0] + torch.einsum("bhd,hed->bhe", mean, value).flatten(1) + bias
         yield head.linear(query + head.mlp(head.norm2(query)))
 
 
-def logits_of(heads: Sequence[nn.Module], tokens: Tensor) -> Iterator[Tensor]:
-    """[B, C] of each head."""
-    return attend(heads, tokens) if is_joint(heads) else (head(tokens) for head in heads)  # type: ignore[arg-type]
+def all_logits(heads: Sequence[nn.Module], tokens: Tensor) -> Iterator[Tensor]:
+    """Yields the logits [B, C] of each head."""
+    if only_cross_attend(heads):
+        return cross_attend_jointly(heads, tokens)  # type: ignore[arg-type]
+    return (head(tokens) for head in heads)
 
 
 @dataclass(frozen=True, kw_only=True)
-class GradientHead(ProbeProtocol):
-    """Heads that AdamW trains, the rate falling to zero along a cosine."""
+class TrainedHeadProtocol(ProbeProtocol):
+    """Heads trained by AdamW with a cosine schedule from `lr` to zero."""
 
     epochs: Count = 20
     batch: Count = 64  # videos
     lr: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1e-3,)  # the grid is lr x weight_decay
     weight_decay: Annotated[tuple[Amount, ...], Field(min_length=1)] = (0.01,)
-    clip: Positive | None = 1.0  # norm of a head's gradient (V-JEPA 2: null)
+    clip: Positive | None = 1.0  # maximum norm of a head's gradient (V-JEPA 2: null)
 
-    def grid(self) -> HyperparameterGrid:
+    def hyperparameters(self) -> HyperparameterGrid:
         return [{"lr": lr, "weight_decay": decay} for lr in self.lr for decay in self.weight_decay]
 
-    def head(self, dim: int, outputs: int) -> nn.Module:
+    def make_head(self, dim: int, outputs: int) -> nn.Module:
         raise NotImplementedError
 
     def train(self, task: Task, data: TrainingSet, grid: HyperparameterGrid) -> list[nn.Module]:
-        """A head for each setting, from the same start, with the same batches in one pass. Of a sample with several
-        views an epoch sees one, drawn at random."""
+        """One head per setting, all with the same initial weights and batches, in one pass. An epoch sees one view of
+        each sample, drawn at random."""
         torch.manual_seed(self.seed)
-        first, device = self.head(data.source.shape.width, task.outputs), data.target.device
-        heads = [deepcopy(first).to(device) for _ in grid]
-        rates = [
+        device = data.target.device
+        initial = self.make_head(data.source.shape.width, task.num_outputs)
+        heads = [deepcopy(initial).to(device) for _ in grid]
+        groups = [
             {"params": list(head.parameters()), **setting} for head, setting in zip(heads, grid, strict=True)
         ]
-        optimizer = torch.optim.AdamW(rates, fused=True)
-        orders = [
-            order for _ in range(self.epochs) for order in torch.randperm(len(data.numbers)).split(self.batch)
-        ]
-        views = np.random.default_rng((self.seed, 6))
-        lists = [
-            [data.numbers[i] * self.views + int(views.integers(self.views)) for i in o.tolist()]
-            for o in orders
-        ]
-        parts = (
-            [heads] if is_joint(heads) else [[head] for head in heads]
-        )  # deep ones one by one: they keep much
-        for step, tokens in enumerate(data.source.batches(self.per(data.source), lists)):
-            target = data.target[orders[step].to(device)]
+        optimizer = torch.optim.AdamW(groups, fused=True)
+        epochs = [torch.randperm(len(data.indices)).split(self.batch) for _ in range(self.epochs)]
+        rows = [batch for batches in epochs for batch in batches]
+        examples = self._draw_views(data.indices, rows)
+        # Deep heads are run one by one: their activations are large.
+        parts = [heads] if only_cross_attend(heads) else [[head] for head in heads]
+        batches = data.source.batches(self.clips_per_example(data.source), examples)
+        for step, tokens in enumerate(batches):
+            target = data.target[rows[step].to(device)]
             for group, setting in zip(optimizer.param_groups, grid, strict=True):
-                group["lr"] = cosine(setting["lr"], 0.0, step / len(lists))
+                group["lr"] = cosine(setting["lr"], 0.0, step / len(rows))
             optimizer.zero_grad()
-            for some in parts:
-                torch.stack(
-                    [task.loss(logits, target) for logits in logits_of(some, tokens)]
-                ).sum().backward()
-            for head in heads if self.clip is not None else ():
-                torch.nn.utils.clip_grad_norm_(head.parameters(), self.clip)  # type: ignore[arg-type]
+            for part in parts:
+                losses = [task.loss(logits, target) for logits in all_logits(part, tokens)]
+                torch.stack(losses).sum().backward()
+            if self.clip is not None:
+                for head in heads:
+                    torch.nn.utils.clip_grad_norm_(head.parameters(), self.clip)
             optimizer.step()
         return [head.eval() for head in heads]
 
+    def _draw_views(self, indices: list[int], rows: list[Tensor]) -> list[list[int]]:
+        """For each batch of rows (of `indices`) the examples: one random view of each sample."""
+        views = self.views_per_sample
+        rng = np.random.default_rng((self.seed, 6))
+        return [[indices[row] * views + int(rng.integers(views)) for row in batch.tolist()] for batch in rows]
+
     @torch.no_grad()
-    def predict(self, models: list[nn.Module], source: TokenSource, numbers: list[int], task: Task) -> Tensor:
-        found = []
-        for tokens in source.batches(self.per(source), chunks(self.examples(numbers), self.batch)):
-            found.append(
-                torch.stack([task.probabilities(logits).cpu() for logits in logits_of(models, tokens)])
-            )
-        return torch.cat(found, 1).unflatten(1, (len(numbers), self.views)).mean(2)
+    def predict(self, models: list[nn.Module], source: TokenSource, indices: list[int], task: Task) -> Tensor:
+        batches = chunks(self.examples_of(indices), self.batch)
+        outputs = []
+        for tokens in source.batches(self.clips_per_example(source), batches):
+            logits = all_logits(models, tokens)
+            outputs.append(torch.stack([task.probabilities(output).cpu() for output in logits]))
+        return reduce(torch.cat(outputs, 1), "g (n views) c -> g n c", "mean", views=self.views_per_sample)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Attentive(GradientHead):
-    """V-JEPA's probe (evals/video_classification_frozen), and with depth 4 V-JEPA 2's. Features are computed once for a
-    video, without augmentation; the published protocols augment and encode anew in every epoch."""
+class Attentive(TrainedHeadProtocol):
+    """V-JEPA's probe (evals/video_classification_frozen), and with depth 4 V-JEPA 2's. Features are computed once per
+    video, without augmentation; the published protocols augment and encode in every epoch."""
 
     depth: Count = 1  # depth - 1 self-attention blocks over all tokens, then the cross-attention
     heads: Count = 12  # attention heads of the pooler
 
-    def head(self, dim: int, outputs: int) -> nn.Module:
+    def make_head(self, dim: int, outputs: int) -> nn.Module:
         return AttentiveHead(dim, self.heads, outputs, self.depth)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Linear(GradientHead):
-    """Logistic (of numbers: ridge) regression on the mean token. solver "lbfgs": to the minimum of
-    mean loss + l2 / 2 * |W|^2, where the grid is l2; "adamw": as the attentive heads."""
+class Linear(TrainedHeadProtocol):
+    """Logistic regression (of numbers: ridge regression) on the mean token. solver "lbfgs": the minimum of
+    mean loss + l2 / 2 * |W|^2, where the grid is l2; "adamw": trained as the attentive heads."""
 
     solver: Literal["lbfgs", "adamw"] = "lbfgs"
     l2: Annotated[tuple[Amount, ...], Field(min_length=1)] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-    temporal_bins: Count = 1  # parts of a clip's tokens, time first, whose means stand end to end
+    temporal_bins: Count = 1  # equal parts of a clip in time; their mean tokens are concatenated
     standardise: bool = True
 
-    def grid(self) -> HyperparameterGrid:
-        return [{"l2": l2} for l2 in self.l2] if self.solver == "lbfgs" else super().grid()
+    def hyperparameters(self) -> HyperparameterGrid:
+        return [{"l2": l2} for l2 in self.l2] if self.solver == "lbfgs" else super().hyperparameters()
 
-    def look(self, source: TokenSource, numbers: list[int], device: torch.device) -> TokenSource:
-        return pooled(source, numbers, self, self.temporal_bins, device)
+    def prepare(self, source: TokenSource, indices: list[int], device: torch.device) -> TokenSource:
+        return mean_pool(source, indices, self, self.temporal_bins, device)
 
-    def head(self, dim: int, outputs: int) -> nn.Module:
+    def make_head(self, dim: int, outputs: int) -> nn.Module:
         return LinearHead(dim, outputs)
 
     def train(self, task: Task, data: TrainingSet, grid: HyperparameterGrid) -> list[nn.Module]:
         if self.solver == "adamw":
             return super().train(task, data, grid)
-        (tokens,) = data.source.batches(1, [self.examples(data.numbers)])
-        tokens, target = tokens[:, 0], data.target.repeat_interleave(self.views, 0)
+        (tokens,) = data.source.batches(1, [self.examples_of(data.indices)])
+        target = data.target.repeat_interleave(self.views_per_sample, 0)
         return [fit_linear(tokens, target, task, setting["l2"]) for setting in grid]
 
 
-def fit_linear(features: Tensor, target: Tensor, task: Task, l2: float) -> LinearHead:
-    """The head at the minimum of the task's mean loss + l2 / 2 * |W|^2. features f32 [n, D]."""
-    head = LinearHead(features.shape[-1], task.outputs).to(features.device)
+def fit_linear(tokens: Tensor, target: Tensor, task: Task, l2: float) -> LinearHead:
+    """The head at the minimum of the task's mean loss + l2 / 2 * |W|^2. tokens f32 [n, 1, D], target [n] or [n, C]."""
+    head = LinearHead(tokens.shape[-1], task.num_outputs).to(tokens.device)
     if task.kind == "number":
-        weight, bias = ridge_regression(features, target, l2 / 2)
-        with torch.no_grad():
-            head.linear.weight.copy_(weight.T)
-            head.linear.bias.copy_(bias)
-        return head.eval()
-    minimise(
-        head,
-        lambda: task.loss(head(features[:, None]), target) + l2 / 2 * head.linear.weight.square().sum(),
-    )
+        weight, bias = ridge_regression(tokens[:, 0], target, l2 / 2)
+        head.linear.weight.data.copy_(weight.T)
+        head.linear.bias.data.copy_(bias)
+    else:
+        weight = head.linear.weight
+        minimise(head, lambda: task.loss(head(tokens), target) + l2 / 2 * weight.square().sum())
     return head.eval()

@@ -1,72 +1,81 @@
-"""Figures by counting, and their intervals by the bootstrap. Percent, except R2."""
+"""Metrics by counting, and their bootstrap confidence intervals. In percent, except R2."""
 
 from collections.abc import Callable
 
 import numpy as np
 
-DRAWS, SLOW_DRAWS = 2000, 400  # of the bootstrap; the second where a figure is no mean
+MEAN_RESAMPLES = 2000  # bootstrap resamples of a mean
+METRIC_RESAMPLES = 400  # of any other metric, which is slower
+RESAMPLES_AT_ONCE = 50  # bounds the memory to 50 numbers per group
 
 
-def accuracy(right: np.ndarray) -> float:
+def accuracy(correct: np.ndarray) -> float:
     """bool [n] -> percent."""
-    return round(100 * float(right.mean()), 4)
+    return round(100 * float(correct.mean()), 4)
 
 
-def bootstrap_ci(values: np.ndarray, groups: list[str], seed: int = 0, draws: int = DRAWS) -> list[float]:
-    """95 % percentile bootstrap of the mean, in percent; whole groups are bootstrap_metric_ci, since the clips of one source
-    video are not independent. values [n]: hits (bool), or differences of hits of two encoders (a paired comparison);
-    groups: one name a sample."""
+def bootstrap_ci(
+    values: np.ndarray, groups: list[str], seed: int = 0, resamples: int = MEAN_RESAMPLES
+) -> list[float]:
+    """95 % percentile bootstrap interval of the mean, in percent. Whole groups are resampled, since the clips of one
+    source video are not independent. values [n]: hits (bool), or differences between the hits of two encoders (a paired
+    comparison); groups: the group of each sample."""
     _, group = np.unique(groups, return_inverse=True)
-    hits, sizes = np.bincount(group, values.astype(float)), np.bincount(group)
-    picks = np.random.default_rng((seed, 5)).integers(len(sizes), size=(draws, len(sizes)))
-    shares = hits[picks].sum(1) / sizes[picks].sum(1)
-    return [round(100 * float(q), 2) for q in np.quantile(shares, [0.025, 0.975])]
+    sums = np.bincount(group, values.astype(float))
+    sizes = np.bincount(group)
+    rng = np.random.default_rng((seed, 5))
+    means = []
+    for start in range(0, resamples, RESAMPLES_AT_ONCE):
+        count = min(RESAMPLES_AT_ONCE, resamples - start)
+        drawn = rng.integers(len(sizes), size=(count, len(sizes)))
+        means.append(sums[drawn].sum(1) / sizes[drawn].sum(1))
+    return [round(100 * float(q), 2) for q in np.quantile(np.concatenate(means), [0.025, 0.975])]
 
 
 def bootstrap_metric_ci(
-    figure: Callable[[np.ndarray], float], groups: list[str], seed: int = 0
+    metric: Callable[[np.ndarray], float], groups: list[str], seed: int = 0
 ) -> list[float]:
-    """The same of any figure: a function of the numbers of the samples, whole groups of them drawn."""
+    """95 % percentile bootstrap interval of any metric: a function of the indices i64 [m] of the resampled samples."""
     _, group = np.unique(groups, return_inverse=True)
-    members = [np.flatnonzero(group == g) for g in range(group.max() + 1)]
+    order = np.argsort(group, kind="stable")
+    members = np.split(order, np.cumsum(np.bincount(group))[:-1])
     rng = np.random.default_rng((seed, 5))
-    drawn = [
-        np.concatenate([members[g] for g in rng.integers(len(members), size=len(members))])
-        for _ in range(SLOW_DRAWS)
-    ]
-    return [round(float(q), 4) for q in np.quantile([figure(i) for i in drawn], [0.025, 0.975])]
+    values = []
+    for _ in range(METRIC_RESAMPLES):
+        drawn = rng.integers(len(members), size=len(members))
+        values.append(metric(np.concatenate([members[g] for g in drawn])))
+    return [round(float(q), 4) for q in np.quantile(values, [0.025, 0.975])]
 
 
-def true_class_rank(output: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """How many classes stand before the true one, i64 [n]: output [n, C], truth i64 [n]. Of equal ones the first."""
-    mine = np.take_along_axis(output, truth[:, None], 1)
-    before = np.arange(output.shape[1]) < truth[:, None]
-    return ((output > mine) | ((output == mine) & before)).sum(1)
+def true_class_rank(outputs: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Number of classes that score higher than the true one, i64 [n], for outputs [n, C] and labels i64 [n]. Among
+    equal scores the lower class comes first."""
+    own = np.take_along_axis(outputs, labels[:, None], 1)
+    lower_class = np.arange(outputs.shape[1]) < labels[:, None]
+    return ((outputs > own) | ((outputs == own) & lower_class)).sum(1)
 
 
-def mean_per_class(right: np.ndarray, truth: np.ndarray) -> float:
-    """Mean of the accuracies of the classes that occur: no class counts more for having more samples."""
-    return round(100 * float(np.mean([right[truth == c].mean() for c in np.unique(truth)])), 4)
+def mean_per_class(correct: np.ndarray, labels: np.ndarray) -> float:
+    """Mean of the accuracies of the classes that occur, so that each class has the same weight."""
+    return round(100 * float(np.mean([correct[labels == c].mean() for c in np.unique(labels)])), 4)
 
 
-def average_precision(score: np.ndarray, relevant: np.ndarray) -> float:
-    """score [n], relevant bool [n] with at least one: mean over the relevant of the precision down to each, in [0, 1].
-    Of equal scores the irrelevant stand first, so that a constant score gains nothing."""
-    hits = relevant[np.lexsort((relevant, -score))]
+def average_precision(scores: np.ndarray, relevant: np.ndarray) -> float:
+    """scores [n], relevant bool [n] with at least one true: mean of the precision at each relevant sample, in [0, 1].
+    Among equal scores the irrelevant samples come first, so that a constant score gains nothing."""
+    hits = relevant[np.lexsort((relevant, -scores))]
     return float((np.cumsum(hits)[hits] / (np.flatnonzero(hits) + 1)).mean())
 
 
-def mean_average_precision(output: np.ndarray, relevant: np.ndarray) -> float:
-    """output [n, C], relevant bool [n, C]: mean over the columns that occur, in percent (multi-label mAP)."""
-    some = np.flatnonzero(relevant.any(0))
-    return (
-        100 * float(np.mean([average_precision(output[:, c], relevant[:, c]) for c in some]))
-        if len(some)
-        else 0.0
-    )
+def mean_average_precision(outputs: np.ndarray, relevant: np.ndarray) -> float:
+    """outputs [n, C], relevant bool [n, C]: mean over the columns that occur, in percent (multi-label mAP)."""
+    columns = np.flatnonzero(relevant.any(0))
+    if not len(columns):
+        return 0.0
+    return 100 * float(np.mean([average_precision(outputs[:, c], relevant[:, c]) for c in columns]))
 
 
-def r2(guess: np.ndarray, truth: np.ndarray) -> float:
-    """1 - squared error over that of the mean of `truth`; 0 where all are equal."""
-    spread = float(np.square(truth - truth.mean()).sum())
-    return 1 - float(np.square(guess - truth).sum()) / spread if spread else 0.0
+def r2(predictions: np.ndarray, labels: np.ndarray) -> float:
+    """1 - squared error over the squared error of the labels' mean; 0 if all labels are equal."""
+    spread = float(np.square(labels - labels.mean()).sum())
+    return 1 - float(np.square(predictions - labels).sum()) / spread if spread else 0.0

@@ -14,7 +14,7 @@ from torch import Tensor
 from vidssl.config import Count, Positive
 from vidssl.evaluation.features import TokenSource
 from vidssl.evaluation.metrics import average_precision
-from vidssl.evaluation.protocol import HyperparameterGrid, ProbeProtocol, TrainingSet, pooled
+from vidssl.evaluation.protocol import HyperparameterGrid, ProbeProtocol, TrainingSet, mean_pool
 from vidssl.evaluation.tasks import Task
 
 QUERIES_PER_BATCH = 256
@@ -59,33 +59,33 @@ class NeighbourProtocol(ProbeProtocol):
 
     temporal_bins: Count = 1  # equal parts of a clip in time; their mean tokens are concatenated
 
-    def look(self, source: TokenSource, numbers: list[int], device: torch.device) -> TokenSource:
-        return pooled(source, numbers, self, self.temporal_bins, device)
+    def prepare(self, source: TokenSource, indices: list[int], device: torch.device) -> TokenSource:
+        return mean_pool(source, indices, self, self.temporal_bins, device)
 
-    def mean_features(self, source: TokenSource, numbers: list[int]) -> Tensor:
+    def mean_features(self, source: TokenSource, indices: list[int]) -> Tensor:
         """f32 [n, D]."""
-        (tokens,) = source.batches(1, [self.examples(numbers)])
-        return reduce(tokens, "(n views) 1 d -> n d", "mean", views=self.views)
+        (tokens,) = source.batches(1, [self.examples_of(indices)])
+        return reduce(tokens, "(n views) 1 d -> n d", "mean", views=self.views_per_sample)
 
     def train(self, task: Task, data: TrainingSet, grid: HyperparameterGrid) -> list[Gallery]:
-        features = self.mean_features(data.source, data.numbers)
-        return [Gallery(features, task.shares(data.target), setting) for setting in grid]
+        features = self.mean_features(data.source, data.indices)
+        return [Gallery(features, task.soft_targets(data.target), setting) for setting in grid]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Knn(NeighbourProtocol):
-    """Weighted k nearest neighbours; see `knn_predict`."""
+    """Weighted k nearest neighbours on mean tokens; see `knn_predict`."""
 
     k: Annotated[tuple[Count, ...], Field(min_length=1)] = (1, 5, 10, 20, 50, 100, 200)  # the grid
     temperature: Positive = KNN_TEMPERATURE
 
-    def grid(self) -> HyperparameterGrid:
+    def hyperparameters(self) -> HyperparameterGrid:
         return [{"k": k} for k in self.k]
 
-    def predict(self, models: list[Gallery], source: TokenSource, numbers: list[int], task: Task) -> Tensor:
+    def predict(self, models: list[Gallery], source: TokenSource, indices: list[int], task: Task) -> Tensor:
         features, targets, _ = models[0]
         k = [model.setting["k"] for model in models]
-        return knn_predict(features, targets, self.mean_features(source, numbers), k, self.temperature).cpu()
+        return knn_predict(features, targets, self.mean_features(source, indices), k, self.temperature).cpu()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,29 +93,29 @@ class Retrieval(NeighbourProtocol):
     """Retrieval of train samples by test samples; relevant is a train sample of the same class, or with a tag in
     common. The accuracy is the recall at 1."""
 
-    def grid(self) -> HyperparameterGrid:
+    def hyperparameters(self) -> HyperparameterGrid:
         return [{}]
 
-    def predict(self, models: list[Gallery], source: TokenSource, numbers: list[int], task: Task) -> Tensor:
+    def predict(self, models: list[Gallery], source: TokenSource, indices: list[int], task: Task) -> Tensor:
         """The target of the nearest train sample."""
-        nearest = [cosine.argmax(1) for cosine in self.cosines(models[0], source, numbers)]
+        nearest = [cosine.argmax(1) for cosine in self.cosines(models[0], source, indices)]
         return models[0].targets[torch.cat(nearest)].cpu()[None]
 
-    def cosines(self, model: Gallery, source: TokenSource, numbers: list[int]) -> Iterator[Tensor]:
+    def cosines(self, model: Gallery, source: TokenSource, indices: list[int]) -> Iterator[Tensor]:
         """f32 [b, n] of each batch of queries with all train samples."""
         train = F.normalize(model.features, dim=-1)
-        for queries in F.normalize(self.mean_features(source, numbers), dim=-1).split(QUERIES_PER_BATCH):
+        for queries in F.normalize(self.mean_features(source, indices), dim=-1).split(QUERIES_PER_BATCH):
             yield queries @ train.T
 
-    def more(
-        self, model: Gallery, source: TokenSource, numbers: list[int], task: Task, truths: list[Any]
-    ) -> dict[str, Any]:
+    def extra_metrics(
+        self, model: Gallery, source: TokenSource, indices: list[int], task: Task, labels: list[Any]
+    ) -> dict[str, float]:
         """recall_at_5 and retrieval_mAP in percent; a query without a relevant train sample counts as missed."""
         if task.kind == "number":
             return {}
         at_5, precisions = [], []
-        targets = task.shares(task.target(truths, model.targets.device)).split(QUERIES_PER_BATCH)
-        for cosine, wanted in zip(self.cosines(model, source, numbers), targets, strict=True):
+        targets = task.soft_targets(task.target(labels, model.targets.device)).split(QUERIES_PER_BATCH)
+        for cosine, wanted in zip(self.cosines(model, source, indices), targets, strict=True):
             relevant = (wanted @ model.targets.T > 0).cpu().numpy()
             for row, hits in zip(cosine.cpu().numpy(), relevant, strict=True):
                 at_5.append(hits[np.argsort(-row, kind="stable")[:5]].any())

@@ -1,19 +1,22 @@
-"""The `data` section of a probe, and the view of a sample that follows from it and the encoder."""
+"""The `data` section of a probe, the labelled samples it names, and the view of a sample that it and the encoder give."""
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any, NamedTuple
 
 from pydantic import BeforeValidator, Field
 
 from vidssl.config import Count, Names, Positive, Size
 from vidssl.core.errors import UserError
+from vidssl.data.shards import Shards
+from vidssl.evaluation.evaluate import check_disjoint
+from vidssl.evaluation.extractor import Split
 from vidssl.evaluation.protocol import ProbeProtocol
+from vidssl.evaluation.splits import label_sets, labelled
+from vidssl.evaluation.tasks import Kind, Task, make_task
 from vidssl.evaluation.views import Control, FrameOrder, View
 from vidssl.pretrained.load import LoadedEncoder
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
-
-
 Fractions = Annotated[
     tuple[Fraction, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list | tuple) else (v,))
 ]
@@ -25,21 +28,50 @@ class ProbeData:
 
     train: Names  # packed folders with labels
     test: Names
-    labels: Names | None = None  # label sets to probe; None: all that the data have
-    tags: tuple[str, ...] = ()  # of these, label sets whose classes are several, joined by "|" (multi-label)
-    numbers: tuple[str, ...] = ()  # of these, label sets whose classes are numbers (regression)
-    frames: Count | None = None  # of a clip; None: the encoder's own (an image model has none)
+    labels: Names | None = None  # label sets to probe; None: all that train and test have in common
+    tags: tuple[str, ...] = ()  # label sets whose class names are tags joined by "|" (multi-label)
+    numbers: tuple[str, ...] = ()  # label sets whose class names are numbers (regression)
+    frames: Count | None = None  # per clip; None: the encoder's own (an image model has none)
     size: Count | None = None  # pixels; None: the encoder's own
     stride: Count | None = None  # frames; None (and fps None): as the encoder was trained
-    fps: Positive | None = None  # frames a second
-    train_fractions: Fractions = ()  # low-shot: parts of train, each drawn anew with each of `seeds`; (): all of train
+    fps: Positive | None = None  # frames per second
+    train_fractions: Fractions = ()  # low-shot: a subset of train for each fraction and seed; (): all of train
     seeds: Annotated[tuple[Size, ...], Field(min_length=1)] = (0, 1, 2)
-    cache_dir: str | None = None  # where remote shards are kept; None: the user's cache folder
-    cache_gb: Positive = 100  # how much of them
+    cache_dir: str | None = None  # folder for remote shards; None: the user's cache folder
+    cache_gb: Positive = 100  # its size limit
 
     def __post_init__(self) -> None:
         if self.stride is not None and self.fps is not None:
             raise UserError("data: give stride (in frames) or fps (frames a second), not both")
+
+
+class LabelSet(NamedTuple):
+    """A task with the label of each train and test sample (None: it has none)."""
+
+    task: Task
+    labels: dict[str, list[Any]]  # of train and test
+
+
+class ProbeSplits(NamedTuple):
+    splits: dict[str, Split]  # train and test
+    label_sets: dict[str, LabelSet]
+    shared_groups: int  # number of test samples whose group is also in train
+
+
+def open_probe_splits(data: ProbeData) -> ProbeSplits:
+    """Opens the shards, and makes a task of each label set."""
+    folders = {"train": data.train, "test": data.test}
+    shards = {name: Shards(paths, data.cache_dir, data.cache_gb) for name, paths in folders.items()}
+    names = label_sets(shards["train"], shards["test"], data.labels)
+    splits = {name: Split(part, labelled(part, names)) for name, part in shards.items()}
+    train, test = (split.samples for split in splits.values())
+    shared_groups = check_disjoint(train, test)
+    sets = {}
+    for name in names:
+        kind: Kind = "number" if name in data.numbers else "tags" if name in data.tags else "class"
+        task, train_labels, test_labels = make_task(name, shards["train"].classes[name], train, test, kind)
+        sets[name] = LabelSet(task, {"train": train_labels, "test": test_labels})
+    return ProbeSplits(splits, sets, shared_groups)
 
 
 def make_view(data: ProbeData, protocol: ProbeProtocol, loaded: LoadedEncoder, control: Control) -> View:
@@ -67,27 +99,32 @@ def encoder_view(
     fps: float | None = None,
     control: Control = "none",
 ) -> View:
-    """Clips with the frames, size (pixels) and rate (stride in frames, or fps) that the encoder was trained
-    on, where these are None."""
-    model, trained = loaded.metadata["model"], loaded.metadata.get("config")
+    """Clips with the frames, size (pixels) and rate (stride in frames, or fps) that the encoder was trained on, where
+    these are None."""
+    model = loaded.metadata["model"]
     if model["height"] != model["width"]:
         raise UserError(
             f"encoder: its clips are {model['height']} x {model['width']} px; a probe's are square"
         )
     frames = frames or model["frames"]
     if stride is None and fps is None:
+        trained = loaded.metadata.get("config")
         if frames == 1:
             stride = 1
         elif trained is None:
             raise UserError(
-                "a public checkpoint does not say how far apart its frames are: give data.stride or data.fps"
+                "a public checkpoint does not state the distance of its frames: give data.stride or data.fps"
             )
         else:
-            stride, fps = trained["data"]["stride"], trained["data"]["fps"]
-    order: FrameOrder = "none" if control in ("random_init", "pixels") else control  # type: ignore[assignment]
-    seen = None
-    if control == "single":  # by the model's own embedding of images, or repeated to fill one patch
+            stride = trained["data"]["stride"]
+            fps = trained["data"]["fps"]
+    order: FrameOrder = "none"
+    first_frames = None
+    if control == "single":  # by the model's own embedding of images, or repeated to fill one tubelet
         if model.get("fixed"):
             raise UserError(f"{model['name']} sees clips of {frames} frames only: use the control 'still'")
-        order, seen = "still", 1 if model.get("image_tokenizer") else model["tubelet"]
-    return View(frames, stride, fps, segments, crops, size or model["height"], order, seen)
+        order = "still"
+        first_frames = 1 if model.get("image_tokenizer") else model["tubelet"]
+    elif control != "random_init" and control != "pixels":
+        order = control
+    return View(frames, stride, fps, segments, crops, size or model["height"], order, first_frames)

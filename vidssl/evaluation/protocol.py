@@ -1,4 +1,4 @@
-"""What all protocols share: how a sample is seen, and the choice among a grid of heads on a held-out part of train."""
+"""What all probe protocols share: how samples are seen, and hyperparameter selection on a held-out part of train."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+from einops import rearrange, reduce
 from pydantic import Field
 from torch import Tensor
 
@@ -17,71 +18,77 @@ from vidssl.evaluation.features import (
     StandardisedFeatures,
     StoredFeatures,
     TokenSource,
-    statistics,
+    token_statistics,
 )
 from vidssl.evaluation.splits import split_by_group
 from vidssl.evaluation.tasks import Task
 from vidssl.evaluation.views import Control
 
-HyperparameterGrid = list[dict[str, Any]]  # settings, of which one is chosen
+HyperparameterGrid = list[dict[str, Any]]  # settings, one of which is selected
+POOL_BATCH = 64  # examples
 
 
 class TrainingSet(NamedTuple):
-    """What heads learn from: samples of a source, their truths, and those as targets on the device."""
+    """Samples that heads are trained on."""
 
     source: TokenSource
-    numbers: list[int]
-    truths: list[Any]
-    target: Tensor  # [n] or [n, C], see Task
+    indices: list[int]  # of the samples in `source`
+    labels: list[Any]
+    target: Tensor  # the labels on the device, [n] or [n, C]; see Task.target
+
+
+class TrainedProbe(NamedTuple):
+    model: Any
+    standardise: Callable[[TokenSource], TokenSource]  # applies the statistics of train to another source
+    selection: dict[str, Any]  # the selected setting, and the scores of all
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeProtocol(FeatureStorage):
-    """A protocol has, beside these options, `grid()`, `train(task, data, grid)` -> a model for each setting, and
-    `predict(models, source, numbers, task)` -> f32 [G, n, C], averaged over a sample's views."""
+    """Base of the protocols, which define `hyperparameters`, `train` and `predict`."""
 
     segments: Count = 1  # clips of a video, evenly spread
-    crops: Count = 1  # squares of each, evenly spread along the longer side (published: 3)
+    crops: Count = 1  # squares of each clip, evenly spread along the longer side (published: 3)
     aggregate: Literal["segments", "none"] = (
-        "segments"  # a head sees all segments' tokens; none: outputs are averaged
+        "segments"  # heads see the tokens of all segments, or of each alone
     )
     controls: Annotated[tuple[Control, ...], Field(min_length=1)] = ("none",)
-    standardise: bool = (
-        False  # tokens: mean of train at each token off, deviation of train in each channel to 1
-    )
-    val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2  # fraction of train on which the grid is compared
+    standardise: bool = False  # subtract train's mean at each token, divide by its deviation in each channel
+    val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2  # of train; settings are compared on it
     seed: Size = 0
 
     @property
-    def views(self) -> int:
-        """Examples of a sample; what a head says of them is averaged."""
+    def views_per_sample(self) -> int:
+        """Number of examples of a sample; the predictions for them are averaged."""
         return self.crops * (1 if self.aggregate == "segments" else self.segments)
 
-    def per(self, source: TokenSource) -> int:
-        """Clips of an example."""
-        return source.shape.clips // self.views
+    def clips_per_example(self, source: TokenSource) -> int:
+        return source.shape.clips // self.views_per_sample
 
-    def examples(self, numbers: list[int]) -> list[int]:
-        """All views of these samples."""
-        return [n * self.views + v for n in numbers for v in range(self.views)]
+    def examples_of(self, indices: list[int]) -> list[int]:
+        """The examples (all views) of these samples."""
+        views = self.views_per_sample
+        return [index * views + view for index in indices for view in range(views)]
 
-    def look(self, source: TokenSource, numbers: list[int], device: torch.device) -> TokenSource:
-        """What the head sees of features, of these samples."""
+    def prepare(self, source: TokenSource, indices: list[int], device: torch.device) -> TokenSource:
+        """The features of these samples as heads see them."""
         return source
 
-    def grid(self) -> HyperparameterGrid:
+    def hyperparameters(self) -> HyperparameterGrid:
         raise NotImplementedError
 
     def train(self, task: Task, data: TrainingSet, grid: HyperparameterGrid) -> list[Any]:
+        """One model per setting."""
         raise NotImplementedError
 
-    def predict(self, models: list[Any], source: TokenSource, numbers: list[int], task: Task) -> Tensor:
+    def predict(self, models: list[Any], source: TokenSource, indices: list[int], task: Task) -> Tensor:
+        """f32 [models, n, C] on the CPU, averaged over the views of a sample."""
         raise NotImplementedError
 
-    def more(
-        self, model: Any, source: TokenSource, numbers: list[int], task: Task, truths: list[Any]
-    ) -> dict[str, Any]:
-        """Figures that only this protocol has, in percent of the samples that were read."""
+    def extra_metrics(
+        self, model: Any, source: TokenSource, indices: list[int], task: Task, labels: list[Any]
+    ) -> dict[str, float]:
+        """Metrics that only this protocol has, in percent of these samples."""
         return {}
 
 
@@ -89,71 +96,80 @@ def chunks(items: list[int], size: int) -> list[list[int]]:
     return [items[i : i + size] for i in range(0, len(items), size)]
 
 
-def pooled(
-    source: TokenSource, numbers: list[int], protocol: ProbeProtocol, slices: int, device: torch.device
+def mean_pool(
+    source: TokenSource, indices: list[int], protocol: ProbeProtocol, temporal_bins: int, device: torch.device
 ) -> StoredFeatures:
-    """Each example's mean over all tokens, or over each of `temporal_bins` equal runs of a clip's tokens (time first), end to
-    end: features [n, views, 1, slices * D]; zeros for samples that are not asked for."""
-    s, per = source.shape, protocol.per(source)
-    if s.tokens % slices:
+    """Mean over the tokens of an example, or over each of `temporal_bins` equal parts of its clips in time,
+    concatenated: features [n, views, 1, temporal_bins * D]; zeros for samples not in `indices`."""
+    shape = source.shape
+    clips = protocol.clips_per_example(source)
+    if shape.tokens % temporal_bins:
         raise UserError(
-            f"probe.temporal_bins: a clip's {s.tokens} tokens cannot be cut into {slices} equal parts"
+            f"probe.temporal_bins: {temporal_bins} does not divide a clip's {shape.tokens} tokens"
         )
-    found = torch.zeros(s.samples * protocol.views, 1, slices * s.width)
-    lists = chunks(protocol.examples(numbers), 64)
-    for examples, tokens in zip(lists, source.batches(per, lists), strict=True):
-        found[examples] = tokens.unflatten(1, (per, slices, -1)).mean((1, 3)).flatten(1)[:, None].cpu()
-    return StoredFeatures(found.unflatten(0, (s.samples, protocol.views)), device)
+    views = protocol.views_per_sample
+    pooled = torch.zeros(shape.samples * views, 1, temporal_bins * shape.width)
+    batches = chunks(protocol.examples_of(indices), POOL_BATCH)
+    for examples, tokens in zip(batches, source.batches(clips, batches), strict=True):
+        pattern = "e (clips bins n) d -> e 1 (bins d)"
+        pooled[examples] = reduce(tokens, pattern, "mean", clips=clips, bins=temporal_bins).cpu()
+    return StoredFeatures(rearrange(pooled, "(n views) 1 d -> n views 1 d", views=views), device)
 
 
-def label_free(source: TokenSource, numbers: list[int], protocol: ProbeProtocol) -> dict[str, float]:
-    """Scores of the samples' mean tokens for which no label is needed (core/spectrum.py): RankMe and alpha-ReQ, of at
-    most TOKENS samples, evenly taken, with their mean taken off. Comparable at equal `samples` only."""
-    numbers = numbers[:: -(-len(numbers) // MAX_TOKENS)]
-    means = pooled(source, numbers, protocol, 1, torch.device("cpu")).tokens[numbers].mean((1, 2))
+def label_free_scores(source: TokenSource, indices: list[int], protocol: ProbeProtocol) -> dict[str, float]:
+    """Scores that need no labels (core/spectrum.py): RankMe and alpha-ReQ of the samples' centered mean tokens, of at
+    most MAX_TOKENS samples, evenly spaced. Comparable only at equal `samples`."""
+    indices = indices[:: -(-len(indices) // MAX_TOKENS)]
+    pooled = mean_pool(source, indices, protocol, 1, torch.device("cpu"))
+    means = pooled.tokens[indices].mean((1, 2))
     values = singular_values(means - means.mean(0))
-    found = {"rankme": rankme(values), "alpha": alpha_req(values)} if len(values) > 3 else {}
-    return {**{k: round(v, 4) for k, v in found.items() if np.isfinite(v)}, "samples": len(numbers)}
+    scores = {"rankme": rankme(values), "alpha": alpha_req(values)} if len(values) > 3 else {}
+    finite = {name: round(score, 4) for name, score in scores.items() if np.isfinite(score)}
+    return {**finite, "samples": len(indices)}
 
 
 def select_and_train(
     protocol: ProbeProtocol, task: Task, data: TrainingSet, groups: list[str]
-) -> tuple[Any, Callable, dict[str, Any]]:
-    """-> (the model, how it sees another source, what was chosen and why). The test set plays no part.
-
-    The grid is trained on a part of train and compared on the rest; the chosen setting is trained again on all.
-    """
-    dress: Callable[[TokenSource], TokenSource] = lambda source: source  # noqa: E731
-    if protocol.standardise:
-        moments = statistics(data.source, protocol.per(data.source), protocol.examples(data.numbers), 64)
-        dress = lambda source: StandardisedFeatures(source, *moments)  # noqa: E731
-    data, grid = data._replace(source=dress(data.source)), protocol.grid()
+) -> TrainedProbe:
+    """Selects a setting by training all of them on a part of train and comparing them on the rest, and trains it again
+    on all of train. The test set plays no part. groups: the group of each sample, held out as a whole."""
+    standardise = _make_standardise(protocol, data)
+    data = data._replace(source=standardise(data.source))
+    grid = protocol.hyperparameters()
+    classes = data.labels if task.kind == "class" else [0] * len(groups)
+    held_out = split_by_group(classes, groups, protocol.val_fraction, protocol.seed)
     scores: list[float] = []
-    out = split_by_group(
-        data.truths if task.kind == "class" else [0] * len(groups),
-        groups,
-        protocol.val_fraction,
-        protocol.seed,
-    )
     if len(grid) > 1:
-        if not out.any():
+        if not held_out.any():
             raise UserError(
-                "no group of train can be held out to choose the head on; leave one setting of the grid"
+                "no group of train can be held out to select hyperparameters; give a single setting"
             )
-        fitting, choosing = subset(data, ~out), subset(data, out)
-        models = protocol.train(task, fitting, grid)
-        found = protocol.predict(models, data.source, choosing.numbers, task).double().numpy()
-        scores = [round(task.score(output, choosing.truths), 2) for output in found]
-    best = int(np.argmax(scores)) if scores else 0
-    said = f"held_out_{'accuracy' if task.kind == 'class' else task.metric}"
-    tried = [{**setting, said: score} for setting, score in zip(grid, scores, strict=False)]
-    chosen = {**grid[best], "tried": tried, "n_held_out": int(out.sum()) if scores else 0}
-    return protocol.train(task, data, [grid[best]])[0], dress, chosen
+        models = protocol.train(task, subset(data, ~held_out), grid)
+        validation = subset(data, held_out)
+        outputs = protocol.predict(models, data.source, validation.indices, task).double().numpy()
+        scores = [round(task.score(output, validation.labels), 2) for output in outputs]
+    best = grid[int(np.argmax(scores))] if scores else grid[0]
+    metric = f"held_out_{'accuracy' if task.kind == 'class' else task.metric}"
+    tried = [{**setting, metric: score} for setting, score in zip(grid, scores, strict=False)]
+    selection = {**best, "tried": tried, "n_held_out": int(held_out.sum()) if scores else 0}
+    (model,) = protocol.train(task, data, [best])
+    return TrainedProbe(model, standardise, selection)
 
 
-def subset(data: TrainingSet, which: np.ndarray) -> TrainingSet:
-    """The samples that are marked, bool [n]."""
-    rows = np.flatnonzero(which).tolist()
+def _make_standardise(protocol: ProbeProtocol, data: TrainingSet) -> Callable[[TokenSource], TokenSource]:
+    if not protocol.standardise:
+        return lambda source: source
+    batches = chunks(protocol.examples_of(data.indices), POOL_BATCH)
+    mean, std = token_statistics(data.source, protocol.clips_per_example(data.source), batches)
+    return lambda source: StandardisedFeatures(source, mean, std)
+
+
+def subset(data: TrainingSet, mask: np.ndarray) -> TrainingSet:
+    """The samples where mask bool [n] is true."""
+    rows = np.flatnonzero(mask).tolist()
     return TrainingSet(
-        data.source, [data.numbers[i] for i in rows], [data.truths[i] for i in rows], data.target[rows]
+        data.source,
+        [data.indices[row] for row in rows],
+        [data.labels[row] for row in rows],
+        data.target[rows],
     )

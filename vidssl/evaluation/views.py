@@ -1,4 +1,4 @@
-"""What of a video an encoder sees in evaluation: segments x crops, and what a control does to the frames."""
+"""The clips of a video that an encoder sees in evaluation: segments x crops, and controls on their frames."""
 
 import hashlib
 from collections.abc import Callable
@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple, get_args
 import numpy as np
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -18,94 +19,111 @@ from vidssl.data.sampling import sample_indices, segment_starts
 from vidssl.data.shards import Sample, Shards
 
 FrameOrder = Literal["none", "shuffled", "reversed", "still"]  # what is done to the frames of each clip
-EncoderControl = Literal[
-    "none", "random_init", "pixels"
-]  # untrained weights, or mean colours in place of features
+EncoderControl = Literal["none", "random_init", "pixels"]  # untrained weights, or mean colours as features
 Control = Literal[FrameOrder, "single", EncoderControl]  # "single": the middle frame alone, as an image
 CONTROLS: tuple[Control, ...] = get_args(Control)
 
 
 class View(NamedTuple):
-    """Which frames and pixels of a video the encoder sees: segments * crops clips, the crops of a place together.
+    """Which frames and pixels of a video the encoder sees: segments * crops clips.
 
-    order: "shuffled" draws one order of a clip's frames from the sample's key, "reversed" runs backwards, "still"
-    repeats the middle frame. Of an image every frame is the same one.
+    order: "shuffled" permutes a clip's frames by a permutation drawn from the sample's key, "reversed" runs them
+    backwards, "still" repeats the middle frame. All frames of an image are the same.
     """
 
-    frames: int  # in a clip
+    frames: int  # per clip
     stride: int | None  # frames
-    fps: float | None  # frames a second
+    fps: float | None  # frames per second
     segments: int  # clips, evenly spread over the video
-    crops: int  # squares, evenly spread along the longer side; 1: the middle
+    crops: int  # squares, evenly spread along the longer side; 1: the center
     size: int  # pixels; the short side is resized to it
     order: FrameOrder = "none"
-    seen: int | None = None  # frames of it, from its start after `order`; None: all
+    first_frames: int | None = None  # after reordering only so many first frames are kept; None: all
 
     @property
     def clips(self) -> int:
         return self.segments * self.crops
 
 
-def reorder(clip: np.ndarray, order: FrameOrder, shuffle: np.ndarray) -> np.ndarray:
-    """u8 [T, H, W, 3] -> the same; shuffle i64 [T]."""
+def reorder_frames(clip: np.ndarray, order: FrameOrder, permutation: np.ndarray) -> np.ndarray:
+    """u8 [T, H, W, 3], permutation i64 [T] (of "shuffled") -> u8 [T, H, W, 3]."""
     t = np.arange(len(clip))
-    return clip[
-        {"none": t, "shuffled": shuffle, "reversed": t[::-1], "still": np.full_like(t, len(t) // 2)}[order]
-    ]
+    indices = {"none": t, "shuffled": permutation, "reversed": t[::-1], "still": np.full_like(t, len(t) // 2)}
+    return clip[indices[order]]
 
 
-def square(clip: np.ndarray, crop: int, crops: int) -> np.ndarray:
-    """u8 [T, H, W, 3] -> one of `crops` squares along the longer side, the first at its start, the last at its end."""
-    side, room = min(clip.shape[1:3]), abs(clip.shape[1] - clip.shape[2])
-    at = room // 2 if crops == 1 else round(crop * room / (crops - 1))
-    return clip[:, at : at + side] if clip.shape[1] > clip.shape[2] else clip[:, :, at : at + side]
+def square_crop(clip: np.ndarray, crop: int, crops: int) -> np.ndarray:
+    """u8 [T, H, W, 3] -> crop number `crop` of `crops` squares u8 [T, S, S, 3] along the longer side, from its start
+    to its end; the center one if crops is 1."""
+    height, width = clip.shape[1:3]
+    side = min(height, width)
+    margin = abs(height - width)
+    start = margin // 2 if crops == 1 else round(crop * margin / (crops - 1))
+    return clip[:, start : start + side] if height > width else clip[:, :, start : start + side]
 
 
 class EvalClips(Dataset):
-    """Number of an example -> (the number, u8 [per, 3, T, S, S]), or (the number, why it cannot be read).
+    """Item e is (e, clips u8 [clips_per_example, 3, T, S, S] of example e), or (e, reason why it cannot be decoded).
 
-    The clips of sample n are numbers n * C to (n + 1) * C - 1, crop by crop, the segments of a crop in order; example
-    e holds clips e * per to (e + 1) * per - 1.
+    The clips of sample n are numbered n * C to (n + 1) * C - 1: crop by crop, the segments of a crop in order.
+    Example e holds clips e * clips_per_example to (e + 1) * clips_per_example - 1.
     """
 
-    def __init__(self, shards: Shards, samples: list[Sample], view: View, per: int):
-        self.shards, self.samples, self.view, self.per = shards, samples, view, per
+    def __init__(self, shards: Shards, samples: list[Sample], view: View, clips_per_example: int):
+        self.shards = shards
+        self.samples = samples
+        self.view = view
+        self.clips_per_example = clips_per_example
         self.resize = CenterCrop(view.size)
         self.on_decode: Callable[[], None] = do_nothing  # called when a sample's bytes have been read
 
     def __getitem__(self, example: int) -> tuple[int, Tensor | str]:
-        v = self.view
-        number, first = divmod(example * self.per, v.clips)
-        wanted = [divmod(clip, v.segments) for clip in range(first, first + self.per)]  # (crop, segment)
-        segments = sorted({segment for _, segment in wanted})
-        starts, sample = segment_starts(v.segments), self.samples[number]
+        view = self.view
+        number, first = divmod(example * self.clips_per_example, view.clips)
+        clips = [divmod(clip, view.segments) for clip in range(first, first + self.clips_per_example)]
+        sample = self.samples[number]
         try:
-            data = self.shards.read(sample)
-            self.on_decode()
-            with open_video(data, sample.ext, sample.meta) as video:
-                picks = [sample_indices(video.times, v.frames, v.stride, v.fps, starts[s]) for s in segments]
-                frames = video.get(np.concatenate(picks))
+            segments = self._decode(sample, sorted({segment for _, segment in clips}))
         except DecodeError as e:
             return example, e.reason
-        rng = np.random.default_rng(int.from_bytes(hashlib.sha256(sample.key.encode()).digest()[:8], "big"))
-        shuffles = [rng.permutation(v.frames) for _ in range(v.segments)]
-        parts = zip(segments, np.split(frames, len(segments)), strict=True)
-        clips = {s: reorder(clip, v.order, shuffles[s])[: v.seen] for s, clip in parts}
-        return example, torch.stack([self.resize(square(clips[s], crop, v.crops)) for crop, s in wanted])
+        crops = [square_crop(segments[segment], crop, view.crops) for crop, segment in clips]
+        return example, torch.stack([self.resize(crop) for crop in crops])
+
+    def _decode(self, sample: Sample, segments: list[int]) -> dict[int, np.ndarray]:
+        """Segment number -> its frames u8 [T, H, W, 3]."""
+        view = self.view
+        data = self.shards.read(sample)
+        self.on_decode()
+        starts = segment_starts(view.segments)
+        with open_video(data, sample.ext, sample.meta) as video:
+            indices = [
+                sample_indices(video.times, view.frames, view.stride, view.fps, starts[s]) for s in segments
+            ]
+            frames = video.get(np.concatenate(indices))
+        seed = int.from_bytes(hashlib.sha256(sample.key.encode()).digest()[:8], "big")
+        rng = np.random.default_rng(seed)
+        permutations = [rng.permutation(view.frames) for _ in range(view.segments)]
+        return {
+            s: reorder_frames(clip, view.order, permutations[s])[: view.first_frames]
+            for s, clip in zip(segments, np.split(frames, len(segments)), strict=True)
+        }
 
 
 class PatchMeans(nn.Module):
-    """Raw pixels as if an encoder gave them: video f32 [B, 3, T, H, W] -> [B, N, tubelet * 48], for each patch the mean
-    colours of its sixteenths in each of its frames. What a head makes of this is not the encoder's merit."""
+    """Mean colors of patches in place of an encoder's features: what a head reaches on them is not the encoder's merit.
+
+    Video f32 [B, 3, T, H, W] -> [B, N, tubelet * 48]: for each patch the mean colors of its 4 x 4 parts in each of its
+    frames.
+    """
 
     def __init__(self, tubelet: int, patch: int):
         super().__init__()
-        self.tubelet, self.patch = tubelet, patch
+        self.tubelet = tubelet
+        self.patch = patch
 
     def forward(self, video: Tensor) -> Tensor:
-        b, _, t, height, width = video.shape
-        h, w = height // self.patch, width // self.patch
-        means = F.adaptive_avg_pool3d(video, (t, 4 * h, 4 * w)).view(
-            b, 3, t // self.tubelet, self.tubelet, h, 4, w, 4
-        )
-        return means.permute(0, 2, 4, 6, 3, 1, 5, 7).flatten(4).flatten(1, 3)
+        frames, height, width = video.shape[2:]
+        parts = (frames, 4 * (height // self.patch), 4 * (width // self.patch))
+        means = F.adaptive_avg_pool3d(video, parts)
+        pattern = "b c (t dt) (h dh) (w dw) -> b (t h w) (dt c dh dw)"
+        return rearrange(means, pattern, dt=self.tubelet, dh=4, dw=4)

@@ -256,7 +256,7 @@ class Finetuner:
         predictions = self.predict(self.splits.shards["train"], samples, labels, view, "held-out train")
 
         def accuracy() -> float:
-            decoded = predictions.read()
+            decoded = predictions.usable()
             outputs = mean_over_clips(predictions)[decoded]
             return self.splits.task.score(outputs, [labels[n] for n in decoded])
 
@@ -283,10 +283,11 @@ class Finetuner:
         )
         loader = FeatureLoader(encode, shards, samples, view, self.strategy.accelerator, storage, name)
         classifier.eval()
-        found = compute_features(loader, FeatureShape(len(samples), view.clips, 1, classes), "memory", {})
+        shape = FeatureShape(len(samples), view.clips, 1, classes)
+        found = compute_features(loader, shape, "memory", all_ranks=True)
         classifier.train()
         if name == "test":
-            check_readable(found, samples, cfg.tune.allow_unreadable, name, "tune")
+            check_readable(found.unreadable, samples, cfg.tune.allow_unreadable, name, "tune")
         return LabelledFeatures(found.source, samples, labels, found.unreadable)
 
 

@@ -268,7 +268,7 @@ def open_splits(data: FinetuneDataConfig, tune: TuneConfig) -> FinetuneSplits:
         raise UserError(f"no sample of {'test' if train else 'train'} has a label of '{label_set}'")
     held_out = np.zeros(len(train), bool)
     if tune.val_fraction:
-        groups = groups_of(train, list(range(len(train))))
+        groups = groups_of(train)
         held_out = split_by_group(train_labels, groups, tune.val_fraction, tune.seed)
         if not held_out.any():
             raise UserError(

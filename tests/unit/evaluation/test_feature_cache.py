@@ -1,7 +1,9 @@
-"""Features on disk, in memory and on the fly are the same; a kill costs a block; damage is found; the bound holds."""
+"""Features on disk, in memory and streamed are equal; keys, interrupted runs, damage and size limits of the cache."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,9 +15,12 @@ from vidssl.core.errors import UserError
 from vidssl.data.augment import CenterCrop
 from vidssl.data.decoding import open_video
 from vidssl.data.shards import Shards
+from vidssl.evaluation import extractor as extractor_module
 from vidssl.evaluation import feature_cache
+from vidssl.evaluation.extractor import FeatureExtractor, Split, cache_provenance
 from vidssl.evaluation.feature_cache import FeatureShape, FeatureStore, used_gb
 from vidssl.evaluation.features import (
+    CACHE_DTYPES,
     FeatureLoader,
     Features,
     FeatureStorage,
@@ -25,20 +30,23 @@ from vidssl.evaluation.features import (
 from vidssl.evaluation.heads import Attentive
 from vidssl.evaluation.protocol import TrainingSet, select_and_train
 from vidssl.evaluation.tasks import Task
-from vidssl.evaluation.views import EvalClips, PatchMeans, View, reorder, square
+from vidssl.evaluation.views import EvalClips, PatchMeans, View, reorder_frames, square_crop
 
 VIEW = View(frames=4, stride=2, fps=None, segments=2, crops=3, size=16)
+SAMPLES = 30
 
 
-class Counting:
-    """Patch means that count the clips they see, and break when they have seen too many."""
+class CountingEncoder:
+    """Patch means; counts the clips it encodes, and is interrupted after `limit` of them."""
 
-    def __init__(self, most: int = 10**9):
-        self.means, self.clips, self.most = PatchMeans(2, 8), 0, most
+    def __init__(self, limit: int = 10**9):
+        self.means = PatchMeans(2, 8)
+        self.clips = 0
+        self.limit = limit
 
     def __call__(self, video: Tensor) -> Tensor:
         self.clips += len(video)
-        if self.clips > self.most:
+        if self.clips > self.limit:
             raise KeyboardInterrupt
         return self.means(video.float() / 255)
 
@@ -48,167 +56,238 @@ def shards(synthetic_shards) -> Shards:
     return Shards([str(synthetic_shards / "train")])
 
 
-def feed(shards: Shards, eye: Counting, view: View = VIEW, **reading) -> FeatureLoader:
-    options = FeatureStorage(workers=0, encode_batch=4, **reading)
-    return FeatureLoader(eye, shards, shards.all()[:30], view, Accelerator(cpu=True), options, "features")
+def make_loader(shards: Shards, encoder: CountingEncoder, **storage: Any) -> FeatureLoader:
+    options = FeatureStorage(workers=0, encode_batch=4, **storage)
+    samples = shards.all()[:SAMPLES]
+    return FeatureLoader(encoder, shards, samples, VIEW, Accelerator(cpu=True), options, "features")
 
 
-def features(f: FeatureLoader, where: str) -> Features:
-    return compute_features(f, f.shape(), where, {"view": list(f.view), "encoder": "x"})
+def compute(loader: FeatureLoader, where: str) -> Features:
+    shape = loader.shape()
+    store = None
+    if where == "disk":
+        provenance = {"view": list(loader.view), "encoder": "x"}
+        dtype = CACHE_DTYPES[loader.storage.cache_dtype]
+        store = FeatureStore(Path(loader.storage.cache), provenance, shape, dtype)
+    return compute_features(loader, shape, where, store)
 
 
-def read(found: Features, per: int, lists: list[list[int]]) -> list[Tensor]:
-    return list(found.source.batches(per, lists))
+def compute_on_disk(shards: Shards, folder: Path, encoder: CountingEncoder, **storage: Any) -> Tensor:
+    """The features [n, C, N, D]."""
+    return compute(make_loader(shards, encoder, cache=str(folder), **storage), "disk").source.tokens
 
 
-def test_disk_memory_and_streaming_give_the_same_examples(shards, tmp_path):
-    wheres = {"disk": {"cache": str(tmp_path)}, "memory": {}, "stream": {}}
-    found = {where: features(feed(shards, Counting(), **options), where) for where, options in wheres.items()}
-    lists = [[0, 5, 89], [7], [20, 3, 60, 61]]
-    for per in (2, 1, 6):
-        some = [[e * 6 // per // 3 for e in part] for part in lists]
-        for tokens in zip(*(read(f, per, some) for f in found.values()), strict=True):
-            assert tokens[0].shape[1:] == (per * 8, 96)
-            torch.testing.assert_close(tokens[0], tokens[1], atol=0, rtol=0)
-            torch.testing.assert_close(tokens[0], tokens[2], atol=1e-6, rtol=1e-5)
+def test_disk_memory_and_stream_are_equal(shards, tmp_path):
+    storages = {"disk": {"cache": str(tmp_path)}, "memory": {}, "stream": {}}
+    sources = [
+        compute(make_loader(shards, CountingEncoder(), **storage), where).source
+        for where, storage in storages.items()
+    ]
+    for clips_per_example, batches in (
+        (2, [[0, 5, 89], [7], [20, 3, 60, 61]]),
+        (1, [[0, 10, 178], [14], [40, 6]]),
+        (6, [[0, 1, 29], [2]]),
+    ):
+        found = [list(source.batches(clips_per_example, batches)) for source in sources]
+        for disk, memory, stream in zip(*found, strict=True):
+            assert disk.shape[1:] == (clips_per_example * 8, 96)
+            torch.testing.assert_close(disk, memory, atol=0, rtol=0)
+            torch.testing.assert_close(disk, stream, atol=1e-6, rtol=1e-5)
 
 
-def test_a_grid_trained_in_one_pass_over_decoded_batches_is_the_grid_of_kept_features(shards):
-    labels = [s.meta["labels"]["appearance"] for s in shards.all()[:30]]
+def test_streamed_grid_equals_stored_grid(shards):
+    """Also counts the passes over the videos: one for all heads of the grid."""
+    labels = [s.meta["labels"]["appearance"] for s in shards.all()[:SAMPLES]]
     task = Task("appearance", "class", shards.classes["appearance"])
     protocol = Attentive(heads=4, segments=2, crops=3, epochs=2, batch=8, lr=(1e-3, 1e-2), standardise=True)
-    said = []
+    indices = list(range(SAMPLES))
+    outputs, selections, clips = [], [], []
     for where in ("memory", "stream"):
-        eye = Counting()
-        source = features(feed(shards, eye), where).source
-        data = TrainingSet(source, list(range(30)), labels, task.target(labels, torch.device("cpu")))
-        model, dress, chosen = select_and_train(protocol, task, data, [str(i) for i in range(30)])
-        said.append((protocol.predict([model], dress(source), list(range(30)), task), chosen, eye.clips))
-    torch.testing.assert_close(said[0][0], said[1][0], atol=1e-3, rtol=1e-2)
-    assert said[0][1] == said[1][1]
-    held = said[0][1]["n_held_out"]
-    passes = (
-        30 * 6 + 2 * (30 - held) * 2 + held * 6 + 2 * 30 * 2 + 30 * 6
-    )  # statistics, grid, choice, again, predict
-    assert (said[0][2], said[1][2]) == (
-        30 * 6 + 1,
-        passes + 1,
-    )  # and one to see the shape; not twice for two heads
+        encoder = CountingEncoder()
+        source = compute(make_loader(shards, encoder), where).source
+        data = TrainingSet(source, indices, labels, task.target(labels, torch.device("cpu")))
+        probe = select_and_train(protocol, task, data, [str(i) for i in indices])
+        outputs.append(protocol.predict([probe.model], probe.standardise(source), indices, task))
+        selections.append(probe.selection)
+        clips.append(encoder.clips)
+    torch.testing.assert_close(outputs[0], outputs[1], atol=1e-3, rtol=1e-2)
+    assert selections[0] == selections[1]
+    held_out = selections[0]["n_held_out"]
+    statistics = predict = SAMPLES * 6
+    grid = 2 * (SAMPLES - held_out) * 2
+    selection = held_out * 6
+    final = 2 * SAMPLES * 2
+    shape = 1
+    assert clips == [SAMPLES * 6 + shape, statistics + grid + selection + final + predict + shape]
 
 
-def test_a_kill_costs_a_block_and_damage_is_found(shards, tmp_path, monkeypatch):
+def test_interrupted_and_damaged_blocks_are_computed_again(shards, tmp_path, monkeypatch):
     monkeypatch.setattr(feature_cache, "ROWS_PER_BLOCK", 8)
-    whole = features(feed(shards, Counting(), cache=str(tmp_path / "a")), "disk").source.tokens.clone()
-    options = {"cache": str(tmp_path / "b")}
+    expected = compute_on_disk(shards, tmp_path / "a", CountingEncoder()).clone()
     with pytest.raises(KeyboardInterrupt):
-        features(feed(shards, Counting(most=1 + 20 * 6), **options), "disk")
+        compute_on_disk(shards, tmp_path / "b", CountingEncoder(limit=1 + 20 * 6))
     (folder,) = (tmp_path / "b").iterdir()
-    assert [p.name for p in sorted((folder / "blocks").iterdir())] == ["000000.json", "000001.json"]
-    again = Counting()
-    assert torch.equal(features(feed(shards, again, **options), "disk").source.tokens, whole)
-    assert again.clips == 1 + (30 - 16) * 6
-    with open(folder / "features.bin", "rb+") as f:  # one bit of sample 25
-        f.seek(25 * whole[0].numel() * 4 + 1000)
+    assert sorted(p.name for p in (folder / "blocks").iterdir()) == ["000000.json", "000001.json"]
+
+    def clips_computed() -> int:
+        encoder = CountingEncoder()
+        assert torch.equal(compute_on_disk(shards, tmp_path / "b", encoder), expected)
+        return encoder.clips - 1  # one for the shape
+
+    assert clips_computed() == (SAMPLES - 16) * 6
+    with open(folder / "features.bin", "rb+") as f:  # flips a bit of sample 25
+        f.seek(25 * expected[0].numel() * 4 + 1000)
         byte = f.read(1)[0]
         f.seek(-1, 1)
         f.write(bytes([byte ^ 1]))
-    mended = Counting()
-    assert torch.equal(features(feed(shards, mended, **options), "disk").source.tokens, whole)
-    assert mended.clips == 1 + 6 * 6  # samples 24 to 29
-    third = Counting()
-    features(feed(shards, third, **options), "disk")
-    assert third.clips == 1
+    assert clips_computed() == 6 * 6  # samples 24 to 29
+    assert clips_computed() == 0
 
 
-def test_bf16_rounds_and_takes_half(shards, tmp_path):
-    full = features(feed(shards, Counting(), cache=str(tmp_path / "a")), "disk").source.tokens
-    half = features(feed(shards, Counting(), cache=str(tmp_path / "b"), cache_dtype="bf16"), "disk").source
-    assert torch.equal(half.tokens, full.bfloat16())
-    assert next(half.batches(2, [[0]])).dtype == torch.float32
+def test_bf16_rounds_and_halves_the_size(shards, tmp_path):
+    full = compute_on_disk(shards, tmp_path / "a", CountingEncoder())
+    source = compute(
+        make_loader(shards, CountingEncoder(), cache=str(tmp_path / "b"), cache_dtype="bf16"), "disk"
+    ).source
+    assert torch.equal(source.tokens, full.bfloat16())
+    assert next(source.batches(2, [[0]])).dtype == torch.float32
     assert used_gb(tmp_path / "b", []) == pytest.approx(used_gb(tmp_path / "a", []) / 2, rel=0.02)
 
 
-def test_what_cannot_be_read_is_remembered(shards, tmp_path, monkeypatch):
-    bad = feed(shards, Counting(), cache=str(tmp_path))
-    samples = [s._replace(size=100) if i in (3, 17) else s for i, s in enumerate(bad.samples)]
-    bad = bad._replace(samples=samples)
-    reasons = features(bad, "memory").unreadable
-    assert list(reasons) == [3, 17] == list(features(bad, "stream").unreadable)
-    for _ in range(2):  # computed, found
-        found = features(bad, "disk")
-        assert found.unreadable == reasons and not found.source.tokens[17].any()
-    none = bad._replace(samples=[s._replace(size=100) for s in samples])
+def test_another_dtype_in_the_same_folder_leaves_mapped_features_alone(shards, tmp_path):
+    """The reader of fp32 features has them mapped while another job writes bf16 into the same folder."""
+    mapped = compute_on_disk(shards, tmp_path, CountingEncoder())
+    expected = mapped.clone()
+    half = compute_on_disk(shards, tmp_path, CountingEncoder(), cache_dtype="bf16")
+    assert torch.equal(mapped, expected) and torch.equal(half, expected.bfloat16())
+    encoder = CountingEncoder()
+    compute_on_disk(shards, tmp_path, encoder)
+    assert encoder.clips == 1  # one for the shape
+    dtypes = {json.loads(p.read_text())["dtype"] for p in tmp_path.glob("*/provenance.json")}
+    assert dtypes == {"torch.float32", "torch.bfloat16"}
+
+
+def test_every_ingredient_changes_the_key(shards, tmp_path, monkeypatch):
+    samples = shards.all()[:3]
+    encoder = {"encoder": "hash", "model": {"dim": 8}, "precision": "no", "pixels": {"mean": [0], "std": [1]}}
+
+    def key(
+        view: View = VIEW,
+        samples: list = samples,
+        shape: FeatureShape = FeatureShape(3, 6, 8, 96),
+        dtype: torch.dtype = torch.float32,
+        **changed: Any,
+    ) -> str:
+        extractor = FeatureExtractor(lambda video: video, {**encoder, **changed})
+        provenance = cache_provenance(extractor, view, Split(shards, samples))
+        return FeatureStore(tmp_path, provenance, shape, dtype).folder.name
+
+    other = {**encoder, "encoder": "x", "model": {"dim": 9}, "precision": "bf16", "pixels": {}}
+    keys = [key(**{name: value}) for name, value in other.items()]
+    views = {"frames": 8, "stride": 1, "fps": 2.0, "segments": 1, "crops": 1, "size": 8}
+    views |= {"order": "still", "first_frames": 2}
+    assert set(views) == set(View._fields)
+    keys += [key(view=VIEW._replace(**{name: value})) for name, value in views.items()]
+    keys += [key(samples=samples[::-1]), key(dtype=torch.bfloat16), key(shape=FeatureShape(3, 6, 8, 95))]
+    original = key()
+    assert original == key()
+    changes: list[tuple[Callable, str, Any]] = [
+        (extractor_module, "code_hash", lambda *prefixes: "other code"),
+        (extractor_module, "_version", lambda name: "other version"),
+        (shards, "hash", "other data"),
+    ]
+    for owner, name, value in changes:
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, value)
+            keys.append(key())
+    assert len({original, *keys}) == 1 + len(keys)
+
+
+def test_unreadable_samples_are_recorded(shards, tmp_path):
+    loader = make_loader(shards, CountingEncoder(), cache=str(tmp_path))
+    samples = [s._replace(size=100) if i in (3, 17) else s for i, s in enumerate(loader.samples)]
+    loader = loader._replace(samples=samples)
+    reasons = compute(loader, "memory").unreadable
+    assert list(reasons) == [3, 17] == list(compute(loader, "stream").unreadable)
+    for _ in range(2):  # computed, then read
+        features = compute(loader, "disk")
+        assert features.unreadable == reasons and not features.source.tokens[17].any()
+    all_broken = loader._replace(samples=[s._replace(size=100) for s in samples])
     with pytest.raises(UserError, match="none of the 30 samples can be decoded"):
-        features(none, "memory")
+        compute(all_broken, "memory")
 
 
-def test_the_bound(tmp_path):
+def test_memory_limit():
     shape = FeatureShape(1000, 2, 500, 1000)  # 4 GB in fp32
-    about = {"encoder": "x"}
-    assert choose_storage([shape], [about], FeatureStorage(memory_gb=4.1), 1)[0] == "memory"
-    assert choose_storage([shape], [about], FeatureStorage(memory_gb=4.1), 2)[0] == "stream"
-    assert choose_storage([shape, shape], [about, about], FeatureStorage(memory_gb=4.1), 1)[0] == "stream"
-    assert choose_storage([shape], [about], FeatureStorage(memory_gb=4.1, stream="always"), 1)[0] == "stream"
+    assert choose_storage([shape], FeatureStorage(memory_gb=4.1), 1)[0] == "memory"
+    assert choose_storage([shape], FeatureStorage(memory_gb=4.1), 2)[0] == "stream"
+    assert choose_storage([shape, shape], FeatureStorage(memory_gb=4.1), 1)[0] == "stream"
+    assert choose_storage([shape], FeatureStorage(memory_gb=4.1, stream="always"), 1)[0] == "stream"
     with pytest.raises(UserError, match=r"4 GB of features, probe.memory_gb is 3.9: raise it"):
-        choose_storage([shape], [about], FeatureStorage(memory_gb=3.9, stream="never"), 1)
-    options = {"cache": str(tmp_path), "cache_gb": 2.1}
-    assert choose_storage([shape], [about], FeatureStorage(**options), 1)[0] == "stream"
-    where, said = choose_storage([shape], [about], FeatureStorage(**options, cache_dtype="bf16"), 1)
-    assert where == "disk" and said.startswith(
-        "1000 videos x 2 clips x 500 tokens x 1000: 2 GB of features, kept in"
-    )
-    rows = FeatureStore(tmp_path, about, shape._replace(samples=2), torch.float32)
-    with rows.lock():
-        rows.write((n, torch.ones(2, 500, 1000)) for n in range(2))
-    assert (
-        choose_storage([shape], [{"other": 1}], FeatureStorage(cache=str(tmp_path), cache_gb=4.0079), 1)[0]
-        == "stream"
-    )
-    assert (
-        choose_storage([shape], [about], FeatureStorage(cache=str(tmp_path), cache_gb=4.0079), 1)[0] == "disk"
-    )  # its own are no more
-    assert json.loads((rows.folder / "about.json").read_text())["encoder"] == "x"
+        choose_storage([shape], FeatureStorage(memory_gb=3.9, stream="never"), 1)
 
 
-def test_controls_and_crops_by_hand(shards):
+def test_cache_limit(tmp_path):
+    shape = FeatureShape(1000, 2, 500, 1000)  # 4 GB in fp32
+
+    def choose(cache_gb: float, dtype: str = "fp32", **provenance: Any) -> tuple[str, str]:
+        storage = FeatureStorage(cache=str(tmp_path), cache_gb=cache_gb, cache_dtype=dtype)
+        stores = [FeatureStore(tmp_path, provenance, shape, CACHE_DTYPES[dtype])]
+        return choose_storage([shape], storage, 1, stores)
+
+    assert choose(2.1)[0] == "stream"
+    where, line = choose(2.1, "bf16")
+    assert where == "disk"
+    assert line.startswith("1000 videos x 2 clips x 500 tokens x 1000: 2 GB of features, kept in")
+    store = FeatureStore(tmp_path, {"encoder": "x"}, shape, torch.float32)
+    with store.lock():
+        store.write((n, torch.ones(2, 500, 1000)) for n in range(2))
+    assert choose(4.0079, encoder="y")[0] == "stream"  # 8 MB are used
+    assert choose(4.0079, encoder="x")[0] == "disk"  # its own do not count
+    assert json.loads((store.folder / "provenance.json").read_text())["encoder"] == "x"
+
+
+def test_reorder_frames():
     clip = np.arange(4 * 2 * 5 * 3, dtype=np.uint8).reshape(4, 2, 5, 3)
-    shuffle = np.array([2, 0, 3, 1])
-    assert np.array_equal(reorder(clip, "reversed", shuffle), clip[[3, 2, 1, 0]])
-    assert np.array_equal(reorder(clip, "still", shuffle), clip[[2, 2, 2, 2]])
-    assert np.array_equal(reorder(clip, "shuffled", shuffle), clip[shuffle])
-    assert [square(clip, i, 3)[0, 0, 0, 0] // 3 for i in range(3)] == [0, 2, 3] and square(clip, 0, 1).shape[
-        1:3
-    ] == (
-        2,
-        2,
-    )
+    permutation = np.array([2, 0, 3, 1])
+    assert np.array_equal(reorder_frames(clip, "reversed", permutation), clip[[3, 2, 1, 0]])
+    assert np.array_equal(reorder_frames(clip, "still", permutation), clip[[2, 2, 2, 2]])
+    assert np.array_equal(reorder_frames(clip, "shuffled", permutation), clip[permutation])
+
+
+def test_square_crop():
+    clip = np.arange(4 * 2 * 5 * 3, dtype=np.uint8).reshape(4, 2, 5, 3)
+    assert [square_crop(clip, i, 3)[0, 0, 0, 0] // 3 for i in range(3)] == [0, 2, 3]
+    assert square_crop(clip, 0, 1).shape[1:3] == (2, 2)
     tall = clip.transpose(0, 2, 1, 3)
-    assert np.array_equal(square(tall, 2, 3), tall[:, 3:])
+    assert np.array_equal(square_crop(tall, 2, 3), tall[:, 3:])
+
+
+def test_eval_clips(shards):
     sample = shards.all()[0]
     video = open_video(shards.read(sample), sample.ext, sample.meta)
-    start = len(video.times) - 1 - 6  # the last segment
-    crop = CenterCrop(16)
+    start = len(video.times) - 1 - 6  # of the last segment
     _, clips = EvalClips(shards, [sample], VIEW, 6)[0]
-    assert torch.equal(
-        clips[1], crop(video.get(np.arange(start, start + 7, 2)))
-    )  # square videos: all crops are one
+    expected = CenterCrop(16)(video.get(np.arange(start, start + 7, 2)))
+    assert torch.equal(clips[1], expected)  # a square video: all crops are the center one
     for order in ("shuffled", "reversed", "still"):
         view = VIEW._replace(order=order)
-        _, whole = EvalClips(shards, [sample], view, 6)[0]
+        _, clips = EvalClips(shards, [sample], view, 6)[0]
         for example in (1, 4):
-            assert torch.equal(EvalClips(shards, [sample], view, 1)[example][1][0], whole[example])
+            assert torch.equal(EvalClips(shards, [sample], view, 1)[example][1][0], clips[example])
 
 
 def test_patch_means():
     video = torch.rand(2, 3, 4, 16, 24)
     tokens = PatchMeans(2, 8)(video)
     assert tokens.shape == (2, 2 * 2 * 3, 96)
-    patch = video[1, :, 2:4, 8:16, 16:24]  # second slice, second row, third column
-    want = patch.unflatten(2, (4, 2)).unflatten(4, (4, 2)).mean((3, 5)).transpose(0, 1).flatten()
-    torch.testing.assert_close(tokens[1, 6 + 3 + 2], want)
+    patch = video[1, :, 2:4, 8:16, 16:24]  # second tubelet, second row, third column
+    expected = patch.unflatten(2, (4, 2)).unflatten(4, (4, 2)).mean((3, 5)).transpose(0, 1).flatten()
+    torch.testing.assert_close(tokens[1, 6 + 3 + 2], expected)
 
 
-def test_the_folder_is_named_in_the_error_where_it_cannot_be(tmp_path):
-    Path(tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot be made"):
-        FeatureStore(tmp_path / "file", {}, FeatureShape(1, 1, 1, 1), torch.float32)
+def test_error_names_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    store = FeatureStore(tmp_path / "file", {}, FeatureShape(1, 1, 1, 1), torch.float32)
+    with pytest.raises(UserError, match="cannot be made"), store.lock():
+        pass

@@ -13,10 +13,10 @@ from torch import Tensor
 from vidssl.core.errors import UserError
 from vidssl.evaluation import metrics
 from vidssl.evaluation.feature_cache import FeatureShape
-from vidssl.evaluation.features import StandardisedFeatures, StoredFeatures, statistics
-from vidssl.evaluation.heads import Attentive, Linear, attend
+from vidssl.evaluation.features import StandardisedFeatures, StoredFeatures, token_statistics
+from vidssl.evaluation.heads import Attentive, Linear, cross_attend_jointly
 from vidssl.evaluation.neighbours import Knn, Retrieval, knn_predict
-from vidssl.evaluation.protocol import TrainingSet, pooled, select_and_train
+from vidssl.evaluation.protocol import TrainingSet, chunks, mean_pool, select_and_train
 from vidssl.evaluation.solvers import ridge_regression
 from vidssl.evaluation.splits import low_shot, split_by_group
 from vidssl.evaluation.tasks import Task
@@ -46,7 +46,7 @@ def test_joint_heads_are_the_single_heads_in_outputs_and_gradients():
             torch.nn.init.normal_(parameter, std=0.3)
     tokens = torch.randn(6, 10, 24)
     alone = [copy.deepcopy(head) for head in heads]
-    for head, other, logits in zip(heads, alone, attend(heads, tokens), strict=True):
+    for head, other, logits in zip(heads, alone, cross_attend_jointly(heads, tokens), strict=True):
         torch.testing.assert_close(logits, other(tokens), atol=1e-5, rtol=1e-5)
         logits.square().mean().backward(retain_graph=True)
         other(tokens).square().mean().backward()
@@ -58,12 +58,12 @@ def test_joint_heads_are_the_single_heads_in_outputs_and_gradients():
 def test_a_head_of_a_grid_is_the_head_trained_alone(depth):
     source, truths = problem()
     protocol = Attentive(depth=depth, heads=2, epochs=3, batch=16, lr=(1e-2, 1e-3), weight_decay=(0.0, 0.5))
-    data, grid = as_train(source, truths), protocol.grid()
+    data, grid = as_train(source, truths), protocol.hyperparameters()
     together = protocol.train(THREE, data, grid)
     assert [tuple(setting.values()) for setting in grid] == [(1e-2, 0), (1e-2, 0.5), (1e-3, 0), (1e-3, 0.5)]
-    outputs = protocol.predict(together, source, data.numbers, THREE)
+    outputs = protocol.predict(together, source, data.indices, THREE)
     for setting, output in zip(grid, outputs, strict=True):
-        alone = protocol.predict(protocol.train(THREE, data, [setting]), source, data.numbers, THREE)[0]
+        alone = protocol.predict(protocol.train(THREE, data, [setting]), source, data.indices, THREE)[0]
         torch.testing.assert_close(output, alone, atol=1e-4, rtol=1e-3)
     assert (outputs[0] - outputs[2]).abs().max() > 0.01
 
@@ -139,7 +139,7 @@ def test_standardised_tokens():
     torch.manual_seed(0)
     tokens = torch.randn(50, 1, 3, 4) * torch.tensor([1.0, 10, 0.1, 5]) + 100 * torch.randn(3, 4)
     source = StoredFeatures(tokens, CPU)
-    mean, deviation = statistics(source, 1, list(range(50)), 7)
+    mean, deviation = token_statistics(source, 1, chunks(list(range(50)), 7))
     torch.testing.assert_close(mean, tokens.mean((0, 1)), atol=1e-4, rtol=1e-5)
     (out,) = StandardisedFeatures(source, mean, deviation).batches(1, [list(range(50))])
     assert out.mean(0).abs().max() < 1e-3
@@ -151,16 +151,20 @@ def test_views_are_averaged_and_pooling_lays_tokens_end_to_end():
     tokens = torch.arange(5 * 6 * 4 * 2.0).view(5, 6, 4, 2)
     source = StoredFeatures(tokens, CPU)
     over = Attentive(heads=1, segments=2, crops=3)
-    assert (over.views, over.per(source), over.examples([1, 4])) == (3, 2, [3, 4, 5, 12, 13, 14])
+    assert (over.views_per_sample, over.clips_per_example(source), over.examples_of([1, 4])) == (
+        3,
+        2,
+        [3, 4, 5, 12, 13, 14],
+    )
     (example,) = source.batches(2, [[4]])
     assert torch.equal(example[0], tokens[1, 2:4].flatten(0, 1))  # sample 1, crop 1
     apart = Attentive(heads=1, segments=2, crops=3, aggregate="none")
-    assert (apart.views, apart.per(source)) == (6, 1)
+    assert (apart.views_per_sample, apart.clips_per_example(source)) == (6, 1)
     heads = [AttentiveHead(2, 1, 3)]
     said = over.predict(heads, source, [1, 4], THREE)[0]
     longhand = torch.stack([heads[0](tokens[n].view(3, 8, 2)).softmax(-1).mean(0) for n in (1, 4)])
     torch.testing.assert_close(said, longhand)
-    mean = pooled(source, [0, 3], over, 2, CPU)
+    mean = mean_pool(source, [0, 3], over, 2, CPU)
     assert mean.shape == FeatureShape(5, 3, 1, 4)
     halves = (
         tokens[3, 2:4].view(2, 2, 2, 2).mean((0, 2)).flatten()
@@ -171,8 +175,8 @@ def test_views_are_averaged_and_pooling_lays_tokens_end_to_end():
 def test_logistic_regression_is_at_its_minimum():
     source, truths = problem(clips=2)
     protocol = Linear(aggregate="none", segments=2, l2=(0.01, 1.0))
-    seen = protocol.look(source, list(range(60)), CPU)
-    heads = protocol.train(THREE, as_train(seen, truths), protocol.grid())
+    seen = protocol.prepare(source, list(range(60)), CPU)
+    heads = protocol.train(THREE, as_train(seen, truths), protocol.hyperparameters())
     x, y = source.tokens.mean(2).flatten(0, 1), torch.tensor(truths).repeat_interleave(2)
     for head, l2 in zip(heads, (0.01, 1.0), strict=True):
         weight = head.linear.weight.detach().clone().requires_grad_()
@@ -184,7 +188,7 @@ def test_logistic_regression_is_at_its_minimum():
 
 def test_adamw_reaches_nearly_the_same():
     source, truths = problem(clips=1)
-    seen = Linear().look(source, list(range(60)), CPU)
+    seen = Linear().prepare(source, list(range(60)), CPU)
     protocol = Linear(solver="adamw", lr=(0.3, 1e-6), epochs=40, batch=20)
     model, dress, chosen = select_and_train(
         protocol, THREE, as_train(seen, truths), [str(i) for i in range(60)]
@@ -196,9 +200,11 @@ def test_adamw_reaches_nearly_the_same():
 def test_neighbours_against_a_loop():
     source, truths = problem(30)
     protocol = Knn(k=(3, 50), temperature=0.2)
-    seen = protocol.look(source, list(range(30)), CPU)
+    seen = protocol.prepare(source, list(range(30)), CPU)
     train = TrainingSet(seen, list(range(20)), truths[:20], torch.tensor(truths[:20]))
-    votes = protocol.predict(protocol.train(THREE, train, protocol.grid()), seen, list(range(20, 30)), THREE)
+    votes = protocol.predict(
+        protocol.train(THREE, train, protocol.hyperparameters()), seen, list(range(20, 30)), THREE
+    )
     keys = torch.nn.functional.normalize(source.tokens.mean((1, 2)), dim=-1)
     for q in range(20, 30):
         cosine = (keys[:20] @ keys[q]).tolist()
@@ -213,12 +219,12 @@ def test_neighbours_against_a_loop():
 def test_retrieval_figures_by_hand():
     keys = torch.tensor([[1.0, 0], [0.9, 0.1], [0, 1], [1, 0.05], [0.1, 1]])  # 3 in train, 2 ask
     protocol, task = Retrieval(), Task("x", "class", ["a", "b"])
-    source = protocol.look(StoredFeatures(keys[:, None, None], CPU), list(range(5)), CPU)
+    source = protocol.prepare(StoredFeatures(keys[:, None, None], CPU), list(range(5)), CPU)
     train = TrainingSet(source, [0, 1, 2], [0, 1, 1], torch.tensor([0, 1, 1]))
-    (model,) = protocol.train(task, train, protocol.grid())
+    (model,) = protocol.train(task, train, protocol.hyperparameters())
     assert protocol.predict([model], source, [3, 4], task)[0].tolist() == [[1, 0], [0, 1]]
-    more = protocol.more(model, source, [3, 4], task, [1, 1])  # 3 finds a, b, b; 4 finds b, b, a
-    assert more == {
+    extra = protocol.extra_metrics(model, source, [3, 4], task, [1, 1])  # 3 finds a, b, b; 4 finds b, b, a
+    assert extra == {
         "recall_at_5": 100,
         "retrieval_mAP": pytest.approx(100 * ((1 / 2 + 2 / 3) / 2 + 1) / 2, abs=1e-3),
     }
@@ -252,14 +258,17 @@ def test_tags_and_numbers_are_learned_and_told():
     lists = [[0, 2] if v > 3 else [1, 2] if v < 2 else [2] for v in values.tolist()]
     groups, protocol = [str(i) for i in range(60)], Linear(l2=(1e-4, 1e4))
     for task, truths, least in ((number, values.tolist(), 0.99), (tags, lists, 98)):
-        seen = protocol.look(source, list(range(60)), CPU)
+        seen = protocol.prepare(source, list(range(60)), CPU)
         model, dress, chosen = select_and_train(protocol, task, as_train(seen, truths, task), groups)
         output = protocol.predict([model], dress(seen), list(range(60)), task)[0].double().numpy()
-        figures = task.figures(output, truths, groups, 0)
+        figures = task.test_metrics(output, truths, groups, 0)
         assert figures["value"] >= least and chosen["l2"] == 1e-4
         output[:10] = np.nan  # not read: worse, and never an error
-        assert task.figures(output, truths, groups, 0)["value"] < figures["value"]
-    assert tags.word([0, 2]) == "high|any" and tags.guess(np.array([0.9, 0.1, 0.8])) == "high|any"
+        assert task.test_metrics(output, truths, groups, 0)["value"] < figures["value"]
+    assert (
+        tags.format_label([0, 2]) == "high|any"
+        and tags.format_prediction(np.array([0.9, 0.1, 0.8])) == "high|any"
+    )
 
 
 def test_low_shot_lists_are_balanced_nested_and_depend_on_keys_alone():

@@ -1,0 +1,145 @@
+"""From an encoder to the features of train and test under a control."""
+
+import hashlib
+import importlib.metadata
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from accelerate import Accelerator
+from torch import Tensor
+
+from vidssl.core.pixels import normalise
+from vidssl.data.shards import Sample, Shards
+from vidssl.evaluation.evaluate import check_readable
+from vidssl.evaluation.feature_cache import FeatureStore
+from vidssl.evaluation.features import (
+    CACHE_DTYPES,
+    Encode,
+    FeatureLoader,
+    Features,
+    choose_storage,
+    compute_features,
+)
+from vidssl.evaluation.protocol import ProbeProtocol, label_free_scores
+from vidssl.evaluation.report import code_hash, weights_hash
+from vidssl.evaluation.views import Control, PatchMeans, View
+from vidssl.pretrained.load import LoadedEncoder
+
+OpenEncoder = Callable[[int | None], LoadedEncoder]  # of a seed: untrained; None: with its weights
+FEATURE_CODE = (  # prefixes of modules; a change of their code computes features again
+    *("core/pixels.py", "data/", "model/", "pretrained/"),
+    *("evaluation/extractor.py", "evaluation/features.py", "evaluation/views.py"),
+)
+FEATURE_LIBRARIES = ("torch", "torchvision", "av", "decord", "timm", "transformers", "numpy")  # the same
+
+
+class Split(NamedTuple):
+    """Train or test."""
+
+    shards: Shards
+    samples: list[Sample]  # those with any of the labels
+
+
+class FeatureExtractor(NamedTuple):
+    """An encoder, and what identifies its features in a cache."""
+
+    encode: Encode
+    provenance: dict[str, Any]
+
+
+def make_extractor(
+    open_encoder: OpenEncoder, loaded: LoadedEncoder, control: Control, seed: int, accelerator: Accelerator
+) -> FeatureExtractor:
+    """The encoder, or what a control puts in its place: untrained weights of `seed`, or mean colors of patches."""
+    model = loaded.metadata["model"]
+    pixels = loaded.metadata["pixels"]
+    statistics = (pixels["mean"], pixels["std"])
+    if control == "pixels":
+        means = PatchMeans(model["tubelet"], model["patch"])
+        provenance = {
+            "encoder": "patch means",
+            "tubelet": means.tubelet,
+            "patch": means.patch,
+            "pixels": pixels,
+        }
+        return FeatureExtractor(lambda video: means(normalise(video, statistics)), provenance)
+    encoder = open_encoder(seed).encoder if control == "random_init" else loaded.encoder
+    encoder.to(accelerator.device)
+
+    def encode(video: Tensor) -> Tensor:
+        with accelerator.autocast():
+            return encoder(normalise(video, statistics)).float()
+
+    provenance = {
+        "encoder": weights_hash(encoder),
+        "model": model,
+        "precision": accelerator.mixed_precision,
+        "pixels": pixels,
+    }
+    return FeatureExtractor(encode, provenance)
+
+
+def cache_provenance(extractor: FeatureExtractor, view: View, split: Split) -> dict[str, Any]:
+    """Everything that decides the features of a split; FeatureStore adds their shape and storage type."""
+    keys = "\n".join(sample.key for sample in split.samples)
+    return {
+        **extractor.provenance,
+        "view": view._asdict(),
+        "data": split.shards.hash,
+        "samples": hashlib.sha256(keys.encode()).hexdigest(),
+        "code": code_hash(*FEATURE_CODE),
+        "libraries": {name: _version(name) for name in FEATURE_LIBRARIES},
+    }
+
+
+def _version(library: str) -> str | None:
+    try:
+        return importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def extract_features(
+    protocol: ProbeProtocol,
+    extractor: FeatureExtractor,
+    view: View,
+    splits: dict[str, Split],
+    accelerator: Accelerator,
+    control: Control,
+) -> tuple[dict[str, Features], dict[str, float]]:
+    """Returns, on the first process, the features of train and test as heads see them, and the label-free scores of
+    train; nothing on the other processes."""
+    loaders = {
+        name: FeatureLoader(
+            extractor.encode, *split, view, accelerator, protocol, f"features {name} ({control})"
+        )
+        for name, split in splits.items()
+    }
+    shape = loaders["train"].shape()
+    shapes = {name: shape._replace(samples=len(split.samples)) for name, split in splits.items()}
+    stores: dict[str, FeatureStore] = {}
+    if protocol.cache is not None:
+        dtype = CACHE_DTYPES[protocol.cache_dtype]
+        stores = {
+            name: FeatureStore(
+                Path(protocol.cache), cache_provenance(extractor, view, split), shapes[name], dtype
+            )
+            for name, split in splits.items()
+        }
+    where, line = choose_storage(
+        list(shapes.values()), protocol, accelerator.num_processes, list(stores.values())
+    )
+    accelerator.print(f"{control}: {line}")
+    features: dict[str, Features] = {}
+    scores: dict[str, float] = {}
+    for name, split in splits.items():
+        source, unreadable = compute_features(loaders[name], shapes[name], where, stores.get(name))
+        check_readable(unreadable, split.samples, protocol.allow_unreadable, name)
+        if accelerator.is_main_process:
+            indices = [index for index in range(len(split.samples)) if index not in unreadable]
+            prepared = protocol.prepare(source, indices, accelerator.device)
+            features[name] = Features(prepared, unreadable)
+            if name == "train":
+                scores = label_free_scores(source, indices, protocol)
+    return features, scores
