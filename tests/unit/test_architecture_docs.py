@@ -39,5 +39,7 @@ def test_named_files_exist():
     roots = (ROOT, ROOT / "vidssl")
     named = set(re.findall(r"`((?:[\w.-]+/)*[\w.-]+\.(?:py|yaml|sh))`", TEXT))
     assert len(named) > 20
-    missing = [n for n in sorted(named) if not any((r / n).exists() for r in roots) and not list(ROOT.rglob(n))]
+    missing = [
+        n for n in sorted(named) if not any((r / n).exists() for r in roots) and not list(ROOT.rglob(n))
+    ]
     assert not missing
