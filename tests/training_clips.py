@@ -1,10 +1,12 @@
 """Training clips of a packed folder, and packed folders with damage, for several test files."""
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from vidssl.data.augment import RandomCrop
-from vidssl.data.dataset import DataConfig, TrainClips
+from vidssl.data.dataset import DataConfig, MultiStreamDataset, TrainClips
+from vidssl.data.loader import Batch, train_steps
 from vidssl.data.order import Order
 from vidssl.data.shards import Shards
 
@@ -27,3 +29,20 @@ def copy_with_damage(folder: Path, out: Path, damaged: dict[tuple[int, int], flo
             f.seek(sample.offset + begin)
             f.write(bytes(sample.size - begin))
     return out
+
+
+def train_batches(
+    clips: TrainClips,
+    start: int,
+    stop: int,
+    batch: int,
+    rank: int = 0,
+    world: int = 1,
+    workers: int = 0,
+    isolate: bool = False,
+) -> Iterator[Batch]:
+    """`train_steps` of a run with one stream."""
+    for (one,) in train_steps(
+        MultiStreamDataset([clips]), start, stop, [batch], rank, world, workers, isolate
+    ):
+        yield one

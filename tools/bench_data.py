@@ -40,10 +40,10 @@ from data_prep import pack
 from vidssl.core.errors import UserError, run_cli
 from vidssl.core.pixels import MEAN, STD
 from vidssl.data.augment import RandomCrop
-from vidssl.data.dataset import DataConfig, TrainClips
+from vidssl.data.dataset import DataConfig, MultiStreamDataset, TrainClips
 from vidssl.data.decoding.base import VIDEO_EXTENSIONS
 from vidssl.data.decoding.decord import decord
-from vidssl.data.loader import train_batches
+from vidssl.data.loader import train_steps
 from vidssl.data.order import Order
 from vidssl.data.sampling import sample_indices
 from vidssl.data.shards import Shards
@@ -67,7 +67,7 @@ class Common(Dataset[torch.Tensor]):
         crop = self.crop
         start = np.random.default_rng((self.clips.order.seed, 3, g)).uniform()
         reader = decord.VideoReader(
-            io.BytesIO(shards.read(shards.sample(*self.clips.order.at(g)))), num_threads=1
+            io.BytesIO(shards.read(shards.sample(*self.clips.order.locate(g)))), num_threads=1
         )
         frames = reader.get_batch(
             sample_indices(np.arange(len(reader)), d.frames, d.stride, start=start)
@@ -102,7 +102,12 @@ def contender(name: str, folder: Path, clips: int, workers: int, seed: int) -> f
             loader = DataLoader(Common(ours, CROP), BATCH, sampler=range(count), num_workers=workers)
             seen = sum(len(b) for b in loader)
         else:
-            seen = sum(len(b.video) for b in train_batches(ours, 0, count // BATCH, BATCH, 0, 1, workers))
+            seen = sum(
+                len(b.video)
+                for (b,) in train_steps(
+                    MultiStreamDataset([ours]), 0, count // BATCH, [BATCH], workers=workers
+                )
+            )
         assert seen == count
         marks.append(cpu_seconds())
     return marks[2] - marks[1] - (marks[1] - marks[0])
@@ -209,7 +214,7 @@ def frames_to_decode(clips: TrainClips, count: int) -> float:
     keys: dict[str, np.ndarray] = {}
     needed = []
     for g in range(count):
-        sample = clips.shards.sample(*clips.order.at(g))
+        sample = clips.shards.sample(*clips.order.locate(g))
         if sample.key not in keys:
             with av.open(io.BytesIO(clips.shards.read(sample))) as file:
                 demuxed: Any = file.demux(video=0)  # type: ignore[union-attr]

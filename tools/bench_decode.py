@@ -13,7 +13,7 @@ import psutil
 
 from vidssl.core.errors import UserError, run_cli
 from vidssl.data.augment import RandomCrop
-from vidssl.data.dataset import DataConfig, Streams, TrainClips
+from vidssl.data.dataset import DataConfig, MultiStreamDataset, TrainClips
 from vidssl.data.isolated_dataset import IsolatedDataset
 from vidssl.data.isolation import rss_bytes
 from vidssl.data.order import Order
@@ -31,7 +31,7 @@ def cost(shards: Shards, clips: int) -> None:
     clip = TrainClips(
         shards, Order(shards.counts, 0), DataConfig(["-"], frames=16, stride=4), RandomCrop(224)
     )
-    isolated = IsolatedDataset(Streams([clip]), 60, 4 << 30)
+    isolated = IsolatedDataset(MultiStreamDataset([clip]), 60, 4 << 30)
     isolated.attempt(0, 0)
     here = psutil.Process()
     both = (here, psutil.Process(isolated.sandbox.pid))

@@ -26,18 +26,18 @@ def resident_mb() -> float:
 def covers_epoch(order: Order, epoch: int) -> bool:
     """Returns whether the lanes of an epoch contain each sample once; 2,000 random positions are looked up
     too."""
-    # places: on the line of shards, by position
-    e = order._epoch(epoch)
+    # index in the sequence of the epoch, by position
+    e = order._layout(epoch)
     places = np.empty(order.n, np.int64)
     for lane in range(order.lanes):
-        begin = int(e.starts[lane])
-        end = int(e.starts[lane + 1])
+        begin = int(e.lane_starts[lane])
+        end = int(e.lane_starts[lane + 1])
         for w, left in enumerate(range(begin, end, order.window)):
             size = min(order.window, end - left)
-            own = e.first[lane] + order.lanes * (w * order.window + np.arange(size))
-            places[own] = left + order._permute(epoch, lane, w, size).astype(np.int64)
+            own = e.first_positions[lane] + order.lanes * (w * order.window + np.arange(size))
+            places[own] = left + order._permute_window(epoch, lane, w, size).astype(np.int64)
     for p in np.random.default_rng(epoch).integers(order.n, size=2000):
-        if order.at(epoch * order.n + int(p)) != order._on_line(e, int(places[p])):
+        if order.locate(epoch * order.n + int(p)) != order._split_index(e, int(places[p])):
             return False
     seen = np.zeros(order.n, bool)
     seen[places] = True
@@ -46,13 +46,13 @@ def covers_epoch(order: Order, epoch: int) -> bool:
 
 def same_batches(order: Order, batch: int, steps: int) -> bool:
     """Returns whether independent processes build the same global batches for any number of processes."""
-    want = [sorted(order.at(g) for g in range(s * batch, (s + 1) * batch)) for s in range(steps)]
+    want = [sorted(order.locate(g) for g in range(s * batch, (s + 1) * batch)) for s in range(steps)]
     for world in WORLDS:
         got: list[list[tuple[int, int]]] = [[] for _ in range(steps)]
         for rank in range(world):
             own = order if world > 8 else Order(order.counts, order.seed, order.lanes, order.window)
             for step, mine in enumerate(batches(0, steps, batch, order.lanes, rank, world)):
-                got[step] += [own.at(g) for g in mine]
+                got[step] += [own.locate(g) for g in mine]
         if [sorted(g) for g in got] != want:
             return False
     return True
@@ -65,8 +65,8 @@ def neighbours(order: Order | Mixture, batch: int, steps: int) -> dict[str, floa
     batch: neighbours within a global batch; lane: one after another in a lane (of lane 0).
     """
     total = order.counts.size if isinstance(order, Order) else sum(o.counts.size for o in order.orders)
-    shards = np.array([[order.at(s * batch + j)[0] for j in range(batch)] for s in range(steps)])
-    lane = np.array([order.at(k * order.lanes)[0] for k in range(steps)])
+    shards = np.array([[order.locate(s * batch + j)[0] for j in range(batch)] for s in range(steps)])
+    lane = np.array([order.locate(k * order.lanes)[0] for k in range(steps)])
     found = {}
     for name, apart in (("batch", np.diff(shards, axis=1)), ("lane", np.diff(lane))):
         found[f"{name}, distance"] = float(abs(apart).mean() / total)
@@ -85,14 +85,14 @@ def main(argv: list[str]) -> None:
     before = resident_mb()
     clock = time.process_time()
     order = Order(counts, 0, lanes, window)
-    order.at(0)
+    order.locate(0)
     print(
         f"{order.n:,} samples in {shards:,} shards, {lanes} lanes: opened in {time.process_time() - clock:.2f} CPU s"
     )
     clock = time.process_time()
     asked = lanes * 20
     for g in range(asked):
-        order.at(g)
+        order.locate(g)
     print(
         f"a process that owns all lanes holds {resident_mb() - before:.0f} MB more than before ({before:.0f} MB);"
     )

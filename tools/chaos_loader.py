@@ -21,8 +21,8 @@ import numpy as np
 
 from vidssl.core.errors import UserError, run_cli
 from vidssl.data.augment import RandomCrop
-from vidssl.data.dataset import DataConfig, TrainClips
-from vidssl.data.loader import train_batches
+from vidssl.data.dataset import DataConfig, MultiStreamDataset, TrainClips
+from vidssl.data.loader import train_steps
 from vidssl.data.order import Order
 from vidssl.data.shards import Shards
 
@@ -40,7 +40,9 @@ def make_clips(folder: Path, seed: int) -> TrainClips:
 def load(clips: TrainClips, start: int, rank: int, world: int, workers: int, out: Path) -> None:
     """Loads until it is killed."""
     with open(out, "w", buffering=1) as file:
-        for batch in train_batches(clips, start, 10**9, BATCH, rank, world, workers, isolate=True):
+        for (batch,) in train_steps(
+            MultiStreamDataset([clips]), start, 10**9, [BATCH], rank, world, workers, isolate=True
+        ):
             examples = list(zip(batch.position.tolist(), batch.key, strict=True))
             file.write(json.dumps(examples) + "\n")
 
@@ -59,7 +61,7 @@ def check(steps: list[StepLog], clips: TrainClips) -> list[str]:
     wrong = []
     for number, step in enumerate(steps):
         positions = range(number * BATCH, (number + 1) * BATCH)
-        expected = {g: clips.shards.sample(*clips.order.at(g)).key for g in positions}
+        expected = {g: clips.shards.sample(*clips.order.locate(g)).key for g in positions}
         if len(step) != BATCH or dict(step) != expected:
             wrong.append(f"step {number}: {sorted(step)[:3]}...")
     keys = [key for step in steps for _, key in sorted(step)]

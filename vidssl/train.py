@@ -4,7 +4,6 @@ accelerate launch vidssl/train.py FILES.yaml ... key=value ...
 """
 
 import contextlib
-import hashlib
 import sys
 import time
 from pathlib import Path
@@ -17,10 +16,8 @@ from vidssl.core.errors import UserError, run_cli
 from vidssl.core.io import check_writable, make_folder, os_errors_as_user_errors, print_stderr
 from vidssl.core.pixels import normalise
 from vidssl.core.rng import KeyedRNG
-from vidssl.data.dataset import DataConfig, make_streams
-from vidssl.data.loader import Batch, train_steps
+from vidssl.data.loader import Batch, make_streams, open_shards, train_steps
 from vidssl.data.order import check_split
-from vidssl.data.shards import Shards
 from vidssl.model.vit import TransformerStack
 from vidssl.training.checkpoint import list_checkpoints, provenance, quarantine
 from vidssl.training.distributed import Strategy
@@ -67,13 +64,6 @@ RESUME_MUTABLE += (
     "data.decode_timeout_s",
     "data.memory_mb",
 )
-
-
-def open_shards(data: DataConfig) -> tuple[list[Shards], str]:
-    """Shards of each stream, and a hash of what they hold."""
-    shards = [Shards(d.train, d.cache_dir, d.cache_gb, d.on_missing) for d in data.streams()]
-    hashes = [s.hash for s in shards]
-    return shards, hashes[0] if len(hashes) == 1 else hashlib.sha256(" ".join(hashes).encode()).hexdigest()
 
 
 def forward_backward(
@@ -234,7 +224,7 @@ def main(argv: list[str]) -> None:
             with meter.counting(shape) if meter else contextlib.nullcontext(True) as known:
                 parts = forward_backward(strategy, model, batches, run.seed, step, eff.micro_batches)
             norm = strategy.clip(model, optim, step)
-            done, replaced = step + 1, [(key, reason) for b in batches for key, reason in b.bad]
+            done, replaced = step + 1, [(key, reason) for b in batches for key, reason in b.failures]
             collapsed = main_process and run.stop_on_collapse and feature_stats.collapsed
             flags: dict[str, float] = {
                 "bad": len(replaced),

@@ -418,7 +418,7 @@ def test_new_classifier_has_the_encoder_and_small_logits(encoder):
 def test_epochs_are_permutations_of_the_subset():
     places = [(shard, i) for shard in range(3) for i in range(5)]
     order = SubsetOrder(places, 0, 4)
-    epochs = [[order.at(g) for g in range(e * 15, e * 15 + 15)] for e in range(3)]
+    epochs = [[order.locate(g) for g in range(e * 15, e * 15 + 15)] for e in range(3)]
     assert all(sorted(epoch) == places for epoch in epochs) and epochs[0] != epochs[1] != epochs[2]
     assert order.replacement(3, 1) in places
 

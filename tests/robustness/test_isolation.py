@@ -12,15 +12,15 @@ import psutil
 import pytest
 import torch
 from limits import set_limit
-from training_clips import copy_with_damage, make_clips
+from training_clips import copy_with_damage, make_clips, train_batches
 
 from tools import chaos_loader, fuzz_decode
 from vidssl.core.errors import DecodeError, UserError
 from vidssl.data import isolation
-from vidssl.data.dataset import ATTEMPTS, DecodeFailure, Example, FrameCache
+from vidssl.data.dataset import MAX_ATTEMPTS, DecodeFailure, Example, FrameCache
 from vidssl.data.decoding import open_video
 from vidssl.data.isolated_dataset import IsolatedDataset
-from vidssl.data.loader import DecodeErrorMonitor, train_batches
+from vidssl.data.loader import DecodeErrorMonitor
 
 ROOT = Path(__file__).parents[2]
 
@@ -87,8 +87,10 @@ def test_it_costs_that_attempt_alone(what, reason):
     quiet = isolated({(1, 0): "bad", (1, 1): "bad"}, timeout_s=60.0)
     for position in range(3):
         got, want = data[position], quiet[position]
-        assert got._replace(video=0, bad=0) == want._replace(video=0, bad=0) and got.video.equal(want.video)
-        assert got.bad == ([("1.0", reason), ("1.1", "not_a_video")] if position == 1 else [])
+        assert got._replace(video=0, failures=0) == want._replace(video=0, failures=0) and got.video.equal(
+            want.video
+        )
+        assert got.failures == ([("1.0", reason), ("1.1", "not_a_video")] if position == 1 else [])
     for one in (data, quiet):
         one.close()
 
@@ -105,14 +107,14 @@ def test_the_child_is_kept_while_nothing_happens_and_gone_when_closed():
 
 def test_reading_has_no_deadline_here():
     data = isolated({(0, 0): "slow read"}, timeout_s=0.4)
-    assert data[0].bad == []
+    assert data[0].failures == []
     data.close()
 
 
 def test_a_child_that_has_grown_over_many_samples_is_replaced_without_blame():
     data, pids = isolated({(i, 0): "keep" for i in range(20)}, memory_bytes=100 << 20), []
     for i in range(20):
-        assert data[i].bad == []
+        assert data[i].failures == []
         pids.append(data.sandbox.pid)
     assert 3 <= len(set(pids)) <= 7
     data.close()
@@ -128,7 +130,7 @@ def test_a_child_that_was_killed_between_two_samples_is_replaced_without_blame()
     data[0]
     os.kill(data.sandbox.pid, signal.SIGKILL)
     os.waitid(os.P_PID, data.sandbox.pid, os.WEXITED | os.WNOWAIT)
-    assert data[1].bad == []
+    assert data[1].failures == []
     data.close()
 
 
@@ -140,8 +142,8 @@ def test_the_users_mistakes_reach_the_user():
 
 
 def test_all_attempts_may_fail():
-    data = isolated({(0, a): "bad" for a in range(ATTEMPTS)})
-    assert data[0].key == "" and len(data[0].bad) == ATTEMPTS
+    data = isolated({(0, a): "bad" for a in range(MAX_ATTEMPTS)})
+    assert data[0].key == "" and len(data[0].failures) == MAX_ATTEMPTS
     data.close()
 
 
@@ -163,9 +165,11 @@ def test_isolated_batches_are_the_same_batches(workers, synthetic_shards, tmp_pa
     apart = list(
         train_batches(make_clips(folder, max_decode_error_rate=0.5), 0, 8, 8, 0, 1, workers, isolate=True)
     )
-    assert sum(len(b.bad) for b in plain) > 0
+    assert sum(len(b.failures) for b in plain) > 0
     for a, b in zip(plain, apart, strict=True):
-        assert a.video.equal(b.video) and a.key == b.key and a.bad == b.bad and a.label.equal(b.label)
+        assert (
+            a.video.equal(b.video) and a.key == b.key and a.failures == b.failures and a.label.equal(b.label)
+        )
 
 
 def test_a_file_that_hangs_or_crashes_the_decoder_is_replaced_as_one_that_is_damaged(
@@ -192,15 +196,15 @@ def test_a_file_that_hangs_or_crashes_the_decoder_is_replaced_as_one_that_is_dam
         return list(train_batches(clips, 0, 8, 8, 0, 1, 2 if isolate else 0, isolate))
 
     told, real = run("", isolate=False), run("real", isolate=True)
-    assert sorted({b for batch in told for b in batch.bad}) == sorted(troubles.items())
+    assert sorted({b for batch in told for b in batch.failures}) == sorted(troubles.items())
     for a, b in zip(told, real, strict=True):
-        assert a.video.equal(b.video) and a.key == b.key and a.bad == b.bad
+        assert a.video.equal(b.video) and a.key == b.key and a.failures == b.failures
 
 
 def test_what_cost_its_sample_counts_as_bad():
-    tally = DecodeErrorMonitor(0.05)
+    monitor = DecodeErrorMonitor(0.05)
     with pytest.raises(UserError, match="'hang': 11"):
-        tally.add(list(range(200)), [DecodeFailure("a", "hang")] * 11, failed=False)
+        monitor.add(200, [DecodeFailure("a", "hang")] * 11, exhausted=False)
 
 
 ORPHANS = """
@@ -208,7 +212,7 @@ import sys
 sys.path[:0] = [{root!r}, {root!r} + '/tests']
 from training_clips import make_clips
 from limits import set_limit
-from vidssl.data.loader import train_batches
+from training_clips import train_batches
 for batch in train_batches(make_clips({folder!r}), 0, 10**6, 8, 0, 1, {workers}, isolate=True):
     print("going", flush=True)
 """

@@ -239,7 +239,7 @@ def test_a_shard_that_is_missing_is_skipped_if_asked(make_image, tmp_path):
             shards, Order(shards.counts, 0, lanes=2), DataConfig(["x"], 1, stride=1), RandomCrop(16)
         )
         items = [clips[g] for g in range(12)]
-        bad = [b for item in items for b in item.bad]
+        bad = [b for item in items for b in item.failures]
         assert len(bad) >= 4 and {(key[0], reason) for key, reason in bad} == {("1", "shard_missing")}
         assert all(item.key and item.key[0] != "1" for item in items)
         assert server.times_asked(lost) == 1  # given up once, not at each sample

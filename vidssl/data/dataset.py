@@ -1,4 +1,4 @@
-"""What stands at a position of the training stream: a clip, after as many attempts as that takes."""
+"""Training clips: the sample at a position of a training stream, decoded, cut and augmented."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
+from einops import rearrange
 from pydantic import ConfigDict
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -16,11 +17,15 @@ from vidssl.core.errors import DecodeError, UserError
 from vidssl.data.augment import scale
 from vidssl.data.decoding import check_decoder, open_video, select_decoder
 from vidssl.data.decoding.base import Decoder, Video
-from vidssl.data.order import Stream, batches, make_order
+from vidssl.data.order import SampleOrder, batches
 from vidssl.data.sampling import Rule, repeated_positions, sample_clips, split_repeat
 from vidssl.data.shards import Sample, Shards
 
-ATTEMPTS = 20  # samples tried at one position before the run gives up
+MAX_ATTEMPTS = 20  # samples tried at one position before the run stops
+STREAM_STRIDE = 1 << 48  # position i of stream s has the global position s * STREAM_STRIDE + i
+MAX_CACHED_VIDEO_BYTES = 256 << 20  # decoded; a larger video is decoded clip by clip, even with a cache
+
+SelectFrames = Callable[[np.ndarray], np.ndarray]  # times f64 [n] in seconds -> frame indices i64 [T]
 
 
 class DecodeFailure(NamedTuple):
@@ -31,25 +36,27 @@ class DecodeFailure(NamedTuple):
 
 
 class Example(NamedTuple):
+    """One training clip."""
+
     position: int
     key: str
     label: int
     video: Tensor  # u8 [3, T, H, W]
-    bad: list[DecodeFailure]  # what could not be decoded and was replaced
+    failures: list[DecodeFailure]  # samples that were tried at this position before
 
 
 def first_decodable(position: int, attempt: Callable[[int, int], Example | DecodeFailure]) -> Example:
-    """attempt: (position, number) -> clip or why not; without a key: all of them failed."""
-    bad: list[DecodeFailure] = []
-    for number in range(ATTEMPTS):
-        got = attempt(position, number)
-        if isinstance(got, Example):
-            return got._replace(bad=bad)
-        bad.append(got)
-    return Example(position, "", -1, torch.empty(0), bad)
+    """Returns the first clip among MAX_ATTEMPTS attempts; an Example with an empty key if all fail.
 
-
-STREAM_STRIDE = 1 << 48  # positions from the start of one stream to that of the next
+    attempt: (position, number of the attempt) -> clip or failure.
+    """
+    failures: list[DecodeFailure] = []
+    for number in range(MAX_ATTEMPTS):
+        result = attempt(position, number)
+        if isinstance(result, Example):
+            return result._replace(failures=failures)
+        failures.append(result)
+    return Example(position, "", -1, torch.empty(0), failures)
 
 
 Weights = tuple[Positive, ...]
@@ -57,12 +64,14 @@ Weights = tuple[Positive, ...]
 
 @dataclass(frozen=True)
 class ExtraStream:
-    """A further stream of clips in every step: of another length, or images."""
+    """A further stream of clips in every step, for example of another length, or of images."""
 
     __pydantic_config__: ClassVar[ConfigDict] = {"extra": "forbid"}
-    train: Names  # as in Data, up to `rule`
+    train: Names  # as in DataConfig, up to `rule`
     frames: Count
-    clips: Count  # how many of the run.batch clips of a step are of this stream; a multiple of run.lanes x data.repeat
+    clips: (
+        Count  # of the run.batch clips of a step, those of this stream; a multiple of run.lanes x data.repeat
+    )
     stride: Count | None = None
     fps: Positive | None = None
     weights: Weights | None = None
@@ -74,51 +83,57 @@ class ExtraStream:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """The `data` section: what is read, and which frames make a clip."""
+    """The `data` section: which shards are read, and which frames make a clip."""
 
-    train: Names  # packed folders, or addresses of such (http, https, s3, ...)
-    frames: Count  # in a clip
-    stride: Count | None = None  # between them, in frames of the video
-    fps: Positive | None = None  # or in frames a second; give one of the two
-    rule: Rule = (
-        "exact"  # how stride and fps are meant; "vjepa": as V-JEPA's loader does, for published recipes
+    train: Names  # packed folders or their URLs (http, https, s3, ...); reader stream: see data/stream.py
+    frames: Count  # per clip
+    stride: Count | None = None  # between the frames of a clip, in frames of the video
+    fps: Positive | None = None  # frames per second of a clip; give either stride or fps
+    rule: Rule = "exact"  # meaning of stride and fps; vjepa: that of V-JEPA's loader, for published recipes
+    reader: Literal["indexed", "stream"] = "indexed"  # stream: for shards without an index (data/stream.py)
+    shuffle_buffer: Count = 256  # reader stream: samples, not yet decoded, that each loader process shuffles
+    weights: Weights | None = (
+        None  # share of the clips from each of `train`; None: proportional to their sizes
     )
-    weights: Weights | None = None  # share of the clips that are of each of `train`; None: by their sizes
-    extra_streams: tuple[ExtraStream, ...] = ()  # further streams
-    repeat: Count = (
-        1  # clips of a video that is decoded once (repeated augmentation): of a batch so many show the same
+    extra_streams: tuple[ExtraStream, ...] = ()
+    repeat: Count = 1  # clips per decoded video (repeated augmentation), all in the same batch
+    short_side: Count | None = (
+        None  # pixels; larger frames are scaled down to it after decoding; None: as stored
     )
-    short_side: Count | None = None  # pixels; larger frames are scaled to it when decoded; None: as stored
     decoder: Decoder = "auto"  # see decoding.select_decoder
     max_decode_error_rate: Share = 0.05  # fraction of samples that may fail to decode before the run stops
     on_missing: Literal["error", "skip"] = (
-        "error"  # a shard that is missing or changed; skip: its samples are bad
+        "error"  # missing or changed shard; skip: its samples fail to decode
     )
-    cache_dir: str | None = None  # where remote shards are kept; None: the user's cache folder
-    cache_gb: Positive = 100  # how much of them
-    decode_timeout_s: Positive = (
-        60  # seconds a sample may take to decode (with efficiency.decode_in_subprocess)
-    )
-    memory_mb: Count = 4096  # 2**20 bytes by which a sample may make its decoding process grow (the same)
+    cache_dir: str | None = None  # folder for remote shards; None: the user's cache folder
+    cache_gb: Positive = 100  # size limit of cache_dir, 10**9 bytes
+    decode_timeout_s: Positive = 60  # seconds per sample (with efficiency.decode_in_subprocess)
+    memory_mb: Count = 4096  # 2**20 bytes that a sample may add to the decoding process (as decode_timeout_s)
 
     def __post_init__(self) -> None:
         check_rate("data", self.stride, self.fps)
+        if self.reader == "stream":
+            unusable = (
+                ("weights", self.weights),
+                ("repeat", self.repeat > 1),
+                ("extra_streams", self.extra_streams),
+            )
+            if names := [f"data.{name}" for name, used in unusable if used]:
+                raise UserError(
+                    f"data.reader stream cannot serve {', '.join(names)}: it needs an index; "
+                    "run python -m data_prep.scan on the shards and use data.reader indexed"
+                )
 
     def streams(self) -> list["DataConfig"]:
-        """Each stream as if it were the only one."""
-        own = [f.name for f in dataclasses.fields(ExtraStream) if f.name != "clips"]
-        return [
-            self,
-            *(
-                dataclasses.replace(self, **{k: getattr(a, k) for k in own}, extra_streams=())
-                for a in self.extra_streams
-            ),
-        ]
+        """The configuration of each stream as if it were the only one."""
+        shared_fields = [f.name for f in dataclasses.fields(ExtraStream) if f.name != "clips"]
+        extra = [{name: getattr(s, name) for name in shared_fields} for s in self.extra_streams]
+        return [self, *(dataclasses.replace(self, **fields, extra_streams=()) for fields in extra)]
 
     def clips(self, batch: int) -> list[int]:
         """Clips of each stream in a global batch."""
-        also = [a.clips for a in self.extra_streams]
-        return [batch - sum(also), *also]
+        extra = [s.clips for s in self.extra_streams]
+        return [batch - sum(extra), *extra]
 
 
 def check_rate(where: str, stride: int | None, fps: float | None) -> None:
@@ -126,123 +141,147 @@ def check_rate(where: str, stride: int | None, fps: float | None) -> None:
         raise UserError(f"{where}: give either stride (in frames) or fps (frames a second)")
 
 
-WHOLE = 256 << 20  # bytes; a video is decoded as a whole for the cache only if its frames take less
+def decode_clip(
+    data: bytes,
+    ext: str,
+    meta: dict[str, Any],
+    select: SelectFrames,
+    decoder: Decoder,
+    short_side: int | None,
+) -> np.ndarray:
+    """Returns the selected frames u8 [T, H, W, 3], scaled down to `short_side`. data: the media bytes."""
+    with open_video(data, ext, meta, decoder) as video:
+        return scale(video.get(select(video.times)), short_side)
+
+
+def with_pyav_fallback(
+    decode: Callable[[Decoder], np.ndarray], ext: str, meta: dict[str, Any], decoder: Decoder
+) -> np.ndarray:
+    """Returns decode(decoder), or decode("pyav") if decord or torchcodec cannot decode the file."""
+    try:
+        return decode(decoder)
+    except DecodeError:
+        if select_decoder(ext, meta, decoder) not in ("decord", "torchcodec"):
+            raise
+        return decode("pyav")
 
 
 def do_nothing() -> None:
-    pass
+    """The default of callbacks, picklable."""
 
 
 class FrameCache:
-    """Whole decoded videos of this process, up to `limit` bytes; what does not fit is decoded clip by clip."""
+    """Reads clips; keeps whole decoded videos in this process, up to `limit` bytes."""
 
     def __init__(self, shards: Shards, short_side: int | None, limit: int, decoder: Decoder = "auto"):
         check_decoder(decoder)
-        self.shards, self.short_side, self.left, self.decoder = shards, short_side, limit, decoder
-        self.on_decode: Callable[[], None] = do_nothing  # called when a sample's bytes have been read
+        self.shards = shards
+        self.short_side = short_side
+        self.free_bytes = limit
+        self.decoder = decoder
+        self.on_decode: Callable[[], None] = do_nothing  # called when the bytes of a sample have been read
         self.videos: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
 
-    def clip(self, sample: Sample, pick: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-        """pick: times f64 [n] in seconds -> indices i64 [T]; returns frames u8 [T, H, W, 3]."""
+    def read_clip(self, sample: Sample, select: SelectFrames) -> np.ndarray:
+        """Returns the selected frames u8 [T, H, W, 3]."""
         if (sample.shard, sample.offset) not in self.videos:
             data = self.shards.read(sample)
             self.on_decode()
-            try:
-                return self._decode(sample, data, pick, self.decoder)
-            except DecodeError:
-                if select_decoder(sample.ext, sample.meta, self.decoder) not in ("decord", "torchcodec"):
-                    raise
-                return self._decode(sample, data, pick, "pyav")  # the decoder of last resort
+            return with_pyav_fallback(
+                lambda decoder: self._decode(sample, data, select, decoder),
+                sample.ext,
+                sample.meta,
+                self.decoder,
+            )
         frames, times = self.videos[sample.shard, sample.offset]
-        return frames[pick(times)]
+        return frames[select(times)]
 
-    def _decode(
-        self, sample: Sample, data: bytes, pick: Callable[[np.ndarray], np.ndarray], decoder: Decoder
-    ) -> np.ndarray:
-        with open_video(data, sample.ext, sample.meta, decoder) as video:
-            size = len(video) * video.size[0] * video.size[1] * 3
-            if size > WHOLE or self.left <= 0:
-                return scale(video.get(pick(video.times)), self.short_side)
-            if self._keep((sample.shard, sample.offset), video):
-                frames, times = self.videos[sample.shard, sample.offset]
-                return frames[pick(times)]
-        # Opened again, because a decoder that failed once may go on failing.
-        with open_video(data, sample.ext, sample.meta, decoder) as video:
-            return scale(video.get(pick(video.times)), self.short_side)
+    def _decode(self, sample: Sample, data: bytes, select: SelectFrames, decoder: Decoder) -> np.ndarray:
+        if self.free_bytes > 0:
+            with open_video(data, sample.ext, sample.meta, decoder) as video:
+                size = len(video) * video.size[0] * video.size[1] * 3
+                if size <= MAX_CACHED_VIDEO_BYTES and self._store((sample.shard, sample.offset), video):
+                    frames, times = self.videos[sample.shard, sample.offset]
+                    return frames[select(times)]
+        # Opened anew, since a decoder that failed once may go on failing.
+        return decode_clip(data, sample.ext, sample.meta, select, decoder, self.short_side)
 
-    def _keep(self, place: tuple[int, int], video: Video) -> bool:
-        """False if some frame does not decode: a clip of the others still may, as it would without a cache."""
+    def _store(self, place: tuple[int, int], video: Video) -> bool:
+        """Returns False if some frame does not decode: clips of other frames may still decode."""
         try:
             frames = scale(video.get(np.arange(len(video.times))), self.short_side)
         except DecodeError:
             return False
         self.videos[place] = frames, video.times
-        self.left -= frames.nbytes
+        self.free_bytes -= frames.nbytes
         return True
 
 
 class TrainClips(Dataset[Example]):
-    """Clip, crop and replacement at position g of a stream are functions of (shards, seed, g)."""
+    """The clips of one stream: clip, crop and replacement at a position are functions of (shards, seed, position)."""
 
     def __init__(
         self,
         shards: Shards,
-        order: Stream,
+        order: SampleOrder,
         data: DataConfig,
         augment: Callable,
         cache_bytes: int = 0,
-        number: int = 0,
+        stream: int = 0,
     ):
-        """number: of the stream, where a run has several."""
-        self.shards, self.order, self.data, self.augment, self.number = shards, order, data, augment, number
+        """stream: number of this stream, if a run has several."""
+        self.shards = shards
+        self.order = order
+        self.data = data
+        self.augment = augment
+        self.stream = stream
         self.cache = FrameCache(shards, data.short_side, cache_bytes, data.decoder)
-        self._decoded: tuple[Any, np.ndarray] = (
-            None,
-            np.empty(0),
-        )  # the last sample's clips u8 [repeat, T, H, W, 3]
+        # (positions, attempt) and clips u8 [repeat, T, H, W, 3] of the sample decoded last
+        self._last_decoded: tuple[Any, np.ndarray] = (None, np.empty(0))
 
-    def __getitem__(self, g: int) -> Example:
-        return first_decodable(g, self.attempt)
+    def __getitem__(self, position: int) -> Example:
+        return first_decodable(position, self.attempt)
 
-    def _sample(self, g: int, attempt: int) -> Sample:
-        p, _ = split_repeat(g, self.data.repeat, self.order.lanes)
-        return self.shards.sample(*(self.order.replacement(p, attempt) if attempt else self.order.at(p)))
+    def sample_at(self, position: int, attempt: int) -> Sample:
+        """Returns the sample that is tried at `position` after `attempt` failures."""
+        p, _ = split_repeat(position, self.data.repeat, self.order.lanes)
+        return self.shards.sample(*(self.order.replacement(p, attempt) if attempt else self.order.locate(p)))
 
-    def _rng(self, g: int) -> np.random.Generator:
-        """Of the clip at g; its first number is where in the video the clip starts."""
-        return np.random.default_rng((self.order.seed, 3, g + self.number * STREAM_STRIDE))
+    def _rng(self, position: int) -> np.random.Generator:
+        """Generator of the clip at `position`; its first number is the start of the clip within the video."""
+        return np.random.default_rng((self.order.seed, 3, position + self.stream * STREAM_STRIDE))
 
-    def _clips(self, g: int, attempt: int, sample: Sample) -> np.ndarray:
-        """All clips of the sample at g, decoded together: what one of them cannot show, none can."""
-        d, together = self.data, repeated_positions(g, self.data.repeat, self.order.lanes)
-        if self._decoded[0] != (together, attempt):
-            self._decoded = None, np.empty(0)  # so that they are not held beside the next ones
-            starts = [self._rng(copy).uniform() for copy in together]
+    def _decode_repeats(self, position: int, attempt: int, sample: Sample) -> np.ndarray:
+        """Returns all clips of the sample at `position`, decoded together: if one fails, all fail."""
+        d = self.data
+        positions = repeated_positions(position, d.repeat, self.order.lanes)
+        if self._last_decoded[0] != (positions, attempt):
+            self._last_decoded = None, np.empty(0)  # frees the clips before the next are decoded
+            starts = [self._rng(p).uniform() for p in positions]
             rate = {"frames": d.frames, "stride": d.stride, "fps": d.fps, "rule": d.rule}
-            frames = self.cache.clip(sample, lambda times: sample_clips(times, starts, **rate).ravel())
-            clips = frames.reshape(len(together), d.frames, *frames.shape[1:])
+            frames = self.cache.read_clip(sample, lambda times: sample_clips(times, starts, **rate).ravel())
+            clips = rearrange(frames, "(r t) h w c -> r t h w c", r=len(positions))
             if d.repeat == 1:
                 return clips
-            self._decoded = (together, attempt), clips
-        return self._decoded[1]
+            self._last_decoded = (positions, attempt), clips
+        return self._last_decoded[1]
 
-    def attempt(self, g: int, attempt: int) -> Example | DecodeFailure:
-        sample, rng, (_, copy) = (
-            self._sample(g, attempt),
-            self._rng(g),
-            split_repeat(g, self.data.repeat, self.order.lanes),
-        )
-        rng.uniform()  # the start
+    def attempt(self, position: int, attempt: int) -> Example | DecodeFailure:
+        sample = self.sample_at(position, attempt)
+        _, repeat = split_repeat(position, self.data.repeat, self.order.lanes)
+        rng = self._rng(position)
+        rng.uniform()  # the start of the clip
         try:
-            frames = self._clips(g, attempt, sample)[copy]
+            frames = self._decode_repeats(position, attempt, sample)[repeat]
         except DecodeError as e:
             return DecodeFailure(sample.key, e.reason)
-        position = g + self.number * STREAM_STRIDE
-        return Example(position, sample.key, sample.meta.get("label", -1), self.augment(frames, rng), [])
+        video = self.augment(frames, rng)
+        label = sample.meta.get("label", -1)
+        return Example(position + self.stream * STREAM_STRIDE, sample.key, label, video, [])
 
 
-class Streams(Dataset[Example]):
-    """Several streams; also what a decoding process does (`isolated_dataset.AttemptDataset`)."""
+class MultiStreamDataset(Dataset[Example]):
+    """The clips of all streams of a run, by global position."""
 
     def __init__(self, clips: list[TrainClips]):
         self.clips = clips
@@ -263,38 +302,21 @@ class Streams(Dataset[Example]):
         return self.clips[position // STREAM_STRIDE].attempt(position % STREAM_STRIDE, attempt)
 
     def key(self, position: int, attempt: int) -> str:
-        return self.clips[position // STREAM_STRIDE]._sample(position % STREAM_STRIDE, attempt).key
+        """Returns the key of the sample that is tried at `position` after `attempt` failures."""
+        return self.clips[position // STREAM_STRIDE].sample_at(position % STREAM_STRIDE, attempt).key
 
     def positions(
         self, start: int, stop: int, sizes: list[int], rank: int, world: int
     ) -> Iterator[list[int]]:
-        """Of process `rank` of `world` at steps start..stop-1; sizes: clips of each stream in a global batch.
+        """Yields the global positions of process `rank` of `world` at steps start..stop-1.
 
-        Clips of one video follow each other.
+        sizes: clips of each stream in a global batch. The clips of one video are neighbours.
         """
-        each = [
+        per_stream = [
             batches(start, stop, n, c.order.lanes, rank, world)
             for c, n in zip(self.clips, sizes, strict=True)
         ]
-        for parts in zip(*each, strict=True):
-            for c, part in zip(self.clips, parts, strict=True):
-                part.sort(key=lambda g, c=c: split_repeat(g, c.data.repeat, c.order.lanes))  # type: ignore[misc]
-            yield [i * STREAM_STRIDE + g for i, part in enumerate(parts) for g in part]
-
-
-def make_streams(
-    data: DataConfig,
-    shards: list[Shards],
-    augment: Callable,
-    seed: int,
-    lanes: int,
-    window: int,
-    cache_bytes: int,
-) -> Streams:
-    """shards: of each stream."""
-    streams = []
-    for i, (d, s) in enumerate(zip(data.streams(), shards, strict=True)):
-        sizes = [s.counts[s.folder_of == f] for f in range(len(s.folders))]
-        order = make_order(sizes, list(d.weights) if d.weights else None, seed, lanes, window, i)
-        streams.append(TrainClips(s, order, d, augment, cache_bytes // len(shards), i))
-    return Streams(streams)
+        for step in zip(*per_stream, strict=True):
+            for c, positions in zip(self.clips, step, strict=True):
+                positions.sort(key=lambda p, c=c: split_repeat(p, c.data.repeat, c.order.lanes))  # type: ignore[misc]
+            yield [s * STREAM_STRIDE + p for s, positions in enumerate(step) for p in positions]

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch.utils.data import Dataset
@@ -16,9 +16,9 @@ class AttemptDataset(Protocol):
 
     on_decode: Callable[[], None]
 
-    def attempt(self, position: int, attempt: int) -> Example | DecodeFailure: ...
+    def attempt(self, position: Any, attempt: int) -> Example | DecodeFailure: ...
 
-    def key(self, position: int, attempt: int) -> str: ...
+    def key(self, position: Any, attempt: int) -> str: ...
 
 
 class IsolatedDataset(Dataset[Example]):
@@ -46,7 +46,7 @@ class IsolatedDataset(Dataset[Example]):
     def __getitem__(self, position: int) -> Example:
         return first_decodable(position, self.attempt)
 
-    def attempt(self, position: int, attempt: int) -> Example | DecodeFailure:
+    def attempt(self, position: Any, attempt: int) -> Example | DecodeFailure:
         result = self.sandbox.run(position, attempt)
         if isinstance(result, Failure):
             return DecodeFailure(self.dataset.key(position, attempt), result.reason)

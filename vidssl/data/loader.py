@@ -1,11 +1,12 @@
-"""The training loader: position in the stream -> bytes -> frames -> uint8 clip; batches of them, in any worker.
+"""The training loader: batches of each stream of a run, step by step, from any number of processes and workers.
 
-A run may have several streams (clips of different lengths, images), each with an order of its own; a step takes so many
-clips of each. Positions of stream i are numbered from i * STREAM, so that one number says all.
+A run may have several streams (clips of different lengths, images), each with an order of its own. A step takes a fixed
+number of clips from each.
 """
 
+import hashlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -13,48 +14,100 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from vidssl.core.errors import UserError
-from vidssl.data.dataset import STREAM_STRIDE, DecodeFailure, Example, Streams, TrainClips
+from vidssl.core.io import print_stderr
+from vidssl.data.dataset import (
+    STREAM_STRIDE,
+    DataConfig,
+    DecodeFailure,
+    Example,
+    MultiStreamDataset,
+    TrainClips,
+)
 from vidssl.data.isolated_dataset import IsolatedDataset
+from vidssl.data.order import make_order
+from vidssl.data.shards import Shards
+from vidssl.data.stream import ClipDecoder, ShardUrls, StreamingDataset, StreamSettings
+
+MIN_SAMPLES_FOR_RATE = 200  # samples read before the rate of failures is judged
 
 
 class Batch(NamedTuple):
+    """Clips of one stream."""
+
     video: Tensor  # u8 [B, 3, T, H, W]
     label: Tensor  # i64 [B]
     position: Tensor  # i64 [B]
     key: list[str]
-    bad: list[DecodeFailure]
+    failures: list[DecodeFailure]  # samples that could not be decoded and were replaced
 
 
-def collate(items: list[Example]) -> Batch:
+def collate(examples: list[Example]) -> Batch:
     return Batch(
-        torch.stack([i.video for i in items]),
-        torch.tensor([i.label for i in items]),
-        torch.tensor([i.position for i in items]),
-        [i.key for i in items],
-        [b for i in items for b in i.bad],
+        torch.stack([e.video for e in examples]),
+        torch.tensor([e.label for e in examples]),
+        torch.tensor([e.position for e in examples]),
+        [e.key for e in examples],
+        [failure for e in examples for failure in e.failures],
     )
 
 
 class DecodeErrorMonitor:
-    """Counts what could not be decoded; stops the run when it is too much."""
+    """Counts decode failures by reason; raises UserError if their rate exceeds `limit`."""
 
     def __init__(self, limit: float):
-        self.limit, self.seen, self.reasons, self.last = limit, 0, Counter[str](), ""
+        self.limit = limit
+        self.samples = 0
+        self.reasons = Counter[str]()
+        self.last_key = ""
 
-    def add(self, positions: list[int], bad: list[tuple[str, str]], failed: bool) -> None:
-        self.seen += len(positions)
-        self.reasons.update(reason for _, reason in bad)
-        self.last = bad[-1][0] if bad else self.last
-        share = self.reasons.total() / self.seen
-        if failed or (self.seen >= 200 and share > self.limit):
+    def add(self, samples: int, failures: list[DecodeFailure], exhausted: bool) -> None:
+        """samples: number of clips read; exhausted: all attempts at some position have failed."""
+        self.samples += samples
+        self.reasons.update(failure.reason for failure in failures)
+        self.last_key = failures[-1].key if failures else self.last_key
+        rate = self.reasons.total() / self.samples
+        if exhausted or (self.samples >= MIN_SAMPLES_FOR_RATE and rate > self.limit):
             raise UserError(
-                f"{self.reasons.total()} of {self.seen} samples could not be decoded ({dict(self.reasons)}; last "
-                f"{self.last}): over data.max_decode_error_rate {self.limit}; python -m data_prep.verify names the files"
+                f"{self.reasons.total()} of {self.samples} samples could not be decoded ({dict(self.reasons)}; last "
+                f"{self.last_key}): over data.max_decode_error_rate {self.limit}; "
+                "python -m data_prep.verify names the files"
             )
 
 
+def open_shards(data: DataConfig) -> tuple[list[Shards] | ShardUrls, str]:
+    """Returns the shards of each stream (reader stream: their addresses), and a hash that names the data."""
+    if data.reader == "stream":
+        urls = ShardUrls(data)
+        return urls, urls.hash
+    shards = [Shards(d.train, d.cache_dir, d.cache_gb, d.on_missing) for d in data.streams()]
+    hashes = [s.hash for s in shards]
+    return shards, hashes[0] if len(hashes) == 1 else hashlib.sha256(" ".join(hashes).encode()).hexdigest()
+
+
+def make_streams(
+    data: DataConfig,
+    shards: list[Shards] | ShardUrls,
+    augment: Callable,
+    seed: int,
+    lanes: int,
+    window: int,
+    cache_bytes: int,
+) -> MultiStreamDataset | StreamingDataset:
+    """shards: from `open_shards`; lanes, window: see `Order`; cache_bytes: of decoded frames, for all streams."""
+    if isinstance(shards, ShardUrls):
+        if cache_bytes:
+            raise UserError("efficiency.cache_mb needs an index: it cannot be used with data.reader stream")
+        return StreamingDataset(shards, ClipDecoder(data, augment, seed), lanes)
+    streams = []
+    for i, (d, s) in enumerate(zip(data.streams(), shards, strict=True)):
+        sizes = [s.counts[s.folder_of == f] for f in range(len(s.folders))]
+        order = make_order(sizes, list(d.weights) if d.weights else None, seed, lanes, window, i)
+        streams.append(TrainClips(s, order, d, augment, cache_bytes // len(shards), i))
+    return MultiStreamDataset(streams)
+
+
 def train_steps(
-    streams: Streams,
+    streams: MultiStreamDataset | StreamingDataset,
     start: int,
     stop: int,
     sizes: list[int],
@@ -63,44 +116,59 @@ def train_steps(
     workers: int = 0,
     isolate: bool = False,
 ) -> Iterator[list[Batch]]:
-    """This process's part of steps start..stop-1, a batch of each stream, in order, whatever the number of workers.
+    """Yields a batch of each stream for steps start..stop-1: the clips of process `rank` of `world`.
 
-    sizes: clips of each stream in a global batch.
+    sizes: clips of each stream in a global batch. isolate: decode in a child process. With the indexed reader the
+    batches do not depend on `workers`.
     """
-    data = streams.clips[0].data
-    tally = DecodeErrorMonitor(data.max_decode_error_rate)
-    kept = sum(c.cache.left for c in streams.clips)
-    isolated = (
-        IsolatedDataset(streams, data.decode_timeout_s, data.memory_mb << 20, kept) if isolate else None
-    )
-    loader: Any = DataLoader(
-        isolated or streams,
-        batch_sampler=streams.positions(start, stop, sizes, rank, world),  # type: ignore[arg-type]
-        num_workers=workers,
-        collate_fn=list,  # items as they are, so that a position where all failed can be told from the others
-        prefetch_factor=4 if workers else None,
-    )
+    if isinstance(streams, StreamingDataset):
+        data = streams.decoder.data
+        settings = StreamSettings(start, stop, sizes[0], rank, world, isolate)
+        examples = _load_streamed(streams, settings, workers)
+    else:
+        data = streams.clips[0].data
+        positions = streams.positions(start, stop, sizes, rank, world)
+        examples = _load_indexed(streams, positions, workers, isolate)
+    monitor = DecodeErrorMonitor(data.max_decode_error_rate)
     try:
-        for items in loader:
-            bad = [b for i in items for b in i.bad]
-            tally.add([i.position for i in items], bad, failed=any(not i.key for i in items))
-            each = range(len(streams.clips))
-            yield [collate([i for i in items if i.position // STREAM_STRIDE == number]) for number in each]
+        for step in examples:
+            failures = [failure for e in step for failure in e.failures]
+            monitor.add(len(step), failures, exhausted=any(not e.key for e in step))
+            of_stream = [[e for e in step if e.position // STREAM_STRIDE == i] for i in range(len(sizes))]
+            yield [collate(group) for group in of_stream]
+    finally:
+        examples.close()
+
+
+def _load_indexed(
+    streams: MultiStreamDataset, positions: Iterator[list[int]], workers: int, isolate: bool
+) -> Any:
+    data = streams.clips[0].data
+    isolated = None
+    if isolate:
+        cached = sum(c.cache.free_bytes for c in streams.clips)
+        isolated = IsolatedDataset(streams, data.decode_timeout_s, data.memory_mb << 20, cached)
+    try:
+        yield from DataLoader(
+            isolated or streams,
+            batch_sampler=positions,  # type: ignore[arg-type]
+            num_workers=workers,
+            collate_fn=list,  # not stacked: an example whose attempts all failed has no video
+            prefetch_factor=4 if workers else None,
+        )
     finally:
         if isolated:
             isolated.close()
 
 
-def train_batches(
-    clips: TrainClips,
-    start: int,
-    stop: int,
-    batch: int,
-    rank: int,
-    world: int,
-    workers: int,
-    isolate: bool = False,
-) -> Iterator[Batch]:
-    """`train_steps` of a run with one stream."""
-    for (one,) in train_steps(Streams([clips]), start, stop, [batch], rank, world, workers, isolate):
-        yield one
+def _load_streamed(streams: StreamingDataset, settings: StreamSettings, workers: int) -> Any:
+    streams.settings = settings
+    if settings.rank == 0:
+        print_stderr(streams.describe(workers))
+    yield from DataLoader(
+        streams,
+        batch_size=None,  # the data set yields whole batches
+        num_workers=workers,
+        collate_fn=list,
+        prefetch_factor=4 if workers else None,
+    )

@@ -114,7 +114,7 @@ def _attempt(url: str, out: BinaryIO, size: int | None) -> str:
         if e.code < 500 and e.code not in (408, 429):
             raise ShardError(f"{shown(url)}: the server answers {e.code} {e.reason}") from e
         return f"the server answers {e.code} {e.reason}"
-    except _network_errors() as e:
+    except network_errors() as e:
         return str(e) or type(e).__name__
     want = total if size is None else size
     return "" if want in (out.tell(), None) else f"the connection ended after {out.tell()} of {want} bytes"
@@ -177,7 +177,7 @@ def _from_fsspec(url: str, at: int) -> tuple[int, int | None, Iterator[bytes]]:
     )
 
 
-def _network_errors() -> tuple[type[Exception], ...]:
+def network_errors() -> tuple[type[Exception], ...]:
     """What a bad connection raises; the packages behind fsspec have errors of their own."""
     found: list[type[Exception]] = [OSError, http.client.HTTPException, asyncio.TimeoutError]
     for module, name in (("botocore.exceptions", "BotoCoreError"), ("aiohttp", "ClientError")):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vidssl.core.pixels import normalise
-from vidssl.data.dataset import DataConfig, Streams
+from vidssl.data.dataset import DataConfig, MultiStreamDataset
 from vidssl.data.loader import Batch, train_steps
 from vidssl.data.shards import Sample, Shards
 from vidssl.evaluation.evaluate import LabelledFeatures, check_readable
@@ -132,7 +132,7 @@ class Finetuner:
                 metrics = self.step(state, batch, mixer, done - 1, preemption, log)
                 preempted = bool(metrics.pop("stop"))
                 seconds = time.perf_counter() - clock
-                bad.add(*({"step": done, "key": key, "reason": reason} for key, reason in batch.bad))
+                bad.add(*({"step": done, "key": key, "reason": reason} for key, reason in batch.failures))
                 epoch = self.end_epoch(done) if done % self.steps_per_epoch == 0 else None
                 if log:
                     self.write_log(log, state, {"step": done, **metrics}, seconds, waited, epoch)
@@ -187,7 +187,7 @@ class Finetuner:
         shards = self.splits.shards["train"]
         clips = LabelledClips(self.splits.task.label, shards, order, clip, augment, cache_bytes)
         return train_steps(
-            Streams([clips]),
+            MultiStreamDataset([clips]),
             start,
             self.steps,
             [cfg.tune.batch * cfg.tune.repeat],
@@ -215,7 +215,7 @@ class Finetuner:
         video = normalise(batch.video.to(strategy.device), self.pixels)
         loss = self.forward_backward(*mixer(video, batch, step))
         grad_norm = strategy.clip(self.model, self.optim, step)
-        flags = {"bad": float(len(batch.bad)), "stop": float(preemption.requested)}
+        flags = {"bad": float(len(batch.failures)), "stop": float(preemption.requested)}
         metrics = strategy.reduce({"loss": loss, "grad_norm": grad_norm}, flags)
         reason = state.guard.reason_to_skip(metrics)
         if reason is None:

@@ -183,11 +183,11 @@ class SubsetOrder:
         # one "shard" per sample, so that the whole subset is shuffled
         self.order = Order(np.ones(len(places), np.int64), seed, lanes)
 
-    def at(self, g: int) -> tuple[int, int]:
-        return self.places[self.order.at(g)[0]]
+    def locate(self, position: int) -> tuple[int, int]:
+        return self.places[self.order.locate(position)[0]]
 
-    def replacement(self, g: int, attempt: int) -> tuple[int, int]:
-        return self.places[self.order.replacement(g, attempt)[0]]
+    def replacement(self, position: int, attempt: int) -> tuple[int, int]:
+        return self.places[self.order.replacement(position, attempt)[0]]
 
 
 class LabelledClips(TrainClips):
@@ -197,8 +197,8 @@ class LabelledClips(TrainClips):
         super().__init__(*args)
         self.label_set = label_set
 
-    def _sample(self, g: int, attempt: int) -> Sample:
-        sample = super()._sample(g, attempt)
+    def sample_at(self, position: int, attempt: int) -> Sample:
+        sample = super().sample_at(position, attempt)
         return sample._replace(meta={**sample.meta, "label": class_of(sample, self.label_set)})
 
 

@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from training_clips import copy_with_damage, make_clips
+from training_clips import copy_with_damage, make_clips, train_batches
 
 from data_prep import pack
 from vidssl.core.errors import DecodeError, UserError
 from vidssl.data.augment import PLACES, CenterCrop, MultiScaleCrop, RandomCrop, scale
-from vidssl.data.dataset import DataConfig, Example, FrameCache, TrainClips
+from vidssl.data.dataset import DataConfig, DecodeFailure, Example, FrameCache, TrainClips
 from vidssl.data.decoding import check_decoder, open_video, select_decoder
-from vidssl.data.loader import DecodeErrorMonitor, train_batches
+from vidssl.data.loader import DecodeErrorMonitor
 from vidssl.data.shards import Shards
 
 HEIGHT, WIDTH = 120, 200
@@ -194,15 +194,20 @@ def test_the_same_item_before_and_after_others(train):
     assert all(same(clips[g], item) for g, item in zip(wanted, first, strict=True))
     assert all(same(make_clips(train)[g], item) for g, item in zip(wanted, first, strict=True))
     for g, item in zip(wanted, first, strict=True):
-        sample = clips.shards.sample(*clips.order.at(g))
-        assert (item.position, item.key, item.label, item.bad) == (g, sample.key, sample.meta["label"], [])
+        sample = clips.shards.sample(*clips.order.locate(g))
+        assert (item.position, item.key, item.label, item.failures) == (
+            g,
+            sample.key,
+            sample.meta["label"],
+            [],
+        )
         assert item.video.shape == (3, 4, 32, 32) and item.video.dtype == torch.uint8
 
 
 def test_another_seed_cuts_otherwise(train):
     one, other = make_clips(train, seed=3), make_clips(train, seed=4)
     meet = [
-        g for g in range(600) if one.order.at(g) == other.order.at(g)
+        g for g in range(600) if one.order.locate(g) == other.order.locate(g)
     ]  # the same sample at the same position
     assert len(meet) > 3 and not any(one[g].video.equal(other[g].video) for g in meet)
 
@@ -218,13 +223,13 @@ def test_a_sample_seen_again_is_cut_anew(train):
 
 def test_the_rule_for_frames_reaches_the_clips(train, monkeypatch):
     picked = []
-    pick = FrameCache.clip
+    pick = FrameCache.read_clip
 
     def spy(self, sample, choice):
         picked.append(choice(np.arange(40) / 25).tolist())
         return pick(self, sample, choice)
 
-    monkeypatch.setattr(FrameCache, "clip", spy)
+    monkeypatch.setattr(FrameCache, "read_clip", spy)
     for rule in ("exact", "vjepa"):
         for g in range(20):
             make_clips(train, rule=rule, stride=3)[g]
@@ -280,7 +285,7 @@ def test_the_cache_changes_nothing_for_a_video_that_decodes_in_part(train, tmp_p
     (folder / "index.json").write_text(json.dumps(index))
     plain, kept = make_clips(folder), make_clips(folder, cache=1 << 30)
     assert all(same(plain[g], kept[g]) for g in range(480))
-    bad = [b for g in range(480) for b in plain[g].bad]  # of the 8 clips of it
+    bad = [b for g in range(480) for b in plain[g].failures]  # of the 8 clips of it
     assert set(bad) == {(lines[0]["key"], "decode_error")} and 1 <= len(bad) <= 7
 
 
@@ -338,10 +343,12 @@ def test_repeated_clips_share_a_decoding_and_are_functions_of_their_position(tra
 
 def test_clips_of_a_video_are_replaced_together(train, tmp_path):
     clips = make_clips(
-        copy_with_damage(train, tmp_path / "bad", {make_clips(train).order.at(1): 0.0}), repeat=2
+        copy_with_damage(train, tmp_path / "bad", {make_clips(train).order.locate(1): 0.0}), repeat=2
     )
     items = [clips[g] for g in (1, 5)]  # lanes are 4: the two clips of the sample at 1
-    assert [len(i.bad) for i in items] == [1, 1] and items[0].key == items[1].key != make_clips(train)[1].key
+    assert [len(i.failures) for i in items] == [1, 1] and items[0].key == items[1].key != make_clips(train)[
+        1
+    ].key
 
 
 def test_an_undecodable_sample_is_replaced_and_told(train, tmp_path):
@@ -351,7 +358,7 @@ def test_an_undecodable_sample_is_replaced_and_told(train, tmp_path):
     for g in range(120):
         item = clips[g]
         if sound[g].key == key:
-            assert item.bad == [(key, "not_a_video")] and item.key != key and item.position == g
+            assert item.failures == [(key, "not_a_video")] and item.key != key and item.position == g
             assert item.key == clips.shards.sample(*clips.order.replacement(g, 1)).key
             assert item.label == clips.shards.sample(*clips.order.replacement(g, 1)).meta["label"]
             replaced[g] = item
@@ -361,7 +368,7 @@ def test_an_undecodable_sample_is_replaced_and_told(train, tmp_path):
     for cache in (0, 1 << 30):
         assert all(same(make_clips(folder, cache=cache)[g], item) for g, item in replaced.items())
     batches = list(train_batches(make_clips(folder), 0, 15, 8, 0, 1, 2))
-    assert [b for batch in batches for b in batch.bad] == [(key, "not_a_video")] * 2
+    assert [b for batch in batches for b in batch.failures] == [(key, "not_a_video")] * 2
 
 
 def test_a_run_with_too_many_bad_samples_is_stopped(train, tmp_path):
@@ -389,17 +396,19 @@ def test_a_run_in_which_nothing_decodes_is_stopped_at_once(train, tmp_path):
         next(train_batches(make_clips(folder, max_decode_error_rate=1.0), 0, 1, 8, 0, 1, 0))
 
 
-def test_tally_keeps_to_its_share():
-    bad = [("a", "empty")]
-    tally = DecodeErrorMonitor(0.05)
+def test_decode_error_rate_is_limited():
+    failure = DecodeFailure("a", "empty")
+    monitor = DecodeErrorMonitor(0.05)
     for n in range(20):
-        tally.add([0] * 10, bad if n % 2 else [], failed=False)  # 10 of 200: exactly the share
+        monitor.add(10, [failure] * (n % 2), exhausted=False)  # 10 of 200: exactly the limit
     with pytest.raises(UserError, match=r"11 of 201 .*\{'empty': 11\}; last a"):
-        tally.add([0], bad, failed=False)
-    tally = DecodeErrorMonitor(0.05)
-    tally.add([0] * 199, bad * 50, failed=False)  # too few to judge
+        monitor.add(1, [failure], exhausted=False)
+    monitor = DecodeErrorMonitor(0.05)
+    monitor.add(199, [failure] * 50, exhausted=False)  # too few samples to judge
     with pytest.raises(UserError, match=r"50 of 200 .*last a"):
-        tally.add([0], [], failed=False)  # judged at a batch with none
+        monitor.add(1, [], exhausted=False)  # judged at a batch without failures
+    with pytest.raises(UserError, match=r"20 of 1 "):
+        DecodeErrorMonitor(1.0).add(1, [failure] * 20, exhausted=True)
 
 
 def test_data_wants_stride_or_fps():
@@ -420,7 +429,7 @@ def test_a_picture_is_a_clip_of_one_frame_repeated(make_image, tmp_path):
     for settings in ({"stride": 2}, {"stride": None, "fps": 5.0}):
         clips = make_clips(tmp_path / "out", **settings)
         items = [clips[g] for g in range(6)]
-        assert sorted(i.label for i in items) == [0, 0, 0, 1, 1, 1] and not any(i.bad for i in items)
+        assert sorted(i.label for i in items) == [0, 0, 0, 1, 1, 1] and not any(i.failures for i in items)
         for item in items:
             assert item.video.shape == (3, 4, 32, 32)
             assert all(item.video[:, t].equal(item.video[:, 0]) for t in range(4))
@@ -481,8 +490,8 @@ def test_frame_cache_counts_bytes(train):
     shards = Shards([str(train)])
     cache = FrameCache(shards, None, 1 << 30)
     for sample in shards.all()[:5]:
-        assert cache.clip(sample, lambda times: np.array([0, len(times) - 1])).shape == (2, 48, 48, 3)
-    assert (1 << 30) - cache.left == 5 * 24 * 48 * 48 * 3
+        assert cache.read_clip(sample, lambda times: np.array([0, len(times) - 1])).shape == (2, 48, 48, 3)
+    assert (1 << 30) - cache.free_bytes == 5 * 24 * 48 * 48 * 3
 
 
 # --- decoders ---
@@ -509,7 +518,7 @@ def test_decoders_agree_to_within_two_grey_levels(decoder, proven):
     assert {select_decoder(s.ext, s.meta, decoder) for s in clips.shards.all()} == {decoder}
     for g in range(24):
         got, auto = clips[g], want[g]
-        assert got.key == auto.key and not got.bad
+        assert got.key == auto.key and not got.failures
         assert abs(got.video.float() - auto.video.float()).mean() < 2
 
 

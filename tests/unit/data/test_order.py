@@ -5,13 +5,13 @@ import pickle
 import numpy as np
 import pytest
 
-from tools.bench_order import neighbours, resident_mb, shown_once
+from tools.bench_order import covers_epoch, neighbours, resident_mb
 from vidssl.core.errors import UserError
 from vidssl.data.order import Mixture, Order, batches, check_split, interleave, make_order
 
 
 def flat(order: Order, g: int) -> int:
-    shard, number = order.at(g)
+    shard, number = order.locate(g)
     assert 0 <= number < order.counts[shard]
     return int(order.counts[:shard].sum()) + number
 
@@ -31,7 +31,7 @@ def test_every_epoch_is_a_permutation(seed):
 def test_lanes_are_equal_to_within_one():
     order = Order([1, 50, 3, 7], 0, lanes=8)
     for epoch in range(5):
-        sizes = np.diff(order._lay_out(epoch).starts)
+        sizes = np.diff(order._make_layout(epoch).lane_starts)
         assert sizes.sum() == order.n
         assert sizes.max() - sizes.min() <= 1
 
@@ -39,7 +39,7 @@ def test_lanes_are_equal_to_within_one():
 def test_epochs_and_seeds_differ_and_calls_do_not():
     def epoch(seed, e):
         order = Order([20] * 5, seed, lanes=4)
-        return [order.at(e * 100 + p) for p in range(100)]
+        return [order.locate(e * 100 + p) for p in range(100)]
 
     assert epoch(0, 0) == epoch(0, 0)
     assert epoch(0, 0) != epoch(0, 1)
@@ -48,8 +48,8 @@ def test_epochs_and_seeds_differ_and_calls_do_not():
 
 def test_positions_do_not_depend_on_who_asks_or_when():
     backwards, forwards = Order([13, 4, 9], 3, 4, 5), Order([13, 4, 9], 3, 4, 5)
-    asked = [forwards.at(g) for g in range(100)]
-    assert [backwards.at(g) for g in reversed(range(100))] == asked[::-1]
+    asked = [forwards.locate(g) for g in range(100)]
+    assert [backwards.locate(g) for g in reversed(range(100))] == asked[::-1]
 
 
 @pytest.mark.parametrize("world", [1, 2, 4, 8])
@@ -67,7 +67,7 @@ def test_a_process_reads_few_shards_at_a_time():
     mine = [
         g for step in batches(0, 100, 8, 8, rank=0, world=8) for g in step
     ]  # one lane: 100 samples, of 1000
-    assert len({order.at(g)[0] for g in mine}) <= 4
+    assert len({order.locate(g)[0] for g in mine}) <= 4
 
 
 def test_samples_are_well_mixed_within_a_lane():
@@ -108,7 +108,7 @@ def mixture(weights: list[float], lanes: int = 8, seed: int = 0) -> Mixture:
 
 
 def corpora(order: Mixture, positions: range) -> np.ndarray:
-    return np.array([order._own(g)[0] for g in positions])
+    return np.array([order.corpus_position(g)[0] for g in positions])
 
 
 def deviation(shown: np.ndarray, weights: list[float]) -> float:
@@ -138,8 +138,11 @@ def test_every_corpus_of_a_mixture_has_epochs_of_its_own(weights):
     order = mixture(weights)
     shown: list[list[tuple[int, int]]] = [[] for _ in weights]
     for g in range(8 * 400):
-        corpus, own = order._own(g)
-        assert order.orders[corpus].at(own) == (order.at(g)[0] - order.firsts[corpus], order.at(g)[1])
+        corpus, own = order.corpus_position(g)
+        assert order.orders[corpus].locate(own) == (
+            order.locate(g)[0] - order.first_shards[corpus],
+            order.locate(g)[1],
+        )
         shown[corpus].append((own, g))
     for each in shown:
         owns = sorted(own for own, _ in each)
@@ -151,18 +154,20 @@ def test_every_corpus_of_a_mixture_has_epochs_of_its_own(weights):
 
 def test_a_mixture_is_a_function_of_the_position():
     order, again = mixture([0.5, 0.3, 0.2]), pickle.loads(pickle.dumps(mixture([0.5, 0.3, 0.2])))
-    assert [order.at(g) for g in range(400)] == [again.at(g) for g in reversed(range(400))][::-1]
+    assert [order.locate(g) for g in range(400)] == [again.locate(g) for g in reversed(range(400))][::-1]
     for g in range(200):  # what replaces a sample is of its corpus
-        first, second = order.at(g), order.replacement(g, 1)
+        first, second = order.locate(g), order.replacement(g, 1)
         assert second == again.replacement(g, 1)
-        assert len({int(np.searchsorted(order.firsts, s, side="right")) for s, _ in (first, second)}) == 1
+        assert (
+            len({int(np.searchsorted(order.first_shards, s, side="right")) for s, _ in (first, second)}) == 1
+        )
 
 
 def test_equal_corpora_are_not_shuffled_alike():
     order = make_order([np.full(20, 5)] * 2, [1, 1], 0, 4, 50)
     own = [[], []]
     for g in range(200):
-        shard, number = order.at(g)
+        shard, number = order.locate(g)
         own[shard // 20].append((shard % 20, number))
     assert len(own[0]) == len(own[1]) and own[0] != own[1]
 
@@ -170,7 +175,7 @@ def test_equal_corpora_are_not_shuffled_alike():
 def test_without_weights_it_is_one_corpus():
     sizes = [np.array([3, 4]), np.array([5])]
     plain, joined = Order([3, 4, 5], 7, 4, 10), make_order(sizes, None, 7, 4, 10)
-    assert [plain.at(g) for g in range(50)] == [joined.at(g) for g in range(50)]
+    assert [plain.locate(g) for g in range(50)] == [joined.locate(g) for g in range(50)]
 
 
 def test_wrong_weights():
@@ -189,15 +194,15 @@ def test_wrong_weights():
 def test_simulation_of_many_processes():
     counts = np.random.default_rng(0).integers(50, 151, 400)
     order = Order(counts, 0, lanes=1024, window=128)
-    assert shown_once(order, epoch=0) and shown_once(order, epoch=3)
-    want = [sorted(order.at(g) for g in range(2048 * s, 2048 * (s + 1))) for s in range(2)]
+    assert covers_epoch(order, epoch=0) and covers_epoch(order, epoch=3)
+    want = [sorted(order.locate(g) for g in range(2048 * s, 2048 * (s + 1))) for s in range(2)]
     for world in (1, 8, 64, 1024):
         own = [
             Order(counts, 0, lanes=1024, window=128) for _ in range(min(world, 2))
         ]  # processes share nothing
         for step in range(2):
             mine = [next(batches(step, step + 1, 2048, 1024, r, world)) for r in range(world)]
-            parts = [own[r % len(own)].at(g) for r in range(world) for g in mine[r]]
+            parts = [own[r % len(own)].locate(g) for r in range(world) for g in mine[r]]
             assert sorted(parts) == want[step]
 
 
@@ -213,7 +218,7 @@ def test_many_lanes_take_little_memory():
     before = resident_mb()
     order = Order(np.full(100_000, 1000), 0, lanes=1024)
     for g in range(1024 * 3):
-        order.at(g)
+        order.locate(g)
     assert resident_mb() - before < 60
 
 

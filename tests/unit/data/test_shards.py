@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from manifest import line, make_manifest
+from training_clips import train_batches
 
 from data_prep import scan
 from vidssl.core.errors import DecodeError, UserError
@@ -19,7 +20,6 @@ from vidssl.data import shards as shards_module
 from vidssl.data.augment import RandomCrop
 from vidssl.data.dataset import DataConfig, TrainClips
 from vidssl.data.format import parse_index, read_index, shard_table
-from vidssl.data.loader import train_batches
 from vidssl.data.order import Order
 from vidssl.data.shards import IndexLines, Shards
 
@@ -106,7 +106,7 @@ def test_a_skipped_shard_is_bad_samples_under_max_bad(pictures, damage):
         return TrainClips(shards, Order(shards.counts, 0, lanes=4), data, RandomCrop(16))
 
     got = list(train_batches(clips(1.0), 0, 60, 4, 0, 1, 0))
-    bad = [b for batch in got for b in batch.bad]
+    bad = [b for batch in got for b in batch.failures]
     assert len(bad) >= 60 and {reason for _, reason in bad} == {
         DAMAGES[damage][0]
     }  # 5 of 20 samples, 12 epochs

@@ -17,8 +17,8 @@ from vidssl.core.errors import UserError
 from vidssl.core.pixels import normalise
 from vidssl.core.rng import KeyedRNG
 from vidssl.data.augment import RandomCrop
-from vidssl.data.dataset import STREAM_STRIDE, DataConfig, ExtraStream, Streams, make_streams
-from vidssl.data.loader import Batch, train_steps
+from vidssl.data.dataset import STREAM_STRIDE, DataConfig, ExtraStream, MultiStreamDataset
+from vidssl.data.loader import Batch, make_streams, train_steps
 from vidssl.data.shards import Shards
 from vidssl.objective.masks import MASKS
 from vidssl.train import forward_backward
@@ -36,7 +36,7 @@ def corpora(synthetic_shards) -> list[str]:
     return [str(synthetic_shards / name) for name in ("train", "test")]  # 60 and 30 samples
 
 
-def streams_of(data: DataConfig, seed: int = 0) -> Streams:
+def streams_of(data: DataConfig, seed: int = 0) -> MultiStreamDataset:
     return make_streams(data, [Shards(d.train) for d in data.streams()], RandomCrop(16), seed, 4, 10, 0)
 
 

@@ -1,0 +1,263 @@
+"""Reads shards that have no index, with webdataset: `data.reader: stream`.
+
+data.train lists tars: paths, folders of tars, brace patterns (shards-{000000..000099}.tar), http(s)://, s3:// and other
+fsspec addresses, or pipe: commands. webdataset shuffles the shards, splits them over processes and loader workers, and
+shuffles samples in a buffer; decoding, frame sampling and augmentation are those of the indexed reader. The order depends
+on the numbers of processes and workers, and a run that is continued starts a new pass over newly shuffled shards.
+"""
+
+import hashlib
+import tarfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from random import Random
+from typing import Any, NamedTuple
+
+import fsspec
+import numpy as np
+import webdataset as wds
+from torch.utils.data import IterableDataset, get_worker_info
+from webdataset.gopen import gopen
+from webdataset.shardlists import expand_urls
+from webdataset.tariterators import group_by_keys, tar_file_expander
+
+from vidssl.core.errors import DecodeError, UserError
+from vidssl.data.dataset import (
+    MAX_ATTEMPTS,
+    DataConfig,
+    DecodeFailure,
+    Example,
+    decode_clip,
+    do_nothing,
+    first_decodable,
+    with_pyav_fallback,
+)
+from vidssl.data.format import parse_meta, select_media
+from vidssl.data.isolated_dataset import IsolatedDataset
+from vidssl.data.order import batches
+from vidssl.data.remote import is_url, network_errors, shown
+from vidssl.data.sampling import sample_indices
+
+DAMAGED_TAR = (tarfile.TarError, EOFError, ValueError, zlib.error)
+
+
+class ShardUrls:
+    """The tars that data.train names. `hash` covers their names, since nothing is known of their contents."""
+
+    def __init__(self, data: DataConfig):
+        self.urls = [url for entry in data.train for url in expand_entry(entry)]
+        missing = [url for url in self.urls if is_path(url) and not Path(url).is_file()]
+        if missing and data.on_missing == "error":
+            raise UserError(f"{missing[0]}: no such shard ({len(missing)} of {len(self.urls)} are missing)")
+        names = [shown(url).rpartition("/")[2] for url in self.urls]
+        self.hash = hashlib.sha256("\n".join(["stream", *names]).encode()).hexdigest()
+
+
+def is_path(url: str) -> bool:
+    return not (url.startswith("pipe:") or is_url(url))
+
+
+def expand_entry(entry: str) -> list[str]:
+    """Returns the tars of one entry of data.train."""
+    if is_path(entry) and Path(entry).is_dir():
+        tars = sorted(str(path) for path in Path(entry).glob("*.tar"))
+        if not tars:
+            raise UserError(f"{entry}: no .tar file in it")
+        return tars
+    return expand_urls(entry)
+
+
+class StreamSettings(NamedTuple):
+    """What a process needs to read its part of steps start..stop-1."""
+
+    start: int
+    stop: int
+    batch: int  # clips of a step, over all processes
+    rank: int
+    world: int  # number of processes
+    isolate: bool  # decode in a child process
+
+
+class ClipDecoder:
+    """Decodes streamed samples; an `AttemptDataset` whose positions are (position, sample) pairs."""
+
+    def __init__(self, data: DataConfig, augment: Callable, seed: int):
+        self.data = data
+        self.augment = augment
+        self.seed = seed
+        self.on_decode: Callable[[], None] = do_nothing
+
+    def key(self, job: tuple[int, dict[str, Any]], attempt: int = 0) -> str:
+        return job[1]["__key__"]
+
+    def attempt(self, job: tuple[int, dict[str, Any]], attempt: int = 0) -> Example | DecodeFailure:
+        """sample: lower-case extension -> bytes, and "__key__". Clip and augmentation depend on (seed, position)."""
+        position, sample = job
+        self.on_decode()
+        d = self.data
+        key = self.key(job)
+        media = select_media(sample)
+        if media is None:
+            return DecodeFailure(key, "no_media")
+        ext, payload = media
+        rng = np.random.default_rng((self.seed, 3, position))
+        start = rng.uniform()
+        try:
+            meta = parse_meta(key, sample.get("json"), sample.get("cls"))
+            frames = with_pyav_fallback(
+                lambda decoder: decode_clip(
+                    payload,
+                    ext,
+                    meta,
+                    lambda times: sample_indices(times, d.frames, d.stride, d.fps, start, d.rule),
+                    decoder,
+                    d.short_side,
+                ),
+                ext,
+                meta,
+                d.decoder,
+            )
+        except DecodeError as e:
+            return DecodeFailure(key, e.reason)
+        except UserError:  # of parse_meta
+            return DecodeFailure(key, "bad_metadata")
+        label = meta.get("label", -1)
+        return Example(position, key, label if isinstance(label, int) else -1, self.augment(frames, rng), [])
+
+
+class StreamingDataset(IterableDataset[list[Example]]):
+    """Yields this process's clips of each step, in order; with loader workers, each yields its share of the steps."""
+
+    def __init__(self, shards: ShardUrls, decoder: ClipDecoder, lanes: int):
+        self.shards = shards
+        self.decoder = decoder
+        self.lanes = lanes
+        self.settings = StreamSettings(0, 0, 0, 0, 1, False)
+
+    def describe(self, workers: int) -> str:
+        """Returns the line that is printed when a run starts or continues."""
+        s = self.settings
+        readers = s.world * max(1, workers)
+        line = f"data.reader stream: {len(self.shards.urls)} shards, {readers} loader processes; "
+        line += "the order of samples depends on the numbers of processes and workers"
+        if s.start:
+            line += f"; continued at step {s.start} with newly shuffled shards, not at the sample where it stopped"
+        else:
+            line += ", and a run that is continued starts a new pass over the shards"
+        if len(self.shards.urls) < readers:
+            line += "; fewer shards than loader processes: each draws shards at random, with replacement"
+        return line
+
+    def __iter__(self) -> Iterator[list[Example]]:
+        s = self.settings
+        worker = get_worker_info()
+        worker_id, workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        steps = batches(s.start, s.stop, s.batch, self.lanes, s.rank, s.world)
+        samples = self.samples(s.rank * workers + worker_id, s.world * workers)
+        data = self.decoder.data
+        isolated = (
+            IsolatedDataset(self.decoder, data.decode_timeout_s, data.memory_mb << 20) if s.isolate else None
+        )
+        attempt = (isolated or self.decoder).attempt
+
+        def next_clip(position: int, _: int) -> Example | DecodeFailure:
+            sample = next(samples)
+            return sample if isinstance(sample, DecodeFailure) else attempt((position, sample), 0)
+
+        try:
+            for positions in islice(steps, worker_id, None, workers):
+                yield [first_decodable(position, next_clip) for position in positions]
+        finally:
+            if isolated:
+                isolated.close()
+
+    def samples(self, reader: int, readers: int) -> Iterator[dict[str, Any] | DecodeFailure]:
+        """Yields the samples, without end, of loader process `reader` of `readers`, and failures to read shards."""
+        urls = self.shards.urls
+        seed = Random(f"{self.decoder.seed} {self.settings.start}").getrandbits(32)
+        failures = ShardFailures(self.decoder.data.on_missing == "error")
+        if len(urls) < readers:
+            shards = [wds.ResampledShards(urls, seed=seed, worker_seed=lambda: reader, deterministic=True)]
+        else:  # all loader processes shuffle alike, and then each takes its part, another one in each epoch
+            shards = [
+                wds.SimpleShardList(urls),
+                wds.detshuffle(len(urls), len(urls), seed=seed),
+                lambda source: islice(source, reader, None, readers),
+            ]
+        buffer = self.decoder.data.shuffle_buffer
+        pipeline = wds.DataPipeline(
+            *shards,
+            partial(open_shards, failures=failures),
+            partial(tar_file_expander, handler=failures),
+            partial(group_by_keys, handler=failures),
+            failures.watch,
+            wds.shuffle(buffer, initial=buffer, rng=Random(seed + reader)),
+        ).repeat()
+        for sample in pipeline:
+            yield from failures.pop()
+            yield sample
+        raise UserError(
+            f"{shown(urls[0])}: no sample can be read from this shard or the {len(urls) - 1} others"
+        )
+
+
+class ShardFailures:
+    """The exception handler of webdataset's stages: counts what cannot be read, and goes on with the next shard."""
+
+    def __init__(self, strict: bool):
+        """strict: a shard that cannot be opened is an error."""
+        self.strict = strict
+        self.shard = ""  # that is being read
+        self._pending: list[DecodeFailure] = []
+        self._in_a_row = 0
+
+    def __call__(self, error: Exception) -> bool:
+        if not isinstance(error, (*network_errors(), *DAMAGED_TAR)):
+            raise error
+        self._add("shard_damaged", error)
+        return True
+
+    def missing(self, error: Exception) -> None:
+        """The shard cannot be opened."""
+        if self.strict:
+            raise UserError(f"{self.shard}: cannot be opened: {error}; data.on_missing=skip passes over it")
+        self._add("shard_missing", error)
+
+    def _add(self, reason: str, error: Exception) -> None:
+        self._pending.append(DecodeFailure(self.shard, reason))
+        self._in_a_row += 1
+        if self._in_a_row > MAX_ATTEMPTS:
+            raise UserError(
+                f"{self.shard}: {error}; no sample was read in {self._in_a_row} attempts at shards"
+            )
+
+    def pop(self) -> list[DecodeFailure]:
+        """Returns the failures since the last call."""
+        pending, self._pending = self._pending, []
+        return pending
+
+    def watch(self, source: Iterable[Any]) -> Iterator[Any]:
+        """A stage of the pipeline that passes samples on: a sample that was read ends a row of failures."""
+        for sample in source:
+            self._in_a_row = 0
+            yield sample
+
+
+def open_shards(source: Iterable[dict[str, str]], failures: ShardFailures) -> Iterator[dict[str, Any]]:
+    """A stage of the pipeline: {"url"} -> {"url", "stream"}."""
+    for url in (shard["url"] for shard in source):
+        failures.shard = shown(url)
+        try:
+            stream = (
+                fsspec.open(url, "rb").open() if is_url(url) and not url.startswith("pipe:") else gopen(url)
+            )
+        except network_errors() as e:
+            failures.missing(e)
+            continue
+        try:
+            yield {"url": url, "stream": stream}
+        finally:
+            stream.close()
