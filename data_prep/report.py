@@ -1,8 +1,8 @@
-"""What is in a data set and what was left out: report.json and report.png, `python -m data_prep.report FOLDER`.
+"""Reports the contents of a data set and what was rejected: `python -m data_prep.report FOLDER`.
 
-Histograms of frame rate, duration, short side and bytes of the samples, their codecs, reasons of rejection, bytes in
-(of the source's files) and out (of the shards). Where samples were re-encoded, "original" holds the same of the files
-that they were cut from.
+Writes report.json and report.png: histograms of frame rate, duration, short side and bytes of the samples,
+their codecs, reasons of rejection, bytes in (of the source's files) and out (of the shards). If samples were
+re-encoded, "original" holds the same for the files from which they were cut.
 """
 
 import argparse
@@ -22,35 +22,33 @@ BINS = 24
 
 
 def histogram(values: list[float]) -> dict:
-    """counts [n] between edges [n+1], with least, median and largest; one bin where all values are the same."""
+    """Returns counts [n] between edges [n+1], minimum, median and maximum; one bin if all values are
+    equal."""
     if not values:
         return {"counts": [], "edges": []}
-    least, most = min(values), max(values)
-    edges = np.linspace(least, most, BINS + 1) if most > least else np.array([least - 0.5, least + 0.5])
+    low, high = min(values), max(values)
+    edges = np.linspace(low, high, BINS + 1) if high > low else np.array([low - 0.5, low + 0.5])
     counts = np.histogram(values, edges)[0]
-    facts = {"least": least, "median": float(np.median(values)), "most": most}
-    return {"counts": counts.tolist(), "edges": edges.round(6).tolist(), **facts}
+    summary = {"min": low, "median": float(np.median(values)), "max": high}
+    return {"counts": counts.tolist(), "edges": edges.round(6).tolist(), **summary}
 
 
 def make_report(folder: Path) -> dict:
-    """All that the picture shows, from index.json, the shards' jsonl and rejected.jsonl."""
+    """Returns the contents of report.json, from index.json, the shards' .jsonl and rejected.jsonl."""
     index = read_index(folder)
-    lines = [
+    records = [
         json.loads(line)
         for shard in index["shards"]
         for line in read_lines((folder / shard["name"]).with_suffix(".jsonl"))
     ]
-    metas = [line["meta"] for line in lines]
+    metas = [record["meta"] for record in records]
     measured = [m for m in metas if "frames" in m]
     originals = [m["original"] for m in metas if "original" in m]
-    left_out = folder / "rejected.jsonl"
-    reasons = (
-        Counter(json.loads(line)["reason"] for line in read_lines(left_out))
-        if left_out.exists()
-        else Counter()
-    )
+    rejected = folder / "rejected.jsonl"
+    rejections = read_lines(rejected) if rejected.exists() else []
+    reasons = Counter(json.loads(line)["reason"] for line in rejections)
     return {
-        "samples": len(lines),
+        "samples": len(records),
         "files": len({m.get("source", i) for i, m in enumerate(metas)}),
         "shards": len(index["shards"]),
         "seconds": round(sum(m["duration"] for m in measured), 3),
@@ -62,7 +60,7 @@ def make_report(folder: Path) -> dict:
         "fps": histogram([m["fps"] for m in measured if m["frames"] > 1]),
         "duration": histogram([m["duration"] for m in measured]),
         "short_side": histogram([min(m["height"], m["width"]) for m in measured]),
-        "bytes": histogram([line["size"] for line in lines]),
+        "bytes": histogram([record["size"] for record in records]),
         "original": {
             "codec": dict(Counter(m["codec"] for m in originals).most_common()),
             "fps": histogram([m["fps"] for m in originals]),
@@ -72,21 +70,24 @@ def make_report(folder: Path) -> dict:
 
 
 def draw(report: dict, file: Path) -> None:
-    """The report as one picture."""
-    from matplotlib.figure import Figure  # here, because pack's child processes import this module
+    """Draws the report as a PNG file."""
+    from matplotlib.figure import Figure  # imported late, because pack's child processes import this module
 
     figure = Figure(figsize=(12, 7), dpi=80, layout="constrained")
     axes = figure.subplots(2, 3)
-    panels = (("fps", "frames a second"), ("duration", "seconds"), ("short_side", "short side, pixels"))
-    packed: dict = {"fill": True, "edgecolor": "C0", "linewidth": 2, "label": "packed"}
-    before: dict = {"fill": False, "edgecolor": "black", "label": "original files"}
-    for ax, (name, label) in zip(
-        (*axes[0], axes[1, 0]), (*panels, ("bytes", "kilobytes a sample")), strict=True
-    ):
+    panels = {
+        "fps": "frames a second",
+        "duration": "seconds",
+        "short_side": "short side, pixels",
+        "bytes": "kilobytes a sample",
+    }
+    packed_style: dict = {"fill": True, "edgecolor": "C0", "linewidth": 2, "label": "packed"}
+    original_style: dict = {"fill": False, "edgecolor": "black", "label": "original files"}
+    for ax, (name, label) in zip((*axes[0], axes[1, 0]), panels.items(), strict=True):
         scale = 1e-3 if name == "bytes" else 1.0
-        for facts, style in ((report, packed), (report["original"], before)):
-            if facts.get(name, {}).get("counts"):
-                ax.stairs(facts[name]["counts"], np.array(facts[name]["edges"]) * scale, **style)
+        for histograms, style in ((report, packed_style), (report["original"], original_style)):
+            if histograms.get(name, {}).get("counts"):
+                ax.stairs(histograms[name]["counts"], np.array(histograms[name]["edges"]) * scale, **style)
         ax.set(xlabel=label, ylabel="samples")
         if report["original"].get(name, {}).get("counts"):
             ax.legend()
@@ -103,7 +104,7 @@ def draw(report: dict, file: Path) -> None:
 
 
 def _bars(ax: Any, counts: dict[str, int], label: str) -> None:
-    """Horizontal bars with their numbers."""
+    """Draws horizontal bars with their counts."""
     ax.set(xlabel=label)
     if not counts:
         ax.text(0.5, 0.5, "none", ha="center", va="center")
@@ -114,23 +115,23 @@ def _bars(ax: Any, counts: dict[str, int], label: str) -> None:
 
 
 def write_report(folder: Path) -> dict:
-    """report.png and then report.json beside index.json."""
+    """Writes report.png and then report.json beside index.json. Returns the report."""
     report = make_report(folder)
-    atomic_write(folder / "report.png", lambda beside: draw(report, beside))
+    atomic_write(folder / "report.png", lambda temporary: draw(report, temporary))
     write_lines(folder / "report.json", [json.dumps(report, indent=1)])
     return report
 
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m data_prep.report", description="What is in packed data sets."
+        prog="python -m data_prep.report", description="Report the contents of packed data sets."
     )
     parser.add_argument("folder", type=Path, help="a folder with index.json in it or below it")
     args = parser.parse_args(argv)
     folders = sorted(p.parent for p in args.folder.rglob("index.json"))
     if not folders:
         raise UserError(
-            f"{args.folder}: no index.json in it or below it; shards of others need: data_prep.scan"
+            f"{args.folder}: no index.json in it or below it; other WebDataset shards need data_prep.scan"
         )
     for folder in folders:
         report = write_report(folder)

@@ -1,7 +1,7 @@
-"""Is what pack wrote still whole? `python -m data_prep.verify OUT [--decode N]`, OUT a folder or the URL of a data set.
+"""Checks packed data sets: `python -m data_prep.verify OUT [--decode N]`.
 
-Prints one line per problem; exit status 1 if there is any. Remote files are fetched one shard at a time, past any
-cache, into a temporary file.
+OUT is a folder or the URL of a data set. Prints one line per problem; exit status 1 if there is any. Remote
+files are fetched one shard at a time, without the cache, into a temporary file.
 """
 
 import argparse
@@ -29,8 +29,9 @@ FRAME_FACTS = ("frames", "height", "width")
 
 
 @contextmanager
-def opened(where: str, size: int | None, sha256: str) -> Iterator[BinaryIO]:
-    """A file of a data set, as it is now at its path or address; ShardError if it is not as indexed."""
+def open_checked(where: str, size: int | None, sha256: str) -> Iterator[BinaryIO]:
+    """Opens a file of a data set by path or URL. Raises ShardError if its size or SHA-256 differs from the
+    index."""
     if not is_url(where) and not Path(where).is_file():
         raise ShardError(f"{where}: missing")
     with tempfile.TemporaryFile() if is_url(where) else open(where, "rb") as file:
@@ -42,96 +43,100 @@ def opened(where: str, size: int | None, sha256: str) -> Iterator[BinaryIO]:
 
 
 def check_shard(folder: str, entry: dict, strict: bool, decode: list[int]) -> Iterator[str]:
-    """Problems of one shard: bytes, jsonl against tar, and the samples numbered in `decode`.
+    """Yields the problems of one shard: checksums, .jsonl against tar, and the samples with the indices
+    `decode`.
 
-    strict: the .json in the tar equals the jsonl's meta.
+    strict: the .json members of the tar must equal the meta of the .jsonl.
     """
-    where = join(folder, entry["name"])
-    jsonl = join(folder, entry["name"].removesuffix(".tar") + ".jsonl")
+    tar_path = join(folder, entry["name"])
+    jsonl_path = join(folder, entry["name"].removesuffix(".tar") + ".jsonl")
     with ExitStack() as stack:
         try:
-            tar = stack.enter_context(opened(where, entry["bytes"], entry["sha256"]))
-            text = stack.enter_context(opened(jsonl, None, entry["index_sha256"]))
+            tar = stack.enter_context(open_checked(tar_path, entry["bytes"], entry["sha256"]))
+            jsonl = stack.enter_context(open_checked(jsonl_path, None, entry["index_sha256"]))
         except ShardError as e:
             yield str(e)
             return
-        where = shown(where)
-        lines = [json.loads(line) for line in text]
-        problems = list(check_lines(where, tar, lines, strict))
-        if len(lines) != entry["samples"]:
-            problems.append(f"{where}: {len(lines)} samples in its jsonl, {entry['samples']} in index.json")
+        where = shown(tar_path)
+        records = [json.loads(line) for line in jsonl]
+        problems = list(check_records(where, tar, records, strict))
+        if len(records) != entry["samples"]:
+            problems.append(f"{where}: {len(records)} samples in its jsonl, {entry['samples']} in index.json")
         yield from problems
         for i in decode if not problems else []:
-            yield from check_sample(where, tar, lines[i])
+            yield from check_sample(where, tar, records[i])
 
 
-def check_lines(where: str, tar: BinaryIO, lines: list[dict], strict: bool) -> Iterator[str]:
-    inside = dict(tar_samples(Path(where), tar))
-    for line in lines:
-        members = inside.get(line["key"], {})
+def check_records(where: str, tar: BinaryIO, records: list[dict], strict: bool) -> Iterator[str]:
+    """Yields the records whose media file or metadata is not where, or not what, the tar has."""
+    samples = dict(tar_samples(Path(where), tar))
+    for record in records:
+        members = samples.get(record["key"], {})
         media = select_media(members)
-        if media is None or (media[0], *media[1]) != (line["ext"], line["offset"], line["size"]):
-            yield f"{where}: {line['key']}: not where its jsonl says"
+        if media is None or (media[0], *media[1]) != (record["ext"], record["offset"], record["size"]):
+            yield f"{where}: {record['key']}: not where its jsonl says"
         elif strict:
             tar.seek(members["json"].offset)
-            if tar.read(members["json"].size) != dumps(line["meta"]).encode():
-                yield f"{where}: {line['key']}: its .json differs from its jsonl line"
+            if tar.read(members["json"].size) != dumps(record["meta"]).encode():
+                yield f"{where}: {record['key']}: its .json differs from its jsonl line"
 
 
-def check_sample(tar_name: str, tar: BinaryIO, line: dict) -> Iterator[str]:
-    """Problems of one sample: decoded in full, and by the decoder that training will use."""
-    where, meta = f"{tar_name}: {line['key']}", line["meta"]
-    tar.seek(line["offset"])
-    data = tar.read(line["size"])
+def check_sample(tar_name: str, tar: BinaryIO, record: dict) -> Iterator[str]:
+    """Yields the problems of one sample, decoded completely and by the decoder that training uses."""
+    where = f"{tar_name}: {record['key']}"
+    meta = record["meta"]
+    tar.seek(record["offset"])
+    data = tar.read(record["size"])
     try:
-        with open_video(data, line["ext"], meta) as video:
+        with open_video(data, record["ext"], meta) as video:
             video.get([0, len(video) // 2, len(video) - 1])
-        with ImageVideo(data) if video.decoder == "image" else PyAVVideo(data) as whole:
-            real = dict(zip(FRAME_FACTS, (len(whole), *whole.size), strict=True))
-        if len(video) != len(whole):
-            yield f"{where}: {video.decoder} sees {len(video)} frames, a full decode {len(whole)}"
+        with ImageVideo(data) if video.decoder == "image" else PyAVVideo(data) as complete:
+            decoded = dict(zip(FRAME_FACTS, (len(complete), *complete.size), strict=True))
+        if len(video) != len(complete):
+            yield f"{where}: {video.decoder} sees {len(video)} frames, a full decode {len(complete)}"
         for fact in FRAME_FACTS:
-            if meta.get(fact, real[fact]) != real[fact]:
-                yield f"{where}: {fact} is {real[fact]}, meta says {meta[fact]}"
+            if meta.get(fact, decoded[fact]) != decoded[fact]:
+                yield f"{where}: {fact} is {decoded[fact]}, meta says {meta[fact]}"
     except DecodeError as e:
         yield f"{where}: {e}"
 
 
-def check_set(folder: str, decode: int) -> Iterator[str]:
-    """Problems of one data set; `decode` samples, evenly spread, are decoded."""
+def check_dataset(folder: str, decode: int) -> Iterator[str]:
+    """Yields the problems of one data set; `decode` evenly spaced samples are decoded."""
     index = read_index(folder)
     shard_table(index, folder)  # raises UserError if an entry is damaged
     ends = list(accumulate(entry["samples"] for entry in index["shards"]))
     total = ends[-1] if ends else 0
     chosen = np.unique(np.linspace(0, total - 1, min(decode, total)).astype(int)).tolist()
+    is_packed = "plan" in index["pack"]
     for entry, end in zip(index["shards"], ends, strict=True):
         begin = end - entry["samples"]
-        yield from check_shard(
-            folder, entry, "plan" in index["pack"], [i - begin for i in chosen if begin <= i < end]
-        )
+        yield from check_shard(folder, entry, is_packed, [i - begin for i in chosen if begin <= i < end])
 
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m data_prep.verify", description="Check packed data sets.")
+    out_help = "a folder with index.json in it or below it, or a data set's URL"
+    parser.add_argument("out", type=local, help=out_help)
     parser.add_argument(
-        "out", type=local, help="a folder with index.json in it or below it, or a data set's URL"
-    )
-    parser.add_argument(
-        "--decode", type=int, default=32, help="samples of each data set to decode (default 32)"
+        "--decode", type=int, default=32, help="number of samples per data set to decode (default 32)"
     )
     args = parser.parse_args(argv)
-    folders = (
-        [args.out] if is_url(args.out) else sorted(str(p.parent) for p in Path(args.out).rglob("index.json"))
-    )
+    folders = [args.out]
+    if not is_url(args.out):
+        folders = sorted(str(p.parent) for p in Path(args.out).rglob("index.json"))
     if not folders:
-        raise UserError(f"{args.out}: no index.json in it or below it; shards of others need: data_prep.scan")
-    bad = 0
+        raise UserError(
+            f"{args.out}: no index.json in it or below it; other WebDataset shards need data_prep.scan"
+        )
+    problems = 0
     for folder in folders:
-        for problem in check_set(folder, args.decode):
+        for problem in check_dataset(folder, args.decode):
             print(problem)
-            bad += 1
-    print(f"{len(folders)} data set{'s' * (len(folders) > 1)}: {bad or 'no'} problem{'s' * (bad != 1)}")
-    if bad:
+            problems += 1
+    counted = f"{problems or 'no'} problem{'s' * (problems != 1)}"
+    print(f"{len(folders)} data set{'s' * (len(folders) > 1)}: {counted}")
+    if problems:
         sys.exit(1)
 
 

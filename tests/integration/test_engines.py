@@ -78,7 +78,7 @@ def test_without_ray(monkeypatch, corpus, tmp_path):
 
 
 def test_a_node_that_does_not_see_the_source(corpus, tmp_path):
-    args = pack.arguments([str(corpus), str(tmp_path / "out"), *ARGS])
+    args = pack.parse_arguments([str(corpus), str(tmp_path / "out"), *ARGS])
     plan = pack.make_plan(pack.read_source(corpus), corpus, tmp_path / "out", args)
     with pytest.raises(UserError, match=r"not there on node .*all nodes must see it"):
         engine.make_on_node(plan._replace(source=tmp_path / "elsewhere"), plan.shards()[0], 10.0)

@@ -124,7 +124,7 @@ def test_stopped_between_a_shards_files(packed, tiny_corpus, tmp_path, monkeypat
     """A jsonl without its tar is no finished shard; a tar without the list of what was rejected is none either."""
     args = [str(tiny_corpus), str(tmp_path / "out"), "--workers", "1", "--samples-per-shard", "3"]
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
-        m.setattr(pack, "finish", lambda plan: (_ for _ in ()).throw(KeyboardInterrupt))
+        m.setattr(pack, "write_indexes", lambda plan: (_ for _ in ()).throw(KeyboardInterrupt))
         pack.main(args)
     (tmp_path / "out" / "shard-000001.tar").unlink()
     (tmp_path / "out" / "shard-000003.rejected").unlink()

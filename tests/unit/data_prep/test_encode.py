@@ -391,7 +391,7 @@ def test_windows_of_a_pack_and_its_report(tmp_path, make_video):
         and told["duration"]["counts"] == [4]
         and told["duration"]["median"] == 0.5
     )
-    assert told["short_side"]["least"] == 48 and sum(told["bytes"]["counts"]) == 4
+    assert told["short_side"]["min"] == 48 and sum(told["bytes"]["counts"]) == 4
     assert Image.open(out / "report.png").size == (960, 560)
     (out / "report.json").unlink()
     report.main([str(tmp_path)])
@@ -429,7 +429,7 @@ def test_a_crash_costs_one_file_and_slowness_none(tmp_path):
 ])  # fmt: skip
 def test_wrong_options(options, words):
     with pytest.raises(UserError, match=words):
-        pack.arguments(["src", "out", *options])
+        pack.parse_arguments(["src", "out", *options])
 
 
 def test_windows_of_segments_are_refused(corpus, tmp_path):
