@@ -19,7 +19,7 @@ from vidssl.core.rng import KeyedRNG
 from vidssl.data.loader import Batch, make_streams, open_shards, train_steps
 from vidssl.data.order import check_split
 from vidssl.model.vit import TransformerStack
-from vidssl.training.checkpoint import list_checkpoints, provenance, quarantine
+from vidssl.training.checkpoint import provenance, quarantine
 from vidssl.training.distributed import Strategy
 from vidssl.training.feature_stats import FeatureStats
 from vidssl.training.loss_guard import LossGuard
@@ -37,7 +37,7 @@ from vidssl.training.optim import build_optimizer, schedule, set_schedule
 from vidssl.training.perf import StepMeter, peak_memory
 from vidssl.training.preemption import EXIT_REQUEUE, PreemptionHandler, exit_on_lost_peer
 from vidssl.training.schema import TrainConfig
-from vidssl.training.state import TrainState, init_from_pretrained
+from vidssl.training.state import TrainState
 
 # What may change when a run is continued. Of what is read the hash is compared, so that a data set may move.
 RESUME_MUTABLE: tuple[str, ...] = (
@@ -134,9 +134,6 @@ def main(argv: list[str]) -> None:
             )
 
     objective = cfg.build_objective()
-    fresh = not list_checkpoints(out / "checkpoints")
-    if run.init and fresh:
-        init_from_pretrained(objective, cfg)
     optimizer = build_optimizer(objective, optim, eff.fused)
     for module in objective.modules():
         if isinstance(module, TransformerStack):
@@ -184,8 +181,8 @@ def main(argv: list[str]) -> None:
         feature_stats=feature_stats,
     )
     start = resume.restore()
-    if run.init and fresh:
-        resume.init_from(Path(run.init))
+    if run.init and not start:
+        resume.init_from(run.init, cfg)
     if start == run.steps:
         resume.export_missing(start)
         strategy.accelerator.print(f"{out}: all {run.steps} steps are done")

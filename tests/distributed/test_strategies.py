@@ -35,8 +35,8 @@ from vidssl import train
 from vidssl.config import load_config
 from vidssl.core.errors import UserError
 from vidssl.model.vit import Block
-from vidssl.training import deepspeed
-from vidssl.training.deepspeed import local_gradient
+from vidssl.training import checkpoint, deepspeed
+from vidssl.training.deepspeed import gradient_fragment
 from vidssl.training.distributed import Strategy
 from vidssl.training.preemption import EXIT_REQUEUE
 from vidssl.training.schema import TrainConfig
@@ -133,7 +133,7 @@ def write_shares(out: Path, strategy: Strategy, model: nn.Module) -> None:
     shares: dict[str, Any] = {n: share(p) for n, p in children.items() if len(p) > 1}
     if isinstance(strategy, deepspeed.Zero):
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        pieces = [g for p in model.parameters() if (g := local_gradient(p)) is not None]
+        pieces = [g for p in model.parameters() if (g := gradient_fragment(p)) is not None]
         moments = strategy.optimizer.engine.optimizer.state.values()
         shares["moments"] = sum(s["exp_avg"].numel() for s in moments) / trained
         shares["gradients"] = sum(g.numel() for g in pieces) / trained
@@ -143,6 +143,10 @@ def write_shares(out: Path, strategy: Strategy, model: nn.Module) -> None:
         shares["units"] = sorted(type(m).__name__ for m in model.modules() if isinstance(m, FSDPModule))
     out.mkdir(parents=True, exist_ok=True)
     (out / f"shares-{strategy.rank}.json").write_text(json.dumps(shares))
+
+
+def forbidden_read(path: Path) -> None:
+    raise AssertionError(f"{path}: only the first process may read a checkpoint")
 
 
 def one_process(plan: dict, world: int, rank: int, port: int, jobs: list) -> None:
@@ -156,6 +160,8 @@ def one_process(plan: dict, world: int, rank: int, port: int, jobs: list) -> Non
     os.environ |= {k: str(v) for k, v in here.items()} | {"MASTER_ADDR": "127.0.0.1"}
     PartialState.destroy_process_group = lambda *_: None  # type: ignore[method-assign]
     enable_cpu_sharding()
+    if rank:
+        checkpoint.load_file = forbidden_read
     for launch, argv, stop in jobs:
         os.environ |= {
             **dict.fromkeys(("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"), "false"),
@@ -428,11 +434,11 @@ def test_what_deepspeed_cannot_do_right_is_an_error():
         SimpleNamespace(step=lambda: None, optimizer=inner), [{"params": params}]
     )
     with pytest.raises(UserError, match=r"pip install 'deepspeed>=0\.19\.8'"):
-        sharded.leave_out()
+        sharded.skip_step()
     inner.overflow = True
-    sharded.leave_out()
+    sharded.skip_step()
     with pytest.raises(UserError, match=r"2 of 3 parameters have no moments .*fsdp2\.yaml"):
-        sharded.load_state_dict({"state": {0: {}}})
+        sharded.scatter_moments(params[:1], [{}])
 
 
 def test_the_launcher_configurations_ask_for_what_they_say():

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from vidssl import train
 from vidssl.core.errors import UserError
 from vidssl.training import checkpoint, metrics_log, preemption
-from vidssl.training.distributed import Strategy, gather_to_cpu
+from vidssl.training.distributed import Strategy, copy_to_cpu
 from vidssl.training.feature_stats import FeatureStats
 from vidssl.training.loss_guard import MIN_HISTORY, LossGuard
 
@@ -135,7 +135,7 @@ def test_when_no_checkpoint_is_whole_it_does_not_start_anew(tmp_path):
 def test_what_is_written_in_the_background_is_a_copy(tmp_path):
     weights = torch.zeros(4)
     tree = {"a": weights, "b": [weights, {"c": weights.view(2, 2)}]}
-    got = gather_to_cpu(tree)
+    got = copy_to_cpu(tree)
     weights += 1
     assert got["a"].sum() == got["b"][0].sum() == 0 and got["b"][1]["c"].shape == (2, 2)
 

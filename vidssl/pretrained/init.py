@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from vidssl.config import Spec
 from vidssl.core.errors import UserError
@@ -17,10 +17,11 @@ from vidssl.pretrained.files import native_header, save_native, save_weights
 from vidssl.pretrained.infer_config import Checkpoint, token_grid
 
 
-def load_pretrained(
+def pretrained_weights(
     objective: Objective, checkpoint: Checkpoint, model: Spec, method: MethodConfig, source: str
-) -> None:
-    """Loads a checkpoint into encoder, momentum encoder and (where the checkpoint has one) predictor.
+) -> dict[str, Tensor]:
+    """Weights, by their names in the objective, of encoder, momentum encoder and (where the checkpoint has one)
+    predictor.
 
     model, method: the configuration of the objective; source: the checkpoint's name in error messages.
 
@@ -29,22 +30,27 @@ def load_pretrained(
     are then interpolated, fixed and rotary ones are computed for the new size.
     """
     check_same_options("model", checkpoint.model, model.arguments, source)
-    online = checkpoint.online or checkpoint.encoder
-    parts: list[tuple[nn.Module, dict[str, Tensor]]] = [(objective.encoder, online)]
+    parts = {"encoder": checkpoint.online or checkpoint.encoder}
     if objective.target.encoder is not None:
-        parts.append((objective.target.encoder, checkpoint.encoder))
+        parts["target.encoder"] = checkpoint.encoder
     if checkpoint.predictor is not None and checkpoint.query is not None:
         check_same_options("method.predictor", checkpoint.predictor, method.predictor.arguments, source)
         groups = method.query.arguments["groups"]  # V-JEPA 2 has ten mask tokens and uses the first ones
-        parts.append((objective.predictor, checkpoint.predictor_weights))
-        parts.append((objective.query, {"tokens": checkpoint.query[:groups]}))
-    for module, weights in parts:
-        try:
-            module.load_state_dict(
-                resize_positions(weights, token_grid(checkpoint.model), objective.encoder.grid)
-            )
-        except RuntimeError as e:
-            raise UserError(f"run.init: {source} does not fit: {' '.join(str(e).split())}") from None
+        parts["predictor"] = checkpoint.predictor_weights
+        parts["query"] = {"tokens": checkpoint.query[:groups]}
+    weights: dict[str, Tensor] = {}
+    for part, tensors in parts.items():
+        resized = resize_positions(tensors, token_grid(checkpoint.model), objective.encoder.grid)
+        weights |= {f"{part}.{name}": tensor for name, tensor in resized.items()}
+    prefixes = tuple(f"{part}." for part in parts)
+    expected = {name: t.shape for name, t in objective.state_dict().items() if name.startswith(prefixes)}
+    if differing := sorted(expected.keys() ^ weights.keys()):
+        problem = "is missing" if differing[0] in expected else "is not in the configured model"
+        raise UserError(f"run.init: {source} does not fit: {differing[0]} {problem}")
+    for name, shape in expected.items():
+        if (found := weights[name].shape) != shape:
+            raise UserError(f"run.init: {source} does not fit: {name} is {tuple(found)}, not {tuple(shape)}")
+    return weights
 
 
 def resize_positions(weights: dict[str, Tensor], old: Grid, new: Grid) -> dict[str, Tensor]:

@@ -93,17 +93,17 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int, k
 
 
 def flatten_optimizer(optimizer: dict[str, Any]) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    """An optimiser's state dict -> tensors by "NUMBER.NAME", and its groups."""
-    tensors = {f"{i}.{k}": v for i, s in optimizer["state"].items() for k, v in s.items()}
+    """Splits an optimizer's state dict into tensors by "PARAMETER.exp_avg" (exp_avg_sq, step), and its groups."""
+    tensors = {f"{name}.{kind}": t for name, state in optimizer["state"].items() for kind, t in state.items()}
     return tensors, optimizer["param_groups"]
 
 
 def unflatten_optimizer(tensors: dict[str, Tensor], groups: list[dict[str, Any]]) -> dict[str, Any]:
-    """The inverse of `flat`."""
-    state: dict[int, dict[str, Tensor]] = {}
+    """The inverse of flatten_optimizer."""
+    state: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
-        number, name = key.split(".", 1)
-        state.setdefault(int(number), {})[name] = value
+        name, kind = key.rsplit(".", 1)
+        state.setdefault(name, {})[kind] = value
     return {"state": state, "param_groups": groups}
 
 

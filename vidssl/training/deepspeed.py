@@ -1,7 +1,7 @@
-"""DeepSpeed's ZeRO, stages 1 and 2: optimiser state (2: and gradients) cut over the processes, weights whole.
+"""DeepSpeed's ZeRO, stages 1 and 2: optimizer state (stage 2: and gradients) sharded over the processes, weights whole.
 
-`accelerate launch` asks for it by environment variables (configs/accelerate/zero1.yaml, zero2.yaml). The engine sums
-gradients and cuts them; when a step is taken, and with which gradients, is decided outside of it, as for other runs.
+`accelerate launch` chooses it by environment variables (configs/accelerate/zero1.yaml, zero2.yaml). DeepSpeed reduces and
+partitions the gradients; clipping, skipped steps and schedules stay in our loop. No other module knows DeepSpeed.
 """
 
 import contextlib
@@ -19,11 +19,12 @@ from vidssl.core.errors import UserError
 from vidssl.training.distributed import Strategy
 
 USE_FSDP2 = "use configs/accelerate/fsdp2.yaml"
-BUCKET = 25_000_000  # gradients that are summed at a time, of which each process holds a buffer in f32
+BUCKET_ELEMENTS = 25_000_000  # gradients reduced at a time; each process holds an f32 buffer of that size
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Zero(Strategy):
-    """DeepSpeed's ZeRO: optimizer state (stage 2: and gradients) sharded over the processes, weights whole."""
+    """ZeRO-1 or ZeRO-2."""
 
     optimizer: "ZeroOptimizer"
 
@@ -33,16 +34,20 @@ class Zero(Strategy):
         # torch < 2.14 has only the private name
         set_timeout = getattr(dist, "set_timeout", None) or distributed_c10d._set_pg_timeout
         set_timeout(self.timeout, engine.data_parallel_group)  # a process group of its own
-        self.optimizer = self.accelerator.deepspeed_engine_wrapped = ZeroOptimizer(engine, groups)
+        engine.set_gradient_accumulation_boundary(True)  # see no_sync
+        self.optimizer = ZeroOptimizer(engine, groups)
         return engine, self.optimizer
 
     @contextlib.contextmanager
     def no_sync(self, model: nn.Module) -> Iterator[None]:
-        self.optimizer.last = False
+        self.optimizer.engine.set_gradient_accumulation_boundary(False)
         try:
             yield
         finally:
-            self.optimizer.last = True
+            self.optimizer.engine.set_gradient_accumulation_boundary(True)
+
+    def backward(self, loss: Tensor) -> None:
+        self.optimizer.engine.backward(loss)
 
     def _unscale_and_clip(self, parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
         return self.optimizer.clip_grad_norm_(parameters, limit)
@@ -51,79 +56,48 @@ class Zero(Strategy):
         self.optimizer.clip_grad_norm_(parameters, limit)
 
     def skip_step(self, optimizer: Any) -> None:
-        self.optimizer.leave_out()
+        self.optimizer.skip_step()
 
     @property
     def participates_in_save(self) -> bool:
         return True
 
+    def _optimizer_state(self, model: nn.Module, optimizer: Any) -> dict[str, Any]:
+        names = {p: name for name, p in model.named_parameters()}
+        groups = [{**g, "params": [names[p] for p in g["params"]]} for g in self.optimizer.param_groups]
+        moments = {names[p]: state for p, state in self.optimizer.gather_moments().items()}
+        return {"state": moments, "param_groups": groups}
 
-def zero_plugin(precision: str, unused_parameters: bool = False) -> DeepSpeedPlugin:
-    """What the launcher asks for. precision: fp32, or bf16 by autocast, with sums and weights in f32."""
-    if unused_parameters:
-        raise UserError(
-            "model.image_tokenizer: DeepSpeed decays weights that a batch makes no use of; use fsdp2.yaml"
-        )
-    stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
-    if os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none") != "none":
-        raise UserError(
-            "deepspeed_config_file: what it would say is in the run's configuration; give zero_stage: 1 or 2"
-        )
-    if stage not in ("1", "2"):
-        raise UserError(
-            f"DeepSpeed's zero_stage {stage}: give 1 or 2; for weights in shards (stage 3) {USE_FSDP2}"
-        )
-    for what in ("optimizer", "param"):
-        if os.environ.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{what.upper()}_DEVICE", "none") != "none":
-            raise UserError(
-                f"offload_{what}_device: only none; to need less memory, {USE_FSDP2} or efficiency.activation_checkpointing"
-            )
-    if precision == "fp16":
-        raise UserError(f"efficiency.precision=fp16 does not go with DeepSpeed: give bf16, or {USE_FSDP2}")
-    try:
-        import deepspeed
-        import transformers  # noqa: F401  Accelerate asks for it
-    except ImportError as e:
-        raise UserError(f"{e.name} is not installed: pip install 'vidssl[deepspeed]'") from None
-    deepspeed.utils.logger.setLevel("WARNING")
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = (
-        False  # on a CPU it would be compiled at the start
-    )
-    found = DeepSpeedPlugin()
-    found.deepspeed_config |= {"zero_allow_untested_optimizer": True, "gradient_clipping": 0.0}
-    found.deepspeed_config["zero_optimization"]["reduce_bucket_size"] = BUCKET
-    found.deepspeed_config |= {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-    }  # for its reports
-    if precision == "bf16":
-        autocast = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
-        found.deepspeed_config["torch_autocast"] = autocast
-    return found
+    def load_weights(self, model: nn.Module, weights: dict[str, Tensor] | None, strict: bool = True) -> None:
+        super().load_weights(model, weights, strict)
+        self.optimizer.engine.optimizer.refresh_fp32_params()
+
+    def _set_moments(
+        self, model: nn.Module, optimizer: Any, kept: list[str], moments: dict[str, dict[str, Tensor]]
+    ) -> None:
+        parameters = dict(model.named_parameters())
+        self.optimizer.scatter_moments([parameters[name] for name in kept], [*moments.values()])
 
 
 class ZeroOptimizer:
-    """AdamW whose state is in pieces, used as torch's own: param_groups and state_dict are those of whole parameters.
+    """AdamW with sharded state, and the part of torch's interface that a training loop uses.
 
-    engine: what Accelerate made; param_groups: those of the optimiser before. Of each parameter a process has a piece
-    (or none) of its gradient and moments: `_hp_mapping` says where it lies in the parameter (lp) and in the one long
-    tensor into which the process's pieces of a group are laid out (hp).
+    engine: made by Accelerate; param_groups: those of the optimizer it was made from, with whole parameters. A process
+    holds a fragment (or nothing) of the gradient and of the moments of each parameter: `_hp_mapping` holds the
+    fragment's address in the flattened parameter (lp) and in the one long tensor in which DeepSpeed keeps the process's
+    fragments of a group (hp).
     """
 
     def __init__(self, engine: Any, param_groups: list[dict[str, Any]]):
-        self.engine, self.param_groups, self.last = engine, param_groups, True
-
-    def backward(self, loss: Tensor, **_: Any) -> None:
-        """Add to the gradients; after the `last` part of a step they are summed over the processes and cut."""
-        self.engine.set_gradient_accumulation_boundary(self.last)
-        self.engine.backward(loss)
+        self.engine = engine
+        self.param_groups = param_groups
 
     def zero_grad(self) -> None:
-        """Nothing: the engine keeps no gradients after a step."""
+        """Does nothing: the engine frees the gradients after a step."""
 
-    def clip_grad_norm_(self, params: Iterable[nn.Parameter], limit: float) -> Tensor:
-        """As torch.nn.utils.clip_grad_norm_; all processes must ask."""
-        grads = [g for p in params if (g := local_gradient(p)) is not None]
+    def clip_grad_norm_(self, parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
+        """As torch.nn.utils.clip_grad_norm_; collective."""
+        grads = [g for p in parameters if (g := gradient_fragment(p)) is not None]
         zero = torch.zeros((), device=self.engine.device)
         square = torch.stack([zero, *(torch.linalg.vector_norm(g).square() for g in grads)]).sum()
         dist.all_reduce(square)
@@ -137,74 +111,128 @@ class ZeroOptimizer:
             own.update(lr=group["lr"], weight_decay=group["weight_decay"])
         self.engine.step()
 
-    def leave_out(self) -> None:
-        """A step that is not taken: ZeRO itself lets gradients go that are not finite."""
-        for p in self._params():
-            if (g := local_gradient(p)) is not None:
+    def skip_step(self) -> None:
+        """Drops the gradients: the engine does so by itself where they are not finite, so they are made infinite."""
+        for p in self._parameters():
+            if (g := gradient_fragment(p)) is not None:
                 g.fill_(torch.inf)
         self.engine.step()
         if not self.engine.optimizer.overflow:
-            raise UserError("DeepSpeed took a step that was to be left out: pip install 'deepspeed>=0.19.8'")
+            raise UserError("DeepSpeed took a step that was to be skipped: pip install 'deepspeed>=0.19.8'")
 
-    def state_dict(self) -> dict[str, Any]:
-        """As that of AdamW over whole parameters, in the first process. The others must ask, too, and get no state."""
-        state: dict[int, dict[str, Tensor]] = {}
-        for i, (p, pieces) in enumerate(zip(self._params(), self._states(), strict=True)):
-            for name in ("exp_avg", "exp_avg_sq") if pieces else ():
+    def gather_moments(self) -> dict[nn.Parameter, dict[str, Tensor]]:
+        """AdamW's state of whole parameters, in CPU memory of the first process; empty in the others. Collective."""
+        gathered: dict[nn.Parameter, dict[str, Tensor]] = {}
+        for p, state in zip(self._parameters(), self._states(), strict=True):
+            for name in MOMENTS if state else ():
                 whole = torch.zeros(p.numel(), device=p.device)
                 if p._hp_mapping is not None:
-                    part(whole, p._hp_mapping.lp_fragment_address).copy_(self._own(p, pieces[name]))
+                    fragment(whole, p._hp_mapping.lp_fragment_address).copy_(self._own(p, state[name]))
                 dist.reduce(whole, 0)
                 if dist.get_rank() == 0:
-                    state.setdefault(i, {"step": pieces["step"].cpu()})[name] = whole.view(p.shape).cpu()
-        numbers = iter(range(len(self._params())))
-        groups = [
-            {**group, "params": [next(numbers) for _ in group["params"]]} for group in self.param_groups
-        ]
-        return {"state": state, "param_groups": groups}
+                    step = state["step"].to("cpu", copy=True)
+                    gathered.setdefault(p, {"step": step})[name] = whole.view(p.shape).to("cpu", copy=True)
+        return gathered
 
-    def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Of whole parameters, whose values may have changed, too."""
-        self.engine.optimizer.refresh_fp32_params()
-        inner, params = self.engine.optimizer.optimizer, self._params()
-        if not saved["state"]:
+    def scatter_moments(self, parameters: list[Any], moments: list[dict[str, Tensor]]) -> None:
+        """Loads AdamW's state of whole `parameters` from `moments` of the first process. Collective.
+
+        All parameters of a group share one step count, so that either all of them have moments or none.
+        """
+        inner = self.engine.optimizer.optimizer
+        if not parameters:
             inner.state.clear()
             return
-        if lacking := len(params) - len(saved["state"]):
+        if lacking := len(self._parameters()) - len(parameters):
             raise UserError(
-                f"{lacking} of {len(params)} parameters have no moments in the checkpoint; {USE_FSDP2} for it"
+                f"{lacking} of {len(self._parameters())} parameters have no moments in the checkpoint; {USE_FSDP2}"
             )
         for group in inner.param_groups:
             (long,) = group["params"]
             if not inner.state[long]:
                 step = torch.zeros((), device=long.device if group["fused"] else "cpu")
-                moments = {name: torch.zeros_like(long) for name in ("exp_avg", "exp_avg_sq")}
-                inner.state[long] |= {"step": step, **moments}
-        for i, (p, pieces) in enumerate(zip(params, self._states(), strict=True)):
-            pieces["step"].fill_(float(saved["state"][i]["step"]))
-            for name in ("exp_avg", "exp_avg_sq") if p._hp_mapping is not None else ():
-                whole = saved["state"][i][name].reshape(-1)
-                self._own(p, pieces[name]).copy_(part(whole, p._hp_mapping.lp_fragment_address))
+                inner.state[long] |= {"step": step, **{name: torch.zeros_like(long) for name in MOMENTS}}
+        states = dict(zip(self._parameters(), self._states(), strict=True))
+        sources = iter(moments)
+        for p in parameters:
+            source = next(sources, {})
+            for name in ("step", *MOMENTS):
+                shape = p.shape if name in MOMENTS else ()
+                whole = source.get(name, torch.empty(shape)).to(p.device, torch.float32).reshape(-1)
+                dist.broadcast(whole, 0)
+                if name == "step":
+                    states[p]["step"].fill_(float(whole))
+                elif p._hp_mapping is not None:
+                    self._own(p, states[p][name]).copy_(fragment(whole, p._hp_mapping.lp_fragment_address))
 
-    def _params(self) -> list[Any]:
+    def _parameters(self) -> list[Any]:
         return [p for group in self.param_groups for p in group["params"]]
 
     def _states(self) -> list[dict[str, Tensor]]:
-        """Of each parameter the state of the long tensor that it has a piece of; empty before the first step."""
+        """For each parameter the state of its group's long tensor; empty before the first step."""
         inner = self.engine.optimizer.optimizer
-        each = zip(inner.param_groups, self.param_groups, strict=True)
-        return [inner.state.get(long["params"][0], {}) for long, group in each for _ in group["params"]]
+        pairs = zip(inner.param_groups, self.param_groups, strict=True)
+        return [inner.state.get(long["params"][0], {}) for long, group in pairs for _ in group["params"]]
 
     @staticmethod
     def _own(p: Any, long: Tensor) -> Tensor:
-        return part(long, p._hp_mapping.hp_fragment_address)
+        """The view of a parameter's fragment in the long tensor of its group."""
+        return fragment(long, p._hp_mapping.hp_fragment_address)
 
 
-def part(long: Tensor, address: Any) -> Tensor:
-    return long.narrow(0, address.start, address.numel)
+def fragment(flat: Tensor, address: Any) -> Tensor:
+    return flat.narrow(0, address.start, address.numel)
 
 
-def local_gradient(p: Any) -> Tensor | None:
-    """This process's piece of a parameter's gradient, between backward pass and step; it may be changed in place."""
+def gradient_fragment(p: Any) -> Tensor | None:
+    """This process's part of a parameter's gradient between backward pass and step, as a view; None: it has none."""
     mapping = getattr(p, "_hp_mapping", None)
     return None if mapping is None else mapping.get_lp_grad_fragment(p._index_in_param_group)
+
+
+def zero_plugin(precision: str, unused_parameters: bool = False) -> DeepSpeedPlugin:
+    """Options of DeepSpeed. Raises UserError if `accelerate launch` or the run asks for something unsupported.
+
+    precision: fp32, or bf16 by autocast with weights and gradient sums in f32; unused_parameters: see Strategy.from_env.
+    """
+    if unused_parameters:
+        raise UserError(
+            f"model.image_tokenizer: DeepSpeed decays weights that a batch does not use; {USE_FSDP2}"
+        )
+    stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
+    if os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none") != "none":
+        raise UserError(
+            "deepspeed_config_file: the run's configuration sets its contents; give zero_stage: 1 or 2"
+        )
+    if stage not in ("1", "2"):
+        raise UserError(
+            f"DeepSpeed's zero_stage {stage}: give 1 or 2; to shard weights (stage 3) {USE_FSDP2}"
+        )
+    for what in ("optimizer", "param"):
+        if os.environ.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{what.upper()}_DEVICE", "none") != "none":
+            raise UserError(
+                f"offload_{what}_device: only none is supported; to need less memory, {USE_FSDP2} or "
+                "efficiency.activation_checkpointing"
+            )
+    if precision == "fp16":
+        raise UserError(
+            f"DeepSpeed does not support efficiency.precision=fp16 here: give bf16, or {USE_FSDP2}"
+        )
+    try:
+        import deepspeed
+        import transformers  # noqa: F401  Accelerate needs it
+    except ImportError as e:
+        raise UserError(f"{e.name} is not installed: pip install 'vidssl[deepspeed]'") from None
+    deepspeed.utils.logger.setLevel("WARNING")
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = (
+        False  # on a CPU it would be compiled at the start
+    )
+    plugin = DeepSpeedPlugin()
+    plugin.deepspeed_config |= {"zero_allow_untested_optimizer": True, "gradient_clipping": 0.0}
+    plugin.deepspeed_config["zero_optimization"]["reduce_bucket_size"] = BUCKET_ELEMENTS
+    # only for DeepSpeed's own reports: the training loop accumulates
+    plugin.deepspeed_config |= {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
+    if precision == "bf16":
+        autocast = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
+        plugin.deepspeed_config["torch_autocast"] = autocast
+    return plugin

@@ -20,10 +20,18 @@ from accelerate import (
     FullyShardedDataParallelPlugin,
     InitProcessGroupKwargs,
 )
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from vidssl.core.errors import UserError
 
@@ -31,6 +39,9 @@ if TYPE_CHECKING:
     from vidssl.training.optim import OptimConfig
 
 NO_LIMIT = float("inf")
+FULL_ON_CPU = StateDictOptions(
+    full_state_dict=True, cpu_offload=True
+)  # in the first process; nothing in the others
 T = TypeVar("T")
 
 
@@ -201,29 +212,59 @@ class Strategy:
         return unsharded(model)
 
     def full_state(self, model: nn.Module, optimizer: Any) -> dict[str, Any]:
-        """Copies of the whole state in CPU memory: model, optimizer and scaler; tensors only in the first process."""
-        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-        scaler = self.scaler.state_dict() if self.scaler is not None else None
-        return gather_to_cpu(state, keep=self.is_main) | {"scaler": scaler}
+        """Copies the whole state into CPU memory of the first process: "model" (weights by name), "optimizer" (AdamW's
+        state_dict with names in the place of numbers) and "scaler". The same for every Strategy."""
+        return {
+            "model": copy_to_cpu(get_model_state_dict(model, options=FULL_ON_CPU), self.device.type == "cpu"),
+            "optimizer": self._optimizer_state(model, optimizer),
+            "scaler": self.scaler.state_dict() if self.scaler is not None else None,
+        }
 
-    def load_state(self, model: nn.Module, optimizer: Any, state: dict[str, Any]) -> None:
-        """Restores what full_state returned. Moments of parameters whose shape has changed are left out."""
-        places = model.state_dict()
-        model.load_state_dict(
-            {k: shard_like(v, places[k]) if k in places else v for k, v in state["model"].items()}
-        )
-        groups, saved = optimizer.param_groups, state["optimizer"]
-        for group, old in zip(groups, saved["param_groups"], strict=True):
-            old["fused"] = group["fused"]  # a matter of speed, which may change
-        optimizer.load_state_dict({**saved, "state": self.moments(optimizer, saved)})
-        if self.scaler is not None and state["scaler"]:
-            self.scaler.load_state_dict(state["scaler"])
+    def _optimizer_state(self, model: nn.Module, optimizer: Any) -> dict[str, Any]:
+        state = get_optimizer_state_dict(model, unwrapped(optimizer), options=FULL_ON_CPU)
+        return copy_to_cpu(state, self.device.type == "cpu")
 
-    def moments(self, optimizer: Any, saved: dict[str, Any]) -> dict[int, dict[str, Tensor]]:
-        """AdamW's moments of the parameters that have kept their shape."""
-        params = [p for group in optimizer.param_groups for p in group["params"]]
-        kept = {i: s for i, s in saved["state"].items() if s["exp_avg"].shape == params[i].shape}
-        return {i: {k: shard_like(v, params[i]) for k, v in s.items()} for i, s in kept.items()}
+    def load_state(self, model: nn.Module, optimizer: Any, state: dict[str, Any] | None) -> None:
+        """Restores a full_state. Only the first process reads `state`; it broadcasts tensor by tensor."""
+        state = state or {}
+        self.load_weights(model, state.get("model"))
+        self.load_moments(model, optimizer, state.get("optimizer"))
+        scaler = self.on_main(lambda: state["scaler"])
+        if self.scaler is not None and scaler:
+            self.scaler.load_state_dict(scaler)
+
+    def load_weights(self, model: nn.Module, weights: dict[str, Tensor] | None, strict: bool = True) -> None:
+        """Loads `weights` of the first process; without `strict`, weights that are not in it stay as they are."""
+        values: dict[str, Any] = {**(weights or {})}
+        set_model_state_dict(model, values, options=self._load_options(strict))
+
+    def load_moments(self, model: nn.Module, optimizer: Any, saved: dict[str, Any] | None) -> None:
+        """Loads AdamW's moments and step counts from `saved` of the first process (see full_state).
+
+        Parameters that it lacks, or that had another shape, start without moments.
+        """
+        shapes = {name: p.shape for name, p in model.named_parameters()}
+        moments: dict[str, dict[str, Tensor]] = saved["state"] if saved else {}
+        kept = self.on_main(lambda: [n for n, m in moments.items() if m["exp_avg"].shape == shapes.get(n)])
+        self._set_moments(model, unwrapped(optimizer), kept, {n: moments[n] for n in kept if self.is_main})
+
+    def _set_moments(
+        self, model: nn.Module, optimizer: Any, kept: list[str], moments: dict[str, dict[str, Tensor]]
+    ) -> None:
+        """kept: names of the parameters that get moments; moments: of these, in the first process."""
+        optimizer.zero_grad()  # set_optimizer_state_dict fills a state that is empty only where there are no gradients
+        optimizer.state.clear()
+        names = {p: name for name, p in model.named_parameters()}
+        groups = [{**g, "params": [names[p] for p in g["params"]]} for g in optimizer.param_groups]
+        saved: dict[str, Any] = {"state": moments, "param_groups": groups} if self.is_main else {}
+        if kept:
+            set_optimizer_state_dict(model, optimizer, saved, options=self._load_options(strict=False))
+        for p in {p for group in optimizer.param_groups for p in group["params"]}:
+            if names[p] not in kept:
+                optimizer.state.pop(p, None)
+
+    def _load_options(self, strict: bool) -> StateDictOptions:
+        return StateDictOptions(full_state_dict=True, broadcast_from_rank0=self.world > 1, strict=strict)
 
 
 class Fsdp2(Strategy):
@@ -272,23 +313,22 @@ def full_tensor(t: Tensor) -> Tensor:
     return t.full_tensor() if isinstance(t, DTensor) else t
 
 
-def shard_like(full: Tensor, other: Tensor) -> Tensor:
-    """This process's shard of `full`, sharded like `other`; a collective if `other` is sharded."""
-    if not isinstance(other, DTensor) or full.shape != other.shape:
-        return full
-    return distribute_tensor(full.to(other.device), other.device_mesh, other.placements)
+def unwrapped(optimizer: Any) -> torch.optim.Optimizer:
+    """torch's optimizer inside Accelerate's."""
+    return optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
 
 
-def gather_to_cpu(tree: Any, keep: bool = True) -> Any:
-    """Copies a tree with every tensor whole and in CPU memory. Collective if tensors are sharded; without `keep` None
-    replaces every tensor."""
+def copy_to_cpu(tree: Any, copy: bool = True) -> Any:
+    """The tree with contiguous tensors in CPU memory that later training steps do not change.
+
+    copy: also copies tensors that are in CPU memory already; without it only step counts, which AdamW keeps there.
+    """
     if isinstance(tree, Tensor):
-        full = full_tensor(tree.detach())
-        return full.to("cpu", copy=True).contiguous() if keep else None
+        return tree.detach().to("cpu", copy=copy or tree.dim() == 0).contiguous()
     if isinstance(tree, dict):
-        return {k: gather_to_cpu(v, keep) for k, v in tree.items()}
+        return {k: copy_to_cpu(v, copy) for k, v in tree.items()}
     if isinstance(tree, (list, tuple)):
-        return type(tree)(gather_to_cpu(v, keep) for v in tree)
+        return type(tree)(copy_to_cpu(v, copy) for v in tree)
     return tree
 
 

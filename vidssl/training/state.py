@@ -9,10 +9,15 @@ from torch import Tensor, nn
 from vidssl import config
 from vidssl.core.errors import UserError
 from vidssl.objective.objective import Objective
-from vidssl.pretrained.infer_config import Checkpoint
-from vidssl.pretrained.init import load_pretrained, save_run_encoder, to_checkpoint
+from vidssl.pretrained.init import pretrained_weights, save_run_encoder, to_checkpoint
 from vidssl.pretrained.load import read_checkpoint_file
-from vidssl.training.checkpoint import AsyncWriter, load_checkpoint, read_checkpoint, save_checkpoint
+from vidssl.training.checkpoint import (
+    TENSOR_FILES,
+    AsyncWriter,
+    load_checkpoint,
+    read_checkpoint,
+    save_checkpoint,
+)
 from vidssl.training.distributed import Strategy
 from vidssl.training.loss_guard import LossGuard
 from vidssl.training.schema import TrainConfig
@@ -65,28 +70,25 @@ class RunState:
 
         Raises UserError if the folder holds another run.
         """
-        state = load_checkpoint(self.out / "checkpoints")
-        self._check_ranks_agree(state)
-        if state is None:
+        state, plain = self._read_newest()
+        if plain is None:
             return 0
-        check_same_run(state, self.provenance, self.steps, self.mutable, self.out, self.schema)
         self.strategy.load_state(self.model, self.optimizer, state)
         for name, part in self.parts.items():
-            part.load(state[name])
-        return state["step"]
+            part.load(plain[name])
+        return plain["step"]
 
     def rollback(self, reason: str) -> int:
         """Goes back to the last checkpoint; the data and the guard's history go on. Returns its step. Collective.
 
         Raises UserError with `reason` if there is no checkpoint or the limit of rollbacks is reached.
         """
-        guard, state = self.guard, None
+        guard, state, plain = self.guard, None, None
         self.writer.wait()
         self.strategy.barrier()
         if guard.rolled_back < guard.rollbacks:
-            state = load_checkpoint(self.out / "checkpoints")
-            self._check_ranks_agree(state)
-        if state is None:
+            state, plain = self._read_newest()
+        if plain is None:
             raise UserError(
                 f"{reason} ({guard.consecutive_skips} steps in a row, {guard.rolled_back} rollbacks); the last "
                 f"checkpoint is in {self.out}; a smaller optim.lr, a longer warm-up or optim.clip_grad may help"
@@ -94,7 +96,7 @@ class RunState:
         self.strategy.load_state(self.model, self.optimizer, state)
         guard.rolled_back += 1
         guard.consecutive_skips = 0
-        return state["step"]
+        return plain["step"]
 
     def save(self, step: int, before_write: Callable[[], None]) -> None:
         """Copies the state after `step` steps, and writes it while the next steps run.
@@ -118,15 +120,21 @@ class RunState:
     def export(self, step: int, weights: dict[str, Tensor]) -> None:
         """Called with the whole state dict of the model before each checkpoint is written; does nothing here."""
 
-    def _check_ranks_agree(self, state: dict[str, Any] | None) -> None:
-        import torch
+    def _read_newest(self) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+        """Returns the newest checkpoint (in the first process, the only one that reads files) and, in all processes,
+        its plain data; None if there is no checkpoint."""
+        found: list[dict[str, Any]] = []
 
-        mine = torch.tensor([state["step"] if state else 0], device=self.strategy.device)
-        steps = sorted(set(self.strategy.accelerator.gather(mine).tolist()))
-        if len(steps) > 1:
-            raise UserError(
-                f"the processes have read checkpoints of different steps {steps} (0: none): the folder is not shared"
-            )
+        def read() -> dict[str, Any] | None:
+            state = load_checkpoint(self.out / "checkpoints")
+            if state is None:
+                return None
+            check_same_run(state, self.provenance, self.steps, self.mutable, self.out, self.schema)
+            found.append(state)
+            return {name: value for name, value in state.items() if name not in TENSOR_FILES}
+
+        plain = self.strategy.on_main(read)
+        return (found[0] if found else None), plain
 
 
 class TrainState(RunState):
@@ -145,18 +153,24 @@ class TrainState(RunState):
         self.objective = objective
         self.snapshots = snapshots
 
-    def init_from(self, init: Path) -> None:
-        """Loads the optimizer's moments if `init` is a step checkpoint; other sources carry weights only."""
-        if not (init / "state.json").is_file():
-            return
-        saved = read_checkpoint(init)["optimizer"]
-        groups = self.optimizer.state_dict()["param_groups"]
-        if [len(g["params"]) for g in saved["param_groups"]] != [len(g["params"]) for g in groups]:
-            raise UserError(
-                f"run.init: {init} has other groups of parameters; its run's folder gives weights alone"
-            )
-        moments = self.strategy.moments(self.optimizer, saved)
-        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+    def init_from(self, source: str, cfg: TrainConfig) -> None:
+        """Loads the weights of `source` (see initial_weights) and, of a step checkpoint, the optimizer's moments.
+
+        Collective. Raises UserError if the weights or the parameter groups do not fit.
+        """
+        weights: dict[str, Tensor] = {}
+        optimizer: dict[str, Any] = {}
+
+        def read() -> None:
+            found, saved = initial_weights(self.objective, cfg, source)
+            weights.update(found)
+            if saved is not None:
+                self._check_same_groups(saved, source)
+                optimizer.update(saved)
+
+        self.strategy.on_main(read)
+        self.strategy.load_weights(self.objective, weights, strict=False)
+        self.strategy.load_moments(self.objective, self.optimizer, optimizer or None)
 
     def export(self, step: int, weights: dict[str, Tensor]) -> None:
         """Writes encoder.safetensors and the files beside it. weights: the objective's state dict, unsharded."""
@@ -171,28 +185,41 @@ class TrainState(RunState):
             if self.strategy.is_main:
                 self.export(step, state["model"])
 
+    def _check_same_groups(self, saved: dict[str, Any], source: str) -> None:
+        both = saved["param_groups"], self.optimizer.param_groups
+        theirs, ours = ([len(group["params"]) for group in groups] for groups in both)
+        if theirs != ours:
+            raise UserError(
+                f"run.init: {source} has other groups of parameters; its run's folder gives weights alone"
+            )
 
-def init_from_pretrained(objective: Objective, cfg: TrainConfig) -> None:
-    """Loads the weights of run.init: a run, a published checkpoint, or a step checkpoint (RUN/checkpoints/step-N)."""
-    source = str(cfg.run.init)
+
+def initial_weights(
+    objective: Objective, cfg: TrainConfig, source: str
+) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    """Returns the weights that a run starts from, by their names in the objective, and the optimizer's state or None.
+
+    source: a run's folder or a published checkpoint (weights only), or a step checkpoint
+    (RUN/checkpoints/step-00000100). Raises UserError if it is damaged or does not fit the configuration.
+    """
+    optimizer = None
     if (Path(source) / "state.json").is_file():
-        checkpoint = read_step_checkpoint(Path(source), objective)
+        try:
+            state = read_checkpoint(Path(source))
+        except (OSError, ValueError, KeyError, TypeError) as e:
+            raise UserError(
+                f"run.init: {source}: cannot be read ({str(e).strip().splitlines()[0]})"
+            ) from None
+        tree, optimizer = state["provenance"]["config"], state["optimizer"]
+        if "method" not in tree:
+            raise UserError(f"run.init: {source} is not of a pre-training run; give the run's folder")
+        stored = config.from_tree(tree, TrainConfig, source)
+        checkpoint = to_checkpoint(
+            objective, stored.encoder_arguments(), stored.method.predictor, state["model"]
+        )
     else:
         checkpoint = read_checkpoint_file(source)[0]
-    load_pretrained(objective, checkpoint, cfg.model, cfg.method, source)
-
-
-def read_step_checkpoint(folder: Path, objective: Objective) -> Checkpoint:
-    """The weights of a pre-training run at the step of one of its checkpoints."""
-    try:
-        state = read_checkpoint(folder)
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise UserError(f"run.init: {folder}: cannot be read ({str(e).strip().splitlines()[0]})") from None
-    tree = state["provenance"]["config"]
-    if "method" not in tree:
-        raise UserError(f"run.init: {folder} is not of a pre-training run; give the run's folder")
-    cfg = config.from_tree(tree, TrainConfig, str(folder))
-    return to_checkpoint(objective, cfg.encoder_arguments(), cfg.method.predictor, state["model"])
+    return pretrained_weights(objective, checkpoint, cfg.model, cfg.method, source), optimizer
 
 
 def check_same_run(
