@@ -69,10 +69,15 @@ def resize_positions(weights: dict[str, Tensor], old: Grid, new: Grid) -> dict[s
 def check_same_options(section: str, stored: dict[str, Any], ours: dict[str, Any], source: str) -> None:
     """Raises UserError naming the key to change if `ours` describes another network than `stored`."""
     for key in stored.keys() & ours.keys():
-        a, b = stored[key], ours[key]
-        a = list(a) if isinstance(a, tuple) else a
+        a: Any = _as_list(stored[key])
+        b: Any = _as_list(ours[key])
         if not (math.isclose(a, b, rel_tol=1e-3) if isinstance(a, float) else a == b):
             raise UserError(f"run.init: {source} has {section}.{key}={a}, not {b}: set that")
+
+
+def _as_list(value: Any) -> Any:
+    """A header holds lists where the configuration has tuples."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 def to_checkpoint(
