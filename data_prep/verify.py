@@ -23,7 +23,7 @@ from vidssl.data.decoding import open_video
 from vidssl.data.decoding.image import ImageVideo
 from vidssl.data.decoding.pyav import PyAVVideo
 from vidssl.data.format import dumps, read_index, select_media, shard_table
-from vidssl.data.remote import ShardError, fetch, is_url, join, local, shown
+from vidssl.data.remote import ShardError, canonical_address, fetch, is_url, join, without_query
 
 FRAME_FACTS = ("frames", "height", "width")
 
@@ -38,7 +38,7 @@ def open_checked(where: str, size: int | None, sha256: str) -> Iterator[BinaryIO
         if is_url(where):
             fetch(where, file, size)
         if stream_sha256(file) != sha256:
-            raise ShardError(f"{shown(where)}: sha256 differs from index.json's")
+            raise ShardError(f"{without_query(where)}: sha256 differs from index.json's")
         yield file
 
 
@@ -57,7 +57,7 @@ def check_shard(folder: str, entry: dict, strict: bool, decode: list[int]) -> It
         except ShardError as e:
             yield str(e)
             return
-        where = shown(tar_path)
+        where = without_query(tar_path)
         records = [json.loads(line) for line in jsonl]
         problems = list(check_records(where, tar, records, strict))
         if len(records) != entry["samples"]:
@@ -117,7 +117,7 @@ def check_dataset(folder: str, decode: int) -> Iterator[str]:
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m data_prep.verify", description="Check packed data sets.")
     out_help = "a folder with index.json in it or below it, or a data set's URL"
-    parser.add_argument("out", type=local, help=out_help)
+    parser.add_argument("out", type=canonical_address, help=out_help)
     parser.add_argument(
         "--decode", type=int, default=32, help="number of samples per data set to decode (default 32)"
     )

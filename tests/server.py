@@ -51,7 +51,8 @@ class Handler(BaseHTTPRequestHandler):
         server: Server = self.server  # type: ignore[assignment]
         path = server.root / unquote(urlsplit(self.path).path).lstrip("/")
         wanted = self.headers.get("Range")
-        begin = int(wanted.removeprefix("bytes=").split("-")[0]) if wanted and server.ranges else 0
+        first, last = wanted.removeprefix("bytes=").split("-") if wanted and server.ranges else ("0", "")
+        begin = int(first)
         server.asked.append((path.name, begin))
         faults = server.faults[path.name]
         fault, _, count = (faults.pop(0) if faults else "").partition(" ")
@@ -65,19 +66,20 @@ class Handler(BaseHTTPRequestHandler):
             data = data[:-1] + bytes([data[-1] ^ 1])
         if begin > len(data) or (begin and begin == len(data)):
             return self.send_error(416)
+        end = min(int(last) + 1, len(data)) if last else len(data)
         self.send_response(206 if wanted and server.ranges else 200)
-        self.send_header("Content-Length", str(len(data) - begin))
-        if begin:
-            self.send_header("Content-Range", f"bytes {begin}-{len(data) - 1}/{len(data)}")
+        self.send_header("Content-Length", str(end - begin))
+        if wanted and server.ranges:
+            self.send_header("Content-Range", f"bytes {begin}-{end - 1}/{len(data)}")
         self.end_headers()
         with suppress(OSError):
-            self.send_body(path.name, data[begin:], fault, int(count or 0))
+            self.send_body(path.name, data[begin:end], fault, int(count or 0))
 
     def send_body(self, name: str, data: bytes, fault: str, count: int) -> None:
         server: Server = self.server  # type: ignore[assignment]
         if fault in ("cut", "stall"):
             data = data[:count]
-        for i in range(0, len(data), count or len(data)):
+        for i in range(0, len(data), count or len(data) or 1):
             self.wfile.write(data[i : i + (count or len(data))])
             server.sent[name] += len(data[i : i + (count or len(data))])
             if fault == "slow":

@@ -57,9 +57,10 @@ def server(made):
 
 
 @pytest.fixture(autouse=True)
-def impatient(monkeypatch):
+def short_waits(monkeypatch):
     monkeypatch.setenv("no_proxy", "*")
-    monkeypatch.setattr(remote, "READ_TIMEOUT_S", 0.4)
+    monkeypatch.setattr(remote, "REQUEST_TIMEOUT_S", 0.4)
+    monkeypatch.setattr(remote, "MIN_BLOCK_BYTES", 1 << 20)  # a shard takes one request
     monkeypatch.setattr(remote, "RETRY_DELAYS_S", (0.01, 0.01, 0.02, 0.02, 0.03))
 
 
@@ -141,19 +142,43 @@ def test_faults_that_pass(made, tmp_path, faults, requests, ranges):
         assert server.times_asked("part 1.tar") == requests
 
 
-def test_a_transfer_goes_on_where_it_was_cut(server, tmp_path):
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """A shard of 112,640 bytes takes four requests."""
+    monkeypatch.setattr(remote, "MAX_BLOCK_BYTES", 30_000)
+    monkeypatch.setattr(remote, "MIN_BLOCK_BYTES", 30_000)
+
+
+def test_a_transfer_continues_at_the_block_that_failed(server, tmp_path, small_blocks):
     shards = open_remote(server, tmp_path)
-    server.faults["part 0.tar"] = ["cut 30000", "cut 40000"]
+    server.faults["part 0.tar"] = ["", "cut 10", "", "500"]
     shards.read(shards.sample(0, 0))
-    assert [at for name, at in server.asked if name == "part 0.tar"] == [0, 30000, 70000]
-    assert server.sent["part 0.tar"] == shards.sizes[0]
+    begins = [begin for name, begin in server.asked if name == "part 0.tar"]
+    assert begins == [0, 30_000, 30_000, 60_000, 60_000, 90_000]
+    assert server.sent["part 0.tar"] == shards.sizes[0] + 10
 
 
-def test_retries_start_anew_when_something_came(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(remote, "MIN_PROGRESS_BYTES", 5_000)
+def test_a_block_that_arrives_resets_the_count_of_retries(server, tmp_path, small_blocks):
     shards = open_remote(server, tmp_path)
-    server.faults["part 0.tar"] = ["cut 6000"] * 15  # of about 100,000 bytes
+    server.faults["part 0.tar"] = [*["cut 10"] * 4, ""] * 4
     assert len(shards.read(shards.sample(0, 0))) == PAYLOAD
+
+
+def test_requests_shrink_after_failures_and_grow_again(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(remote, "MAX_BLOCK_BYTES", 80_000)
+    monkeypatch.setattr(remote, "MIN_BLOCK_BYTES", 10_000)
+    shards = open_remote(server, tmp_path)
+    server.faults["part 0.tar"] = ["cut 10", "cut 10"]
+    shards.read(shards.sample(0, 0))
+    begins = [begin for name, begin in server.asked if name == "part 0.tar"]
+    assert begins == [
+        0,
+        0,
+        0,
+        10_000,
+        30_000,
+        70_000,
+    ]  # of 80,000, 20,000, 10,000, 20,000, 40,000, 80,000 bytes
 
 
 # --- faults that stay ---
@@ -163,7 +188,7 @@ def test_retries_start_anew_when_something_came(server, tmp_path, monkeypatch):
     ("fault", "requests", "says"),
     [
         ("500", 6, "given up after 5 retries: the server answers 500 Internal Server Error"),
-        ("cut 100", 6, r"given up after 5 retries: the connection ended after 600 of \d+ bytes"),
+        ("cut 100", 6, "given up after 5 retries: Response payload is not completed"),
         ("403", 1, "the server answers 403 Forbidden"),
         ("wrong", 2, r"its sha256 is \w+, the index says \w+; fetched twice"),
         ("short", 2, r"has \d+ bytes, the index says \d+; fetched twice"),
@@ -173,7 +198,7 @@ def test_faults_that_stay(server, tmp_path, fault, requests, says):
     shards = open_remote(server, tmp_path)
     server.faults["part 2.tar"] = [fault] * 99
     with pytest.raises(
-        UserError, match=rf"^http://[\w.:]+/set/part%202\.tar: {says}; .*run data_prep\.verify$"
+        UserError, match=rf"^http://[\w.:]+/set/part%202\.tar: {says}.*; .*run data_prep\.verify$"
     ):
         shards.read(shards.sample(2, 0))
     assert server.times_asked("part 2.tar") == requests and not files(tmp_path, ".tar")
@@ -183,11 +208,11 @@ def test_faults_that_stay(server, tmp_path, fault, requests, says):
 
 @pytest.mark.parametrize("fault", ["stall 10", "slow 1"])
 def test_a_silent_or_trickling_server_is_given_up(server, tmp_path, monkeypatch, fault):
-    monkeypatch.setattr(remote, "READ_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(remote, "REQUEST_TIMEOUT_S", 0.1)
     shards = open_remote(server, tmp_path)
     server.faults["part 0.tar"] = [fault] * 99
     since = time.monotonic()
-    with pytest.raises(UserError, match=r"given up after 5 retries: (timed out|only \d+ bytes in 0 s)"):
+    with pytest.raises(UserError, match=r"given up after 5 retries: timed out"):
         shards.read(shards.sample(0, 0))
     assert time.monotonic() - since < 6
 
@@ -196,7 +221,9 @@ def test_a_dead_server_is_a_clear_error(tmp_path):
     with socket.socket() as nobody:  # bound, but it does not listen: refused
         nobody.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{nobody.getsockname()[1]}/set?secret"
-        with pytest.raises(UserError, match=r"^http://[\w.:]+/set/index\.json: given up after 5 .*refused"):
+        with pytest.raises(
+            UserError, match=r"^http://[\w.:]+/set/index\.json: given up after 5 retries: Cannot connect"
+        ):
             Shards([url], str(tmp_path))
 
 
@@ -210,9 +237,7 @@ def test_a_full_disk_is_said():
 
 
 def test_wrong_addresses_and_places(server, tmp_path):
-    with pytest.raises(
-        UserError, match=r"none/index\.json: the server answers 404.*address of a packed data set\?"
-    ):
+    with pytest.raises(UserError, match=r"none/index\.json: not found.*address of a packed data set\?"):
         Shards([server.url("none")], str(tmp_path))
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="is not a folder"):
@@ -274,10 +299,12 @@ def test_processes_that_want_a_shard_at_once_fetch_it_once(server, tmp_path):
     assert server.times_asked(".tar") == server.times_asked(".jsonl") == 2
 
 
-def test_a_kill_in_the_middle_leaves_a_usable_cache(server, tmp_path, made):
+def test_a_kill_in_the_middle_leaves_a_usable_cache(server, tmp_path, made, monkeypatch):
+    monkeypatch.setattr(remote, "MAX_BLOCK_BYTES", 10_000)
+    monkeypatch.setattr(remote, "MIN_BLOCK_BYTES", 10_000)
     shards = open_remote(server, tmp_path)
     sample = shards.sample(0, 4)
-    server.faults["part 0.tar"] = ["slow 2000"] * 9
+    server.faults["part 0.tar"] = ["slow 2000"] * 99
     for times in range(3):
         child = FORK.Process(target=shards.read, args=(sample,))
         child.start()
@@ -421,7 +448,7 @@ def test_verify_reads_urls(server, capsys):
     with pytest.raises(SystemExit):
         verify.main([server.url("set"), "--decode", "0"])
     said = capsys.readouterr().out
-    assert "part%203.tar: sha256 differs" in said and "part%204.jsonl: the server answers 404" in said
+    assert "part%203.tar: sha256 differs" in said and "part%204.jsonl: not found" in said
     assert "2 problems" in said
 
 
@@ -441,8 +468,8 @@ def test_s3(made, tmp_path, monkeypatch):
         ("AWS_DEFAULT_REGION", "us-east-1"),
     ):
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(remote, "BLOCK_BYTES", 30_000)  # four requests a shard
-    monkeypatch.setattr(remote, "READ_TIMEOUT_S", 5)
+    monkeypatch.setattr(remote, "MAX_BLOCK_BYTES", 30_000)  # four requests a shard
+    monkeypatch.setattr(remote, "REQUEST_TIMEOUT_S", 5)
     server = moto.ThreadedMotoServer(port=0, verbose=False)
     server.start()
     try:

@@ -17,7 +17,7 @@ import numpy as np
 from vidssl.core.errors import UserError
 from vidssl.core.io import file_sha256
 from vidssl.data.decoding.base import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
-from vidssl.data.remote import ShardError, fetch_small, is_url, join, shown
+from vidssl.data.remote import ShardError, fetch_small, is_url, join, without_query
 
 VERSION = 1
 MEDIA_EXTENSIONS = (*VIDEO_EXTENSIONS, *IMAGE_EXTENSIONS)
@@ -141,7 +141,7 @@ def read_index_bytes(folder: str) -> bytes:
 
 def parse_index(text: bytes, folder: str) -> dict[str, Any]:
     """Returns the checked contents of index.json; `folder` is named in errors."""
-    where = shown(join(folder, "index.json"))
+    where = without_query(join(folder, "index.json"))
     try:
         index = json.loads(text)
     except ValueError as e:
@@ -171,4 +171,6 @@ def shard_table(index: dict[str, Any], folder: str) -> ShardTable:
             np.array([entry["index_sha256"] for entry in entries], "S64"),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as e:
-        raise UserError(f"{shown(join(folder, 'index.json'))}: damaged list of shards ({e})") from None
+        raise UserError(
+            f"{without_query(join(folder, 'index.json'))}: damaged list of shards ({e})"
+        ) from None

@@ -1,18 +1,17 @@
-"""Files that lie elsewhere, fetched whole: with time limits and retries, into a cache that a node's processes share.
+"""Remote files, read through fsspec, and a cache of them that the processes of a node share.
 
-http and https are read with the standard library; s3://, gs:// and others with fsspec and its package for them (s3fs,
-gcsfs, ...), which take endpoint and credentials from the usual places (AWS_* variables, ~/.aws, FSSPEC_S3_*).
+http(s)://, s3://, gs:// and other addresses; the packages behind them (s3fs, gcsfs, ...) take endpoint and credentials
+from the usual places (AWS_* variables, ~/.aws, FSSPEC_S3_*), http(s) takes proxies from the environment. A file of known
+size is fetched in ranges, so that an interrupted transfer continues. A server without ranges must send a whole file
+within REQUEST_TIMEOUT_S.
 """
 
 import asyncio
 import errno
 import fcntl
-import http.client
 import io
 import os
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from importlib import import_module
@@ -20,22 +19,24 @@ from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
+import aiohttp
 from fsspec.asyn import sync
 from fsspec.core import url_to_fs
 
 from vidssl.core.errors import UserError
 from vidssl.core.io import check_writable, make_folder, stream_sha256
 
-READ_TIMEOUT_S = 30.0  # seconds without a byte, until a connection counts as dead
-BLOCK_BYTES = 8 << 20  # bytes of one request where fsspec reads; must arrive within 2 * QUIET
-MIN_PROGRESS_BYTES = (
+REQUEST_TIMEOUT_S = 60.0  # seconds that one request may take
+MAX_BLOCK_BYTES = 8 << 20  # bytes of one request
+MIN_BLOCK_BYTES = (
     64 << 10
-)  # bytes; what brings less in 2 * QUIET counts as dead, and a retry that brings less as failed
-RETRY_DELAYS_S = (0.5, 1.0, 2.0, 4.0, 8.0)  # seconds before each of the retries
+)  # a request is a quarter as large after a failure, and twice as large after a success
+RETRY_DELAYS_S = (0.5, 1.0, 2.0, 4.0, 8.0)  # seconds before each retry; a block that arrives resets the count
+RETRIED_STATUS = (408, 429)  # and 5xx: HTTP errors that another request may cure
 
 
 class ShardError(Exception):
-    """A file of a data set cannot be had, or is not the one that the index means.
+    """A file of a data set cannot be read, or its bytes are not those that the index lists.
 
     reason: "shard_missing" (not there, or the server cannot be reached) or "shard_changed" (other bytes than indexed).
     """
@@ -49,15 +50,15 @@ def is_url(folder: str) -> bool:
     return "://" in folder
 
 
-def local(folder: str) -> str:
-    """A file:// address as a path; other addresses and paths as they are, a path in its shortest form."""
+def canonical_address(folder: str) -> str:
+    """Returns the path of a file:// address, the shortest form of a path, and other addresses as they are."""
     if folder.startswith("file://"):
         return unquote(urlsplit(folder).path)
     return folder if is_url(folder) else str(Path(folder))
 
 
 def join(folder: str, name: str) -> str:
-    """The address of a file in a folder; what follows a "?" (signed addresses) stays at the end."""
+    """Returns the address of a file in a folder; the query of a signed address stays at the end."""
     if not is_url(folder):
         return os.path.join(folder, name)
     if folder.startswith("http"):
@@ -66,58 +67,93 @@ def join(folder: str, name: str) -> str:
     return f"{folder.rstrip('/')}/{name}"
 
 
-def shown(url: str) -> str:
-    """An address without what signs it."""
+def without_query(url: str) -> str:
+    """Returns an address without its signature, for messages."""
     return url.split("?")[0] if is_url(url) else url
 
 
+def filesystem(url: str) -> tuple[Any, str]:
+    """Returns the fsspec file system of an address, and the path in it."""
+    # encoded: a signed address is sent as it is; trust_env: proxies from the environment
+    options = {"encoded": True, "client_kwargs": {"trust_env": True}} if url.startswith("http") else {}
+    try:
+        return url_to_fs(url, **options)
+    except (ImportError, ValueError) as e:  # its package is not installed, or there is no such protocol
+        raise UserError(f"{without_query(url)}: {e}") from e
+
+
 def fetch_small(url: str) -> bytes:
+    """Returns the contents of a file."""
     out = io.BytesIO()
     fetch(url, out)
     return out.getvalue()
 
 
 def fetch(url: str, out: BinaryIO, size: int | None = None) -> None:
-    """All of `url` into `out`, which may hold its beginning already. size: in bytes, if it is known what it must be.
+    """Writes the contents of `url` to `out`, which may hold their beginning if `size` (bytes) is known.
 
-    An interrupted transfer goes on where it stopped if the server can. It is an error after 5 retries in a row that
-    brought next to nothing: within 20 s if the server refuses, 200 s if it is silent, 380 s if it trickles.
+    Raises ShardError if the file is not there, has another size, or after 5 retries in a row without a block.
     """
-    failed, furthest = 0, out.seek(0, os.SEEK_END)
-    while problem := _attempt(url, out, size):
-        if out.tell() >= furthest + MIN_PROGRESS_BYTES:
-            failed, furthest = 0, out.tell()
-        if failed == len(RETRY_DELAYS_S):
-            raise ShardError(f"{shown(url)}: given up after {failed} retries: {problem}")
-        time.sleep(RETRY_DELAYS_S[failed])
-        failed += 1
-
-
-def _attempt(url: str, out: BinaryIO, size: int | None) -> str:
-    """Go on from the end of `out`. Returns what another attempt may mend; "": all is there."""
-    at = out.seek(0, os.SEEK_END)
-    if at == size:
-        return ""
-    try:
-        begin, total, blocks = (_from_http if url.startswith(("http://", "https://")) else _from_fsspec)(
-            url, at
-        )
-        if size is not None and total not in (size, None):
-            raise ShardError(f"{shown(url)}: has {total} bytes, the index says {size}", "shard_changed")
-        out.seek(begin)
-        out.truncate()
-        for block in blocks:
+    position = out.seek(0, os.SEEK_END)
+    block_bytes = MAX_BLOCK_BYTES
+    retries = 0
+    while position != size:
+        end = None if size is None else min(position + block_bytes, size)
+        try:
+            block = _request(url, position, end)
+        except network_errors() as e:
+            if retries == len(RETRY_DELAYS_S):
+                raise ShardError(
+                    f"{without_query(url)}: given up after {retries} retries: {_description(e)}"
+                ) from e
+            time.sleep(RETRY_DELAYS_S[retries])
+            retries += 1
+            block_bytes = max(MIN_BLOCK_BYTES, block_bytes // 4)
+            continue
+        if size is None or end is None:
             _write(out, block)
+            return
+        retries = 0
+        block_bytes = min(MAX_BLOCK_BYTES, 2 * block_bytes)
+        if len(block) > end - position:  # the server has no ranges and sent the whole file
+            if len(block) != size:
+                raise _wrong_size(url, len(block), size)
+            block = block[position:]
+        elif len(block) < end - position:
+            raise _wrong_size(url, position + len(block), size)
+        _write(out, block)
+        position += len(block)
+
+
+def _request(url: str, start: int, end: int | None) -> bytes:
+    """Returns the bytes start..end-1 (end None: the whole file). Raises ShardError if a retry is of no use."""
+    fs, path = filesystem(url)
+    limits = {} if end is None else {"start": start, "end": end}
+    try:
+        if fs.async_impl:
+            return sync(fs.loop, fs._cat_file, path, timeout=REQUEST_TIMEOUT_S, **limits)
+        return fs.cat_file(path, **limits)
     except (FileNotFoundError, PermissionError) as e:
-        raise ShardError(f"{shown(url)}: {e.strerror or e}") from e
-    except urllib.error.HTTPError as e:
-        if e.code < 500 and e.code not in (408, 429):
-            raise ShardError(f"{shown(url)}: the server answers {e.code} {e.reason}") from e
-        return f"the server answers {e.code} {e.reason}"
-    except network_errors() as e:
-        return str(e) or type(e).__name__
-    want = total if size is None else size
-    return "" if want in (out.tell(), None) else f"the connection ended after {out.tell()} of {want} bytes"
+        default = "not found" if isinstance(e, FileNotFoundError) else "permission denied"
+        raise ShardError(f"{without_query(url)}: {e.strerror or default}") from e
+    except aiohttp.ClientResponseError as e:
+        if e.status == 416:  # the file ends before `start`
+            raise ShardError(f"{without_query(url)}: has no more than {start} bytes", "shard_changed") from e
+        if e.status < 500 and e.status not in RETRIED_STATUS:
+            raise ShardError(f"{without_query(url)}: {_description(e)}") from e
+        raise
+
+
+def _description(e: Exception) -> str:
+    if isinstance(e, aiohttp.ClientResponseError):  # its own text holds the address with its signature
+        return f"the server answers {e.status} {e.message}"
+    if isinstance(e, asyncio.TimeoutError):
+        return f"timed out: a request took over {REQUEST_TIMEOUT_S:g} s"
+    return str(e) or type(e).__name__
+
+
+def _wrong_size(url: str, found: int, size: int) -> ShardError:
+    return ShardError(f"{without_query(url)}: has {found} bytes, the index says {size}", "shard_changed")
 
 
 def _write(out: BinaryIO, block: bytes) -> None:
@@ -126,79 +162,35 @@ def _write(out: BinaryIO, block: bytes) -> None:
         while rest:
             rest = rest[out.write(rest) :]
     except OSError as e:
-        more = "; lower data.cache_gb, or choose another data.cache_dir" if e.errno == errno.ENOSPC else ""
-        raise UserError(f"{out.name}: {e.strerror}{more}") from e
-
-
-def _from_http(url: str, at: int) -> tuple[int, int | None, Iterator[bytes]]:
-    """-> (where the bytes begin: `at`, or 0 if the server has no ranges; bytes of the whole file, if told; bytes)"""
-    headers = {"User-Agent": "vidssl"} | ({"Range": f"bytes={at}-"} if at else {})
-    try:
-        answer = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=READ_TIMEOUT_S)
-    except urllib.error.HTTPError as e:
-        if e.code == 416:  # nothing from there on: the file has become shorter
-            raise ShardError(
-                f"{shown(url)}: has no more than {at} bytes, the index says more", "shard_changed"
-            ) from e
-        raise
-    begin = at if answer.status == 206 else 0
-
-    def blocks() -> Iterator[bytes]:
-        since, got = time.monotonic(), 0
-        with answer:
-            while block := answer.read1(1 << 20):
-                yield block
-                got += len(block)
-                if time.monotonic() > since + 2 * READ_TIMEOUT_S:
-                    if got < MIN_PROGRESS_BYTES:
-                        raise TimeoutError(f"only {got} bytes in {2 * READ_TIMEOUT_S:.0f} s")
-                    since, got = time.monotonic(), 0
-
-    return begin, None if answer.length is None else begin + answer.length, blocks()
-
-
-def _from_fsspec(url: str, at: int) -> tuple[int, int | None, Iterator[bytes]]:
-    """The same, by ranges of BLOCK bytes."""
-    try:
-        fs, path = url_to_fs(url)
-    except (ImportError, ValueError) as e:  # its package is not installed; no such protocol
-        raise UserError(f"{url}: {e}") from e
-
-    def call(name: str, **between: int) -> Any:
-        if fs.async_impl:
-            return sync(fs.loop, getattr(fs, f"_{name}"), path, timeout=2 * READ_TIMEOUT_S, **between)
-        return getattr(fs, name)(path, **between)
-
-    total = call("info")["size"]
-    return (
-        at,
-        total,
-        (call("cat_file", start=i, end=min(i + BLOCK_BYTES, total)) for i in range(at, total, BLOCK_BYTES)),
-    )
+        hint = "; lower data.cache_gb, or choose another data.cache_dir" if e.errno == errno.ENOSPC else ""
+        raise UserError(f"{out.name}: {e.strerror}{hint}") from e
 
 
 def network_errors() -> tuple[type[Exception], ...]:
-    """What a bad connection raises; the packages behind fsspec have errors of their own."""
-    found: list[type[Exception]] = [OSError, http.client.HTTPException, asyncio.TimeoutError]
-    for module, name in (("botocore.exceptions", "BotoCoreError"), ("aiohttp", "ClientError")):
-        with suppress(ImportError):
-            found.append(getattr(import_module(module), name))
+    """The exceptions of a bad connection; the packages behind fsspec have some of their own."""
+    found: list[type[Exception]] = [OSError, asyncio.TimeoutError, aiohttp.ClientError]
+    with suppress(ImportError):
+        found.append(import_module("botocore.exceptions").BotoCoreError)
     return tuple(found)
 
 
 class Cache:
-    """Fetched files under the names of their checksums, at most `limit` bytes, for all processes of the node.
+    """Fetched files, named by their checksums, at most `limit` bytes, for all processes of the node.
 
-    <sha256>.tar and .jsonl are whole and checked. <sha256>.<size>.part is being fetched, or was when its process was
-    killed: the next one goes on with it. Whoever reads or fetches a file holds a lock on it, which a killed process
-    loses; names change only while the folder's `lock` is held. Room for a file is made before it is fetched, by
-    removing those that were read longest ago and are not held. The folder must be on a disk of the node.
+    <sha256>.tar and .jsonl are complete and checked. <sha256>.<size>.part is being fetched, or was when its process was
+    killed, and then the next process continues it. A process that reads or fetches a file holds a lock on it, which it
+    loses when it is killed; names change only under the lock of the file `lock`. Room for a file is made before it is
+    fetched, by removing the least recently used files that are not locked. The folder must be on a disk of the node.
+
+    The modification time of a file is the time of its last use. It is set explicitly, in increasing nanoseconds: the
+    clock by which a file system stamps files is too coarse (4 ms) to order uses.
     """
 
     def __init__(self, folder: str | None, limit: int):
         base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         self.folder = Path(folder).absolute() if folder else Path(base) / "vidssl"
         self.limit = limit
+        self._last_use_ns = 0
         check_writable(self.folder)
         make_folder(self.folder)
 
@@ -207,9 +199,12 @@ class Cache:
 
     @contextmanager
     def open(self, url: str, sha256: str, size: int | None) -> Iterator[BinaryIO]:
-        """The file, open for reading; fetched if need be. size: of a tar, in bytes; None: a .jsonl, of unknown size."""
+        """Yields the file, open for reading, after it was fetched if it is not in the cache.
+
+        size: bytes of a tar; None: a .jsonl, of unknown size.
+        """
         path = self.folder / (f"{sha256}.jsonl" if size is None else f"{sha256}.tar")
-        file = self._found(path, size) or self._get(url, path, sha256, size)
+        file = self._open_cached(path, size) or self._fetch(url, path, sha256, size)
         try:
             yield file
         finally:
@@ -224,28 +219,31 @@ class Cache:
         finally:
             _release(file)
 
-    @staticmethod
-    def _found(path: Path, size: int | None) -> BinaryIO | None:
+    def _mark_used(self, file: BinaryIO) -> None:
+        self._last_use_ns = max(time.time_ns(), self._last_use_ns + 1)
+        os.utime(file.fileno(), ns=(self._last_use_ns, self._last_use_ns))
+
+    def _open_cached(self, path: Path, size: int | None) -> BinaryIO | None:
         try:
             file = open(path, "rb")  # noqa: SIM115
         except FileNotFoundError:
             return None
         fcntl.flock(file, fcntl.LOCK_SH)
-        if size is not None and os.fstat(file.fileno()).st_size != size:  # someone wrote into it
+        if size is not None and os.fstat(file.fileno()).st_size != size:  # damaged from outside
             path.unlink(missing_ok=True)
             _release(file)
             return None
-        os.utime(file.fileno())
+        self._mark_used(file)
         return file
 
-    def _get(self, url: str, path: Path, sha256: str, size: int | None) -> BinaryIO:
+    def _fetch(self, url: str, path: Path, sha256: str, size: int | None) -> BinaryIO:
         part = self.folder / f"{sha256}.{size or 0}.part"
-        wait = 0.01
-        while True:  # while another process fetches it, or all room is held by files that others fetch
+        wait = 0.01  # seconds
+        while True:  # while another process fetches this file, or other files take up the room
             with self._lock():
-                if file := self._found(path, size):
+                if file := self._open_cached(path, size):
                     return file
-                file = self._begin(part, size or 0)
+                file = self._open_part(part, size or 0)
             if file:
                 break
             time.sleep(wait)
@@ -254,25 +252,26 @@ class Cache:
             failed.callback(_release, file)
             _fetch_checked(url, file, sha256, size)
             with self._lock():
+                self._mark_used(file)
                 os.replace(part, path)
                 fcntl.flock(file, fcntl.LOCK_SH)
                 self._make_room(0)
             failed.pop_all()
         return file
 
-    def _begin(self, part: Path, size: int) -> BinaryIO | None:
-        """The file to fetch into, if nobody else does and there is room."""
+    def _open_part(self, part: Path, size: int) -> BinaryIO | None:
+        """Returns the file to fetch into, or None if another process fetches it or there is no room."""
         file = open(os.open(part, os.O_RDWR | os.O_CREAT, 0o644), "r+b", buffering=0)  # noqa: SIM115
-        if _take(file) and self._make_room(size, part.name):
+        if _lock_exclusively(file) and self._make_room(size, part.name):
             return file
         _release(file)
         return None
 
-    def _make_room(self, size: int, but: str = "") -> bool:
-        """Remove what was read longest ago until `size` bytes more fit; file `but` does not count."""
+    def _make_room(self, size: int, excluded: str = "") -> bool:
+        """Removes least recently used files until `size` more bytes fit; `excluded` names a file not to count."""
         found = []
         for entry in os.scandir(self.folder):
-            if entry.name.endswith((".tar", ".jsonl", ".part")) and entry.name != but:
+            if entry.name.endswith((".tar", ".jsonl", ".part")) and entry.name != excluded:
                 stat = entry.stat()
                 reserved = int(entry.name.split(".")[1]) if entry.name.endswith(".part") else 0
                 found.append((stat.st_mtime_ns, max(stat.st_size, reserved), entry.path))
@@ -281,14 +280,14 @@ class Cache:
             if free >= size:
                 break
             with open(path, "rb") as file:
-                if _take(file):
+                if _lock_exclusively(file):
                     os.unlink(path)
                     free += n
         return free >= size
 
 
-def _take(file: BinaryIO) -> bool:
-    """Lock it for ourselves alone; False if someone has it."""
+def _lock_exclusively(file: BinaryIO) -> bool:
+    """Returns False if another process holds a lock."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -302,7 +301,7 @@ def _release(file: BinaryIO) -> None:
 
 
 def _fetch_checked(url: str, file: BinaryIO, sha256: str, size: int | None) -> None:
-    """`url` into `file`; once more from the beginning if the bytes are not those that the index means."""
+    """Fetches `url` into `file`; once more from the beginning if its bytes are not those that the index lists."""
     problem = ""
     for _ in range(2):
         try:
@@ -310,7 +309,7 @@ def _fetch_checked(url: str, file: BinaryIO, sha256: str, size: int | None) -> N
             if (found := stream_sha256(file)) == sha256:
                 os.fsync(file.fileno())
                 return
-            problem = f"{shown(url)}: its sha256 is {found}, the index says {sha256}"
+            problem = f"{without_query(url)}: its sha256 is {found}, the index says {sha256}"
         except ShardError as e:
             if e.reason != "shard_changed":
                 raise

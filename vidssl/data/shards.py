@@ -18,7 +18,7 @@ import numpy as np
 
 from vidssl.core.errors import DecodeError, UserError
 from vidssl.data.format import Sample, ShardTable, parse_index, parse_sample, read_index_bytes, shard_table
-from vidssl.data.remote import Cache, ShardError, is_url, join, local, shown
+from vidssl.data.remote import Cache, ShardError, canonical_address, is_url, join, without_query
 
 LINES_BYTES = 64 << 20  # of .jsonl files kept in a process
 
@@ -64,7 +64,7 @@ class Shards:
         self.folders: list[str] = []
         self.classes: dict[str, list[str]] = {}
         digest, parts = hashlib.sha256(), []
-        for folder in map(local, folders):
+        for folder in map(canonical_address, folders):
             if folder in self.folders:
                 raise UserError(f"{folder}: named twice")
             self.folders.append(folder)
@@ -124,7 +124,7 @@ class Shards:
                 return self._lines(shard)[number]
             except ShardError as e:
                 self._lose(shard, e)
-        return Sample(f"{shown(self.path(shard))}:{number}", "", shard, 0, 0, {})
+        return Sample(f"{without_query(self.path(shard))}:{number}", "", shard, 0, 0, {})
 
     def all(self) -> list[Sample]:
         """Every sample in stored order (for evaluation and health; training asks by number)."""
@@ -155,7 +155,7 @@ class Shards:
             raise ShardError(f"{path}: {e.strerror}") from e
 
     def _part(self, sample: Sample, file: BinaryIO) -> bytes:
-        path, want = shown(self.path(sample.shard)), self.sizes[sample.shard]
+        path, want = without_query(self.path(sample.shard)), self.sizes[sample.shard]
         try:
             there = os.fstat(file.fileno()).st_size
             data = os.pread(file.fileno(), sample.size, sample.offset)
@@ -188,7 +188,7 @@ class Shards:
                     data = file.read()
             except OSError as e:
                 raise ShardError(f"{path}: {e.strerror}") from e
-        lines, want = IndexLines(data, shard, shown(path)), self.counts[shard]
+        lines, want = IndexLines(data, shard, without_query(path)), self.counts[shard]
         if len(lines) != want:
             raise ShardError(
                 f"{lines.where}: {len(lines)} samples, but index.json says {want}", "shard_changed"

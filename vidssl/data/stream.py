@@ -16,7 +16,6 @@ from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
 
-import fsspec
 import numpy as np
 import webdataset as wds
 from torch.utils.data import IterableDataset, get_worker_info
@@ -38,7 +37,7 @@ from vidssl.data.dataset import (
 from vidssl.data.format import parse_meta, select_media
 from vidssl.data.isolated_dataset import IsolatedDataset
 from vidssl.data.order import batches
-from vidssl.data.remote import is_url, network_errors, shown
+from vidssl.data.remote import filesystem, is_url, network_errors, without_query
 from vidssl.data.sampling import sample_indices
 
 DAMAGED_TAR = (tarfile.TarError, EOFError, ValueError, zlib.error)
@@ -52,7 +51,7 @@ class ShardUrls:
         missing = [url for url in self.urls if is_path(url) and not Path(url).is_file()]
         if missing and data.on_missing == "error":
             raise UserError(f"{missing[0]}: no such shard ({len(missing)} of {len(self.urls)} are missing)")
-        names = [shown(url).rpartition("/")[2] for url in self.urls]
+        names = [without_query(url).rpartition("/")[2] for url in self.urls]
         self.hash = hashlib.sha256("\n".join(["stream", *names]).encode()).hexdigest()
 
 
@@ -190,7 +189,7 @@ class StreamingDataset(IterableDataset[list[Example]]):
         buffer = self.decoder.data.shuffle_buffer
         pipeline = wds.DataPipeline(
             *shards,
-            partial(open_shards, failures=failures),
+            partial(open_tars, failures=failures),
             partial(tar_file_expander, handler=failures),
             partial(group_by_keys, handler=failures),
             failures.watch,
@@ -200,7 +199,7 @@ class StreamingDataset(IterableDataset[list[Example]]):
             yield from failures.pop()
             yield sample
         raise UserError(
-            f"{shown(urls[0])}: no sample can be read from this shard or the {len(urls) - 1} others"
+            f"{without_query(urls[0])}: no sample can be read from this shard or the {len(urls) - 1} others"
         )
 
 
@@ -246,14 +245,20 @@ class ShardFailures:
             yield sample
 
 
-def open_shards(source: Iterable[dict[str, str]], failures: ShardFailures) -> Iterator[dict[str, Any]]:
+def open_url(url: str) -> Any:
+    """Opens a path or a pipe: command with webdataset, and any other address with fsspec."""
+    if is_path(url) or url.startswith("pipe:"):
+        return gopen(url)
+    fs, path = filesystem(url)
+    return fs.open(path, "rb")
+
+
+def open_tars(source: Iterable[dict[str, str]], failures: ShardFailures) -> Iterator[dict[str, Any]]:
     """A stage of the pipeline: {"url"} -> {"url", "stream"}."""
     for url in (shard["url"] for shard in source):
-        failures.shard = shown(url)
+        failures.shard = without_query(url)
         try:
-            stream = (
-                fsspec.open(url, "rb").open() if is_url(url) and not url.startswith("pipe:") else gopen(url)
-            )
+            stream = open_url(url)
         except network_errors() as e:
             failures.missing(e)
             continue
