@@ -1,17 +1,18 @@
-"""Checkpoints: written beside and renamed into place, in the background; read weights-only.
+"""Checkpoint files: written in the background, renamed into place, read weights-only.
 
-A checkpoint is a folder `step-00000100`: model.safetensors, optimizer.safetensors, and state.json with everything that
-is no tensor and the SHA-256 of the two files, so that a file that is damaged is never taken for a whole one.
+A checkpoint is a folder `step-00000100`: model.safetensors, optimizer.safetensors, and state.json with all other state
+and the SHA-256 of the two files, so that a damaged file is never loaded.
 """
 
+import contextlib
 import importlib.metadata
 import json
 import platform
 import re
 import shutil
 import subprocess
-import threading
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +31,11 @@ TENSOR_FILES = ("model", "optimizer")
 
 
 def provenance(cfg: dict[str, Any], data: str) -> dict[str, Any]:
-    """What a checkpoint is of: configuration, hash of the data's index, revision of the code, versions of libraries."""
+    """Origin of a checkpoint: configuration, hash of the data's index, code revision, versions of libraries."""
     libraries = {"python": platform.python_version(), "torch": str(torch.__version__)}
     for name in LIBRARIES:
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             libraries[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return {
         "config": cfg,
         "data": data,
@@ -47,13 +46,13 @@ def provenance(cfg: dict[str, Any], data: str) -> dict[str, Any]:
 
 
 def revision() -> str:
-    """`git describe` of the checkout that runs (+ "-dirty"), or the version where there is none."""
+    """`git describe` of the checkout that runs (with "-dirty" if it was changed); else the version."""
     root = Path(__file__).parents[1]
     if (root / ".git").exists():
-        asked = ["git", "-C", str(root), "describe", "--always", "--dirty", "--tags"]
+        command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--tags"]
         try:
             return subprocess.run(
-                asked, capture_output=True, text=True, check=True, timeout=20
+                command, capture_output=True, text=True, check=True, timeout=20
             ).stdout.strip()
         except (OSError, subprocess.SubprocessError):  # no git, another owner, a slow disk
             pass
@@ -61,34 +60,34 @@ def revision() -> str:
 
 
 def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int, keep_every: int = 0) -> None:
-    """folder/step-00000100 with state["model"], state["optimizer"], and what else is in `state` as JSON.
+    """Writes folder/step-00000100 with state["model"], state["optimizer"] and the rest of `state` as JSON.
 
-    The `keep` newest stay, and those of every `keep_every` steps. OSError: it could not be written; what was there is
-    as it was."""
+    Keeps the `keep` newest checkpoints, and those of every `keep_every` steps (0: no others). Raises OSError if it
+    cannot be written; earlier checkpoints are then untouched.
+    """
     folder.mkdir(exist_ok=True)
-    beside, place = folder / f"step-{step:08d}.tmp", folder / f"step-{step:08d}"
-    for half in folder.glob("step-*.tmp"):  # of a process that was killed
-        shutil.rmtree(half)
+    final = folder / f"step-{step:08d}"
+    temporary = final.with_name(f"{final.name}.tmp")
+    for unfinished in folder.glob("step-*.tmp"):  # left by a process that was killed
+        shutil.rmtree(unfinished)
     try:
-        beside.mkdir()
+        temporary.mkdir()
         optimizer, groups = flatten_optimizer(state["optimizer"])
-        files = {"model": dict(state["model"]), "optimizer": optimizer}
-        for name, tensors in files.items():
-            write_tensors(beside / f"{name}.safetensors", tensors)
+        for name, tensors in (("model", dict(state["model"])), ("optimizer", optimizer)):
+            write_tensors(temporary / f"{name}.safetensors", tensors)
         plain = {k: v for k, v in state.items() if k not in TENSOR_FILES}
-        sums = {name: file_sha256(beside / f"{name}.safetensors") for name in files}
-        (beside / "state.json").write_text(
-            json.dumps({"step": step, **plain, "groups": groups, "sha256": sums})
-        )
-        for path in (*beside.iterdir(), beside):
+        sums = {name: file_sha256(temporary / f"{name}.safetensors") for name in TENSOR_FILES}
+        content = json.dumps({"step": step, **plain, "groups": groups, "sha256": sums})
+        (temporary / "state.json").write_text(content)
+        for path in (*temporary.iterdir(), temporary):
             fsync_path(path)
-        beside.replace(place)
+        temporary.replace(final)
         fsync_path(folder)
     except OSError:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
         raise
     for old in list_checkpoints(folder)[:-keep]:
-        if not keep_every or int(old.name[-8:]) % keep_every:
+        if not keep_every or step_of(old) % keep_every:
             shutil.rmtree(old, ignore_errors=True)
 
 
@@ -112,15 +111,22 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(p for p in folder.glob("step-*") if re.fullmatch(r"step-\d{8}", p.name))
 
 
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
+
+
 def load_checkpoint(folder: Path) -> dict[str, Any] | None:
-    """The newest checkpoint that is whole, on the CPU; None if there is none at all. Says which ones it passes over."""
+    """Reads the newest readable checkpoint into CPU memory; None if there is none. Warns of each unreadable one.
+
+    Raises UserError if there are checkpoints, but none can be read.
+    """
     found = list_checkpoints(folder)
-    for place in reversed(found):
+    for checkpoint in reversed(found):
         try:
-            return read_checkpoint(place)
+            return read_checkpoint(checkpoint)
         except (OSError, ValueError, KeyError, TypeError) as e:
-            why = str(e).strip().splitlines()[0]
-            print_stderr(f"warning: {place}: cannot be read ({why}); trying the one before")
+            reason = str(e).strip().splitlines()[0]
+            print_stderr(f"warning: {checkpoint}: cannot be read ({reason}); trying the one before")
     if found:
         raise UserError(
             f"{folder}: none of its {len(found)} checkpoints can be read; move it away to start anew"
@@ -128,68 +134,84 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
     return None
 
 
-def read_checkpoint(place: Path) -> dict[str, Any]:
-    """One checkpoint; OSError, ValueError, KeyError or TypeError if it is not whole."""
-    state = json.loads((place / "state.json").read_text())
+def read_checkpoint(checkpoint: Path) -> dict[str, Any]:
+    """Reads one checkpoint; raises OSError, ValueError, KeyError or TypeError if it is incomplete or damaged."""
+    state = json.loads((checkpoint / "state.json").read_text())
     for name in TENSOR_FILES:
-        path = place / f"{name}.safetensors"
+        path = checkpoint / f"{name}.safetensors"
         if file_sha256(path) != state["sha256"][name]:
-            raise ValueError(f"{path.name} is not what was written")
+            raise ValueError(f"{path.name} does not have the hash it was written with")
         try:
             state[name] = load_file(path)
         except SafetensorError as e:
             raise ValueError(f"{path.name}: {e}") from None
     state["optimizer"] = unflatten_optimizer(state["optimizer"], state.pop("groups"))
-    if not {"step", "guard", "scaler", "provenance"} <= state.keys():
+    if not {"step", "scaler", "provenance"} <= state.keys():
         raise ValueError("not a checkpoint of vidssl")
     return state
 
 
 def quarantine(folder: Path, step: int) -> None:
-    """Rename the checkpoints after `step`, none of which could be read, so that new ones can take their places."""
-    for place in list_checkpoints(folder):
-        if int(place.name[-8:]) > step:
-            number = sum(1 for _ in folder.glob(f"{place.name}.unreadable-*")) + 1
-            place.rename(place.with_name(f"{place.name}.unreadable-{number}"))
+    """Renames the checkpoints after `step`, which are unreadable, so that new ones can take their names."""
+    for checkpoint in list_checkpoints(folder):
+        if step_of(checkpoint) > step:
+            number = sum(1 for _ in folder.glob(f"{checkpoint.name}.unreadable-*")) + 1
+            checkpoint.rename(checkpoint.with_name(f"{checkpoint.name}.unreadable-{number}"))
 
 
 class AsyncWriter:
-    """Writes one thing at a time in a thread. What is written must be a copy; leaving it waits until it is written."""
+    """Writes one checkpoint at a time in a background thread; leaving the context waits for it.
+
+    An OSError (a full disk) does not end the run: `failed` holds its reason until the next write starts, and pop_errors
+    returns a line about it. The next method call raises any other exception, which ends the run.
+    """
 
     def __init__(self) -> None:
-        self.thread: threading.Thread | None = None
-        self.failed: str | None = None  # why the last thing that was begun could not be written
-        self._lines: list[str] = []
+        self.failed: str | None = None  # why the last write failed
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+        self._name = ""
+        self._errors: list[str] = []
 
-    def start(self, what: str, before: Callable[[], None], write: Callable[[], None]) -> None:
-        """Do `before`, and begin to write, once what is being written is done."""
+    def start(self, name: str, before: Callable[[], None], write: Callable[[], None]) -> None:
+        """Waits for the last write, calls `before`, then calls `write` in the background.
+
+        name: used in error lines; write: may only use copies of what the run changes.
+        """
         self.wait()
+        self._name = name
         self.failed = None
-        if self._tried(what, before):
-            self.thread = threading.Thread(target=self._tried, args=(what, write), name="checkpoint")
-            self.thread.start()
-
-    def _tried(self, what: str, action: Callable[[], None]) -> bool:
         try:
-            action()
+            before()
         except OSError as e:
-            self.failed = e.strerror or str(e)
-            self._lines.append(f"{what} could not be written: {self.failed}")
-        return self.failed is None
+            self._record(e)
+        else:
+            self._pending = self._pool.submit(write)
+
+    def wait(self) -> None:
+        """Returns when nothing is being written."""
+        if self._pending is None:
+            return
+        pending, self._pending = self._pending, None
+        try:
+            pending.result()
+        except OSError as e:
+            self._record(e)
+
+    def pop_errors(self) -> list[str]:
+        """Lines about failed writes since the last call."""
+        if self._pending is not None and self._pending.done():
+            self.wait()
+        errors, self._errors = self._errors, []
+        return errors
+
+    def _record(self, error: OSError) -> None:
+        self.failed = error.strerror or str(error)
+        self._errors.append(f"{self._name} could not be written: {self.failed}")
 
     def __enter__(self) -> "AsyncWriter":
         return self
 
     def __exit__(self, *_: object) -> None:
         self.wait()
-
-    def wait(self) -> None:
-        """Until nothing is being written."""
-        if self.thread is not None:
-            self.thread.join()
-            self.thread = None
-
-    def pop_errors(self) -> list[str]:
-        """Lines about what could not be written since the last call."""
-        lines, self._lines = self._lines, []
-        return lines
+        self._pool.shutdown()

@@ -1,4 +1,4 @@
-"""How much of the machine is used: arithmetic that is counted, and memory that stays."""
+"""FLOP counts of a step, and the allocator's memory."""
 
 import subprocess
 import sys
@@ -13,15 +13,15 @@ from vidssl.training import perf
 
 @pytest.mark.parametrize("backward", [False, True])
 def test_flops_of_a_block_are_those_of_its_products(backward):
-    """On the CPU, too, whose attention torch itself does not count."""
+    """Also on the CPU, whose attention torch itself does not count."""
     batch, tokens, dim = 2, 96, 64
     block, x = Block(dim, heads=4), torch.randn(batch, tokens, dim, requires_grad=True)
     with perf.count_flops() as total:
         y = block(x)
         if backward:
             y.sum().backward()
-    linear = 2 * batch * tokens * dim * dim * (3 + 1 + 4 + 4)  # q, k, v; what mixes the heads; two of width 4
-    product = 2 * batch * tokens * tokens * dim  # of q and k, or of scores and v
+    linear = 2 * batch * tokens * dim * dim * (3 + 1 + 4 + 4)  # q, k, v; output projection; MLP of width 4
+    product = 2 * batch * tokens * tokens * dim  # q k^T, or scores v
     assert total() == (3 * linear + (2 + 5) * product if backward else linear + 2 * product)
 
 
@@ -37,24 +37,23 @@ def test_flops_do_not_depend_on_the_kernel_of_attention():
 
 FAULTS = """
 import resource, torch
-from vidssl.training.perf import tune_malloc
-kept = {keep} and tune_malloc()
-for i in range(30):  # the first of them find their places
+from vidssl.training.malloc import tune_malloc
+tuned = {tune} and tune_malloc()
+for i in range(30):  # the first ones warm the allocator up
     if i == 20:
         start = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.ones(1 << 24)
-print(kept, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - start)
+print(tuned, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - start)
 """
 
 
-def test_kept_memory_is_not_fetched_anew():
-    """Counted: pages that the system had to give while 64 MB are taken and freed ten times."""
-    told = {}
-    for keep in (True, False):
-        done = subprocess.run(
-            [sys.executable, "-c", FAULTS.format(keep=keep)], capture_output=True, text=True
-        )
-        kept, told[keep] = done.stdout.split()
-        if keep and kept == "False":
+def test_tuned_malloc_keeps_freed_memory():
+    """Counts page faults while 64 MB are allocated and freed ten times."""
+    faults = {}
+    for tune in (True, False):
+        script = FAULTS.format(tune=tune)
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+        tuned, faults[tune] = done.stdout.split()
+        if tune and tuned == "False":
             pytest.skip("a GPU, or a C library without mallopt")
-    assert int(told[True]) < 20 and int(told[False]) >= 10 * (64 // 2)  # 2 MB pages where the system has them
+    assert int(faults[True]) < 20 and int(faults[False]) >= 10 * (64 // 2)  # with pages of 2 MB
