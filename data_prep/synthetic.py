@@ -12,7 +12,10 @@ other's time reversal, and so are the two orders of events.
 The ground truth of each video is `truth/KEY.npz` (no pickles), for its n objects: `masks` u8 packed bits of
 [T, n, H, W] (visible pixels of each object) with `masks_shape` i64 [4], `position` f32 [T, n, 2] (x, y;
 pixels), `size` f32 [T, n] (radius; pixels), `angle` f32 [T, n] (radians), `shape` i64 [n] (index into
-SHAPES), `depth` i64 [n] (0 is the nearest, which occludes the others).
+SHAPES), `depth` i64 [n] (0 is the nearest, which occludes the others). For dense evaluation: `depth_map` u8
+[T, H, W] (1 + `depth` of the visible object, 3: background), and four key points per object, those of a
+missing second object invisible: `keypoints` f64 [T, 8, 2] (x, y; pixels from the center of the upper left
+pixel), `keypoints_visible` bool [T, 8], `keypoints_scale` f64 [T, 8] (diameter of the object; pixels).
 """
 
 import argparse
@@ -25,6 +28,7 @@ from typing import NamedTuple
 
 import av
 import numpy as np
+from einops import rearrange
 from tqdm import tqdm
 
 from data_prep.x264 import x264_options
@@ -50,6 +54,7 @@ MOTIONS = (
 )
 COLOURS = ("red", "yellow", "green", "cyan", "blue", "magenta")  # evenly spaced on the colour circle
 SHAPES = ("disc", "square", "triangle", "ring", "cross", "star")
+KEYPOINTS = np.array([(0.6, 0), (0, 0.6), (-0.6, 0), (0, -0.6)])  # x, y in an object's own frame, in radii
 
 
 class Track(NamedTuple):
@@ -170,9 +175,37 @@ def render(
         "masks_shape": np.array(masks.shape),
         "shape": shapes,
         "depth": np.arange(n)[::-1].copy(),
+        "depth_map": depth_map(masks),
         **track._asdict(),
+        **keypoints(track, masks),
     }
     return (frames.clip(0, 1) * 255).round().astype(np.uint8), truth
+
+
+def depth_map(masks: np.ndarray) -> np.ndarray:
+    """Visible pixels bool [T, n, H, W] of objects, the farthest first -> u8 [T, H, W]; see the module."""
+    background_level = MAX_OBJECTS + 1
+    levels = np.arange(masks.shape[1], 0, -1) - background_level
+    return (background_level + (masks * levels[:, None, None]).sum(1)).astype(np.uint8)
+
+
+def keypoints(track: Track, masks: np.ndarray) -> dict[str, np.ndarray]:
+    """Points fixed to the objects, which masks bool [T, n, H, W] show; see the module."""
+    frames, n, height, width = masks.shape
+    cos, sin = np.cos(track.angle[..., None]), np.sin(track.angle[..., None])
+    x, y = KEYPOINTS.T
+    rotated = np.stack([cos * x - sin * y, sin * x + cos * y], -1)
+    xy = np.zeros((frames, MAX_OBJECTS, len(KEYPOINTS), 2))
+    visible = np.zeros(xy.shape[:3], bool)
+    scale = np.ones(xy.shape[:3])
+    points = track.position[:, :, None] + track.size[..., None, None] * rotated
+    xy[:, :n] = (points + 0.5) % (width, height) - 0.5  # on the torus
+    column, row = np.moveaxis(np.rint(xy[:, :n]).astype(int).clip(0, (width - 1, height - 1)), -1, 0)
+    frame, owner = np.ogrid[:frames, :n]
+    visible[:, :n] = masks[frame[..., None], owner[..., None], row, column]
+    scale[:, :n] = 2 * track.size[..., None]
+    arrays = {"keypoints": xy, "keypoints_visible": visible, "keypoints_scale": scale}
+    return {name: rearrange(array, "t n k ... -> t (n k) ...") for name, array in arrays.items()}
 
 
 def object_coordinates(track: Track, i: int) -> tuple[np.ndarray, np.ndarray]:

@@ -118,6 +118,10 @@ RENAMED = {
     "probe.pool": "probe.aggregate",
     "probe.slices": "probe.temporal_bins",
     "probe.held_out": "probe.val_fraction",
+    "task.levels": "task.layers",
+    "task.context": "task.context_frames",
+    "task.windows": "task.encode_batch",
+    "data.limit": "data.max_train_sequences",
     "tune.held_out": "tune.val_fraction",
     "tune.smoothing": "tune.label_smoothing",
 }

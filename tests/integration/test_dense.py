@@ -16,7 +16,7 @@ from vidssl.config import load_config
 from vidssl.core.errors import UserError
 from vidssl.evaluation.dense.datasets import NYU_SIZE, READERS, DenseSample, KeypointLabels, data_hash
 from vidssl.evaluation.dense.depth import Depth, depth_errors, log_loss
-from vidssl.evaluation.dense.frames import DenseProtocol, FrameEncoder, make_frame_encoder, tokens_of
+from vidssl.evaluation.dense.frames import DenseProtocol, FrameEncoder, encode_layers, make_frame_encoder
 from vidssl.evaluation.dense.propagation import (
     Keypoints,
     Masks,
@@ -120,7 +120,7 @@ def slow_propagate(x: np.ndarray, first: np.ndarray, s: PropagationSettings) -> 
         for y in range(h):
             for z in range(w):
                 known = []
-                for k in {0, *range(max(0, i - s.context), i)}:
+                for k in {0, *range(max(0, i - s.context_frames), i)}:
                     for a in range(max(0, y - s.radius), min(h, y + s.radius + 1)):
                         for b in range(max(0, z - s.radius), min(w, z + s.radius + 1)):
                             known.append((float(x[i, y, z] @ x[k, a, b]), labels[k][:, a, b]))
@@ -167,13 +167,13 @@ def moving_square(perfect: bool, seed: int = 0) -> tuple[torch.Tensor, np.ndarra
 def test_masks_follow_a_square_with_perfect_features_and_not_with_random_ones():
     task, setting = Masks(), PropagationSettings(1, 0.1, 12, 2)
     tokens, ids = moving_square(True)
-    ((j, f),) = task.follow(tokens, ids, (48, 48), setting)
+    ((j, f),) = task.evaluate_sequence(tokens, ids, (48, 48), setting)
     assert j > 0.95 and f > 0.93  # bilinear upsampling rounds the corners
     ids[:, :12, 8:32] = 2  # another, which stays
-    rows = task.follow(tokens, ids, (48, 48), setting)
+    rows = task.evaluate_sequence(tokens, ids, (48, 48), setting)
     assert rows.shape == (2, 2) and rows.min() > 0.85
     tokens, ids = moving_square(False)
-    ((j, f),) = task.follow(tokens, ids, (48, 48), setting)
+    ((j, f),) = task.evaluate_sequence(tokens, ids, (48, 48), setting)
     chance = 16 * 16 / 48**2
     assert j < 2 * chance
 
@@ -181,14 +181,14 @@ def test_masks_follow_a_square_with_perfect_features_and_not_with_random_ones():
 def test_the_first_and_the_last_frame_and_objects_that_come_later_do_not_count():
     tokens, ids = moving_square(True)
     setting = PropagationSettings(1, 0.1, 12, 2)
-    before = Masks().follow(tokens, ids, (48, 48), setting)
+    before = Masks().evaluate_sequence(tokens, ids, (48, 48), setting)
     ids[-1], ids[3:, :8, :8] = 0, 2
-    assert np.allclose(before, Masks().follow(tokens, ids, (48, 48), setting))
+    assert np.allclose(before, Masks().evaluate_sequence(tokens, ids, (48, 48), setting))
 
 
 def test_masks_of_two_objects_average_over_objects_and_resample_sequences():
     rows = [np.array([[1.0, 0.5], [0.0, 0.5]]), np.array([[0.5, 0.2]])]
-    told = Masks().figures(rows, ["a", "b"])
+    told = Masks().summarise(rows, ["a", "b"])
     assert (told["J"], told["F"], told["objects"]) == (50.0, 40.0, 3)
     assert told["value"] == 45.0 and told["ci95"] == [35.0, 50.0]  # sequence b alone, a alone
 
@@ -202,22 +202,24 @@ def test_pck_by_hand():
     seen = np.ones((8, 2), bool)
     seen[5, 0] = False
     truth = KeypointLabels(xy, seen, np.full((8, 2), 41.0))
-    rows = Keypoints().follow(tokens, truth, (48, 48), PropagationSettings(1, 0.1, 2, 7))
+    rows = Keypoints().evaluate_sequence(tokens, truth, (48, 48), PropagationSettings(1, 0.1, 2, 7))
     assert rows.tolist() == [
         [6, 6, 6],
         [1, 2, 7],
     ]  # of point 1: off by 4, 8, 12 ... px; allowed are 4.1 and 8.2
-    told = Keypoints().figures([rows], ["a"])
+    told = Keypoints().summarise([rows], ["a"])
     assert told["value"] == pytest.approx(100 * (6 / 6 + 1 / 7) / 2, abs=1e-3)
     assert told["PCK@0.2"] == pytest.approx(100 * (6 / 6 + 2 / 7) / 2, abs=1e-3) and told["points"] == 13
     still = KeypointLabels(
         np.full((8, 1, 2), (42.7, 10.7)), np.ones((8, 1), bool), np.full((8, 1), 3.0)
     )  # 0.3 tokens off one
-    assert Keypoints().follow(tokens, still, (48, 48), PropagationSettings(1, 0.1, 2, 7)).tolist() == [
-        [7, 7, 7]
-    ]  # 0.3 px off
+    assert Keypoints().evaluate_sequence(
+        tokens, still, (48, 48), PropagationSettings(1, 0.1, 2, 7)
+    ).tolist() == [[7, 7, 7]]  # 0.3 px off
     seen[0, 1] = False  # what the first frame does not show is not asked for
-    assert Keypoints().follow(tokens, truth, (48, 48), PropagationSettings(1, 0.1, 2, 7))[1].tolist() == [
+    assert Keypoints().evaluate_sequence(tokens, truth, (48, 48), PropagationSettings(1, 0.1, 2, 7))[
+        1
+    ].tolist() == [
         0,
         0,
         0,
@@ -252,7 +254,7 @@ def test_levels_stand_side_by_side_and_the_last_is_the_output():
     encoder = Encoder(**MODEL, class_token=True).eval()
     video = torch.randn(1, 3, 4, 48, 48)
     with torch.no_grad():
-        both, last = tokens_of(encoder, video, (0, 1)), tokens_of(encoder, video, ())
+        both, last = encode_layers(encoder, video, (0, 1)), encode_layers(encoder, video, ())
     assert both.shape == (1, 72, 48) and torch.equal(both[..., 24:], last)
     assert not torch.allclose(both[..., :24], last)
     assert not encoder.blocks[0]._forward_hooks
@@ -275,7 +277,7 @@ def test_controls_are_other_eyes(run):
     seen, _ = make_frame_encoder(lambda seed: other, other, "none", DenseProtocol(size=24), CPU)
     assert seen(np.zeros((3, 24, 48, 3), np.uint8)).shape == (3, 3, 3, 5)  # of another library: squares
     with pytest.raises(UserError, match="encoder of ours"):
-        make_frame_encoder(lambda seed: other, other, "none", DenseProtocol(size=24, levels=(0,)), CPU)
+        make_frame_encoder(lambda seed: other, other, "none", DenseProtocol(size=24, layers=(0,)), CPU)
     grey = (
         frames[:1, :2, :2, 0].mean() / 255 - 0.485
     ) / 0.229  # red of the first sixteenth of the first patch
@@ -295,13 +297,13 @@ class Spy(Depth):
     rows: ClassVar[list[list[int]]] = []
     compared: ClassVar[list[int]] = []
 
-    def train(self, look, tokens, truth, rows, rates):
+    def train_heads(self, encoder, tokens, depth, rows, rates):
         self.rows.append(rows.tolist())
-        return super().train(look, tokens, truth, rows, rates)
+        return super().train_heads(encoder, tokens, depth, rows, rates)
 
-    def errors(self, look, head, tokens, truth):
+    def head_errors(self, encoder, head, tokens, depth):
         self.compared.append(len(tokens))
-        return super().errors(look, head, tokens, truth)
+        return super().head_errors(encoder, head, tokens, depth)
 
 
 def test_a_depth_head_recovers_a_linear_function_and_chooses_its_rate_on_held_out_train():
@@ -314,7 +316,7 @@ def test_a_depth_head_recovers_a_linear_function_and_chooses_its_rate_on_held_ou
     see = lambda v: (v.float() / 255).view(len(v), 3, 1, 6, 8, 6, 8).mean((4, 6)).flatten(2).mT  # noqa: E731
     look = plain_look(see, clip=1, tubelet=1, size=48)
     task = Spy(lr=(1e-6, 0.03), epochs=40, batch=8, bins=16, max_depth=5.0, weight_decay=0.0)
-    head, chosen = task.fit(look, items[:14])
+    head, chosen = task.select_model(look, items[:14])
     assert chosen["lr"] == 0.03 and [t["lr"] for t in chosen["tried"]] == [1e-6, 0.03]
     assert chosen["tried"][1]["held_out_rmse"] < 0.2 < 0.5 < chosen["tried"][0]["held_out_rmse"]
     first, last = task.rows
@@ -322,8 +324,8 @@ def test_a_depth_head_recovers_a_linear_function_and_chooses_its_rate_on_held_ou
         len(first) == 22 and len({row // 2 for row in first}) == 11
     )  # three sequences of 14 are out, as a whole
     assert last == list(range(28)) and task.compared == [6, 6]
-    told = task.figures(
-        [task.measure(look, head, item) for item in items[14:]], [item.group for item in items[14:]]
+    told = task.summarise(
+        [task.evaluate(look, head, item) for item in items[14:]], [item.group for item in items[14:]]
     )
     assert told["value"] < 0.2 and told["abs_rel"] < 0.1 and told["delta_1.25"] > 85
     assert told["ci95"][0] <= told["value"] <= told["ci95"][1]
@@ -393,7 +395,7 @@ def test_jhmdb_reader(tmp_path):
             Image.new("RGB", (64, 48), (t, 0, 0)).save(
                 tmp_path / f"Rename_Images/clap/{name}/{t + 1:05d}.png"
             )
-    reader = READERS["points"]["jhmdb"]
+    reader = READERS["keypoints"]["jhmdb"]
     assert [i.name for i in reader(tmp_path, "train")] == ["clap/a"]
     (item,) = reader(tmp_path, "test")
     frames, truth = item.load()
@@ -405,7 +407,7 @@ def test_jhmdb_reader(tmp_path):
         and truth.xy[0, 1].tolist() == [30, 40]
         and truth.xy[0, 0].tolist() == [0, 0]
     )
-    assert not truth.seen[:, 2].any() and truth.seen[:, [0, 1, 3]].all()
+    assert not truth.visible[:, 2].any() and truth.visible[:, [0, 1, 3]].all()
     assert np.allclose(truth.scale, 0.6 * 50)
 
 
@@ -439,7 +441,7 @@ def test_the_synthetic_corpus_knows_masks_levels_and_spots(synthetic_corpus):
     pairs = 0
     for n in range(0, 30, 3):
         (frames, ids), (_, level), (_, spots) = (
-            found[what][n].load() for what in ("masks", "depth", "points")
+            found[what][n].load() for what in ("masks", "depth", "keypoints")
         )
         assert frames.shape == (*ids.shape, 3) and ids.shape == (24, 48, 48)
         assert ((level == 3) == (ids == 0)).all()
@@ -447,17 +449,19 @@ def test_the_synthetic_corpus_knows_masks_levels_and_spots(synthetic_corpus):
             pairs += 1
             assert (level[ids == 1] == 2).all() and (level[ids == 2] == 1).all()
         else:
-            assert set(np.unique(level)) == {1, 3} and not spots.seen[:, 4:].any()
-        t, j = np.nonzero(spots.seen)
+            assert set(np.unique(level)) == {1, 3} and not spots.visible[:, 4:].any()
+        t, j = np.nonzero(spots.visible)
         x, y = np.rint(spots.xy[t, j]).astype(int).clip(0, 47).T
         assert (ids[t, y, x] == 1 + j // 4).all() and len(t) > 20
     assert pairs > 1
     changes = []
-    for item in (found["points"][n] for n in (4, 5, 14, 15, 24, 25)):  # these spin: a spot keeps its colour
+    for item in (
+        found["keypoints"][n] for n in (4, 5, 14, 15, 24, 25)
+    ):  # these spin: a spot keeps its colour
         frames, spots = item.load()
-        for j in np.flatnonzero(spots.seen.sum(0) > 10):
-            x, y = np.rint(spots.xy[spots.seen[:, j], j]).astype(int).clip(0, 47).T
-            changes.append(frames[spots.seen[:, j]][np.arange(len(x)), y, x].std(0).mean())
+        for j in np.flatnonzero(spots.visible.sum(0) > 10):
+            x, y = np.rint(spots.xy[spots.visible[:, j], j]).astype(int).clip(0, 47).T
+            changes.append(frames[spots.visible[:, j]][np.arange(len(x)), y, x].std(0).mean())
     assert len(changes) > 10 and np.median(changes) < 10  # 4 levels; 44 if they turned the other way
 
 
@@ -470,7 +474,7 @@ def test_only_files_that_are_read_are_hashed(davis_folder, tmp_path):
     assert data_hash(tmp_path / "b", read(tmp_path / "b", "test")) == one
     (tmp_path / "b/Annotations/480p/cow/00003.png").write_bytes(b"other")
     assert data_hash(tmp_path / "b", read(tmp_path / "b", "test")) != one
-    with pytest.raises(UserError, match=r"cannot be read with its truth.*00003\.png"):
+    with pytest.raises(UserError, match=r"it or its labels cannot be read.*00003\.png"):
         read(tmp_path / "b", "test")[0].load()
 
 
@@ -531,17 +535,22 @@ def test_masks_end_to_end(run, davis_folder, tmp_path):
 @pytest.mark.parametrize("kind", ["keypoints", "depth"])
 def test_keypoints_and_depth_end_to_end(kind, run, synthetic_corpus, tmp_path):
     """On the synthetic corpus; the depth of the nearest object cannot be told by chance."""
-    more = ["data.limit=8", "task.size=48", "data.format=synthetic", "task.controls=[none,pixels]"]
+    more = [
+        "data.max_train_sequences=8",
+        "task.size=48",
+        "data.format=synthetic",
+        "task.controls=[none,pixels]",
+    ]
     if kind == "depth":
         more += [
             "task.max_depth=4",
             "task.epochs=3",
             "task.bins=16",
             "task.lr=[1e-2,1e-5]",
-            "task.levels=[0,1]",
+            "task.layers=[0,1]",
         ]
     else:
-        more += ["task.topk=[5]", "task.temperature=[0.1]", "task.radius=[2]", "task.context=[2]"]
+        more += ["task.topk=[5]", "task.temperature=[0.1]", "task.radius=[2]", "task.context_frames=[2]"]
     dense.main(arguments(run, synthetic_corpus, tmp_path / "a", *more, file=kind))
     report = json.loads((tmp_path / "a/dense.json").read_text())
     with open(tmp_path / "a/sequences.csv", newline="") as f:
@@ -555,7 +564,7 @@ def test_keypoints_and_depth_end_to_end(kind, run, synthetic_corpus, tmp_path):
             assert 0 < row["value"] < 2
         else:
             joints = [[t for t in mine if t["row"] == str(j)] for j in range(8)]
-            sums = [[sum(float(t[c]) for t in some) for c in ("within_0.1", "asked")] for some in joints]
+            sums = [[sum(float(t[c]) for t in some) for c in ("within_0.1", "evaluated")] for some in joints]
             assert row["value"] == pytest.approx(100 * np.mean([a / b for a, b in sums if b]), abs=1e-2)
 
 
@@ -567,7 +576,7 @@ def test_keypoints_and_depth_end_to_end(kind, run, synthetic_corpus, tmp_path):
         (["data.train=tests"], "train.txt: no such file"),
         (["task.size=30"], "task.size: 30 is not a multiple"),
         (["task.frames=3"], "task.frames: 3 is not a multiple"),
-        (["task.levels=[1,2]"], "task.levels [1, 2]"),
+        (["task.layers=[1,2]"], "task.layers [1, 2]"),
         (["task.kind=flow"], "no kind 'flow'"),
         (["task.topk=[]"], "at least 1 item"),
         (["out=README.md/x"], "README.md is not a folder"),
@@ -591,4 +600,4 @@ def test_a_test_sequence_that_is_in_train_is_an_error(run, tmp_path):
 def test_every_dense_configuration_composes():
     for path in sorted((ROOT / "configs/dense").glob("*.yaml")):
         cfg = load_config([str(path), "encoder=x", "data.test=y", "out=z"], DenseConfig)
-        assert cfg.data.format in READERS[cfg.task.build().truth]
+        assert cfg.data.format in READERS[cfg.task.build().label]

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from tqdm import tqdm
 from vidssl.config import Amount, Count, Positive
 from vidssl.core.errors import UserError
 from vidssl.core.schedules import cosine
-from vidssl.evaluation.dense.datasets import DenseSample
+from vidssl.evaluation.dense.datasets import DenseSample, LabelKind
 from vidssl.evaluation.dense.frames import DenseProtocol, FrameEncoder
 from vidssl.evaluation.metrics import bootstrap_metric_ci
 from vidssl.evaluation.splits import split_by_group
@@ -26,35 +26,33 @@ def resize_map(depth: Tensor, like: Tensor) -> Tensor:
     return F.interpolate(depth[:, None], like.shape[-2:], mode="bilinear")[:, 0]
 
 
-def log_loss(guess: Tensor, truth: Tensor, most: float) -> Tensor:
+def log_loss(pred: Tensor, target: Tensor, max_depth: float) -> Tensor:
     """Scale-invariant log loss (arXiv 1406.2283, 2011.14141) over the pixels of a batch whose depth is known, [B, H, W]
     each: sqrt(var + 0.15 mean^2) of log ratios. Source: DINOv2, sigloss.py."""
-    known = (truth > 0) & (truth <= most)
-    ratio = torch.log(guess[known] + MIN_DEPTH) - torch.log(truth[known] + MIN_DEPTH)
+    known = (target > 0) & (target <= max_depth)
+    ratio = torch.log(pred[known] + MIN_DEPTH) - torch.log(target[known] + MIN_DEPTH)
     return (ratio.var() + 0.15 * ratio.mean() ** 2 + 1e-12).sqrt()
 
 
-def depth_errors(guess: Tensor, truth: Tensor, most: float) -> np.ndarray:
-    """[T, H, W] each -> f64 [T, 3]: RMSE, mean of |error| / depth, share of pixels whose ratio is under 1.25, of each
-    frame over the pixels whose depth is known; NaN where none is."""
+def depth_errors(pred: Tensor, target: Tensor, max_depth: float) -> np.ndarray:
+    """[T, H, W] each -> f64 [T, 3]: RMSE, mean of |error| / depth, fraction of pixels whose ratio is below 1.25, of
+    each frame over the pixels whose depth is known; NaN where none is."""
     rows = []
-    for g, t in zip(guess.double(), truth.double(), strict=True):
-        known = (t > 0) & (t <= most)
-        g, t = g[known], t[known]
-        off = g - t
-        figures = (
-            off.square().mean().sqrt(),
-            (off.abs() / t).mean(),
-            (torch.maximum(g / t, t / g) < 1.25).double().mean(),
-        )
-        rows.append([float(f) for f in figures])
+    for frame_pred, frame_target in zip(pred.double(), target.double(), strict=True):
+        known = (frame_target > 0) & (frame_target <= max_depth)
+        p = frame_pred[known]
+        t = frame_target[known]
+        rmse = (p - t).square().mean().sqrt()
+        abs_rel = ((p - t).abs() / t).mean()
+        close = (torch.maximum(p / t, t / p) < 1.25).double().mean()
+        rows.append([float(rmse), float(abs_rel), float(close)])
     return np.array(rows)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Depth(DenseProtocol):
-    """A head for each learning rate, of which that with the least RMSE on held-out groups of train is trained again on
-    all of it (AdamW, cosine to 0)."""
+    """A head per learning rate; the one with the lowest RMSE on held-out groups of train is trained again on all of
+    train (AdamW, cosine to 0)."""
 
     lr: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1e-3, 3e-4)
     weight_decay: Amount = 0.01
@@ -64,103 +62,109 @@ class Depth(DenseProtocol):
     max_depth: Positive = 10.0  # metres; deeper pixels do not count
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2  # of the sequences of train
 
-    truth = "depth"
-    columns = ("rmse", "abs_rel", "delta_1.25")  # one row
+    label: ClassVar[LabelKind] = "depth"
+    columns = ("rmse", "abs_rel", "delta_1.25")  # one row per sequence
 
-    def fit(self, look: FrameEncoder, train: list[DenseSample]) -> tuple[DepthHead, dict[str, Any]]:
-        """-> (the head, what was tried). Tokens of all frames of train are kept in memory, in half precision."""
-        kept, truths, owner = [], [], []
-        for number, item in enumerate(tqdm(train, desc="features", unit="sequence")):
-            frames, depth = item.load()
-            kept.append(look(frames).half().cpu())
-            small = F.interpolate(
-                torch.from_numpy(depth)[:, None], look.scaled(*depth.shape[1:]), mode="nearest-exact"
-            )
-            truths.append(small[:, 0])
-            owner += [number] * len(frames)
-        if len({t.shape[1:] for t in truths}) > 1:
-            raise UserError("depth: the pictures of train differ in size; give them one")
-        tokens, truth = torch.cat(kept), torch.cat(truths)
-        del kept, truths  # else they would stay beside their copies
-        lr, tried = self.lr[0], []
+    def select_model(
+        self, encoder: FrameEncoder, train: list[DenseSample]
+    ) -> tuple[DepthHead, dict[str, Any]]:
+        """Returns the head, and the scores of all learning rates."""
+        tokens, depth, sequence = self._encode(encoder, train)
+        lr = self.lr[0]
+        tried = []
         if len(self.lr) > 1:
-            out = split_by_group(
-                [0] * len(train), [item.group for item in train], self.val_fraction, self.seed
-            )[owner]
-            if not out.any():
-                raise UserError("no group of train can be held out to choose task.lr on; give one value")
-            there, away = (torch.from_numpy(np.flatnonzero(part)) for part in (~out, out))
-            heads = self.train(look, tokens, truth, there, self.lr)
-            errors = [self.errors(look, h, tokens[away], truth[away])[:, 0] for h in heads]
+            groups = [sample.group for sample in train]
+            held_out = split_by_group([0] * len(train), groups, self.val_fraction, self.seed)[sequence]
+            if not held_out.any():
+                raise UserError("no group of train can be held out to select task.lr; give one value")
+            rows, held_out_rows = (torch.from_numpy(np.flatnonzero(mask)) for mask in (~held_out, held_out))
+            heads = self.train_heads(encoder, tokens, depth, rows, self.lr)
+            errors = [
+                self.head_errors(encoder, head, tokens[held_out_rows], depth[held_out_rows])[:, 0]
+                for head in heads
+            ]
             scores = [float(np.nanmean(e)) if np.isfinite(e).any() else math.inf for e in errors]
             if min(scores) == math.inf:
                 raise UserError(
-                    f"depth: no head has a finite error on held-out train: task.max_depth {self.max_depth:g} leaves no "
-                    "pixel, or every task.lr is too large"
+                    f"depth: no head has a finite error on held-out train: task.max_depth {self.max_depth:g} "
+                    "leaves no pixel, or every task.lr is too large"
                 )
-            told = [round(s, 4) if s < math.inf else None for s in scores]
-            tried = [{"lr": lr, "held_out_rmse": s} for lr, s in zip(self.lr, told, strict=True)]
+            for rate, score in zip(self.lr, scores, strict=True):
+                tried.append({"lr": rate, "held_out_rmse": round(score, 4) if score < math.inf else None})
             lr = self.lr[int(np.argmin(scores))]
-        (head,) = self.train(look, tokens, truth, torch.arange(len(tokens)), (lr,))
+        (head,) = self.train_heads(encoder, tokens, depth, torch.arange(len(tokens)), (lr,))
         return head, {"lr": lr, "tried": tried}
 
-    def train(
-        self, look: FrameEncoder, tokens: Tensor, truth: Tensor, rows: Tensor, rates: tuple[float, ...]
+    def _encode(self, encoder: FrameEncoder, train: list[DenseSample]) -> tuple[Tensor, Tensor, list[int]]:
+        """Tokens f16 [n, h, w, D] and depths f32 [n, H, W] at the encoder's resolution of all n frames, in memory, and
+        the sequence of each frame."""
+        tokens, depths, sequence = [], [], []
+        for number, sample in enumerate(tqdm(train, desc="features", unit="sequence")):
+            frames, depth = sample.load()
+            tokens.append(encoder(frames).half().cpu())
+            size = encoder.resized(*depth.shape[1:])
+            depths.append(F.interpolate(torch.from_numpy(depth)[:, None], size, mode="nearest-exact")[:, 0])
+            sequence += [number] * len(frames)
+        if len({depth.shape[1:] for depth in depths}) > 1:
+            raise UserError("depth: the images of train differ in size; they must have one size")
+        return torch.cat(tokens), torch.cat(depths), sequence
+
+    def train_heads(
+        self, encoder: FrameEncoder, tokens: Tensor, depth: Tensor, rows: Tensor, rates: tuple[float, ...]
     ) -> list[DepthHead]:
-        """A head for each rate, all on the same batches of the frames `rows`."""
+        """A head per learning rate, all with the same initial weights and batches of the frames `rows`."""
         torch.manual_seed(self.seed)
-        first = DepthHead(tokens.shape[-1], self.bins, self.max_depth)
-        heads = [DepthHead(tokens.shape[-1], self.bins, self.max_depth).to(look.device) for _ in rates]
+        initial = DepthHead(tokens.shape[-1], self.bins, self.max_depth)
+        heads = [DepthHead(tokens.shape[-1], self.bins, self.max_depth).to(encoder.device) for _ in rates]
         for head in heads:
-            head.load_state_dict(first.state_dict())
+            head.load_state_dict(initial.state_dict())
         groups = [{"params": head.parameters(), "lr": rate} for head, rate in zip(heads, rates, strict=True)]
-        optimiser = torch.optim.AdamW(groups, weight_decay=self.weight_decay)
-        rng, steps = torch.Generator().manual_seed(self.seed), self.epochs * -(-len(rows) // self.batch)
-        batches = (
-            b
-            for _ in range(self.epochs)
-            for b in rows[torch.randperm(len(rows), generator=rng)].split(self.batch)
-        )
+        optimizer = torch.optim.AdamW(groups, weight_decay=self.weight_decay)
+        rng = torch.Generator().manual_seed(self.seed)
+        steps = self.epochs * -(-len(rows) // self.batch)
+        epochs = (rows[torch.randperm(len(rows), generator=rng)] for _ in range(self.epochs))
+        batches = (batch for epoch in epochs for batch in epoch.split(self.batch))
         for step, batch in enumerate(tqdm(batches, desc="head", total=steps)):
-            x, y = tokens[batch].to(look.device).float(), truth[batch].to(look.device)
-            if not ((y > 0) & (y <= self.max_depth)).any():
+            x = tokens[batch].to(encoder.device).float()
+            target = depth[batch].to(encoder.device)
+            if not ((target > 0) & (target <= self.max_depth)).any():
                 continue
-            for group, rate in zip(optimiser.param_groups, rates, strict=True):
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = cosine(rate, 0.0, step / steps)
-            optimiser.zero_grad()
-            losses = [log_loss(resize_map(head(x), y), y, self.max_depth) for head in heads]
+            optimizer.zero_grad()
+            losses = [log_loss(resize_map(head(x), target), target, self.max_depth) for head in heads]
             torch.stack(losses).sum().backward()
-            optimiser.step()
+            optimizer.step()
         return heads
 
     @torch.no_grad()
-    def errors(self, look: FrameEncoder, head: DepthHead, tokens: Tensor, truth: Tensor) -> np.ndarray:
-        """See depth_errors."""
-        parts = zip(tokens.split(self.batch), truth.split(self.batch), strict=True)
-        rows = [
-            depth_errors(resize_map(head(x.to(look.device).float()), y).cpu(), y, self.max_depth)
-            for x, y in parts
-        ]
+    def head_errors(
+        self, encoder: FrameEncoder, head: DepthHead, tokens: Tensor, depth: Tensor
+    ) -> np.ndarray:
+        """f64 [n, 3] of n frames; see depth_errors."""
+        rows = []
+        for x, target in zip(tokens.split(self.batch), depth.split(self.batch), strict=True):
+            pred = resize_map(head(x.to(encoder.device).float()), target).cpu()
+            rows.append(depth_errors(pred, target, self.max_depth))
         return np.concatenate(rows)
 
-    def measure(self, look: FrameEncoder, model: DepthHead, item: DenseSample) -> np.ndarray:
+    def evaluate(self, encoder: FrameEncoder, model: DepthHead, sample: DenseSample) -> np.ndarray:
         """[1, 3]: means over the frames of a sequence; see `columns`."""
-        frames, depth = item.load()
-        rows = self.errors(look, model, look(frames), torch.from_numpy(depth))
+        frames, depth = sample.load()
+        rows = self.head_errors(encoder, model, encoder(frames), torch.from_numpy(depth))
         if np.isnan(rows).all():
             raise UserError(
-                f"{item.name}: no pixel has a known depth of at most task.max_depth {self.max_depth:g}"
+                f"{sample.name}: no pixel has a known depth of at most task.max_depth {self.max_depth:g}"
             )
         return np.nanmean(rows, 0, keepdims=True)
 
-    def figures(self, rows: list[np.ndarray], groups: list[str]) -> dict[str, Any]:
-        every = np.concatenate(rows)
-        rmse, relative, close = every.mean(0)
-        ci95 = bootstrap_metric_ci(lambda i: float(every[i, 0].mean()), groups, self.seed)
-        told = {
+    def summarise(self, rows: list[np.ndarray], groups: list[str]) -> dict[str, Any]:
+        errors = np.concatenate(rows)
+        rmse, abs_rel, close = errors.mean(0)
+        return {
             "metric": "rmse",
             "value": round(float(rmse), 4),
-            "ci95": ci95,
-            "abs_rel": round(float(relative), 4),
+            "ci95": bootstrap_metric_ci(lambda i: float(errors[i, 0].mean()), groups, self.seed),
+            "abs_rel": round(float(abs_rel), 4),
+            "delta_1.25": round(100 * float(close), 4),
         }
-        return {**told, "delta_1.25": round(100 * float(close), 4)}

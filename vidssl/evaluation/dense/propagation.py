@@ -1,131 +1,141 @@
-"""Labels of the first frame carried through a sequence by the likeness of frozen tokens: masks (DAVIS) and key points.
-
-Nothing is trained; what is tried is compared on sequences of train.
-"""
+"""Labels of the first frame propagated through a sequence by the similarity of frozen tokens: masks (DAVIS) and key
+points. Nothing is trained; settings are compared on sequences of train."""
 
 import itertools
 import math
 from dataclasses import dataclass
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from pydantic import Field
 from torch import Tensor
 from tqdm import tqdm
 
 from vidssl.config import Count, Positive, Size
 from vidssl.core.errors import UserError
-from vidssl.evaluation.dense.datasets import DenseSample, KeypointLabels
+from vidssl.evaluation.dense.datasets import DenseSample, KeypointLabels, LabelKind
 from vidssl.evaluation.dense.frames import DenseProtocol, FrameEncoder
 from vidssl.evaluation.metrics import bootstrap_ci, bootstrap_metric_ci
 
-BOUND = 0.008  # of a picture's diagonal: how far boundaries may lie apart
-SIGMA = 0.5  # tokens; of a key point's first map
+BOUNDARY_TOLERANCE = 0.008  # of an image's diagonal
+KEYPOINT_SIGMA = 0.5  # tokens; of a key point's Gaussian in the first frame
+PCK_THRESHOLDS = (0.1, 0.2)  # fractions of the labels' scale
 
 
 class PropagationSettings(NamedTuple):
-    """How labels are carried. Published for DAVIS: 5, 0.1, 12, 7 (arXiv 2104.14294); 10, 0.05, 12, 20 (2006.14613)."""
+    """How labels are propagated. Published for DAVIS: 5, 0.1, 12, 7 (arXiv 2104.14294); 10, 0.05, 12, 20 (2006.14613)."""
 
-    topk: int  # tokens of the context whose labels are mixed
+    topk: int  # context tokens whose labels are averaged
     temperature: float  # of the softmax of cosines over them
-    radius: int  # tokens: rows and columns that a token may lie off
-    context: int  # frames before this one, beside the first
+    radius: int  # tokens: maximum distance in rows and columns
+    context_frames: int  # previous frames, beside the first
 
 
-def propagate(tokens: Tensor, first: Tensor, setting: PropagationSettings) -> Tensor:
-    """tokens f32 [T, h, w, D], labels of the first frame f32 [C, h, w] -> of every frame f32 [T, C, h, w].
+def propagate(tokens: Tensor, first: Tensor, settings: PropagationSettings) -> Tensor:
+    """tokens f32 [T, h, w, D], labels of the first frame f32 [C, h, w] -> labels of every frame f32 [T, C, h, w].
 
-    A token's label is the mean of those of its `topk` most alike tokens, among the first and the last `context` frames
-    and within `radius` rows and columns, weighted by the softmax of cosine / temperature. Source: DINO (arXiv
-    2104.14294, eval_video_segmentation.py), after Jabri et al. (2006.14613).
+    The label of a token is the mean of those of its `topk` most similar tokens, among the first and the last
+    `context_frames` frames and within `radius` rows and columns, weighted by the softmax of cosine / temperature.
+    Source: DINO (arXiv 2104.14294, eval_video_segmentation.py), after Jabri et al. (2006.14613).
     """
-    t, h, w, _ = tokens.shape
-    x, labels = F.normalize(tokens.flatten(1, 2), dim=-1), [first.flatten(1)]
-    row, column = (m.flatten() for m in torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij"))
-    apart = torch.maximum((row[:, None] - row).abs(), (column[:, None] - column).abs())
-    far = (apart > setting.radius).to(x.device)
-    for i in range(1, t):
-        sources = [0, *range(max(1, i - setting.context), i)]
-        cosine = torch.stack([(x[i] @ x[s].T).masked_fill(far, -math.inf) for s in sources], 1).flatten(
-            1
-        )  # [N, S * N]
-        best, at = cosine.topk(min(setting.topk, cosine.shape[1]))
-        weight = (best / setting.temperature).softmax(-1)
-        known = torch.cat([labels[s] for s in sources], 1)  # [C, S * N]
-        labels.append((known[:, at] * weight).sum(-1))
-    return torch.stack(labels).unflatten(-1, (h, w))
+    frames, height, width, _ = tokens.shape
+    x = F.normalize(rearrange(tokens, "t h w d -> t (h w) d"), dim=-1)
+    labels = [rearrange(first, "c h w -> c (h w)")]
+    grid = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    rows, columns = (axis.flatten() for axis in grid)
+    distance = torch.maximum((rows[:, None] - rows).abs(), (columns[:, None] - columns).abs())
+    too_far = (distance > settings.radius).to(x.device)
+    for t in range(1, frames):
+        context = [0, *range(max(1, t - settings.context_frames), t)]
+        cosines = [(x[t] @ x[s].T).masked_fill(too_far, -math.inf) for s in context]
+        cosine = torch.cat(cosines, 1)  # [N, S * N]
+        best, indices = cosine.topk(min(settings.topk, cosine.shape[1]))
+        weight = (best / settings.temperature).softmax(-1)
+        known = torch.cat([labels[s] for s in context], 1)  # [C, S * N]
+        labels.append((known[:, indices] * weight).sum(-1))
+    return rearrange(torch.stack(labels), "t c (h w) -> t c h w", h=height)
 
 
-def jaccard(guess: Tensor, truth: Tensor) -> Tensor:
+def jaccard(pred: Tensor, target: Tensor) -> Tensor:
     """J: intersection over union of masks bool [..., H, W] -> f64 [...]; 1 where both are empty."""
-    both, any_ = (guess & truth).sum((-2, -1)).double(), (guess | truth).sum((-2, -1)).double()
-    return torch.where(any_ > 0, both / any_.clamp(min=1), 1.0)
+    intersection = (pred & target).sum((-2, -1)).double()
+    union = (pred | target).sum((-2, -1)).double()
+    return torch.where(union > 0, intersection / union.clamp(min=1), 1.0)
 
 
 def boundary(mask: Tensor) -> Tensor:
     """bool [..., H, W]: pixels that differ from their right, lower or lower right neighbour (in the last row and column
-    from the one that there is)."""
+    from those that exist)."""
     x = F.pad(mask.float(), (0, 1, 0, 1), mode="replicate").bool()
     here = x[..., :-1, :-1]
     return (here ^ x[..., :-1, 1:]) | (here ^ x[..., 1:, :-1]) | (here ^ x[..., 1:, 1:])
 
 
-def boundary_f(guess: Tensor, truth: Tensor) -> Tensor:
+def boundary_f(pred: Tensor, target: Tensor) -> Tensor:
     """F: harmonic mean of the precision and recall of the boundaries of masks bool [n, H, W] -> f64 [n].
 
-    A boundary pixel counts as found within a disc of ceil(0.008 * diagonal) pixels. Source: Perazzi et al. (CVPR 2016),
-    section 5; what is empty counts as in davis2017-evaluation, metrics.py.
+    A boundary pixel is matched within a disc of ceil(0.008 * diagonal) pixels. Source: Perazzi et al. (CVPR 2016),
+    section 5; empty boundaries count as in davis2017-evaluation, metrics.py.
     """
-    radius = math.ceil(BOUND * math.hypot(*truth.shape[-2:]))
-    y, x = torch.meshgrid(*[torch.arange(-radius, radius + 1, device=truth.device)] * 2, indexing="ij")
-    disc = (x**2 + y**2 <= radius**2).float()[None, None]
-    edges = [boundary(m) for m in (guess, truth)]
-    near = [F.conv2d(e.float()[:, None], disc, padding=radius)[:, 0] > 0.5 for e in edges]
-    n_guess, n_truth = (e.sum((-2, -1)).double() for e in edges)
-    precision = (edges[0] & near[1]).sum((-2, -1)) / n_guess.clamp(min=1)
-    recall = (edges[1] & near[0]).sum((-2, -1)) / n_truth.clamp(min=1)
-    precision[n_guess == 0], recall[n_truth == 0] = 1.0, 1.0
+    radius = math.ceil(BOUNDARY_TOLERANCE * math.hypot(*target.shape[-2:]))
+    offsets = torch.arange(-radius, radius + 1, device=target.device)
+    disc = (offsets[:, None] ** 2 + offsets**2 <= radius**2).float()[None, None]
+
+    def dilate(edges: Tensor) -> Tensor:
+        return F.conv2d(edges.float()[:, None], disc, padding=radius)[:, 0] > 0.5
+
+    def matched_fraction(edges: Tensor, others: Tensor) -> Tensor:
+        count = edges.sum((-2, -1)).double()
+        fraction = (edges & dilate(others)).sum((-2, -1)) / count.clamp(min=1)
+        return torch.where(count == 0, 1.0, fraction)
+
+    pred_edges = boundary(pred)
+    target_edges = boundary(target)
+    precision = matched_fraction(pred_edges, target_edges)
+    recall = matched_fraction(target_edges, pred_edges)
     return 2 * precision * recall / (precision + recall).clamp(min=1e-12)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Propagation(DenseProtocol):
-    """Settings to try; the best on train is used."""
+    """The settings to try; the best on train is used."""
 
     topk: Annotated[tuple[Count, ...], Field(min_length=1)] = (5,)
     temperature: Annotated[tuple[Positive, ...], Field(min_length=1)] = (0.1,)
     radius: Annotated[tuple[Size, ...], Field(min_length=1)] = (12,)
-    context: Annotated[tuple[Size, ...], Field(min_length=1)] = (7,)
+    context_frames: Annotated[tuple[Size, ...], Field(min_length=1)] = (7,)
 
-    def fit(self, look: FrameEncoder, train: list[DenseSample]) -> tuple[PropagationSettings, dict[str, Any]]:
-        """-> (the setting, what was tried)."""
-        settings = [
-            PropagationSettings(*s)
-            for s in itertools.product(self.topk, self.temperature, self.radius, self.context)
-        ]
-        if len(settings) == 1:
-            return settings[0], {**settings[0]._asdict(), "tried": []}
-        measured: list[list[np.ndarray]] = [[] for _ in settings]
-        for item in tqdm(train, desc="choose", unit="sequence"):
-            frames, truth = item.load()
-            tokens = look(frames)
-            for setting, rows in zip(settings, measured, strict=True):
-                rows.append(self.follow(tokens, truth, frames.shape[1:3], setting))
-        scores = [self.score(rows) for rows in measured]
-        tried = [{**s._asdict(), "train": round(score, 2)} for s, score in zip(settings, scores, strict=True)]
-        best = settings[int(np.argmax(scores))]
+    def select_model(
+        self, encoder: FrameEncoder, train: list[DenseSample]
+    ) -> tuple[PropagationSettings, dict[str, Any]]:
+        """Returns the selected settings, and the scores of all."""
+        product = itertools.product(self.topk, self.temperature, self.radius, self.context_frames)
+        grid = [PropagationSettings(*values) for values in product]
+        if len(grid) == 1:
+            return grid[0], {**grid[0]._asdict(), "tried": []}
+        rows: list[list[np.ndarray]] = [[] for _ in grid]
+        for sample in tqdm(train, desc="select", unit="sequence"):
+            frames, labels = sample.load()
+            tokens = encoder(frames)
+            for settings, sequences in zip(grid, rows, strict=True):
+                sequences.append(self.evaluate_sequence(tokens, labels, frames.shape[1:3], settings))
+        scores = [self.score(sequences) for sequences in rows]
+        tried = [{**s._asdict(), "train": round(score, 2)} for s, score in zip(grid, scores, strict=True)]
+        best = grid[int(np.argmax(scores))]
         return best, {**best._asdict(), "tried": tried}
 
-    def measure(self, look: FrameEncoder, model: PropagationSettings, item: DenseSample) -> np.ndarray:
-        """Figures of a sequence; see `columns`."""
-        frames, truth = item.load()
-        return self.follow(look(frames), truth, frames.shape[1:3], model)
+    def evaluate(self, encoder: FrameEncoder, model: PropagationSettings, sample: DenseSample) -> np.ndarray:
+        """The rows of a sequence; see `columns`."""
+        frames, labels = sample.load()
+        return self.evaluate_sequence(encoder(frames), labels, frames.shape[1:3], model)
 
-    def follow(
-        self, tokens: Tensor, truth: Any, size: tuple[int, int], setting: PropagationSettings
+    def evaluate_sequence(
+        self, tokens: Tensor, labels: Any, size: tuple[int, int], settings: PropagationSettings
     ) -> np.ndarray:
+        """tokens f32 [T, h, w, D]; size: height and width of the images in pixels."""
         raise NotImplementedError
 
     def score(self, rows: list[np.ndarray]) -> float:
@@ -137,94 +147,105 @@ class Masks(Propagation):
     """J and F of the objects of the first frame (DAVIS 2017, semi-supervised): the mean over the frames between the
     first and the last, then over all objects."""
 
-    truth = "masks"
-    columns = ("J", "F")  # a row for each object
+    label: ClassVar[LabelKind] = "masks"
+    columns = ("J", "F")  # one row per object
 
-    def follow(
-        self, tokens: Tensor, truth: np.ndarray, size: tuple[int, int], setting: PropagationSettings
+    def evaluate_sequence(
+        self, tokens: Tensor, labels: np.ndarray, size: tuple[int, int], settings: PropagationSettings
     ) -> np.ndarray:
-        """Labels start as the nearest pixel of each token, and end as DINO reads them: upsampled bilinearly, each
-        object's stretched to 0 .. 1, the largest taken."""
-        h, w = tokens.shape[1:3]
-        ids = torch.tensor(sorted({0, *np.unique(truth[0]).tolist()}), device=tokens.device)
+        """The masks of the first frame are sampled at the nearest pixel of each token. Propagated labels are read as in
+        DINO: upsampled bilinearly, scaled to 0 .. 1 for each object, and the largest is taken."""
+        grid = tokens.shape[1:3]
+        ids = torch.tensor(sorted({0, *np.unique(labels[0]).tolist()}), device=tokens.device)
         if len(ids) == 1:  # the first frame shows no object
             return np.zeros((0, 2))
-        real = (
-            torch.from_numpy(truth[:, None].astype(np.int64)).to(tokens.device) == ids[:, None, None]
-        )  # [T, C, H, W]
-        labels = propagate(tokens, F.interpolate(real[:1].float(), (h, w), mode="nearest-exact")[0], setting)
+        frames = torch.from_numpy(labels[:, None].astype(np.int64)).to(tokens.device)
+        masks = frames == ids[:, None, None]  # [T, C, H, W]
+        first = F.interpolate(masks[:1].float(), grid, mode="nearest-exact")[0]
+        propagated = propagate(tokens, first, settings)
+        numbers = torch.arange(1, len(ids), device=tokens.device)[:, None, None]
         rows = []
-        for t in range(1, len(truth) - 1):
-            soft = F.interpolate(labels[t : t + 1], size, mode="bilinear")[0]
-            low, high = soft.amin((1, 2), keepdim=True), soft.amax((1, 2), keepdim=True)
-            number = ((soft - low) / (high - low).clamp(min=1e-12)).argmax(0)
-            guess, right = number == torch.arange(1, len(ids)).to(tokens.device)[:, None, None], real[t, 1:]
-            rows.append(torch.stack([jaccard(guess, right), boundary_f(guess, right)], 1))
+        for t in range(1, len(labels) - 1):
+            soft = F.interpolate(propagated[t : t + 1], size, mode="bilinear")[0]
+            low = soft.amin((1, 2), keepdim=True)
+            high = soft.amax((1, 2), keepdim=True)
+            pred = ((soft - low) / (high - low).clamp(min=1e-12)).argmax(0) == numbers
+            target = masks[t, 1:]
+            rows.append(torch.stack([jaccard(pred, target), boundary_f(pred, target)], 1))
         return torch.stack(rows).mean(0).cpu().numpy()
 
     def score(self, rows: list[np.ndarray]) -> float:
-        both = np.concatenate(rows)
-        if not len(both):
+        objects = np.concatenate(rows)
+        if not len(objects):
             raise UserError("no first frame shows an object")
-        return 100 * float(both.mean())
+        return 100 * float(objects.mean())
 
-    def figures(self, rows: list[np.ndarray], groups: list[str]) -> dict[str, Any]:
-        value, both = round(self.score(rows), 4), np.concatenate(rows)
-        of = [g for g, row in zip(groups, rows, strict=True) for _ in row]
-        told = {"metric": "J&F", "value": value, "ci95": bootstrap_ci(both.mean(1), of, self.seed)}
-        j, f = (round(100 * float(v), 4) for v in both.mean(0))
-        return {**told, "J": j, "F": f, "objects": len(both)}
+    def summarise(self, rows: list[np.ndarray], groups: list[str]) -> dict[str, Any]:
+        objects = np.concatenate(rows)
+        object_groups = [group for group, row in zip(groups, rows, strict=True) for _ in row]
+        value = round(self.score(rows), 4)
+        j, f = (round(100 * float(mean), 4) for mean in objects.mean(0))
+        return {
+            "metric": "J&F",
+            "value": value,
+            "ci95": bootstrap_ci(objects.mean(1), object_groups, self.seed),
+            "J": j,
+            "F": f,
+            "objects": len(objects),
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
 class Keypoints(Propagation):
-    """PCK: the share of key points within 0.1 and 0.2 of the truth's scale, a mean over joints of the share over all
-    frames but the first. Asked for are the points that the first frame shows, wherever a frame shows them."""
+    """PCK: the fraction of key points within 0.1 and 0.2 of the labels' scale, averaged over joints, each over all
+    frames but the first. Points that the first frame shows are evaluated wherever a frame shows them."""
 
-    truth = "points"
-    columns = ("within_0.1", "within_0.2", "asked")  # a row for each joint: numbers of frames
+    label: ClassVar[LabelKind] = "keypoints"
+    columns = ("within_0.1", "within_0.2", "evaluated")  # one row per joint: numbers of frames
 
-    def follow(
-        self, tokens: Tensor, truth: KeypointLabels, size: tuple[int, int], setting: PropagationSettings
+    def evaluate_sequence(
+        self, tokens: Tensor, labels: KeypointLabels, size: tuple[int, int], settings: PropagationSettings
     ) -> np.ndarray:
         """A point starts as a Gaussian of 0.5 tokens (arXiv 2006.14613, data/jhmdb.py of videowalk) and is read at
-        the highest place, as the weighted mean of it and its neighbours. Published: the mean of the three highest
-        places, be they far apart, and a point whose map is empty is left out; here it counts."""
+        the maximum, as the weighted mean of it and its neighbours. Published: the mean of the three largest places,
+        however far apart, and a point whose map is empty is left out; here it counts."""
         h, w = tokens.shape[1:3]
-        pixels = np.array([size[1] / w, size[0] / h])  # of a token, x and y
-        start = torch.from_numpy((truth.xy[0] + 0.5) / pixels - 0.5).to(tokens)  # [J, 2]
-        y, x = (m.flatten() for m in torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij"))
-        place = torch.stack([x, y], -1).to(tokens)  # [N, 2]
-        heat = torch.exp(-(place - start[:, None]).square().sum(-1) / (2 * SIGMA**2))
-        maps = propagate(tokens, heat.unflatten(1, (h, w)), setting).flatten(2)  # [T, J, N]
-        near = (place - place[maps.argmax(-1)][:, :, None]).abs().amax(-1) <= 1  # [T, J, N]
-        found = (maps * near) @ place / (maps * near).sum(-1, keepdim=True).clamp(min=1e-30)  # [T, J, 2]
-        xy = (found.double().cpu().numpy() + 0.5) * pixels - 0.5
-        asked = truth.seen & truth.seen[0]
-        asked[0] = False
-        error = np.linalg.norm(xy - truth.xy, axis=-1)
-        within = [(asked & (error <= share * truth.scale)).sum(0) for share in (0.1, 0.2)]
-        return np.stack([*within, asked.sum(0)], 1)
+        token_pixels = np.array([size[1] / w, size[0] / h])  # x and y
+        start = torch.from_numpy((labels.xy[0] + 0.5) / token_pixels - 0.5).to(tokens)  # [J, 2]
+        y, x = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
+        places = rearrange([x, y], "xy h w -> (h w) xy").to(tokens)  # [N, 2]
+        heat = torch.exp(-(places - start[:, None]).square().sum(-1) / (2 * KEYPOINT_SIGMA**2))
+        heat = rearrange(heat, "j (h w) -> j h w", h=h)
+        maps = rearrange(propagate(tokens, heat, settings), "t j h w -> t j (h w)")
+        maximum = places[maps.argmax(-1)][:, :, None]
+        maps = maps * ((places - maximum).abs().amax(-1) <= 1)  # its neighbourhood
+        mean = maps @ places / maps.sum(-1, keepdim=True).clamp(min=1e-30)  # [T, J, 2]
+        xy = (mean.double().cpu().numpy() + 0.5) * token_pixels - 0.5
+        evaluated = labels.visible & labels.visible[0]
+        evaluated[0] = False
+        error = np.linalg.norm(xy - labels.xy, axis=-1)
+        within = [(evaluated & (error <= share * labels.scale)).sum(0) for share in PCK_THRESHOLDS]
+        return np.stack([*within, evaluated.sum(0)], 1)
 
     def score(self, rows: list[np.ndarray]) -> float:
         return pck(np.stack(rows), 0)
 
-    def figures(self, rows: list[np.ndarray], groups: list[str]) -> dict[str, Any]:
+    def summarise(self, rows: list[np.ndarray], groups: list[str]) -> dict[str, Any]:
         counts = np.stack(rows)
         if not counts[..., 2].any():
-            raise UserError("no key point of a first frame is seen again")
-        told = {"metric": "PCK@0.1", "value": round(pck(counts, 0), 4)}
-        ci95 = bootstrap_metric_ci(lambda i: pck(counts[i], 0), groups, self.seed)
+            raise UserError("no key point of a first frame is visible again")
         return {
-            **told,
-            "ci95": ci95,
+            "metric": "PCK@0.1",
+            "value": round(pck(counts, 0), 4),
+            "ci95": bootstrap_metric_ci(lambda i: pck(counts[i], 0), groups, self.seed),
             "PCK@0.2": round(pck(counts, 1), 4),
             "points": int(counts[..., 2].sum()),
         }
 
 
-def pck(counts: np.ndarray, which: int) -> float:
-    """[V, J, 3] -> percent: the mean over the joints that are asked for."""
+def pck(counts: np.ndarray, threshold: int) -> float:
+    """Counts [V, J, 3] (see Keypoints.columns) -> percent: the mean over the joints that are evaluated. threshold:
+    index in PCK_THRESHOLDS."""
     total = counts.sum(0)
-    some = total[:, 2] > 0
-    return 100 * float((total[some, which] / total[some, 2]).mean()) if some.any() else 0.0
+    joints = total[:, 2] > 0
+    return 100 * float((total[joints, threshold] / total[joints, 2]).mean()) if joints.any() else 0.0

@@ -12,19 +12,19 @@ TASKS = {"depth": Depth, "masks": Masks, "keypoints": Keypoints}
 
 @dataclass(frozen=True)
 class DenseData:
-    """The `data` section: a data set's own folder, which has lists of train and test."""
+    """The `data` section: the folder of a data set, with its lists of train and test."""
 
-    test: str  # its test list is evaluated
+    test: str  # folder whose test list is evaluated
     format: str  # davis, jhmdb, nyu or synthetic
-    train: str | None = None  # its train list is for heads and choices; None: the folder of test
-    limit: Count | None = None  # sequences of train at most, evenly spread over the list
+    train: str | None = None  # folder whose train list is for training and selection; None: that of test
+    max_train_sequences: Count | None = None  # evenly spaced over the train list; None: all
 
 
 @dataclass(frozen=True, kw_only=True)
 class DenseConfig:
     """All sections of vidssl/dense.py."""
 
-    encoder: str  # as vidssl/probe.py takes it
+    encoder: str  # as in vidssl/probe.py
     encoder_file: str | None = None  # weights of a timm model; None: timm downloads them
     out: str  # folder
     data: DenseData
