@@ -7,23 +7,22 @@ The epoch is selected on a part of train that is held out by groups. The same co
 from the end of the last epoch, and after SIGTERM (exit status 75) from the step after which it was requested.
 """
 
-import contextlib
 import hashlib
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from vidssl.config import load_config, save, to_tree
+from vidssl.config import load_config, to_tree
 from vidssl.core.errors import UserError, run_cli
-from vidssl.core.io import check_writable, make_folder, os_errors_as_user_errors, print_stderr
+from vidssl.core.io import check_writable, os_errors_as_user_errors
+from vidssl.core.log import set_log_level
 from vidssl.evaluation.evaluate import LabelledFeatures, score_predictions
 from vidssl.evaluation.probe_data import encoder_view
 from vidssl.evaluation.report import PredictionRow, weights_hash, write_report, write_tables
 from vidssl.pretrained.load import LoadedEncoder, load_encoder
-from vidssl.training.checkpoint import provenance, quarantine
+from vidssl.training.checkpoint import provenance
 from vidssl.training.distributed import Strategy
 from vidssl.training.finetune_loop import Finetuner, build_finetuner, mean_over_clips
 from vidssl.training.finetuning import (
@@ -36,8 +35,9 @@ from vidssl.training.finetuning import (
 )
 from vidssl.training.loss_guard import LossGuard
 from vidssl.training.malloc import tune_malloc
-from vidssl.training.metrics_log import JsonlWriter, MetricsLog, check_trackers, start_trackers
-from vidssl.training.preemption import EXIT_REQUEUE, exit_on_lost_peer
+from vidssl.training.metrics_log import check_trackers
+from vidssl.training.preemption import exit_on_lost_peer
+from vidssl.training.run_folder import RunFolder
 from vidssl.training.state import RunState
 
 
@@ -67,44 +67,16 @@ def write_results(
     print(f"{row['label']} {row['metric']} {row['value']:.2f}  {row['ci95']}")
 
 
-def open_log(finetuner: Finetuner, state: RunState, start: int) -> MetricsLog | None:
-    """Prepares the output folder of a run that continues after step `start`; the log in the first process,
-    else None."""
-    out = state.out
-    log = None
-    if state.strategy.is_main:
-        make_folder(out)
-        with os_errors_as_user_errors(out):
-            tree = state.provenance["config"]
-            trackers = finetuner.config.tune.trackers
-            track = start_trackers(state.strategy.accelerator, tree) if trackers else None
-            log = MetricsLog(out, start, finetuner.steps, track)
-            quarantine(out / "checkpoints", start)
-            save(tree, out / "config.yaml")
-    state.strategy.barrier()
-    return log
-
-
 def train(finetuner: Finetuner, state: RunState) -> None:
-    """Trains to the end of the last epoch. Exits with status 75 after SIGTERM, with the last step saved."""
+    """Trains to the end of the last epoch. Raises Preempted after SIGTERM, with the last step saved."""
     start = state.restore()
-    log = open_log(finetuner, state, start)
-    bad_samples = JsonlWriter(state.out / "bad_samples.jsonl")
-    with log or contextlib.nullcontext():
-        done, preempted = finetuner.train(state, start, log, bad_samples)
-    bad_samples.close()
-    for error in state.writer.pop_errors():
-        print_stderr(f"step {done}: {error}")
-    if state.writer.failed:
-        raise UserError(f"{state.out}: step {done} could not be saved: {state.writer.failed}")
-    if preempted:
+    tracks = bool(finetuner.config.tune.trackers)
+    tree = state.provenance["config"]
+    with RunFolder(state.out, tree, start, finetuner.steps, state.strategy, tracks) as folder:
+        done = finetuner.train(state, start, folder)
+    if done < finetuner.steps:
         state.strategy.close()
-        if state.strategy.is_main:
-            print_stderr(
-                f"{state.out}: stopped by SIGTERM after step {done}; the same command continues "
-                f"(exit status {EXIT_REQUEUE})"
-            )
-        sys.exit(EXIT_REQUEUE)
+    folder.finish(done, False, state.writer)
 
 
 @exit_on_lost_peer()
@@ -135,6 +107,7 @@ def main(argv: list[str]) -> None:
         log_with=list(tune.trackers) or None,
         project_dir=out,
     )
+    set_log_level(strategy.is_main)
     check_divisible(tune, cfg.efficiency, strategy.world)
     finetuner = build_finetuner(cfg, strategy, loaded, splits, view)
     guard = LossGuard(

@@ -16,8 +16,8 @@ from vidssl.core.errors import UserError
 from vidssl.data.shards import Shards
 from vidssl.pretrained.files import load_weights
 from vidssl.training.checkpoint import load_checkpoint
-from vidssl.training.metrics_log import MetricsLog
 from vidssl.training.preemption import EXIT_REQUEUE
+from vidssl.training.run_folder import lock_folder
 
 ROOT = Path(__file__).parents[2]
 FILES = ["configs/method/vjepa_tiny.yaml", "configs/model/vit_micro.yaml", "configs/data/quickstart.yaml"]
@@ -49,7 +49,7 @@ def log(out: Path) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def whole(synthetic_shards, tmp_path_factory) -> Path:
-    """A run that nobody disturbed."""
+    """A run without interruption."""
     out = tmp_path_factory.mktemp("whole") / "run"
     done = train(synthetic_shards / "train", out)
     assert done.returncode == 0, done.stderr
@@ -68,13 +68,13 @@ def test_the_run_folder(whole, synthetic_shards):
         "grad_norm",
         "clips_per_s",
         "wait",
-        "keys",
+        "samples_hash",
         "bad",
     ):
         assert key in rows[0]
     assert 0 < rows[0]["context_ratio_0"] < 1 and 0 < rows[0]["target_ratio_0"] < 1
     assert rows[-1]["feature_std_time"] > 0
-    assert len({r["keys"] for r in rows}) == STEPS
+    assert len({r["samples_hash"] for r in rows}) == STEPS
     assert sorted(p.name for p in (whole / "checkpoints").iterdir()) == ["step-00000008", "step-00000012"]
     target, online = (load_file(whole / f"{n}.safetensors") for n in ("encoder", "encoder_online"))
     assert target.keys() == online.keys()
@@ -90,23 +90,23 @@ def test_the_run_folder(whole, synthetic_shards):
 @pytest.mark.parametrize(
     "workers, kill_at, number", [(0, 6, "SIGKILL"), (2, 9, "SIGKILL"), (2, 5, "SIGTERM")]
 )
-def test_killed_and_started_again_it_equals_the_whole_run_bit_for_bit(
-    workers, kill_at, number, whole, synthetic_shards, tmp_path
-):
+def test_resume_is_bitwise(workers, kill_at, number, whole, synthetic_shards, tmp_path):
     """The signal goes to all of its processes, as schedulers send it."""
     call = command(synthetic_shards / "train", tmp_path / "run", f"efficiency.workers={workers}")
     victim = subprocess.Popen(call, cwd=ROOT, stderr=subprocess.DEVNULL, start_new_session=True)
     path, until = tmp_path / "run" / "log.jsonl", time.time() + 120
     while not (path.exists() and len(path.read_text().splitlines()) >= kill_at):
-        assert time.time() < until and victim.poll() is None, "it ended or hung before it could be killed"
+        assert time.time() < until and victim.poll() is None, (
+            "the run ended or hung before it could be killed"
+        )
         time.sleep(0.001)
     os.killpg(victim.pid, getattr(signal, number))
     assert victim.wait(60) in ((-signal.SIGKILL,) if number == "SIGKILL" else (EXIT_REQUEUE, 0))
     with open(path, "a") as f:
-        f.write('{"step": 11, "los')  # a kill may cut a line short
+        f.write('{"step": 11, "los')  # an incomplete line, as a kill can leave it
     done = subprocess.run(call, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    volatile = ("clips_per_s", "wait", "memory", "mfu")
+    volatile = ("clips_per_s", "wait", "memory", "matmul_utilization")
     for a, b in zip(log(whole), log(tmp_path / "run"), strict=True):
         assert {k: v for k, v in a.items() if k not in volatile} == {
             k: v for k, v in b.items() if k not in volatile
@@ -119,15 +119,15 @@ def test_killed_and_started_again_it_equals_the_whole_run_bit_for_bit(
         assert all(want[k].equal(got[k]) for k in want)
 
 
-def test_two_processes_show_the_same_batches_and_learn_the_same(whole, synthetic_shards, tmp_path):
+def test_two_processes_equal_one(whole, synthetic_shards, tmp_path):
     done = train(synthetic_shards / "train", tmp_path / "run", processes=2)
     assert done.returncode == 0, done.stderr
     one, two = log(whole), log(tmp_path / "run")
-    assert [r["keys"] for r in one] == [r["keys"] for r in two]
+    assert [r["samples_hash"] for r in one] == [r["samples_hash"] for r in two]
     assert [r["loss"] for r in two] == pytest.approx([r["loss"] for r in one], rel=1e-5)
 
 
-def test_accumulated_micro_batches_give_the_same_update(whole, synthetic_shards, tmp_path):
+def test_micro_batches(whole, synthetic_shards, tmp_path):
     done = train(synthetic_shards / "train", tmp_path / "run", "efficiency.micro_batches=4")
     assert done.returncode == 0, done.stderr
     assert [r["loss"] for r in log(tmp_path / "run")] == pytest.approx(
@@ -135,7 +135,7 @@ def test_accumulated_micro_batches_give_the_same_update(whole, synthetic_shards,
     )
 
 
-def test_the_same_command_on_a_finished_run_leaves_it_alone(whole, synthetic_shards):
+def test_a_finished_run_is_left_alone(whole, synthetic_shards):
     before = (whole / "log.jsonl").read_bytes()
     done = train(synthetic_shards / "train", whole)
     assert done.returncode == 0
@@ -176,10 +176,8 @@ def test_a_folder_holds_one_run(whole, synthetic_shards):
         (["run.out=README.md/run"], "README.md is not a folder; choose another place"),
     ],
 )
-def test_a_wrong_configuration_is_one_line_status_2_and_nothing_written(
-    wrong, words, synthetic_shards, tmp_path, capfd
-):
-    """In this process, through the same entry, to save a dozen imports of torch."""
+def test_a_mistake_is_one_line_and_writes_nothing(wrong, words, synthetic_shards, tmp_path, capfd):
+    """Runs in this process, which saves a dozen imports of torch."""
     from vidssl import train as module
     from vidssl.core.errors import run_cli
 
@@ -198,24 +196,24 @@ def test_a_wrong_configuration_is_one_line_status_2_and_nothing_written(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_that_diverges_stops_in_one_line_and_keeps_its_last_checkpoint(synthetic_shards, tmp_path):
+def test_a_diverged_run_keeps_its_last_checkpoint(synthetic_shards, tmp_path):
     more = ["optim.lr=1e18", "optim.warmup=0", "run.save_every=1", "run.max_consecutive_skips=1"]
     done = train(synthetic_shards / "train", tmp_path / "run", *more)
     assert done.returncode == 2
-    assert "(2 steps in a row, gone back 2 times); what was learned" in done.stderr.splitlines()[-1]
+    assert "(2 steps in a row, 2 rollbacks); the last checkpoint is in" in done.stderr.splitlines()[-1]
     kept = load_file(tmp_path / "run" / "encoder.safetensors")
     assert all(w.isfinite().all() for w in kept.values())
 
 
 def test_two_runs_cannot_share_a_folder(tmp_path):
-    first = MetricsLog(tmp_path, 0, 1)
+    first = lock_folder(tmp_path)
     with pytest.raises(UserError, match="another process is training"):
-        MetricsLog(tmp_path, 0, 1)
+        lock_folder(tmp_path)
     first.close()
-    MetricsLog(tmp_path, 0, 1).close()
+    lock_folder(tmp_path).close()
 
 
-def test_from_the_shell_too_it_is_one_line_and_status_2(synthetic_shards, tmp_path):
+def test_a_mistake_from_the_shell(synthetic_shards, tmp_path):
     done = train(synthetic_shards / "train", tmp_path / "run", "run.stepz=3")
     assert done.returncode == 2
     assert done.stderr.strip().splitlines() == [done.stderr.strip()]

@@ -1,4 +1,4 @@
-"""What a run survives: damaged checkpoints, full disks, steps that must not be taken, signals, lost processes."""
+"""Robustness of a run: damaged checkpoints, full disks, skipped steps, signals, lost processes."""
 
 import errno
 import json
@@ -17,7 +17,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from vidssl import train
-from vidssl.core.errors import UserError
+from vidssl.core.errors import Preempted, UserError, run_cli
+from vidssl.core.log import configure_logging
+from vidssl.pretrained import files as native_files
 from vidssl.training import checkpoint, metrics_log, preemption
 from vidssl.training.distributed import Strategy, copy_to_cpu
 from vidssl.training.feature_stats import FeatureStats
@@ -37,9 +39,14 @@ SMALL += [
 ]
 
 
+@pytest.fixture(autouse=True)
+def log_to_stderr():
+    configure_logging()
+
+
 @pytest.fixture
 def run(synthetic_shards, monkeypatch):
-    """Trains in this process: run(out, "key=value", ...) -> the rows of the log."""
+    """Trains in this process: run(out, "key=value", ...) returns the rows of the log."""
     monkeypatch.chdir(ROOT)
 
     def call(out: Path, *more: str) -> list[dict]:
@@ -66,10 +73,10 @@ def same(a: Path, b: Path) -> bool:
 
 def spoil(monkeypatch, steps: set[int], factor: float = float("nan")) -> None:
     """Multiplies the loss and the gradients of some steps (1..)."""
-    honest = train.forward_backward
+    original = train.forward_backward
 
-    def spoiled(accelerator, model, batches, seed, step, parts):
-        got = honest(accelerator, model, batches, seed, step, parts)
+    def spoiled(strategy, model, batches, seed, step, micro_batches):
+        got = original(strategy, model, batches, seed, step, micro_batches)
         if step + 1 in steps:
             got["loss"] = got["loss"] * factor
             for p in model.parameters():
@@ -92,7 +99,7 @@ def state(value: float) -> dict:
     return {"model": {"w": torch.full((500,), value)}, "optimizer": optimizer, **plain}
 
 
-def test_a_checkpoint_comes_back_as_it_was_and_only_the_asked_for_are_kept(tmp_path):
+def test_checkpoint_round_trip_and_retention(tmp_path):
     for step in range(10, 70, 10):
         checkpoint.save_checkpoint(tmp_path, step, state(float(step)), keep=2, keep_every=30)
     assert [p.name for p in checkpoint.list_checkpoints(tmp_path)] == [f"step-{s:08d}" for s in (30, 50, 60)]
@@ -103,7 +110,7 @@ def test_a_checkpoint_comes_back_as_it_was_and_only_the_asked_for_are_kept(tmp_p
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
 @pytest.mark.parametrize("how", ["cut", "changed", "gone"])
-def test_a_damaged_checkpoint_is_passed_over_said_and_kept(name, how, tmp_path, capsys):
+def test_a_damaged_checkpoint_is_reported_and_kept(name, how, tmp_path, capsys):
     for step in (10, 20):
         checkpoint.save_checkpoint(tmp_path, step, state(float(step)), keep=2)
     path = tmp_path / "step-00000020" / name
@@ -125,14 +132,14 @@ def test_a_damaged_checkpoint_is_passed_over_said_and_kept(name, how, tmp_path, 
     ]
 
 
-def test_when_no_checkpoint_is_whole_it_does_not_start_anew(tmp_path):
+def test_a_run_without_a_readable_checkpoint_does_not_start_from_scratch(tmp_path):
     checkpoint.save_checkpoint(tmp_path, 10, state(1.0), keep=2)
     (tmp_path / "step-00000010" / "state.json").unlink()
     with pytest.raises(UserError, match="none of its 1 checkpoints can be read"):
         checkpoint.load_checkpoint(tmp_path)
 
 
-def test_what_is_written_in_the_background_is_a_copy(tmp_path):
+def test_the_background_writer_gets_copies(tmp_path):
     weights = torch.zeros(4)
     tree = {"a": weights, "b": [weights, {"c": weights.view(2, 2)}]}
     got = copy_to_cpu(tree)
@@ -143,17 +150,17 @@ def test_what_is_written_in_the_background_is_a_copy(tmp_path):
 # A disk that is full
 
 
-def test_a_full_disk_costs_the_checkpoints_and_nothing_else(run, tmp_path, monkeypatch, capfd):
+def test_a_full_disk_costs_only_checkpoints(run, tmp_path, monkeypatch, capfd):
     run(tmp_path / "whole")
-    honest, full = checkpoint.save_file, [True]
+    original, full = native_files.save_file, [True]
 
     def save_file(tensors, path, metadata=None):
         if full[0] and "step-00000008" in str(path):
             Path(path).write_bytes(b"half")
             raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
-        honest(tensors, path, metadata)
+        original(tensors, path, metadata)
 
-    monkeypatch.setattr(checkpoint, "save_file", save_file)
+    monkeypatch.setattr(native_files, "save_file", save_file)
     run(tmp_path / "run")
     assert "the checkpoint of step 8 could not be written: model.safetensors" in capfd.readouterr().err
     assert [p.name for p in sorted((tmp_path / "run" / "checkpoints").iterdir())] == [
@@ -166,12 +173,12 @@ def test_a_full_disk_costs_the_checkpoints_and_nothing_else(run, tmp_path, monke
 def test_a_last_checkpoint_that_cannot_be_written_is_an_error(run, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "checkpoints").write_text("in the way")
-    with pytest.raises(UserError, match="what was learned up to step 12 could not be written: File exists"):
+    with pytest.raises(UserError, match="the state after step 12 could not be written: File exists"):
         run(tmp_path / "run")
     assert (tmp_path / "run" / "encoder.safetensors").exists()
 
 
-def test_lines_outlive_a_full_disk(tmp_path, monkeypatch):
+def test_log_rows_outlive_a_full_disk(tmp_path, monkeypatch):
     lines, honest, room = metrics_log.JsonlWriter(tmp_path / "x.jsonl"), os.write, [5]
 
     def write(number: int, data: bytes) -> int:
@@ -191,92 +198,133 @@ def test_lines_outlive_a_full_disk(tmp_path, monkeypatch):
     assert [json.loads(line)["step"] for line in (tmp_path / "x.jsonl").read_text().splitlines()] == [1, 2]
 
 
-# Steps that must not be taken
+def test_jsonl_rows_are_strict_json(tmp_path):
+    writer = metrics_log.JsonlWriter(tmp_path / "x.jsonl")
+    writer.add({"step": 1, "loss": float("nan"), "grad_norm": float("inf"), "lr": 0.5})
+    writer.close()
+    text = (tmp_path / "x.jsonl").read_text()
+    assert "NaN" not in text and "Infinity" not in text
+    assert json.loads(text) == {"step": 1, "loss": None, "grad_norm": None, "lr": 0.5}
 
 
-def test_a_bad_step_is_left_out_and_counted(run, tmp_path, monkeypatch, capfd):
+# Skipped steps
+
+
+def test_a_bad_step_is_skipped_and_counted(run, tmp_path, monkeypatch, capfd):
     spoil(monkeypatch, {6})
     got = run(tmp_path / "run")
     assert [r["skipped"] for r in got] == [0] * 5 + [1] * 7
-    assert "step 6: not taken: loss nan" in capfd.readouterr().err
+    assert [r["loss"] is None for r in got] == [step == 5 for step in range(12)]
+    assert "step 6: skipped: loss nan" in capfd.readouterr().err
     assert all(w.isfinite().all() for w in load_file(tmp_path / "run" / "encoder.safetensors").values())
 
 
-def test_too_many_in_a_row_go_back_and_the_data_go_on_and_a_continued_run_does_the_same(
-    run, tmp_path, monkeypatch, capfd
-):
+def test_rollback_and_its_continuation(run, tmp_path, monkeypatch, capfd):
     spoil(monkeypatch, {6, 7})
     whole = run(tmp_path / "whole", "run.max_consecutive_skips=1")
-    assert "step 7: back to what was learned up to step 4; the data go on" in capfd.readouterr().err
-    honest = train.schedule
+    assert "step 7: rolled back to the weights of step 4; the data go on" in capfd.readouterr().err
+    original = train.schedule
 
-    def cut_off(optim, step, steps):
+    def cut_off(optim, step, steps, momentum):
         if step == 9:
             raise KeyboardInterrupt
-        return honest(optim, step, steps)
+        return original(optim, step, steps, momentum)
 
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
         m.setattr(train, "schedule", cut_off)
         run(tmp_path / "run", "run.max_consecutive_skips=1")
     got = run(tmp_path / "run", "run.max_consecutive_skips=1")
-    assert [r["keys"] for r in got] == [r["keys"] for r in whole] and len({r["keys"] for r in got}) == 12
+    assert [r["samples_hash"] for r in got] == [r["samples_hash"] for r in whole] and len(
+        {r["samples_hash"] for r in got}
+    ) == 12
     assert [r["skipped"] for r in got] == [r["skipped"] for r in whole]
     assert same(tmp_path / "whole", tmp_path / "run")
 
 
-def test_after_a_set_number_of_times_it_stops_and_no_checkpoint_is_of_a_bad_row(run, tmp_path, monkeypatch):
+def test_the_run_stops_after_max_rollbacks(run, tmp_path, monkeypatch):
     spoil(monkeypatch, set(range(6, 13)))
     with pytest.raises(UserError, match=r"step 11: loss nan \(2 steps in a row, 2 rollbacks\)"):
         run(tmp_path / "run", "run.max_consecutive_skips=1")
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000004"]
 
 
-def test_a_spike_is_what_lies_far_above_the_last_accepted_steps():
-    guard = LossGuard(skip=2, rollbacks=1, spike=6.0)
+def test_spikes():
+    guard = LossGuard(2, 1, loss_spike_std=6.0)
     usual = [1.0 + 0.01 * (i % 5) for i in range(MIN_HISTORY)]
     assert all(guard.reason_to_skip({"loss": v, "grad_norm": v}) is None for v in usual)
-    for _ in range(3):  # it does not get used to it
+    for _ in range(3):  # skipped steps do not count as history
         assert "loss 1.5, over 1.1" in guard.reason_to_skip({"loss": 1.5, "grad_norm": 1.0})
     assert guard.should_rollback
     assert "grad_norm 9, over" in guard.reason_to_skip({"loss": 1.0, "grad_norm": 9.0})
-    again = LossGuard(skip=2, rollbacks=1, spike=6.0)
+    again = LossGuard(2, 1, loss_spike_std=6.0)
     again.load(json.loads(json.dumps(guard.state())))
     assert again.state() == guard.state() and again.skipped == 4
-    assert again.reason_to_skip({"loss": 1.02, "grad_norm": 1.02}) is None and again.row == 0
+    assert again.reason_to_skip({"loss": 1.02, "grad_norm": 1.02}) is None and again.consecutive_skips == 0
     assert LossGuard(2, 1, None).reason_to_skip({"loss": 1e9, "grad_norm": 1.0}) is None
 
 
-# Told to end, and lost processes
+# SIGTERM and lost processes
 
 
-def test_sigterm_ends_after_the_step_with_the_status_that_asks_for_more(run, tmp_path, monkeypatch, capfd):
-    run(tmp_path / "whole")
-    honest = Strategy.clip
+def terminate_at(monkeypatch, step: int) -> None:
+    """Sends SIGTERM in a step (1..)."""
+    original = Strategy.clip
 
-    def clip(self, model, config, step):
-        if step == 5:
+    def clip(self, model, config, index):
+        if index + 1 == step:
             os.kill(os.getpid(), signal.SIGTERM)
-        return honest(self, model, config, step)
+        return original(self, model, config, index)
 
+    monkeypatch.setattr(Strategy, "clip", clip)
+
+
+@pytest.fixture
+def sigterm_restored():
     before = signal.getsignal(signal.SIGTERM)
-    with monkeypatch.context() as m, pytest.raises(SystemExit) as ended:
-        m.setattr(Strategy, "clip", clip)
-        run(tmp_path / "run")
+    yield
     signal.signal(signal.SIGTERM, before)
-    assert ended.value.code == preemption.EXIT_REQUEUE == 75
-    assert "asked to end after step 6" in capfd.readouterr().err
+
+
+def test_sigterm_ends_the_run_after_its_step(run, tmp_path, monkeypatch, sigterm_restored):
+    run(tmp_path / "whole")
+    with monkeypatch.context() as m, pytest.raises(Preempted, match="ended after step 6"):
+        terminate_at(m, 6)
+        run(tmp_path / "run")
     assert checkpoint.load_checkpoint(tmp_path / "run" / "checkpoints")["step"] == 6
     run(tmp_path / "run")
     assert same(tmp_path / "whole", tmp_path / "run")
+
+
+def test_sigterm_in_a_skipped_step_saves_the_accepted_weights(run, tmp_path, monkeypatch, sigterm_restored):
+    with monkeypatch.context() as m, pytest.raises(Preempted):
+        spoil(m, {6})
+        terminate_at(m, 6)
+        run(tmp_path / "run", "run.save_every=100")
+    saved = checkpoint.load_checkpoint(tmp_path / "run" / "checkpoints")
+    assert saved["step"] == 6 and saved["guard"]["consecutive_skips"] == 1
+    moments = saved["optimizer"]["state"].values()
+    assert {float(m["step"]) for m in moments} == {5.0}
+    assert all(w.isfinite().all() for w in saved["model"].values())
+    assert [r["skipped"] for r in run(tmp_path / "run", "run.save_every=100")] == [0] * 5 + [1] * 7
+
+
+def test_preempted_has_the_exit_status_of_a_requeue(monkeypatch):
+    def main(argv):
+        raise Preempted("ended")
+
+    monkeypatch.setattr(sys, "argv", ["train"])
+    with pytest.raises(SystemExit) as ended:
+        run_cli(main)
+    assert ended.value.code == preemption.EXIT_REQUEUE == 75
 
 
 PEER = """
 import os, signal, sys
 from vidssl import train
 from vidssl.core.errors import run_cli
-honest = train.forward_backward
-def spoiled(strategy, model, batches, seed, step, parts):
-    got = honest(strategy, model, batches, seed, step, parts)
+original = train.forward_backward
+def spoiled(strategy, model, batches, seed, step, micro_batches):
+    got = original(strategy, model, batches, seed, step, micro_batches)
     if strategy.rank == 1 and step == 2:
         got["loss"] = got["loss"] * float("nan")
     if strategy.rank == 1 and step == 6:
@@ -288,7 +336,7 @@ run_cli(train.main)
 
 
 @pytest.mark.parametrize("number", ["SIGKILL", "SIGSTOP"])
-def test_processes_agree_on_a_bad_step_and_one_alone_ends_in_a_line(number, synthetic_shards, tmp_path):
+def test_bad_step_and_lost_peer_with_two_processes(number, synthetic_shards, tmp_path):
     """A dead process is noticed at once, one that hangs after efficiency.peer_timeout_s seconds."""
     more = [
         f"data.train={synthetic_shards / 'train'}",
@@ -311,7 +359,7 @@ def test_processes_agree_on_a_bad_step_and_one_alone_ends_in_a_line(number, synt
         both[1].communicate()
     assert both[0].returncode == preemption.EXIT_REQUEUE, said
     assert "another process of this run is gone or does not answer" in said[-1]
-    assert "step 3: not taken: loss nan" in "".join(said)
+    assert "step 3: skipped: loss nan" in "".join(said)
     assert [r["skipped"] for r in rows(tmp_path / "run")] == [0, 0, 1, 1, 1, 1]
 
 
@@ -334,10 +382,10 @@ def test_five_faults(synthetic_shards, tmp_path):
     assert "equal the undisturbed run's" in done.stdout
 
 
-# What a run tells
+# Diagnostics and trackers
 
 
-def test_what_is_watched_stands_in_the_log_and_goes_to_the_trackers(run, tmp_path, synthetic_shards):
+def test_online_probe_and_trackers(run, tmp_path, synthetic_shards):
     pytest.importorskip("tensorboard")
     watch = [f"online_probe.{part}={synthetic_shards / part}" for part in ("train", "test")]
     got = run(
@@ -354,14 +402,17 @@ def test_what_is_watched_stands_in_the_log_and_goes_to_the_trackers(run, tmp_pat
         if "online_probe_knn" in r
         for k in ("online_probe_knn", "online_probe_linear")
     )
-    assert all(0 < r["mfu"] < 2 and r["memory"] > 1e8 for r in got[1:]) and "mfu" not in got[0]
+    assert (
+        all(0 < r["matmul_utilization"] < 2 and r["memory"] > 1e8 for r in got[1:])
+        and "matmul_utilization" not in got[0]
+    )
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(tmp_path / "run" / "vidssl")).Reload()
     assert [e.value for e in events.Scalars("loss")] == pytest.approx([r["loss"] for r in got])
 
 
-def test_a_tracker_that_is_not_installed_is_named(run, tmp_path, monkeypatch):
+def test_a_tracker_that_is_not_installed(run, tmp_path, monkeypatch):
     monkeypatch.setattr(metrics_log.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"run\.trackers: wandb is not installed: pip install wandb"):
         run(tmp_path / "run", "run.trackers=[wandb]")
@@ -370,13 +421,13 @@ def test_a_tracker_that_is_not_installed_is_named(run, tmp_path, monkeypatch):
 
 def test_a_collapse_can_stop_the_run(run, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(FeatureStats, "looks_collapsed", lambda self, now: True)
-    with pytest.raises(UserError, match="stopped at step 4, since the features have collapsed"):
+    with pytest.raises(UserError, match="stopped at step 4: the features have collapsed"):
         run(tmp_path / "run", "run.feature_stats_every=3", "run.stop_on_collapse=true")
     assert capfd.readouterr().err.count("step 3: the features have collapsed: std_clips") == 1
     assert checkpoint.load_checkpoint(tmp_path / "run" / "checkpoints")["step"] == 4
 
 
-def test_the_rest_goes_on_while_a_checkpoint_is_written():
+def test_checkpoints_are_written_in_the_background():
     writer, began = checkpoint.AsyncWriter(), time.perf_counter()
     writer.start("it", lambda: None, lambda: time.sleep(0.3))
     assert time.perf_counter() - began < 0.2 and not writer.pop_errors()
@@ -384,7 +435,7 @@ def test_the_rest_goes_on_while_a_checkpoint_is_written():
     assert time.perf_counter() - began >= 0.3
 
 
-def test_sums_and_means_of_one_process():
+def test_reduce_in_one_process():
     AcceleratorState._reset_state(reset_partial_state=True)
     got = Strategy(Accelerator(cpu=True)).reduce({"loss": torch.tensor(0.5)}, {"bad": 2, "stop": True})
     assert got == {"loss": 0.5, "bad": 2, "stop": 1}

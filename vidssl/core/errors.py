@@ -3,6 +3,10 @@
 import sys
 from collections.abc import Callable
 
+from vidssl.core.log import configure_logging, logger
+
+EXIT_REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: schedulers start the same command again
+
 
 class UserError(Exception):
     """Says what is wrong, where, and what would be right, in one line."""
@@ -16,18 +20,28 @@ class DecodeError(Exception):
         self.reason = reason
 
 
+class Preempted(Exception):
+    """The process ends early, with its state saved; the same command continues it."""
+
+
 def run_cli(main: Callable[[list[str]], None], about: str | None = None) -> None:
-    """Run main(argv); a UserError becomes one line on stderr and exit status 2. about: printed for --help."""
+    """Runs main(argv). A UserError becomes one line on stderr and exit status 2, Preempted exit status EXIT_REQUEUE.
+
+    about: printed for --help.
+    """
     if about and {"-h", "--help"} & set(sys.argv[1:]):
         print(about)
         return
+    configure_logging()
     try:
         main(sys.argv[1:])
     except UserError as e:
-        last = (
-            str(e).strip().splitlines()[-1]
-        )  # raised in a loader worker, it comes with the worker's traceback
+        # Raised in a loader worker, the message ends with the worker's traceback.
+        last = str(e).strip().splitlines()[-1]
         print(f"error: {last.removeprefix('vidssl.core.errors.UserError: ')}", file=sys.stderr)
         sys.exit(2)
+    except Preempted as e:
+        logger.info(str(e))
+        sys.exit(EXIT_REQUEUE)
     except KeyboardInterrupt:
         sys.exit(130)

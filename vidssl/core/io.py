@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import os
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -63,12 +62,6 @@ def make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:  # a name that is too long, a file system that takes no folders
         raise UserError(f"{folder}: cannot be made: {e.strerror}") from e
-
-
-def print_stderr(text: str) -> None:
-    """A line on stderr, which may be a file on a full disk."""
-    with contextlib.suppress(OSError):
-        print(text, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from vidssl.core.errors import UserError
-from vidssl.core.io import print_stderr
+from vidssl.core.log import logger
 from vidssl.data.dataset import (
     STREAM_STRIDE,
     DataConfig,
@@ -164,7 +164,7 @@ def _load_indexed(
 def _load_streamed(streams: StreamingDataset, settings: StreamSettings, workers: int) -> Any:
     streams.settings = settings
     if settings.rank == 0:
-        print_stderr(streams.describe(workers))
+        logger.info(streams.describe(workers))
     yield from DataLoader(
         streams,
         batch_size=None,  # the data set yields whole batches

@@ -23,7 +23,8 @@ from torch import Tensor
 
 import vidssl
 from vidssl.core.errors import UserError
-from vidssl.core.io import file_sha256, fsync_path, print_stderr
+from vidssl.core.io import file_sha256, fsync_path
+from vidssl.core.log import logger
 from vidssl.pretrained.files import write_tensors
 
 LIBRARIES = ("torchvision", "accelerate", "numpy", "safetensors", "av", "decord2")
@@ -126,7 +127,7 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
             return read_checkpoint(checkpoint)
         except (OSError, ValueError, KeyError, TypeError) as e:
             reason = str(e).strip().splitlines()[0]
-            print_stderr(f"warning: {checkpoint}: cannot be read ({reason}); trying the one before")
+            logger.warning(f"{checkpoint}: cannot be read ({reason}); trying the one before")
     if found:
         raise UserError(
             f"{folder}: none of its {len(found)} checkpoints can be read; move it away to start anew"

@@ -1,7 +1,6 @@
 """The loop of fine-tuning: steps, evaluation of held-out train after each epoch, selection of the epoch."""
 
 import contextlib
-import time
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vidssl.core.log import logger
 from vidssl.core.pixels import normalise
 from vidssl.data.dataset import DataConfig, MultiStreamDataset
 from vidssl.data.loader import Batch, train_steps
@@ -30,11 +30,12 @@ from vidssl.training.finetuning import (
     SubsetOrder,
     make_classifier,
 )
-from vidssl.training.metrics_log import JsonlWriter, MetricsLog
 from vidssl.training.optim import OptimConfig, build_optimizer, schedule, set_schedule
-from vidssl.training.perf import peak_memory
+from vidssl.training.perf import Throughput
 from vidssl.training.preemption import PreemptionHandler
+from vidssl.training.run_folder import RunFolder
 from vidssl.training.state import RunState
+from vidssl.training.step import seed_step
 
 
 class EpochSelection(nn.Module):
@@ -114,61 +115,39 @@ class Finetuner:
     def steps(self) -> int:
         return self.steps_per_epoch * self.config.tune.epochs
 
-    def train(
-        self, state: RunState, start: int, log: MetricsLog | None, bad: JsonlWriter
-    ) -> tuple[int, bool]:
-        """Trains from step `start` to the end of the last epoch, or until SIGTERM. Returns the number of
-        steps done, all of them saved, and whether SIGTERM came. log, bad: log.jsonl in the first process, and
-        bad_samples.jsonl."""
-        mixer = Mixer(self.config.tune, len(self.splits.task.names))
+    def train(self, state: RunState, start: int, folder: RunFolder) -> int:
+        """Trains from step `start` to the end of the last epoch, or until SIGTERM. Returns the number of steps done,
+        all of them saved."""
+        tune = self.config.tune
+        mixer = Mixer(tune, len(self.splits.task.names))
         loader: Any = self.train_loader(start)
+        strategy = self.strategy
+        throughput = Throughput(
+            strategy.device, self.config.efficiency.precision, tune.batch * tune.repeat, counts_flops=False
+        )
         done = start
         preempted = False
         self.model.train()
         with PreemptionHandler() as preemption, state.writer, contextlib.closing(loader):
-            clock = time.perf_counter()
-            for done, (batch,) in enumerate(loader, start + 1):
-                waited = time.perf_counter() - clock
-                metrics = self.step(state, batch, mixer, done - 1, preemption, log)
+            for done, (batch,) in enumerate(throughput.timed(loader), start + 1):
+                metrics = self.step(state, batch, mixer, done - 1, preemption)
                 preempted = bool(metrics.pop("stop"))
-                seconds = time.perf_counter() - clock
-                bad.add(*({"step": done, "key": key, "reason": reason} for key, reason in batch.failures))
+                row = {**metrics, **throughput.row(), "skipped": state.guard.skipped}
                 epoch = self.end_epoch(done) if done % self.steps_per_epoch == 0 else None
-                if log:
-                    self.write_log(log, state, {"step": done, **metrics}, seconds, waited, epoch)
+                if epoch:
+                    row |= {"epoch": epoch["epoch"], "epoch_loss": epoch["loss"]}
+                    if "held_out_accuracy" in epoch:
+                        row["held_out_accuracy"] = epoch["held_out_accuracy"]
+                    logger.info(", ".join(f"{k} {v}" for k, v in epoch.items()))
+                folder.log(done, row, [batch])
+                for error in state.writer.pop_errors():
+                    logger.warning(f"step {done}: {error}; the run continues")
                 settled = not state.guard.consecutive_skips  # else a rollback may follow
                 if preempted or done == self.steps or (epoch and settled):
-                    state.save(done, log.lines.sync if log else lambda: None)
+                    state.save(done, folder.sync_log)
                 if preempted:
                     break
-                clock = time.perf_counter()
-        return done, preempted
-
-    def write_log(
-        self,
-        log: MetricsLog,
-        state: RunState,
-        row: dict[str, Any],
-        seconds: float,
-        waited: float,
-        epoch: dict[str, Any] | None,
-    ) -> None:
-        """Completes the row of a step. seconds: of the step, `waited` of them for the loader; epoch: the
-        record of the epoch that it ends."""
-        tune = self.config.tune
-        row["clips_per_s"] = tune.batch * tune.repeat / seconds
-        row["wait"] = waited / seconds
-        row["memory"] = peak_memory(self.strategy.device)
-        row["skipped"] = state.guard.skipped
-        if epoch:
-            row["epoch"] = epoch["epoch"]
-            row["epoch_loss"] = epoch["loss"]
-            if "held_out_accuracy" in epoch:
-                row["held_out_accuracy"] = epoch["held_out_accuracy"]
-            log.info(", ".join(f"{k} {v}" for k, v in epoch.items()))
-        log.write(row)
-        for error in state.writer.pop_errors():
-            log.info(f"step {row['step']}: {error}; the run continues")
+        return done
 
     def train_loader(self, start: int) -> Any:
         """Yields a list with one Batch for each step from `start` to the last one."""
@@ -204,11 +183,10 @@ class Finetuner:
         mixer: Mixer,
         step: int,
         preemption: PreemptionHandler,
-        log: MetricsLog | None,
     ) -> dict[str, float]:
         """One optimizer step, or a skipped one. Returns its metrics over all processes; "stop": SIGTERM."""
         strategy = self.strategy
-        torch.manual_seed(self.config.tune.seed + step * strategy.world + strategy.rank)  # for drop path
+        seed_step(self.config.tune.seed, step, int(batch.position[0]))
         hparams = schedule(self.optim, step, self.steps)
         set_schedule(self.optimizer, hparams)
         self.optimizer.zero_grad()
@@ -223,13 +201,11 @@ class Finetuner:
             self.selection.losses.append(metrics["loss"])
         else:
             strategy.skip_step(self.optimizer)
-            if log:
-                log.info(f"step {step + 1}: skipped: {reason}")
+            logger.info(f"step {step + 1}: skipped: {reason}")
         if state.guard.should_rollback:
             last = state.rollback(f"step {step + 1}: {reason}")
             self.selection.roll_back(last)
-            if log:
-                log.info(f"step {step + 1}: rolled back to step {last}; the data continue")
+            logger.info(f"step {step + 1}: rolled back to step {last}; the data continue")
         return {**metrics, "lr": hparams["lr"], "weight_decay": hparams["weight_decay"]}
 
     def forward_backward(self, video: Tensor, target: Tensor) -> Tensor:

@@ -5,72 +5,80 @@ import statistics
 from collections import deque
 from typing import Any
 
-WINDOW, MIN_HISTORY = 128, 32  # accepted steps that say what is usual; and how many it takes to say so
+HISTORY = 128  # accepted steps whose mean and deviation define a spike
+MIN_HISTORY = 32  # accepted steps before a spike can be detected
 
 
 class LossGuard:
-    """Which steps are not taken: those whose loss or gradients are not finite or, if asked, far above the usual.
+    """Skips steps whose loss or gradient norm is not finite or (with loss_spike_std) far above its recent mean.
 
-    A step that is not taken leaves the weights as they are. After more than `skip` in a row the weights and the
-    optimiser go back to the last checkpoint while the data go on, so that the batches since then are left out (as in
-    PaLM, arXiv 2204.02311, section 5.1); after `rollbacks` of these the run stops. All of it is a function of the
-    losses and norms, which are the same in every process, and its state is part of the checkpoints.
+    A skipped step leaves the weights as they are. After more than `max_consecutive_skips` in a row, weights and
+    optimiser are rolled back to the last checkpoint while the data go on, so that the batches since then are left out
+    (as in PaLM, arXiv 2204.02311, section 5.1); after `max_rollbacks` of these the run stops. Every decision is a
+    function of the losses and norms, which are the same in every process; the state is part of the checkpoints.
     """
 
-    def __init__(self, skip: int, rollbacks: int, spike: float | None, scaled: bool = False):
-        """scaled: the gradients are fp16, whose scaler itself leaves out a step of gradients that are not finite."""
-        self.skip, self.rollbacks, self.loss_spike_std, self.scaled = skip, rollbacks, spike, scaled
-        self.consecutive_skips = self.skipped = self.rolled_back = (
-            0  # not taken in a row, in all; times gone back
-        )
+    def __init__(
+        self,
+        max_consecutive_skips: int,
+        max_rollbacks: int,
+        loss_spike_std: float | None,
+        scaled: bool = False,
+    ):
+        """loss_spike_std: deviations above the mean; None: only non-finite values are skipped. scaled: gradients are
+        fp16, whose GradScaler skips steps with non-finite gradients itself."""
+        self.max_consecutive_skips = max_consecutive_skips
+        self.max_rollbacks = max_rollbacks
+        self.loss_spike_std = loss_spike_std
+        self.scaled = scaled
+        self.consecutive_skips = 0
+        self.skipped = 0  # in the whole run
+        self.rolled_back = 0  # times
         self.history: dict[str, deque[float]] = {
-            "loss": deque(maxlen=WINDOW),
-            "grad_norm": deque(maxlen=WINDOW),
+            name: deque(maxlen=HISTORY) for name in ("loss", "grad_norm")
         }
 
-    def reason_to_skip(self, now: dict[str, float]) -> str | None:
-        """Why the step is not to be taken; None: it is. now: its loss and grad_norm."""
-        why = next((why for name in self.history if (why := self._wrong(name, now[name]))), None)
-        if why is None:
-            self.consecutive_skips = 0
-            for name, window in self.history.items():
-                if math.isfinite(now[name]):
-                    window.append(now[name])
-        else:
+    def reason_to_skip(self, metrics: dict[str, float]) -> str | None:
+        """Why the step with this loss and grad_norm is skipped; None if it is taken. Counts the step."""
+        reasons = (self._reason(name, metrics[name]) for name in self.history)
+        reason = next((r for r in reasons if r), None)
+        if reason is not None:
             self.consecutive_skips += 1
             self.skipped += 1
-        return why
+            return reason
+        self.consecutive_skips = 0
+        for name, values in self.history.items():
+            if math.isfinite(metrics[name]):
+                values.append(metrics[name])
+        return None
 
-    def _wrong(self, name: str, value: float) -> str | None:
+    def _reason(self, name: str, value: float) -> str | None:
         if not math.isfinite(value):
             return None if self.scaled and name == "grad_norm" else f"{name} {value}"
-        window = self.history[name]
-        if self.loss_spike_std is not None and len(window) >= MIN_HISTORY:
-            limit = statistics.fmean(window) + self.loss_spike_std * statistics.pstdev(window)
+        values = self.history[name]
+        if self.loss_spike_std is not None and len(values) >= MIN_HISTORY:
+            limit = statistics.fmean(values) + self.loss_spike_std * statistics.pstdev(values)
             if value > limit:
                 return f"{name} {value:.4g}, over {limit:.4g}"
         return None
 
     @property
     def should_rollback(self) -> bool:
-        """Too many in a row to go on from these weights."""
-        return self.consecutive_skips > self.skip
+        return self.consecutive_skips > self.max_consecutive_skips
 
     def state(self) -> dict[str, Any]:
-        """Plain data, for the checkpoint."""
-        counts = {
+        """Plain data for the checkpoint."""
+        return {
             "consecutive_skips": self.consecutive_skips,
             "skipped": self.skipped,
             "rolled_back": self.rolled_back,
+            "history": {name: list(values) for name, values in self.history.items()},
         }
-        return {**counts, "history": {name: list(window) for name, window in self.history.items()}}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Go on from what `state` gave."""
-        self.consecutive_skips, self.skipped, self.rolled_back = (
-            state["consecutive_skips"],
-            state["skipped"],
-            state["rolled_back"],
-        )
-        for name, window in self.history.items():
-            window.extend(state["history"][name])
+        """Restores what `state` returned."""
+        self.consecutive_skips = state["consecutive_skips"]
+        self.skipped = state["skipped"]
+        self.rolled_back = state["rolled_back"]
+        for name, values in self.history.items():
+            values.extend(state["history"][name])

@@ -19,3 +19,11 @@ def tune_malloc() -> bool:
     if mallopt is None or not (mallopt(mmap_threshold, 1 << 30) or mallopt(mmap_threshold, 1 << 25)):
         return False  # older glibc accepts 32 MB at most
     return bool(mallopt(trim_threshold, (1 << 31) - 1) and mallopt(top_pad, 1 << 26))
+
+
+def configure_process(threads: int | None, keeps_freed_memory: bool) -> None:
+    """threads: of torch on the CPU; None: torch's own choice. keeps_freed_memory: see tune_malloc."""
+    if threads:
+        torch.set_num_threads(threads)
+    if keeps_freed_memory:
+        tune_malloc()

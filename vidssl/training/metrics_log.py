@@ -1,86 +1,130 @@
-"""log.jsonl: a JSON object a step, always; one live line of progress; and trackers that were asked for."""
+"""log.jsonl: one JSON object per step; a progress line; and the trackers that run.trackers names."""
 
 import contextlib
-import fcntl
 import hashlib
 import importlib.util
 import json
 import math
 import os
 import sys
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from accelerate import Accelerator
-from torch import Tensor
 from tqdm import tqdm
 
 from vidssl.core.errors import UserError
-from vidssl.core.io import atomic_write, print_stderr
+from vidssl.core.io import atomic_write
+from vidssl.core.log import logger
+from vidssl.data.loader import Batch
+
+HASH_LIMBS = 3  # pieces of a 63-bit hash
+LIMB_BITS = 21  # of a piece: float64 sums such integers exactly over up to 2**32 processes
 
 
-def hash_keys(keys: list[str]) -> Tensor:
-    """i64 [B]: 63 bits of each key's SHA-256."""
-    return torch.tensor([int.from_bytes(hashlib.sha256(k.encode()).digest()[:8], "big") >> 1 for k in keys])
+def count_samples(batches: Sequence[Batch]) -> dict[str, float]:
+    """Numbers to sum over the processes: `bad`, samples that could not be decoded and were replaced; `hash_0`.., the
+    63-bit sum of a hash of (position, key) of every sample, in pieces that a float64 all-reduce adds exactly."""
+    total = 0
+    bad = sum(len(batch.failures) for batch in batches)
+    for batch in batches:
+        for position, key in zip(batch.position.tolist(), batch.key, strict=True):
+            digest = hashlib.sha256(f"{position} {key}".encode()).digest()
+            total += int.from_bytes(digest[:8], "big")
+    limbs = {f"hash_{i}": (total >> i * LIMB_BITS) % (1 << LIMB_BITS) for i in range(HASH_LIMBS)}
+    return {"bad": bad, **limbs}
 
 
-def batch_hash(positions: Tensor, hashes: Tensor) -> str:
-    """Positions and key hashes i64 [B] of the global batch, in any order -> what `keys` is in the log."""
-    in_order = hashes[positions.argsort()].cpu().numpy().astype(">i8")
-    return hashlib.sha256(in_order.tobytes()).hexdigest()[:16]
+def samples_hash(metrics: dict[str, float]) -> str:
+    """16 hexadecimal digits from the sum of `count_samples` over the processes: the samples of the global batch."""
+    total = sum(int(metrics[f"hash_{i}"]) << (i * LIMB_BITS) for i in range(HASH_LIMBS))
+    return f"{total % (1 << HASH_LIMBS * LIMB_BITS):016x}"
+
+
+def step_row(
+    losses: Iterable[str],
+    metrics: dict[str, float],
+    hparams: dict[str, float],
+    throughput: dict[str, float],
+    skipped: int,
+) -> dict[str, Any]:
+    """A row of the log. losses: names of those among the reduced metrics; skipped: steps since the start of the run."""
+    row: dict[str, Any] = {name: metrics[name] for name in losses}
+    row |= {**hparams, "grad_norm": metrics["grad_norm"], **throughput}
+    return row | {"samples_hash": samples_hash(metrics), "bad": int(metrics["bad"]), "skipped": skipped}
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: null instead."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class JsonlWriter:
-    """A file of JSON objects, one a line, that is only added to. What a full disk does not take is kept and tried
-    again with the next."""
+    """Appends JSON objects to a file, one per line. On a full disk rows are buffered and retried with the next write."""
 
     def __init__(self, path: Path):
-        self.path, self.left, self.number = path, b"", -1
+        self.path = path
+        self.buffer = b""
+        self.descriptor: int | None = None
 
     def add(self, *rows: dict[str, Any]) -> str | None:
-        """Write the rows and what is left of earlier ones; why that did not work, if it did not."""
-        self.left += "".join(json.dumps(row) + "\n" for row in rows).encode()
+        """Writes the rows after those that are still buffered. Returns the reason if that failed."""
+        lines = (json.dumps({k: _finite(v) for k, v in row.items()}, allow_nan=False) + "\n" for row in rows)
+        self.buffer += "".join(lines).encode()
         try:
-            if self.left and self.number < 0:
-                self.number = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-            while self.left:
-                self.left = self.left[os.write(self.number, self.left) :]
+            if self.buffer and self.descriptor is None:
+                self.descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+            while self.buffer and self.descriptor is not None:
+                self.buffer = self.buffer[os.write(self.descriptor, self.buffer) :]
         except OSError as e:
             return e.strerror or str(e)
         return None
 
     def sync(self) -> None:
-        """All of it is on the disk; OSError if it is not."""
-        if why := self.add():
-            raise OSError(f"{self.path.name}: {why}")
-        if self.number >= 0:
-            os.fsync(self.number)
+        """Waits until all rows are on the disk; raises OSError if they cannot be written."""
+        if reason := self.add():
+            raise OSError(f"{self.path.name}: {reason}")
+        if self.descriptor is not None:
+            os.fsync(self.descriptor)
 
     def close(self) -> None:
-        """Try what is left a last time."""
-        if why := self.add():
-            print_stderr(f"warning: {self.path}: its last lines are lost: {why}")
-        if self.number >= 0:
-            os.close(self.number)
-            self.number = -1
+        if reason := self.add():
+            logger.warning(f"{self.path}: its last lines are lost: {reason}")
+        if self.descriptor is not None:
+            os.close(self.descriptor)
+            self.descriptor = None
+
+
+def drop_rows_after(path: Path, step: int) -> None:
+    """Removes rows after `step`, and a line that a kill cut short: a continued run writes them again."""
+    if path.exists():
+        kept = [line + "\n" for line in path.read_text().splitlines() if _step_of(line) <= step]
+        atomic_write(path, lambda temporary: temporary.write_text("".join(kept)))
+
+
+def _step_of(line: str) -> float:
+    """Step of a row; infinity for an incomplete line."""
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError):
+        return math.inf
 
 
 Tracker = Literal["tensorboard", "wandb", "trackio"]
 
 
 def check_trackers(names: tuple[Tracker, ...]) -> None:
-    """An error that says what to install."""
+    """Raises UserError if the package of a tracker is not installed."""
     for name in names:
         if not importlib.util.find_spec(name):
             raise UserError(f"run.trackers: {name} is not installed: pip install {name}")
 
 
-def start_trackers(accelerator: Accelerator, cfg: dict[str, Any]) -> Callable[[dict[str, Any]], None]:
-    """-> what passes a row of the log on to the trackers."""
-    plain = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in _flat(cfg).items()}
+def start_trackers(accelerator: Accelerator, tree: dict[str, Any]) -> Callable[[dict[str, Any]], None]:
+    """Starts the trackers with the configuration `tree`. Returns the function that sends them a row of the log."""
+    flat = _flatten(tree)
+    plain = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in flat.items()}
     accelerator.init_trackers("vidssl", plain)
 
     def track(row: dict[str, Any]) -> None:
@@ -90,96 +134,59 @@ def start_trackers(accelerator: Accelerator, cfg: dict[str, Any]) -> Callable[[d
     return track
 
 
-def _flat(tree: dict[str, Any], at: str = "") -> dict[str, Any]:
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested sections as dotted keys."""
-    return {
-        k: v
-        for key, value in tree.items()
-        for k, v in (
-            _flat(value, f"{at}{key}.").items() if isinstance(value, dict) else [(f"{at}{key}", value)]
-        )
-    }
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
 
 
 class MetricsLog:
-    """Writes log.jsonl and the progress line; made on the main process only."""
+    """Writes the rows of a run to log.jsonl, to the trackers and to a progress line; in the first process only."""
 
     def __init__(
         self, out: Path, start: int, steps: int, track: Callable[[dict[str, Any]], None] | None = None
     ):
-        """Lines after step `start` are of a run that was cut off and are dropped: they will be written again. While it
-        is open, no other process can open the log of this folder."""
-        self.out, self.track, self.full = out, track, False
-        self.lock = open(out / ".lock", "w")  # noqa: SIM115
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(
-                f"{out}: another process is training in this folder; wait for it, or end it"
-            ) from None
-        for path in (out / "log.jsonl", out / "bad_samples.jsonl"):
-            if path.exists():
-                kept = [line + "\n" for line in path.read_text().splitlines() if _step(line) <= start]
-                atomic_write(path, partial(Path.write_text, data="".join(kept)))
-        self.lines = JsonlWriter(out / "log.jsonl")
-        live = sys.stderr.isatty()
+        self.track = track
+        self.disk_full = False
+        self.rows = JsonlWriter(out / "log.jsonl")
         self.bar = tqdm(
             total=steps,
             initial=start,
             desc=out.name,
             unit="step",
-            mininterval=0.2 if live else 20,
+            mininterval=0.2 if sys.stderr.isatty() else 20,
             delay=0.1,
             dynamic_ncols=True,
             bar_format="{desc} {n_fmt}/{total_fmt}{postfix} | {elapsed}, {remaining} left, ends {eta:%d %b %H:%M}",
         )
 
     def write(self, row: dict[str, Any]) -> None:
-        """A step's row into the file, to the trackers and onto the line."""
-        why = self.lines.add(row)
-        if bool(why) != self.full:
-            self.full = bool(why)
-            self.info(
-                f"warning: log.jsonl: {why}; its lines are kept" if why else "log.jsonl is written again"
-            )
+        """row: step, loss, clips_per_s, wait, and more."""
+        reason = self.rows.add(row)
+        if bool(reason) != self.disk_full:
+            self.disk_full = bool(reason)
+            if reason:
+                logger.warning(f"log.jsonl: {reason}; its lines are kept in memory")
+            else:
+                logger.info("log.jsonl is written again")
         if self.track:
             try:
                 self.track(row)
             except OSError as e:
-                self.info(f"warning: a tracker did not take step {row['step']}: {e}")
-        shown = {
-            "loss": f"{row['loss']:.4f}",
-            "clips/s": f"{row['clips_per_s']:.0f}",
-            "wait": f"{row['wait']:.0%}",
-        }
-        shown |= {"GB": f"{row['memory'] / 1e9:.1f}"} if "memory" in row else {}
-        shown |= {"mfu": f"{row['mfu']:.0%}"} if "mfu" in row else {}
-        shown |= {"skipped": row["skipped"]} if row.get("skipped") else {}
+                logger.warning(f"a tracker did not take step {row['step']}: {e}")
+        shown = {"loss": f"{row['loss']:.4f}", "clips/s": f"{row['clips_per_s']:.0f}"}
+        shown["wait"] = f"{row['wait']:.0%}"
+        if "memory" in row:
+            shown["GB"] = f"{row['memory'] / 1e9:.1f}"
+        if row.get("skipped"):
+            shown["skipped"] = str(row["skipped"])
         with contextlib.suppress(OSError):  # stderr may be a file on a full disk
             self.bar.set_postfix(shown, refresh=False)
             self.bar.update()
 
-    def info(self, text: str) -> None:
-        """A line beside the progress line."""
-        with contextlib.suppress(OSError):
-            tqdm.write(text, file=sys.stderr)
-
-    def __enter__(self) -> "MetricsLog":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     def close(self) -> None:
-        self.lines.close()
+        self.rows.close()
         with contextlib.suppress(OSError):
             self.bar.close()
-        self.lock.close()
-
-
-def _step(line: str) -> float:
-    """The step of a log line; infinity for a line that a kill cut short."""
-    try:
-        return json.loads(line)["step"]
-    except (json.JSONDecodeError, KeyError):
-        return float("inf")

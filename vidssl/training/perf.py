@@ -4,12 +4,14 @@ import contextlib
 import resource
 import sys
 import time
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from typing import TypeVar
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 TensorShape = tuple[int, ...]
+T = TypeVar("T")
 
 
 def attention_flops(
@@ -66,8 +68,51 @@ class StepMeter:
         self.counted[shape] = total()
 
     def used(self, shape: Hashable, seconds: float) -> float:
-        """Share of the rate that a step of this shape reached in so many seconds (MFU)."""
+        """Share of the rate that a step of this shape reached in so many seconds."""
         return self.counted[shape] / seconds / self.rate
+
+
+class Throughput:
+    """Measures the training steps: clips per second, time spent waiting for data, memory and arithmetic."""
+
+    def __init__(self, device: torch.device, precision: str, clips: int, counts_flops: bool):
+        """clips: of a step, over all processes; counts_flops: also report the arithmetic of this process."""
+        self.device = device
+        self.clips = clips
+        self.meter = StepMeter(device, precision) if counts_flops else None
+        self.shape: Hashable = None
+        self.is_counted = False
+        self.start_s = 0.0
+        self.wait_s = 0.0
+
+    def timed(self, loader: Iterable[T]) -> Iterator[T]:
+        """Yields what the loader yields. A step starts when the next batches are requested."""
+        self.start_s = time.perf_counter()
+        for batches in loader:
+            self.wait_s = time.perf_counter() - self.start_s
+            yield batches
+            self.start_s = time.perf_counter()
+
+    @contextlib.contextmanager
+    def counting(self, shape: Hashable) -> Iterator[None]:
+        """Context of the forward and backward passes of a step. shape: of its batches."""
+        self.shape = shape
+        with self.meter.counting(shape) if self.meter else contextlib.nullcontext(False) as self.is_counted:
+            yield
+
+    def row(self) -> dict[str, float]:
+        """Call after the optimiser step, before measurements and checkpoints, which are not part of the step.
+
+        clips_per_s; wait: fraction of the step spent waiting for the loader; memory: peak, bytes;
+        matmul_utilization: arithmetic per second over the rate of a large matrix product (StepMeter), except in the
+        first step of a shape, in which the arithmetic is counted.
+        """
+        seconds = time.perf_counter() - self.start_s
+        row = {"clips_per_s": self.clips / seconds, "wait": self.wait_s / seconds}
+        row["memory"] = peak_memory(self.device)
+        if self.meter and self.is_counted:
+            row["matmul_utilization"] = self.meter.used(self.shape, seconds)
+        return row
 
 
 def peak_memory(device: torch.device) -> float:

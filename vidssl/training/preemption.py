@@ -1,65 +1,68 @@
-"""What a run does when something goes wrong: told to end, a step that must not be taken, a process that is gone."""
+"""Ending a run early: SIGTERM from a scheduler, and processes of the run that are lost."""
 
 import contextlib
 import os
 import signal
-import sys
 from collections.abc import Iterator
 
 import torch
 
-from vidssl.core.io import print_stderr
+from vidssl.core.errors import EXIT_REQUEUE, Preempted
 
-EXIT_REQUEUE = (
-    75  # exit status, EX_TEMPFAIL of sysexits.h: the same command again goes on where this one ended
-)
+__all__ = ["EXIT_REQUEUE", "PreemptionHandler", "exit_on_lost_peer"]
+BACKENDS = (
+    "gloo",
+    "nccl",
+    "c10d",
+)  # named in the messages of lost connections that have no type of their own
 
 
 class PreemptionHandler:
-    """While it is open, SIGTERM only sets `asked`; then this process ends after its step.
+    """Context in which SIGTERM only sets `requested`, so that the process can end after its step.
 
-    Schedulers send it to the loader's processes, too. Those that are forked meanwhile do not get it: one that died
-    would take its clips with it.
+    Schedulers send SIGTERM to the processes of the loader, too. Processes that are forked in the context block it: one
+    that died would lose its clips.
     """
 
-    open = False
+    is_open = False
+    has_fork_hook = False
+
+    def __init__(self) -> None:
+        self.requested = False
 
     def __enter__(self) -> "PreemptionHandler":
-        self.requested, PreemptionHandler.open = False, True
-        self.before = signal.signal(signal.SIGTERM, self._ask)
+        if not PreemptionHandler.has_fork_hook:  # a hook cannot be removed
+            os.register_at_fork(after_in_child=_block_sigterm_in_child)
+            PreemptionHandler.has_fork_hook = True
+        PreemptionHandler.is_open = True
+        self.previous = signal.signal(signal.SIGTERM, self._request)
         return self
 
-    def _ask(self, *_: object) -> None:
+    def _request(self, *_: object) -> None:
         self.requested = True
 
     def __exit__(self, *_: object) -> None:
-        PreemptionHandler.open = False
+        PreemptionHandler.is_open = False
         if (
             not self.requested
-        ):  # else a second one, from a launcher that ends the others, must not break what is written
-            signal.signal(signal.SIGTERM, self.before)
+        ):  # a launcher sends SIGTERM again when it ends the other processes: ignored from now on
+            signal.signal(signal.SIGTERM, self.previous)
 
 
-def _keep_from_child() -> None:
-    if PreemptionHandler.open:
+def _block_sigterm_in_child() -> None:
+    if PreemptionHandler.is_open:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-
-
-os.register_at_fork(after_in_child=_keep_from_child)
 
 
 @contextlib.contextmanager
 def exit_on_lost_peer() -> Iterator[None]:
-    """Another process that is gone or does not answer ends this one in a line, with the status that asks for more."""
+    """Raises Preempted when another process of the run has died or does not answer, so that the job is requeued."""
     try:
         yield
     except RuntimeError as e:
-        said = str(e)
-        lost = isinstance(e, torch.distributed.DistError) or any(
-            w in said.lower() for w in ("gloo", "nccl", "c10d")
-        )
+        message = str(e)
+        lost = isinstance(e, torch.distributed.DistError) or any(b in message.lower() for b in BACKENDS)
         if not lost or not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
             raise
-        why = said.strip().splitlines()[0][:200]
-        print_stderr(f"error: another process of this run is gone or does not answer ({why})")
-        sys.exit(EXIT_REQUEUE)
+        reason = message.strip().splitlines()[0][:200]
+        raise Preempted(f"error: another process of this run is gone or does not answer ({reason})") from e

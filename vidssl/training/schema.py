@@ -1,17 +1,20 @@
 """The configuration of a pre-training run."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from vidssl.config import Choice, Count, Positive, Size, Spec
 from vidssl.core.errors import UserError
+from vidssl.core.io import check_writable
 from vidssl.data.augment import AUGMENTS
 from vidssl.data.dataset import DataConfig
+from vidssl.data.order import check_split
 from vidssl.model.vit import MODELS
 from vidssl.objective.build import MethodConfig, build_objective
 from vidssl.objective.objective import Objective
 from vidssl.pretrained.load import NATIVE_SIZE_KEYS, load_teacher
-from vidssl.training.metrics_log import Tracker
+from vidssl.training.metrics_log import Tracker, check_trackers
 from vidssl.training.online_probe import OnlineProbeConfig
 from vidssl.training.optim import OptimConfig
 
@@ -107,3 +110,51 @@ class TrainConfig:
         model = {k: v for k, v in self.model.arguments.items() if k != "drop_path"}
         size = self.augment.arguments["size"]
         return model | {"frames": self.data.frames, "height": size, "width": size}
+
+
+# Keys that may change when a run is continued. Data may move to another path, since their hash is compared.
+RESUME_MUTABLE = (
+    "efficiency",
+    "online_probe",
+    "run.out",
+    "run.save_every",
+    "run.keep_last",
+    "run.keep_every",
+    "run.snapshots",
+    "run.max_consecutive_skips",
+    "run.max_rollbacks",
+    "run.loss_spike_std",
+    "run.feature_stats_every",
+    "run.stop_on_collapse",
+    "run.trackers",
+    "data.train",
+    "data.cache_dir",
+    "data.cache_gb",
+    "data.decode_timeout_s",
+    "data.memory_mb",
+)
+
+
+def resume_mutable(cfg: TrainConfig) -> tuple[str, ...]:
+    """Keys that may change when the run `cfg` is continued."""
+    return (*RESUME_MUTABLE, "run.steps") if cfg.is_open_ended else RESUME_MUTABLE
+
+
+def check_output(run: RunConfig) -> None:
+    """Raises UserError if the run's folder cannot be written or a tracker is not installed."""
+    check_writable(Path(run.out))
+    check_trackers(run.trackers)
+
+
+def check_batch(cfg: TrainConfig, world: int) -> None:
+    """Raises UserError if the clips of a step cannot be divided evenly over lanes, processes and micro-batches."""
+    for stream, clips in enumerate(cfg.data.clips(cfg.run.batch)):
+        name = f"data.extra_streams[{stream - 1}].clips"
+        if stream == 0:
+            name = "run.batch" + (" less data.extra_streams's clips:" if cfg.data.extra_streams else "")
+        check_split(clips, cfg.run.lanes, world, name, cfg.data.repeat)
+        share = clips // world
+        if share % cfg.efficiency.micro_batches:
+            raise UserError(
+                f"efficiency.micro_batches {cfg.efficiency.micro_batches} does not divide {share} clips a process"
+            )

@@ -15,12 +15,13 @@ from vidssl.training.checkpoint import (
     TENSOR_FILES,
     AsyncWriter,
     load_checkpoint,
+    provenance,
     read_checkpoint,
     save_checkpoint,
 )
 from vidssl.training.distributed import Strategy
 from vidssl.training.loss_guard import LossGuard
-from vidssl.training.schema import TrainConfig
+from vidssl.training.schema import TrainConfig, resume_mutable
 
 
 class Resumable(Protocol):
@@ -86,7 +87,7 @@ class RunState:
         guard, state, plain = self.guard, None, None
         self.writer.wait()
         self.strategy.barrier()
-        if guard.rolled_back < guard.rollbacks:
+        if guard.rolled_back < guard.max_rollbacks:
             state, plain = self._read_newest()
         if plain is None:
             raise UserError(
@@ -192,6 +193,39 @@ class TrainState(RunState):
             raise UserError(
                 f"run.init: {source} has other groups of parameters; its run's folder gives weights alone"
             )
+
+
+def make_train_state(
+    cfg: TrainConfig,
+    strategy: Strategy,
+    objective: Objective,
+    optimizer: Any,
+    feature_stats: Resumable,
+    data_hash: str,
+) -> TrainState:
+    """The state of the pre-training run `cfg`, before anything is restored."""
+    run = cfg.run
+    guard = LossGuard(
+        run.max_consecutive_skips,
+        run.max_rollbacks,
+        run.loss_spike_std,
+        scaled=strategy.scaler is not None,
+    )
+    return TrainState(
+        strategy,
+        objective,
+        optimizer,
+        guard,
+        Path(run.out),
+        provenance(config.to_tree(cfg), data_hash),
+        TrainConfig,
+        run.steps,
+        resume_mutable(cfg),
+        run.keep_last,
+        run.keep_every,
+        snapshots=run.snapshots,
+        feature_stats=feature_stats,
+    )
 
 
 def initial_weights(

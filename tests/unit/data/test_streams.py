@@ -212,7 +212,9 @@ def run(corpora: list[str], out: Path, processes: int) -> list[dict]:
 
 def test_videos_of_two_lengths_and_images_train_together_on_any_number_of_processes(corpora, tmp_path):
     one, two = (run(corpora, tmp_path / str(n), n) for n in (1, 2))
-    assert [r["keys"] for r in one] == [r["keys"] for r in two] and len({r["keys"] for r in one}) == 3
+    assert [r["samples_hash"] for r in one] == [r["samples_hash"] for r in two] and len(
+        {r["samples_hash"] for r in one}
+    ) == 3
     for row in one:
         assert row["loss"] == pytest.approx(np.mean([row[f"loss_stream_{i}"] for i in range(3)]), rel=1e-5)
     for name in ("loss", "loss_stream_0", "loss_stream_1", "loss_stream_2"):

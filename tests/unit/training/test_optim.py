@@ -374,7 +374,7 @@ def test_a_prolonged_infinite_run_is_the_long_one(infinite, synthetic_shards, tm
     whole = run(synthetic_shards, tmp_path / "whole", *HELD, "run.steps=6")
     shutil.copytree(infinite, tmp_path / "run")
     longer = run(synthetic_shards, tmp_path / "run", *HELD, "run.steps=6")
-    for key in ("loss", "lr", "ema", "weight_decay", "keys"):
+    for key in ("loss", "lr", "ema", "weight_decay", "samples_hash"):
         assert [r[key] for r in longer] == [r[key] for r in whole], key
     a, b = (load_file(tmp_path / name / "encoder.safetensors") for name in ("whole", "run"))
     assert all(a[k].equal(b[k]) for k in a)

@@ -1,0 +1,91 @@
+"""The folder of a run: its lock, configuration, log, and the list of samples that could not be decoded."""
+
+import fcntl
+from pathlib import Path
+from typing import Any
+
+from vidssl import config
+from vidssl.core.errors import Preempted, UserError
+from vidssl.core.io import make_folder, os_errors_as_user_errors
+from vidssl.core.log import logger
+from vidssl.data.loader import Batch
+from vidssl.training.checkpoint import AsyncWriter, quarantine
+from vidssl.training.distributed import Strategy
+from vidssl.training.metrics_log import JsonlWriter, MetricsLog, drop_rows_after, start_trackers
+
+
+class RunFolder:
+    """Context of a run that writes into `out`; all processes enter it, the first one writes what is shared."""
+
+    def __init__(
+        self, out: Path, tree: dict[str, Any], start: int, steps: int, strategy: Strategy, tracks: bool
+    ):
+        """tree: the resolved configuration; start: steps that are done already; tracks: whether to start trackers."""
+        self.out = out
+        self.tree = tree
+        self.start = start
+        self.steps = steps
+        self.strategy = strategy
+        self.tracks = tracks
+        self.metrics_log: MetricsLog | None = None
+        self.bad_samples = JsonlWriter(out / "bad_samples.jsonl")
+
+    def __enter__(self) -> "RunFolder":
+        if self.strategy.is_main:
+            make_folder(self.out)
+            with os_errors_as_user_errors(self.out):
+                self.lock = lock_folder(self.out)
+                for name in ("log.jsonl", "bad_samples.jsonl"):
+                    drop_rows_after(self.out / name, self.start)
+                quarantine(self.out / "checkpoints", self.start)
+                config.save(self.tree, self.out / "config.yaml")
+                track = start_trackers(self.strategy.accelerator, self.tree) if self.tracks else None
+                self.metrics_log = MetricsLog(self.out, self.start, self.steps, track)
+        self.strategy.barrier()
+        return self
+
+    def log(self, step: int, row: dict[str, Any], batches: list[Batch]) -> None:
+        """Logs a step; every process lists the samples of its own batches that were replaced."""
+        if self.metrics_log:
+            self.metrics_log.write({"step": step, **row})
+        bad = [{"step": step, "key": key, "reason": reason} for b in batches for key, reason in b.failures]
+        self.bad_samples.add(*bad)
+
+    def sync_log(self) -> None:
+        """Waits until the log is on the disk, so that it is never behind a checkpoint."""
+        if self.metrics_log:
+            self.metrics_log.rows.sync()
+
+    def __exit__(self, *_: object) -> None:
+        self.bad_samples.close()
+        if self.metrics_log:
+            self.metrics_log.close()
+            self.lock.close()
+
+    def finish(self, step: int, collapsed: bool, writer: AsyncWriter) -> None:
+        """Called after the last step. Raises UserError or Preempted unless the run is complete and saved."""
+        for line in writer.pop_errors():
+            logger.warning(f"step {step}: {line}")
+        if writer.failed:
+            raise UserError(f"{self.out}: the state after step {step} could not be written: {writer.failed}")
+        if step < self.steps and collapsed:
+            raise UserError(
+                f"{self.out}: stopped at step {step}: the features have collapsed (run.stop_on_collapse)"
+            )
+        if step < self.steps:
+            raise Preempted(
+                f"{self.out}: SIGTERM: ended after step {step}; the same command continues the run"
+            )
+
+
+def lock_folder(out: Path) -> Any:
+    """Locks a run's folder until the returned file is closed. Raises UserError if another process holds the lock."""
+    lock = open(out / ".lock", "w")  # noqa: SIM115
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.close()
+        raise UserError(
+            f"{out}: another process is training in this folder; wait for it, or end it"
+        ) from None
+    return lock
