@@ -1,7 +1,8 @@
-"""Real files, in good health and bad: each packs and decodes, or is rejected with a reason; none is silently wrong.
+"""Real files, intact and damaged: each is packed and decodes, or is rejected with a reason; none is wrong
+unnoticed.
 
-The files cannot be redistributed; without them these tests are skipped. The truth they are held to does not come
-from the code under test: MANIFEST.csv (what the container tells) and a plain full decode here.
+The files cannot be redistributed; without them these tests are skipped. The expected values do not come from
+the code under test: MANIFEST.csv (the container's own data) and a plain full decode here.
 """
 
 import csv
@@ -23,9 +24,9 @@ pytestmark = pytest.mark.skipif(
     not (ROBUST / "MANIFEST.csv").is_file(), reason=f"no {ROBUST}: files not redistributable"
 )
 
-EDIT_LIST = "an edit list: these packets are decoded (others refer to them) but never shown"
+EDIT_LIST = "an edit list: these packets are decoded (others refer to them) but never displayed"
 DAMAGED = "these packets do not decode; the others do"
-FEWER_FRAMES = {  # packets in the container that are no frame to show, and why
+FEWER_FRAMES = {  # packets in the container that are no frame to display, and why
     "MAX-Sports-Video-Classifier/baseball.mp4": (16, EDIT_LIST),
     "MAX-Sports-Video-Classifier/basketball.mp4": (51, EDIT_LIST),
     "androidx-media/mp4__dolbyVision-hdr.MOV": (1, EDIT_LIST),
@@ -34,11 +35,11 @@ FEWER_FRAMES = {  # packets in the container that are no frame to show, and why
     "androidx-media/mp4__sample_sef_super_slow_motion.mp4": (1, EDIT_LIST),
     "co-tracker/videos__pillow.mp4": (2, EDIT_LIST),
     "torchcodec/discard_first_keyframe.mp4": (5, EDIT_LIST),
-    "androidx-media/vp9__roadtrip-vp92-10bit.webm": (8, "VP9 alternate reference frames are not for showing"),
+    "androidx-media/vp9__roadtrip-vp92-10bit.webm": (8, "VP9 alternate reference frames are not displayed"),
     "androidx-media/mp4__sample_with_invalid_nalu.mp4": (1, DAMAGED),
     "mp4parse-rust/mp4parse_capi__tests__no_timescale.mp4": (12, DAMAGED),
 }
-TURNED = {  # clockwise turns by 90 degrees; whether mirrored after that
+ROTATED = {  # clockwise rotations by 90 degrees; whether mirrored after that
     "androidx-media/mp4__dolbyVision-hdr.MOV": (1, False),
     "androidx-media/mp4__h265_with_metadata_track.mp4": (1, False),
     "androidx-media/mp4__sample_rotate_and_reflect.mp4": (1, True),
@@ -47,17 +48,17 @@ TURNED = {  # clockwise turns by 90 degrees; whether mirrored after that
     "mp4parse-rust/mp4parse_capi__tests__video_rotation_90.mp4": (1, False),
 }
 REASONS = {
-    "decode_error": 3,  # encrypted, or no packet of it decodes
+    "decode_error": 3,  # encrypted, or no packet decodes
     "empty": 2,  # zero bytes
-    "no_decoder": 1,  # Dolby Vision AV1 under a name of its own
-    "no_frames": 9,  # headers of segmented streams, and the like
+    "no_decoder": 1,  # Dolby Vision AV1 under another codec name
+    "no_frames": 9,  # headers of segmented streams, for example
     "no_video_stream": 12,  # audio or text only
     "not_a_video": 10,  # random bytes, text, header missing or cut off
 }
 
 
 class Truth(NamedTuple):
-    """Of one file, decoded plainly from its path: seconds of each frame, and some frames u8 [H,W,3] as shown."""
+    """A file decoded plainly from its path: seconds of each frame, some frames u8 [H,W,3] as displayed."""
 
     seconds: list[float]
     frames: dict[int, np.ndarray]
@@ -69,22 +70,23 @@ class Packed(NamedTuple):
     data: bytes
 
 
-def shown(name: str, frame: av.VideoFrame) -> np.ndarray:
-    turns, mirrored = TURNED.get(name, (0, False))
-    picture = np.rot90(frame.to_ndarray(format="rgb24"), -turns)
+def displayed(name: str, frame: av.VideoFrame) -> np.ndarray:
+    quarters, mirrored = ROTATED.get(name, (0, False))
+    picture = np.rot90(frame.to_ndarray(format="rgb24"), -quarters)
     return picture[:, ::-1] if mirrored else picture
 
 
 def decode(name: str, wanted: set[int]) -> Truth:
-    seconds, frames = [], {}
+    seconds = []
+    frames = {}
     with av.open(str(ROBUST / name)) as file:
         stream = file.streams.best("video")
-        stream.codec_context.thread_count = 1  # FFmpeg paints over damage differently with more
+        stream.codec_context.thread_count = 1  # FFmpeg conceals damage differently with more
         for packet in file.demux(stream):
             try:
                 for frame in packet.decode():
                     if len(seconds) in wanted:
-                        frames[len(seconds)] = shown(name, frame)
+                        frames[len(seconds)] = displayed(name, frame)
                     seconds.append(frame.time)
             except av.FFmpegError:
                 assert name in FEWER_FRAMES
@@ -140,19 +142,18 @@ def test_frame_counts(packed, manifest, truth):
 
 
 def test_sizes_and_rotations(packed, manifest):
-    turned = set()
+    rotated = set()
     for name, p in packed.items():
-        row, size = manifest[name], (p.meta["width"], p.meta["height"])
+        row = manifest[name]
+        size = (p.meta["width"], p.meta["height"])
         if row["rot"] == "-90":
-            turned.add(name)
+            rotated.add(name)
             size = size[::-1]
         else:
-            assert (
-                row["rot"] == "0" or "no_timescale" in name
-            )  # whose display matrix is all zero: no rotation
+            assert row["rot"] == "0" or "no_timescale" in name  # its display matrix is all zero: no rotation
         assert size == (int(row["w"]), int(row["h"])), name
-        assert p.meta["rotation"] == (90 if name in turned else 0), name
-    assert turned == set(TURNED)
+        assert p.meta["rotation"] == (90 if name in rotated else 0), name
+    assert rotated == set(ROTATED)
 
 
 def test_first_middle_and_last_frame(packed, truth):
@@ -180,6 +181,6 @@ def test_times(packed, truth):
         want = truth[name].seconds
         if None not in want and (np.diff(want) > 0).all():
             assert np.abs(times - (np.array(want) - want[0])).max() < 2e-3, name
-        else:  # its stamps go backwards or are missing: evenly spaced
+        else:  # its time stamps decrease or are missing: evenly spaced
             assert np.abs(np.diff(times, 2)).max() < 1e-5, name
         assert p.meta["duration"] >= times[-1], name

@@ -1,4 +1,4 @@
-"""Decoding in a child process: what hangs, crashes or swells costs its own sample, and nobody is left behind."""
+"""Decoding in a child process: a hang, crash or memory blow-up costs one sample; no process stays behind."""
 
 import os
 import signal
@@ -25,48 +25,52 @@ from vidssl.data.loader import DecodeErrorMonitor
 ROOT = Path(__file__).parents[2]
 
 
-class Trouble:
-    """What each (position, attempt) does is said in `plan`; all others give a clip."""
+class FaultyDataset:
+    """faults: (position, attempt) -> what goes wrong there; all others return a clip."""
 
-    def __init__(self, plan: dict[tuple[int, int], str]):
-        self.plan, self.kept, self.on_decode = plan, [], lambda: None
+    def __init__(self, faults: dict[tuple[int, int], str]):
+        self.faults = faults
+        self.kept = []
+        self.on_decode = lambda: None
 
     def key(self, position: int, attempt: int) -> str:
         return f"{position}.{attempt}"
 
     def attempt(self, position: int, attempt: int) -> Example | DecodeFailure:
-        what = self.plan.get((position, attempt), "")
-        if what == "slow read":
+        fault = self.faults.get((position, attempt), "")
+        if fault == "slow read":
             time.sleep(0.6)
         self.on_decode()
-        if what == "bad":
+        if fault == "bad":
             return DecodeFailure(self.key(position, attempt), "not_a_video")
-        if what == "hang":
+        if fault == "hang":
             time.sleep(1000)
-        if what == "spin":
+        if fault == "spin":
             while True:
                 pass
-        if what == "crash":
+        if fault == "crash":
             os.kill(os.getpid(), signal.SIGSEGV)
-        if what == "exit":
+        if fault == "exit":
             os._exit(0)
-        if what == "raise":
+        if fault == "raise":
             raise ZeroDivisionError("a mistake in the decoder")
-        if what == "keep":
+        if fault == "keep":
             self.kept.append(np.ones(30 << 20, np.uint8))
-        if what == "out of memory":
+        if fault == "out of memory":
             raise MemoryError
-        if what == "user error":
+        if fault == "user error":
             raise UserError("shard-000001.tar: gone")
-        while what == "memory":
+        while fault == "memory":
             self.kept.append(np.ones(20 << 20, np.uint8))
             time.sleep(0.01)
         video = torch.arange(3 * 2 * 4 * 4, dtype=torch.uint8).reshape(3, 2, 4, 4) + position
         return Example(position, self.key(position, attempt), attempt, video, [])
 
 
-def isolated(plan: dict[tuple[int, int], str], **settings) -> IsolatedDataset:
-    return IsolatedDataset(Trouble(plan), **{"timeout_s": 60.0, "memory_bytes": 200 << 20, **settings})
+def isolated(faults: dict[tuple[int, int], str], **settings) -> IsolatedDataset:
+    return IsolatedDataset(
+        FaultyDataset(faults), **{"timeout_s": 60.0, "memory_bytes": 200 << 20, **settings}
+    )
 
 
 REASONS = {
@@ -80,39 +84,39 @@ REASONS = {
 REASONS |= {"bad": "not_a_video", "out of memory": "memory"}
 
 
-@pytest.mark.parametrize("what, reason", REASONS.items())
-def test_it_costs_that_attempt_alone(what, reason):
+@pytest.mark.parametrize("fault, reason", REASONS.items())
+def test_a_fault_costs_one_attempt(fault, reason):
     deadline = 0.4 if reason == "hang" else 60.0
-    data = isolated({(1, 0): what, (1, 1): "bad"}, timeout_s=deadline)
-    quiet = isolated({(1, 0): "bad", (1, 1): "bad"}, timeout_s=60.0)
+    data = isolated({(1, 0): fault, (1, 1): "bad"}, timeout_s=deadline)
+    reference = isolated({(1, 0): "bad", (1, 1): "bad"}, timeout_s=60.0)
     for position in range(3):
-        got, want = data[position], quiet[position]
-        assert got._replace(video=0, failures=0) == want._replace(video=0, failures=0) and got.video.equal(
-            want.video
-        )
+        got, want = data[position], reference[position]
+        assert got._replace(video=0, failures=0) == want._replace(video=0, failures=0)
+        assert got.video.equal(want.video)
         assert got.failures == ([("1.0", reason), ("1.1", "not_a_video")] if position == 1 else [])
-    for one in (data, quiet):
+    for one in (data, reference):
         one.close()
 
 
-def test_the_child_is_kept_while_nothing_happens_and_gone_when_closed():
+def test_one_child_serves_all_samples_until_it_is_closed():
     data = isolated({})
     pids = {data[i].position: data.sandbox.pid for i in range(5)}
     assert len(set(pids.values())) == 1 and psutil.pid_exists(pids[0])
     data.close()
     assert not psutil.pid_exists(pids[0])
-    assert data[7].position == 7 and data.sandbox.pid != pids[0]  # and it starts again if it is asked
+    assert data[7].position == 7 and data.sandbox.pid != pids[0]  # it starts again when needed
     data.close()
 
 
-def test_reading_has_no_deadline_here():
+def test_reading_has_no_deadline():
     data = isolated({(0, 0): "slow read"}, timeout_s=0.4)
     assert data[0].failures == []
     data.close()
 
 
-def test_a_child_that_has_grown_over_many_samples_is_replaced_without_blame():
-    data, pids = isolated({(i, 0): "keep" for i in range(20)}, memory_bytes=100 << 20), []
+def test_a_child_that_grows_over_many_samples_is_replaced_without_a_failure():
+    data = isolated({(i, 0): "keep" for i in range(20)}, memory_bytes=100 << 20)
+    pids = []
     for i in range(20):
         assert data[i].failures == []
         pids.append(data.sandbox.pid)
@@ -125,7 +129,7 @@ def test_a_child_that_has_grown_over_many_samples_is_replaced_without_blame():
     data.close()
 
 
-def test_a_child_that_was_killed_between_two_samples_is_replaced_without_blame():
+def test_a_child_killed_between_two_samples_is_replaced_without_a_failure():
     data = isolated({})
     data[0]
     os.kill(data.sandbox.pid, signal.SIGKILL)
@@ -134,7 +138,7 @@ def test_a_child_that_was_killed_between_two_samples_is_replaced_without_blame()
     data.close()
 
 
-def test_the_users_mistakes_reach_the_user():
+def test_user_errors_are_raised_in_the_parent():
     data = isolated({(0, 0): "user error"})
     with pytest.raises(UserError, match=r"shard-000001\.tar: gone"):
         data[0]
@@ -172,36 +176,41 @@ def test_isolated_batches_are_the_same_batches(workers, synthetic_shards, tmp_pa
         )
 
 
-def test_a_file_that_hangs_or_crashes_the_decoder_is_replaced_as_one_that_is_damaged(
-    synthetic_shards, monkeypatch
-):
+class FaultyCache(FrameCache):
+    """faults: key -> what goes wrong with this sample; without `real`, decoding fails with that reason."""
+
+    def __init__(self, shards, faults: dict[str, str], real: bool):
+        super().__init__(shards, None, 0)
+        self.faults = faults
+        self.real = real
+
+    def read_clip(self, sample, select):
+        if sample.key not in self.faults:
+            return super().read_clip(sample, select)
+        self.on_decode()
+        if self.real:
+            FaultyDataset({(0, 0): self.faults[sample.key]}).attempt(0, 0)
+        raise DecodeError(self.faults[sample.key])
+
+
+def test_a_file_that_hangs_or_crashes_is_replaced_like_a_damaged_one(synthetic_shards):
     train = synthetic_shards / "train"
     keys = [s.key for s in make_clips(train).shards.all()][5:50:20]
-    troubles = dict(zip(keys, ("hang", "crash", "memory"), strict=True))
+    faults = dict(zip(keys, ("hang", "crash", "memory"), strict=True))
 
-    class Patched(FrameCache):
-        trouble = ""
-
-        def clip(self, sample, pick):
-            if sample.key in keys:
-                self.on_decode()
-                Trouble({(0, 0): troubles[sample.key] if self.trouble else "bad"}).attempt(0, 0)
-                raise DecodeError(troubles[sample.key])
-            return super().clip(sample, pick)
-
-    def run(trouble: str, isolate: bool) -> list:
-        monkeypatch.setattr(Patched, "trouble", trouble)
+    def run(real: bool) -> list:
         clips = make_clips(train, max_decode_error_rate=0.5, decode_timeout_s=4.0, memory_mb=200)
-        clips.cache = Patched(clips.shards, None, 0)
-        return list(train_batches(clips, 0, 8, 8, 0, 1, 2 if isolate else 0, isolate))
+        clips.cache = FaultyCache(clips.shards, faults, real)
+        return list(train_batches(clips, 0, 8, 8, 0, 1, workers=2 if real else 0, isolate=real))
 
-    told, real = run("", isolate=False), run("real", isolate=True)
-    assert sorted({b for batch in told for b in batch.failures}) == sorted(troubles.items())
-    for a, b in zip(told, real, strict=True):
+    damaged = run(real=False)
+    faulty = run(real=True)
+    assert sorted({b for batch in damaged for b in batch.failures}) == sorted(faults.items())
+    for a, b in zip(damaged, faulty, strict=True):
         assert a.video.equal(b.video) and a.key == b.key and a.failures == b.failures
 
 
-def test_what_cost_its_sample_counts_as_bad():
+def test_hangs_count_as_decode_errors():
     monitor = DecodeErrorMonitor(0.05)
     with pytest.raises(UserError, match="'hang': 11"):
         monitor.add(200, [DecodeFailure("a", "hang")] * 11, exhausted=False)
@@ -219,7 +228,7 @@ for batch in train_batches(make_clips({folder!r}), 0, 10**6, 8, 0, 1, {workers},
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_nobody_is_left_when_the_run_is_killed(workers, synthetic_shards):
+def test_no_process_stays_when_the_run_is_killed(workers, synthetic_shards):
     code = ORPHANS.format(root=str(ROOT), folder=str(synthetic_shards / "train"), workers=workers)
     run = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE)
     for _ in range(5):
@@ -253,13 +262,13 @@ def test_mutations_are_functions_of_the_seed(make_video):
     ) == len(fuzz_decode.MUTATIONS)
 
 
-def test_killed_again_and_again_it_loses_and_repeats_nothing(synthetic_shards):
+def test_repeated_kills_lose_and_repeat_nothing(synthetic_shards):
     report = chaos_loader.run(synthetic_shards / "train", kills=5, seed=0)
     assert report["kills"] == 5 and len(report["settings"]) >= 3
     assert report["wrong"] == [] and report["epochs"] >= 2
 
 
-def test_a_bomb_is_refused_before_it_is_decoded(make_video, monkeypatch):
+def test_a_bomb_is_refused_before_decoding(make_video, monkeypatch):
     data = make_video()
     for name, limit, reason in (("MAX_FRAMES", 19, "too_long"), ("MAX_BYTES", 100, "too_large")):
         set_limit(monkeypatch, name, limit)

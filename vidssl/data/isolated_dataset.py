@@ -37,7 +37,7 @@ class IsolatedDataset(Dataset[Example]):
         self.sandbox = Sandbox(
             partial(attempt_in_child, dataset),
             timeout_s,
-            start="fork",
+            start_method="fork",
             timed_from="progress",
             memory_bytes=memory_bytes,
             retained_bytes=retained_bytes,

@@ -53,7 +53,7 @@ Kind = Literal["ready", "progress", "partial", "result", "out_of_memory", "user_
 
 
 class Failure(NamedTuple):
-    """A job that did not end. partial: the last value that it reported before, or None."""
+    """A job that ended without a result. partial: the last value that it reported, or None."""
 
     reason: Literal["hang", "crash", "memory"]
     detail: str
@@ -61,7 +61,7 @@ class Failure(NamedTuple):
 
 
 class Reporter:
-    """What a job in the child tells the parent before its result."""
+    """Sends messages of a job to the parent before its result."""
 
     def __init__(self, conn: Connection):
         self._conn = conn
@@ -79,8 +79,7 @@ Work = Callable[..., Any]  # work(reporter, *job) -> result
 
 
 class Sandbox:
-    """Runs `work(reporter, *job)` for one job at a time in a child process, which is started at the first
-    job.
+    """Runs `work(reporter, *job)` in a child process, one job at a time. The first job starts the process.
 
     work: with "spawn" it is pickled. Its MemoryError becomes a Failure, its UserError is raised in the
         parent; any other exception ends the child with a traceback, which is a Failure by "crash".
@@ -97,14 +96,14 @@ class Sandbox:
         work: Work,
         timeout_s: float,
         *,
-        start: Literal["fork", "spawn"],
+        start_method: Literal["fork", "spawn"],
         timed_from: Literal["job", "progress"] = "job",
         memory_bytes: int | None = None,
         retained_bytes: int = 0,
     ):
         self.work = work
         self.timeout_s = timeout_s
-        self.start = start
+        self.start_method = start_method
         self.timed_from = timed_from
         self.memory_bytes = memory_bytes
         self.retained_bytes = retained_bytes
@@ -120,15 +119,10 @@ class Sandbox:
 
     def run(self, *job: Any) -> Any:
         """Returns the result of the job, or a Failure. Raises the job's UserError."""
-        child = self._ready_child()
-        kind, value = self._supervise(child, job)
-        if kind == "user_error":
-            raise UserError(value)
-        if kind == "out_of_memory":
-            return value
-        if isinstance(value, Failure):
+        result = self._supervise(self._ready_child(), job)
+        if isinstance(result, Failure):
             self.close()
-        return value
+        return result
 
     def close(self) -> None:
         """Kills the child."""
@@ -136,8 +130,8 @@ class Sandbox:
             self._child.end()
             self._child = None
 
-    def _supervise(self, child: "Child", job: tuple) -> tuple[Kind, Any]:
-        """Returns ("result", result or Failure), ("out_of_memory", Failure) or ("user_error", message)."""
+    def _supervise(self, child: "Child", job: tuple) -> Any:
+        """Sends a job to the child and waits. Returns the result or a Failure; raises the job's UserError."""
         pid = child.process.pid
         limit = math.inf if self.memory_bytes is None else rss_bytes(pid) + self.memory_bytes
         deadline = math.inf if self.timed_from == "progress" else time.monotonic() + self.timeout_s
@@ -149,25 +143,25 @@ class Sandbox:
                 if child.conn.poll(POLL_S):
                     kind, value = child.conn.recv()
                     if kind == "result":
-                        return kind, copy_arrays(value, child.memory)
+                        return copy_arrays(value, child.memory)
                     if kind == "out_of_memory":
-                        return kind, Failure("memory", "out of memory", partial)
+                        return Failure("memory", "out of memory", partial)
                     if kind == "user_error":
-                        return kind, value
+                        raise UserError(value)
                     if kind == "progress":
                         deadline = time.monotonic() + self.timeout_s
                     elif kind == "partial":
                         partial = value
                 elif time.monotonic() > deadline:
-                    return "result", Failure("hang", f"no answer in {self.timeout_s:g} s", partial)
+                    return Failure("hang", f"no answer in {self.timeout_s:g} s", partial)
                 if limit < math.inf and time.monotonic() > memory_check:
                     memory_check = time.monotonic() + POLL_S
                     if rss_bytes(pid) > limit:
-                        return "result", Failure("memory", f"grew by over {self.memory_bytes} bytes", partial)
+                        return Failure("memory", f"grew by over {self.memory_bytes} bytes", partial)
         except (EOFError, OSError):
             child.process.join(EXIT_TIMEOUT_S)
             detail = f"the decoder's process ended with {child.process.exitcode}"
-            return "result", Failure("crash", detail, partial)
+            return Failure("crash", detail, partial)
 
     def _ready_child(self) -> "Child":
         """Returns an idle child: the present one if it is alive, this process's own and not too large."""
@@ -176,7 +170,7 @@ class Sandbox:
             if not child.conn.poll() and not self._has_grown(child):  # readable while idle: it has died
                 return child
             self.close()
-        child = start_child(self.work, self.start)
+        child = start_child(self.work, self.start_method)
         child.wait_until_ready()
         self._child = child
         return child
@@ -191,7 +185,7 @@ class SandboxPool:
     """Spawned sandboxes for jobs from several threads. `settings`: those of `Sandbox`."""
 
     def __init__(self, work: Work, timeout_s: float, **settings: Any):
-        self._make = lambda: Sandbox(work, timeout_s, start="spawn", **settings)
+        self._make = lambda: Sandbox(work, timeout_s, start_method="spawn", **settings)
         self._sandboxes: list[Sandbox] = []
         self._idle: queue.LifoQueue[Sandbox] = queue.LifoQueue()
 
@@ -288,9 +282,9 @@ class ForkedProcess:
 _spawning = threading.Lock()  # multiprocessing's list of children is not made for several threads
 
 
-def start_child(work: Work, start: Literal["fork", "spawn"]) -> Child:
+def start_child(work: Work, start_method: Literal["fork", "spawn"]) -> Child:
     """Starts a process that serves jobs of `work`."""
-    if start == "fork":
+    if start_method == "fork":
         ours, theirs = Pipe()
         memory = mmap.mmap(-1, SHARED_BYTES)
         parent = os.getpid()

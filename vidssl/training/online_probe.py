@@ -165,7 +165,7 @@ class IsolatedEvalClips(Dataset):
         self.sandbox = Sandbox(
             partial(decode_in_child, clips),
             timeout_s,
-            start="fork",
+            start_method="fork",
             timed_from="progress",
             memory_bytes=memory_bytes,
         )

@@ -1,4 +1,4 @@
-"""vidssl/data/sampling.py and decoders.py: the right frames, and the right choice of frames."""
+"""vidssl/data/sampling.py and decoding/: the choice of frames, and that decoders return these frames."""
 
 import io
 import itertools
@@ -16,7 +16,7 @@ from vidssl.data.sampling import sample_clips, sample_indices, segment_starts, s
 
 
 def draws(n: int) -> Iterator[tuple[np.random.Generator, np.ndarray, int, float]]:
-    """n times: a generator, time stamps f64 [1..61] with gaps of 1 to 200 ms, a number of frames, a start in [0,1]."""
+    """n times: a generator, times f64 [1..61] with gaps of 1 to 200 ms, number of frames, start in [0,1]."""
     for seed in range(n):
         rng = np.random.default_rng(seed)
         gaps = rng.uniform(0.001, 0.2, rng.integers(61))
@@ -30,7 +30,7 @@ def packed_meta(data: bytes, ext: str = "mp4", decoder: str = "auto") -> dict:
     return list(inspect_file(data, ext, decoder))[-1]
 
 
-def test_choose_by_stride():
+def test_stride():
     for rng, times, frames, start in draws(400):
         stride = int(rng.integers(1, 6))
         got = sample_indices(times, frames, stride=stride, start=start)
@@ -44,7 +44,7 @@ def test_choose_by_stride():
             assert (got == np.minimum(np.arange(frames) * stride, len(times) - 1)).all()
 
 
-def test_choose_by_time_takes_the_nearest_frame():
+def test_fps_takes_the_nearest_frames():
     for rng, times, frames, start in draws(400):
         fps = rng.uniform(0.5, 60)
         got = sample_indices(times, frames, fps=fps, start=start)
@@ -55,7 +55,7 @@ def test_choose_by_time_takes_the_nearest_frame():
         assert (np.abs(times[got] - want) <= nearest + 2e-6).all()
 
 
-def test_choose_reaches_every_start_equally():
+def test_every_start_is_equally_likely():
     starts = [
         sample_indices(np.arange(10) / 25, 4, stride=2, start=s)[0]
         for s in np.linspace(0, 1, 4000, endpoint=False)
@@ -63,20 +63,20 @@ def test_choose_reaches_every_start_equally():
     assert np.bincount(starts).tolist() == [1000] * 4
 
 
-def test_choose_at_the_videos_own_rate_is_consecutive_despite_rounded_stamps():
+def test_the_own_rate_gives_consecutive_frames_despite_rounded_times():
     times = np.round(np.arange(90) / 30, 3)  # milliseconds, as Matroska stores them
     for start in np.linspace(0, 1, 37):
         assert (np.diff(sample_indices(times, 16, fps=30, start=start)) == 1).all()
         assert (np.diff(sample_indices(times, 16, fps=15, start=start)) == 2).all()
 
 
-def test_choose_midway_between_two_frames_takes_the_earlier():
+def test_midway_between_two_frames_takes_the_earlier():
     for start in np.linspace(0, 1, 37):
         got = sample_indices(np.arange(90) / 30, 16, fps=60, start=start)
         assert (got - got[0] == np.arange(16) // 2).all()
 
 
-def test_choose_one_frame_and_bad_arguments():
+def test_one_frame_and_bad_arguments():
     assert sample_indices(np.zeros(1), 5, stride=3, start=0.7).tolist() == [0] * 5
     assert sample_indices(np.zeros(1), 5, fps=4, start=0.7).tolist() == [0] * 5
     for bad in ({}, {"stride": 1, "fps": 1}, {"stride": 1, "start": 1.1}):
@@ -85,24 +85,10 @@ def test_choose_one_frame_and_bad_arguments():
     assert segment_starts(1) == [0.5] and segment_starts(3) == [0, 0.5, 1]
 
 
-EVERY_4_27 = [
-    0,
-    4,
-    8,
-    12,
-    17,
-    21,
-    25,
-    29,
-    34,
-    38,
-    42,
-    46,
-    51,
-    55,
-    59,
-    63,
-]  # 0, 64/15, 128/15 ... 64, the last cut
+# 0, 64/15, 128/15 ... 64, rounded down and the last one clipped
+EVERY_4_27 = [0, 4, 8, 12, 17, 21, 25, 29, 34, 38, 42, 46, 51, 55, 59, 63]
+# 15 points, 63/14 = 4.5 apart
+EVERY_4_5 = [0, 4, 9, 13, 18, 22, 27, 31, 36, 40, 45, 49, 54, 58, 62, 62]
 
 
 @pytest.mark.parametrize(
@@ -111,13 +97,9 @@ EVERY_4_27 = [
         (100, 0.0, EVERY_4_27),
         (100, 1.0, [35 + i for i in EVERY_4_27]),  # the window ends before the last frame, 99
         (100, 0.5, [18 + i for i in EVERY_4_27]),
-        (65, 1.0, EVERY_4_27),  # one place only
+        (65, 1.0, EVERY_4_27),  # one position only
         (64, 1.0, EVERY_4_27),  # not longer than the window: 64 // 4 = 16 points over all of it
-        (
-            63,
-            0.3,
-            [0, 4, 9, 13, 18, 22, 27, 31, 36, 40, 45, 49, 54, 58, 62, 62],
-        ),  # 15 points, 63/14 = 4.5 apart
+        (63, 0.3, EVERY_4_5),
         (20, 0.3, [0, 5, 10, 15] + [19] * 12),
         (8, 0.3, [0] + [7] * 15),
         (4, 0.3, [0] + [3] * 15),
@@ -125,19 +107,18 @@ EVERY_4_27 = [
         (1, 0.3, [0] * 16),
     ],
 )
-def test_reference_rule_by_stride(n, start, want):
+def test_vjepa_rule_by_stride(n, start, want):
     got = sample_indices(np.arange(n) / 25, 16, stride=4, start=start, rule="vjepa")
     assert got.dtype == np.int64 and got.tolist() == want
 
 
-def test_reference_rule_reaches_every_start_equally():
+def test_vjepa_rule_every_start_is_equally_likely():
     starts = [
         sample_indices(np.arange(12) / 25, 4, stride=2, start=s, rule="vjepa")[0]
         for s in np.linspace(0, 1, 4000, endpoint=False)
     ]
-    assert (
-        np.bincount(starts).tolist() == [1000] * 4
-    )  # of the 5 windows of 8 frames, not the one with the last frame
+    # 4 of the 5 windows of 8 frames: not the one with the last frame
+    assert np.bincount(starts).tolist() == [1000] * 4
 
 
 @pytest.mark.parametrize(
@@ -153,11 +134,9 @@ def test_reference_rule_reaches_every_start_equally():
         (2, 4, 1),
     ],
 )
-def test_reference_rule_by_rate_is_a_whole_stride(rate, fps, stride):
-    for times in (
-        np.arange(300) / rate,
-        np.round(np.arange(300) / rate, 3),
-    ):  # exact, and as Matroska stores them
+def test_vjepa_rule_by_rate_is_an_integer_stride(rate, fps, stride):
+    exact = np.arange(300) / rate
+    for times in (exact, np.round(exact, 3)):  # Matroska stores milliseconds
         got = sample_indices(times, 16, fps=fps, start=0.6, rule="vjepa")
         assert (got == sample_indices(times, 16, stride=stride, start=0.6, rule="vjepa")).all()
     assert sample_indices(np.zeros(1), 16, fps=fps, start=0.6, rule="vjepa").tolist() == [0] * 16
@@ -165,7 +144,7 @@ def test_reference_rule_by_rate_is_a_whole_stride(rate, fps, stride):
 
 @pytest.mark.parametrize("decoder", ["pyav", "decord"])
 @pytest.mark.parametrize("options", [{"bf": "0"}, {"bf": "2", "g": "8"}, {"bf": "3", "g": "250"}], ids=str)
-def test_every_frame_is_the_one_asked_for(make_video, frame_index, decoder, options):
+def test_get_returns_the_requested_frames(make_video, frame_index, decoder, options):
     data = make_video(**options)
     for meta in (None, {**packed_meta(data), "decoder": decoder}):
         video = open_video(data, "mp4", meta, decoder)
@@ -182,7 +161,7 @@ def test_every_frame_is_the_one_asked_for(make_video, frame_index, decoder, opti
                 video.get(bad)
 
 
-def test_a_seek_that_misses_is_made_good_by_counting(make_video, frame_index):
+def test_a_seek_that_misses_falls_back_to_counting(make_video, frame_index):
     data = make_video()
     video = open_video(data, "mp4", packed_meta(data, "mp4", "pyav"))
     assert video._pts is not None  # it seeks
@@ -210,21 +189,21 @@ def test_packed_b_frames_in_avi(make_video, frame_index):
 
 
 @pytest.mark.parametrize("rotation, hflip", list(itertools.product((0, 90, 180, 270), (False, True))))
-def test_turned_as_players_show_it(make_video, frame_index, rotation, hflip):
+def test_rotation_and_mirroring_as_players_display_them(make_video, frame_index, rotation, hflip):
     data = make_video(4, rotation=rotation, hflip=hflip)
     meta = packed_meta(data)
     stored = np.zeros((48, 64))
     stored[:12, :16] = 1
     shown = np.rot90(stored, -rotation // 90)
-    want = shown[:, ::-1] if hflip else shown  # FFmpeg's av_display_matrix_flip: mirrored after the turn
+    want = shown[:, ::-1] if hflip else shown  # FFmpeg's av_display_matrix_flip: mirrored after the rotation
     for decoder in ("auto", "pyav"):
         for video in (open_video(data, "mp4", meta, decoder), open_video(data, "mp4", None, decoder)):
             frame = video.get([2])[0]
             assert video.size == frame.shape[:2] == want.shape
             assert frame_index(frame) == 2
-            assert ((frame.mean(-1) > 200) == want).mean() > 0.97  # the white corner is where it should be
+            assert ((frame.mean(-1) > 200) == want).mean() > 0.97  # the position of the white corner
     if hflip:
-        assert meta["decoder"] == "pyav"  # decord turns but does not mirror
+        assert meta["decoder"] == "pyav"  # decord rotates but does not mirror
     else:
         assert meta["rotation"] == rotation
 
@@ -248,8 +227,10 @@ def test_images(make_image, kind):
 
 
 def test_image_orientation_alpha_and_sixteen_bits(make_image):
-    turned = open_video(make_image("jpeg", orientation=6), "jpg")  # 6: shown turned clockwise by 90 degrees
-    assert turned.size == (64, 48) and turned.get([0])[0, 3, 44, 0] > 240
+    rotated = open_video(
+        make_image("jpeg", orientation=6), "jpg"
+    )  # 6: displayed rotated clockwise by 90 degrees
+    assert rotated.size == (64, 48) and rotated.get([0])[0, 3, 44, 0] > 240
     out = io.BytesIO()
     Image.new("RGBA", (8, 6), (10, 20, 30, 0)).save(out, "png")
     assert open_video(out.getvalue(), "png").get([0])[0, 0, 0].tolist() == [10, 20, 30]
@@ -266,7 +247,7 @@ def test_animated_gif_is_a_video():
     assert len(video) == 4 and video.get([3, 1])[:, 0, 0, 0].tolist() == [180, 60]
 
 
-def test_partly_damaged_file_serves_what_decodes(make_video, frame_index):
+def test_a_partly_damaged_file_returns_the_frames_that_decode(make_video, frame_index):
     whole = make_video(codec="mpeg4", container="matroska", bf="0")
     data = whole[: int(len(whole) * 0.6)]
     meta = packed_meta(data, "mkv", "pyav")
@@ -284,7 +265,7 @@ def test_partly_damaged_file_serves_what_decodes(make_video, frame_index):
         (b"not a picture " * 99, "png", "not_an_image"),
     ],
 )
-def test_reasons(data, ext, reason):
+def test_reasons_of_decode_errors(data, ext, reason):
     with pytest.raises(DecodeError) as e:
         open_video(data, ext)
     assert e.value.reason == reason
@@ -302,7 +283,7 @@ def test_damaged_pictures_and_too_large_frames(make_image, make_video, monkeypat
         assert e.value.reason == "too_large"
 
 
-def test_meta_that_does_not_fit_the_file(make_video):
+def test_meta_of_another_file(make_video):
     data = make_video()
     with pytest.raises(DecodeError, match="decord counts 20 frames, packed were 19"):
         open_video(data, "mp4", {**packed_meta(data), "frames": 19, "decoder": "decord"})
@@ -313,11 +294,12 @@ def test_meta_that_does_not_fit_the_file(make_video):
 
 
 @pytest.mark.parametrize("repeat, lanes, batch", [(1, 4, 8), (2, 4, 8), (4, 1, 8), (4, 8, 64), (3, 2, 12)])
-def test_repeated_copies_share_lane_and_batch(repeat, lanes, batch):
-    samples, epochs = 5 * lanes * batch, 2
+def test_repeats_share_lane_and_batch(repeat, lanes, batch):
+    samples = 5 * lanes * batch
+    epochs = 2
     seen = [split_repeat(g, repeat, lanes) for g in range(epochs * samples * repeat)]
     assert sorted(seen) == [(p, c) for p in range(epochs * samples) for c in range(repeat)]
-    assert all(p % lanes == g % lanes for g, (p, _) in enumerate(seen))  # so one process has all copies
+    assert all(p % lanes == g % lanes for g, (p, _) in enumerate(seen))  # so one process has all repeats
     for i in range(0, len(seen), batch):
         ps = [p for p, _ in seen[i : i + batch]]
         assert len(set(ps)) == batch // repeat and all(ps.count(p) == repeat for p in ps)
