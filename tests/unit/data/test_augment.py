@@ -51,7 +51,7 @@ def planes(frames: np.ndarray) -> torch.Tensor:
 ALL = {
     "flip": 0.5,
     "randaugment": NAME,
-    "colour": ColorJitter(0.4, 0.4, 0.4, 0.1, 0.8, 0.2),
+    "color_jitter": ColorJitter(0.4, 0.4, 0.4, 0.1, 0.8, 0.2),
     "random_erasing": 1.0,
 }
 EACH = [{k: v} for k, v in ALL.items()] + [
@@ -89,7 +89,7 @@ def test_what_is_drawn_before_is_not_moved_by_what_is_switched_on(changes):
     used, fresh = rng(5), rng(5)
     plain = RandomCrop(32, flip=0.5)
     state = plain(photo(), used) is not None and used.bit_generator.state
-    off = RandomCrop(32, flip=0.5, random_erasing=0.0, colour=None, randaugment=None)
+    off = RandomCrop(32, flip=0.5, random_erasing=0.0, color_jitter=None, randaugment=None)
     off(np.zeros((9, 90, 70, 3), np.uint8), fresh)
     assert fresh.bit_generator.state == state
     a, b = rng(3), rng(3)
@@ -119,7 +119,7 @@ def test_colour_draws_a_factor_from_its_range(amounts, adjust, neutral):
     at = torch.stack([adjust(frame, float(f)) for f in grid]).float()
     found = []
     for seed in range(60):
-        clip = whole(colour=ColorJitter(**amounts))(photo(2), rng(seed)).float()
+        clip = whole(color_jitter=ColorJitter(**amounts))(photo(2), rng(seed)).float()
         off = (at - clip[:, 0]).abs().mean((1, 2, 3))
         assert off.min() < 1.5  # grey levels: half a step of the grid
         found.append(grid[off.argmin()])
@@ -128,15 +128,15 @@ def test_colour_draws_a_factor_from_its_range(amounts, adjust, neutral):
 
 
 def test_colour_chance_grey_and_random_order():
-    jittered = [whole(colour=ColorJitter(0.9, chance=0.3))(photo(1), rng(s)) for s in range(200)]
+    jittered = [whole(color_jitter=ColorJitter(0.9, p=0.3))(photo(1), rng(s)) for s in range(200)]
     assert 0.2 < np.mean([not clip.equal(planes(photo(1))) for clip in jittered]) < 0.4
-    greys = [whole(colour=ColorJitter(grey=0.4))(photo(1), rng(s)) for s in range(200)]
+    greys = [whole(color_jitter=ColorJitter(grayscale_p=0.4))(photo(1), rng(s)) for s in range(200)]
     is_grey = [clip[0].equal(clip[1]) and clip[1].equal(clip[2]) for clip in greys]
     assert 0.3 < np.mean(is_grey) < 0.5
     assert all(clip.equal(planes(photo(1))) for clip, grey in zip(greys, is_grey, strict=True) if not grey)
     luma = Image.fromarray(photo(1)[0]).convert("L")
     assert np.abs(greys[is_grey.index(True)][0, 0].numpy().astype(int) - np.asarray(luma)).max() <= 1
-    assert whole(colour=ColorJitter())(photo(), rng()).equal(planes(photo()))
+    assert whole(color_jitter=ColorJitter())(photo(), rng()).equal(planes(photo()))
 
 
 def test_randaugment_is_timms():
@@ -228,12 +228,16 @@ def test_the_options_read_from_a_configuration():
         f"augment.randaugment={NAME}",
         "augment.random_erasing=0.25",
     ]
-    built = load_config([*files, "augment.colour={brightness: 0.4, grey: 0.2}"], Sections).augment.build()
-    want = RandomCrop(32, randaugment=NAME, random_erasing=0.25, colour=ColorJitter(brightness=0.4, grey=0.2))
-    assert built == want and load_config(files, Sections).augment.arguments["colour"] is None
+    built = load_config(
+        [*files, "augment.color_jitter={brightness: 0.4, grayscale_p: 0.2}"], Sections
+    ).augment.build()
+    want = RandomCrop(
+        32, randaugment=NAME, random_erasing=0.25, color_jitter=ColorJitter(brightness=0.4, grayscale_p=0.2)
+    )
+    assert built == want and load_config(files, Sections).augment.arguments["color_jitter"] is None
     for bad, word in (
-        ("colour={hue: 0.8}", "0.5"),
-        ("colour={bright: 1}", "bright"),
+        ("color_jitter={hue: 0.8}", "0.5"),
+        ("color_jitter={bright: 1}", "bright"),
         ("random_erasing_mode=black", "const"),
     ):
         with pytest.raises(UserError, match=word):

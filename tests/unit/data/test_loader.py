@@ -109,16 +109,19 @@ def test_random_crop_of_a_frame_too_long_for_its_ratios_takes_the_middle():
 
 
 def test_multi_scale_crop_takes_neighbouring_scales_of_the_short_side():
-    assert MultiScaleCrop(224).pairs(240) == [  # 240, 210, 180 and 158.4 pixels
+    assert MultiScaleCrop(224).box_sizes(240) == [  # 240, 210, 180 and 158.4 pixels
         *((240, 240), (240, 210), (210, 240), (210, 210), (210, 180)),
         *((180, 210), (180, 180), (180, 158), (158, 180), (158, 158)),
     ]
-    assert MultiScaleCrop(224, max_distort=0).pairs(256)[:2] == [(256, 256), (224, 224)]
-    assert MultiScaleCrop(222, max_distort=0).pairs(256)[1] == (222, 222)  # 224 is near enough
-    assert MultiScaleCrop(221, max_distort=0).pairs(256)[1] == (224, 224)
-    assert MultiScaleCrop(224, max_distort=0).pairs(223)[0] == (223, 223)  # a frame has no more than it has
-    assert len(MultiScaleCrop(224, max_distort=3).pairs(320)) == 16
-    assert MultiScaleCrop(8).pairs(1) == [(1, 1)] * 10
+    assert MultiScaleCrop(224, max_distort=0).box_sizes(256)[:2] == [(256, 256), (224, 224)]
+    assert MultiScaleCrop(222, max_distort=0).box_sizes(256)[1] == (222, 222)  # 224 is near enough
+    assert MultiScaleCrop(221, max_distort=0).box_sizes(256)[1] == (224, 224)
+    assert MultiScaleCrop(224, max_distort=0).box_sizes(223)[0] == (
+        223,
+        223,
+    )  # a frame has no more than it has
+    assert len(MultiScaleCrop(224, max_distort=3).box_sizes(320)) == 16
+    assert MultiScaleCrop(8).box_sizes(1) == [(1, 1)] * 10
 
 
 @pytest.mark.parametrize(
@@ -146,7 +149,7 @@ def test_multi_scale_crop_stands_at_thirteen_places(height, width, across, down)
 def test_multi_scale_crop_draws_all_pairs_equally():
     frames, crop = coordinates(1), MultiScaleCrop(32)
     sides = np.array([box(crop(frames, rng(seed)))[:1:-1] for seed in range(600)])  # height, width
-    pairs = np.array(crop.pairs(HEIGHT))
+    pairs = np.array(crop.box_sizes(HEIGHT))
     assert len(pairs) == 10 and pairs.max() == 120 and pairs.min() == 79
     off = np.abs(sides[:, None] - pairs).max(-1)
     assert off.min(1).max() < 2  # pixels
