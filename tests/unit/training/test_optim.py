@@ -1,4 +1,4 @@
-"""training/optim.py: schedules against the reference's trace, who is decayed and clipped."""
+"""training/optim.py: schedules against the reference's trace, parameter groups, clipping, continued runs."""
 
 import itertools
 import json
@@ -76,7 +76,7 @@ def test_schedules():
     assert schedule(o, 55, 110, (0.9, 1.0))["ema"] == pytest.approx(0.95)
 
 
-def test_decay_of_the_learning_rate_after_the_warm_up():
+def test_learning_rate_decay():
     line, flat = (OptimConfig(**LR, decay=kind) for kind in ("linear", "constant"))
     for step in range(10):
         assert (
@@ -89,7 +89,7 @@ def test_decay_of_the_learning_rate_after_the_warm_up():
 
 
 @pytest.mark.parametrize("decay", ["cosine", "linear"])
-def test_stretch_draws_the_schedules_longer_and_cuts_them(decay):
+def test_ipe_scale_stretches_and_cuts_the_schedules(decay):
     o = {**LR, "decay": decay, "final_weight_decay": 0.4}
     for step in range(100):
         assert schedule(OptimConfig(**o, ipe_scale=1.25), step, 100) == schedule(OptimConfig(**o), step, 125)
@@ -97,7 +97,7 @@ def test_stretch_draws_the_schedules_longer_and_cuts_them(decay):
     assert over == pytest.approx({"lr": 0.2, "weight_decay": 0.4, "ema": 1.0})
 
 
-def test_published_v_jepa_ends_where_its_stretched_schedules_are_cut():
+def test_final_values_of_published_v_jepa():
     o = OptimConfig(
         lr=6.25e-4,
         warmup_lr=2e-4,
@@ -191,14 +191,14 @@ def accelerator() -> Accelerator:
         ({"clip_per_module": True}, 0, [30, 40, 4, 4, 2]),
     ],
 )
-def test_clipping_together_or_each_and_from_a_step(accelerator, options, step, want):
+def test_clipping(accelerator, options, step, want):
     model = parts(*GIVEN)
     norm = Strategy(accelerator).clip(model, OptimConfig(lr=1.0, **options), step)
     assert float(norm) == pytest.approx(2536**0.5)  # of all, before clipping
     assert gradients(model) == pytest.approx(want, rel=1e-5)
 
 
-def test_clipping_finds_the_encoder_in_a_wrapped_model(accelerator):
+def test_clipping_of_a_wrapped_model(accelerator):
     model = parts(*GIVEN)
     wrapped = nn.ModuleDict({"module": model})
     Strategy(accelerator).clip(wrapped, OptimConfig(lr=1.0, clip_grad=10.0, clip_per_module=True), 0)
@@ -206,7 +206,7 @@ def test_clipping_finds_the_encoder_in_a_wrapped_model(accelerator):
 
 
 @pytest.mark.parametrize("each", [False, True])
-def test_the_scale_of_fp16_is_undone_once_a_step(accelerator, each, monkeypatch):
+def test_fp16_gradients_are_unscaled_once(accelerator, each, monkeypatch):
     calls = []
     monkeypatch.setattr(accelerator, "unscale_gradients", lambda: calls.append(1))
     Strategy(accelerator).clip(parts(*GIVEN), OptimConfig(lr=1.0, clip_grad=1.0, clip_per_module=each), 0)
@@ -222,7 +222,7 @@ INFINITE = {
 }
 
 
-def test_an_infinite_run_settles_and_does_not_know_its_length():
+def test_infinite_schedule_is_independent_of_run_steps():
     o = OptimConfig(**INFINITE)
     rows = [schedule(o, step, 60, (0.9, 0.99)) for step in range(200)]
     assert rows == [schedule(o, step, 10**6, (0.9, 0.99)) for step in range(200)]
@@ -234,7 +234,7 @@ def test_an_infinite_run_settles_and_does_not_know_its_length():
     assert all(row == pytest.approx({"lr": 0.1, "weight_decay": 0.4, "ema": 0.99}) for row in rows[50:])
 
 
-def test_an_annealing_branch_starts_at_the_constant_rate_and_ends_where_it_should():
+def test_exponential_annealing():
     o = OptimConfig(lr=0.1, final_lr=0.001, decay="exponential")
     rates = [0.1, *(schedule(o, step, 20)["lr"] for step in range(20))]
     assert rates[20] == pytest.approx(0.001) and rates[10] == pytest.approx(0.01)
@@ -255,14 +255,14 @@ def test_an_annealing_branch_starts_at_the_constant_rate_and_ends_where_it_shoul
         ({"schedule_steps": 40, "final_weight_decay": 0.4}, (0.998, 0.999), True),
     ],
 )
-def test_what_may_be_prolonged_does_not_depend_on_the_length(options, momentum, want):
+def test_open_ended_schedules_are_independent_of_run_steps(options, momentum, want):
     o = OptimConfig(lr=1.0, final_lr=0.1, warmup=5, **options)
     assert o.is_open_ended(momentum) == want
     rows = [[schedule(o, step, steps, momentum) for step in range(50)] for steps in (50, 80)]
     assert (rows[0] == rows[1]) == want
 
 
-def test_rates_for_so_many_clips_are_scaled_to_the_batch():
+def test_rates_are_scaled_to_the_batch():
     o = OptimConfig(**LR, lr_batch=256)
     assert [getattr(o.scaled(64), k) for k in ("lr", "warmup_lr", "final_lr")] == pytest.approx(
         [0.25, 0.025, 0.05]
@@ -350,7 +350,7 @@ HELD = ["optim.lr=2e-3", "optim.final_lr=1e-3", "optim.schedule_steps=2", "metho
 
 
 def run(shards: Path, out: Path, *more: str, frames: int = 4, size: int = 16) -> list[dict]:
-    """-> the log of a tiny V-JEPA-like run."""
+    """Returns the log of a tiny V-JEPA-like run."""
     where = [
         f"data.train={shards / 'train'}",
         f"run.out={out}",
@@ -370,7 +370,7 @@ def infinite(synthetic_shards, tmp_path_factory) -> Path:
     return out
 
 
-def test_a_prolonged_infinite_run_is_the_long_one(infinite, synthetic_shards, tmp_path):
+def test_a_continued_infinite_run_equals_the_long_one(infinite, synthetic_shards, tmp_path):
     whole = run(synthetic_shards, tmp_path / "whole", *HELD, "run.steps=6")
     shutil.copytree(infinite, tmp_path / "run")
     longer = run(synthetic_shards, tmp_path / "run", *HELD, "run.steps=6")
@@ -382,7 +382,7 @@ def test_a_prolonged_infinite_run_is_the_long_one(infinite, synthetic_shards, tm
         run(synthetic_shards, tmp_path / "run", *HELD, "run.steps=4")
 
 
-def test_other_runs_cannot_be_prolonged(synthetic_shards, tmp_path):
+def test_other_runs_cannot_be_continued(synthetic_shards, tmp_path):
     run(synthetic_shards, tmp_path / "run", "run.steps=1")
     with pytest.raises(UserError, match=r"run\.steps is 1 there, 2 here"):
         run(synthetic_shards, tmp_path / "run", "run.steps=2")
@@ -394,7 +394,7 @@ def test_other_runs_cannot_be_prolonged(synthetic_shards, tmp_path):
 
 
 @pytest.mark.parametrize("file", ["infinite", "anneal"])
-def test_the_files_of_such_runs_go_with_a_published_method(file):
+def test_infinite_and_anneal_compose_with_a_published_method(file):
     method, data = ROOT / "configs/method/vjepa2.yaml", ROOT / "configs/data/vjepa2_16f_4fps.yaml"
     more = (
         ["optim.decay=cosine", "optim.final_lr=2e-4"]
@@ -409,7 +409,7 @@ def test_the_files_of_such_runs_go_with_a_published_method(file):
 
 
 @pytest.mark.parametrize("step", [None, 2])
-def test_a_branch_starts_from_a_run_or_one_of_its_checkpoints(step, infinite, synthetic_shards, tmp_path):
+def test_branch_from_a_run_or_a_step_checkpoint(step, infinite, synthetic_shards, tmp_path):
     """A checkpoint brings AdamW's moments along."""
     place = infinite / "checkpoints" / f"step-{step or 4:08d}"
     where = place if step else infinite
@@ -435,7 +435,7 @@ def test_a_branch_starts_from_a_run_or_one_of_its_checkpoints(step, infinite, sy
 
 
 @pytest.mark.parametrize("positions", ["sincos_uniform", "learned", "learned_separable", "rope"])
-def test_a_cooldown_goes_on_with_larger_and_longer_clips(positions, synthetic_shards, tmp_path):
+def test_cooldown_with_larger_and_longer_clips(positions, synthetic_shards, tmp_path):
     kind = [f"model.positions={positions}", f"method.predictor.positions={positions}", "run.steps=1"]
     run(synthetic_shards, tmp_path / "small", *kind)
     where = tmp_path / "small" / "checkpoints" / "step-00000001"

@@ -1,0 +1,41 @@
+"""training/state.py: which runs may be continued."""
+
+import copy
+from pathlib import Path
+
+import pytest
+
+from vidssl.config import load_config, to_tree
+from vidssl.core.errors import UserError
+from vidssl.training.schema import TrainConfig, resume_mutable
+from vidssl.training.state import check_same_run
+
+ROOT = Path(__file__).parents[3]
+FILES = [str(ROOT / f"configs/{name}.yaml") for name in ("method/vjepa_tiny", "data/quickstart", "run/smoke")]
+CONFIG = load_config([*FILES, "model.kind=vit_tiny", "data.train=x", "run.out=x"], TrainConfig)
+
+
+def check(stored: dict, tree: dict) -> None:
+    state = {"step": 1, "provenance": {"data": "hash", "config": stored}}
+    provenance = {"data": "hash", "config": tree}
+    check_same_run(state, provenance, CONFIG.run.steps, resume_mutable(CONFIG), Path("x"), TrainConfig)
+
+
+def test_options_added_since_the_checkpoint_have_their_defaults():
+    tree = to_tree(CONFIG)
+    stored = copy.deepcopy(tree)
+    del stored["optim"]["clip_start"]
+    check(stored, tree)
+    tree["optim"]["clip_start"] = 5
+    with pytest.raises(UserError, match=r"optim\.clip_start is 0 there, 5 here"):
+        check(stored, tree)
+
+
+def test_only_mutable_keys_may_change():
+    tree = to_tree(CONFIG)
+    tree["run"]["save_every"] = 7
+    tree["efficiency"]["workers"] = 3
+    check(to_tree(CONFIG), tree)
+    tree["run"]["seed"] = 1
+    with pytest.raises(UserError, match=r"run\.seed is 0 there, 1 here"):
+        check(to_tree(CONFIG), tree)
