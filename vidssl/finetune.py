@@ -10,73 +10,29 @@ from the end of the last epoch, and after SIGTERM (exit status 75) from the step
 import hashlib
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from vidssl.config import load_config, to_tree
-from vidssl.core.errors import UserError, run_cli
-from vidssl.core.io import check_writable, os_errors_as_user_errors
+from vidssl.core.errors import run_cli
+from vidssl.core.io import os_errors_as_user_errors
 from vidssl.core.log import set_log_level
-from vidssl.evaluation.evaluate import LabelledFeatures, score_predictions
 from vidssl.evaluation.probe_data import encoder_view
-from vidssl.evaluation.report import PredictionRow, weights_hash, write_report, write_tables
-from vidssl.pretrained.load import LoadedEncoder, load_encoder
+from vidssl.evaluation.report import new_report_folder, weights_hash
+from vidssl.pretrained.load import load_encoder
 from vidssl.training.checkpoint import provenance
 from vidssl.training.distributed import Strategy
-from vidssl.training.finetune_loop import Finetuner, build_finetuner, mean_over_clips
+from vidssl.training.finetune_loop import build_finetuner
+from vidssl.training.finetune_report import export_classifier, write_finetune_results
 from vidssl.training.finetuning import (
     RESUME_MUTABLE,
     FinetuneConfig,
-    FinetuneSplits,
     check_divisible,
-    export_classifier,
     open_splits,
 )
 from vidssl.training.loss_guard import LossGuard
-from vidssl.training.malloc import tune_malloc
+from vidssl.training.malloc import configure_process
 from vidssl.training.metrics_log import check_trackers
 from vidssl.training.preemption import exit_on_lost_peer
-from vidssl.training.run_folder import RunFolder
 from vidssl.training.state import RunState
-
-
-def write_results(
-    out: Path,
-    cfg: FinetuneConfig,
-    loaded: LoadedEncoder,
-    splits: FinetuneSplits,
-    predictions: LabelledFeatures,
-    chosen: dict[str, Any],
-    libraries: dict[str, str],
-) -> None:
-    """Writes probe.json and the tables beside it, in the format of a probe, and prints the main result."""
-    label_set = splits.task.label
-    row, lines = score_predictions(splits.task, predictions, mean_over_clips(predictions), cfg.tune.seed)
-    row |= {"n_train": len(splits.train_places), "chosen": chosen}
-    write_tables(out, [PredictionRow(label_set, "none", "", "", *line) for line in lines], {label_set})
-    report = {
-        "results": [{"control": "none", "protocol": "finetune", **row}],
-        "low_shot": [],
-        "data": {name: shards.hash for name, shards in splits.shards.items()},
-        "test_samples_of_train_groups": splits.shared_groups,
-        "seed": cfg.tune.seed,
-        "libraries": libraries,
-    }
-    write_report(out / "probe.json", to_tree(cfg), loaded, report)
-    print(f"{row['label']} {row['metric']} {row['value']:.2f}  {row['ci95']}")
-
-
-def train(finetuner: Finetuner, state: RunState) -> None:
-    """Trains to the end of the last epoch. Raises Preempted after SIGTERM, with the last step saved."""
-    start = state.restore()
-    tracks = bool(finetuner.config.tune.trackers)
-    tree = state.provenance["config"]
-    with RunFolder(state.out, tree, start, finetuner.steps, state.strategy, tracks) as folder:
-        done = finetuner.train(state, start, folder)
-    if done < finetuner.steps:
-        state.strategy.close()
-    folder.finish(done, False, state.writer)
 
 
 @exit_on_lost_peer()
@@ -84,14 +40,9 @@ def main(argv: list[str]) -> None:
     cfg = load_config(argv, FinetuneConfig)
     tune = cfg.tune
     out = Path(cfg.out)
-    if (out / "probe.json").exists():
-        raise UserError(f"{out / 'probe.json'} exists: the test set was read for it; give another out=")
-    check_writable(out)
+    new_report_folder(out, "probe.json")
     check_trackers(tune.trackers)
-    if cfg.efficiency.threads:
-        torch.set_num_threads(cfg.efficiency.threads)
-    if cfg.efficiency.tune_malloc:
-        tune_malloc()
+    configure_process(cfg.efficiency.threads, cfg.efficiency.tune_malloc)
     loaded = load_encoder(cfg.encoder, tune.seed if cfg.random_init else None)
     splits = open_splits(cfg.data, tune)
     view = encoder_view(loaded, tune.segments, tune.crops, stride=cfg.data.stride, fps=cfg.data.fps)
@@ -129,7 +80,7 @@ def main(argv: list[str]) -> None:
         keep_last=1,
         selection=finetuner.selection,
     )
-    train(finetuner, state)
+    finetuner.train(state)
 
     chosen = finetuner.selection.select(len(splits.held_out[0]))
     predictions = finetuner.predict(splits.shards["test"], *splits.test, view, "test")
@@ -137,7 +88,7 @@ def main(argv: list[str]) -> None:
         with os_errors_as_user_errors(out):
             metadata = {**run_provenance, "step": chosen["step"]}
             export_classifier(out, finetuner.selection.now, loaded, metadata)
-            write_results(out, cfg, loaded, splits, predictions, chosen, run_provenance["libraries"])
+            write_finetune_results(out, cfg, loaded, splits, predictions, chosen, run_provenance["libraries"])
     strategy.close()
 
 

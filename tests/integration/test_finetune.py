@@ -31,7 +31,8 @@ from vidssl.model.heads import MeanHead
 from vidssl.pretrained.init import save_run_encoder, to_checkpoint
 from vidssl.pretrained.load import load_encoder, read_checkpoint_file
 from vidssl.training.distributed import Strategy
-from vidssl.training.finetune_loop import EpochSelection, Finetuner, mean_over_clips
+from vidssl.training.finetune_loop import EpochSelection, Finetuner
+from vidssl.training.finetune_report import mean_over_clips
 from vidssl.training.finetuning import (
     FinetuneConfig,
     Mixer,
@@ -183,7 +184,7 @@ def test_epoch_is_selected_on_held_out_train(encoder, shards, tmp_path, monkeypa
     monkeypatch.setattr(
         Finetuner, "predict", lambda *a: evaluated.append((a[-1], [s.key for s in a[2]])) or predict(*a)
     )
-    monkeypatch.setattr(Finetuner, "step", lambda *a: trained.update(a[2].key) or step(*a))
+    monkeypatch.setattr(Finetuner, "step", lambda *a: trained.update(a[2][0].key) or step(*a))
     finetune.main(call(encoder, shards, tmp_path / "run", "tune.epochs=3"))
     assert [name for name, _ in evaluated] == ["held-out train"] * 3 + ["test"]
     train = Shards([str(shards / "train")]).all()

@@ -1,4 +1,5 @@
-"""Frozen features of a data set: kept in memory or on disk, or computed in every pass where they do not fit."""
+"""Frozen features of a data set: kept in memory or on disk, or computed in every pass where they do not
+fit."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -8,7 +9,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list
 from einops import rearrange
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -42,13 +43,14 @@ class FeatureStorage:
 
 
 class TokenSource(Protocol):
-    """Features of numbered examples. An example is `clips_per_example` clips of a sample, numbered as in EvalClips."""
+    """Features of numbered examples. An example is `clips_per_example` clips of a sample, numbered as in
+    EvalClips."""
 
     shape: FeatureShape
 
     def batches(self, clips_per_example: int, batches: list[list[int]]) -> Iterator[Tensor]:
-        """Yields f32 [b, clips_per_example * N, D] on the device for each batch of examples. These are copies; callers
-        may modify them in place."""
+        """Yields f32 [b, clips_per_example * N, D] on the device for each batch of examples. These are
+        copies; callers may modify them in place."""
 
 
 class StoredFeatures:
@@ -98,11 +100,12 @@ class UngatheredFeatures:
 
 
 class StandardisedFeatures:
-    """Another source minus the mean of train at each token, over the standard deviation of train in each channel.
+    """Another source minus the mean of train at each token, over the standard deviation of train in each
+    channel.
 
-    After the encoder's LayerNorm, what all clips have in common (above all positions) can be much larger than what
-    distinguishes them, and differently so from encoder to encoder; a head at one learning rate then measures that ratio
-    rather than the information. The statistics come from train alone.
+    After the encoder's LayerNorm, what all clips have in common (above all positions) can be much larger than
+    what distinguishes them, and differently so from encoder to encoder; a head at one learning rate then
+    measures that ratio rather than the information. The statistics come from train alone.
     """
 
     def __init__(self, source: TokenSource, mean: Tensor, std: Tensor):
@@ -120,8 +123,8 @@ class StandardisedFeatures:
 def token_statistics(
     source: TokenSource, clips_per_example: int, batches: list[list[int]]
 ) -> tuple[Tensor, Tensor]:
-    """Mean f32 [clips_per_example * N, D] at each token, and standard deviation f32 [D] about those means, over
-    examples; summed in f64."""
+    """Mean f32 [clips_per_example * N, D] at each token, and standard deviation f32 [D] about those means,
+    over examples; summed in f64."""
     total = torch.zeros((), dtype=torch.float64)
     squares = torch.zeros((), dtype=torch.float64)
     for batch in source.batches(clips_per_example, batches):
@@ -149,7 +152,8 @@ class FeatureLoader(NamedTuple):
     def examples(
         self, clips_per_example: int, numbers: list[int], to_cpu: bool = True
     ) -> Iterator[tuple[int, Tensor | str]]:
-        """Yields (number of an example, f32 [clips_per_example * N, D] or reason why it cannot be decoded), in order.
+        """Yields (number of an example, f32 [clips_per_example * N, D] or reason why it cannot be decoded),
+        in order.
         With to_cpu the features are moved to the CPU, and the first process shows a progress bar."""
         clips = EvalClips(self.shards, self.samples, self.view, clips_per_example)
         batch = (
@@ -206,7 +210,8 @@ def choose_storage(
     processes: int,
     stores: Sequence[FeatureStore] = (),
 ) -> tuple[Location, str]:
-    """Where the features of these data sets go, and a line for the log that states it before any work is done.
+    """Where the features of these data sets go, and a line for the log that states it before any work is
+    done.
     stores: those of the data sets, if `storage.cache` is set."""
     where: Location
     if storage.cache is not None:
@@ -245,10 +250,9 @@ def compute_features(
     shape: FeatureShape,
     where: Location,
     store: FeatureStore | None = None,
-    all_ranks: bool = False,
 ) -> Features:
-    """Computes the features, each process its share. The first process gets all of them, with `all_ranks` every
-    process; each knows which samples cannot be decoded. store: for where="disk"."""
+    """Computes the features, each process its share. The first process gets all of them; each
+    process knows which samples cannot be decoded. store: for where="disk"."""
     accelerator = loader.accelerator
     if where == "stream":
         unreadable = loader.unreadable() if accelerator.is_main_process else {}
@@ -257,7 +261,7 @@ def compute_features(
         assert store is not None
         features = _compute_on_disk(loader, store)
     else:
-        features = _compute_in_memory(loader, shape, all_ranks)
+        features = _compute_in_memory(loader, shape)
     (unreadable,) = broadcast_object_list([features.unreadable])
     if len(unreadable) == len(loader.samples):
         reason = next(iter(unreadable.values()))
@@ -267,10 +271,10 @@ def compute_features(
     return features._replace(unreadable=unreadable)
 
 
-def _compute_in_memory(loader: FeatureLoader, shape: FeatureShape, all_ranks: bool) -> Features:
+def _compute_in_memory(loader: FeatureLoader, shape: FeatureShape) -> Features:
     accelerator = loader.accelerator
     share = range(accelerator.process_index, len(loader.samples), accelerator.num_processes)
-    rows = _gather(accelerator, loader.rows(list(share), shape), all_ranks)
+    rows = _gather(accelerator, loader.rows(list(share), shape))
     if rows is None:
         return Features(UngatheredFeatures(shape), {})
     tokens = torch.zeros(shape)
@@ -283,12 +287,10 @@ def _compute_in_memory(loader: FeatureLoader, shape: FeatureShape, all_ranks: bo
     return Features(StoredFeatures(tokens, accelerator.device), dict(sorted(unreadable.items())))
 
 
-def _gather(accelerator: Accelerator, rows: Iterator[Any], all_ranks: bool) -> Any:
-    """The rows of all processes, on the first process or on all; None on the others."""
+def _gather(accelerator: Accelerator, rows: Iterator[Any]) -> Any:
+    """The rows of all processes, on the first process; None on the others."""
     if accelerator.num_processes == 1:
         return rows
-    if all_ranks:
-        return gather_object(list(rows))
     gathered: Any = [None] * accelerator.num_processes if accelerator.is_main_process else None
     torch.distributed.gather_object(list(rows), gathered, dst=0)
     return None if gathered is None else chain.from_iterable(gathered)

@@ -1,9 +1,10 @@
 """The loop of fine-tuning: steps, evaluation of held-out train after each epoch, selection of the epoch."""
 
 import contextlib
+from collections.abc import Generator
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from vidssl.evaluation.features import FeatureLoader, FeatureStorage, compute_fe
 from vidssl.evaluation.views import View
 from vidssl.pretrained.load import LoadedEncoder
 from vidssl.training.distributed import Strategy
+from vidssl.training.finetune_report import mean_over_clips
 from vidssl.training.finetuning import (
     Classifier,
     FinetuneConfig,
@@ -30,12 +32,13 @@ from vidssl.training.finetuning import (
     SubsetOrder,
     make_classifier,
 )
+from vidssl.training.metrics_log import count_samples, step_row
 from vidssl.training.optim import OptimConfig, build_optimizer, schedule, set_schedule
 from vidssl.training.perf import Throughput
 from vidssl.training.preemption import PreemptionHandler
 from vidssl.training.run_folder import RunFolder
 from vidssl.training.state import RunState
-from vidssl.training.step import seed_step
+from vidssl.training.step import configure_blocks, seed_step
 
 
 class EpochSelection(nn.Module):
@@ -115,42 +118,42 @@ class Finetuner:
     def steps(self) -> int:
         return self.steps_per_epoch * self.config.tune.epochs
 
-    def train(self, state: RunState, start: int, folder: RunFolder) -> int:
-        """Trains from step `start` to the end of the last epoch, or until SIGTERM. Returns the number of steps done,
-        all of them saved."""
-        tune = self.config.tune
+    def train(self, state: RunState) -> None:
+        """Trains from the newest checkpoint to the end of the last epoch. Raises Preempted after SIGTERM,
+        once the step is saved."""
+        tune, efficiency = self.config.tune, self.config.efficiency
+        start = state.restore()
+        loader = self.train_loader(start)
         mixer = Mixer(tune, len(self.splits.task.names))
-        loader: Any = self.train_loader(start)
-        strategy = self.strategy
-        throughput = Throughput(
-            strategy.device, self.config.efficiency.precision, tune.batch * tune.repeat, counts_flops=False
-        )
+        clips = tune.batch * tune.repeat
+        throughput = Throughput(self.strategy.device, efficiency.precision, clips, self.strategy.is_main)
+        tree = state.provenance["config"]
         done = start
-        preempted = False
         self.model.train()
-        with PreemptionHandler() as preemption, state.writer, contextlib.closing(loader):
-            for done, (batch,) in enumerate(throughput.timed(loader), start + 1):
-                metrics = self.step(state, batch, mixer, done - 1, preemption)
-                preempted = bool(metrics.pop("stop"))
-                row = {**metrics, **throughput.row(), "skipped": state.guard.skipped}
-                epoch = self.end_epoch(done) if done % self.steps_per_epoch == 0 else None
-                if epoch:
-                    row |= {"epoch": epoch["epoch"], "epoch_loss": epoch["loss"]}
-                    if "held_out_accuracy" in epoch:
-                        row["held_out_accuracy"] = epoch["held_out_accuracy"]
-                    logger.info(", ".join(f"{k} {v}" for k, v in epoch.items()))
-                folder.log(done, row, [batch])
-                for error in state.writer.pop_errors():
-                    logger.warning(f"step {done}: {error}; the run continues")
-                settled = not state.guard.consecutive_skips  # else a rollback may follow
-                if preempted or done == self.steps or (epoch and settled):
+        with (
+            RunFolder(state.out, tree, start, self.steps, self.strategy, bool(tune.trackers)) as folder,
+            PreemptionHandler() as preemption,
+            state.writer,
+            contextlib.closing(loader),
+        ):
+            for done, batches in enumerate(throughput.timed(loader), start + 1):
+                row, must_stop = self.step(state, batches, mixer, done, throughput, preemption)
+                ends_epoch = done % self.steps_per_epoch == 0
+                if ends_epoch:
+                    row |= self.end_epoch(done)
+                folder.log(done, row, batches)
+                for line in state.writer.pop_errors():
+                    logger.warning(f"step {done}: {line}; the run goes on")
+                is_due = ends_epoch and not state.guard.consecutive_skips
+                if is_due or must_stop or done == self.steps:
                     state.save(done, folder.sync_log)
-                if preempted:
+                if must_stop:
                     break
-        return done
+        self.strategy.barrier()
+        folder.finish(done, False, state.writer)
 
-    def train_loader(self, start: int) -> Any:
-        """Yields a list with one Batch for each step from `start` to the last one."""
+    def train_loader(self, start: int) -> Generator[list[Batch]]:
+        """Yields a list of one Batch for each step from `start` to the last one."""
         cfg, view = self.config, self.view
         clip = DataConfig(
             train=cfg.data.train,
@@ -165,7 +168,7 @@ class Finetuner:
         cache_bytes = cfg.efficiency.cache_mb << 20
         shards = self.splits.shards["train"]
         clips = LabelledClips(self.splits.task.label, shards, order, clip, augment, cache_bytes)
-        return train_steps(
+        loader = train_steps(
             MultiStreamDataset([clips]),
             start,
             self.steps,
@@ -175,38 +178,44 @@ class Finetuner:
             cfg.efficiency.workers,
             cfg.efficiency.decode_in_subprocess,
         )
+        return cast(Generator[list[Batch]], loader)
 
     def step(
         self,
         state: RunState,
-        batch: Batch,
+        batches: list[Batch],
         mixer: Mixer,
-        step: int,
+        done: int,
+        throughput: Throughput,
         preemption: PreemptionHandler,
-    ) -> dict[str, float]:
-        """One optimizer step, or a skipped one. Returns its metrics over all processes; "stop": SIGTERM."""
-        strategy = self.strategy
+    ) -> tuple[dict[str, Any], bool]:
+        """Step `done` (from 1): updates the weights or skips the update. Returns the row of the log, and
+        whether any process got SIGTERM."""
+        (batch,) = batches
+        step = done - 1
         seed_step(self.config.tune.seed, step, int(batch.position[0]))
         hparams = schedule(self.optim, step, self.steps)
+        del hparams["ema"]
         set_schedule(self.optimizer, hparams)
         self.optimizer.zero_grad()
-        video = normalise(batch.video.to(strategy.device), self.pixels)
-        loss = self.forward_backward(*mixer(video, batch, step))
-        grad_norm = strategy.clip(self.model, self.optim, step)
-        flags = {"bad": float(len(batch.failures)), "stop": float(preemption.requested)}
-        metrics = strategy.reduce({"loss": loss, "grad_norm": grad_norm}, flags)
-        reason = state.guard.reason_to_skip(metrics)
-        if reason is None:
-            strategy.step(self.optimizer)
-            self.selection.losses.append(metrics["loss"])
+        video = normalise(batch.video.to(self.strategy.device), self.pixels)
+        with throughput.counting(video.shape):
+            loss = self.forward_backward(*mixer(video, batch, step))
+        grad_norm = self.strategy.clip(self.model, self.optim, step)
+        sums = count_samples(batches) | {"stop": float(preemption.requested)}
+        metrics = self.strategy.reduce({"loss": loss, "grad_norm": grad_norm}, sums)
+        if reason := state.guard.reason_to_skip(metrics):
+            self.strategy.skip_step(self.optimizer)
+            logger.info(f"step {done}: skipped: {reason}")
+            if state.guard.should_rollback:
+                saved = state.rollback(f"step {done}: {reason}")
+                self.selection.roll_back(saved)
+                logger.info(f"step {done}: rolled back to the weights of step {saved}; the data go on")
         else:
-            strategy.skip_step(self.optimizer)
-            logger.info(f"step {step + 1}: skipped: {reason}")
-        if state.guard.should_rollback:
-            last = state.rollback(f"step {step + 1}: {reason}")
-            self.selection.roll_back(last)
-            logger.info(f"step {step + 1}: rolled back to step {last}; the data continue")
-        return {**metrics, "lr": hparams["lr"], "weight_decay": hparams["weight_decay"]}
+            self.strategy.step(self.optimizer)
+            self.selection.losses.append(metrics["loss"])
+        row = step_row(["loss"], metrics, hparams, throughput.row(), state.guard.skipped)
+        return row, bool(metrics["stop"])
 
     def forward_backward(self, video: Tensor, target: Tensor) -> Tensor:
         """Accumulates the gradients of this process's clips f32 [B, 3, T, H, W] and soft targets f32 [B, C].
@@ -223,20 +232,23 @@ class Finetuner:
         return total
 
     def end_epoch(self, step: int) -> dict[str, Any]:
-        """Evaluates held-out train on the middle clip of each video, and records the epoch."""
-        epoch = step // self.steps_per_epoch
+        """Evaluates held-out train on the middle clip of each video, and records the epoch. Returns its part
+        of the row of the log."""
         samples, labels = self.splits.held_out
-        if not samples:
-            return self.selection.end_epoch(epoch, step, None)
-        view = self.view._replace(segments=1, crops=1)
-        predictions = self.predict(self.splits.shards["train"], samples, labels, view, "held-out train")
+        accuracy = None
+        if samples:
+            view = self.view._replace(segments=1, crops=1)
+            predictions = self.predict(self.splits.shards["train"], samples, labels, view, "held-out train")
 
-        def accuracy() -> float:
-            decoded = predictions.usable()
-            outputs = mean_over_clips(predictions)[decoded]
-            return self.splits.task.score(outputs, [labels[n] for n in decoded])
+            def score() -> float:
+                decoded = predictions.usable()
+                outputs = mean_over_clips(predictions)[decoded]
+                return self.splits.task.score(outputs, [labels[n] for n in decoded])
 
-        return self.selection.end_epoch(epoch, step, self.strategy.on_main(accuracy))
+            accuracy = self.strategy.on_main(score)
+        record = self.selection.end_epoch(step // self.steps_per_epoch, step, accuracy)
+        logger.info(", ".join(f"{name} {value}" for name, value in record.items()))
+        return {("epoch_loss" if k == "loss" else k): v for k, v in record.items() if k != "step"}
 
     def predict(
         self, shards: Shards, samples: list[Sample], labels: list[Any], view: View, name: str
@@ -260,7 +272,7 @@ class Finetuner:
         loader = FeatureLoader(encode, shards, samples, view, self.strategy.accelerator, storage, name)
         classifier.eval()
         shape = FeatureShape(len(samples), view.clips, 1, classes)
-        found = compute_features(loader, shape, "memory", all_ranks=True)
+        found = compute_features(loader, shape, "memory")
         classifier.train()
         if name == "test":
             check_readable(found.unreadable, samples, cfg.tune.allow_unreadable, name, "tune")
@@ -274,9 +286,7 @@ def build_finetuner(
     efficiency = cfg.efficiency
     classifier = make_classifier(loaded, cfg.head, len(splits.task.names), cfg.tune)
     best = deepcopy(classifier).requires_grad_(False).to(strategy.device) if splits.held_out[0] else None
-    classifier.encoder.blocks.activation_checkpointing = efficiency.activation_checkpointing
-    for block in classifier.encoder.blocks if efficiency.compile else ():
-        block.compile(dynamic=True)
+    configure_blocks(classifier, efficiency.activation_checkpointing, efficiency.compile)
     warmup = round(cfg.tune.warmup * steps_per_epoch(splits, cfg.tune.batch))
     optim = cfg.optim.build(warmup=warmup).scaled(cfg.tune.batch)
     model, optimizer = strategy.prepare(classifier, build_optimizer(classifier, optim, efficiency.fused))
@@ -287,13 +297,3 @@ def build_finetuner(
 
 def steps_per_epoch(splits: FinetuneSplits, batch: int) -> int:
     return max(1, len(splits.train_places) // batch)
-
-
-def mean_over_clips(predictions: LabelledFeatures) -> np.ndarray:
-    """Outputs f64 [n, C], averaged over the clips of each sample; NaN where the sample could not be
-    decoded."""
-    n, clips = predictions.source.shape[:2]
-    (outputs,) = predictions.source.batches(clips, [list(range(n))])
-    means = outputs.mean(1).double().cpu().numpy()
-    means[list(predictions.unreadable)] = np.nan
-    return means

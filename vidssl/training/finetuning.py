@@ -1,7 +1,6 @@
 """Parts of fine-tuning: configuration, classifier, train/held-out/test splits, labelled clips, mixup."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import numpy as np
@@ -21,10 +20,8 @@ from vidssl.data.shards import Sample, Shards
 from vidssl.evaluation.evaluate import check_disjoint, groups_of
 from vidssl.evaluation.splits import label_sets, labelled, split_by_group
 from vidssl.evaluation.tasks import Task, class_of, make_task
-from vidssl.model.heads import HEAD_EPS, AttentiveHead, MeanHead
-from vidssl.model.vit import LAYER_NORM_EPS, Encoder
-from vidssl.pretrained.files import save_native
-from vidssl.pretrained.infer_config import Checkpoint
+from vidssl.model.heads import AttentiveHead, MeanHead
+from vidssl.model.vit import Encoder
 from vidssl.pretrained.load import LoadedEncoder, build_encoder
 from vidssl.training.metrics_log import Tracker
 from vidssl.training.optim import OptimConfig
@@ -153,23 +150,6 @@ def make_classifier(loaded: LoadedEncoder, head: Spec, classes: int, tune: TuneC
     nn.init.trunc_normal_(new_head.linear.weight, std=0.02).data.mul_(HEAD_INIT_SCALE)
     nn.init.zeros_(new_head.linear.bias)
     return Classifier(encoder, new_head, arguments)
-
-
-def export_classifier(
-    out: Path, classifier: Classifier, loaded: LoadedEncoder, metadata: dict[str, Any]
-) -> None:
-    """Writes encoder.safetensors and head.safetensors, for a probe, another fine-tuning or a conversion.
-
-    loaded: the encoder that was fine-tuned.
-    """
-    weights = classifier.encoder.state_dict()
-    checkpoint = Checkpoint("vidssl", classifier.arguments, weights, loaded.metadata["pixels"])
-    checkpoint.head = classifier.head.state_dict()
-    checkpoint.head_eps = LAYER_NORM_EPS
-    if isinstance(classifier.head, AttentiveHead):
-        checkpoint.head_heads = classifier.head.xattn.heads
-        checkpoint.head_eps = HEAD_EPS
-    save_native(out, checkpoint, metadata)
 
 
 class SubsetOrder:
