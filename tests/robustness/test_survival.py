@@ -105,7 +105,9 @@ def test_checkpoint_round_trip_and_retention(tmp_path):
     assert [p.name for p in checkpoint.list_checkpoints(tmp_path)] == [f"step-{s:08d}" for s in (30, 50, 60)]
     got = checkpoint.load_checkpoint(tmp_path)
     assert got["step"] == 60 and got["model"]["w"].equal(torch.full((500,), 60.0))
-    assert got["optimizer"]["state"]["w"]["step"].equal(torch.tensor(3.0)) and got["provenance"] == {"lr": 0.1}
+    assert got["optimizer"]["state"]["w"]["step"].equal(torch.tensor(3.0)) and got["provenance"] == {
+        "lr": 0.1
+    }
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
