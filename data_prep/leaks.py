@@ -1,17 +1,15 @@
-"""Finds the videos of an evaluation set that are in a training set too: `python -m data_prep.leaks TRAIN
-TEST`.
+"""Finds videos of an evaluation set in a training set: `python -m data_prep.leaks TRAIN TEST`.
 
 Both are packed data sets. A test video is reported if TRAIN holds the same bytes (SHA-256 of the file) or the
 same pictures, even re-encoded, scaled, at another frame rate or trimmed:
 
-1. Every video is hashed 8 times per second (data_prep.fingerprint). 2. Pairs of hashes with one of four
-16-bit quarters in common and at most 10 different bits vote for a training video
-   and a shift in time. The 10 training videos with the most votes are compared, if a fifth of the hashes
-   voted.
+1. Every video is hashed 8 times per second (data_prep.fingerprint).
+2. Pairs of hashes with one of four 16-bit quarters in common and at most 10 different bits vote for a
+   training video and a shift in time. The 10 training videos with the most votes are compared, if a fifth of
+   the hashes voted.
 3. The pair is decided by what moves in the two videos (data_prep.matching). Takes of one regular movement
-before a
-   fixed camera come close (push-ups: correlation up to 0.98), so a pair is dropped if another training video
-   fits much better; without one, such a take is reported.
+   before a fixed camera come close (push-ups: correlation up to 0.98), so a pair is dropped if another
+   training video fits much better; without one, such a take is reported.
 
 Not found: mirrored, rotated, strongly cropped or speed-changed copies, and those with less than 0.75 s in
 common. Prints a line for each pair; exit status 1 if there is any.

@@ -1,11 +1,13 @@
 """vidssl/data/sampling.py and decoding/: the choice of frames, and that decoders return these frames."""
 
+import gc
 import io
 import itertools
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
+from av.container import InputContainer
 from limits import set_limit
 from PIL import Image
 
@@ -254,6 +256,22 @@ def test_a_partly_damaged_file_returns_the_frames_that_decode(make_video, frame_
     assert 0 < meta["frames"] < 20
     video = open_video(data, "mkv", meta)
     assert [frame_index(f) for f in video.get(range(meta["frames"]))] == list(range(meta["frames"]))
+
+
+def test_closed_and_failed_videos_leave_no_container(make_video):
+    def containers() -> int:
+        return sum(type(o) is InputContainer for o in gc.get_objects())
+
+    data = make_video()
+    gc.collect()
+    before = containers()
+    for _ in range(5):
+        with open_video(data, "mp4") as video:
+            video.get([3, 7])
+        with pytest.raises(DecodeError):
+            open_video(data[: len(data) // 2], "mp4", {**packed_meta(data), "decoder": "pyav"}).get([19])
+    gc.collect(1)
+    assert containers() == before
 
 
 @pytest.mark.parametrize(

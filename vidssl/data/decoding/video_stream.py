@@ -24,6 +24,7 @@ class VideoStream:
     def __init__(self, file: BinaryIO):
         self._file = file
         self._container: Any = None
+        self._stream: Any = None
         self.damaged_packets = 0
         self._open()
 
@@ -40,6 +41,7 @@ class VideoStream:
         if self._container is not None:
             self._container.close()
             self._container = None
+            self._stream = None  # it refers to the container
 
     def _open(self) -> None:
         """Opens the file at its first packet."""
@@ -70,7 +72,7 @@ class VideoStream:
         self._at_start = True
         self.codec = context.codec.canonical_name
         self.rate = float(stream.average_rate or stream.guessed_rate or 0)
-        self.time_base = float(stream.time_base)
+        self.time_base = float(stream.time_base or 0)
 
     def rewind(self) -> None:
         """Goes back to the first packet. Opens the file again: not every container seeks to its start."""
