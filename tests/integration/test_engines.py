@@ -1,20 +1,15 @@
-"""The same shards from a Ray cluster, also when one of its nodes is lost."""
+"""data_prep.engine: a Ray cluster writes the same shards, also if it loses a node."""
 
-import hashlib
 import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
+from packed_files import file_hashes
 
 from data_prep import engine, pack
 from vidssl.core.errors import UserError
-
-
-def tree(folder: Path) -> dict[str, str]:
-    files = sorted(p for p in folder.rglob("*") if p.is_file())
-    return {p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +24,7 @@ def corpus(tmp_path_factory, make_video) -> Path:
 
 @pytest.fixture
 def cluster():
-    """A head that takes no tasks and two nodes of one CPU each, as processes of this machine."""
+    """A head without CPUs and two nodes of one CPU each, as processes of this machine."""
     ray = pytest.importorskip("ray", reason="the Ray engine needs: pip install 'vidssl[ray]'")
     from ray.cluster_utils import Cluster
 
@@ -48,7 +43,7 @@ def cluster():
 ARGS = ["--samples-per-shard", "1", "--fps", "5", "--short-side", "32"]
 
 
-def test_a_cluster_that_loses_a_node_writes_the_same_bytes(cluster, corpus, tmp_path):
+def test_bytes_after_loss_of_a_node(cluster, corpus, tmp_path):
     pack.main([str(corpus), str(tmp_path / "local"), "--workers", "2", *ARGS])
     out = tmp_path / "ray"
     failed = []
@@ -67,8 +62,8 @@ def test_a_cluster_that_loses_a_node_writes_the_same_bytes(cluster, corpus, tmp_
     assert 2 <= len(kept) < 13 and not (out / "index.json").exists()
     cluster.remove_node(cluster.workers[0], allow_graceful=False)  # its raylet is killed
     thread.join()
-    assert not failed and tree(out) == tree(tmp_path / "local")
-    assert {p: p.stat().st_mtime_ns for p in kept} == kept  # what was finished was not made again
+    assert not failed and file_hashes(out) == file_hashes(tmp_path / "local")
+    assert {p: p.stat().st_mtime_ns for p in kept} == kept  # finished shards are not written again
 
 
 def test_without_ray(monkeypatch, corpus, tmp_path):
@@ -77,7 +72,7 @@ def test_without_ray(monkeypatch, corpus, tmp_path):
         pack.main([str(corpus), str(tmp_path / "out"), "--engine", "ray", *ARGS])
 
 
-def test_a_node_that_does_not_see_the_source(corpus, tmp_path):
+def test_source_is_not_visible_on_a_node(corpus, tmp_path):
     args = pack.parse_arguments([str(corpus), str(tmp_path / "out"), *ARGS])
     plan = pack.make_plan(pack.read_source(corpus), corpus, tmp_path / "out", args)
     with pytest.raises(UserError, match=r"not there on node .*all nodes must see it"):

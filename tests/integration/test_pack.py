@@ -1,4 +1,4 @@
-"""data_prep: pack, verify, scan."""
+"""data_prep.pack, verify and scan."""
 
 import hashlib
 import io
@@ -15,25 +15,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from packed_files import file_hashes, read_records
 
 from data_prep import pack, scan, verify
 from data_prep.encode import EncodedSample
-from data_prep.index import class_lists, read_lines, sample_key
+from data_prep.index import class_lists, sample_key
 from data_prep.inspect_file import FileInspector, Rejected
 from data_prep.plan import split_train_test
 from data_prep.sources import SourceItem, read_source
 from vidssl.core.errors import UserError
 from vidssl.data.decoding import open_video
-
-
-def tree(folder: Path) -> dict[str, str]:
-    """Relative path -> sha256 of every file."""
-    files = sorted(p for p in folder.rglob("*") if p.is_file())
-    return {p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
-
-
-def lines(folder: Path, pattern: str = "shard-*.jsonl") -> list[dict]:
-    return [json.loads(x) for p in sorted(folder.glob(pattern)) for x in read_lines(p)]
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +34,7 @@ def packed(tiny_corpus, tmp_path_factory) -> Path:
     return out
 
 
-def test_what_a_pack_holds(packed, tiny_corpus, frame_index):
+def test_contents_of_a_pack(packed, tiny_corpus, frame_index):
     index = json.loads((packed / "index.json").read_text())
     assert (index["version"], index["samples"], index["rejected"]) == (1, 12, 0)
     assert index["classes"] == {"label": ["clap", "run", "wave"]}
@@ -60,7 +51,7 @@ def test_what_a_pack_holds(packed, tiny_corpus, frame_index):
     for shard in index["shards"]:
         tar = (packed / shard["name"]).read_bytes()
         assert (shard["bytes"], shard["sha256"]) == (len(tar), hashlib.sha256(tar).hexdigest())
-        for line in lines(packed, shard["name"].replace(".tar", ".jsonl")):
+        for line in read_records(packed, shard["name"].replace(".tar", ".jsonl")):
             assert set(line) == {"key", "ext", "offset", "size", "meta"}
             data, meta = tar[line["offset"] : line["offset"] + line["size"]], line["meta"]
             assert data == (tiny_corpus / meta["source"]).read_bytes()
@@ -84,12 +75,12 @@ def test_what_a_pack_holds(packed, tiny_corpus, frame_index):
     assert len(seen) == 12
 
 
-def test_same_bytes_whatever_the_workers(packed, tiny_corpus, tmp_path, capsys):
+def test_bytes_do_not_depend_on_the_workers(packed, tiny_corpus, tmp_path, capsys):
     args = [str(tiny_corpus), str(tmp_path / "out"), "--workers", "3", "--samples-per-shard", "3"]
     pack.main(args)
-    assert tree(tmp_path / "out") == tree(packed)
+    assert file_hashes(tmp_path / "out") == file_hashes(packed)
     capsys.readouterr()
-    pack.main(args)  # finished: says so
+    pack.main(args)  # prints that it is finished
     assert "is finished already" in capsys.readouterr().out
     with pytest.raises(UserError, match="holds a pack of other files or with other options"):
         pack.main([*args, "--seed", "1"])
@@ -99,7 +90,7 @@ def test_same_bytes_whatever_the_workers(packed, tiny_corpus, tmp_path, capsys):
         pack.main([str(tiny_corpus), str(tiny_corpus / "out")])
 
 
-def test_killed_in_the_middle_and_called_again(packed, tiny_corpus, tmp_path):
+def test_resume_after_sigkill(packed, tiny_corpus, tmp_path):
     out = tmp_path / "out"
     command = [sys.executable, "-m", "data_prep.pack", str(tiny_corpus), str(out), "--workers", "1"]
     command += ["--samples-per-shard", "3"]
@@ -116,12 +107,12 @@ def test_killed_in_the_middle_and_called_again(packed, tiny_corpus, tmp_path):
     kept = {p: p.stat().st_mtime_ns for p in out.glob("*.tar")}
     assert kept
     assert subprocess.run(command, stderr=subprocess.DEVNULL, cwd=Path(__file__).parents[2]).returncode == 0
-    assert tree(out) == tree(packed)
-    assert {p: p.stat().st_mtime_ns for p in kept} == kept  # finished shards were not made again
+    assert file_hashes(out) == file_hashes(packed)
+    assert {p: p.stat().st_mtime_ns for p in kept} == kept  # finished shards are not written again
 
 
-def test_stopped_between_a_shards_files(packed, tiny_corpus, tmp_path, monkeypatch):
-    """A jsonl without its tar is no finished shard; a tar without the list of what was rejected is none either."""
+def test_incomplete_shards_are_written_again(packed, tiny_corpus, tmp_path, monkeypatch):
+    """A shard without its tar, or without its list of rejected files, is not finished."""
     args = [str(tiny_corpus), str(tmp_path / "out"), "--workers", "1", "--samples-per-shard", "3"]
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
         m.setattr(pack, "write_indexes", lambda plan: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -129,43 +120,48 @@ def test_stopped_between_a_shards_files(packed, tiny_corpus, tmp_path, monkeypat
     (tmp_path / "out" / "shard-000001.tar").unlink()
     (tmp_path / "out" / "shard-000003.rejected").unlink()
     pack.main(args)
-    assert tree(tmp_path / "out") == tree(packed)
+    assert file_hashes(tmp_path / "out") == file_hashes(packed)
 
 
 def test_odd_files(odd_corpus, tmp_path, capsys, frame_index):
     pack.main([str(odd_corpus), str(tmp_path / "out"), "--workers", "2"])
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     assert (
-        "ignored 1 files by extension: 1 .txt" in said
-        and "4 rejected (1 empty, 2 not_a_video, 1 not_an_image)" in said
+        "ignored 1 files by extension: 1 .txt" in printed
+        and "4 rejected (1 empty, 2 not_a_video, 1 not_an_image)" in printed
     )
-    rejected = lines(tmp_path / "out", "rejected.jsonl")
+    rejected = read_records(tmp_path / "out", "rejected.jsonl")
     assert [(r["path"], r["reason"]) for r in rejected] == [
         ("bad/empty.mp4", "empty"),
         ("bad/text.mp4", "not_a_video"),
         ("bad/text.png", "not_an_image"),
         ("bad/truncated.mp4", "not_a_video"),
     ]
-    metas = {x["meta"]["source"].split("/")[1]: x["meta"] for x in lines(tmp_path / "out")}
+    metas = {x["meta"]["source"].split("/")[1]: x["meta"] for x in read_records(tmp_path / "out")}
     facts = {name: (m["frames"], m["height"], m["width"], m["rotation"]) for name, m in metas.items()}
     partly = facts.pop("truncated.mkv")
     assert 0 < partly[0] < 20
     assert facts == {
         "vfr.mp4": (6, 48, 64, 0),
         "rotated.mp4": (20, 64, 48, 90),
-        "mirrored.mp4": (20, 48, 64, 180),  # FFmpeg's angle of a mirroring; pixels are mirrored, not turned
+        "mirrored.mp4": (
+            20,
+            48,
+            64,
+            180,
+        ),  # FFmpeg's angle of a mirrored video; pixels are mirrored, not rotated
         "short.mp4": (2, 48, 64, 0),
         "one.webm": (1, 48, 64, 0),
         "picture.JPG": (1, 48, 64, 0),
         "turned.jpeg": (1, 64, 48, 0),
         "picture.png": (1, 48, 64, 0),
     }
-    assert {x["ext"] for x in lines(tmp_path / "out")} == {"mp4", "mkv", "webm", "jpg", "jpeg", "png"}
+    assert {x["ext"] for x in read_records(tmp_path / "out")} == {"mp4", "mkv", "webm", "jpg", "jpeg", "png"}
     verify.main([str(tmp_path / "out")])
     assert "no problems" in capsys.readouterr().out
 
 
-def test_nothing_decodes(odd_corpus, tmp_path):
+def test_source_without_decodable_files(odd_corpus, tmp_path):
     with pytest.raises(UserError, match="no file in it can be decoded"):
         pack.main([str(odd_corpus / "bad"), str(tmp_path / "out"), "--workers", "1"])
     with pytest.raises(UserError, match="no such folder"):
@@ -188,7 +184,7 @@ def faulty_inspection(decoder, recipe, filters, report, path, ext, spans):
     time.sleep(60)
 
 
-def test_a_decoder_that_crashes_or_hangs_costs_one_file(tmp_path, tiny_corpus):
+def test_crash_or_hang_rejects_one_file(tmp_path, tiny_corpus):
     files = {name: tmp_path / name for name in ("now", "later", "hang")}
     for name, path in files.items():
         path.write_bytes(name.encode())
@@ -243,7 +239,7 @@ def csv_folder(root: Path, text: str | bytes, *names: str) -> Path:
         (b"path,label\na.mp4,caf\xe9\n", r"labels\.csv: not UTF-8"),
     ],
 )
-def test_bad_labels_csv(tmp_path, text, message):
+def test_errors_in_labels_csv(tmp_path, text, message):
     with pytest.raises(UserError, match=message) as e:
         read_source(csv_folder(tmp_path / "src", text, "a.mp4", "b.mp4"))
     assert "\n" not in str(e.value)
@@ -266,16 +262,16 @@ def test_labels_csv(tmp_path, make_video, make_image):
     for split, n in (("train", 3), ("val", 2)):
         index = json.loads((out / split / "index.json").read_text())
         assert index["classes"] == want and index["samples"] == n
-    metas = {x["meta"]["source"]: x["meta"] for s in ("train", "val") for x in lines(out / s)}
+    metas = {x["meta"]["source"]: x["meta"] for s in ("train", "val") for x in read_records(out / s)}
     assert metas["v3.mp4"]["labels"] == {"verb": 0, "noun": 3} and metas["v3.mp4"]["label"] == 0
     assert metas["v3.mp4"]["class"] == "close" and metas["v3.mp4"]["group"] == "g1"
-    reasons = [(r["path"], r["reason"]) for r in lines(out / "train", "rejected.jsonl")]
+    reasons = [(r["path"], r["reason"]) for r in read_records(out / "train", "rejected.jsonl")]
     assert reasons == [("a.doc", "unknown_extension"), ("gone.mp4", "missing")]
     with pytest.raises(UserError, match="leave out --test-fraction"):
         pack.main([str(src), str(tmp_path / "out2"), "--test-fraction", "0.2"])
 
 
-def test_folders_without_labels_and_with_splits(tmp_path):
+def test_flat_folder_and_split_folders(tmp_path):
     (tmp_path / "a.mp4").write_bytes(b"x")
     source = read_source(tmp_path)
     assert source.items == [SourceItem("a.mp4", {})] and source.label_sets == []
@@ -288,8 +284,8 @@ def test_folders_without_labels_and_with_splits(tmp_path):
     ]
 
 
-def test_names_with_line_separators(tmp_path, make_image, capsys):
-    """JSON leaves U+2028, U+2029 and U+0085 as they are; none of them ends a line."""
+def test_names_with_unicode_line_separators(tmp_path, make_image, capsys):
+    """JSON keeps U+2028, U+2029 and U+0085; none of them ends a line."""
     src, out = tmp_path / "src", tmp_path / "out"
     odd = ["a\u2028b", "a\u2029b", "a\u0085b"]
     for name in odd:
@@ -304,36 +300,36 @@ def test_names_with_line_separators(tmp_path, make_image, capsys):
     assert "no problems" in capsys.readouterr().out
 
 
-def test_names_that_no_json_can_hold(tmp_path, make_image, capsys):
+def test_names_that_are_not_utf8(tmp_path, make_image, capsys):
     src, out = tmp_path / "src", tmp_path / "out"
     for name in (b"run/1.png", b"run/caf\xe9.png", b"caf\xe9/1.png", b"run/notes.\xe9", b"run/caf\xe9.txt"):
         path = Path(os.fsdecode(os.fsencode(src) + b"/" + name))
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(make_image("png"))
     pack.main([str(src), str(out), "--workers", "1"])
-    assert [x["meta"]["source"] for x in lines(out)] == ["run/1.png"]
-    rejected = [(r["path"], r["reason"]) for r in lines(out, "rejected.jsonl")]
+    assert [x["meta"]["source"] for x in read_records(out)] == ["run/1.png"]
+    rejected = [(r["path"], r["reason"]) for r in read_records(out, "rejected.jsonl")]
     assert rejected == [("caf\\xe9/1.png", "bad_name"), ("run/caf\\xe9.png", "bad_name")]
-    said = capsys.readouterr().out
-    assert "2 rejected (2 bad_name)" in said and "1 .\\xe9" in said and "1 .txt" in said
+    printed = capsys.readouterr().out
+    assert "2 rejected (2 bad_name)" in printed and "1 .\\xe9" in printed and "1 .txt" in printed
 
 
-def test_a_path_too_long_for_any_file_is_missing(tmp_path):
+def test_too_long_path_is_missing(tmp_path):
     long = "x" * 5000 + ".mp4"
     source = read_source(csv_folder(tmp_path / "src", f"path,label\na.mp4,x\n{long},x\n", "a.mp4"))
     assert [item.path for item in source.items] == ["a.mp4"] and source.rejected == {long: "missing"}
 
 
-def test_classes_of_one_value_have_one_order():
+def test_order_of_classes_with_equal_values():
     for names in itertools.permutations(["1", "01", "001", "10", "2"]):
         assert class_lists({"label": names}) == {
             "label": ["001", "01", "1", "2", "10"]
         }  # a set's order is any of them
 
 
-def test_an_out_that_cannot_be_written(tiny_corpus, tmp_path, monkeypatch):
+def test_unwritable_out(tiny_corpus, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("x")
-    monkeypatch.setattr(pack, "read_source", lambda *_: pytest.fail("looked into the source first"))
+    monkeypatch.setattr(pack, "read_source", lambda *_: pytest.fail("read the source first"))
     for out in ("file", "file/out", "file/a/b"):
         with pytest.raises(UserError, match="file is not a folder; choose another place"):
             pack.main([str(tiny_corpus), str(tmp_path / out)])
@@ -351,7 +347,7 @@ def test_an_out_that_cannot_be_written(tiny_corpus, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("fraction", [0.01, 0.25, 0.5, 0.9])
-def test_division_by_group(seed, fraction):
+def test_split_by_group(seed, fraction):
     rng = np.random.default_rng(seed)
     items = [SourceItem(f"{i}", {"label": f"c{rng.integers(4)}"}, f"g{rng.integers(12)}") for i in range(150)]
     items += [SourceItem("lone", {"label": "lone"}, "g_lone")]
@@ -366,17 +362,17 @@ def test_division_by_group(seed, fraction):
         assert abs(len(parts["test"]) / 151 - fraction) < 0.12
 
 
-def test_division_of_single_files(tiny_corpus, tmp_path):
+def test_split_of_single_files(tiny_corpus, tmp_path):
     out = tmp_path / "out"
     pack.main([str(tiny_corpus), str(out), "--test-fraction", "0.25", "--workers", "2"])
-    got = {s: lines(out / s) for s in ("train", "test")}
+    got = {s: read_records(out / s) for s in ("train", "test")}
     assert Counter(x["meta"]["class"] for x in got["test"]) == {"clap": 1, "run": 1, "wave": 1}
     assert len(got["train"]) == 9
     classes = [json.loads((out / s / "index.json").read_text())["classes"] for s in ("train", "test")]
     assert classes[0] == classes[1] == {"label": ["clap", "run", "wave"]}
 
 
-def test_verify_finds_damage(packed, tmp_path, capsys):
+def test_verify_reports_damage(packed, tmp_path, capsys):
     def broken(change) -> str:
         out = tmp_path / str(time.monotonic_ns())
         out.mkdir()
@@ -393,7 +389,7 @@ def test_verify_finds_damage(packed, tmp_path, capsys):
         data[at] ^= 1
         (out / name).write_bytes(data)
 
-    def relabel(out):  # a consistent lie: the jsonl and its sha256 agree, the tar does not
+    def relabel(out):  # the jsonl and its sha256 agree with each other, but not with the tar
         file = out / "shard-000000.jsonl"
         file.write_text(file.read_text().replace('"frames": 20', '"frames": 21'))
         index = json.loads((out / "index.json").read_text())
@@ -410,7 +406,7 @@ def test_verify_finds_damage(packed, tmp_path, capsys):
         verify.main([str(tmp_path / "nothing")])
 
 
-def foreign(path: Path, members: list[tuple[str, bytes]], **how) -> None:
+def write_tar(path: Path, members: list[tuple[str, bytes]], **how) -> None:
     with tarfile.open(path, "w", **how) as tar:
         for name, data in members:
             info = tarfile.TarInfo(name)
@@ -418,10 +414,10 @@ def foreign(path: Path, members: list[tuple[str, bytes]], **how) -> None:
             tar.addfile(info, io.BytesIO(data))
 
 
-def test_scan_of_foreign_shards(tmp_path, make_video, make_image, capsys):
+def test_scan_of_other_shards(tmp_path, make_video, make_image, capsys):
     video, image = make_video(4), make_image("jpeg")
     long = "x" * 150
-    foreign(
+    write_tar(
         tmp_path / "a.tar", [("d/1.mp4", video), ("d/1.cls", b"2"), ("d/2.jpg", image), ("d/2.cls", b"0\n")]
     )
     three = [
@@ -430,37 +426,37 @@ def test_scan_of_foreign_shards(tmp_path, make_video, make_image, capsys):
         (f"{long}.MP4", video),
         ("4.txt", b"x"),
     ]
-    foreign(tmp_path / "b.tar", three, format=tarfile.PAX_FORMAT)
+    write_tar(tmp_path / "b.tar", three, format=tarfile.PAX_FORMAT)
     scan.main([str(tmp_path)])
-    scan.main([str(tmp_path)])  # its own index may be written again
+    scan.main([str(tmp_path)])  # overwrites its own index
     assert "1 samples without a video or image: left out" in capsys.readouterr().out
-    got = {x["key"]: x for x in lines(tmp_path, "*.jsonl")}
+    got = {x["key"]: x for x in read_records(tmp_path, "*.jsonl")}
     assert {k: (x["ext"], x["meta"]["label"]) for k, x in got.items()} == {
         "d/1": ("mp4", 2),
         "d/2": ("jpg", 0),
-        long: ("mp4", 1),  # of a video and a picture the video is taken
+        long: ("mp4", 1),  # of a video and an image, the video is the media file
     }
     index = json.loads((tmp_path / "index.json").read_text())
     assert index["classes"] == {"label": ["0", "1", "2"]} and index["samples"] == 3
     for shard in ("a", "b"):
         data = (tmp_path / f"{shard}.tar").read_bytes()
-        for x in lines(tmp_path, f"{shard}.jsonl"):
+        for x in read_records(tmp_path, f"{shard}.jsonl"):
             payload = data[x["offset"] : x["offset"] + x["size"]]
             assert payload == (video if x["ext"] == "mp4" else image)
             open_video(payload, x["ext"], x["meta"]).get([0])
     verify.main([str(tmp_path)])
 
 
-def test_scan_by_class_name_and_its_errors(tmp_path, packed, make_image):
+def test_scan_of_class_names_and_errors(tmp_path, packed, make_image):
     named = [
         ("1.jpg", make_image("jpeg")),
         ("1.cls", b"run"),
         ("2.jpg", make_image("jpeg")),
         ("2.cls", b"clap"),
     ]
-    foreign(tmp_path / "a.tar", [*named, ("3.jpg", make_image("jpeg"))])
+    write_tar(tmp_path / "a.tar", [*named, ("3.jpg", make_image("jpeg"))])
     scan.main([str(tmp_path)])
-    assert [x["meta"]["label"] for x in lines(tmp_path, "*.jsonl")] == [1, 0, -1]
+    assert [x["meta"]["label"] for x in read_records(tmp_path, "*.jsonl")] == [1, 0, -1]
     assert json.loads((tmp_path / "index.json").read_text())["classes"] == {"label": ["clap", "run"]}
     with pytest.raises(UserError, match="has an index already"):
         scan.main([str(packed)])
@@ -468,7 +464,7 @@ def test_scan_by_class_name_and_its_errors(tmp_path, packed, make_image):
     bad.mkdir()
     with pytest.raises(UserError, match=r"no \.tar file"):
         scan.main([str(bad)])
-    foreign(bad / "a.tar", [("1.jpg", b"x"), ("1.json", b"[1")])
+    write_tar(bad / "a.tar", [("1.jpg", b"x"), ("1.json", b"[1")])
     with pytest.raises(UserError, match=r"1\.json: not JSON"):
         scan.main([str(bad)])
     (bad / "a.tar").write_bytes(b"no tar" * 1000)
@@ -481,7 +477,7 @@ def test_webdataset_reads_the_shards(packed, tiny_corpus):
 
     shards = sorted(str(p) for p in packed.glob("*.tar"))
     got = list(webdataset.WebDataset(shards, shardshuffle=False))
-    assert [s["__key__"] for s in got] == [x["key"] for x in lines(packed)]
+    assert [s["__key__"] for s in got] == [x["key"] for x in read_records(packed)]
     for sample in got:
         meta = json.loads(sample["json"])
         assert sample["mp4"] == (tiny_corpus / meta["source"]).read_bytes()

@@ -1,6 +1,5 @@
-"""Clips made for training: frames and times, key frames, sizes, pieces, filters, the report."""
+"""data_prep.encode, filters and report: frames and times, key frames, sizes, segments, windows, scenes."""
 
-import hashlib
 import io
 import json
 import os
@@ -14,6 +13,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from packed_files import file_hashes, read_records
 from PIL import Image
 
 from data_prep import pack, report
@@ -38,7 +38,7 @@ def encode(data: bytes, spans=WHOLE, filters=NO_FILTERS, **recipe) -> list:
 def textured(
     frames: int, size: tuple[int, int] = (96, 160), rate: int = 30, cut_at: int = 10**9, **tags
 ) -> bytes:
-    """Coloured waves that move, as a video; from frame `cut_at` on others, brighter."""
+    """A video of moving coloured waves; from frame `cut_at` on, of brighter ones."""
     y, x = np.mgrid[: size[0], : size[1]] / 12
     out = io.BytesIO()
     with av.open(out, "w", format="mp4") as box:
@@ -70,7 +70,7 @@ def packets(data: bytes) -> list[tuple[bool, float]]:
 
 
 @pytest.mark.parametrize("short_side, size", [(None, (96, 160)), (64, (64, 106)), (500, (96, 160))])
-def test_frames_are_those_of_the_source_at_these_times(short_side, size):
+def test_frames_match_the_source_at_their_times(short_side, size):
     source = textured(60)
     [clip] = encode(source, short_side=short_side, fps="8", keyframe_every=4, crf=12)
     assert clip.meta["decoder"] == "pyav" and (clip.meta["height"], clip.meta["width"]) == size
@@ -89,7 +89,7 @@ def test_frames_are_those_of_the_source_at_these_times(short_side, size):
     assert clip.meta["original"] == {"codec": "h264", "fps": 30.0, "height": 96, "width": 160, "rotation": 0}
 
 
-def test_the_stream_is_as_promised():
+def test_stream_properties():
     [clip] = encode(textured(50), fps="10", keyframe_every=5)
     assert [k for k, _ in packets(clip.data)] == [i % 5 == 0 for i in range(17)]
     with av.open(io.BytesIO(clip.data)) as box:
@@ -102,7 +102,7 @@ def test_the_stream_is_as_promised():
             av.video.frame.PictureType.P,
         }
     assert 0 < clip.data.find(b"moov") < clip.data.find(b"mdat")
-    for start in (5, 10):  # closed groups: what follows a key frame decodes without what came before it
+    for start in (5, 10):  # closed groups: frames after a key frame decode without those before it
         whole = PyAVVideo(clip.data, clip.meta).get([start, start + 4])
         with av.open(io.BytesIO(clip.data)) as box:
             box.seek(round(start / 10 / box.streams.video[0].time_base), stream=box.streams.video[0])
@@ -110,7 +110,7 @@ def test_the_stream_is_as_promised():
         assert (alone[0] == whole[0]).all() and (alone[4] == whole[1]).all()
 
 
-def test_without_a_rate_frames_keep_their_times(make_video, frame_index):
+def test_frames_keep_their_times_without_fps(make_video, frame_index):
     times = [0, 100, 130, 500, 510, 900]
     [clip] = encode(make_video(6, times=times))
     video = open_video(clip.data, "mp4", clip.meta)
@@ -118,7 +118,7 @@ def test_without_a_rate_frames_keep_their_times(make_video, frame_index):
     assert [frame_index(f) for f in video.get(np.arange(6))] == list(range(6))
 
 
-def test_a_varying_rate_becomes_an_even_one(make_video, frame_index):
+def test_variable_rate_becomes_constant(make_video, frame_index):
     [clip] = encode(make_video(6, times=[0, 100, 130, 500, 510, 900]), fps="20")
     got = [
         frame_index(f) for f in open_video(clip.data, "mp4", clip.meta).get(np.arange(clip.meta["frames"]))
@@ -128,7 +128,7 @@ def test_a_varying_rate_becomes_an_even_one(make_video, frame_index):
 
 
 @pytest.mark.parametrize("missing", [True, False])
-def test_time_stamps_that_tell_nothing(missing, make_video, frame_index, monkeypatch):
+def test_unusable_time_stamps(missing, make_video, frame_index, monkeypatch):
     from data_prep import reader
 
     def broken(self):
@@ -145,7 +145,7 @@ def test_time_stamps_that_tell_nothing(missing, make_video, frame_index, monkeyp
 
 @pytest.mark.parametrize("way, corner", [({"rotation": 90}, (0, -1)), ({"rotation": 180}, (-1, -1)),
                                          ({"rotation": 270}, (-1, 0)), ({"hflip": True}, (0, -1))])  # fmt: skip
-def test_turned_videos(way, corner, make_video):
+def test_rotated_videos(way, corner, make_video):
     [clip] = encode(make_video(3, size=(48, 80), **way), short_side=24)
     frame = PyAVVideo(clip.data).get([0])[0]
     assert frame.shape[:2] == ((40, 24) if way.get("rotation") in (90, 270) else (24, 40))
@@ -157,20 +157,20 @@ def test_turned_videos(way, corner, make_video):
 @pytest.mark.parametrize("shown, short, want", [((240, 320), 256, (240, 320)), ((360, 640), 256, (256, 456)),
     ((219, 127), None, (218, 126)), ((219, 127), 126, (218, 126)), ((1, 9), 256, (2, 8)),
     ((640, 360), 255, (454, 256)), ((1080, 1920), 224, (224, 398))])  # fmt: skip
-def test_sizes(shown, short, want):
+def test_even_size(shown, short, want):
     assert even_size(shown, short) == want
 
 
 @pytest.mark.parametrize("tags", [{}, {"colorspace": 1, "color_primaries": 1, "color_trc": 1}, {"color_range": 2},
                                   {"colorspace": 5, "color_range": 1}], ids=str)  # fmt: skip
-def test_colours_stay(tags):
+def test_colours_are_kept(tags):
     source = textured(4, size=(128, 128), **tags)
     [clip] = encode(source, crf=8)
     want, got = PyAVVideo(source).get([3])[0], PyAVVideo(clip.data).get([3])[0]
     assert psnr(got, want) > 36 and np.abs(got.mean((0, 1)) - want.mean((0, 1))).max() < 1.5
 
 
-def test_segments_are_cut_to_the_frame(make_video, frame_index):
+def test_segments_are_frame_exact(make_video, frame_index):
     data = make_video(20)  # 10 frames a second
     spans = ((0.5, 1.2), (None, 0.3), (1.6, None), (0.55, 0.95), (1.0, 1.5), (3.0, 4.0), (0.41, 0.44))
     *clips, outside, between = encode(data, spans)
@@ -184,7 +184,7 @@ def test_segments_are_cut_to_the_frame(make_video, frame_index):
     assert slow.meta["frames"] == 4 and slow.meta["duration"] == pytest.approx(0.8)
 
 
-def test_a_file_is_decoded_once_for_all_its_pieces(make_video, monkeypatch):
+def test_file_is_decoded_once_for_all_clips(make_video, monkeypatch):
     from data_prep import reader
 
     decoded = []
@@ -196,7 +196,7 @@ def test_a_file_is_decoded_once_for_all_its_pieces(make_video, monkeypatch):
     assert len(decoded) == 20
     decoded.clear()
     encode(make_video(20), ((0.1, 0.3), (0.2, 0.4)))
-    assert len(decoded) < 8  # and no further than needed
+    assert len(decoded) < 8  # stops after the last segment
 
 
 def test_windows(make_video, frame_index):
@@ -208,7 +208,7 @@ def test_windows(make_video, frame_index):
         (0.0, 0.5, 5, 0),
         (0.5, 1.0, 5, 5),
         (1.0, 1.5, 5, 10),
-    ]  # the last is not full
+    ]  # the last is incomplete
     assert firsts(2.0, window=1.0, hop=0.5) == [(0.0, 1.0, 10, 0), (0.5, 1.5, 10, 5), (1.0, 2.0, 10, 10)]
     assert firsts(0.3, window=0.5) == [(0.0, 0.3, 3, 0)]
 
@@ -220,8 +220,8 @@ def test_scenes():
     assert [len(encode(textured(40), scenes=True))] == [1]
 
 
-def moving(levels: list[int]) -> bytes:
-    """A frame of each grey level."""
+def grey_video(levels: list[int]) -> bytes:
+    """A video with one frame per grey level."""
     out = io.BytesIO()
     with av.open(out, "w", format="mp4") as box:
         stream = box.add_stream("libx264", rate=10, options={"crf": "1"})
@@ -236,24 +236,24 @@ def moving(levels: list[int]) -> bytes:
 @pytest.mark.parametrize("reencode", [True, False])
 def test_filters(reencode, tmp_path):
     files = {
-        "fine": moving([100, 110] * 10),
-        "dark": moving([4, 16] * 10),
-        "static": moving([90] * 20),
-        "nearly": moving([90, 91] * 10),
-        "short": moving([100, 120] * 3),
-        "small": encode(moving([100, 110] * 10), short_side=40)[0].data,
+        "fine": grey_video([100, 110] * 10),
+        "dark": grey_video([4, 16] * 10),
+        "static": grey_video([90] * 20),
+        "nearly": grey_video([90, 91] * 10),
+        "short": grey_video([100, 120] * 3),
+        "small": encode(grey_video([100, 110] * 10), short_side=40)[0].data,
     }
     filters = Filters(min_seconds=1.0, min_side=60, dark=16.0, static=0.5)
-    prober = FileInspector("pyav", 120.0, Recipe(fps="5") if reencode else None, filters)
+    inspector = FileInspector("pyav", 120.0, Recipe(fps="5") if reencode else None, filters)
     found = {}
     for name, data in files.items():
         (tmp_path / name).write_bytes(data)
-        [found[name]] = prober(tmp_path / name, "mp4")
-    prober.close()
+        [found[name]] = inspector(tmp_path / name, "mp4")
+    inspector.close()
     dropped = {name: (f.reason, f.value) for name, f in found.items() if isinstance(f, Rejected)}
     luma = dropped.pop("dark")
     assert luma[0] == "too_dark" and luma[1] == pytest.approx(10 if not reencode else 4, abs=1.2)
-    if reencode:  # at 5 frames a second every second frame is left, and those are all alike
+    if reencode:  # at 5 frames per second every second frame is kept, and these are equal
         assert {name: reason for name, (reason, _) in dropped.items()} == {
             **{
                 "fine": "static",
@@ -267,7 +267,7 @@ def test_filters(reencode, tmp_path):
         assert dropped == {"static": ("static", 0.0), "short": ("too_short", 0.6), "small": ("too_small", 40)}
 
 
-def test_luma_is_measured_alike_in_all_formats():
+def test_luma_in_all_pixel_formats():
     picture = (
         np.random.default_rng(0).integers(0, 255, (64, 96, 3)).repeat(2, 0).repeat(2, 1).astype(np.uint8)
     )
@@ -277,18 +277,9 @@ def test_luma_is_measured_alike_in_all_formats():
         assert np.abs(thumbnail(frame.reformat(format=name)) - want).mean() < 1.5, name
 
 
-def tree(folder: Path) -> dict[str, str]:
-    files = sorted(p for p in folder.rglob("*") if p.is_file())
-    return {p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
-
-
-def lines(folder: Path) -> list[dict]:
-    return [json.loads(x) for p in sorted(folder.glob("shard-*.jsonl")) for x in read_lines(p)]
-
-
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory, make_video) -> Path:
-    """Segments of three files, one of them twice the same bytes, one broken, in labels.csv."""
+    """Segments of four files, two of them identical and one broken, and an image, in labels.csv."""
     root = tmp_path_factory.mktemp("segments") / "src"
     root.mkdir()
     rows = ["path,label,group,start,end"]
@@ -328,8 +319,8 @@ def packed(corpus, tmp_path_factory) -> Path:
     return out
 
 
-def test_a_pack_of_segments(packed, corpus):
-    samples = {(x["meta"]["source"], x["meta"].get("start")): x for x in lines(packed)}
+def test_pack_of_segments(packed, corpus):
+    samples = {(x["meta"]["source"], x["meta"].get("start")): x for x in read_records(packed)}
     assert samples.keys() == {
         ("v0.mp4", 0.0),
         ("v0.mp4", 0.4),
@@ -355,9 +346,9 @@ def test_a_pack_of_segments(packed, corpus):
     assert made_by["bytes_in"] == sum(p.stat().st_size for p in corpus.iterdir() if p.suffix != ".csv")
 
 
-def test_same_bytes_with_three_workers_and_after_a_kill(packed, corpus, tmp_path):
+def test_bytes_with_three_workers_and_after_sigkill(packed, corpus, tmp_path):
     pack.main([str(corpus), str(tmp_path / "three"), "--workers", "3", *OPTIONS])
-    assert tree(tmp_path / "three") == tree(packed)
+    assert file_hashes(tmp_path / "three") == file_hashes(packed)
     out = tmp_path / "killed"
     command = [sys.executable, "-m", "data_prep.pack", str(corpus), str(out), "--workers", "1", *OPTIONS]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, cwd=ROOT)
@@ -367,35 +358,35 @@ def test_same_bytes_with_three_workers_and_after_a_kill(packed, corpus, tmp_path
     process.wait()
     assert not (out / "index.json").exists()
     pack.main(command[3:])
-    assert tree(out) == tree(packed)
+    assert file_hashes(out) == file_hashes(packed)
     with pytest.raises(UserError, match="with other options"):
         pack.main([*command[3:], "--crf", "21"])
 
 
-def test_windows_of_a_pack_and_its_report(tmp_path, make_video):
+def test_pack_of_windows_and_its_report(tmp_path, make_video):
     src, out = tmp_path / "src" / "x", tmp_path / "out"
     src.mkdir(parents=True)
     (src / "long.mp4").write_bytes(make_video(20))
     (src / "short.mp4").write_bytes(make_video(4))
     (src / "none.mp4").write_bytes(b"")
     pack.main([str(src.parent), str(out), "--workers", "1", "--window", "0.5", "--min-seconds", "0.45"])
-    starts = [(x["meta"]["source"], x["meta"]["start"]) for x in lines(out)]
+    starts = [(x["meta"]["source"], x["meta"]["start"]) for x in read_records(out)]
     assert sorted(starts) == [("x/long.mp4", t) for t in (0.0, 0.5, 1.0, 1.5)]
-    told = json.loads((out / "report.json").read_text())
-    assert (told["samples"], told["files"], told["frames"], told["seconds"]) == (4, 1, 20, 2.0)
-    assert told["rejected"] == {"empty": 1, "too_short": 1}
-    assert told["bytes_in"] == sum(p.stat().st_size for p in src.iterdir())
-    assert told["bytes_out"] == sum(p.stat().st_size for p in out.glob("*.tar"))
+    summary = json.loads((out / "report.json").read_text())
+    assert (summary["samples"], summary["files"], summary["frames"], summary["seconds"]) == (4, 1, 20, 2.0)
+    assert summary["rejected"] == {"empty": 1, "too_short": 1}
+    assert summary["bytes_in"] == sum(p.stat().st_size for p in src.iterdir())
+    assert summary["bytes_out"] == sum(p.stat().st_size for p in out.glob("*.tar"))
     assert (
-        told["codec"] == {"h264": 4}
-        and told["duration"]["counts"] == [4]
-        and told["duration"]["median"] == 0.5
+        summary["codec"] == {"h264": 4}
+        and summary["duration"]["counts"] == [4]
+        and summary["duration"]["median"] == 0.5
     )
-    assert told["short_side"]["min"] == 48 and sum(told["bytes"]["counts"]) == 4
+    assert summary["short_side"]["min"] == 48 and sum(summary["bytes"]["counts"]) == 4
     assert Image.open(out / "report.png").size == (960, 560)
     (out / "report.json").unlink()
     report.main([str(tmp_path)])
-    assert json.loads((out / "report.json").read_text()) == told
+    assert json.loads((out / "report.json").read_text()) == summary
 
 
 def faulty_encoding(decoder, recipe, filters, report, path, ext, spans):
@@ -408,7 +399,7 @@ def faulty_encoding(decoder, recipe, filters, report, path, ext, spans):
     return [EncodedSample({"frames": 1})]
 
 
-def test_a_crash_costs_one_file_and_slowness_none(tmp_path):
+def test_crash_rejects_one_file_and_slowness_none(tmp_path):
     (tmp_path / "die").write_bytes(b"die")
     (tmp_path / "slow").write_bytes(b"slow")
     inspector = FileInspector("pyav", 3.0, Recipe(), job=faulty_encoding)
@@ -427,17 +418,17 @@ def test_a_crash_costs_one_file_and_slowness_none(tmp_path):
     (["--hop", "2"], "--hop needs --window"), (["--window", "0"], "at least 0.01 s"),
     (["--window", "2", "--scenes"], "not both"), (["--min-seconds", "-1"], "must be >= 0"),
 ])  # fmt: skip
-def test_wrong_options(options, words):
+def test_invalid_options(options, words):
     with pytest.raises(UserError, match=words):
         pack.parse_arguments(["src", "out", *options])
 
 
-def test_windows_of_segments_are_refused(corpus, tmp_path):
+def test_windows_of_segments_are_an_error(corpus, tmp_path):
     with pytest.raises(UserError, match="annotations name segments; leave out --window"):
         pack.main([str(corpus), str(tmp_path / "out"), "--window", "1"])
 
 
-def test_the_rate_is_exact():
+def test_fps_is_exact():
     [clip] = encode(textured(30), fps="30000/1001")
     with av.open(io.BytesIO(clip.data)) as box:
         assert box.streams.video[0].average_rate == Fraction(30000, 1001)

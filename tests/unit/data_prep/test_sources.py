@@ -1,4 +1,4 @@
-"""data_prep.sources: annotation files as their owners publish them, right and wrong ones."""
+"""data_prep.sources: annotation files as they are published, valid and invalid ones."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ from vidssl.core.errors import UserError
 
 @pytest.fixture
 def make(tmp_path):
-    """make({file: text or None}, *names) writes annotation files, and files of one byte into videos/ -> a reader."""
+    """make(kind, {file: text}, *names) writes annotation files, and files of one byte into videos/, and reads them."""
 
     def write(kind: str, annotations: dict[str, str], *names: str):
         for name in names:
@@ -26,7 +26,7 @@ def make(tmp_path):
     return write
 
 
-def told(source):
+def by_path(source):
     """path -> (labels, group, split)."""
     return {item.path: (item.labels, item.group, item.split) for item in source.items}
 
@@ -46,14 +46,14 @@ def test_kinetics_in_every_layout(make):
         {"train.csv": train, "validate.csv": val, "test.csv": test},
         "train/--nQbRBEz2s_000104_000114.mp4",  # CVDF
         "videos_train/playing_harp/_dbcJuKJQNs_000040_000050.mkv",  # OpenMMLab
-        "train/abseiling/abcdefghijk_000007_000017.mp4",  # the crawler; corrupted, a replacement lies beside
+        "train/abseiling/abcdefghijk_000007_000017.mp4",  # the crawler; corrupted, with a replacement
         "replacement/replacement_for_corrupted_k400/abcdefghijk_000007_000017.mp4",
         "whole/---QUuC4vJs.mp4",
         "test/zzzzzzzzzzz_000001_000011.mp4",
         "other/nobody_000001_000011.mp4",
         "notes.txt",
     )
-    assert told(source) == {
+    assert by_path(source) == {
         "train/--nQbRBEz2s_000104_000114.mp4": ({"label": "air drumming"}, "--nQbRBEz2s", "train"),
         "videos_train/playing_harp/_dbcJuKJQNs_000040_000050.mkv": (
             {"label": "playing harp"},
@@ -74,7 +74,7 @@ def test_kinetics_in_every_layout(make):
     assert source.ignored == {".txt": 1, "(not in the annotations)": 2} and source.label_sets == ["label"]
 
 
-def test_kinetics_without_a_split_column_and_with_rows_that_stand_twice(make):
+def test_kinetics_without_split_column_and_with_repeated_rows(make):
     rows = "label,youtube_id,time_start,time_end\na,xx,0,10\na,xx,0,10\n"
     source = make("kinetics", {"kinetics_val.csv": rows}, "xx_000000_000010.mp4")
     assert [item.split for item in source.items] == ["val"] and source.ignored == {"(named twice)": 1}
@@ -100,7 +100,7 @@ def test_something_something_v2(make):
         ),
     }
     source = make("ssv2", lists, "78687.webm", "2.webm", "1420.webm", "5.webm")
-    assert told(source) == {
+    assert by_path(source) == {
         "78687.webm": ({"label": "Holding something next to something"}, None, "train"),
         "2.webm": ({"label": "Closing something"}, None, "val"),
         "1420.webm": ({}, None, "test"),
@@ -129,7 +129,7 @@ def test_ucf101(make):
         "UCF-101/HandstandPushups/v_HandStandPushups_g08_c02.avi",
         "UCF-101/ApplyEyeMakeup/v_ApplyEyeMakeup_g01_c01.mp4",
     )
-    assert told(source) == {
+    assert by_path(source) == {
         "UCF-101/ApplyEyeMakeup/v_ApplyEyeMakeup_g08_c01.avi": (
             {"label": "ApplyEyeMakeup"},
             "v_ApplyEyeMakeup_g08",
@@ -149,10 +149,10 @@ def test_ucf101(make):
     assert source.rejected == {"ApplyEyeMakeup/v_ApplyEyeMakeup_g01_c02.avi": "missing"}
 
 
-def test_the_real_ucf101_clips(make, tmp_path):
+def test_real_ucf101_clips(make, tmp_path):
     real = Path(__file__).parents[4] / "shared/data/ucf101_5"
     if not real.is_dir():
-        pytest.skip("the real videos are not beside the checkout")
+        pytest.skip("the UCF101 videos are not beside the checkout")
     clips = sorted(p.relative_to(real).as_posix() for p in real.rglob("*.avi"))
     classes = sorted({c.split("/")[0] for c in clips})
     test = [c for c in clips if c.split("_g")[1][:2] <= "07"]
@@ -178,9 +178,9 @@ def test_hmdb51(make):
         },
         *(f"brush_hair/{x}" for x in (a, a.replace("goo_0", "goo_1"))),
         f"wave/{b}",
-        f"wave/{a}",  # the same name in two classes: each list means its own
+        f"wave/{a}",  # the same name in two classes: each list refers to its own
     )
-    assert told(source) == {
+    assert by_path(source) == {
         f"brush_hair/{a}": ({"label": "brush_hair"}, "April_09", "train"),
         "brush_hair/April_09_brush_hair_u_nm_np1_ba_goo_1.avi": ({"label": "brush_hair"}, "April_09", "test"),
         f"wave/{a}": ({"label": "wave"}, None, "test"),
@@ -195,10 +195,10 @@ def test_diving48(make):
     lists = {"Diving48_V2_train.json": json.dumps(train), "Diving48_V2_test.json": json.dumps(test)}
     files = ("rgb/-mmq0PT-u8k_00155.mp4", "rgb/2x00lRzlTVQ_00000.mp4")
     source = make("diving48", lists, *files)
-    assert told(source)["rgb/2x00lRzlTVQ_00000.mp4"] == ({"label": "1"}, "2x00lRzlTVQ", "test")
+    assert by_path(source)["rgb/2x00lRzlTVQ_00000.mp4"] == ({"label": "1"}, "2x00lRzlTVQ", "test")
     vocab = [["Back", "15som", "05Twis", "FREE"], ["Back", "15som", "15Twis", "FREE"]]
     source = make("diving48", {**lists, "Diving48_vocab.json": json.dumps(vocab)}, *files)
-    assert told(source)["rgb/-mmq0PT-u8k_00155.mp4"] == (
+    assert by_path(source)["rgb/-mmq0PT-u8k_00155.mp4"] == (
         {"label": "Back 15som 05Twis FREE"},
         "-mmq0PT-u8k",
         "train",
@@ -214,7 +214,7 @@ JESTER = {
 def test_jester(make):
     lists = {**JESTER, "jester-v1-validation.csv": "9;No gesture\n", "jester-v1-test.csv": "1420\n"}
     source = make("jester", lists, "34870.mp4", "1420.webm")
-    assert told(source) == {
+    assert by_path(source) == {
         "34870.mp4": ({"label": "Drumming Fingers"}, None, "train"),
         "1420.webm": ({}, None, "test"),
     }
@@ -293,7 +293,7 @@ def test_imagenet_with_folders_and_with_a_flat_val(make):
     flat = [f"val/ILSVRC2012_val_0000000{i}.JPEG" for i in (1, 2)]
     kit = {"ILSVRC2012_validation_ground_truth.txt": "2\n1\n2\n", "wnids.txt": "n01440764\nn01443537\n"}
     source = make("imagenet", kit, train, *flat, "test/ILSVRC2012_test_00000001.JPEG", "cat.jpg")
-    assert {path: (labels.get("label"), split) for path, (labels, _, split) in told(source).items()} == {
+    assert {path: (labels.get("label"), split) for path, (labels, _, split) in by_path(source).items()} == {
         train: ("n01440764", "train"),
         flat[0]: ("n01443537", "val"),
         flat[1]: ("n01440764", "val"),
@@ -334,7 +334,7 @@ def test_imagenet_meta_mat(make, tmp_path):
     assert [i.labels["label"] for i in source.items] == ["n01443537", "n01440764"]
 
 
-def test_csv_with_parts_of_files(make):
+def test_csv_with_segments(make):
     text = "path,label_verb,start,end,group\na.mp4,open,0,1.5,g\na.mp4,close,1.5,,g\nb.mp4,open,,,h\n"
     source = make("csv", {"mine.csv": text}, "a.mp4", "b.mp4")
     assert source.items == [
@@ -530,14 +530,14 @@ KIN, TWO = "kinetics", '[\n {"id": "1", "template": "a"},\n {"id": "2"}\n]'
         ("kinetic", {}, "--source kinetic: expected one of folder, imagefolder, csv"),
     ],
 )
-def test_wrong_annotations(make, kind, annotations, message):
+def test_invalid_annotations(make, kind, annotations, message):
     with pytest.raises(UserError, match=message) as e:
         make(kind, annotations, "a.mp4")
     assert "\n" not in str(e.value)
 
 
 @pytest.mark.parametrize("kind", [k for k in SOURCES if k not in ("folder", "imagefolder", "imagenet")])
-def test_an_annotation_file_that_is_no_text_or_not_there(tmp_path, kind):
+def test_missing_or_binary_annotation_file(tmp_path, kind):
     name = {
         "ucf101": "classInd.txt",
         "hmdb51": "wave_test_split1.txt",
@@ -552,7 +552,7 @@ def test_an_annotation_file_that_is_no_text_or_not_there(tmp_path, kind):
         read_source(tmp_path, kind, [file])
 
 
-def test_lines_of_a_json_objects_however_it_is_laid_out(tmp_path):
+def test_line_numbers_of_json_objects(tmp_path):
     entries = [{"id": f"a, ]\n{i}", "x": [1, {"y": 2}]} for i in range(3)]
     for indent, lines in ((None, [1, 1, 1]), (1, [2, 11, 20])):
         (tmp_path / "l.json").write_text(" " + json.dumps(entries, indent=indent) + "\n")

@@ -1,4 +1,4 @@
-"""data_prep/synthetic.py: the truth is what the pixels show, and no single frame tells the motion."""
+"""data_prep.synthetic: the ground truth matches the pixels, and no single frame reveals the motion."""
 
 import csv
 import itertools
@@ -24,7 +24,7 @@ from data_prep.synthetic import (
 )
 from vidssl.core.errors import UserError
 
-OBJECTS, CALLS = 20, 100  # of a distribution: objects a drawing, drawings
+OBJECTS, CALLS = 20, 100  # of a distribution: objects per call of make_tracks, calls
 BOUND = (
     2.2  # of the scaled Kolmogorov-Smirnov distance: 1.4 is exceeded by chance once in 30 times, 2.2 in 8,000
 )
@@ -43,7 +43,7 @@ def scenes(request) -> tuple[str, list]:
     return request.param, [(frames, truth, masks_of(truth)) for frames, truth in made]
 
 
-def test_masks_are_disjoint_and_differ_from_the_still_background(scenes):
+def test_masks_are_disjoint_and_cover_what_differs_from_the_background(scenes):
     _, made = scenes
     contrast = []
     for frames, truth, masks in made:
@@ -66,8 +66,8 @@ def test_masks_are_disjoint_and_differ_from_the_still_background(scenes):
     assert len(contrast) >= 10 and np.mean(contrast) > 0.9 and np.min(contrast) > 0.3
 
 
-def test_position_size_and_angle_are_those_of_the_pixels(scenes):
-    """Of the nearest object, where it is whole: centroid; area over size squared; for a triangle its direction."""
+def test_position_size_and_angle_match_the_pixels(scenes):
+    """For the nearest object, if it is not wrapped: centroid; area over size squared; direction of a triangle."""
     shape, made = scenes
     areas, directions = [], []
     y, x = np.mgrid[0:SIDE, 0:SIDE]
@@ -85,11 +85,11 @@ def test_position_size_and_angle_are_those_of_the_pixels(scenes):
     assert len(areas) > 15
     assert np.std(areas) / np.mean(areas) < 0.12
     if shape == "triangle":
-        assert abs(np.mean(directions)) > 0.97  # clockwise on the screen, by as much as the truth says
+        assert abs(np.mean(directions)) > 0.97  # clockwise on the screen, by the true angle
 
 
-def test_nearer_hides_farther():
-    """What the nearest object shows does not depend on the others; of the farther ones something is hidden."""
+def test_nearer_objects_occlude_farther_ones():
+    """The nearest object is never occluded; farther ones sometimes are."""
     hidden = 0
     for seed in range(24):
         _, truth = render("right", "green", np.random.default_rng(seed), "disc")
@@ -101,35 +101,35 @@ def test_nearer_hides_farther():
     assert hidden > 20
 
 
-def test_motions_do_what_they_are_called():
+def test_motions_match_their_names():
     for motion in MOTIONS:
         track = make_tracks(motion, 6, np.random.default_rng(1))
         assert [a.shape for a in track] == [(FRAMES, 6, 2), (FRAMES, 6), (FRAMES, 6)]
         step = (np.diff(track.position, axis=0) + SIDE / 2) % SIDE - SIDE / 2  # [T-1, n, 2]
-        turn = (np.diff(track.angle, axis=0) + np.pi) % (2 * np.pi) - np.pi
-        moves, turns = np.hypot(*np.moveaxis(step, 2, 0)) > 0.9, abs(turn) > 0.1
+        rotation = (np.diff(track.angle, axis=0) + np.pi) % (2 * np.pi) - np.pi
+        moves, spins = np.hypot(*np.moveaxis(step, 2, 0)) > 0.9, abs(rotation) > 0.1
         halves = np.arange(FRAMES - 1)[:, None] < FRAMES // 2
         if motion in ("right", "left", "up", "down"):
             axis, sign = {"right": (0, 1), "left": (0, -1), "up": (1, -1), "down": (1, 1)}[motion]
             assert (
                 (sign * step[..., axis] > 0.9).all()
                 and abs(step[..., 1 - axis]).max() < 1e-4
-                and not turns.any()
+                and not spins.any()
             )
         elif motion in ("clockwise", "anticlockwise"):
-            assert ((turn > 0) == (motion == "clockwise")).all() and turns.all() and not moves.any()
+            assert ((rotation > 0) == (motion == "clockwise")).all() and spins.all() and not moves.any()
         elif motion in ("approach", "retreat"):
             grows = np.diff(track.size, axis=0) > 0
             assert (grows.mean(0) > 0.9).all() if motion == "approach" else (grows.mean(0) < 0.1).all()
-            assert not (moves.any() or turns.any())
+            assert not (moves.any() or spins.any())
         else:
             slide_first = motion == "slide_then_spin"
-            assert (moves == (halves == slide_first)).all() and (turns == (halves != slide_first)).all()
+            assert (moves == (halves == slide_first)).all() and (spins == (halves != slide_first)).all()
 
 
-def facts(drawn: list[Track], t: int) -> list[np.ndarray]:
-    """All that frame t shows, each fact uniform in 0..1 by intent: x, y, size, angle; every two of them together; and
-    by how much two objects of a frame differ in each."""
+def uniform_quantities(drawn: list[Track], t: int) -> list[np.ndarray]:
+    """Quantities of frame t that should be uniform in 0..1: x, y, size, angle; the sum of every two of them; and
+    the difference of two objects of a frame in each."""
     at = np.stack([d.position[t] for d in drawn]) / SIDE  # [calls, objects, 2]
     size = np.log(np.stack([d.size[t] for d in drawn]) / RADIUS[0]) / np.log(RADIUS[1] / RADIUS[0])
     single = [at[..., 0], at[..., 1], size, np.stack([d.angle[t] for d in drawn]) / (2 * np.pi)]
@@ -138,7 +138,7 @@ def facts(drawn: list[Track], t: int) -> list[np.ndarray]:
 
 
 def distances(make=make_tracks, source=np.random.Generator) -> dict[int, float]:
-    """Frame -> the largest scaled Kolmogorov-Smirnov distance of a fact in one motion class from the other nine."""
+    """Frame -> the largest scaled Kolmogorov-Smirnov distance of a quantity in one motion class from the other nine."""
     drawn = [
         [make(m, OBJECTS, source(np.random.PCG64((k, i)))) for i in range(CALLS)]
         for k, m in enumerate(MOTIONS)
@@ -146,7 +146,7 @@ def distances(make=make_tracks, source=np.random.Generator) -> dict[int, float]:
     points, worst = np.linspace(0, 1, 101), {}
     for t in (0, 11, 23):
         found = []
-        for of_class in zip(*(facts(d, t) for d in drawn), strict=True):
+        for of_class in zip(*(uniform_quantities(d, t) for d in drawn), strict=True):
             below = np.stack([(a.reshape(-1, 1) <= points).mean(0) for a in of_class])  # [motions, points]
             others = (below.sum(0) - below) / (len(MOTIONS) - 1)
             found.append(abs(below - others).max() * np.sqrt(0.9 * of_class[0].size))  # 1 / (1 / n + 1 / 9n)
@@ -154,25 +154,25 @@ def distances(make=make_tracks, source=np.random.Generator) -> dict[int, float]:
     return worst
 
 
-def test_no_frame_tells_the_motion():
+def test_single_frames_do_not_reveal_the_motion():
     assert max(distances().values()) < BOUND
 
 
-class Leaning(np.random.Generator):
-    """Draws from the lower part of every interval: all classes start alike, but not uniformly."""
+class BiasedGenerator(np.random.Generator):
+    """Draws from the lower part of every interval: all classes start with equal, but not uniform distributions."""
 
     def uniform(self, low=0.0, high=1.0, size=None):
         return super().uniform(low, low + 0.7 * (high - low), size)
 
 
 def bounded(motion: str, n: int, rng: np.random.Generator) -> Track:
-    """Objects that stop at the frame's edge instead of coming in at the other."""
+    """Objects that stop at the edge of the frame instead of entering at the opposite one."""
     track = make_tracks(motion, n, rng)
     return track._replace(position=np.unwrap(track.position, period=SIDE, axis=0).clip(0, SIDE))
 
 
 def growing(motion: str, n: int, rng: np.random.Generator) -> Track:
-    """Sizes that stop at the largest and smallest instead of starting over."""
+    """Sizes that stop at the largest and smallest instead of starting again."""
     track = make_tracks(motion, n, rng)
     size = np.exp(np.unwrap(np.log(track.size), period=np.log(RADIUS[1] / RADIUS[0]), axis=0))
     return track._replace(size=size.clip(*RADIUS))
@@ -180,10 +180,10 @@ def growing(motion: str, n: int, rng: np.random.Generator) -> Track:
 
 @pytest.mark.parametrize(
     "broken",
-    [{"source": Leaning}, {"make": bounded}, {"make": growing}],
-    ids=["leaning", "bounded", "growing"],
+    [{"source": BiasedGenerator}, {"make": bounded}, {"make": growing}],
+    ids=["biased", "bounded", "growing"],
 )
-def test_a_generator_that_gives_the_motion_away_is_found_out(broken):
+def test_generators_that_reveal_the_motion_are_detected(broken):
     found = distances(**broken)
     assert found[0] < BOUND < 2 * BOUND < found[23]
 
@@ -200,8 +200,8 @@ def test_same_seed_same_bytes(tmp_path):
     assert not np.array_equal(truth["a"]["position"], truth["c"]["position"])
 
 
-def test_the_file_holds_the_frames_that_were_drawn(synthetic_corpus):
-    """Sample 13 of the train split, whatever process drew it; H.264 with halved colours is near, not equal."""
+def test_file_contains_the_rendered_frames(synthetic_corpus):
+    """Sample 13 of the train split, whichever process rendered it; H.264 with subsampled colours is close, not equal."""
     with open(synthetic_corpus / "labels.csv", newline="") as f:
         row = list(csv.DictReader(f))[13]
     frames, truth = render(row["label_motion"], row["label_appearance"], np.random.default_rng((0, 0, 13)))
@@ -213,7 +213,7 @@ def test_the_file_holds_the_frames_that_were_drawn(synthetic_corpus):
     assert all(np.array_equal(kept[k], truth[k]) for k in truth)
 
 
-def test_classes_are_balanced_and_the_labels_are_read(synthetic_corpus):
+def test_classes_are_balanced_and_labels_readable(synthetic_corpus):
     source = read_source(synthetic_corpus)
     assert source.label_sets == ["motion", "appearance"] and not source.rejected and len(source.items) == 90
     assert Counter(item.split for item in source.items) == {"train": 60, "test": 30}
@@ -228,7 +228,7 @@ def test_classes_are_balanced_and_the_labels_are_read(synthetic_corpus):
 
 
 @pytest.mark.parametrize("wrong", ["--workers 0", "--train -5", "--test -1", "--labelled -1", "--seed -1"])
-def test_wrong_numbers_make_nothing(tmp_path, wrong):
+def test_invalid_numbers_write_nothing(tmp_path, wrong):
     with pytest.raises(UserError, match="--workers must be positive, --train") as e:
         synthetic.main([str(tmp_path / "out"), "--train", "1", "--test", "0", *wrong.split()])
     assert "\n" not in str(e.value) and not (tmp_path / "out").exists()
