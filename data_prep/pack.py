@@ -21,7 +21,7 @@ from data_prep.encode import Recipe
 from data_prep.filters import Filters
 from data_prep.index import read_lines, write_lines
 from data_prep.plan import NEAR_PREFIX, Plan, make_plan
-from data_prep.report import write_report
+from data_prep.report import write_dataset_report
 from data_prep.sources import SOURCES, read_source
 from vidssl.core.errors import UserError, run_cli
 from vidssl.core.io import check_writable, make_folder
@@ -87,7 +87,7 @@ def clean_up(plan: Plan) -> None:
     already."""
     for folder, shards in plan.datasets.items():
         if not (folder / "report.json").exists():
-            write_report(folder)
+            write_dataset_report(folder)
         for file in [shard.rejections for shard in shards] + list(folder.glob("shard-*.tmp")):
             file.unlink(missing_ok=True)
 

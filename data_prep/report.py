@@ -114,7 +114,7 @@ def _bars(ax: Any, counts: dict[str, int], label: str) -> None:
     ax.margins(x=0.2)
 
 
-def write_report(folder: Path) -> dict:
+def write_dataset_report(folder: Path) -> dict:
     """Writes report.png and then report.json beside index.json. Returns the report."""
     report = make_report(folder)
     atomic_write(folder / "report.png", lambda temporary: draw(report, temporary))
@@ -134,7 +134,7 @@ def main(argv: list[str]) -> None:
             f"{args.folder}: no index.json in it or below it; other WebDataset shards need data_prep.scan"
         )
     for folder in folders:
-        report = write_report(folder)
+        report = write_dataset_report(folder)
         print(f"{folder / 'report.png'}: {report['samples']} samples, {dumps(report['rejected'])} rejected")
 
 

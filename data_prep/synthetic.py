@@ -83,7 +83,8 @@ def make_tracks(motion: str, n: int, rng: np.random.Generator) -> Track:
     elif motion in ("approach", "retreat"):
         grown = t * growth * (1 if motion == "approach" else -1)
     else:  # two events; their directions are random, so that only the order tells the classes apart
-        first, second = np.minimum(t, half), np.maximum(t - half, 0)
+        first = np.minimum(t, half)
+        second = np.maximum(t - half, 0)
         sliding, spinning = (first, second) if motion == "slide_then_spin" else (second, first)
         heading = rng.uniform(0, 2 * np.pi)
         shift = (sliding * speed)[..., None] * np.array([np.cos(heading), np.sin(heading)])

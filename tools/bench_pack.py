@@ -1,10 +1,9 @@
-"""Compares the throughput of re-encoding with pack to that of bare ffmpeg. `python tools/bench_pack.py
-FOLDER`.
+"""Compares the throughput of pack's re-encoding with that of ffmpeg: `python tools/bench_pack.py FOLDER`.
 
-Both encode the same videos with the same settings of x264 on the same number of processes, in turn; CPU
-seconds are counted over all processes, with decoding, starting up, checking and writing shards. ffmpeg is the
-binary of imageio-ffmpeg. pack's fixed costs (Python and its imports, in every process) are measured on one
-file a process and shown apart.
+Both encode the same videos with the same options of x264 on the same number of processes, in turn. CPU
+seconds are summed over all processes and include start, decoding, checks and writing of shards. ffmpeg is the
+binary of imageio-ffmpeg. pack's fixed cost (Python and its imports, in every process) is measured on one file
+per process and reported separately.
 """
 
 import argparse
@@ -18,6 +17,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from data_prep.x264 import x264_options
 from vidssl.core.errors import UserError, run_cli
 from vidssl.data.decoding.base import VIDEO_EXTENSIONS
 
@@ -31,49 +31,33 @@ def measure(work: Callable[[], object]) -> tuple[float, float]:
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, time.monotonic() - start
 
 
-def by_pack(files: list[Path], out: Path, args: argparse.Namespace) -> None:
+def encode_with_pack(files: list[Path], out: Path, args: argparse.Namespace) -> None:
     """Packs the files into one folder of shards."""
     source = out / "source"
     source.mkdir()
     for i, file in enumerate(files):
         (source / f"{i}{file.suffix}").symlink_to(file.resolve())
     command = [sys.executable, "-m", "data_prep.pack", str(source), str(out / "shards")]
-    command += [
-        "--workers",
-        str(args.processes),
-        "--short-side",
-        str(args.short_side),
-        "--fps",
-        str(args.fps),
-    ]
-    command += ["--keyframe-every", str(args.keyframe_every), "--crf", str(args.crf), "--preset", args.preset]
+    command += ["--workers", str(args.processes)]
+    for name in ("short_side", "fps", "keyframe_every", "crf", "preset"):
+        command += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
-def by_ffmpeg(files: list[Path], out: Path, args: argparse.Namespace) -> None:
+def encode_with_ffmpeg(files: list[Path], out: Path, args: argparse.Namespace) -> None:
     """Re-encodes each file into a file of its own."""
     import imageio_ffmpeg
 
     n = args.short_side
-    every = str(args.keyframe_every)
     scale = f"scale=w='if(gt(iw,ih),-2,min({n},iw))':h='if(gt(iw,ih),min({n},ih),-2)':flags=bicubic"
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-threads", "1", "-filter_threads", "1", "-i"]
-    coding = [
-        "-an",
-        "-vf",
-        f"fps={args.fps},{scale}",
-        "-pix_fmt",
-        "yuv420p",
-        "-c:v",
-        "libx264",
-        "-threads",
-        "1",
-    ]
-    coding += ["-crf", str(args.crf), "-preset", args.preset, "-bf", "0", "-g", every, "-keyint_min", every]
-    coding += ["-sc_threshold", "0", "-x264-params", "mbtree=0", "-movflags", "faststart"]
+    encoding = ["-an", "-vf", f"fps={args.fps},{scale}", "-pix_fmt", "yuv420p", "-c:v", "libx264"]
+    for name, value in x264_options(args.crf, args.preset, args.keyframe_every).items():
+        encoding += [f"-{name}", value]
+    encoding += ["-movflags", "faststart"]
 
     def encode(job: tuple[int, Path]) -> None:
-        subprocess.run([*command, str(job[1]), *coding, str(out / f"{job[0]}.mp4")], check=True)
+        subprocess.run([*command, str(job[1]), *encoding, str(out / f"{job[0]}.mp4")], check=True)
 
     with ThreadPoolExecutor(args.processes) as pool:
         list(pool.map(encode, enumerate(files)))
@@ -103,7 +87,7 @@ def main(argv: list[str]) -> None:
         "ffmpeg, start": [0.0, 0.0],
     }
     for _ in range(args.rounds):
-        for name, work in (("pack", by_pack), ("ffmpeg", by_ffmpeg)):
+        for name, work in (("pack", encode_with_pack), ("ffmpeg", encode_with_ffmpeg)):
             for label, some in ((name, files), (f"{name}, start", files[: args.processes])):
                 with tempfile.TemporaryDirectory() as folder:
                     spent = measure(lambda w=work, s=some, f=folder: w(s, Path(f), args))  # type: ignore[misc]

@@ -240,7 +240,7 @@ def _check_header(file: Path, columns: list[str], required: Sequence[str]) -> No
             raise UserError(f"{file}:1: two columns {name!r}; expected each name once")
 
 
-def read_json(file: Path) -> Any:
+def read_json_file(file: Path) -> Any:
     """Returns the value of a JSON file."""
     try:
         return json.loads("\n".join(text_lines(file)))
@@ -254,7 +254,7 @@ def json_objects(file: Path, required: Sequence[str]) -> Iterator[tuple[str, dic
     LINE is where the object starts.
     """
     expected = f"with {', '.join(required)}"
-    if not isinstance(read_json(file), list):  # raises UserError if the file is not JSON
+    if not isinstance(read_json_file(file), list):  # raises UserError if the file is not JSON
         raise UserError(f"{file}:1: expected a list of objects {expected}")
     text = "\n".join(text_lines(file))
     decode = json.JSONDecoder().raw_decode

@@ -14,7 +14,7 @@ from data_prep.sources.common import (
     ListingBuilder,
     SourceListing,
     json_objects,
-    read_json,
+    read_json_file,
     require_annotations,
     split_from_name,
 )
@@ -32,16 +32,18 @@ def read_diving48(root: Path, annotations: Sequence[Path]) -> SourceListing:
         if "vocab" in file.stem:
             vocabulary = [
                 " ".join(map(str, attributes)) if isinstance(attributes, list) else str(attributes)
-                for attributes in read_json(file)
+                for attributes in read_json_file(file)
             ]
-    files, listing = FileFinder(root), ListingBuilder()
+    files = FileFinder(root)
+    listing = ListingBuilder()
     classes = len(vocabulary) if vocabulary else CLASSES
     for file in annotations:
         if "vocab" in file.stem:
             continue
         split = split_from_name(file)
         for where, entry in json_objects(file, ["vid_name", "label"]):
-            name, label = str(entry["vid_name"]), entry["label"]
+            name = str(entry["vid_name"])
+            label = entry["label"]
             if not isinstance(label, int) or not 0 <= label < classes:
                 raise UserError(f"{where}: label {label!r}: expected a number from 0 to {classes - 1}")
             labels = {"label": vocabulary[label] if vocabulary else str(label)}

@@ -34,7 +34,8 @@ def read_epic_kitchens(root: Path, annotations: Sequence[Path]) -> SourceListing
         label_set: _class_keys([file for file in annotations if f"{label_set}_classes" in file.stem])
         for label_set in CLASS_COLUMNS
     }
-    files, listing = FileFinder(root), ListingBuilder()
+    files = FileFinder(root)
+    listing = ListingBuilder()
     known: set[tuple] = set()
     second_narrations = 0
     for file in annotations:

@@ -20,7 +20,8 @@ from vidssl.core.errors import UserError
 def read_hmdb51(root: Path, annotations: Sequence[Path]) -> SourceListing:
     """Group: the film or video from which the clip was taken, which is the file name up to the class."""
     require_annotations(annotations, "hmdb51", "all CLASS_test_split1.txt, or all of another split")
-    files, listing = FileFinder(root), ListingBuilder()
+    files = FileFinder(root)
+    listing = ListingBuilder()
     split_numbers = set()
     unused = 0
     for file in annotations:

@@ -27,7 +27,8 @@ def read_imagenet(root: Path, annotations: Sequence[Path]) -> SourceListing:
             "--source imagenet: expected both ILSVRC2012_validation_ground_truth.txt and meta.mat, or none"
         )
     val_labels = _val_labels(ground_truth[0], metas[0]) if ground_truth else {}
-    files, listing = FileFinder(root, IMAGE_EXTENSIONS), ListingBuilder()
+    files = FileFinder(root, IMAGE_EXTENSIONS)
+    listing = ListingBuilder()
     for name in sorted(files.paths):
         match = re.fullmatch(rf"({SYNSET})_\d+|ILSVRC2012_(val|test)_\d{{8}}(?:_({SYNSET}))?", name)
         path = files.find(name) if match else None

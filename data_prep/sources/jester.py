@@ -25,7 +25,8 @@ def read_jester(root: Path, annotations: Sequence[Path]) -> SourceListing:
     require_annotations(annotations, "jester", names)
     label_files = [file for file in annotations if file.stem.endswith("labels")]
     classes = {line.strip() for file in label_files for line in text_lines(file) if line.strip()}
-    files, listing = FileFinder(root), ListingBuilder()
+    files = FileFinder(root)
+    listing = ListingBuilder()
     for file in annotations:
         if file in label_files:
             continue

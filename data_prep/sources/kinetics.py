@@ -26,7 +26,8 @@ from vidssl.core.errors import UserError
 def read_kinetics(root: Path, annotations: Sequence[Path]) -> SourceListing:
     """Group: the YouTube video. The split is that of the row, or of the file's name without such a column."""
     require_annotations(annotations, "kinetics", "train.csv, val.csv or validate.csv, test.csv")
-    files, listing = FileFinder(root), ListingBuilder()
+    files = FileFinder(root)
+    listing = ListingBuilder()
     for file in annotations:
         for where, row in csv_rows(file, ["youtube_id", "time_start", "time_end"]):
             split = SPLITS.get(row["split"]) if "split" in row else split_from_name(file)

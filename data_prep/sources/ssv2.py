@@ -13,7 +13,7 @@ from data_prep.sources.common import (
     ListingBuilder,
     SourceListing,
     json_objects,
-    read_json,
+    read_json_file,
     require_annotations,
     split_from_name,
 )
@@ -26,16 +26,18 @@ def read_ssv2(root: Path, annotations: Sequence[Path]) -> SourceListing:
     classes: dict | None = None
     for file in annotations:
         if file.stem.endswith("labels"):
-            classes = read_json(file)
+            classes = read_json_file(file)
             if not isinstance(classes, dict) or not classes:
                 raise UserError(f"{file}:1: expected an object, class -> number")
-    files, listing = FileFinder(root), ListingBuilder()
+    files = FileFinder(root)
+    listing = ListingBuilder()
     for file in annotations:
         if file.stem.endswith("labels"):
             continue
         split = split_from_name(file)
         for where, entry in json_objects(file, ["id"] if split == "test" else ["id", "template"]):
-            name, labels = str(entry["id"]), {}
+            name = str(entry["id"])
+            labels = {}
             if "template" in entry:
                 label = str(entry["template"]).replace("[", "").replace("]", "")
                 if classes is not None and label not in classes:

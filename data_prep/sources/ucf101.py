@@ -28,7 +28,8 @@ def read_ucf101(root: Path, annotations: Sequence[Path]) -> SourceListing:
             f"--source ucf101: {len(class_files)} classInd.txt among the annotations; expected one"
         )
     classes = _read_classes(class_files[0])
-    files, listing = FileFinder(root), ListingBuilder()
+    files = FileFinder(root)
+    listing = ListingBuilder()
     for file in annotations:
         if file == class_files[0]:
             continue

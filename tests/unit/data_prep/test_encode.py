@@ -166,7 +166,8 @@ def test_even_size(shown, short, want):
 def test_colours_are_kept(tags):
     source = textured(4, size=(128, 128), **tags)
     [clip] = encode(source, crf=8)
-    want, got = PyAVVideo(source).get([3])[0], PyAVVideo(clip.data).get([3])[0]
+    want = PyAVVideo(source).get([3])[0]
+    got = PyAVVideo(clip.data).get([3])[0]
     assert psnr(got, want) > 36 and np.abs(got.mean((0, 1)) - want.mean((0, 1))).max() < 1.5
 
 
@@ -364,7 +365,8 @@ def test_bytes_with_three_workers_and_after_sigkill(packed, corpus, tmp_path):
 
 
 def test_pack_of_windows_and_its_report(tmp_path, make_video):
-    src, out = tmp_path / "src" / "x", tmp_path / "out"
+    src = tmp_path / "src" / "x"
+    out = tmp_path / "out"
     src.mkdir(parents=True)
     (src / "long.mp4").write_bytes(make_video(20))
     (src / "short.mp4").write_bytes(make_video(4))

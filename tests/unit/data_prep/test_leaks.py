@@ -190,14 +190,16 @@ def test_phash_is_a_dct_and_ignores_brightness():
 
 
 def test_table_finds_what_exhaustive_comparison_finds():
-    """Every hash that shares a quarter with the query and differs by at most MAX_HASH_DISTANCE bits, and no other."""
+    """Every hash that shares a quarter with the query and differs by at most MAX_HASH_DISTANCE bits, and no
+    other."""
     rng = np.random.default_rng(1)
     hashes = rng.integers(0, 2**63, 3000).astype(np.uint64)
     flips = [np.uint64(sum(1 << int(b) for b in rng.choice(64, k, replace=False))) for k in (1, 3, 6, 9, 12)]
     near = np.concatenate([hashes[:50] ^ f for f in flips])
-    digest, numbers = b"", np.arange(len(near) + 3000, dtype=np.int32)
+    digest = b""
+    steps = np.arange(len(near) + 3000, dtype=np.int32)
     table = HashTable(
-        [Fingerprint(digest, hashes, numbers[:3000]), None, Fingerprint(digest, near, numbers[3000:])]
+        [Fingerprint(digest, hashes, steps[:3000]), None, Fingerprint(digest, near, steps[3000:])]
     )
     for query in hashes[:50]:
         d = hamming_distance(table.hashes, np.full(len(table.hashes), query))

@@ -12,7 +12,8 @@ from vidssl.core.errors import UserError
 
 @pytest.fixture
 def make(tmp_path):
-    """make(kind, {file: text}, *names) writes annotation files, and files of one byte into videos/, and reads them."""
+    """make(kind, {file: text}, *names) writes annotation files, and files of one byte into videos/, and reads
+    them."""
 
     def write(kind: str, annotations: dict[str, str], *names: str):
         for name in names:

@@ -67,7 +67,8 @@ def test_masks_are_disjoint_and_cover_what_differs_from_the_background(scenes):
 
 
 def test_position_size_and_angle_match_the_pixels(scenes):
-    """For the nearest object, if it is not wrapped: centroid; area over size squared; direction of a triangle."""
+    """For the nearest object, if it is not wrapped: centroid; area over size squared; direction of a
+    triangle."""
     shape, made = scenes
     areas, directions = [], []
     y, x = np.mgrid[0:SIDE, 0:SIDE]
@@ -75,7 +76,9 @@ def test_position_size_and_angle_match_the_pixels(scenes):
         assert RADIUS[0] - 1e-4 < truth["size"].min() and truth["size"].max() < RADIUS[1] + 1e-4
         front = int(np.flatnonzero(truth["depth"] == 0)[0])
         for t in range(FRAMES):
-            at, size, mask = truth["position"][t, front], truth["size"][t, front], masks[t, front]
+            at = truth["position"][t, front]
+            size = truth["size"][t, front]
+            mask = masks[t, front]
             if (at - 1.1 * size < 0).any() or (at + 1.1 * size > SIDE - 1).any():
                 continue  # wrapped
             assert np.hypot(x[mask].mean() - at[0], y[mask].mean() - at[1]) < 0.7
@@ -107,7 +110,8 @@ def test_motions_match_their_names():
         assert [a.shape for a in track] == [(FRAMES, 6, 2), (FRAMES, 6), (FRAMES, 6)]
         step = (np.diff(track.position, axis=0) + SIDE / 2) % SIDE - SIDE / 2  # [T-1, n, 2]
         rotation = (np.diff(track.angle, axis=0) + np.pi) % (2 * np.pi) - np.pi
-        moves, spins = np.hypot(*np.moveaxis(step, 2, 0)) > 0.9, abs(rotation) > 0.1
+        moves = np.hypot(*np.moveaxis(step, 2, 0)) > 0.9
+        spins = abs(rotation) > 0.1
         halves = np.arange(FRAMES - 1)[:, None] < FRAMES // 2
         if motion in ("right", "left", "up", "down"):
             axis, sign = {"right": (0, 1), "left": (0, -1), "up": (1, -1), "down": (1, 1)}[motion]
@@ -128,8 +132,8 @@ def test_motions_match_their_names():
 
 
 def uniform_quantities(drawn: list[Track], t: int) -> list[np.ndarray]:
-    """Quantities of frame t that should be uniform in 0..1: x, y, size, angle; the sum of every two of them; and
-    the difference of two objects of a frame in each."""
+    """Quantities of frame t that should be uniform in 0..1: x, y, size, angle; the sum of every two of them;
+    and the difference of two objects of a frame in each."""
     at = np.stack([d.position[t] for d in drawn]) / SIDE  # [calls, objects, 2]
     size = np.log(np.stack([d.size[t] for d in drawn]) / RADIUS[0]) / np.log(RADIUS[1] / RADIUS[0])
     single = [at[..., 0], at[..., 1], size, np.stack([d.angle[t] for d in drawn]) / (2 * np.pi)]
@@ -138,12 +142,14 @@ def uniform_quantities(drawn: list[Track], t: int) -> list[np.ndarray]:
 
 
 def distances(make=make_tracks, source=np.random.Generator) -> dict[int, float]:
-    """Frame -> the largest scaled Kolmogorov-Smirnov distance of a quantity in one motion class from the other nine."""
+    """Frame -> the largest scaled Kolmogorov-Smirnov distance of a quantity in one motion class from the
+    other nine."""
     drawn = [
         [make(m, OBJECTS, source(np.random.PCG64((k, i)))) for i in range(CALLS)]
         for k, m in enumerate(MOTIONS)
     ]
-    points, worst = np.linspace(0, 1, 101), {}
+    points = np.linspace(0, 1, 101)
+    worst = {}
     for t in (0, 11, 23):
         found = []
         for of_class in zip(*(uniform_quantities(d, t) for d in drawn), strict=True):
@@ -159,7 +165,8 @@ def test_single_frames_do_not_reveal_the_motion():
 
 
 class BiasedGenerator(np.random.Generator):
-    """Draws from the lower part of every interval: all classes start with equal, but not uniform distributions."""
+    """Draws from the lower part of every interval: all classes start with equal, but not uniform
+    distributions."""
 
     def uniform(self, low=0.0, high=1.0, size=None):
         return super().uniform(low, low + 0.7 * (high - low), size)
@@ -201,7 +208,8 @@ def test_same_seed_same_bytes(tmp_path):
 
 
 def test_file_contains_the_rendered_frames(synthetic_corpus):
-    """Sample 13 of the train split, whichever process rendered it; H.264 with subsampled colours is close, not equal."""
+    """Sample 13 of the train split, whichever process rendered it; H.264 with subsampled colours is close,
+    not equal."""
     with open(synthetic_corpus / "labels.csv", newline="") as f:
         row = list(csv.DictReader(f))[13]
     frames, truth = render(row["label_motion"], row["label_appearance"], np.random.default_rng((0, 0, 13)))
