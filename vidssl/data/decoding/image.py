@@ -28,7 +28,9 @@ class ImageVideo(Video):
                     levels = np.asarray(image).astype(np.int64) >> 8
                     image = Image.fromarray(levels.clip(0, 255).astype(np.uint8))
                 self._pixels = np.asarray(image.convert("RGB"))
-        except Image.UnidentifiedImageError as e:  # its message has the address of `data`, which differs in each run
+        except (
+            Image.UnidentifiedImageError
+        ) as e:  # its message has the address of `data`, which differs in each run
             raise DecodeError("not_an_image", "no known image format") from e
         except ERRORS as e:
             raise DecodeError("decode_error", str(e)) from e
