@@ -76,7 +76,7 @@ def files(cache: Path, ext: str) -> list[Path]:
 
 
 @pytest.mark.parametrize("ranges", [True, False])
-def test_a_url_is_read_like_a_folder_and_each_file_fetched_once(made, tmp_path, ranges):
+def test_url_equals_folder_and_files_are_fetched_once(made, tmp_path, ranges):
     here = Shards([str(made)])
     with serving(made.parent, ranges) as server:
         for _ in range(2):  # the second has all but the index in the cache
@@ -91,18 +91,18 @@ def test_a_url_is_read_like_a_folder_and_each_file_fetched_once(made, tmp_path, 
     )
 
 
-def test_a_file_address_is_a_folder(made):
+def test_file_address(made):
     there = Shards([made.as_uri()])
     assert there.hash == Shards([str(made)]).hash and there.cache is None
     assert len(there.read(there.sample(2, 3))) == PAYLOAD
 
 
-def test_a_signed_address_keeps_its_signature():
+def test_signed_address():
     assert join("https://host/a%20b/?sig=x%2F1", "p 1.tar") == "https://host/a%20b/p%201.tar?sig=x%2F1"
     assert join("s3://bucket/set/", "p 1.tar") == "s3://bucket/set/p 1.tar"
 
 
-def test_any_fsspec_address(made, tmp_path):
+def test_other_fsspec_address(made, tmp_path):
     import fsspec
 
     fsspec.filesystem("memory").put(str(made), "/set", recursive=True)
@@ -134,7 +134,7 @@ def test_any_fsspec_address(made, tmp_path):
     ids=lambda x: str(x),
 )
 @pytest.mark.parametrize("ranges", [True, False])
-def test_faults_that_pass(made, tmp_path, faults, requests, ranges):
+def test_temporary_faults(made, tmp_path, faults, requests, ranges):
     with serving(made.parent, ranges) as server:
         shards = open_remote(server, tmp_path)
         server.faults["part 1.tar"] = list(faults)
@@ -194,7 +194,7 @@ def test_requests_shrink_after_failures_and_grow_again(server, tmp_path, monkeyp
         ("short", 2, r"has \d+ bytes, the index says \d+; fetched twice"),
     ],
 )
-def test_faults_that_stay(server, tmp_path, fault, requests, says):
+def test_permanent_faults(server, tmp_path, fault, requests, says):
     shards = open_remote(server, tmp_path)
     server.faults["part 2.tar"] = [fault] * 99
     with pytest.raises(
@@ -207,7 +207,7 @@ def test_faults_that_stay(server, tmp_path, fault, requests, says):
 
 
 @pytest.mark.parametrize("fault", ["stall 10", "slow 1"])
-def test_a_silent_or_trickling_server_is_given_up(server, tmp_path, monkeypatch, fault):
+def test_silent_or_slow_server(server, tmp_path, monkeypatch, fault):
     monkeypatch.setattr(remote, "REQUEST_TIMEOUT_S", 0.1)
     shards = open_remote(server, tmp_path)
     server.faults["part 0.tar"] = [fault] * 99
@@ -217,7 +217,7 @@ def test_a_silent_or_trickling_server_is_given_up(server, tmp_path, monkeypatch,
     assert time.monotonic() - since < 6
 
 
-def test_a_dead_server_is_a_clear_error(tmp_path):
+def test_dead_server(tmp_path):
     with socket.socket() as nobody:  # bound, but it does not listen: refused
         nobody.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{nobody.getsockname()[1]}/set?secret"
@@ -228,7 +228,7 @@ def test_a_dead_server_is_a_clear_error(tmp_path):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
-def test_a_full_disk_is_said():
+def test_full_disk():
     with (
         open("/dev/full", "wb", buffering=0) as full,
         pytest.raises(UserError, match=r"No space.*lower data\.cache_gb"),
@@ -236,7 +236,7 @@ def test_a_full_disk_is_said():
         remote._write(full, b"x")
 
 
-def test_wrong_addresses_and_places(server, tmp_path):
+def test_wrong_addresses_and_cache_folders(server, tmp_path):
     with pytest.raises(UserError, match=r"none/index\.json: not found.*address of a packed data set\?"):
         Shards([server.url("none")], str(tmp_path))
     (tmp_path / "file").touch()
@@ -251,7 +251,7 @@ def test_wrong_addresses_and_places(server, tmp_path):
 # --- shards that are skipped ---
 
 
-def test_a_shard_that_is_missing_is_skipped_if_asked(make_image, tmp_path):
+def test_on_missing_skip(make_image, tmp_path):
     folder, lost = tmp_path / "set", "part 1.tar"
     folder.mkdir()
     for s in range(3):
@@ -285,7 +285,7 @@ def read_all(shards: Shards, gate, put) -> None:
     put.put([len(shards.read(shards.sample(s, 0))) for s in range(2)])
 
 
-def test_processes_that_want_a_shard_at_once_fetch_it_once(server, tmp_path):
+def test_concurrent_processes_fetch_a_shard_once(server, tmp_path):
     shards = open_remote(server, tmp_path)
     for s in range(2):
         server.faults[f"part {s}.tar"] = ["slow 10000"]  # a fifth of a second
@@ -299,7 +299,7 @@ def test_processes_that_want_a_shard_at_once_fetch_it_once(server, tmp_path):
     assert server.times_asked(".tar") == server.times_asked(".jsonl") == 2
 
 
-def test_a_kill_in_the_middle_leaves_a_usable_cache(server, tmp_path, made, monkeypatch):
+def test_kill_during_a_transfer(server, tmp_path, made, monkeypatch):
     monkeypatch.setattr(remote, "MAX_BLOCK_BYTES", 10_000)
     monkeypatch.setattr(remote, "MIN_BLOCK_BYTES", 10_000)
     shards = open_remote(server, tmp_path)
@@ -321,7 +321,7 @@ def test_a_kill_in_the_middle_leaves_a_usable_cache(server, tmp_path, made, monk
     assert len(files(tmp_path, ".tar")) == 1 and not files(tmp_path, ".part")
 
 
-def test_a_damaged_beginning_is_fetched_again(server, tmp_path):
+def test_damaged_partial_file_is_fetched_again(server, tmp_path):
     shards = open_remote(server, tmp_path)
     part = tmp_path / f"{shards.table.sha256[0].decode()}.{shards.sizes[0]}.part"
     part.write_bytes(b"x" * 1000)  # as after a power cut
@@ -336,7 +336,7 @@ def read_some(shards: Shards, seed: int) -> None:
         assert len(shards.read(shards.sample(s, 1))) == PAYLOAD
 
 
-def test_the_bound_holds(server, tmp_path):
+def test_cache_size_limit(server, tmp_path):
     limit = int(3.1 * SHARD)  # three shards and their lines
     shards = open_remote(server, tmp_path, cache_gb=limit / 1e9)
     children = [FORK.Process(target=read_some, args=(shards, seed)) for seed in range(3)]
@@ -359,11 +359,11 @@ def test_the_bound_holds(server, tmp_path):
 
 
 def fetch(shards: Shards, shard: int) -> None:
-    with suppress(ShardError, UserError), shards._tar(shard):
+    with suppress(ShardError, UserError), shards._open_tar(shard):
         pass
 
 
-def test_what_was_read_longest_ago_goes_first_and_nothing_in_use(server, tmp_path):
+def test_least_recently_used_unlocked_files_are_removed_first(server, tmp_path):
     shards = open_remote(server, tmp_path, cache_gb=3.5 * SHARD / 1e9)
 
     def there() -> set[int]:
@@ -373,7 +373,7 @@ def test_what_was_read_longest_ago_goes_first_and_nothing_in_use(server, tmp_pat
         fetch(shards, s)
     fetch(shards, 3)
     assert there() == {0, 2, 3}
-    with shards._tar(2) as file:  # in use
+    with shards._open_tar(2) as file:  # in use
         fetch(shards, 0), fetch(shards, 3)
         fetch(shards, 4)
         assert there() == {2, 3, 4} and len(file.read()) == shards.sizes[2]
@@ -381,9 +381,9 @@ def test_what_was_read_longest_ago_goes_first_and_nothing_in_use(server, tmp_pat
     assert there() == {3, 4, 5}
 
 
-def test_a_child_forked_meanwhile_holds_nothing(server, tmp_path):
+def test_forked_child_holds_no_lock(server, tmp_path):
     shards = open_remote(server, tmp_path)
-    with shards._tar(0):
+    with shards._open_tar(0):
         child = FORK.Process(target=time.sleep, args=(60,))
         child.start()
     try:
@@ -394,11 +394,11 @@ def test_a_child_forked_meanwhile_holds_nothing(server, tmp_path):
         child.join()
 
 
-def test_room_is_waited_for(server, tmp_path):
+def test_fetch_waits_for_room(server, tmp_path):
     """Two shards, room for one: the second is fetched when the first is free."""
     shards = open_remote(server, tmp_path, cache_gb=1.5 * SHARD / 1e9)
     done = threading.Thread(target=fetch, args=(shards, 1))
-    with shards._tar(0):
+    with shards._open_tar(0):
         done.start()
         done.join(0.3)
         assert done.is_alive()

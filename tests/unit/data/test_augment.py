@@ -62,7 +62,7 @@ EACH = [{k: v} for k, v in ALL.items()] + [
 
 @pytest.mark.parametrize("changes", EACH, ids=str)
 @pytest.mark.parametrize("kind", [RandomCrop, MultiScaleCrop])
-def test_one_drawing_for_all_frames_from_the_generator_alone(kind, changes):
+def test_augmentation_is_equal_in_all_frames_and_a_function_of_the_generator(kind, changes):
     augment, seen = kind(32, **changes), []
     noisy = (
         changes.get("random_erasing") and changes.get("random_erasing_mode", "pixel") == "pixel"
@@ -84,7 +84,7 @@ def test_one_drawing_for_all_frames_from_the_generator_alone(kind, changes):
 
 
 @pytest.mark.parametrize("changes", EACH, ids=str)
-def test_what_is_drawn_before_is_not_moved_by_what_is_switched_on(changes):
+def test_options_do_not_change_crop_and_flip(changes):
     """The box and the coin of a position are those of a run without the option, and content draws nothing."""
     used, fresh = rng(5), rng(5)
     plain = RandomCrop(32, flip=0.5)
@@ -98,7 +98,7 @@ def test_what_is_drawn_before_is_not_moved_by_what_is_switched_on(changes):
     assert a.bit_generator.state == b.bit_generator.state
 
 
-def test_flip_comes_before_the_rest_and_is_a_mirror():
+def test_flip_mirrors_the_frames():
     assert whole(flip=1.0)(photo(), rng()).equal(planes(photo()).flip(-1))
     assert whole()(photo(), rng()).equal(planes(photo()))
 
@@ -112,7 +112,7 @@ def test_flip_comes_before_the_rest_and_is_a_mirror():
         ({"hue": 0.3}, TF.adjust_hue, 0.0),
     ],
 )
-def test_colour_draws_a_factor_from_its_range(amounts, adjust, neutral):
+def test_color_jitter_factors_fill_their_range(amounts, adjust, neutral):
     """Each clip is the frame at some factor of the range, and the factors fill it."""
     (amount,), frame = amounts.values(), planes(photo(1))[:, 0]
     grid = np.linspace(neutral - amount, neutral + amount, 81)
@@ -127,7 +127,7 @@ def test_colour_draws_a_factor_from_its_range(amounts, adjust, neutral):
     assert abs(np.mean(found) - neutral) < 0.25 * amount
 
 
-def test_colour_chance_grey_and_random_order():
+def test_color_jitter_probabilities():
     jittered = [whole(color_jitter=ColorJitter(0.9, p=0.3))(photo(1), rng(s)) for s in range(200)]
     assert 0.2 < np.mean([not clip.equal(planes(photo(1))) for clip in jittered]) < 0.4
     greys = [whole(color_jitter=ColorJitter(grayscale_p=0.4))(photo(1), rng(s)) for s in range(200)]
@@ -139,7 +139,7 @@ def test_colour_chance_grey_and_random_order():
     assert whole(color_jitter=ColorJitter())(photo(), rng()).equal(planes(photo()))
 
 
-def test_randaugment_is_timms():
+def test_randaugment_applies_timms_operations():
     """Every clip is a chain of timm's operations; about as many as chance 0.5 of four stay as they were."""
     frame = Image.fromarray(photo(1)[0])
     clips = [
@@ -166,7 +166,7 @@ def test_randaugment_is_timms():
     assert got <= wanted and len(got) >= 18  # 300 draws of some 24 outcomes
 
 
-def test_randaugment_moves_grey_in_and_rejects_other_names():
+def test_randaugment_fill_and_names():
     clips = [whole(randaugment=NAME)(np.zeros((2, SIZE, SIZE, 3), np.uint8), rng(s)) for s in range(40)]
     assert any((clip == 128).all(0).any() for clip in clips)
     for name in ("m7-n4", "rand-m7-x4", "augmix-m5", "rand-m7.5", ""):
@@ -183,7 +183,7 @@ def box_of(changed: torch.Tensor) -> tuple[int, int, int, int]:
 
 
 @pytest.mark.parametrize("mode", ["const", "rand", "pixel"])
-def test_erased_is_one_box_of_the_promised_size_in_all_frames(mode):
+def test_erased_box(mode):
     black, boxes = np.zeros((4, SIZE, SIZE, 3), np.uint8), []
     mean, std = 255 * np.array([0.485, 0.456, 0.406]), 255 * np.array([0.229, 0.224, 0.225])
     values = []
@@ -213,7 +213,7 @@ def test_erased_is_one_box_of_the_promised_size_in_all_frames(mode):
         )  # a little less than 1: cut off at 0 and 255
 
 
-def test_erasing_happens_as_often_as_asked_and_spares_the_rest():
+def test_erasing_probability():
     clips = [whole(random_erasing=0.25, random_erasing_mode="const")(photo(2), rng(s)) for s in range(400)]
     changed = [(clip != planes(photo(2))).any(0).any(0) for clip in clips]
     assert 0.18 < np.mean([bool(c.any()) for c in changed]) < 0.32
@@ -221,7 +221,7 @@ def test_erasing_happens_as_often_as_asked_and_spares_the_rest():
     assert max(shares) < 0.345
 
 
-def test_the_options_read_from_a_configuration():
+def test_options_in_a_configuration():
     files = [
         "augment.kind=random_crop",
         "augment.size=32",

@@ -57,7 +57,7 @@ def train(synthetic_shards) -> Path:
 # --- augment ---
 
 
-def test_random_crop_is_a_box_in_the_frame_the_same_for_all_frames():
+def test_random_crop_takes_one_box_for_all_frames():
     frames, boxes = coordinates(), []
     for seed in range(200):
         clip = RandomCrop(32, scale=(0.2, 0.9), ratio=(0.5, 2.0))(frames, rng(seed))
@@ -78,7 +78,7 @@ def test_random_crop_is_a_box_in_the_frame_the_same_for_all_frames():
     assert abs(np.corrcoef(places)[0, 1]) < 0.25
 
 
-def test_random_crop_flips_as_often_as_asked():
+def test_random_crop_flip_probability():
     frames = coordinates(2)
     crops = {p: RandomCrop(32, flip=p) for p in (0.0, 0.5, 1.0)}
     flipped = {
@@ -99,7 +99,7 @@ def test_random_crop_is_a_function_of_the_generator():
     assert used.uniform() == fresh.uniform()  # what is drawn does not depend on the frames
 
 
-def test_random_crop_of_a_frame_too_long_for_its_ratios_takes_the_middle():
+def test_random_crop_falls_back_to_the_centre():
     frames = coordinates()[:, :30]  # 30 x 200 pixels; 90 % of that at a ratio of 1.35 at most does not fit
     left, top, width, height = box(RandomCrop(32, scale=(0.9, 1.0))(frames, rng()))
     assert abs(width - 40) < 1.5 and abs(height - 30) < 1.5 and abs(left - 80) < 1.5 and abs(top) < 1.5
@@ -108,7 +108,7 @@ def test_random_crop_of_a_frame_too_long_for_its_ratios_takes_the_middle():
     assert abs(width - 30) < 1.5 and abs(height - 40) < 1.5 and abs(left) < 1.5 and abs(top - 40) < 1.5
 
 
-def test_multi_scale_crop_takes_neighbouring_scales_of_the_short_side():
+def test_multi_scale_crop_box_sizes():
     assert MultiScaleCrop(224).box_sizes(240) == [  # 240, 210, 180 and 158.4 pixels
         *((240, 240), (240, 210), (210, 240), (210, 210), (210, 180)),
         *((180, 210), (180, 180), (180, 158), (158, 180), (158, 158)),
@@ -127,7 +127,7 @@ def test_multi_scale_crop_takes_neighbouring_scales_of_the_short_side():
 @pytest.mark.parametrize(
     "height, width, across, down", [(120, 200, 35, 15), (200, 120, 15, 35), (121, 83, 5, 15)]
 )
-def test_multi_scale_crop_stands_at_thirteen_places(height, width, across, down):
+def test_multi_scale_crop_places(height, width, across, down):
     """across, down: a quarter of the room that a box of 60 pixels has, rounded down."""
     frames, crop, seen = (
         coordinates(5, height, width),
@@ -146,7 +146,7 @@ def test_multi_scale_crop_stands_at_thirteen_places(height, width, across, down)
     assert sum((n - 600 / 13) ** 2 / (600 / 13) for n in counts) < 33  # chi-square, 12 degrees: p = 0.001
 
 
-def test_multi_scale_crop_draws_all_pairs_equally():
+def test_multi_scale_crop_draws_box_sizes_equally():
     frames, crop = coordinates(1), MultiScaleCrop(32)
     sides = np.array([box(crop(frames, rng(seed)))[:1:-1] for seed in range(600)])  # height, width
     pairs = np.array(crop.box_sizes(HEIGHT))
@@ -157,7 +157,7 @@ def test_multi_scale_crop_draws_all_pairs_equally():
     assert ((counts - 60) ** 2 / 60).sum() < 27.9  # chi-square, 9 degrees: p = 0.001
 
 
-def test_multi_scale_crop_flips_only_if_asked_and_is_a_function_of_the_generator():
+def test_multi_scale_crop_flip_and_generator():
     frames = coordinates(2)
     assert not any(box(MultiScaleCrop(32)(frames, rng(s)))[2] < 0 for s in range(50))
     plain, mirrored = MultiScaleCrop(32)(frames, rng(4)), MultiScaleCrop(32, flip=1.0)(frames, rng(4))
@@ -188,7 +188,7 @@ def test_scale():
 # --- an item is a function of seed and position ---
 
 
-def test_the_same_item_before_and_after_others(train):
+def test_examples_do_not_depend_on_access_order(train):
     clips = make_clips(train)
     wanted = [0, 17, 59, 60, 1000]  # four epochs and more
     first = [clips[g] for g in wanted]
@@ -207,7 +207,7 @@ def test_the_same_item_before_and_after_others(train):
         assert item.video.shape == (3, 4, 32, 32) and item.video.dtype == torch.uint8
 
 
-def test_another_seed_cuts_otherwise(train):
+def test_seeds_give_different_crops(train):
     one, other = make_clips(train, seed=3), make_clips(train, seed=4)
     meet = [
         g for g in range(600) if one.order.locate(g) == other.order.locate(g)
@@ -215,7 +215,7 @@ def test_another_seed_cuts_otherwise(train):
     assert len(meet) > 3 and not any(one[g].video.equal(other[g].video) for g in meet)
 
 
-def test_a_sample_seen_again_is_cut_anew(train):
+def test_crops_differ_between_epochs(train):
     clips = make_clips(train)
     of_key: dict[str, list[Example]] = {}
     for g in range(180):
@@ -224,7 +224,7 @@ def test_a_sample_seen_again_is_cut_anew(train):
     assert not any(a.video.equal(b.video) for a, b, _ in of_key.values())
 
 
-def test_the_rule_for_frames_reaches_the_clips(train, monkeypatch):
+def test_sampling_rule_of_clips(train, monkeypatch):
     picked = []
     pick = FrameCache.read_clip
 
@@ -246,7 +246,7 @@ def fetch(clips: TrainClips, g: int) -> Example:
     return clips[g]
 
 
-def test_the_same_item_in_a_new_process(train):
+def test_examples_in_a_spawned_process(train):
     """Started afresh (spawn), as loader workers are on some systems: everything is pickled."""
     clips = make_clips(train, cache=1 << 20)
     here = [clips[g] for g in (5, 70)]
@@ -258,7 +258,7 @@ def test_the_same_item_in_a_new_process(train):
 @pytest.mark.parametrize(
     "settings", [{}, {"stride": None, "fps": 5.0}, {"stride": 3, "short_side": 24}], ids=str
 )
-def test_the_cache_changes_speed_only(train, settings, monkeypatch):
+def test_cache_does_not_change_examples(train, settings, monkeypatch):
     plain, all_kept = make_clips(train, **settings), make_clips(train, cache=1 << 30, **settings)
     few_kept = make_clips(train, cache=100_000, **settings)
     for g in range(70):
@@ -276,7 +276,7 @@ def make_clips_from(clips: TrainClips) -> TrainClips:
     return other
 
 
-def test_the_cache_changes_nothing_for_a_video_that_decodes_in_part(train, tmp_path):
+def test_cache_with_a_partly_damaged_video(train, tmp_path):
     """One video ends before its meta says: clips from its beginning are served, the others replaced, cached or not."""
     folder = shutil.copytree(train, tmp_path / "part")
     file = folder / "shard-000002.jsonl"
@@ -293,7 +293,7 @@ def test_the_cache_changes_nothing_for_a_video_that_decodes_in_part(train, tmp_p
 
 
 @pytest.mark.parametrize("cache", [0, 1 << 30])
-def test_the_same_batches_with_any_number_of_workers_and_processes(train, cache):
+def test_batches_do_not_depend_on_workers_and_processes(train, cache):
     def run(workers: int, rank: int = 0, world: int = 1, start: int = 0) -> list:
         return list(train_batches(make_clips(train, cache=cache), start, 9, 8, rank, world, workers))
 
@@ -318,7 +318,7 @@ def test_the_same_batches_with_any_number_of_workers_and_processes(train, cache)
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_repeated_clips_share_a_decoding_and_are_functions_of_their_position(train, world, monkeypatch):
+def test_repeated_clips_share_one_decoding(train, world, monkeypatch):
     clips, repeat = make_clips(train, repeat=3), 3
     opened: list[bytes] = []
     real = open_video
@@ -344,7 +344,7 @@ def test_repeated_clips_share_a_decoding_and_are_functions_of_their_position(tra
     assert sorted({k for b in batches for k in b.key}) == sorted(set(shown))  # the first of the order
 
 
-def test_clips_of_a_video_are_replaced_together(train, tmp_path):
+def test_repeated_clips_are_replaced_together(train, tmp_path):
     clips = make_clips(
         copy_with_damage(train, tmp_path / "bad", {make_clips(train).order.locate(1): 0.0}), repeat=2
     )
@@ -354,7 +354,7 @@ def test_clips_of_a_video_are_replaced_together(train, tmp_path):
     ].key
 
 
-def test_an_undecodable_sample_is_replaced_and_told(train, tmp_path):
+def test_undecodable_sample_is_replaced_and_reported(train, tmp_path):
     folder = copy_with_damage(train, tmp_path / "damaged", {(1, 3): 0.0})
     clips, sound = make_clips(folder), make_clips(train)
     key, replaced = clips.shards.sample(1, 3).key, {}
@@ -374,7 +374,7 @@ def test_an_undecodable_sample_is_replaced_and_told(train, tmp_path):
     assert [b for batch in batches for b in batch.failures] == [(key, "not_a_video")] * 2
 
 
-def test_a_run_with_too_many_bad_samples_is_stopped(train, tmp_path):
+def test_run_stops_at_too_many_failures(train, tmp_path):
     shards = Shards([str(train)])
     places = [(s, i) for s, n in enumerate(shards.counts) for i in range(n)][:12]
     folder = copy_with_damage(train, tmp_path / "damaged", dict.fromkeys(places, 0.0))
@@ -389,7 +389,7 @@ def test_a_run_with_too_many_bad_samples_is_stopped(train, tmp_path):
     assert seen == 24  # the 25th batch of eight completes the 200
 
 
-def test_a_run_in_which_nothing_decodes_is_stopped_at_once(train, tmp_path):
+def test_run_stops_at_once_if_nothing_decodes(train, tmp_path):
     shards = Shards([str(train)])
     places = [(s, i) for s, n in enumerate(shards.counts) for i in range(n)]
     folder = copy_with_damage(train, tmp_path / "damaged", dict.fromkeys(places, 0.0))
@@ -414,7 +414,7 @@ def test_decode_error_rate_is_limited():
         DecodeErrorMonitor(1.0).add(1, [failure] * 20, exhausted=True)
 
 
-def test_data_wants_stride_or_fps():
+def test_config_requires_stride_or_fps():
     for wrong in ({}, {"stride": 2, "fps": 4.0}):
         with pytest.raises(UserError, match=r"either stride .* or fps"):
             DataConfig(["x"], 4, **wrong)
@@ -423,7 +423,7 @@ def test_data_wants_stride_or_fps():
 # --- images ---
 
 
-def test_a_picture_is_a_clip_of_one_frame_repeated(make_image, tmp_path):
+def test_image_is_a_clip_of_one_repeated_frame(make_image, tmp_path):
     for name in ("cat", "dog"):
         (tmp_path / "src" / name).mkdir(parents=True)
         for i in range(3):
@@ -443,18 +443,18 @@ def test_a_picture_is_a_clip_of_one_frame_repeated(make_image, tmp_path):
 # --- shards ---
 
 
-def test_shards_one_after_the_other(synthetic_shards):
+def test_several_data_sets_are_concatenated(synthetic_shards):
     folders = [str(synthetic_shards / split) for split in ("train", "test")]
     one, both = Shards(folders[:1]), Shards(folders)
     assert one.n == 60 and both.n == 90 and len(both.all()) == 90 and one.hash != both.hash
     assert [s._replace(shard=0) for s in both.all()[:60]] == [s._replace(shard=0) for s in one.all()]
     sample = both.all()[75]
-    assert both.sample(sample.shard, both._lines(sample.shard).index(sample)) == sample
+    assert both.sample(sample.shard, both._shard_records(sample.shard).index(sample)) == sample
     assert len(both.read(sample)) == sample.size and both.read(sample)[4:8] == b"ftyp"
     assert both.classes["motion"][sample.meta["labels"]["motion"]] == sample.meta["class"]
 
 
-def test_shards_say_what_is_wrong(synthetic_shards, train, tmp_path):
+def test_errors_of_opening_shards(synthetic_shards, train, tmp_path):
     with pytest.raises(UserError, match="name at least one packed folder"):
         Shards([])
     with pytest.raises(UserError, match=r"no index\.json.*did you mean one of \['test', 'train'\] in it\?"):
@@ -473,7 +473,7 @@ def test_shards_say_what_is_wrong(synthetic_shards, train, tmp_path):
         Shards([str(other)])
 
 
-def test_a_shard_whose_lines_are_not_those_of_the_index(train, tmp_path):
+def test_records_that_differ_from_the_index(train, tmp_path):
     folder = shutil.copytree(train, tmp_path / "short")
     shards, file = Shards([str(folder)]), sorted(folder.glob("shard-*.jsonl"))[2]
     lines = file.read_text().splitlines(keepends=True)
@@ -525,7 +525,7 @@ def test_decoders_agree_to_within_two_grey_levels(decoder, proven):
         assert abs(got.video.float() - auto.video.float()).mean() < 2
 
 
-def test_which_decoder_serves():
+def test_select_decoder():
     counted, stamped = {"frames": 9, "decoder": "pyav", "times": None}, {}
     proven = {"frames": 9, "decoder": "pyav", "decord": True}
     only = {**proven, "decoder": "decord"}
@@ -541,7 +541,7 @@ def test_which_decoder_serves():
         assert select_decoder(".PNG", proven, decoder) == "image"
 
 
-def test_what_decord_cannot_serve_pyav_does(proven, monkeypatch):
+def test_pyav_decodes_what_decord_cannot(proven, monkeypatch):
     want = make_clips(proven, decoder="pyav")[3]
     opened = []
 

@@ -36,7 +36,7 @@ def test_lanes_are_equal_to_within_one():
         assert sizes.max() - sizes.min() <= 1
 
 
-def test_epochs_and_seeds_differ_and_calls_do_not():
+def test_order_is_a_function_of_seed_and_epoch():
     def epoch(seed, e):
         order = Order([20] * 5, seed, lanes=4)
         return [order.locate(e * 100 + p) for p in range(100)]
@@ -46,7 +46,7 @@ def test_epochs_and_seeds_differ_and_calls_do_not():
     assert epoch(0, 0) != epoch(1, 0)
 
 
-def test_positions_do_not_depend_on_who_asks_or_when():
+def test_order_does_not_depend_on_access_order():
     backwards, forwards = Order([13, 4, 9], 3, 4, 5), Order([13, 4, 9], 3, 4, 5)
     asked = [forwards.locate(g) for g in range(100)]
     assert [backwards.locate(g) for g in reversed(range(100))] == asked[::-1]
@@ -119,7 +119,7 @@ def deviation(shown: np.ndarray, weights: list[float]) -> float:
 
 @pytest.mark.parametrize("weights", WEIGHTS, ids=str)
 @pytest.mark.parametrize("lanes", [1, 8, 64])
-def test_every_prefix_holds_the_shares(weights, lanes):
+def test_every_prefix_of_a_mixture_holds_the_shares(weights, lanes):
     assert deviation(interleave(weights), weights) < 1
     shown = corpora(mixture(weights, lanes), range(lanes * 110 if lanes > 1 else 500))
     assert deviation(shown, weights) < max(1, lanes / 2)
@@ -206,7 +206,7 @@ def test_simulation_of_many_processes():
             assert sorted(parts) == want[step]
 
 
-def test_neighbours_in_a_batch_come_from_as_far_apart_as_in_a_perfect_shuffle():
+def test_batches_are_as_mixed_as_a_perfect_shuffle():
     order = Order([1000] * 500, 0, lanes=64, window=4000)
     found = neighbours(order, batch=64, steps=300)
     assert abs(found["batch, distance"] - 1 / 3) < 0.01  # of all shards; 1/3 in a perfect shuffle
@@ -214,7 +214,7 @@ def test_neighbours_in_a_batch_come_from_as_far_apart_as_in_a_perfect_shuffle():
     assert 0.1 < found["lane, same shard"] < 0.35  # within a lane: of the four or five shards of a window
 
 
-def test_many_lanes_take_little_memory():
+def test_memory_of_many_lanes():
     before = resident_mb()
     order = Order(np.full(100_000, 1000), 0, lanes=1024)
     for g in range(1024 * 3):
@@ -222,7 +222,7 @@ def test_many_lanes_take_little_memory():
     assert resident_mb() - before < 60
 
 
-def test_batch_and_lanes_of_a_further_stream():
+def test_batch_and_lanes_of_an_extra_stream():
     with pytest.raises(UserError, match=r"data\.extra_streams\[0\]\.clips 4 is not"):
         check_split(4, 8, 1, "data.extra_streams[0].clips")
     with pytest.raises(UserError, match=r"run\.batch 0 is not"):

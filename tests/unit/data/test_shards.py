@@ -21,7 +21,7 @@ from vidssl.data.augment import RandomCrop
 from vidssl.data.dataset import DataConfig, TrainClips
 from vidssl.data.format import parse_index, read_index, shard_table
 from vidssl.data.order import Order
-from vidssl.data.shards import IndexLines, Shards
+from vidssl.data.shards import ShardRecords, Shards
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ DAMAGES = {
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda d: d.__name__)
 @pytest.mark.parametrize("read_before", [False, True])
-def test_a_shard_that_is_missing_or_changed(pictures, damage, read_before):
+def test_missing_or_changed_shard(pictures, damage, read_before):
     reason, says = DAMAGES[damage]
     strict, lenient = Shards([str(pictures)]), Shards([str(pictures)], on_missing="skip")
     if read_before and "tar" in says and damage is not missing:  # it is open when it changes
@@ -97,7 +97,7 @@ def test_a_shard_that_is_missing_or_changed(pictures, damage, read_before):
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda d: d.__name__)
-def test_a_skipped_shard_is_bad_samples_under_max_bad(pictures, damage):
+def test_samples_of_a_skipped_shard_count_as_failures(pictures, damage):
     damage(pictures)
     shards = Shards([str(pictures)], on_missing="skip")
 
@@ -117,12 +117,12 @@ def test_a_skipped_shard_is_bad_samples_under_max_bad(pictures, damage):
         list(train_batches(clips(0.2), 0, 60, 4, 0, 1, 0))
 
 
-def test_a_line_that_is_none_and_an_offset_beyond_the_end(tmp_path):
+def test_damaged_record_and_offset_beyond_the_end(tmp_path):
     good = line(0, 0)
-    lines = IndexLines((good + "{}\n" + "no\n" + good).encode(), 7, "x.jsonl")
+    lines = ShardRecords((good + "{}\n" + "no\n" + good).encode(), 7, "x.jsonl")
     assert len(lines) == 4 and lines[0] == lines[-1] and lines[0].shard == 7
     for i in (1, 2):  # only the line that is asked for is parsed
-        with pytest.raises(shards_module.ShardError, match=rf"x\.jsonl: line {i + 1} is not of a sample"):
+        with pytest.raises(shards_module.ShardError, match=rf"x\.jsonl: line {i + 1} is not a sample"):
             lines[i]
     with pytest.raises(IndexError):
         lines[4]
@@ -138,7 +138,7 @@ def test_a_line_that_is_none_and_an_offset_beyond_the_end(tmp_path):
 # --- the index ---
 
 
-def test_an_index_that_is_wrong(tmp_path):
+def test_damaged_index(tmp_path):
     folder = make_manifest(tmp_path / "m", 2, 3)
     index = read_index(folder)
     for change, says in (
@@ -163,7 +163,7 @@ def test_an_index_that_is_wrong(tmp_path):
         Shards([str(folder), str(folder) + "/"])
 
 
-def test_counts_and_places_of_several_sets(tmp_path):
+def test_counts_and_paths_of_several_data_sets(tmp_path):
     a, b = make_manifest(tmp_path / "a", 3, 4), make_manifest(tmp_path / "b", 2, 5, range(2))
     shards = pickle.loads(pickle.dumps(Shards([str(a), str(b)])))
     assert shards.counts.tolist() == [4, 4, 4, 5, 5] and shards.n == 22
@@ -173,19 +173,21 @@ def test_counts_and_places_of_several_sets(tmp_path):
     assert shards.sample(4, 3).key == "video-000001-000003" and shards.sample(4, 3).shard == 4
 
 
-def test_kept_lines_are_bounded(tmp_path, monkeypatch):
+def test_cached_records_are_bounded(tmp_path, monkeypatch):
     shards = Shards([str(make_manifest(tmp_path / "m", 30, 10, range(30)))])
-    one = shards._lines(0).nbytes
-    monkeypatch.setattr(shards_module, "LINES_BYTES", 5 * one)
+    one = shards._shard_records(0).nbytes
+    monkeypatch.setattr(shards_module, "MAX_RECORDS_BYTES", 5 * one)
     read = []
-    monkeypatch.setattr(Shards, "_read_lines", lambda s, i, do=Shards._read_lines: read.append(i) or do(s, i))
+    monkeypatch.setattr(
+        Shards, "_read_records", lambda s, i, do=Shards._read_records: read.append(i) or do(s, i)
+    )
     for i in [*range(1, 30), 29, 28, 25, 3]:
         assert shards.sample(i, 9).key == f"video-{i:06d}-000009"
-        assert shards._kept_bytes == sum(x.nbytes for x in shards._kept.values()) <= 5 * one
-    assert read == [*range(1, 30), 3] and list(shards._kept) == [27, 29, 28, 25, 3]
+        assert shards._records_bytes == sum(x.nbytes for x in shards._records.values()) <= 5 * one
+    assert read == [*range(1, 30), 3] and list(shards._records) == [27, 29, 28, 25, 3]
 
 
-def test_ten_to_the_eight_samples_are_light(tmp_path):
+def test_memory_of_ten_to_the_eight_samples(tmp_path):
     """Measured: opened in 0.4 CPU seconds; resident memory grows by at most 117 MB while the index is parsed, of which
     36 MB stay, and by 67 MB for the lines kept, of 182 shards of 1,000 samples (0.5 ms to read those of a shard again,
     0.01 ms a sample)."""
@@ -207,7 +209,7 @@ def test_ten_to_the_eight_samples_are_light(tmp_path):
 # --- shards of others ---
 
 
-def test_scan_leaves_out_names_that_are_not_utf8(make_image, tmp_path, capsys):
+def test_scan_skips_names_that_are_not_utf8(make_image, tmp_path, capsys):
     data = make_image("png")
     names = [b"a.png", b"caf\xe9.png", "é\u2028.png".encode(), b"caf\xe9.json", b"b\xff/c.png", b"z.png"]
     write_tar(tmp_path / "x.tar", {name: b"{}" if name.endswith(b"json") else data for name in names})

@@ -92,7 +92,7 @@ def test_streams_do_not_depend_on_workers_and_processes(corpora, workers, isolat
             assert torch.cat([h.video for h in halves])[order].equal(batch.video)
 
 
-def test_equal_streams_are_drawn_independently(corpora):
+def test_equal_streams_are_shuffled_independently(corpora):
     further = (ExtraStream(corpora[:1], frames=4, clips=8, stride=2),)
     data = DataConfig(corpora[:1], frames=4, stride=2, extra_streams=further)
     first, second = next(train_steps(streams_of(data), 0, 1, data.clips(16)))
@@ -106,7 +106,7 @@ class Sections:
     data: DataConfig
 
 
-def test_the_configuration_of_streams_is_strict(corpora):
+def test_configuration_of_streams(corpora):
     def load(*settings: str) -> DataConfig:
         base = ["data.train=x", "data.frames=4", "data.stride=2"]
         return load_config([*base, *settings], Sections).data
@@ -146,7 +146,7 @@ def batch_of(n: int, frames: int, first: int) -> Batch:
 
 
 @pytest.mark.parametrize("parts", [1, 2])
-def test_gradients_are_the_weighted_sum_over_the_streams(parts):
+def test_gradients_are_weighted_over_streams(parts):
     accelerator, objective = Accelerator(cpu=True), tiny().build_objective()
     batches = [batch_of(6, 8, 0), batch_of(2, 4, STREAM_STRIDE)]
     told = forward_backward(accelerator, objective, batches, seed=0, step=3, parts=parts)
@@ -180,7 +180,7 @@ def test_masks_are_drawn_on_the_grid_of_each_stream(kind):
         assert objective(video, KeyedRNG(0, 0, batch.position))["loss"].isfinite()
 
 
-def test_a_stream_that_the_mask_or_the_model_cannot_take_is_found_before_training():
+def test_unsuitable_streams_are_refused_before_training():
     image = "[{train: x, frames: 1, stride: 1, clips: 8}]"
     with pytest.raises(UserError, match="clip frames 1 is not a multiple"):
         tiny(image, "model.image_tokenizer=false").build_objective()
@@ -210,7 +210,7 @@ def run(corpora: list[str], out: Path, processes: int) -> list[dict]:
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
-def test_videos_of_two_lengths_and_images_train_together_on_any_number_of_processes(corpora, tmp_path):
+def test_training_on_several_streams_with_one_and_two_processes(corpora, tmp_path):
     one, two = (run(corpora, tmp_path / str(n), n) for n in (1, 2))
     assert [r["samples_hash"] for r in one] == [r["samples_hash"] for r in two] and len(
         {r["samples_hash"] for r in one}
