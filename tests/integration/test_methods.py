@@ -93,15 +93,15 @@ def test_golden_losses(method):
 
 
 @pytest.mark.parametrize("method", PUBLISHED)
-def test_the_files_that_a_header_names_make_the_whole_recipe(method):
+def test_header_names_the_whole_recipe(method):
+    """A method's file, with the model and the data file that its header names, is a whole configuration."""
     path = ROOT / f"configs/method/{method}.yaml"
     header = path.read_text().split("method:\n")[0]
-    named = re.findall(r"\b(?:model|data)/\w+\.yaml", header)
-    assert sorted(name.split("/")[0] for name in named) == ["data", "model"]
-    given = ["method.target.path=x"] if method == "vjepa2_1_distilled" else []
-    cfg = load_config(
-        [str(path), *(str(ROOT / "configs" / name) for name in named), *RUN, *given], TrainConfig
-    )
+    named = re.findall(r"\bmodel\.kind=\w+|\b(?:model|data)/\w+\.yaml", header)
+    assert sorted(re.split(r"[./]", name)[0] for name in named) == ["data", "model"]
+    given = [name if "=" in name else str(ROOT / "configs" / name) for name in named]
+    given += ["method.target.path=x"] if method == "vjepa2_1_distilled" else []
+    cfg = load_config([str(path), *RUN, *given], TrainConfig)
     size = cfg.augment.arguments["size"]
     with torch.device("meta"):  # sizes only
         encoder = cfg.model.build(frames=cfg.data.frames, height=size, width=size)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Training on nodes of a SLURM cluster, from the repository's folder, which like data and run.out all nodes must see:
-#   sbatch tools/launch/slurm.sh configs/method/vjepa.yaml configs/model/vit_large.yaml configs/data/vjepa_16x4.yaml \
+#   sbatch tools/launch/slurm.sh configs/method/vjepa.yaml model.kind=vit_large configs/data/vjepa_16x4.yaml \
 #     data.train=/data/k400/train run.out=/runs/vjepa_l run.steps=90000 run.batch=3072 run.lanes=16 efficiency.precision=bf16
 # Two minutes before the time is up, or the job is preempted, the processes get SIGTERM, save after their step and end
 # with status 75; the job is then queued again, and the same command goes on. A step must be shorter than that.
