@@ -28,7 +28,7 @@ def main(argv: list[str]) -> None:
     cfg = load_config(argv, DenseConfig)
     task = cfg.task.build()
     open_with_seed = partial(
-        open_encoder, cfg.encoder, file=cfg.encoder_file, frames=task.frames, size=task.size, alone=1
+        open_encoder, cfg.encoder, file=cfg.encoder_file, frames=task.frames, size=task.size, default_frames=1
     )
     loaded = open_with_seed(None)
     splits = read_sequences(cfg.data, task.label)

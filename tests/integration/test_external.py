@@ -240,7 +240,7 @@ def test_untrained_is_the_same_every_time_and_another(kind, weights, folder):
         ("timm:test_vit", {"random_init": 0}, "data.frames"),
         ("hf:no/such/folder", {"frames": 2}, "no/such/folder"),
         ("hf:videomae", {"frames": 8}, "clips of 4 frames, not data.frames=8"),
-        ("hf:vjepa2", {"frames": 3}, "not a multiple of the 2"),
+        ("hf:vjepa2", {"frames": 3}, "not a multiple of the tubelet of 2"),
         ("hf:videomae", {"size": 32}, "encoder=hf:"),
         ("hf:vit_mae", {"frames": 1}, "no square of patches"),
         ("hf:vit", {"frames": 1, "file": "x.pth"}, "encoder_file is for encoder=timm:NAME"),

@@ -29,7 +29,7 @@ from vidssl.model.vit import Encoder
 from vidssl.objective.objective import ERRORS, Objective
 from vidssl.objective.targets import Pixels, level_norm
 from vidssl.pretrained import public
-from vidssl.pretrained.export_hf import ratio, save_hf
+from vidssl.pretrained.export_hf import floor_safe_ratio, save_hf
 from vidssl.pretrained.files import save_native
 from vidssl.pretrained.infer_config import Checkpoint
 from vidssl.pretrained.load import inflate_to_video, load_encoder, read_checkpoint_file
@@ -306,7 +306,11 @@ def test_hidden_widths_that_transformers_rounds_down():
     assert any(int(1408 * (n / 1408)) != n for n in range(1408, 8000))
     for dim in (100, 384, 1280, 1408, 1664):
         for hidden in range(dim, 5 * dim, 7):
-            assert int(dim * ratio(hidden / dim, dim)) == hidden == round(dim * ratio(hidden / dim, dim))
+            assert (
+                int(dim * floor_safe_ratio(hidden / dim, dim))
+                == hidden
+                == round(dim * floor_safe_ratio(hidden / dim, dim))
+            )
 
 
 @pytest.mark.parametrize(
@@ -320,7 +324,7 @@ def test_hidden_widths_that_transformers_rounds_down():
         (lambda: own("sincos_flat", class_token=True), "class token"),
         (lambda: own("rope", mlp="swiglu", predictor=ROPE), "SwiGLU"),
         (lambda: own("sincos_flat", width=32), "24 x 32 px"),
-        (lambda: own("rope"), "holds none"),
+        (lambda: own("rope"), "this checkpoint has none"),
         (lambda: own("rope", predictor={**ROPE, "out": 96}), "this one gives 96"),
         (lambda: own("rope", predictor={"positions": "sincos_uniform"}), "positions rope"),
         (lambda: own("sincos_flat", predictor={**FLAT, "embed_bias": True}), "embed_bias False"),

@@ -1,4 +1,4 @@
-"""Errors that are the user's to mend: one line, no traceback, exit status 2."""
+"""Errors that the user can fix: one line, no traceback, exit status 2."""
 
 import sys
 from collections.abc import Callable
@@ -9,11 +9,11 @@ EXIT_REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: schedulers start the same comman
 
 
 class UserError(Exception):
-    """Says what is wrong, where, and what would be right, in one line."""
+    """An error in the input. Its message names what is wrong, where, and the correction, in one line."""
 
 
 class DecodeError(Exception):
-    """A file cannot be decoded. `reason` is a short stable word that is counted and logged."""
+    """A file cannot be decoded. `reason` is one of a few fixed words, which are counted and logged."""
 
     def __init__(self, reason: str, detail: str = ""):
         super().__init__(f"{reason}: {detail}" if detail else reason)

@@ -1,4 +1,5 @@
-"""Files that a kill leaves old or new, never half-written; and folders that can be written."""
+"""Atomic writes (a killed process leaves the old or the new file, never half of one), hashes, and checks of
+folders."""
 
 import contextlib
 import hashlib
@@ -11,30 +12,31 @@ from vidssl.core.errors import UserError
 
 
 def atomic_write(path: Path, write: Callable[[Path], Any]) -> None:
-    """write(temporary path), sync it to the disk, rename it to `path`; what cannot be written leaves nothing behind."""
-    beside = path.with_name(path.name + ".tmp")
+    """Calls write(temporary path), syncs the file to the disk and renames it to `path`; an OSError leaves no
+    temporary file."""
+    temporary = path.with_name(path.name + ".tmp")
     try:
-        write(beside)
-        fsync_path(beside)
-        os.replace(beside, path)
+        write(temporary)
+        fsync_path(temporary)
+        os.replace(temporary, path)
     except OSError:
         with contextlib.suppress(OSError):
-            beside.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
         raise
     fsync_path(path.parent)
 
 
 def fsync_path(path: Path) -> None:
-    """What is in a file, or which files are in a folder, is on the disk."""
-    number = os.open(path, os.O_RDONLY)
+    """Forces the content of a file, or the entries of a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(number)
+        os.fsync(descriptor)
     finally:
-        os.close(number)
+        os.close(descriptor)
 
 
 def stream_sha256(file: BinaryIO) -> str:
-    """Of the whole file, whose beginning is what is read next."""
+    """SHA-256 of a whole file as hex; the file is then at its beginning."""
     file.seek(0)
     digest = hashlib.sha256()
     while block := file.read(1 << 20):
@@ -49,12 +51,13 @@ def file_sha256(path: Path) -> str:
 
 
 def check_writable(out: Path) -> None:
-    """A folder that files can be written into, or can become one; asked before any work is done."""
-    at = next(p for p in (out.absolute(), *out.absolute().parents) if os.path.lexists(p))
-    if not os.path.isdir(at):
-        raise UserError(f"{out}: {at} is not a folder; choose another place")
-    if not os.access(at, os.W_OK | os.X_OK):
-        raise UserError(f"{out}: {at} cannot be written to; choose another place")
+    """Raises UserError unless files can be written to the folder, or it can be created; called before any
+    work."""
+    existing = next(p for p in (out.absolute(), *out.absolute().parents) if os.path.lexists(p))
+    if not os.path.isdir(existing):
+        raise UserError(f"{out}: {existing} is not a folder; choose another place")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"{out}: {existing} cannot be written to; choose another place")
 
 
 def make_folder(folder: Path) -> None:
@@ -66,7 +69,7 @@ def make_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def os_errors_as_user_errors(out: Path) -> Iterator[None]:
-    """What cannot be written in here is a UserError that says so."""
+    """Converts an OSError raised in this block to a UserError."""
     try:
         yield
     except OSError as e:

@@ -1,25 +1,24 @@
-"""Pixel statistics: the per-channel mean and deviation that clips are normalised with."""
+"""Pixel statistics: the per-channel mean and deviation with which clips are normalised."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-MEAN, STD = (
-    (0.485, 0.456, 0.406),
-    (0.229, 0.224, 0.225),
-)  # ImageNet's; a clip is normalised with these on the device
+MEAN = (0.485, 0.456, 0.406)  # ImageNet's, of pixels in [0, 1]
+STD = (0.229, 0.224, 0.225)
 
 
 def channel_statistics(
     video: Tensor, pixels: Sequence[Sequence[float]] = (MEAN, STD)
 ) -> tuple[Tensor, Tensor]:
-    """Mean and deviation, each f32 [3, 1, 1, 1], where the video is."""
-    mean, std = (torch.tensor(v, device=video.device).view(3, 1, 1, 1) for v in pixels)
+    """Mean and deviation, each f32 [3, 1, 1, 1], on the device of the video. pixels: (mean, std)."""
+    mean, std = (torch.tensor(values, device=video.device).view(3, 1, 1, 1) for values in pixels)
     return mean, std
 
 
 def normalise(video: Tensor, pixels: Sequence[Sequence[float]] = (MEAN, STD)) -> Tensor:
-    """u8 [B, 3, T, H, W] -> f32, with the mean and deviation of each colour taken out."""
+    """Maps u8 [B, 3, T, H, W] to f32, every channel minus its mean and divided by its deviation. pixels:
+    (mean, std)."""
     mean, std = channel_statistics(video, pixels)
     return (video.float() / 255 - mean) / std

@@ -1,13 +1,14 @@
-"""Scores of a feature matrix's spectrum: RankMe and alpha-ReQ."""
+"""Scores of the spectrum of a feature matrix: RankMe and alpha-ReQ."""
 
 import torch
 from torch import Tensor
 
-MAX_TOKENS = 4096  # at most, of which the singular values are
+MAX_TOKENS = 4096  # rows of which the singular values are computed, at most
 
 
 def singular_values(x: Tensor) -> Tensor:
-    """[..., D] -> f32 [min(n, D)], of at most TOKENS rows, evenly taken; nan where they cannot be found."""
+    """f32 [min(n, D)], descending, of at most MAX_TOKENS evenly spaced rows of x [..., D]; nan if x is not
+    finite."""
     rows = x.flatten(0, -2)
     rows = rows[:: -(-len(rows) // MAX_TOKENS)]
     if not rows.isfinite().all():
@@ -16,15 +17,19 @@ def singular_values(x: Tensor) -> Tensor:
 
 
 def rankme(values: Tensor) -> float:
-    """RankMe of singular values."""
+    """RankMe (Garrido et al. 2023, arXiv 2210.02885) of singular values: exp of the entropy of their
+    shares."""
     p = values / values.sum().clamp_min(1e-12) + 1e-7
     return float(torch.exp(-(p * p.log()).sum()))
 
 
 def alpha_req(values: Tensor) -> float:
-    """alpha-ReQ of singular values: minus the slope of log eigenvalue over log index."""
-    first, last = min(10, len(values) // 4), max(len(values) // 2, 3)
-    index = torch.arange(first + 1, last + 1, device=values.device).float().log()
-    height = 2 * values[first:last].clamp_min(1e-12).log()
-    index, height = index - index.mean(), height - height.mean()
-    return float(-(index * height).sum() / index.square().sum().clamp_min(1e-12))
+    """alpha-ReQ (Agrawal et al. 2022) of singular values: minus the slope of log eigenvalue over log
+    index."""
+    first = min(10, len(values) // 4)
+    last = max(len(values) // 2, 3)
+    log_index = torch.arange(first + 1, last + 1, device=values.device).float().log()
+    log_eigenvalue = 2 * values[first:last].clamp_min(1e-12).log()
+    log_index = log_index - log_index.mean()
+    log_eigenvalue = log_eigenvalue - log_eigenvalue.mean()
+    return float(-(log_index * log_eigenvalue).sum() / log_index.square().sum().clamp_min(1e-12))

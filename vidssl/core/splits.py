@@ -7,7 +7,8 @@ from typing import Any
 
 
 def shuffle_key(seed: int, name: str) -> bytes:
-    """SHA-256 of "SEED NAME": sorting names by it is a shuffle that depends on the seed and the names alone."""
+    """SHA-256 of "SEED NAME": sorting names by it is a shuffle that depends on the seed and the names
+    alone."""
     return hashlib.sha256(f"{seed} {name}".encode()).digest()
 
 

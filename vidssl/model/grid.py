@@ -1,4 +1,5 @@
-"""The token grid of a clip, the mask over it, and the two operations between them: patchify and gather_tokens."""
+"""The token grid of a clip, the mask over it, and the two operations between them: patchify and
+gather_tokens."""
 
 from typing import NamedTuple
 

@@ -12,11 +12,12 @@ HEAD_EPS = 1e-5  # of the attentive head's LayerNorms
 
 
 class CrossAttention(nn.Module):
-    """Attention of one query [B, 1, D] to tokens [B, N, D]. Returns [B, 1, D]. No output projection: the reference has
-    one that is never applied.
+    """Attention of one query [B, 1, D] to tokens [B, N, D]. Returns [B, 1, D]. No output projection: the
+    reference has one that is never applied.
 
-    With a single query, q . (K x + b) = (K' q) . x + q . b and sum a (V x + b) = V (sum a x) + b, so keys and values of
-    the tokens are never formed: 2 * heads * N * D multiplications instead of 2 * N * D^2, the same function.
+    With a single query, q . (K x + b) = (K' q) . x + q . b and sum a (V x + b) = V (sum a x) + b, so keys and
+    values of the tokens are never formed: 2 * heads * N * D multiplications instead of 2 * N * D^2, the same
+    function.
     """
 
     def __init__(self, dim: int, heads: int):
@@ -39,9 +40,9 @@ class CrossAttention(nn.Module):
 class AttentiveHead(nn.Module):
     """Maps tokens [B, N, D] to logits [B, classes] by one learned query that cross-attends to all tokens.
 
-    depth 1 is V-JEPA's: norm on keys and values only, residual to the query, MLP of width 4D, then a linear layer.
-    With depth d, d - 1 self-attention blocks over all tokens come first (V-JEPA 2: depth 4).
-    Source: V-JEPA and V-JEPA 2, src/models/attentive_pooler.py; checked against outputs and loss of both.
+    depth 1 is V-JEPA's: norm on keys and values only, residual to the query, MLP of width 4D, then a linear
+    layer. With depth d, d - 1 self-attention blocks over all tokens come first (V-JEPA 2: depth 4). Source:
+    V-JEPA and V-JEPA 2, src/models/attentive_pooler.py; checked against outputs and loss of both.
     """
 
     def __init__(self, dim: int, heads: int, classes: int, depth: int = 1):
@@ -103,9 +104,9 @@ DEPTH_UPSAMPLING = 4  # factor between the token grid and the predicted depth ma
 
 
 class DepthHead(nn.Module):
-    """Maps tokens f32 [B, h, w, D] to depth f32 [B, 4 h, 4 w] by a linear layer on bilinearly upsampled tokens, whose
-    outputs, clipped at 0 and normalised by their sum, weight depth bins spaced evenly up to `max_depth` (AdaBins,
-    arXiv 2011.14141)."""
+    """Maps tokens f32 [B, h, w, D] to depth f32 [B, 4 h, 4 w] by a linear layer on bilinearly upsampled
+    tokens, whose outputs, clipped at 0 and normalised by their sum, weight depth bins spaced evenly up to
+    `max_depth` (AdaBins, arXiv 2011.14141)."""
 
     bins: Tensor
 

@@ -1,4 +1,5 @@
-"""Position encodings: tables added to the tokens, fixed or learned, and rotary embeddings of queries and keys."""
+"""Position encodings: tables added to the tokens, fixed or learned, and rotary embeddings of queries and
+keys."""
 
 from collections.abc import Callable
 from typing import Literal
@@ -54,8 +55,8 @@ def sincos_3d(grid: Grid, dim: int, uniform: bool) -> Tensor:
 def sincos_2d(grid: Grid, dim: int) -> Tensor:
     """Fixed positions f32 [N, dim] of an image, [w | h] along dim, each axis [sines | cosines].
 
-    Source: MAE, util/pos_embed.py, and I-JEPA, whose variable names give the opposite order; checked against I-JEPA's
-    tables.
+    Source: MAE, util/pos_embed.py, and I-JEPA, whose variable names give the opposite order; checked against
+    I-JEPA's tables.
     """
     if grid.t > 1:
         raise UserError(
@@ -84,7 +85,8 @@ FIXED_TABLES: dict[str, Callable[[Grid, int], Tensor]] = {
 
 
 def resize_table(table: Tensor, old: Grid, new: Grid) -> Tensor:
-    """Interpolates a table f32 [N_old, dim] to [N_new, dim]: trilinear as in V-JEPA, bicubic for images as in I-JEPA."""
+    """Interpolates a table f32 [N_old, dim] to [N_new, dim]: trilinear as in V-JEPA, bicubic for images as in
+    I-JEPA."""
     volume = rearrange(table, "(t h w) d -> 1 d t h w", t=old.t, h=old.h)
     if old.t == new.t == 1:
         volume = F.interpolate(volume[:, :, 0], size=new[1:], mode="bicubic")[:, :, None]
@@ -98,13 +100,13 @@ def rotary_table(
 ) -> RotaryTable:
     """3-D rotary angles of every token as (cosines, sines), f32 [N, dim] each; dim is the width of a head.
 
-    Time, row and column rotate 2*(dim // 3 // 2) entries each, in pairs of neighbours; the other entries are left as
-    they are. The frequencies are 10000^(-k / half) for k = 0 .. half-1, half = dim // 3 // 2. `interleaved`: the two
-    entries of a pair share a frequency (V-JEPA 2.1). Otherwise the list of frequencies is repeated twice along the
-    axis, so that they differ: a slip in V-JEPA 2, kept there because its weights were trained with it. Weights load
-    and run without an error under the wrong layout.
-    native: rows and columns are stretched to run over 0 .. native-1 whatever the grid (V-JEPA 2.1).
-    Source: V-JEPA 2, src/models/utils/modules.py; V-JEPA 2.1, app/vjepa_2_1/models/utils/modules.py.
+    Time, row and column rotate 2*(dim // 3 // 2) entries each, in pairs of neighbours; the other entries are
+    left as they are. The frequencies are 10000^(-k / half) for k = 0 .. half-1, half = dim // 3 // 2.
+    `interleaved`: the two entries of a pair share a frequency (V-JEPA 2.1). Otherwise the list of frequencies
+    is repeated twice along the axis, so that they differ: a slip in V-JEPA 2, kept there because its weights
+    were trained with it. Weights load and run without an error under the wrong layout. native: rows and
+    columns are stretched to run over 0 .. native-1 whatever the grid (V-JEPA 2.1). Source: V-JEPA 2,
+    src/models/utils/modules.py; V-JEPA 2.1, app/vjepa_2_1/models/utils/modules.py.
     """
     half = dim // 3 // 2
     omega = 10000.0 ** -(torch.arange(half, device=device) / half)
@@ -118,8 +120,8 @@ def rotary_table(
 
 
 def apply_rope(x: Tensor, rope: RotaryTable) -> Tensor:
-    """x [B, heads, n, D / heads]. Returns the same shape, every pair of neighbouring entries rotated by its token's
-    angle."""
+    """x [B, heads, n, D / heads]. Returns the same shape, every pair of neighbouring entries rotated by its
+    token's angle."""
     cos, sin = rope
     even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
     return (x * cos + torch.stack((-odd, even), -1).flatten(-2) * sin).to(x.dtype)
@@ -161,8 +163,8 @@ class PositionEncoding(nn.Module):
         return table if ids is None else table[ids]
 
     def rope(self, grid: Grid, ids: Tensor | None, device: torch.device) -> RotaryTable | None:
-        """Returns cosines and sines, [B, 1, n, D / heads] for ids i64 [B, n] and [N, D / heads] without; None without
-        rotary positions."""
+        """Returns cosines and sines, [B, 1, n, D / heads] for ids i64 [B, n] and [N, D / heads] without; None
+        without rotary positions."""
         if self.kind not in ("rope", "rope_interleaved"):
             return None
         cos, sin = rotary_table(grid, self.head_dim, self.kind == "rope_interleaved", self.rope_grid, device)

@@ -1,4 +1,5 @@
-"""Queries and predictors: the vector at each target position, and the network that turns it into a prediction."""
+"""Queries and predictors: the vector at each target position, and the network that turns it into a
+prediction."""
 
 from typing import Literal, NamedTuple
 
@@ -23,7 +24,8 @@ from vidssl.model.vit import (
 
 
 class MaskToken(nn.Module):
-    """A learned query for every target position; `groups` of them, one for each mask kind (V-JEPA 2, VideoMAE 1)."""
+    """A learned query for every target position; `groups` of them, one for each mask kind (V-JEPA 2, VideoMAE
+    1)."""
 
     def __init__(self, width: int, groups: Count = 1, std: Amount = 0.02):
         """std: standard deviation at initialisation (VideoMAE 0.02; V-JEPA starts at zero)."""
@@ -69,9 +71,9 @@ class JointPredictor(nn.Module):
     ):
         """out: width K of the target. embed_bias: of the layer from encoder to predictor (VideoMAE has none).
 
-        class_token: the predictor's own (MAE-ST), or the encoder's, embedded (MAE). modality: an added vector tells
-        images from videos; context_head: a second head predicts at the context tokens too (both V-JEPA 2.1). For an
-        encoder with several levels the embedding is an MLP (V-JEPA 2.1).
+        class_token: the predictor's own (MAE-ST), or the encoder's, embedded (MAE). modality: an added vector
+        tells images from videos; context_head: a second head predicts at the context tokens too (both V-JEPA
+        2.1). For an encoder with several levels the embedding is an MLP (V-JEPA 2.1).
         """
         super().__init__()
         check_heads(width, heads)
@@ -99,7 +101,8 @@ class JointPredictor(nn.Module):
             self.blocks.rescale()
 
     def forward(self, z: Tensor, mask: Mask, query: Tensor, grid: Grid) -> Prediction:
-        """z [B, (1 +) Nc, D], query [width] or [B, M, Nt, width]. Target groups do not attend to each other."""
+        """z [B, (1 +) Nc, D], query [width] or [B, M, Nt, width]. Target groups do not attend to each
+        other."""
         if self.proj_context is None:
             return Prediction(self.proj(self.forward_tokens(z, mask, query, grid)), None)
         x = self.forward_tokens(z, mask, query, grid, include_context=True)
@@ -109,8 +112,8 @@ class JointPredictor(nn.Module):
     def forward_tokens(
         self, z: Tensor, mask: Mask, query: Tensor, grid: Grid, include_context: bool = False
     ) -> Tensor:
-        """Returns normed tokens [B, M, Nt, width]; with include_context [B, M, Nc + Nt, width], context first. Without,
-        context tokens serve as keys and values only in the last block."""
+        """Returns normed tokens [B, M, Nt, width]; with include_context [B, M, Nc + Nt, width], context
+        first. Without, context tokens serve as keys and values only in the last block."""
         groups, num_targets = mask.target.shape[1:]
         num_context = mask.context.shape[1]
         z = self.embed(z[:, int(self.drop_encoder_token) :])

@@ -22,7 +22,8 @@ LAYER_NORM_EPS = 1e-6  # as in both V-JEPA and VideoMAE (torch's default is 1e-5
 
 
 def draw_weight(weight: Tensor, init: Init, std: float) -> None:
-    """In place: truncated normal (V-JEPA: std 0.02, chosen for widths near 1,000) or Xavier uniform (VideoMAE)."""
+    """In place: truncated normal (V-JEPA: std 0.02, chosen for widths near 1,000) or Xavier uniform
+    (VideoMAE)."""
     if init == "trunc_normal":
         nn.init.trunc_normal_(weight, std=std)
     else:
@@ -39,8 +40,8 @@ def init_weights(module: nn.Module, init: Init, std: float = 0.02) -> None:
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention of x [B, n, D]. Returns [B, n, D], or with `num_outputs` only the last so many tokens,
-    which attend to all."""
+    """Multi-head self-attention of x [B, n, D]. Returns [B, n, D], or with `num_outputs` only the last so
+    many tokens, which attend to all."""
 
     def __init__(self, dim: int, heads: int):
         super().__init__()
@@ -86,13 +87,14 @@ class Block(nn.Module):
 
 
 def swiglu_dim(hidden_dim: int) -> int:
-    """Hidden width of a SwiGLU in place of an MLP of `hidden_dim`: 2/3 of it, rounded up to a multiple of 8 (V-JEPA 2's
-    `wide_silu`)."""
+    """Hidden width of a SwiGLU in place of an MLP of `hidden_dim`: 2/3 of it, rounded up to a multiple of 8
+    (V-JEPA 2's `wide_silu`)."""
     return -(-(2 * hidden_dim // 3) // 8) * 8
 
 
 class TransformerStack(nn.ModuleList):
-    """A stack of blocks. activation_checkpointing: activations are recomputed in the backward pass, not stored."""
+    """A stack of blocks. activation_checkpointing: activations are recomputed in the backward pass, not
+    stored."""
 
     activation_checkpointing = False
 
@@ -112,17 +114,19 @@ class TransformerStack(nn.ModuleList):
         return outputs
 
     def set_drop_path(self, rate: float) -> None:
-        """Stochastic depth (Huang et al. 2016, arXiv 1603.09382): in training a sample skips each half of a block with a
-        probability that rises linearly from 0 in the first block to `rate` in the last."""
+        """Stochastic depth (Huang et al. 2016, arXiv 1603.09382): in training a sample skips each half of a
+        block with a probability that rises linearly from 0 in the first block to `rate` in the last."""
         for i, block in enumerate(self):
             assert isinstance(block, Block)
             block.drop_path.drop_prob = rate * i / max(1, len(self) - 1)
 
     def rescale(self) -> None:
-        """Divides the two output weights of block i = 1, 2, ... by sqrt(2 i), so that the residual sum grows less.
+        """Divides the two output weights of block i = 1, 2, ... by sqrt(2 i), so that the residual sum grows
+        less.
 
-        Source: V-JEPA 2 (`_rescale_blocks`; of a SwiGLU it rescales the second input weight, not the output weight).
-        V-JEPA and I-JEPA call it too, but draw all weights again afterwards, so their published runs start without it.
+        Source: V-JEPA 2 (`_rescale_blocks`; of a SwiGLU it rescales the second input weight, not the output
+        weight). V-JEPA and I-JEPA call it too, but draw all weights again afterwards, so their published runs
+        start without it.
         """
         with torch.no_grad():
             for i, block in enumerate(self, 1):
@@ -154,8 +158,9 @@ def check_heads(dim: int, heads: int) -> None:
 class Encoder(nn.Module):
     """Maps video f32 [B, 3, T, H, W] and ids i64 [B, Nc] to features [B, Nc, D] (all N tokens without ids).
 
-    Other patches are neither embedded nor attended to. T, H and W may be any multiples of the patch; tables of positions
-    are then interpolated from the native grid. Parameter names follow V-JEPA's VisionTransformer where it has them.
+    Other patches are neither embedded nor attended to. T, H and W may be any multiples of the patch; tables
+    of positions are then interpolated from the native grid. Parameter names follow V-JEPA's VisionTransformer
+    where it has them.
     """
 
     def __init__(
@@ -182,14 +187,16 @@ class Encoder(nn.Module):
         depth_rescale: bool = False,
         drop_path: Share = 0.0,
     ):
-        """frames, height, width: size of a native clip, in frames and pixels; tubelet in frames, patch in pixels.
+        """frames, height, width: size of a native clip, in frames and pixels; tubelet in frames, patch in
+        pixels.
 
-        positions: see model/positions.py. rope_grid: side of the grid onto which rotary rows and columns are stretched
-        whatever the input (V-JEPA 2.1: 16). mlp: the feed-forward layer. class_token: a learned token without a position
-        (MAE, MAE-ST). image_tokenizer: a clip of one frame has its own patch embedding, and an added vector tells
-        images from videos (V-JEPA 2.1). levels: 0-based layers whose normed outputs the predictor receives
-        (V-JEPA 2.1); the last layer must be among them. final_norm: False in models fine-tuned on the mean of tokens
-        (VideoMAE). depth_rescale: see TransformerStack.rescale; drop_path: see TransformerStack.set_drop_path.
+        positions: see model/positions.py. rope_grid: side of the grid onto which rotary rows and columns are
+        stretched whatever the input (V-JEPA 2.1: 16). mlp: the feed-forward layer. class_token: a learned
+        token without a position (MAE, MAE-ST). image_tokenizer: a clip of one frame has its own patch
+        embedding, and an added vector tells images from videos (V-JEPA 2.1). levels: 0-based layers whose
+        normed outputs the predictor receives (V-JEPA 2.1); the last layer must be among them. final_norm:
+        False in models fine-tuned on the mean of tokens (VideoMAE). depth_rescale: see
+        TransformerStack.rescale; drop_path: see TransformerStack.set_drop_path.
         """
         super().__init__()
         check_heads(dim, heads)
@@ -235,8 +242,8 @@ class Encoder(nn.Module):
         return self._grid(*video.shape[2:])
 
     def forward(self, video: Tensor, ids: Tensor | None = None, return_levels: bool = False) -> Tensor:
-        """return_levels: returns the predictor's input [B, (1 +) Nc, levels * D], with the class token first if there is
-        one."""
+        """return_levels: returns the predictor's input [B, (1 +) Nc, levels * D], with the class token first
+        if there is one."""
         grid = self.grid_of(video)
         is_image = self.patch_embed_img is not None and video.shape[2] == 1
         patches = patchify(video, video.shape[2] // grid.t, self.patch)

@@ -38,7 +38,8 @@ def build_objective(
     """The method with fresh weights drawn from `seed`.
 
     frames: of a clip of each stream; the first is the encoder's native one. size: pixels of a clip's side.
-    load_teacher: reads the frozen encoder of method.target.kind=teacher from its path (pretrained.load.load_teacher).
+    load_teacher: reads the frozen encoder of method.target.kind=teacher from its path
+    (pretrained.load.load_teacher).
     """
     torch.manual_seed(seed)
     encoder = model.build(frames=frames[0], height=size, width=size)

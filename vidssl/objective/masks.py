@@ -1,13 +1,15 @@
 """Masks: which tokens the encoder is given and which are to be predicted.
 
-A masker is called with (video, grid, rng) and returns a list of masks; a method with two mask kinds (V-JEPA) returns
-two. All samples of a batch have equal counts, and every sample's mask is a function of its own key alone, save where a
-mask says otherwise. An image is a grid of one time slice.
+A masker is called with (video f32 [B, 3, T, H, W], grid, rng) and returns a list of masks; a method with two
+kinds of masks (V-JEPA) returns two. All samples of a batch have the same numbers of tokens, and a sample's
+mask is a function of its own key alone, except where a docstring states otherwise. An image is a grid of one
+time slice.
 """
 
 from dataclasses import dataclass
 
 import torch
+from einops import repeat
 from torch import Tensor
 
 from vidssl.config import Count, Share
@@ -17,24 +19,25 @@ from vidssl.model.grid import Grid, Mask
 from vidssl.objective.block_masks import MultiBlock2D, MultiBlock3D, SingleBlock, indices_of
 
 
-def mask_from_scores(score: Tensor, keep: int) -> Mask:
-    """score [B, N]: the `keep` lowest are context, the rest one target group; ids ascend."""
+def mask_from_scores(score: Tensor, num_context: int) -> Mask:
+    """The `num_context` lowest of score [B, N] are context, the rest is one target group; ids ascend."""
     order = score.argsort(dim=1, stable=True)
-    return Mask(order[:, :keep].sort(1)[0], order[:, keep:].sort(1)[0][:, None])
+    return Mask(order[:, :num_context].sort(1)[0], order[:, num_context:].sort(1)[0][:, None])
 
 
-def hidden_count(n: int, ratio: float, what: str) -> int:
-    """int(ratio * n), as VideoMAE counts; at least one of `what` on each side, or an error."""
+def hidden_count(n: int, ratio: float, unit: str) -> int:
+    """int(ratio * n), as in VideoMAE. Raises UserError if all or none of the n would be hidden."""
     hidden = int(ratio * n)
     if not 0 < hidden < n:
         raise UserError(
-            f"method.mask.ratio: {ratio} of {n} {what} hides {hidden}; at least one must stay on each side"
+            f"method.mask.ratio: {ratio} of {n} {unit} hides {hidden}; "
+            "at least one must be hidden and one visible"
         )
     return hidden
 
 
 def random_ranks(rng: KeyedRNG, n: int) -> Tensor:
-    """i64 [B, n]: a random order of n things for each sample."""
+    """i64 [B, n]: a random permutation for each sample."""
     return rng.rand(n).argsort(dim=1, stable=True).argsort(dim=1, stable=True)
 
 
@@ -50,79 +53,86 @@ class Random:
 
 @dataclass(frozen=True)
 class Tube:
-    """The same places hidden in every time slice. Source: VideoMAE (arXiv 2203.12602), section 3.3."""
+    """The same spatial positions hidden in every time slice. Source: VideoMAE (arXiv 2203.12602), section
+    3.3."""
 
-    ratio: Share = 0.9  # fraction of the places of a slice hidden
+    ratio: Share = 0.9  # fraction of a slice's tokens hidden
 
     def __call__(self, video: Tensor, grid: Grid, rng: KeyedRNG) -> list[Mask]:
-        places = grid.h * grid.w
-        visible = places - hidden_count(places, self.ratio, "places")
-        return [mask_from_scores(random_ranks(rng, places).repeat(1, grid.t), visible * grid.t)]
+        slice_tokens = grid.h * grid.w
+        visible = slice_tokens - hidden_count(slice_tokens, self.ratio, "places")
+        ranks = repeat(random_ranks(rng, slice_tokens), "b n -> b (t n)", t=grid.t)
+        return [mask_from_scores(ranks, visible * grid.t)]
 
 
 @dataclass(frozen=True)
 class Frame:
-    """Whole time slices hidden. Source: VideoMAE (arXiv 2203.12602), the ablation of masks, "frame": 7 of 8 slices."""
+    """Whole time slices hidden. Source: VideoMAE (arXiv 2203.12602), the ablation of masks, "frame": 7 of 8
+    slices."""
 
     ratio: Share = 0.875  # fraction of the slices hidden
 
     def __call__(self, video: Tensor, grid: Grid, rng: KeyedRNG) -> list[Mask]:
-        places = grid.h * grid.w
+        slice_tokens = grid.h * grid.w
         visible = grid.t - hidden_count(grid.t, self.ratio, "time slices")
-        return [mask_from_scores(random_ranks(rng, grid.t).repeat_interleave(places, 1), visible * places)]
+        ranks = repeat(random_ranks(rng, grid.t), "b t -> b (t n)", n=slice_tokens)
+        return [mask_from_scores(ranks, visible * slice_tokens)]
 
 
-def past_slices(fewest: int, grid: Grid, rng: KeyedRNG) -> int:
-    """How many slices are the past: `fewest` to all but one, drawn once a step."""
+def draw_past(min_past: int, grid: Grid, rng: KeyedRNG) -> int:
+    """Number of time slices in the past: `min_past` to all but one, drawn once per step."""
     if grid.t < 2:
         raise UserError("method.mask.kind: this mask needs a clip of two or more time slices, not an image")
-    if not 1 <= fewest < grid.t:
+    if not 1 <= min_past < grid.t:
         raise UserError(
-            f"method.mask.past: {fewest} must lie in 1..{grid.t - 1}, the clip has {grid.t} slices"
+            f"method.mask.past: {min_past} must lie in 1..{grid.t - 1}, the clip has {grid.t} slices"
         )
-    return fewest + int(rng.shared(1) * (grid.t - fewest))
+    return min_past + int(rng.shared(1) * (grid.t - min_past))
 
 
 @dataclass(frozen=True)
 class Future:
-    """Context in the past, target in the next slice of time: where the past ends is drawn once a step.
+    """Context in the past, target in the next time slice; the length of the past is drawn once per step.
 
-    What moves must be carried on, so unlike in the other masks the still background is the easy part.
+    Motion must be extrapolated, so unlike in the other masks the still background is the easy part.
     """
 
     visible: Share = 0.5  # fraction of the past's tokens that are context
-    past: Count = 2  # fewest slices of the past
+    past: Count = 2  # smallest number of slices in the past
 
     def __call__(self, video: Tensor, grid: Grid, rng: KeyedRNG) -> list[Mask]:
-        places, now = grid.h * grid.w, past_slices(self.past, grid, rng)
-        keep = max(1, round(self.visible * now * places))
-        context = rng.rand(now * places).argsort(1)[:, :keep].sort(1)[0]
-        target = torch.arange(now * places, (now + 1) * places, device=context.device)
+        slice_tokens = grid.h * grid.w
+        past_tokens = draw_past(self.past, grid, rng) * slice_tokens
+        num_context = max(1, round(self.visible * past_tokens))
+        context = rng.rand(past_tokens).argsort(1)[:, :num_context].sort(1)[0]
+        target = torch.arange(past_tokens, past_tokens + slice_tokens, device=context.device)
         return [Mask(context, target.expand(len(context), 1, -1))]
 
 
 @dataclass(frozen=True)
 class Causal:
-    """Context: all of the first slices; target: all later ones. Where the past ends is drawn once a step.
+    """Context: all of the first slices; target: all later ones. The length of the past is drawn once per
+    step.
 
-    Drawn, so that every length of past and future is met, and once a step, so that counts are equal in the global
-    batch. (The causal masks of V-JEPA's ablation are `blocks` with `max_temporal_keep`.)
+    It is drawn, so that every length of past and future occurs, and once per step, so that the numbers of
+    tokens are equal in the global batch. (The causal masks of V-JEPA's ablation are `multiblock_3d` with
+    `max_temporal_keep`.)
     """
 
-    past: Count = 1  # fewest slices of the past
+    past: Count = 1  # smallest number of slices in the past
 
     def __call__(self, video: Tensor, grid: Grid, rng: KeyedRNG) -> list[Mask]:
-        end = past_slices(self.past, grid, rng) * grid.h * grid.w
+        past_tokens = draw_past(self.past, grid, rng) * grid.h * grid.w
         ids = torch.arange(grid.n, device=rng.keys.device).expand(len(rng.keys), -1)
-        return [Mask(ids[:, :end], ids[:, None, end:])]
+        return [Mask(ids[:, :past_tokens], ids[:, None, past_tokens:])]
 
 
 @dataclass(frozen=True)
 class Quadrants:
     """One quarter of the frame, through all of time, is the context, the others are three target groups.
 
-    Source: I-JEPA (arXiv 2301.08243), table 6, "rasterized". The middle row or column of an odd side is left out, so
-    that the quarters are alike.
+    Source: I-JEPA (arXiv 2301.08243), table 6, "rasterized". The middle row or column of an odd side is left
+    out, so that the quarters have the same size.
     """
 
     def __call__(self, video: Tensor, grid: Grid, rng: KeyedRNG) -> list[Mask]:
@@ -131,27 +141,32 @@ class Quadrants:
             raise UserError(f"method.mask.kind: quadrants need 2 x 2 places or more, not {grid.h} x {grid.w}")
         ids = torch.arange(grid.n, device=rng.keys.device).reshape(grid)
         corners = [ids[:, y : y + h, x : x + w].flatten() for y in (0, grid.h - h) for x in (0, grid.w - w)]
-        first = (rng.rand(1) * 4).long()  # [B, 1]
-        quarters = torch.stack(corners)[(first + torch.arange(4, device=ids.device)) % 4]  # i64 [B, 4, Nt]
+        quarters = torch.stack(corners)[random_rotation(rng)]  # i64 [B, 4, Nt]
         return [Mask(quarters[:, 0], quarters[:, 1:])]
+
+
+def random_rotation(rng: KeyedRNG) -> Tensor:
+    """i64 [B, 4]: 0, 1, 2, 3 from a random start, for each sample."""
+    start = (rng.rand(1) * 4).long()
+    return (start + torch.arange(4, device=start.device)) % 4
 
 
 def running_cell_maps(grid: Grid, ratio: float) -> Tensor:
     """bool [4, N], True = dropped from the decoder: the running cell from each of its four starts.
 
-    A cell is 2 x 2 places, of which int(4 * ratio) are dropped; from slice to slice the dropped ones run on by one
-    place of the cell, counted row by row. Cells cover the frame; what juts out of an odd one is cut.
-    Source: VideoMAE V2 (arXiv 2303.16727), section 3, and dataset/masking_generator.py.
+    A cell is 2 x 2 tokens, of which int(4 * ratio) are dropped; from slice to slice the dropped ones advance
+    by one place of the cell, counted row by row. Cells cover the frame; those at an odd edge are cut. Source:
+    VideoMAE V2 (arXiv 2303.16727), section 3, and dataset/masking_generator.py.
     """
     t, y, x = torch.meshgrid(*(torch.arange(n) for n in grid), indexing="ij")
-    turn = t + 1 + 2 * (y % 2) + x % 2  # the pointer moves on before the first slice
-    return ((torch.arange(4)[:, None] + turn.flatten()) % 4) < int(4 * ratio)
+    pointer = t + 1 + 2 * (y % 2) + x % 2  # it advances before the first slice
+    return ((torch.arange(4)[:, None] + pointer.flatten()) % 4) < int(4 * ratio)
 
 
 def dual_mask(hidden: Tensor, dropped: Tensor) -> Mask:
-    """hidden bool [B, N] from the encoder, dropped bool [B, N] from the decoder, as many in each sample -> Mask.
+    """hidden bool [B, N] from the encoder, dropped bool [B, N] from the decoder; equally many in each sample.
 
-    Every token that is not dropped is decoded, those that the encoder saw too; they carry no loss (weight 0).
+    Every token that is not dropped is decoded; those that the encoder saw carry no loss (weight 0).
     """
     context = indices_of(~hidden, int((~hidden[0]).sum()))
     target = indices_of(~dropped, int((~dropped[0]).sum()))
@@ -162,33 +177,31 @@ def dual_mask(hidden: Tensor, dropped: Tensor) -> Mask:
 class RunningCell:
     """Dual masking: a tube hides tokens from the encoder, a running cell drops tokens from the decoder.
 
-    The loss counts the tokens that are hidden from the encoder and decoded. Where the cell starts is drawn for each
-    sample. The four starts decode unequally many tokens of an odd frame: then all are cut to the fewest, at random,
-    those without loss first. Source: VideoMAE V2 (arXiv 2303.16727), section 3.
+    The loss counts the tokens that are hidden from the encoder and decoded. The start of the cell is drawn
+    for each sample. In an odd frame the four starts decode different numbers of tokens: then all are cut to
+    the smallest number, at random, tokens without loss first. Source: VideoMAE V2 (arXiv 2303.16727), section
+    3.
     """
 
-    ratio: Share = 0.9  # fraction of the places of a slice hidden from the encoder
+    ratio: Share = 0.9  # fraction of a slice's tokens hidden from the encoder
     decode_ratio: Share = 0.5  # fraction of a cell dropped from the decoder, in whole quarters
 
     def __call__(self, video: Tensor, grid: Grid, rng: KeyedRNG) -> list[Mask]:
         if int(4 * self.decode_ratio) == 4:
             raise UserError(
-                f"method.mask.decode_ratio: {self.decode_ratio} leaves nothing to decode; 0.75 is the most"
+                f"method.mask.decode_ratio: {self.decode_ratio} leaves nothing to decode; "
+                "the largest value is 0.75"
             )
         context = Tube(self.ratio)(video, grid, rng)[0].context
         maps = running_cell_maps(grid, self.decode_ratio).to(context.device)
-        hidden = torch.ones(len(context), grid.n, dtype=torch.bool, device=context.device).scatter(
-            1, context, False
-        )
-        turn = (
-            (rng.rand(1) * 4).long() + torch.arange(4, device=context.device)
-        ) % 4  # i64 [B, 4]: starts, in turn
-        useful = (
-            (hidden[:, None] & ~maps).any(2).gather(1, turn)
-        )  # on tiny grids, a start may decode nothing hidden
-        dropped = maps[turn.gather(1, useful.int().argmax(1, keepdim=True))[:, 0]]
-        decoded = (~maps).sum(1)
+        hidden = torch.ones(len(context), grid.n, dtype=torch.bool, device=context.device)
+        hidden = hidden.scatter(1, context, False)
+        starts = random_rotation(rng)
+        # On tiny grids a start may decode no hidden token: then the next start is used.
+        has_loss = (hidden[:, None] & ~maps).any(2).gather(1, starts)
+        dropped = maps[starts.gather(1, has_loss.int().argmax(1, keepdim=True))[:, 0]]
         order = (2.0 * dropped + ~hidden + rng.rand(grid.n)).argsort(dim=1, stable=True)
+        decoded = (~maps).sum(1)
         kept = order[:, : int(decoded[decoded > 0].min())]
         return [dual_mask(hidden, torch.ones_like(hidden).scatter(1, kept, False))]
 

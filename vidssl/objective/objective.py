@@ -57,8 +57,8 @@ def inverse_sqrt_distance(mask: Mask, grid: Grid) -> Tensor:
 
 
 class Objective(nn.Module):
-    """Maps (video f32 [B, 3, T, H, W], rng) to {"loss": scalar, and parts for the log}. Accelerate prepares this
-    module."""
+    """Maps (video f32 [B, 3, T, H, W], rng) to {"loss": scalar, and parts for the log}. Accelerate prepares
+    this module."""
 
     def __init__(
         self,
@@ -85,7 +85,8 @@ class Objective(nn.Module):
 
     @property
     def eval_encoder(self) -> Encoder:
-        """The encoder that is evaluated: the momentum encoder where there is one (as in V-JEPA), else the trained one."""
+        """The encoder that is evaluated: the momentum encoder where there is one (as in V-JEPA), else the
+        trained one."""
         return self.encoder if self.target.encoder is None else self.target.encoder
 
     def forward(self, video: Tensor, rng: KeyedRNG) -> dict[str, Tensor]:

@@ -16,7 +16,8 @@ from vidssl.model.vit import Encoder
 
 
 class Target(nn.Module):
-    """Base of all targets. `encoder` is the momentum encoder, which evaluation then uses; None where there is none."""
+    """Base of all targets. `encoder` is the momentum encoder, which evaluation then uses; None where there is
+    none."""
 
     encoder: Encoder | None
     width: int
@@ -36,10 +37,10 @@ class Pixels(Target):
     """The pixels of a patch, in (frame, row, column, colour) order; K = frames * patch * patch * 3.
 
     norm "channel": every colour of a patch has mean 0 and (unbiased) deviation 1, as in VideoMAE
-    (engine_for_pretraining.py; epsilon 1e-6 outside the root); "patch": all colours of a patch together, as in MAE and
-    MAE-ST (models_mae.py; epsilon inside the root); "none". space: pixels in [0, 1] ("rgb", VideoMAE) or normalised as
-    the encoder's input ("normalised", MAE and MAE-ST). per_tubelet: number of frames of each tubelet to predict, spread
-    evenly over the clip (MAE-ST: 1 of 2); None: all.
+    (engine_for_pretraining.py; epsilon 1e-6 outside the root); "patch": all colours of a patch together, as
+    in MAE and MAE-ST (models_mae.py; epsilon inside the root); "none". space: pixels in [0, 1] ("rgb",
+    VideoMAE) or normalised as the encoder's input ("normalised", MAE and MAE-ST). per_tubelet: number of
+    frames of each tubelet to predict, spread evenly over the clip (MAE-ST: 1 of 2); None: all.
     """
 
     def __init__(
@@ -94,7 +95,8 @@ def level_norm(features: Tensor, dim: int) -> Tensor:
 class Ema(Target):
     """Layer-normed features of a momentum encoder that sees the whole clip; K = the width of all its levels.
 
-    Source: V-JEPA (arXiv 2404.08471), section 3.1, app/vjepa/train.py; levels: V-JEPA 2.1, app/vjepa_2_1/train.py.
+    Source: V-JEPA (arXiv 2404.08471), section 3.1, app/vjepa/train.py; levels: V-JEPA 2.1,
+    app/vjepa_2_1/train.py.
     """
 
     encoder: Encoder
@@ -118,16 +120,16 @@ class Ema(Target):
 class Teacher(Target):
     """Layer-normed last features of a frozen, larger encoder: distillation (V-JEPA 2.1's ViT-B and ViT-L).
 
-    The teacher is loaded from `path` at every start and is not part of the checkpoints. Its tokens must be of the same
-    tubelet and patch.
+    The teacher is loaded from `path` at every start and is not part of the checkpoints. Its tokens must be of
+    the same tubelet and patch.
     """
 
     def __init__(self, encoder: Encoder, teacher: Encoder, path: str):
         super().__init__(teacher.dim)
         if (teacher.tubelet, teacher.patch) != (encoder.tubelet, encoder.patch):
             raise UserError(
-                f"method.target.path: {path} has tokens of {teacher.tubelet} frames x {teacher.patch} px, this model "
-                f"of {encoder.tubelet} x {encoder.patch}"
+                f"method.target.path: {path} has tokens of {teacher.tubelet} frames x {teacher.patch} px, "
+                f"this model of {encoder.tubelet} x {encoder.patch}"
             )
         self._teacher = [teacher]  # in a list, so that it is not registered as a submodule
 

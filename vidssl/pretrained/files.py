@@ -1,8 +1,8 @@
-"""The project's own weight files: safetensors whose header describes the model. Run folders and converted checkpoints
-have the same files.
+"""The project's own weight files: safetensors whose header describes the model. Run folders and converted
+checkpoints have the same files.
 
-encoder.safetensors (the evaluated encoder), encoder_online.safetensors (the trained one, where it is another),
-predictor.safetensors (predictor and mask tokens), head.safetensors (a classifier).
+encoder.safetensors (the evaluated encoder), encoder_online.safetensors (the trained one, where it is
+another), predictor.safetensors (predictor and mask tokens), head.safetensors (a classifier).
 """
 
 import json
@@ -22,7 +22,8 @@ MAX_HEADER_BYTES = 1 << 24
 
 
 def save_native(folder: Path, checkpoint: Checkpoint, metadata: dict[str, Any]) -> None:
-    """Writes every part of a checkpoint to its file; each header has `metadata`, the model and the pixel statistics."""
+    """Writes every part of a checkpoint to its file; each header has `metadata`, the model and the pixel
+    statistics."""
     header = native_header(checkpoint, metadata)
     save_weights(folder / "encoder.safetensors", checkpoint.encoder, header)
     if checkpoint.online is not None:
@@ -47,7 +48,8 @@ def encoder_file(path: Path) -> Path:
 
 
 def is_native(path: Path) -> bool:
-    """Whether a file, or the encoder file of a folder, has our header; timm and Hugging Face use the same container."""
+    """Whether a file, or the encoder file of a folder, has our header; timm and Hugging Face use the same
+    container."""
     file = encoder_file(path)
     if not file.is_file() or file.suffix != ".safetensors":
         return False
@@ -87,8 +89,8 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
 
 
 def save_weights(path: Path, weights: dict[str, Tensor], header: dict[str, Any]) -> None:
-    """Writes weights atomically as safetensors with `header` as JSON in the metadata, so that the file describes
-    itself."""
+    """Writes weights atomically as safetensors with `header` as JSON in the metadata, so that the file
+    describes itself."""
     plain = {k: v.detach().cpu().contiguous() for k, v in weights.items()}
     metadata = {HEADER_KEY: json.dumps(header, sort_keys=True)}
     atomic_write(path, lambda temporary: write_tensors(temporary, plain, metadata))

@@ -1,7 +1,7 @@
 """Infers the arguments of our modules from the tensors of a checkpoint: from shapes and published sizes.
 
-Facts that a file does not contain (heads, mostly) come from the published sizes or from the caller's `overrides`;
-nothing is guessed.
+Facts that a file does not contain (heads, mostly) come from the published sizes or from the caller's
+`overrides`; nothing is guessed.
 """
 
 import math
@@ -100,7 +100,8 @@ def build_head(weights: dict[str, Tensor], heads: int, eps: float) -> AttentiveH
 def infer_checkpoint(
     renamed: RenamedTensors, name: str, source: str, overrides: dict[str, Any]
 ) -> Checkpoint:
-    """The modules that fit the tensors; raises UserError if a tensor has no place in them, or a place no tensor.
+    """The modules that fit the tensors; raises UserError if a tensor has no place in them, or a place no
+    tensor.
 
     name: the format; source: the file, for error messages; overrides: see public.read_public.
     """
@@ -195,7 +196,8 @@ def check_shapes(
 ) -> Any:
     """Builds the module on the meta device and reshapes `weights` in place to its parameters.
 
-    Raises UserError unless names and shapes agree, apart from dimensions of one. part: prefix of the names in `renamed`.
+    Raises UserError unless names and shapes agree, apart from dimensions of one. part: prefix of the names in
+    `renamed`.
     """
     try:
         with torch.device("meta"):
@@ -257,8 +259,8 @@ def _last_index(weights: dict[str, Tensor], prefix: str) -> int:
 def infer_encoder(
     weights: dict[str, Tensor], name: str, source: str, overrides: dict[str, Any]
 ) -> dict[str, Any]:
-    """Arguments of Encoder from the shapes of its weights. Changes `weights`: the position of a class token is added to
-    the token, a fixed table of positions is removed."""
+    """Arguments of Encoder from the shapes of its weights. Changes `weights`: the position of a class token
+    is added to the token, a fixed table of positions is removed."""
     if "patch_embed.proj.weight" not in weights:
         raise UserError(f"{source}: no patch embedding among the weights")
     kernel = weights["patch_embed.proj.weight"].shape
@@ -316,7 +318,8 @@ def infer_native_size(
     source: str,
     overrides: dict[str, Any],
 ) -> dict[str, int]:
-    """frames, height and width from the table of positions, if there is one, else from the published sizes."""
+    """frames, height and width from the table of positions, if there is one, else from the published
+    sizes."""
     tubelet, patch = model["tubelet"], model["patch"]
     frames = overrides.get("frames", 1 if tubelet == 1 else 16)
     if frames < tubelet:
@@ -347,7 +350,8 @@ def level_layers(depth: int, levels: int) -> tuple[int, ...]:
 def merge_class_token(weights: dict[str, Tensor], num_positions: int | None, source: str) -> Tensor | None:
     """Returns the class token [dim] with its position added, and removes both from `weights`.
 
-    num_positions: rows of the table for the other tokens; the row before them is the class token's. None: no table.
+    num_positions: rows of the table for the other tokens; the row before them is the class token's. None: no
+    table.
     """
     token = weights.pop("class_token", None)
     position = weights.pop("class_position", None)
@@ -368,8 +372,8 @@ def merge_class_token(weights: dict[str, Tensor], num_positions: int | None, sou
 
 
 def match_table(weights: dict[str, Tensor], grid: Grid, dim: int) -> str:
-    """Returns the kind of fixed positions that the file's table has, and removes it from `weights`; "learned" if it is
-    none of them, and then it is kept as positions.table."""
+    """Returns the kind of fixed positions that the file's table has, and removes it from `weights`; "learned"
+    if it is none of them, and then it is kept as positions.table."""
     table = weights.pop("table").flatten(0, -2)
     for kind, make in FIXED_TABLES.items():
         fits = (kind == "sincos_2d") == (grid.t == 1) and table.shape == (grid.n, dim)
@@ -392,7 +396,8 @@ def infer_predictor(
     heads = heads or published_predictor_heads(name, width, model["heads"])
     if not heads:
         raise UserError(
-            f"{source}: the file does not say how many heads a predictor of width {width} has: give predictor_heads="
+            f"{source}: the file does not say how many heads a predictor of width {width} has: "
+            "give predictor_heads="
         )
     options: dict[str, Any] = {"out": out, "width": width, "heads": heads, "eps": model["eps"]}
     options |= infer_blocks(weights, width, source)

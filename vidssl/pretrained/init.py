@@ -1,4 +1,5 @@
-"""Weights between a run and its files: initialisation from a checkpoint, and the files written for evaluation."""
+"""Weights between a run and its files: initialisation from a checkpoint, and the files written for
+evaluation."""
 
 import math
 from pathlib import Path
@@ -25,9 +26,9 @@ def pretrained_weights(
 
     model, method: the configuration of the objective; source: the checkpoint's name in error messages.
 
-    The configuration must describe the same networks: rotary and fixed positions, heads and epsilons leave no trace in
-    the weights, so that wrong ones would load without an error. Only the native clip size may differ: learned positions
-    are then interpolated, fixed and rotary ones are computed for the new size.
+    The configuration must describe the same networks: rotary and fixed positions, heads and epsilons leave no
+    trace in the weights, so that wrong ones would load without an error. Only the native clip size may
+    differ: learned positions are then interpolated, fixed and rotary ones are computed for the new size.
     """
     check_same_options("model", checkpoint.model, model.arguments, source)
     parts = {"encoder": checkpoint.online or checkpoint.encoder}
@@ -83,7 +84,8 @@ def _as_list(value: Any) -> Any:
 def to_checkpoint(
     objective: Objective, model: dict[str, Any], predictor: Spec, state: dict[str, Tensor]
 ) -> Checkpoint:
-    """The checkpoint of a run. model: arguments of its Encoder; state: the full state dict of the objective."""
+    """The checkpoint of a run. model: arguments of its Encoder; state: the full state dict of the
+    objective."""
 
     def part(name: str) -> dict[str, Tensor]:
         return {k.removeprefix(f"{name}."): v for k, v in state.items() if k.startswith(f"{name}.")}
@@ -101,8 +103,8 @@ def to_checkpoint(
 
 
 def save_run_encoder(out: Path, checkpoint: Checkpoint, metadata: dict[str, Any], snapshot: bool) -> None:
-    """Writes encoder.safetensors and its companions; with `snapshot` also snapshots/step-00000100.safetensors, which is
-    never overwritten."""
+    """Writes encoder.safetensors and its companions; with `snapshot` also
+    snapshots/step-00000100.safetensors, which is never overwritten."""
     save_native(out, checkpoint, metadata)
     if snapshot:
         folder = out / "snapshots"

@@ -1,8 +1,8 @@
 """Translates the keys of published checkpoints to our names.
 
-A format is a list of rules: pattern of a whole key, and our name for it (None: not needed). A key that matches no rule
-is an error, so that a new variant is never half read. Our names: encoder.*, predictor.*, query.*, head.*; `table` is a
-table of positions; `attn.q`, `attn.k` and `attn.v` are packed afterwards.
+A format is a list of rules: pattern of a whole key, and our name for it (None: not needed). A key that
+matches no rule is an error, so that a new variant is never half read. Our names: encoder.*, predictor.*,
+query.*, head.*; `table` is a table of positions; `attn.q`, `attn.k` and `attn.v` are packed afterwards.
 """
 
 import re
@@ -55,7 +55,8 @@ VIDEOMAE_FINETUNED: Rules = [
     (r"fc_norm\.(weight|bias)", r"head.norm.\1"),
     (r"head\.(weight|bias)", r"head.linear.\1"),
 ]
-# The attentive probe heads of V-JEPA and V-JEPA 2. V-JEPA's file contains an output projection that is never applied.
+# The attentive probe heads of V-JEPA and V-JEPA 2. V-JEPA's file contains an output projection that is never
+# applied.
 ATTENTIVE: Rules = [
     (r"pooler\.query_tokens", "head.query_tokens"),
     *with_prefix(r"pooler\.", "head.", [rule for rule in _VIT if "blocks" in rule[0]]),
@@ -170,7 +171,8 @@ class RenamedTensors(NamedTuple):
 def rename(state: dict[str, Tensor], rules: Rules, source: str) -> RenamedTensors:
     """Renames every key by the first rule that matches it; then packs q, k, v and numbered rows.
 
-    Raises UserError for a key without a rule and for two keys with one name. source: the file, for error messages.
+    Raises UserError for a key without a rule and for two keys with one name. source: the file, for error
+    messages.
     """
     tensors: dict[str, Tensor] = {}
     origin: dict[str, str] = {}
@@ -198,8 +200,8 @@ def rename(state: dict[str, Tensor], rules: Rules, source: str) -> RenamedTensor
 
 
 def pack_tensors(tensors: dict[str, Tensor], origin: dict[str, str], source: str) -> dict[str, Tensor]:
-    """Packs q, k and v of an attention, keys and values of a probe's cross-attention, and numbered rows, each into one
-    tensor."""
+    """Packs q, k and v of an attention, keys and values of a probe's cross-attention, and numbered rows, each
+    into one tensor."""
     packed = _pack_attention(tensors, origin, source)
     for stem in ("query.tokens", "predictor.modality"):
         rows = [name for name in packed if name.startswith(f"{stem}.")]

@@ -26,7 +26,8 @@ class LoadedEncoder(NamedTuple):
 
 
 def read_checkpoint_file(source: str, **overrides: Any) -> tuple[Checkpoint, dict[str, Any]]:
-    """Reads a run folder, one of our .safetensors files, or a published checkpoint. Returns (checkpoint, metadata).
+    """Reads a run folder, one of our .safetensors files, or a published checkpoint. Returns (checkpoint,
+    metadata).
 
     overrides: facts that a published file does not contain, see public.read_public.
     """
@@ -44,9 +45,9 @@ def read_checkpoint_file(source: str, **overrides: Any) -> tuple[Checkpoint, dic
 def load_encoder(source: str | Path, random_init: int | None = None) -> LoadedEncoder:
     """Loads an encoder for evaluation: in eval mode, without gradients, on the CPU.
 
-    source: a run folder, a .safetensors file of ours, or a published checkpoint (V-JEPA, VideoMAE, MAE-ST, MAE, I-JEPA,
-    a Hugging Face folder, a ViT of timm). random_init: a seed; the same architecture is returned untrained. Clips are
-    f32 [B, 3, T, H, W], normalised with metadata["pixels"]; features are f32 [B, N, D].
+    source: a run folder, a .safetensors file of ours, or a published checkpoint (V-JEPA, VideoMAE, MAE-ST,
+    MAE, I-JEPA, a Hugging Face folder, a ViT of timm). random_init: a seed; the same architecture is returned
+    untrained. Clips are f32 [B, 3, T, H, W], normalised with metadata["pixels"]; features are f32 [B, N, D].
     """
     checkpoint, metadata = read_checkpoint_file(str(source))
     if random_init is not None:
@@ -76,8 +77,8 @@ def build_encoder(model: dict[str, Any]) -> Encoder:
 def inflate_to_video(image: Checkpoint, frames: int, tubelet: int) -> Checkpoint:
     """Turns an image encoder into a video encoder that computes the same on a still clip of one tubelet.
 
-    The patch kernel is repeated over the tubelet and divided by its length; the table of positions becomes the spatial
-    part of `learned_separable` positions, whose temporal part is zero.
+    The patch kernel is repeated over the tubelet and divided by its length; the table of positions becomes
+    the spatial part of `learned_separable` positions, whose temporal part is zero.
     """
     model = dict(image.model)
     if model["tubelet"] != 1 or model["frames"] != 1:

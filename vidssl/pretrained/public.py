@@ -53,7 +53,8 @@ def read_public(source: str, **overrides: Any) -> Checkpoint:
 
 
 def load_state_file(path: Path) -> dict[str, Any]:
-    """The content of a weight file; torch files are read weights-only, so that nothing in them is executed."""
+    """The content of a weight file; torch files are read weights-only, so that nothing in them is
+    executed."""
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -75,7 +76,8 @@ def load_state_file(path: Path) -> dict[str, Any]:
 
 
 def _harmless_globals() -> list[Any]:
-    """Classes that published checkpoints contain beside tensors: arguments, paths, NumPy scalars and arrays."""
+    """Classes that published checkpoints contain beside tensors: arguments, paths, NumPy scalars and
+    arrays."""
     scalar = np.float64(0).__reduce__()[0]
     array = np.zeros(0).__reduce__()[0]
     harmless: list[Any] = [argparse.Namespace, OrderedDict, PosixPath, np.dtype, np.ndarray]
@@ -86,8 +88,8 @@ def _harmless_globals() -> list[Any]:
 
 
 def unwrap_state_dict(content: dict[str, Any], source: str) -> dict[str, Tensor]:
-    """The state dict inside a file as one flat dictionary; the JEPA family's networks get the prefixes `encoder.`,
-    `predictor.`, `target_encoder.` and `ema_encoder.`."""
+    """The state dict inside a file as one flat dictionary; the JEPA family's networks get the prefixes
+    `encoder.`, `predictor.`, `target_encoder.` and `ema_encoder.`."""
     networks = [n for n in (*JEPA_ENCODERS, "predictor") if isinstance(content.get(n), dict)]
     if networks:
         return {
@@ -109,8 +111,8 @@ def checkpoint_from_state(state: dict[str, Tensor], source: str, overrides: dict
     name, rules = detect_format(state, source, overrides)
     if rules is not JEPA:
         return infer_checkpoint(rename(state, rules, source), name, source, overrides)
-    # The momentum encoder is evaluated, and the trained one is kept beside it. A distilled model has its own average
-    # (ema_encoder), and there target_encoder is the teacher.
+    # The momentum encoder is evaluated, and the trained one is kept beside it. A distilled model has its own
+    # average (ema_encoder), and there target_encoder is the teacher.
     encoders = {n: weights for n in JEPA_ENCODERS if (weights := select_encoder(state, n))}
     has_own_average = "ema_encoder" in encoders
     if has_own_average:
@@ -168,14 +170,14 @@ def detect_jepa(state: dict[str, Tensor], source: str, overrides: dict[str, Any]
     if mask_tokens or "positions" in overrides:
         return "V-JEPA"
     raise UserError(
-        f"{source}: V-JEPA, or V-JEPA 2 with an unused pos_embed: without a predictor the file does not tell; give "
-        f"positions=sincos_uniform (V-JEPA) or positions=rope (V-JEPA 2)"
+        f"{source}: V-JEPA, or V-JEPA 2 with an unused pos_embed: without a predictor the file does not "
+        f"tell; give positions=sincos_uniform (V-JEPA) or positions=rope (V-JEPA 2)"
     )
 
 
 def canonicalise(renamed: RenamedTensors, name: str, overrides: dict[str, Any]) -> RenamedTensors:
-    """Moves SwiGLU's three layers to timm's names, drops tables that rotary models do not use, and moves the last of
-    V-JEPA 2.1's level norms to `norm`."""
+    """Moves SwiGLU's three layers to timm's names, drops tables that rotary models do not use, and moves the
+    last of V-JEPA 2.1's level norms to `norm`."""
     _rename_swiglu(renamed)
     if name in ("V-JEPA 2", "V-JEPA 2.1") and str(overrides.get("positions", "rope")).startswith("rope"):
         for table in ("encoder.table", "predictor.table"):
@@ -195,7 +197,8 @@ def _rename_swiglu(renamed: RenamedTensors) -> None:
 
 
 def _settle_level_norms(renamed: RenamedTensors) -> None:
-    """The norm of the last level is `norm`; the distilled models contain the other norms and never use them."""
+    """The norm of the last level is `norm`; the distilled models contain the other norms and never use
+    them."""
     norms = [k for k in renamed.tensors if k.startswith("encoder.level_norms.")]
     last = max((int(k.split(".")[2]) for k in norms), default=-1)
     one_level = "predictor.embed.weight" in renamed.tensors
@@ -208,7 +211,8 @@ HF_FORMATS = {"videomae": "VideoMAE", "vjepa2": "V-JEPA 2", "ijepa": "I-JEPA", "
 
 
 def read_hf_folder(path: Path, overrides: dict[str, Any]) -> Checkpoint:
-    """A folder with config.json, as Hugging Face's hub serves it: models of transformers, and ViTs of timm."""
+    """A folder with config.json, as Hugging Face's hub serves it: models of transformers, and ViTs of
+    timm."""
     if not (path / "config.json").is_file():
         raise UserError(f"{path}: neither encoder.safetensors nor config.json in it")
     hf_config = read_json(path / "config.json")
@@ -278,11 +282,15 @@ def hf_config_to_arguments(hf_config: dict[str, Any], kind: str) -> dict[str, An
 
 
 def read_attentive_head(state: dict[str, Tensor], heads: int, source: str) -> AttentiveHead:
-    """The head of a published probe: its `classifier`, or one of its `classifiers`, with keys without `module.`."""
+    """The head of a published probe: its `classifier`, or one of its `classifiers`, with keys without
+    `module.`."""
     renamed = rename(state, ATTENTIVE, source)
     check_ranks(renamed, source)
     weights = {k.removeprefix("head."): v.float() for k, v in renamed.tensors.items()}
     if "linear.weight" not in weights or "query_tokens" not in weights:
         raise UserError(f"{source}: not an attentive head (no query_tokens, or no last layer)")
     check_shapes(lambda: build_head(weights, heads, HEAD_EPS), weights, "head.", renamed, source)
-    return Checkpoint("probe", {}, {}, head=weights, head_heads=heads).build_head()  # type: ignore[return-value]
+    head = build_head(weights, heads, HEAD_EPS)
+    head.load_state_dict(weights)
+    assert isinstance(head, AttentiveHead)
+    return head
