@@ -17,7 +17,8 @@ from vidssl.pretrained import public
 from vidssl.pretrained.key_maps import JEPA, RenamedTensors, rename
 
 INPUTS = ("state.", "clips", "images", "mask", "decode_mask", "ids_restore", "context_ids", "target_ids.")
-# Largest errors that pass. Gradients are relative to the largest entry (full cases) or the norm (compact cases).
+# Largest errors that pass. Gradients are relative to the largest entry (full cases) or the norm (compact
+# cases).
 FULL_LIMITS = {"output": 1e-4, "gradient": 1e-3, "trace": 1e-4, "final": 1e-4}
 COMPACT_LIMITS = {"output": 1e-5, "gradient": 1e-3, "trace": 1e-4, "final": 2e-5}
 MIN_RELATIVE_NORM = 1e-3  # of the case's largest gradient: smaller ones are compared with this norm
@@ -29,8 +30,8 @@ FIRST_ROWS_USED = ("query.tokens", "predictor.modality")  # the reference has a 
 
 
 class Case:
-    """A case in one of two forms. Full: every tensor of the reference is stored. Compact (see vectors/README.md): weights
-    and inputs are recreated, and six numbers are stored of every gradient."""
+    """A case in one of two forms. Full: every tensor of the reference is stored. Compact (see
+    vectors/README.md): weights and inputs are recreated, and six numbers are stored of every gradient."""
 
     def __init__(self, path: Path):
         self.name = path.stem
@@ -133,8 +134,8 @@ class Case:
             self.not_compared.discard("grad")
 
     def compare_final(self, networks: dict[str, dict[str, Tensor]]) -> None:
-        """Compares the six numbers of every weight after the last step. networks: our weights by their name in the
-        reference's state dict (encoder, target_encoder, predictor)."""
+        """Compares the six numbers of every weight after the last step. networks: our weights by their name
+        in the reference's state dict (encoder, target_encoder, predictor)."""
         names = sorted(name for pattern in self.about["final_rows"] for name in expand(pattern))
         rows = dict(zip(names, self["final"].double(), strict=True))
         for network, weights in networks.items():
@@ -173,8 +174,8 @@ def in_reference_layout(
 ) -> dict[str, Tensor]:
     """Our tensors in the names and shapes of the reference, f64.
 
-    Every entry of the reference gets a number, the numbers are converted like a checkpoint, and so they tell where each
-    of our entries belongs. Zeros that the conversion fills in have number 0.
+    Every entry of the reference gets a number, the numbers are converted like a checkpoint, and so they tell
+    where each of our entries belongs. Zeros that the conversion fills in have number 0.
     """
     numbers: dict[str, Tensor] = {}
     total = 1

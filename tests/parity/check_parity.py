@@ -2,11 +2,11 @@
 
 python tests/parity/check_parity.py DIR
 
-Runs every case in DIR (NAME.json with its geometry and options, NAME.safetensors with the reference's state dict,
-inputs, outputs and gradients; or the compact form in tests/parity/vectors) and prints one line for each: the largest
-error of outputs and losses, absolute, and of gradients, relative. The kind of a case follows from its tensors. A tensor
-that was compared with nothing is a failure. Exit status 0 only if every case passes; cases of methods that are not
-implemented are listed and do not count.
+Runs every case in DIR (NAME.json with its geometry and options, NAME.safetensors with the reference's state
+dict, inputs, outputs and gradients; or the compact form in tests/parity/vectors) and prints one line for
+each: the largest error of outputs and losses, absolute, and of gradients, relative. The kind of a case
+follows from its tensors. A tensor that was compared with nothing is a failure. Exit status 0 only if every
+case passes; cases of methods that are not implemented are listed and do not count.
 """
 
 import json
@@ -103,7 +103,8 @@ def check_masked_pixels(case: Case) -> None:
     else:  # MAE and MAE-ST
         norm = "patch" if case.options.get("norm_pix_loss", True) else "none"
         frames = case.options.get("pred_t_dim")
-        target = Pixels(encoder, norm, "normalised", frames and frames // encoder.grid.t)  # type: ignore[arg-type]
+        per_tubelet = frames and frames // encoder.grid.t
+        target = Pixels(encoder, norm, "normalised", per_tubelet)  # type: ignore[arg-type]
     if "encoder_visible" in case:
         case.compare("encoder_visible", encoder(clips, mask.context))
     if "prediction" in case:
@@ -258,7 +259,8 @@ def check_attentive_head(case: Case) -> None:
 
 
 def check_training_run(case: Case) -> None:
-    """The reference's training loop: schedules, weight decay groups, momentum encoder, and the final weights."""
+    """The reference's training loop: schedules, weight decay groups, momentum encoder, and the final
+    weights."""
     overrides = case.overrides()
     checkpoint = public.checkpoint_from_state(case.state, case.name, overrides)
     encoder = checkpoint.build_encoder(checkpoint.online)
@@ -339,8 +341,8 @@ def gradient_norm(*modules: nn.Module) -> float:
 
 
 def mask_deviation(path: Path) -> tuple[float, str]:
-    """V-JEPA's multi-block sampler at a batch of one. Returns the largest deviation from the published sampler's
-    statistics in standard errors, and the quantity that has it."""
+    """V-JEPA's multi-block sampler at a batch of one. Returns the largest deviation from the published
+    sampler's statistics in standard errors, and the quantity that has it."""
     largest = (0.0, "-")
     for name, reference in json.loads(path.read_text()).items():
         frames, side = (int(part.rstrip("fpx")) for part in name.split("_")[:2])

@@ -1,7 +1,8 @@
-"""Reads the compact vectors: read_compact("vectors/NAME.json") returns (about, tensors). See vectors/README.md.
+"""Reads the compact vectors: read_compact("vectors/NAME.json") returns (about, tensors). See
+vectors/README.md.
 
-Weights and inputs are not stored. Every value is a function of its tensor's name, shape and index, so that no random
-generator is involved.
+Weights and inputs are not stored. Every value is a function of its tensor's name, shape and index, so that no
+random generator is involved.
 """
 
 import hashlib
@@ -22,7 +23,8 @@ DTYPES = {"bool": torch.bool, "int64": torch.int64, "float32": torch.float32}
 
 
 def uniform(name: str, shape: Sequence[int]) -> np.ndarray:
-    """float64 [*shape] in [-1, 1), multiples of 2**-23: splitmix64 seeded with the first 8 bytes of SHA-256(name)."""
+    """float64 [*shape] in [-1, 1), multiples of 2**-23: splitmix64 seeded with the first 8 bytes of
+    SHA-256(name)."""
     seed = np.uint64(int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little"))
     index = np.arange(1, math.prod(shape) + 1, dtype=np.uint64)
     z = index * np.uint64(0x9E3779B97F4A7C15) + seed  # all arithmetic is modulo 2**64
@@ -63,7 +65,8 @@ def named_shapes(entries: list[list[Any]]) -> Iterator[tuple[str, list[int], lis
 
 
 def recreate(name: str, shape: Sequence[int], values: Sequence[float]) -> Tensor:
-    """The tensor of this name, f32 [*shape]. values: offset, scale and, optionally, the step to which it is rounded."""
+    """The tensor of this name, f32 [*shape]. values: offset, scale and, optionally, the step to which it is
+    rounded."""
     offset, scale, *step = values or default_range(name, shape)
     x = offset + scale * uniform(name, shape)
     if step:
@@ -72,8 +75,8 @@ def recreate(name: str, shape: Sequence[int], values: Sequence[float]) -> Tensor
 
 
 def read_compact(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """tensors: weights `state.*`, inputs, masks and ids, and the stored outputs. about["gradients"] has the names of the
-    rows of `grad`, about["shapes"] the shape of every weight."""
+    """tensors: weights `state.*`, inputs, masks and ids, and the stored outputs. about["gradients"] has the
+    names of the rows of `grad`, about["shapes"] the shape of every weight."""
     about = json.loads(path.read_text())
     tensors = load_file(path.with_suffix(".safetensors"))
     for prefix, part in (("state.", "state"), ("", "inputs")):

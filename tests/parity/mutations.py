@@ -102,7 +102,11 @@ def flat_table_in_halves(patch: Patch) -> None:
 def pixel_norm(norm: str) -> Mutation:
     def mutate(patch: Patch) -> None:
         right = targets.Pixels
-        patch.setattr(check_parity, "Pixels", lambda encoder, _="", *rest: right(encoder, norm, *rest))  # type: ignore[arg-type]
+
+        def wrong(encoder, _="", *rest):
+            return right(encoder, norm, *rest)
+
+        patch.setattr(check_parity, "Pixels", wrong)
 
     return mutate
 

@@ -1,7 +1,8 @@
-"""Parity with larger tensors: the full cases where they are available, and cases of other geometries from transformers.
+"""Parity with larger tensors: the full cases where they are available, and cases of other geometries from
+transformers.
 
-The full cases (35 MB) are not in the repository; the compact vectors (test_vectors.py) are. transformers' models share
-no code with ours.
+The full cases (35 MB) are not in the repository; the compact vectors (test_vectors.py) are. transformers'
+models share no code with ours.
 """
 
 import json
@@ -124,8 +125,8 @@ def videomae_case(path: Path, g: SimpleNamespace) -> Path:
     transformers = pytest.importorskip("transformers")
     config = transformers.VideoMAEConfig(
         image_size=g.img, patch_size=g.patch, num_frames=g.frames, tubelet_size=g.tub, hidden_size=g.dim,
-        num_hidden_layers=g.depth, num_attention_heads=g.heads, intermediate_size=3 * g.dim, layer_norm_eps=1e-6,
-        use_mean_pooling=False, decoder_hidden_size=g.ddim, decoder_num_hidden_layers=g.ddepth,
+        num_hidden_layers=g.depth, num_attention_heads=g.heads, intermediate_size=3 * g.dim,
+        layer_norm_eps=1e-6, use_mean_pooling=False, decoder_hidden_size=g.ddim, decoder_num_hidden_layers=g.ddepth,
         decoder_num_attention_heads=g.dheads, decoder_intermediate_size=5 * g.ddim,
     )  # fmt: skip
     model = transformers.VideoMAEForPreTraining(config).eval()
@@ -144,7 +145,8 @@ def videomae_case(path: Path, g: SimpleNamespace) -> Path:
 
 
 def encode_some_tokens(encoder: torch.nn.Module, clips: Tensor, ids: Tensor) -> Tensor:
-    """transformers' encoder of V-JEPA 2 on some of the tokens, which its own forward pass does not support."""
+    """transformers' encoder of V-JEPA 2 on some of the tokens, which its own forward pass does not
+    support."""
     x = encoder.embeddings(clips.transpose(1, 2)).gather(
         1, ids[..., None].expand(-1, -1, encoder.config.hidden_size)
     )
@@ -177,7 +179,8 @@ def vjepa2_case(path: Path, g: SimpleNamespace) -> Path:
     forward = model.predictor.embeddings.forward
     for i, (kept, hidden) in enumerate([(n // 3, n // 2), (n // 4, n // 4), (n // 5, n // 3)]):
         ids = torch.stack([torch.randperm(n)[: kept + hidden] for _ in range(g.B)])
-        context, out = ids[:, :kept].sort(1)[0], ids[:, kept:].sort(1)[0]
+        context = ids[:, :kept].sort(1)[0]
+        out = ids[:, kept:].sort(1)[0]
         z = encode_some_tokens(model.encoder, clips, context)
         all_tokens = torch.zeros(g.B, n, g.dim).scatter(1, context[..., None].expand_as(z), z)
         model.predictor.embeddings.forward = partial(forward, mask_index=i)

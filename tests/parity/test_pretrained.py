@@ -43,7 +43,8 @@ CLIPS = torch.randn(2, 3, 4, 24, 24, generator=generator)
 IMAGES = torch.randn(2, 3, 24, 24, generator=generator)
 NOISE = torch.rand(2, 9, generator=generator)
 IDS = torch.stack([torch.randperm(18, generator=generator) for _ in range(2)])
-CONTEXT, TARGET = IDS[:, :7].sort(1)[0], IDS[:, 7:16].sort(1)[0]
+CONTEXT = IDS[:, :7].sort(1)[0]
+TARGET = IDS[:, 7:16].sort(1)[0]
 HIDDEN = torch.ones(2, 18, dtype=torch.bool).scatter(1, CONTEXT, False)
 CLASSES = 7
 
@@ -59,7 +60,8 @@ def repeatable():
 def videomae_config(**options):
     return hf().VideoMAEConfig(
         image_size=24, patch_size=8, num_frames=4, tubelet_size=2, hidden_size=48, num_hidden_layers=2,
-        num_attention_heads=4, intermediate_size=80, layer_norm_eps=1e-6, decoder_hidden_size=32, num_labels=CLASSES,
+        num_attention_heads=4, intermediate_size=80, layer_norm_eps=1e-6, decoder_hidden_size=32,
+        num_labels=CLASSES,
         decoder_num_hidden_layers=1, decoder_num_attention_heads=2, decoder_intermediate_size=56, **options,
     )  # fmt: skip
 
@@ -67,14 +69,16 @@ def videomae_config(**options):
 def vjepa2_config(**options):
     return hf().VJEPA2Config(
         patch_size=8, crop_size=24, frames_per_clip=4, tubelet_size=2, hidden_size=48, num_hidden_layers=2,
-        num_attention_heads=4, mlp_ratio=2.5, layer_norm_eps=1e-6, pred_hidden_size=40, pred_num_attention_heads=2,
+        num_attention_heads=4, mlp_ratio=2.5, layer_norm_eps=1e-6, pred_hidden_size=40,
+        pred_num_attention_heads=2,
         pred_num_hidden_layers=3, pred_num_mask_tokens=3, pred_mlp_ratio=3.0, num_labels=CLASSES, **options,
     )  # fmt: skip
 
 
 def image_config(kind: str, **options):
     return getattr(hf(), kind)(
-        image_size=24, patch_size=8, hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=80,
+        image_size=24, patch_size=8, hidden_size=48, num_hidden_layers=2, num_attention_heads=4,
+        intermediate_size=80,
         layer_norm_eps=1e-6, **options,
     )  # fmt: skip
 
@@ -107,7 +111,8 @@ def random_hf(name: str) -> nn.Module:
 
 
 def official_eps(model: nn.Module) -> nn.Module:
-    """transformers gives VideoMAE's decoder a last norm with 1e-5, whatever its config says; official is 1e-6."""
+    """transformers gives VideoMAE's decoder a last norm with 1e-5, whatever its config says; official is
+    1e-6."""
     if hasattr(model, "encoder_to_decoder"):
         model.decoder.norm.eps = model.config.layer_norm_eps
     return model
@@ -116,7 +121,8 @@ def official_eps(model: nn.Module) -> nn.Module:
 @torch.no_grad()
 def of_hf(model: nn.Module) -> dict[str, Tensor]:
     """What a model of transformers says of CLIPS or IMAGES."""
-    name, video = type(model).__name__, CLIPS.transpose(1, 2)
+    name = type(model).__name__
+    video = CLIPS.transpose(1, 2)
     if name.startswith("VideoMAE"):
         base = getattr(model, "videomae", model)
         out = {"all": base(video).last_hidden_state, "visible": base(video, HIDDEN).last_hidden_state}
@@ -143,20 +149,22 @@ def of_ours(found: Checkpoint) -> dict[str, Tensor]:
     encoder = found.build_encoder().eval()
     if found.format == "MAE":
         order = NOISE.argsort(1)
-        mask, clips, norm = (
-            Mask(order[:, :4], order[:, None, 4:]),
-            IMAGES[:, :, None],
-            ("patch", "normalised"),
-        )
+        mask = Mask(order[:, :4], order[:, None, 4:])
+        clips = IMAGES[:, :, None]
+        norm = ("patch", "normalised")
         out = {"visible": encoder(clips, mask.context, return_levels=True)}
     elif found.format == "I-JEPA":
         return {"all": encoder(IMAGES[:, :, None])}
     elif found.model["positions"] == "rope":
-        mask, clips, norm = Mask(CONTEXT, TARGET[:, None]), CLIPS, None
+        mask = Mask(CONTEXT, TARGET[:, None])
+        clips = CLIPS
+        norm = None
         out = {"all": encoder(clips)}
     else:
         hidden = HIDDEN.nonzero()[:, 1].reshape(2, -1)
-        mask, clips, norm = Mask(CONTEXT, hidden[:, None]), CLIPS, ("channel", "rgb")
+        mask = Mask(CONTEXT, hidden[:, None])
+        clips = CLIPS
+        norm = ("channel", "rgb")
         out = {"all": encoder(clips), "visible": encoder(clips, CONTEXT)}
     if found.predictor is not None:
         predictor, query = found.build_predictor(encoder)
@@ -166,7 +174,8 @@ def of_ours(found: Checkpoint) -> dict[str, Tensor]:
                 gather_tokens(encoder(clips), CONTEXT), mask, query(1), grid
             ).target[:, 0]
         else:
-            z, whole = encoder(clips, mask.context, return_levels=True), found.format == "MAE"
+            z = encoder(clips, mask.context, return_levels=True)
+            whole = found.format == "MAE"
             said = predictor.proj(
                 predictor.forward_tokens(z, mask, query(0), grid, include_context=whole)[:, 0]
             )
@@ -261,16 +270,15 @@ def own(
             "eps": 1e-6,
             **predictor,
         }
-        joint, found.query = (
-            JointPredictor(encoder, **found.predictor),
-            0.3 * torch.randn(3 if "rope" in positions else 1, 32),
-        )
+        joint = JointPredictor(encoder, **found.predictor)
+        found.query = 0.3 * torch.randn(3 if "rope" in positions else 1, 32)
         randomise(joint, 7)
         found.predictor_weights = joint.state_dict()
     return found
 
 
-FLAT, ROPE = {"positions": "sincos_flat", "embed_bias": False}, {"positions": "rope"}
+FLAT = {"positions": "sincos_flat", "embed_bias": False}
+ROPE = {"positions": "rope"}
 OURS = {
     "VideoMAEModel": lambda: own("sincos_flat"),
     "VideoMAEForPreTraining": lambda: own("sincos_flat", predictor=FLAT),
@@ -581,7 +589,8 @@ def test_mae(tmp_path):
     for key, module in (("pos_embed", encoder), ("decoder_pos_embed", joint)):
         table = module.positions.table
         state[key] = torch.cat([0 * table[:1], table])[None]
-    state["cls_token"], state["mask_token"] = state["cls_token"][None, None], found.query[None]
+    state["cls_token"] = state["cls_token"][None, None]
+    state["mask_token"] = found.query[None]
     read = public.read_public(
         saved(tmp_path / "mae.pth", {"model": state, "args": ARGS}), heads=4, predictor_heads=2
     )
@@ -659,7 +668,8 @@ class Evil:
 
 @pytest.mark.parametrize("protocol", [2, 4, "zip"])
 def test_a_pickle_that_would_run_code_is_refused(protocol, tmp_path):
-    content, path = {"args": Evil(tmp_path / "made"), "epoch": 3}, tmp_path / "evil.pth"
+    content = {"args": Evil(tmp_path / "made"), "epoch": 3}
+    path = tmp_path / "evil.pth"
     if protocol == "zip":
         torch.save(content, path)
     else:
@@ -762,7 +772,8 @@ WRONG = {
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_files_say_what_is_wrong_in_one_line(name, tmp_path):
     change, words = WRONG[name]
-    state, given = jepa_state(), dict(GIVEN)
+    state = jepa_state()
+    given = dict(GIVEN)
     change(state, given)
     path = saved(tmp_path / "x.pth", {**state, "epoch": 3})
     with pytest.raises(UserError, match=words) as e:
@@ -815,7 +826,8 @@ def test_an_encoder_alone_with_a_table_is_of_v_jepa_or_of_v_jepa_2(tmp_path):
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_truncated_files(suffix, tmp_path):
-    state, path = jepa_state(), tmp_path / f"x{suffix}"
+    state = jepa_state()
+    path = tmp_path / f"x{suffix}"
     torch.save({"model": state}, path) if suffix == ".pth" else save_file(state, path)
     whole = path.read_bytes()
     for size in (0, 1, 7, 9, 100, 1000, len(whole) // 2, len(whole) - 1):

@@ -1,4 +1,5 @@
-"""The compact vectors hold in every clone, and each of them pins something: with one error injected, its case fails."""
+"""The compact vectors hold in every clone, and each of them pins something: with one error injected, its case
+fails."""
 
 from pathlib import Path
 

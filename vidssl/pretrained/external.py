@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from vidssl.core.errors import UserError
 from vidssl.pretrained.load import LoadedEncoder, load_encoder
-from vidssl.pretrained.public import read_json
+from vidssl.pretrained.public import load_json
 
 VIDEO_MODELS = ("videomae", "vjepa2", "timesformer", "vivit", "videoprism_vision_model")
 ANY_LENGTH = ("vjepa2", "timesformer")  # video models that take other numbers of frames than the config's
@@ -274,7 +274,7 @@ def read_preprocessor(name: str) -> tuple[dict[str, Any], int | None]:
         raise UserError(
             f"encoder=hf:{name}: {PREPROCESSOR_FILES[1]} is missing: it says how pixels are normalised"
         )
-    settings = read_json(Path(path))
+    settings = load_json(Path(path))
     settings = settings.get("video_processor") or settings.get("image_processor") or settings
     scale = settings.get("rescale_factor", 1 / 255)
     offset = settings.get("offset", scale > 1.5 / 255)  # ViViT scales to [-1, 1] before it normalises

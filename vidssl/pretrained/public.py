@@ -215,7 +215,7 @@ def read_hf_folder(path: Path, overrides: dict[str, Any]) -> Checkpoint:
     timm."""
     if not (path / "config.json").is_file():
         raise UserError(f"{path}: neither encoder.safetensors nor config.json in it")
-    hf_config = read_json(path / "config.json")
+    hf_config = load_json(path / "config.json")
     state: dict[str, Any] = {}
     for file in weight_files(path):
         state |= load_state_file(file)
@@ -232,7 +232,7 @@ def read_hf_folder(path: Path, overrides: dict[str, Any]) -> Checkpoint:
     except KeyError as e:
         raise UserError(f"{path}/config.json: {e} is missing") from None
     if (path / "preprocessor_config.json").is_file():
-        preprocessor = read_json(path / "preprocessor_config.json")
+        preprocessor = load_json(path / "preprocessor_config.json")
         if "image_mean" in preprocessor:
             arguments |= {"mean": preprocessor["image_mean"], "std": preprocessor["image_std"]}
     renamed = rename(state, HUGGING_FACE, str(path))
@@ -242,7 +242,7 @@ def read_hf_folder(path: Path, overrides: dict[str, Any]) -> Checkpoint:
     return infer_checkpoint(renamed, HF_FORMATS[kind], str(path), {**arguments, **overrides})
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def load_json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text())
     except ValueError as e:
@@ -255,7 +255,7 @@ def weight_files(path: Path) -> list[Path]:
         if (path / name).is_file():
             return [path / name]
         if (path / f"{name}.index.json").is_file():
-            names = sorted(set(read_json(path / f"{name}.index.json").get("weight_map", {}).values()))
+            names = sorted(set(load_json(path / f"{name}.index.json").get("weight_map", {}).values()))
             if missing := [n for n in names if not (path / n).is_file()]:
                 raise UserError(f"{path}: {name}.index.json names {missing[0]}, which is not there")
             return [path / n for n in names]

@@ -1,4 +1,5 @@
-"""Encoder, predictor and positions: what each option means, apart from the reference tensors (test_parity)."""
+"""Encoder, predictor and positions: what each option means, apart from the reference tensors
+(test_parity)."""
 
 import pytest
 import torch
@@ -42,7 +43,8 @@ def ids(n: int, keep: int, batch: int = 2) -> torch.Tensor:
 
 @pytest.mark.parametrize("positions", ANY_SIZE)
 def test_tokens_on_all_ids_in_any_order_are_the_full_features(positions):
-    encoder, video = small(positions=positions), torch.randn(2, 3, 8, 32, 32)
+    encoder = small(positions=positions)
+    video = torch.randn(2, 3, 8, 32, 32)
     order = ids(64, 64)
     assert torch.allclose(encoder(video, order), gather_tokens(encoder(video), order), atol=1e-5)
 
@@ -129,7 +131,8 @@ def test_what_cannot_be_is_an_error():
 
 @pytest.mark.parametrize("options", [{}, {"positions": "rope"}, {"mlp": "swiglu"}, {"levels": (0, 1)}])
 def test_recomputed_activations_give_the_same_gradients(options):
-    encoder, video = small(**options), torch.randn(2, 3, 8, 32, 32)
+    encoder = small(**options)
+    video = torch.randn(2, 3, 8, 32, 32)
     grads = []
     for recompute in (False, True):
         encoder.blocks.activation_checkpointing = recompute
@@ -142,7 +145,8 @@ def test_recomputed_activations_give_the_same_gradients(options):
 
 def test_recompute_keeps_fewer_activations():
     def kept(recompute: bool) -> int:
-        encoder, total = small(depth=6), 0
+        encoder = small(depth=6)
+        total = 0
         encoder.blocks.activation_checkpointing = recompute
 
         def pack(x: torch.Tensor) -> torch.Tensor:
@@ -158,7 +162,8 @@ def test_recompute_keeps_fewer_activations():
 
 
 def test_levels_are_normed_features_of_their_layers_and_the_last_is_the_feature():
-    encoder, video = small(levels=(0, 1)), torch.randn(1, 3, 8, 32, 32)
+    encoder = small(levels=(0, 1))
+    video = torch.randn(1, 3, 8, 32, 32)
     full = encoder(video, return_levels=True)
     assert full.shape == (1, 64, 96)
     assert torch.equal(full[..., 48:], encoder(video))
@@ -171,7 +176,8 @@ def test_levels_are_normed_features_of_their_layers_and_the_last_is_the_feature(
 
 
 def test_a_class_token_is_seen_by_the_others_and_not_returned():
-    encoder, video = small(class_token=True), torch.randn(1, 3, 8, 32, 32)
+    encoder = small(class_token=True)
+    video = torch.randn(1, 3, 8, 32, 32)
     features = encoder(video)
     assert features.shape == (1, 64, 48)
     assert encoder(video, return_levels=True).shape == (1, 65, 48)
@@ -182,7 +188,8 @@ def test_a_class_token_is_seen_by_the_others_and_not_returned():
 
 @pytest.mark.parametrize("kind", ["none", "own", "encoder"])
 def test_class_tokens_of_predictors(kind):
-    encoder, video = small(class_token=True), torch.randn(2, 3, 8, 32, 32)
+    encoder = small(class_token=True)
+    video = torch.randn(2, 3, 8, 32, 32)
     predictor = JointPredictor(encoder, 7, width=24, depth=1, heads=3, class_token=kind)
     order = ids(64, 30)
     mask = Mask(order[:, :10], order[:, None, 10:])
@@ -219,7 +226,8 @@ def test_context_loss_weights_by_distance_to_the_nearest_target():
 def test_context_loss_rises_and_adds_its_share():
     context = ContextLoss(0.5, False, (10, 20))
     assert [context.weight_at(s) for s in (0, 10, 15, 20, 99)] == [0, 0, 0.25, 0.5, 0.5]
-    encoder, video = small(), torch.randn(2, 3, 8, 32, 32)
+    encoder = small()
+    video = torch.randn(2, 3, 8, 32, 32)
     order = ids(64, 40)
     masks = [Mask(order[:, :16], order[:, None, 16:])]
     predictor = JointPredictor(encoder, 48, width=24, depth=1, heads=3, context_head=True)
@@ -231,7 +239,8 @@ def test_context_loss_rises_and_adds_its_share():
 
 
 def test_pixel_targets_of_some_frames():
-    encoder, video = small(), torch.randn(1, 3, 8, 32, 32)
+    encoder = small()
+    video = torch.randn(1, 3, 8, 32, 32)
     some = Pixels(encoder, "none", "normalised", per_tubelet=1)(video)
     chosen = video[:, :, [0, 2, 4, 7]]  # linspace(0, 7, 4), cut to whole numbers
     assert some.shape == (1, 64, 192)
@@ -239,7 +248,8 @@ def test_pixel_targets_of_some_frames():
 
 
 def test_rescaled_start_is_narrower_in_deeper_blocks():
-    plain, scaled = small(depth=4), small(depth=4, depth_rescale=True)
+    plain = small(depth=4)
+    scaled = small(depth=4, depth_rescale=True)
     for i in range(4):
         ratio = scaled.blocks[i].attn.proj.weight.std() / plain.blocks[i].attn.proj.weight.std()
         assert ratio.item() == pytest.approx((2 * (i + 1)) ** -0.5, rel=1e-5)
@@ -248,7 +258,8 @@ def test_rescaled_start_is_narrower_in_deeper_blocks():
 
 def test_the_deeper_head_attends_over_tokens_first():
     torch.manual_seed(0)
-    head, tokens = AttentiveHead(24, 3, 5, depth=4), torch.randn(2, 7, 24)
+    head = AttentiveHead(24, 3, 5, depth=4)
+    tokens = torch.randn(2, 7, 24)
     (after,) = head.blocks(tokens, None, [2])
     alone = AttentiveHead(24, 3, 5)
     alone.load_state_dict({k: v for k, v in head.state_dict().items() if not k.startswith("blocks.")})

@@ -1,4 +1,5 @@
-"""Properties that every mask must have, over many seeds and small grids, and the published samplers' statistics."""
+"""Properties that every mask must have, over many seeds and small grids, and the published samplers'
+statistics."""
 
 import json
 from pathlib import Path
@@ -98,7 +99,8 @@ def counted(mask: Mask, grid: Grid) -> torch.Tensor:
 
 
 def check(mask: Mask, grid: Grid, samples: int) -> None:
-    """Ids ascend (so none repeats) and are in range; context and counted targets are disjoint and never empty."""
+    """Ids ascend (so none repeats) and are in range; context and counted targets are disjoint and never
+    empty."""
     assert (
         mask.context.ndim == 2 and mask.target.ndim == 3 and len(mask.context) == len(mask.target) == samples
     )
@@ -122,7 +124,8 @@ def test_context_and_target_are_disjoint_sorted_in_range_and_never_empty(name, g
 
 
 def test_no_grid_is_too_small_for_boxes():
-    """Every frame up to 6 x 6 but that of one place, as an image and as a video, every way of making boxes."""
+    """Every frame up to 6 x 6 but that of one place, as an image and as a video, every way of making
+    boxes."""
     maskers = [
         masker for name, masker in ALL.items() if name.split("-")[0] in ("blocks", "block", "multiblock")
     ]
@@ -205,7 +208,8 @@ def test_random_tube_and_frame_counts():
 
 @pytest.mark.parametrize("grid", [Grid(2, 2, 3), Grid(4, 4, 4), Grid(8, 3, 5)], ids=str)
 def test_future_hides_one_whole_slice_and_shows_only_what_came_before(grid):
-    places, ends = grid.h * grid.w, set()
+    places = grid.h * grid.w
+    ends = set()
     for step in range(60):
         (mask,) = Future(visible=0.5, past=1)(None, grid, KeyedRNG(0, step, torch.arange(3)))
         now = int(mask.target[0, 0, 0]) // places
@@ -242,7 +246,8 @@ def test_quadrants_are_the_four_corners_each_the_context_as_often(grid):
 
 
 def test_block_is_one_box_through_all_of_time_and_nothing_is_cut():
-    grid, sizes = Grid(3, 14, 12), set()
+    grid = Grid(3, 14, 12)
+    sizes = set()
     for step in range(30):
         (mask,) = SingleBlock()(None, grid, draws(0, 4, step))
         assert mask.context.shape[1] + mask.target.shape[2] == grid.n
@@ -291,7 +296,8 @@ def test_running_cell_decodes_one_of_its_maps_and_counts_what_the_tube_hides():
     (mask,) = RunningCell()(None, grid, draws(0, 400))
     assert mask.context.shape == (400, 160) and mask.target.shape == (400, 1, 784)
     assert mask.context.equal(Tube(0.9)(None, grid, draws(0, 400))[0].context)
-    decoded, seen = flags(mask.target[:, 0], grid), flags(mask.context, grid)
+    decoded = flags(mask.target[:, 0], grid)
+    seen = flags(mask.context, grid)
     starts = (decoded[:, None] == ~maps).all(2)
     assert (starts.sum(1) == 1).all()
     assert ((starts.float().mean(0) - 0.25).abs() < 5 * (3 / 16 / 400) ** 0.5).all()
@@ -330,14 +336,20 @@ def test_places_are_treated_alike(name):
 
 @pytest.mark.parametrize(("group", "bound"), [(SHORT, 0.02), (LONG, 0.06)], ids=["short", "long"])
 def test_random_truncation_leaves_the_context_where_it_was(group, bound):
-    """Given a sample's boxes, every visible token stays context alike: the mean over 1,536 samples is the expected one.
+    """Given a sample's boxes, every visible token stays context alike: the mean over 1,536 samples is the
+    expected one.
 
-    Over samples, the context lies where the uncut one lies, but for what samples with much context lose and samples
-    with too little gain: total variation between the two 0.011 short, 0.045 long (bounds 0.02, 0.06). Raster
-    truncation at this batch of 24 moves 0.30 and 0.45.
+    Over samples, the context lies where the uncut one lies, but for what samples with much context lose and
+    samples with too little gain: total variation between the two 0.011 short, 0.045 long (bounds 0.02, 0.06).
+    Raster truncation at this batch of 24 moves 0.30 and 0.45.
     """
-    grid, got, expected, visible, raster = Grid(8, 14, 14), [], [], [], []
-    masker, published = MultiBlock3D((group,)), MultiBlock3D((group,), truncate="raster")
+    grid = Grid(8, 14, 14)
+    got = []
+    expected = []
+    visible = []
+    raster = []
+    masker = MultiBlock3D((group,))
+    published = MultiBlock3D((group,), truncate="raster")
     nc, _ = kept_counts(masker, group, grid)
     for step in range(64):
         hidden = masker.hidden(group, grid, draws(0, 24, step)).float()
@@ -371,7 +383,8 @@ def test_box_sizes_are_those_of_the_published_sampler():
 
 def test_box_place():
     """One box of scale 0.25 and aspect 1 on 8 x 8 places covers 4 x 4 of them, every allowed place alike."""
-    grid, group = Grid(1, 8, 8), BlockGroup(1, 0.25)
+    grid = Grid(1, 8, 8)
+    group = BlockGroup(1, 0.25)
     hidden = MultiBlock3D((group,), (1.0, 1.0)).hidden(group, grid, draws(0, 10000)).reshape(-1, 8, 8)
     assert (hidden.sum((1, 2)) == 16).all()
     for side in (2, 1):
@@ -381,7 +394,8 @@ def test_box_place():
 
 
 def test_boxes_may_be_short_in_time_and_the_context_may_end_early():
-    grid, group = Grid(8, 6, 6), BlockGroup(1, 0.25)
+    grid = Grid(8, 6, 6)
+    group = BlockGroup(1, 0.25)
     masker = MultiBlock3D((group,), (1.0, 1.0), temporal_scale=(0.5, 0.5))
     hidden = masker.hidden(group, grid, draws(0, 5000)).reshape(-1, 8, 36)
     assert (hidden.sum((1, 2)) == 4 * 9).all() and (hidden.any(2).sum(1) == 4).all()
@@ -427,10 +441,12 @@ def test_uncut_masks_have_the_statistics_of_the_published_sampler(group, size):
     """1,500 draws at batch 1 on both sides; bounds are 4.5 standard errors of their difference."""
     name = f"16f_{size * 16}px_{'short' if group is SHORT else 'long'}"
     reference = json.loads((VECTORS / "vjepa_mask_statistics.json").read_text())[name]
-    n, grid = reference["draws"], Grid(8, size, size)
+    n = reference["draws"]
+    grid = Grid(8, size, size)
     masker = MultiBlock3D((group,))
     hidden = torch.cat([masker.hidden(group, grid, draws(0, 1, step)) for step in range(n)]).float()
-    ratio, slack = 1 - hidden.mean(1), 4.5 * (2 / n) ** 0.5
+    ratio = 1 - hidden.mean(1)
+    slack = 4.5 * (2 / n) ** 0.5
     spread = reference["context_ratio_std"]
     assert ratio.mean() == pytest.approx(reference["context_ratio_mean"], abs=slack * spread)
     fourth = ((ratio - ratio.mean()) / ratio.std()).pow(4).mean()
@@ -444,14 +460,16 @@ def test_uncut_masks_have_the_statistics_of_the_published_sampler(group, size):
             <= level
             <= (ratio <= value + 1e-6).float().mean() + room
         )
-    centre, corner = hidden[:, (size // 2) * (size + 1)], hidden[:, 0]
+    centre = hidden[:, (size // 2) * (size + 1)]
+    corner = hidden[:, 0]
     for got, key in ((centre, "masked_prob_centre"), (corner, "masked_prob_corner")):
         p = min(reference[key], 1 - 1 / n)
         assert got.mean() == pytest.approx(reference[key], abs=slack * (p * (1 - p)) ** 0.5)
 
 
-TABLE = [  # the published sampler, measured: per-process batch, places a side, then for each group: context kept,
-    # predicted, last : first time slice of the context, share of the context in the last half of the clip
+# The published sampler, measured: per-process batch, tokens of a side, then for each group: context kept, targets
+# kept, last / first time slice of the context, share of the context in the second half of the clip.
+TABLE = [
     (1, 14, (0.372, 0.628, 1.00, 0.50), (0.183, 0.817, 1.00, 0.50)),
     (4, 14, (0.292, 0.562, 0.29, 0.38), (0.122, 0.727, 0.25, 0.31)),
     (24, 14, (0.231, 0.474, 0.03, 0.21), (0.067, 0.708, 0.05, 0.09)),
@@ -463,17 +481,21 @@ TABLE = [  # the published sampler, measured: per-process batch, places a side, 
     ("batch", "size", "short", "long"), TABLE, ids=lambda v: str(v) if isinstance(v, int) else ""
 )
 def test_raster_truncation_is_that_of_the_published_sampler(batch, size, short, long):
-    """The table was measured on 20 to 200 steps; taken as 20. Here 100 steps. The spread from step to step is measured
-    here; bounds are 4 standard errors of the difference, and half a unit of the table's last digit."""
-    grid, steps = Grid(8, size, size), 100
-    masker, rows = MultiBlock3D(truncate="raster"), ([], [])
+    """The table was measured on 20 to 200 steps; taken as 20. Here 100 steps. The spread from step to step
+    is measured here; bounds are 4 standard errors of the difference, and half a unit of the table's last
+    digit."""
+    grid = Grid(8, size, size)
+    steps = 100
+    masker = MultiBlock3D(truncate="raster")
+    rows = ([], [])
     for step in range(steps):
         for mask, row in zip(masker(None, grid, draws(0, batch, step)), rows, strict=True):
             slices = flags(mask.context, grid).reshape(batch, 8, -1).sum((0, 2))
             row.append([*slices.tolist(), mask.target.numel()])
     for row, (kept, predicted, last_first, last_half) in zip(rows, (short, long), strict=True):
         table = torch.tensor(row, dtype=torch.float64)
-        all_tokens, total = torch.full((steps,), batch * grid.n, dtype=torch.float64), table[:, :8].sum(1)
+        all_tokens = torch.full((steps,), batch * grid.n, dtype=torch.float64)
+        total = table[:, :8].sum(1)
         for above, below, want, digit in (
             (total, all_tokens, kept, 0.001),
             (table[:, 8], all_tokens, predicted, 0.001),
@@ -489,8 +511,10 @@ def test_raster_truncation_is_that_of_the_published_sampler(batch, size, short, 
 
 
 def box_sizes(published: bool, steps: int) -> set[tuple[int, int]]:
-    """(height, width) of the target blocks of some steps at 14 x 14; each sample's four are boxes of that size."""
-    grid, sizes = Grid(1, 14, 14), set()
+    """(height, width) of the target blocks of some steps at 14 x 14; each sample's four are boxes of that
+    size."""
+    grid = Grid(1, 14, 14)
+    sizes = set()
     for step in range(steps):
         (mask,) = MultiBlock2D(reference_quirks=published)(None, grid, draws(0, 3, step))
         box = flags(mask.target.flatten(0, 1), grid).reshape(12, 14, 14)
@@ -504,7 +528,8 @@ def box_sizes(published: bool, steps: int) -> set[tuple[int, int]]:
 def test_multiblock_sizes():
     """29 to 39 places, aspect 0.75 to 1.5. Published: both from one number, so that large blocks are tall."""
     u = torch.linspace(0, 1, 2000, dtype=torch.float64).tolist()
-    areas, aspects = [int(196 * (0.15 + 0.05 * v)) for v in u], [0.75 + 0.75 * v for v in u]
+    areas = [int(196 * (0.15 + 0.05 * v)) for v in u]
+    aspects = [0.75 + 0.75 * v for v in u]
 
     def size(area: int, aspect: float) -> tuple[int, int]:
         return round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
@@ -518,8 +543,11 @@ def test_multiblock_sizes():
 
 @pytest.mark.parametrize("published", [True, False])
 def test_multiblock_places(published):
-    """The published sampler never covers the last row and column with a target; ours treats both sides alike."""
-    grid, steps, per_step = Grid(1, 14, 14), 150, []
+    """The published sampler never covers the last row and column with a target; ours treats both sides
+    alike."""
+    grid = Grid(1, 14, 14)
+    steps = 150
+    per_step = []
     for step in range(steps):
         (mask,) = MultiBlock2D(reference_quirks=published)(None, grid, draws(1, 24, step))
         often = flags(mask.target.flatten(0, 1), grid).reshape(-1, 14, 14).float().mean(0)
@@ -534,7 +562,8 @@ def test_multiblock_places(published):
 
 @pytest.mark.parametrize("grid", [Grid(1, 14, 14), Grid(3, 10, 14)], ids=str)
 def test_multiblock_context_is_its_box_without_the_targets(grid):
-    """The context never leaves a box of the context's size; its count is the same in every batch of a step."""
+    """The context never leaves a box of the context's size; its count is the same in every batch of a
+    step."""
     masker = MultiBlock2D(context_scale=(0.6, 0.6))
     for step in range(30):
         (mask,) = masker(None, grid, draws(0, 16, step))
@@ -542,7 +571,8 @@ def test_multiblock_context_is_its_box_without_the_targets(grid):
         h, w = box_size(int(grid.h * grid.w * 0.6), 1.0, grid)
         for side, most in ((seen.any(3), h), (seen.any(2), w)):
             at = side.any(1).float()
-            first, last = at.argmax(1), at.shape[1] - 1 - at.flip(1).argmax(1)
+            first = at.argmax(1)
+            last = at.shape[1] - 1 - at.flip(1).argmax(1)
             assert (last - first < most).all()
         (other,) = masker(None, grid, KeyedRNG(0, step, torch.arange(900, 903)))
         assert mask.context.shape[1] == other.context.shape[1] and mask.context.shape[1] % grid.t == 0
@@ -551,7 +581,8 @@ def test_multiblock_context_is_its_box_without_the_targets(grid):
 
 
 def test_multiblock_min_keep():
-    """Contexts of `min_keep` places or fewer are drawn again; here most are, since the context block is small."""
+    """Contexts of `min_keep` places or fewer are drawn again; here most are, since the context block is
+    small."""
     grid = Grid(1, 14, 14)
     for published in (True, False):
         for min_keep in (1, 12):
@@ -562,7 +593,8 @@ def test_multiblock_min_keep():
 
 
 def test_published_multiblock_is_cut_in_raster_order_to_the_smallest_of_the_batch():
-    grid, masker = Grid(1, 14, 14), MultiBlock2D(reference_quirks=True)
+    grid = Grid(1, 14, 14)
+    masker = MultiBlock2D(reference_quirks=True)
     for step in range(10):
         (together,) = masker(None, grid, KeyedRNG(0, step, torch.arange(16)))
         alone = [masker(None, grid, KeyedRNG(0, step, torch.tensor([i])))[0].context[0] for i in range(16)]

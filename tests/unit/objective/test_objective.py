@@ -42,7 +42,8 @@ def test_patchify_numbers_tokens_in_t_h_w_order():
 
 
 def test_take_gathers_by_sample():
-    x, ids = torch.randn(2, 5, 3), torch.tensor([[[4, 0]], [[1, 1]]])
+    x = torch.randn(2, 5, 3)
+    ids = torch.tensor([[[4, 0]], [[1, 1]]])
     got = gather_tokens(x, ids)
     assert got.shape == (2, 1, 2, 3)
     assert got[0, 0, 0].equal(x[0, 4])
@@ -51,7 +52,8 @@ def test_take_gathers_by_sample():
 
 def test_encoder_on_ids_equals_conv_embedding_then_selection():
     torch.manual_seed(0)
-    encoder, video = small(), torch.randn(2, 3, 8, 32, 32)
+    encoder = small()
+    video = torch.randn(2, 3, 8, 32, 32)
     ids = torch.stack([torch.randperm(64)[:10], torch.randperm(64)[:10]])
     x = encoder.patch_embed.proj(video).flatten(2).transpose(1, 2) + sincos_3d(Grid(4, 4, 4), 48, True)
     x = gather_tokens(x, ids)
@@ -85,7 +87,9 @@ def test_videomae_loss_equals_its_longhand_formula():
             x = block(x)
         out = predictor.proj(predictor.norm(x))[0, 16:]
         for i, token_id in enumerate(mask.target[b, 0].tolist()):
-            t, h, w = token_id // 16, token_id // 4 % 4, token_id % 4
+            t = token_id // 16
+            h = token_id // 4 % 4
+            w = token_id % 4
             cube = video[b, :, 2 * t : 2 * t + 2, 8 * h : 8 * h + 8, 8 * w : 8 * w + 8]
             pixels = (cube.permute(1, 2, 3, 0) * std + mean).reshape(-1, 3)
             normed = (pixels - pixels.mean(0)) / (pixels.var(0, unbiased=True) ** 0.5 + 1e-6)
@@ -101,7 +105,8 @@ def test_vjepa_loss_equals_its_longhand_formula():
     with torch.no_grad():
         for p in target.encoder.parameters():
             p.add_(0.02 * torch.randn_like(p))
-    predictor, token = JointPredictor(encoder, 48, width=24, depth=2, heads=3), MaskToken(24, groups=2)
+    predictor = JointPredictor(encoder, 48, width=24, depth=2, heads=3)
+    token = MaskToken(24, groups=2)
     video = torch.randn(2, 3, 8, 32, 32)
     order = torch.stack([torch.randperm(64), torch.randperm(64)])
     masks = Mask(order[:, :16], order[:, None, 16:48]), Mask(order[:, 40:48], order[:, None, :35])
@@ -111,7 +116,8 @@ def test_vjepa_loss_equals_its_longhand_formula():
     features = target.encoder(video)
     centred = features - features.mean(-1, keepdim=True)
     want = centred / (features.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
-    pos, losses = sincos_3d(Grid(4, 4, 4), 24, True), []
+    pos = sincos_3d(Grid(4, 4, 4), 24, True)
+    losses = []
     for i, m in enumerate(masks):
         each = []
         for b in range(2):
@@ -133,7 +139,8 @@ def test_target_groups_are_predicted_alone():
     torch.manual_seed(0)
     encoder = small()
     predictor = JointPredictor(encoder, 7, width=24, depth=1, heads=3)
-    z, ids = torch.randn(2, 8, 48), torch.stack([torch.randperm(64), torch.randperm(64)])
+    z = torch.randn(2, 8, 48)
+    ids = torch.stack([torch.randperm(64), torch.randperm(64)])
     both = Mask(ids[:, :8], ids[:, 8:32].reshape(2, 2, 12))
     query = torch.randn(24)
     got = predictor(z, both, query, encoder.grid).target
@@ -146,11 +153,10 @@ def test_target_groups_are_predicted_alone():
 def test_what_is_not_asked_for_is_left_out_of_the_last_block_only(positions):
     encoder = small()
     predictor = JointPredictor(encoder, 7, width=24, depth=2, heads=2, positions=positions)
-    z, mask = (
-        torch.randn(2, 3, encoder.dim),
-        Mask(torch.tensor([[0, 3, 5], [1, 2, 7]]), torch.tensor([[[1, 2, 4]], [[0, 3, 4]]])),
-    )
-    query, sizes = torch.randn(24), []
+    z = torch.randn(2, 3, encoder.dim)
+    mask = Mask(torch.tensor([[0, 3, 5], [1, 2, 7]]), torch.tensor([[[1, 2, 4]], [[0, 3, 4]]]))
+    query = torch.randn(24)
+    sizes = []
     hook = predictor.blocks[-1].mlp.register_forward_hook(lambda _, x, y: sizes.append(y.shape[1]))
     said = [
         predictor.forward_tokens(z, mask, query, encoder.grid, everywhere) for everywhere in (False, True)
@@ -161,7 +167,8 @@ def test_what_is_not_asked_for_is_left_out_of_the_last_block_only(positions):
 
 
 def test_weighted_reduction():
-    error, weight = torch.rand(2, 1, 4), torch.tensor([[[1.0, 0, 0, 1]], [[0, 0, 0, 2]]])
+    error = torch.rand(2, 1, 4)
+    weight = torch.tensor([[[1.0, 0, 0, 1]], [[0, 0, 0, 2]]])
     want = (error[0, 0, 0] + error[0, 0, 3] + 2 * error[1, 0, 3]) / 4
     empty = torch.empty(0)
     assert torch.allclose(Objective.reduce(error, Mask(empty, empty, weight)), want)
