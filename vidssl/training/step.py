@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vidssl.core.pixels import normalise
-from vidssl.core.rng import GOLDEN, KeyedRNG, splitmix64
+from vidssl.core.rng import GOLDEN_RATIO, KeyedRNG, splitmix64
 from vidssl.data.loader import Batch, make_streams, train_steps
 from vidssl.data.shards import Shards
 from vidssl.data.stream import ShardUrls
@@ -56,7 +56,7 @@ def seed_step(seed: int, step: int, position: int) -> None:
     frames, augmentation and masks do not use this generator and do not depend on the number of processes. Stochastic
     depth does: a process draws for all of its samples in turn, so another number of processes draws other depths.
     """
-    key = torch.tensor(seed) + 2 * torch.tensor(GOLDEN)
+    key = torch.tensor(seed) + 2 * torch.tensor(GOLDEN_RATIO)
     for value in (step, position):
         key = splitmix64(key) + value
     torch.manual_seed(int(splitmix64(key)))
