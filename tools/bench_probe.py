@@ -1,12 +1,13 @@
-"""Compares probing stored features with decoding and encoding in every epoch, in CPU seconds.
+r"""Compares probing stored features with decoding and encoding in every epoch, in CPU seconds.
 
-    python tools/bench_probe.py encoder=RUN data.train=SHARDS data.test=SHARDS probe.heads=3 [--stream-epochs 2]
+    python tools/bench_probe.py encoder=RUN data.train=SHARDS data.test=SHARDS probe.heads=3 \
+        [--stream-epochs 2]
 
-Stored: every video is decoded and encoded once; the grid is trained on a part of train, the selected head again on all.
-Streamed: the grid is trained once over all of train, with the batches of each epoch decoded and encoded again, and test
-is read once, or (the published practice) after every epoch. Both with one process, one thread and no workers, on the
-same videos and heads. Fewer --stream-epochs than epochs are extrapolated linearly; the output states it.
-"""
+Stored: every video is decoded and encoded once; the grid is trained on a part of train, the selected head
+again on all. Streamed: the grid is trained once over all of train, with the batches of each epoch decoded and
+encoded again, and test is read once, or (the published practice) after every epoch. Both with one process,
+one thread and no workers, on the same videos and heads. Fewer --stream-epochs than epochs are extrapolated
+linearly; the output states it. """
 
 import argparse
 import dataclasses
@@ -56,7 +57,8 @@ def main(argv: list[str]) -> None:
     given = {s.split("=")[0] for s in a.settings}
     defaults = [f"{k}={v}" for k, v in DEFAULTS.items() if k not in given]
     cfg = load_config([*a.settings, *defaults], ProbeConfig)
-    data, protocol = cfg.data, cfg.probe.build()
+    data = cfg.data
+    protocol = cfg.probe.build()
     epochs = protocol.epochs
     stream_epochs = a.stream_epochs or epochs
     if not 0 < stream_epochs <= epochs:

@@ -1,14 +1,16 @@
-"""Compares probes: a table, differences with paired intervals, and a plot.
+r"""Compares probes: a table, differences with paired intervals, and a plot.
 
-    python tools/compare.py A/probe.json B/probe.json ... [--csv OUT.csv] [--plot OUT.png] [--names a b ...] [--rank]
+    python tools/compare.py A/probe.json B/probe.json ... \
+        [--csv OUT.csv] [--plot OUT.png] [--names a b ...] [--rank]
 
-The folder of each probe.json holds its predictions.csv. A difference is to the first probe's row of the same label,
-control and fraction of train, sample by sample: groups of test samples are resampled for both together, so that what is
-hard for both does not widen the interval. Rows of numbers or tags have no hits and get no difference.
+The folder of each probe.json holds its predictions.csv. A difference is to the first probe's row of the same
+label, control and fraction of train, sample by sample: groups of test samples are resampled for both
+together, so that what is hard for both does not widen the interval. Rows of numbers or tags have no hits and
+get no difference.
 
---rank: Spearman's correlation, over the probes, of each label-free score (RankMe, alpha-ReQ of the mean tokens of train)
-with the metric on test; p: two-sided, by all permutations of up to 7 probes, of more by 9,999 random ones.
-"""
+--rank: Spearman's correlation, over the probes, of each label-free score (RankMe, alpha-ReQ of the mean
+tokens of train) with the metric on test; p: two-sided, by all permutations of up to 7 probes, of more by
+9,999 random ones. """
 
 import argparse
 import csv
@@ -50,7 +52,8 @@ def read_probe(path: Path, name: str) -> tuple[str, list[Row]]:
 
 
 def make_row(name: str, result: Row, predictions: list[dict[str, str]]) -> Row:
-    """The columns of a result, and `hits`: (key, occurrence of this key) -> (correct, group) of each test sample."""
+    """The columns of a result, and `hits`: (key, occurrence of this key) -> (correct, group) of each test
+    sample."""
     fraction, seed = (f"{result[k]:g}" if k in result else "" for k in ("train_fraction", "list_seed"))
     run = dict(zip(RUN_KEYS, (result["label"], result["control"], fraction, seed), strict=True))
     hits = {}
@@ -83,8 +86,8 @@ def add_differences(rows: list[Row]) -> None:
 
 def format_table(rows: list[Row]) -> str:
     width = max(len(row["name"]) for row in rows)
-    head = f"{'label':12s} {'control':11s} {'train':>6s} {'':5s} {'value':>7s} {'95 %':>17s}   difference to the first"
-    lines = [f"{'':{width}s}  {head}"]
+    head = f"{'label':12s} {'control':11s} {'train':>6s} {'':5s} {'value':>7s} {'95 %':>17s}"
+    lines = [f"{'':{width}s}  {head}   difference to the first"]
     for r in rows:
         train = f"{r['train_fraction']}/{r['seed']}" if r["train_fraction"] else "all"
         interval = f"[{r['low']:.2f}, {r['high']:.2f}]"
@@ -97,7 +100,8 @@ def format_table(rows: list[Row]) -> str:
 
 
 def spearman(x: list[float], y: list[float]) -> tuple[float, float]:
-    """Returns (rho, p). Permutations give p = 1/3 for any three points in order, where an asymptotic test gives 0."""
+    """Returns (rho, p). Permutations give p = 1/3 for any three points in order, where an asymptotic test
+    gives 0."""
     try:
         from scipy.stats import permutation_test, rankdata
     except ImportError:
@@ -115,7 +119,8 @@ def spearman(x: list[float], y: list[float]) -> tuple[float, float]:
 
 
 def rank_lines(rows: list[Row]) -> list[str]:
-    """A line for each label-free score and each run without a control. Raises UserError for fewer than three probes."""
+    """A line for each label-free score and each run without a control. Raises UserError for fewer than three
+    probes."""
     runs: dict[tuple, list[Row]] = {}
     for row in rows:
         if row["control"] == "none":

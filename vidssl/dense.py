@@ -1,4 +1,5 @@
-r"""Dense frozen evaluation: depth, mask or key point prediction from frozen tokens of frames, evaluated once on test.
+r"""Dense frozen evaluation: depth, mask or key point prediction from frozen tokens of frames, evaluated once
+on test.
 
     python vidssl/dense.py configs/dense/propagation.yaml encoder=RUN data.test=DAVIS out=DIR
 
@@ -19,7 +20,7 @@ from vidssl.core.io import make_folder
 from vidssl.evaluation.dense.frames import make_frame_encoder
 from vidssl.evaluation.dense.schema import DenseConfig
 from vidssl.evaluation.dense.splits import read_sequences, split_hashes
-from vidssl.evaluation.report import new_report_folder, write_csv, write_report
+from vidssl.evaluation.report import new_report_folder, write_csv, write_json_report
 from vidssl.pretrained.external import open_encoder
 from vidssl.training.malloc import tune_malloc
 
@@ -56,7 +57,7 @@ def main(argv: list[str]) -> None:
     make_folder(out)
     write_csv(out / "sequences.csv", ("control", "sequence", "group", "row", *task.columns), table)
     report = {"results": results, "data": hashes, "seed": task.seed}
-    write_report(out / "dense.json", to_tree(cfg), loaded, report)
+    write_json_report(out / "dense.json", to_tree(cfg), loaded, report)
 
 
 if __name__ == "__main__":

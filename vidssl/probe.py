@@ -1,11 +1,12 @@
-r"""Frozen evaluation: trains heads on frozen features of train, selects on held-out train, evaluates once on test.
+r"""Frozen evaluation: trains heads on frozen features of train, selects on held-out train, evaluates once on
+test.
 
     accelerate launch vidssl/probe.py configs/probe/attentive.yaml encoder=RUN \
         data.train=SHARDS data.test=SHARDS out=DIR
 
-encoder: a run folder, a file of ours, a public checkpoint, timm:NAME or hf:FOLDER_OR_NAME (see pretrained/external.py).
-Writes DIR/probe.json, predictions.csv, per_class.csv, confusion.csv and the low-shot lists.
-"""
+encoder: a run folder, a file of ours, a public checkpoint, timm:NAME or hf:FOLDER_OR_NAME (see
+pretrained/external.py). Writes DIR/probe.json, predictions.csv, per_class.csv, confusion.csv and the low-shot
+lists. """
 
 from datetime import timedelta
 from functools import partial
@@ -19,7 +20,7 @@ from vidssl.core.errors import run_cli
 from vidssl.evaluation.extractor import OpenEncoder, extract_features, make_extractor
 from vidssl.evaluation.probe_config import ProbeConfig
 from vidssl.evaluation.probe_data import make_view, open_probe_splits
-from vidssl.evaluation.probing import ProbeResults, evaluate_control, write_results
+from vidssl.evaluation.probing import ProbeResults, evaluate_control, write_probe_results
 from vidssl.evaluation.report import new_report_folder
 from vidssl.pretrained.external import open_encoder
 from vidssl.training.malloc import tune_malloc
@@ -52,7 +53,7 @@ def main(argv: list[str]) -> None:
             results.label_free[control] = scores
             evaluate_control(results, cfg, protocol, probe_splits, features, control, accelerator.device)
     if accelerator.is_main_process:
-        write_results(out, results, cfg, probe_splits, loaded, protocol.seed)
+        write_probe_results(out, results, cfg, probe_splits, loaded, protocol.seed)
     accelerator.wait_for_everyone()
     accelerator.end_training()
 

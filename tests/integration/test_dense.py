@@ -47,10 +47,10 @@ def run(tmp_path_factory) -> Path:
     return out
 
 
-def plain_look(
-    see=lambda video: None, clip=4, tubelet=2, patch=8, size=16, batch=2, stills=False
+def make_encoder(
+    encode=lambda video: None, clip=4, tubelet=2, patch=8, size=16, batch=2, stills=False
 ) -> FrameEncoder:
-    return FrameEncoder(see, clip, tubelet, patch, size, batch, stills, False, CPU)
+    return FrameEncoder(encode, clip, tubelet, patch, size, batch, stills, False, CPU)
 
 
 # Figures
@@ -67,16 +67,19 @@ def slow_boundary(mask: np.ndarray) -> set[tuple[int, int]]:
     return out
 
 
-def slow_contour(guess: np.ndarray, truth: np.ndarray) -> float:
+def slow_boundary_f(guess: np.ndarray, truth: np.ndarray) -> float:
     a, b = slow_boundary(guess), slow_boundary(truth)
     radius = math.ceil(0.008 * math.hypot(*truth.shape))
-    close = lambda p, some: any((p[0] - q[0]) ** 2 + (p[1] - q[1]) ** 2 <= radius**2 for q in some)  # noqa: E731
+
+    def close(p: tuple[int, int], points: set[tuple[int, int]]) -> bool:
+        return any((p[0] - q[0]) ** 2 + (p[1] - q[1]) ** 2 <= radius**2 for q in points)
+
     precision = sum(close(p, b) for p in a) / len(a) if a else 1.0
     recall = sum(close(p, a) for p in b) / len(b) if b else 1.0
     return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
 
 
-def test_j_and_f_are_those_of_brute_force():
+def test_j_and_f_equal_brute_force():
     rng = np.random.default_rng(0)
     soft = rng.normal(size=(2, 6, 30, 170)).cumsum(2).cumsum(3)  # 170 wide: a disc of radius 2
     guess, truth = soft > np.median(soft)
@@ -85,11 +88,11 @@ def test_j_and_f_are_those_of_brute_force():
     for i in range(6):
         union = (guess[i] | truth[i]).sum()
         assert j[i] == pytest.approx((guess[i] & truth[i]).sum() / union if union else 1.0)
-        assert f[i] == pytest.approx(slow_contour(guess[i], truth[i]))
+        assert f[i] == pytest.approx(slow_boundary_f(guess[i], truth[i]))
     assert j[4] == f[4] == 0 and j[5] == f[5] == 1 and 0.05 < f[0] < 0.95
 
 
-def test_f_of_a_square_that_is_off_by_one_pixel_and_by_three():
+def test_f_of_a_shifted_square():
     truth = torch.zeros(1, 50, 50, dtype=torch.bool)  # diagonal 71: a disc of radius 1
     truth[0, 10:30, 10:30] = True
     assert boundary_f(truth.roll(1, 2), truth).item() == 1
@@ -139,17 +142,19 @@ def slow_propagate(x: np.ndarray, first: np.ndarray, s: PropagationSettings) -> 
         PropagationSettings(200, 0.05, 1, 7),
     ],
 )
-def test_propagation_is_that_of_brute_force(setting):
-    """Few, none and all earlier frames beside the first; a window smaller and larger than the grid; more than all."""
+def test_propagation_equals_brute_force(setting):
+    """Few, none and all earlier frames beside the first; a window smaller and larger than the grid; more than
+    all."""
     rng = np.random.default_rng(1)
-    x, first = rng.normal(size=(5, 3, 4, 6)), rng.uniform(size=(2, 3, 4))
+    x = rng.normal(size=(5, 3, 4, 6))
+    first = rng.uniform(size=(2, 3, 4))
     found = propagate(torch.from_numpy(x), torch.from_numpy(first), setting)
     assert np.allclose(found.numpy(), slow_propagate(x, first, setting), atol=1e-9)
 
 
 def moving_square(perfect: bool, seed: int = 0) -> tuple[torch.Tensor, np.ndarray]:
-    """Tokens f32 [8, 12, 12, 16] of patches of 4 px, and ids u8 [8, 48, 48] of a square of 4 x 4 tokens that moves one
-    token a frame over a still background."""
+    """Tokens f32 [8, 12, 12, 16] of patches of 4 px, and ids u8 [8, 48, 48] of a square of 4 x 4 tokens that
+    moves one token a frame over a still background."""
     rng = torch.Generator().manual_seed(seed)
     if not perfect:
         tokens = torch.randn(8, 12, 12, 16, generator=rng)
@@ -164,8 +169,9 @@ def moving_square(perfect: bool, seed: int = 0) -> tuple[torch.Tensor, np.ndarra
     return tokens, ids
 
 
-def test_masks_follow_a_square_with_perfect_features_and_not_with_random_ones():
-    task, setting = Masks(), PropagationSettings(1, 0.1, 12, 2)
+def test_masks_follow_a_square_with_perfect_features_only():
+    task = Masks()
+    setting = PropagationSettings(1, 0.1, 12, 2)
     tokens, ids = moving_square(True)
     ((j, f),) = task.evaluate_sequence(tokens, ids, (48, 48), setting)
     assert j > 0.95 and f > 0.93  # bilinear upsampling rounds the corners
@@ -178,7 +184,7 @@ def test_masks_follow_a_square_with_perfect_features_and_not_with_random_ones():
     assert j < 2 * chance
 
 
-def test_the_first_and_the_last_frame_and_objects_that_come_later_do_not_count():
+def test_first_and_last_frames_and_later_objects_do_not_count():
     tokens, ids = moving_square(True)
     setting = PropagationSettings(1, 0.1, 12, 2)
     before = Masks().evaluate_sequence(tokens, ids, (48, 48), setting)
@@ -186,15 +192,16 @@ def test_the_first_and_the_last_frame_and_objects_that_come_later_do_not_count()
     assert np.allclose(before, Masks().evaluate_sequence(tokens, ids, (48, 48), setting))
 
 
-def test_masks_of_two_objects_average_over_objects_and_resample_sequences():
+def test_mask_summary_averages_objects_and_resamples_sequences():
     rows = [np.array([[1.0, 0.5], [0.0, 0.5]]), np.array([[0.5, 0.2]])]
-    told = Masks().summarise(rows, ["a", "b"])
-    assert (told["J"], told["F"], told["objects"]) == (50.0, 40.0, 3)
-    assert told["value"] == 45.0 and told["ci95"] == [35.0, 50.0]  # sequence b alone, a alone
+    summary = Masks().summarise(rows, ["a", "b"])
+    assert (summary["J"], summary["F"], summary["objects"]) == (50.0, 40.0, 3)
+    assert summary["value"] == 45.0 and summary["ci95"] == [35.0, 50.0]  # sequence b alone, a alone
 
 
 def test_pck_by_hand():
-    """One point is on the square, one on the background; the truth says that both move a token of 4 px a frame."""
+    """One point is on the square, one on the background; by the labels both move a token of 4 px a
+    frame."""
     tokens, _ = moving_square(True)
     xy = np.zeros((8, 2, 2))
     xy[:, 0] = [(4 * t + 5.5, 21.5) for t in range(8)]  # the middle of a token of the square
@@ -207,16 +214,18 @@ def test_pck_by_hand():
         [6, 6, 6],
         [1, 2, 7],
     ]  # of point 1: off by 4, 8, 12 ... px; allowed are 4.1 and 8.2
-    told = Keypoints().summarise([rows], ["a"])
-    assert told["value"] == pytest.approx(100 * (6 / 6 + 1 / 7) / 2, abs=1e-3)
-    assert told["PCK@0.2"] == pytest.approx(100 * (6 / 6 + 2 / 7) / 2, abs=1e-3) and told["points"] == 13
+    summary = Keypoints().summarise([rows], ["a"])
+    assert summary["value"] == pytest.approx(100 * (6 / 6 + 1 / 7) / 2, abs=1e-3)
+    assert (
+        summary["PCK@0.2"] == pytest.approx(100 * (6 / 6 + 2 / 7) / 2, abs=1e-3) and summary["points"] == 13
+    )
     still = KeypointLabels(
         np.full((8, 1, 2), (42.7, 10.7)), np.ones((8, 1), bool), np.full((8, 1), 3.0)
     )  # 0.3 tokens off one
     assert Keypoints().evaluate_sequence(
         tokens, still, (48, 48), PropagationSettings(1, 0.1, 2, 7)
     ).tolist() == [[7, 7, 7]]  # 0.3 px off
-    seen[0, 1] = False  # what the first frame does not show is not asked for
+    seen[0, 1] = False  # a point that the first frame does not show is not evaluated
     assert Keypoints().evaluate_sequence(tokens, truth, (48, 48), PropagationSettings(1, 0.1, 2, 7))[
         1
     ].tolist() == [
@@ -229,10 +238,10 @@ def test_pck_by_hand():
 # Frames of an encoder of clips
 
 
-def test_a_frame_has_the_tokens_of_its_tubelet_in_its_window():
-    """The 'encoder' tells of each tubelet and place the mean grey level, and where in the clip it lies."""
+def test_a_frame_has_the_tokens_of_its_tubelet():
+    """The encoder here returns for each token its mean gray level and the number of its tubelet."""
 
-    def see(video: torch.Tensor) -> torch.Tensor:
+    def encode(video: torch.Tensor) -> torch.Tensor:
         b, _, t, h, w = video.shape
         x = video.float().view(b, 3, t // 2, 2, h // 8, 8, w // 8, 8).mean((1, 3, 5, 7))
         return torch.stack([x, torch.arange(t // 2).view(1, -1, 1, 1).expand_as(x)], -1).flatten(1, 3)
@@ -240,39 +249,42 @@ def test_a_frame_has_the_tokens_of_its_tubelet_in_its_window():
     frames = np.zeros((7, 20, 42, 3), np.uint8)
     frames += (10 * np.arange(7, dtype=np.uint8))[:, None, None, None]
     frames[:, :, 21:] += 100  # the right half
-    tokens = plain_look(see)(frames)
+    tokens = make_encoder(encode)(frames)
     assert tokens.shape == (7, 2, 4, 2)  # 16 px, and 33.6 px cut to 32
     assert tokens[:, 0, 0, 0].tolist() == [5, 5, 25, 25, 45, 45, 60]  # the last frame fills its window
     assert tokens[:, 1, 3, 0].tolist() == [105, 105, 125, 125, 145, 145, 160]
     assert tokens[:, 0, 0, 1].tolist() == [0, 0, 1, 1, 0, 0, 1]
-    still = plain_look(lambda video: torch.full((1, 8, 1), video.shape[2]), stills=True)
-    assert still(frames[:1]).unique().item() == 1  # a picture is one frame
+    still = make_encoder(lambda video: torch.full((1, 8, 1), video.shape[2]), stills=True)
+    assert still(frames[:1]).unique().item() == 1  # an image is one frame
 
 
-def test_levels_stand_side_by_side_and_the_last_is_the_output():
+def test_layers_are_concatenated_and_the_last_is_the_output():
     torch.manual_seed(0)
     encoder = Encoder(**MODEL, class_token=True).eval()
     video = torch.randn(1, 3, 4, 48, 48)
     with torch.no_grad():
-        both, last = encode_layers(encoder, video, (0, 1)), encode_layers(encoder, video, ())
+        both = encode_layers(encoder, video, (0, 1))
+        last = encode_layers(encoder, video, ())
     assert both.shape == (1, 72, 48) and torch.equal(both[..., 24:], last)
     assert not torch.allclose(both[..., :24], last)
     assert not encoder.blocks[0]._forward_hooks
 
 
-def test_controls_are_other_eyes(run):
-    loaded, look = load_encoder(str(run)), {}
+def test_controls_are_other_encoders(run):
+    loaded = load_encoder(str(run))
+    encoder = {}
     frames = np.random.default_rng(0).integers(0, 255, (5, 24, 24, 3), np.uint8)
     for control in ("none", "random_init", "pixels"):
-        asked = DenseProtocol(size=24, seed=3)
+        options = DenseProtocol(size=24, seed=3)
         seen, name = make_frame_encoder(
-            lambda seed: load_encoder(str(run), seed), loaded, control, asked, CPU
+            lambda seed: load_encoder(str(run), seed), loaded, control, options, CPU
         )
-        look[control] = seen(frames), name
-    assert len({name for _, name in look.values()}) == 3
-    assert look["pixels"][0].shape == (5, 3, 3, 96) and look["none"][0].shape == (5, 3, 3, 24)
+        encoder[control] = seen(frames), name
+    assert len({name for _, name in encoder.values()}) == 3
+    assert encoder["pixels"][0].shape == (5, 3, 3, 96) and encoder["none"][0].shape == (5, 3, 3, 24)
     model = {"frames": 2, "height": 16, "width": 16, "tubelet": 1, "patch": 8}
-    other = LoadedEncoder(torch.nn.Flatten(2), {"model": model, "pixels": loaded.metadata["pixels"]})  # type: ignore[arg-type]
+    metadata = {"model": model, "pixels": loaded.metadata["pixels"]}
+    other = LoadedEncoder(torch.nn.Flatten(2), metadata)  # type: ignore[arg-type]
     other.encoder.forward = lambda video: torch.ones(len(video), 2 * 9, 5)
     seen, _ = make_frame_encoder(lambda seed: other, other, "none", DenseProtocol(size=24), CPU)
     assert seen(np.zeros((3, 24, 48, 3), np.uint8)).shape == (3, 3, 3, 5)  # of another library: squares
@@ -281,18 +293,18 @@ def test_controls_are_other_eyes(run):
     grey = (
         frames[:1, :2, :2, 0].mean() / 255 - 0.485
     ) / 0.229  # red of the first sixteenth of the first patch
-    assert look["pixels"][0][0, 0, 0, 0].item() == pytest.approx(grey, abs=1e-3)
+    assert encoder["pixels"][0][0, 0, 0, 0].item() == pytest.approx(grey, abs=1e-3)
 
 
 # Depth
 
 
-def as_item(name: str, frames: np.ndarray, truth: object) -> DenseSample:
+def make_sample(name: str, frames: np.ndarray, truth: object) -> DenseSample:
     return DenseSample(name, name, (Path(name),), lambda: (frames, truth))
 
 
-class Spy(Depth):
-    """Records on which rows heads are trained, and how many frames they are compared on."""
+class RecordingDepth(Depth):
+    """Records the rows on which heads are trained, and the number of frames on which they are compared."""
 
     rows: ClassVar[list[list[int]]] = []
     compared: ClassVar[list[int]] = []
@@ -306,17 +318,21 @@ class Spy(Depth):
         return super().head_errors(encoder, head, tokens, depth)
 
 
-def test_a_depth_head_recovers_a_linear_function_and_chooses_its_rate_on_held_out_train():
+def test_depth_head_learns_and_lr_is_selected_on_held_out_train():
     """Tokens are two colours, depth is 1 + 3 * the first; a rate of 1e-6 learns nothing."""
     rng = np.random.default_rng(0)
-    items = []
+    samples = []
     for n in range(20):
         x = np.broadcast_to(rng.integers(0, 256, (2, 1, 1, 3)), (2, 48, 48, 3)).astype(np.uint8)
-        items.append(as_item(str(n), x, (1 + 3 * (x[..., 0] / 255)).astype(np.float32)))
-    see = lambda v: (v.float() / 255).view(len(v), 3, 1, 6, 8, 6, 8).mean((4, 6)).flatten(2).mT  # noqa: E731
-    look = plain_look(see, clip=1, tubelet=1, size=48)
-    task = Spy(lr=(1e-6, 0.03), epochs=40, batch=8, bins=16, max_depth=5.0, weight_decay=0.0)
-    head, chosen = task.select_model(look, items[:14])
+        samples.append(make_sample(str(n), x, (1 + 3 * (x[..., 0] / 255)).astype(np.float32)))
+
+    def encode(video: torch.Tensor) -> torch.Tensor:
+        patches = (video.float() / 255).view(len(video), 3, 1, 6, 8, 6, 8)
+        return patches.mean((4, 6)).flatten(2).mT
+
+    encoder = make_encoder(encode, clip=1, tubelet=1, size=48)
+    task = RecordingDepth(lr=(1e-6, 0.03), epochs=40, batch=8, bins=16, max_depth=5.0, weight_decay=0.0)
+    head, chosen = task.select_model(encoder, samples[:14])
     assert chosen["lr"] == 0.03 and [t["lr"] for t in chosen["tried"]] == [1e-6, 0.03]
     assert chosen["tried"][1]["held_out_rmse"] < 0.2 < 0.5 < chosen["tried"][0]["held_out_rmse"]
     first, last = task.rows
@@ -324,14 +340,15 @@ def test_a_depth_head_recovers_a_linear_function_and_chooses_its_rate_on_held_ou
         len(first) == 22 and len({row // 2 for row in first}) == 11
     )  # three sequences of 14 are out, as a whole
     assert last == list(range(28)) and task.compared == [6, 6]
-    told = task.summarise(
-        [task.evaluate(look, head, item) for item in items[14:]], [item.group for item in items[14:]]
+    summary = task.summarise(
+        [task.evaluate(encoder, head, sample) for sample in samples[14:]],
+        [sample.group for sample in samples[14:]],
     )
-    assert told["value"] < 0.2 and told["abs_rel"] < 0.1 and told["delta_1.25"] > 85
-    assert told["ci95"][0] <= told["value"] <= told["ci95"][1]
+    assert summary["value"] < 0.2 and summary["abs_rel"] < 0.1 and summary["delta_1.25"] > 85
+    assert summary["ci95"][0] <= summary["value"] <= summary["ci95"][1]
 
 
-def test_bins_cover_the_range():
+def test_depth_bins_cover_the_range():
     head = DepthHead(3, 5, 4.0)
     torch.nn.init.zeros_(head.linear.weight)
     head.linear.bias.data = torch.tensor([-1.0, -1, -1, -1, 1e6])
@@ -369,9 +386,9 @@ def davis_folder(tmp_path_factory) -> Path:
 
 
 def test_davis_reader(davis_folder):
-    items = READERS["masks"]["davis"](davis_folder, "test")
-    assert [i.name for i in items] == ["cow", "goat"]
-    frames, ids = items[0].load()
+    samples = READERS["masks"]["davis"](davis_folder, "test")
+    assert [i.name for i in samples] == ["cow", "goat"]
+    frames, ids = samples[0].load()
     assert frames.shape == (4, 48, 80, 3) and frames.dtype == ids.dtype == np.uint8
     assert sorted(np.unique(ids)) == [0, 1, 2] and (ids[1] == 1).sum() == 256 and ids[1, 8, 10] == 1
     assert frames[0][ids[0] == 2].mean() > frames[0][ids[0] == 1].mean() > frames[0][ids[0] == 0].mean() + 50
@@ -382,11 +399,8 @@ def test_jhmdb_reader(tmp_path):
     (tmp_path / "splits").mkdir()
     (tmp_path / "splits/clap_test_split1.txt").write_text("a.avi 1 \nb.avi 2 \n")
     xy = np.full((2, 15, 3), 1.0)  # from 1 on: the upper left pixel
-    xy[0, 1], xy[1, 1], xy[0, 2] = (
-        31,
-        41,
-        -5,
-    )  # joint 1 is at (30, 40) of 64 x 48; joint 2 left of the picture
+    xy[:, 1] = [[31], [41]]  # joint 1 is at (30, 40) of 64 x 48
+    xy[0, 2] = -5  # joint 2 is left of the image
     for name in ("a", "b"):
         (tmp_path / "Rename_Images/clap" / name).mkdir(parents=True)
         (tmp_path / "joint_positions/clap" / name).mkdir(parents=True)
@@ -397,10 +411,12 @@ def test_jhmdb_reader(tmp_path):
             )
     reader = READERS["keypoints"]["jhmdb"]
     assert [i.name for i in reader(tmp_path, "train")] == ["clap/a"]
-    (item,) = reader(tmp_path, "test")
-    frames, truth = item.load()
+    (sample,) = reader(tmp_path, "test")
+    frames, truth = sample.load()
     assert (
-        item.name == "clap/b" and frames.shape == (3, 48, 64, 3) and frames[:, 0, 0, 0].tolist() == [0, 1, 2]
+        sample.name == "clap/b"
+        and frames.shape == (3, 48, 64, 3)
+        and frames[:, 0, 0, 0].tolist() == [0, 1, 2]
     )
     assert (
         truth.xy.shape == (3, 15, 2)
@@ -412,7 +428,8 @@ def test_jhmdb_reader(tmp_path):
 
 
 def test_nyu_reader(tmp_path):
-    """16-bit millimetres and 8-bit parts of 10 m; test pictures of the published size count inside Eigen's crop."""
+    """16-bit millimetres and 8-bit fractions of 10 m; test images of the published size count inside Eigen's
+    crop."""
     (tmp_path / "data/kitchen_out").mkdir(parents=True)
     deep = np.full(NYU_SIZE, 2500, np.uint16)
     Image.fromarray(deep).save(tmp_path / "data/0_depth.png")
@@ -434,13 +451,13 @@ def test_nyu_reader(tmp_path):
     assert metres[0, 45, 41] == metres[0, 470, 600] == 2.5 and metres[0, 44, 41] == 0
 
 
-def test_the_synthetic_corpus_knows_masks_levels_and_spots(synthetic_corpus):
-    """Levels and masks agree; a spot that is seen lies on its object; spots turn and move with it."""
+def test_synthetic_masks_depth_and_keypoints_agree(synthetic_corpus):
+    """Depth and masks agree; a visible key point is on its object, and moves and rotates with it."""
     found = {what: READERS[what]["synthetic"](synthetic_corpus, "test") for what in READERS}
     assert len(found["masks"]) == 30 and len(READERS["masks"]["synthetic"](synthetic_corpus, "train")) == 60
     pairs = 0
     for n in range(0, 30, 3):
-        (frames, ids), (_, level), (_, spots) = (
+        (frames, ids), (_, level), (_, points) = (
             found[what][n].load() for what in ("masks", "depth", "keypoints")
         )
         assert frames.shape == (*ids.shape, 3) and ids.shape == (24, 48, 48)
@@ -449,23 +466,23 @@ def test_the_synthetic_corpus_knows_masks_levels_and_spots(synthetic_corpus):
             pairs += 1
             assert (level[ids == 1] == 2).all() and (level[ids == 2] == 1).all()
         else:
-            assert set(np.unique(level)) == {1, 3} and not spots.visible[:, 4:].any()
-        t, j = np.nonzero(spots.visible)
-        x, y = np.rint(spots.xy[t, j]).astype(int).clip(0, 47).T
+            assert set(np.unique(level)) == {1, 3} and not points.visible[:, 4:].any()
+        t, j = np.nonzero(points.visible)
+        x, y = np.rint(points.xy[t, j]).astype(int).clip(0, 47).T
         assert (ids[t, y, x] == 1 + j // 4).all() and len(t) > 20
     assert pairs > 1
     changes = []
-    for item in (
+    for sample in (
         found["keypoints"][n] for n in (4, 5, 14, 15, 24, 25)
     ):  # these spin: a spot keeps its colour
-        frames, spots = item.load()
-        for j in np.flatnonzero(spots.visible.sum(0) > 10):
-            x, y = np.rint(spots.xy[spots.visible[:, j], j]).astype(int).clip(0, 47).T
-            changes.append(frames[spots.visible[:, j]][np.arange(len(x)), y, x].std(0).mean())
+        frames, points = sample.load()
+        for j in np.flatnonzero(points.visible.sum(0) > 10):
+            x, y = np.rint(points.xy[points.visible[:, j], j]).astype(int).clip(0, 47).T
+            changes.append(frames[points.visible[:, j]][np.arange(len(x)), y, x].std(0).mean())
     assert len(changes) > 10 and np.median(changes) < 10  # 4 levels; 44 if they turned the other way
 
 
-def test_only_files_that_are_read_are_hashed(davis_folder, tmp_path):
+def test_data_hash_covers_the_files_that_are_read(davis_folder, tmp_path):
     read = READERS["masks"]["davis"]
     write_davis(tmp_path / "b", {"bear": "train", "dog": "train", "cow": "val", "goat": "val"})
     one, two = (data_hash(folder, read(folder, "test")) for folder in (davis_folder, tmp_path / "b"))
@@ -492,7 +509,8 @@ def arguments(run: Path, data: Path, out: Path, *more: str, file: str = "propaga
 
 
 def test_masks_end_to_end(run, davis_folder, tmp_path):
-    """The choice is made on train alone, the report is what the table of sequences says, the test set is read once."""
+    """Settings are selected on train alone, the report equals the table of sequences, the test set is read
+    once."""
     small = ["task.size=48", "task.topk=[1,5]", "task.temperature=[0.1]", "task.radius=[1]"]
     dense.main(arguments(run, davis_folder, tmp_path / "a", *small))
     report = json.loads((tmp_path / "a/dense.json").read_text())
@@ -528,13 +546,14 @@ def test_masks_end_to_end(run, davis_folder, tmp_path):
     ):  # another truth of test changes nothing but figures
         Image.fromarray(np.asarray(Image.open(path))[::-1].copy(), "P").save(path)
     dense.main(arguments(run, other, tmp_path / "b", *small, "task.controls=[none]"))
-    (again,), first = json.loads((tmp_path / "b/dense.json").read_text())["results"], report["results"][0]
+    (again,) = json.loads((tmp_path / "b/dense.json").read_text())["results"]
+    first = report["results"][0]
     assert again["chosen"] == first["chosen"] and again["value"] != first["value"]
 
 
 @pytest.mark.parametrize("kind", ["keypoints", "depth"])
 def test_keypoints_and_depth_end_to_end(kind, run, synthetic_corpus, tmp_path):
-    """On the synthetic corpus; the depth of the nearest object cannot be told by chance."""
+    """On the synthetic corpus; chance does not reach the depth of the nearest object."""
     more = [
         "data.max_train_sequences=8",
         "task.size=48",
@@ -590,14 +609,14 @@ def test_wrong_calls(wrong, words, run, davis_folder, tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_test_sequence_that_is_in_train_is_an_error(run, tmp_path):
+def test_a_test_sequence_in_train_is_an_error(run, tmp_path):
     write_davis(tmp_path / "d", {"bear": "train", "cow": "val"})
     (tmp_path / "d/ImageSets/2017/train.txt").write_text("bear\ncow\n")
     with pytest.raises(UserError, match="are in train and in test"):
         dense.main(arguments(run, tmp_path / "d", tmp_path / "out", "task.size=48"))
 
 
-def test_every_dense_configuration_composes():
+def test_dense_configurations_are_valid():
     for path in sorted((ROOT / "configs/dense").glob("*.yaml")):
         cfg = load_config([str(path), "encoder=x", "data.test=y", "out=z"], DenseConfig)
         assert cfg.data.format in READERS[cfg.task.build().label]

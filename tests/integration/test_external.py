@@ -1,4 +1,5 @@
-"""Encoders of timm and transformers: the features are theirs, their order is ours, and they stand in one table."""
+"""Encoders of timm and transformers: their own features in our token order, and probes of them in one
+table."""
 
 import csv
 import importlib
@@ -91,17 +92,17 @@ def make(kind: str) -> nn.Module:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Callable[[str], str]:
-    """Of a kind: its folder, made once."""
+    """A function of the kind of model that returns its folder, made once."""
     root = tmp_path_factory.mktemp("models")
 
-    def give(kind: str) -> str:
+    def make_folder(kind: str) -> str:
         if not (root / kind).exists():
             make(kind).save_pretrained(root / kind)
-            said = {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.25, 0.3], "size": CROP}
-            (root / kind / "preprocessor_config.json").write_text(json.dumps(said))
+            preprocessor = {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.25, 0.3], "size": CROP}
+            (root / kind / "preprocessor_config.json").write_text(json.dumps(preprocessor))
         return str(root / kind)
 
-    return give
+    return make_folder
 
 
 def video(frames: int = FRAMES, side: int = SIDE) -> Tensor:
@@ -109,9 +110,11 @@ def video(frames: int = FRAMES, side: int = SIDE) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", EXTRA)
-def test_features_are_the_models_own(kind, folder):
-    """Frame by frame, or clip by clip, through transformers itself."""
-    loaded, net, clips = open_encoder(f"hf:{folder(kind)}", frames=FRAMES), make(kind), video()
+def test_features_equal_those_of_the_library(kind, folder):
+    """Compared with transformers, frame by frame or clip by clip."""
+    loaded = open_encoder(f"hf:{folder(kind)}", frames=FRAMES)
+    net = make(kind)
+    clips = video()
     net = getattr(net, "vision_model", getattr(net, "vit", net))
     with torch.no_grad():
         if kind in CLIPS:
@@ -137,13 +140,14 @@ def test_features_are_the_models_own(kind, folder):
 
 
 @pytest.mark.parametrize("kind", EXTRA)
-def test_a_patch_stands_at_its_place_and_time(kind, folder):
+def test_tokens_are_ordered_by_time_row_and_column(kind, folder):
     """With layers that add nothing, a token depends on its own patch alone."""
     encoder = open_encoder(f"hf:{folder(kind)}", frames=FRAMES).encoder
     for layers in [m for m in encoder.modules() if isinstance(m, nn.ModuleList)]:
         for p in layers.parameters():
             nn.init.zeros_(p)
-    clips, tubelet = video(), TUBELET.get(kind, 1)
+    clips = video()
+    tubelet = TUBELET.get(kind, 1)
     for t, row, column in ((0, 0, 1), (3, 2, 1)):
         other = clips.clone()
         other[:, :, t, row * PATCH : (row + 1) * PATCH, column * PATCH : (column + 1) * PATCH] += 1
@@ -152,8 +156,9 @@ def test_a_patch_stands_at_its_place_and_time(kind, folder):
 
 
 @pytest.mark.parametrize("kind", ["videomae", "vjepa2"])
-def test_the_zoo_reads_the_same_model(kind, folder):
-    ours, theirs = load_encoder(folder(kind)), open_encoder(f"hf:{folder(kind)}")
+def test_native_loader_reads_the_same_model(kind, folder):
+    ours = load_encoder(folder(kind))
+    theirs = open_encoder(f"hf:{folder(kind)}")
     torch.testing.assert_close(ours.encoder(video()), theirs.encoder(video()), atol=1e-5, rtol=1e-5)
     for value, other in zip(
         ours.metadata["pixels"].values(), theirs.metadata["pixels"].values(), strict=True
@@ -176,7 +181,7 @@ def test_the_zoo_reads_the_same_model(kind, folder):
         ),  # not the size of its table
     ],
 )
-def test_pixels_and_size_are_those_of_the_models_processor(processor, kind, settings, tmp_path):
+def test_pixels_and_size_equal_the_processors(processor, kind, settings, tmp_path):
     make(kind).save_pretrained(tmp_path)
     tool = getattr(transformers, processor)(**settings)
     tool.save_pretrained(tmp_path)
@@ -194,14 +199,14 @@ def test_pixels_and_size_are_those_of_the_models_processor(processor, kind, sett
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory) -> Path:
-    """Of timm's smallest ViT."""
+    """Weights of timm's smallest ViT."""
     torch.manual_seed(3)
     path = tmp_path_factory.mktemp("timm") / "vit.pth"
     torch.save(timm.create_model("test_vit", pretrained=False).state_dict(), path)
     return path
 
 
-def test_timm_sees_each_frame_alone(weights):
+def test_timm_encodes_each_frame_alone(weights):
     net = timm.create_model("test_vit", pretrained=False).eval()
     net.load_state_dict(torch.load(weights, weights_only=True))
     loaded = open_encoder("timm:test_vit", file=str(weights), frames=3)
@@ -216,7 +221,7 @@ def test_timm_sees_each_frame_alone(weights):
     assert small.encoder(video(3, 32)).shape == (2, 3 * 4, 64) and small.metadata["model"]["height"] == 32
 
 
-def test_maps_of_convolutions_are_tokens_too():
+def test_feature_maps_become_tokens():
     loaded = open_encoder("timm:test_resnet", 0, frames=2, size=64)
     maps = loaded.encoder.net.forward_features(video(2, 64)[:, :, 1])  # [2, D, 2, 2]
     torch.testing.assert_close(loaded.encoder(video(2, 64))[:, 4 + 1], maps[:, :, 0, 1])
@@ -224,7 +229,7 @@ def test_maps_of_convolutions_are_tokens_too():
 
 
 @pytest.mark.parametrize("kind", ["timm", "hf"])
-def test_untrained_is_the_same_every_time_and_another(kind, weights, folder):
+def test_random_init_is_repeatable(kind, weights, folder):
     where, more = ("timm:test_vit", {"file": str(weights)}) if kind == "timm" else (f"hf:{folder('vit')}", {})
     trained, again, first, second, third = (
         weights_hash(open_encoder(where, seed, frames=1, **more).encoder) for seed in (None, None, 0, 0, 1)
@@ -255,7 +260,7 @@ def test_wrong_calls(where, more, words, folder):
     assert words in str(e.value) and "\n" not in str(e.value)
 
 
-def test_weights_that_are_not_in_the_files_are_an_error(folder, weights, tmp_path):
+def test_missing_weights_are_an_error(folder, weights, tmp_path):
     state = torch.load(weights, weights_only=True)
     torch.save({k: v for k, v in state.items() if k != "norm.bias"}, tmp_path / "vit.pth")
     with pytest.raises(UserError, match=r"Missing key.*norm\.bias"):
@@ -277,8 +282,8 @@ def test_weights_that_are_not_in_the_files_are_an_error(folder, weights, tmp_pat
 def test_probes_of_three_libraries_in_one_table(
     weights, folder, synthetic_shards, tmp_path, monkeypatch, capsys
 ):
-    """timm's, transformers' and ours under the same data and heads, with controls; the same model read by transformers
-    and by our zoo gives the same predictions."""
+    """timm's, transformers' and ours under the same data and heads, with controls; the same model read by
+    transformers and by our loader gives the same predictions."""
     monkeypatch.syspath_prepend(ROOT / "tools")
     compare = importlib.import_module("compare")
     data = [f"data.{side}={synthetic_shards / side}" for side in ("train", "test")]

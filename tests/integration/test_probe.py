@@ -1,4 +1,5 @@
-"""Evaluation that does not lie: counted accuracy, test read once, nothing replaced, selection within train by group."""
+"""Frozen evaluation end to end: metrics by counting, controls, low-shot lists, processes, the cache, user
+errors."""
 
 import csv
 import hashlib
@@ -34,8 +35,8 @@ from vidssl.pretrained.load import LoadedEncoder, load_encoder
 ROOT = Path(__file__).parents[2]
 
 
-def spoil(shards: Path) -> str:
-    """Zeros for the bytes of the first test sample -> its key."""
+def zero_first_test_sample(shards: Path) -> str:
+    """Overwrites the bytes of the first test sample with zeros. Returns its key."""
     tar = sorted((shards / "test").glob("*.tar"))[0]
     line = json.loads(tar.with_suffix(".jsonl").read_text().splitlines()[0])
     with open(tar, "rb+") as f:
@@ -46,8 +47,8 @@ def spoil(shards: Path) -> str:
 
 @pytest.fixture(scope="module")
 def odd(synthetic_corpus, tmp_path_factory) -> Path:
-    """25 train and 13 test videos, one of these broken: the shapes there are (tags), how many objects, how far the
-    nearest one is from the middle in pixels."""
+    """25 train and 13 test videos, one of these broken, with labels: the shapes (tags), the number of
+    objects, and the distance of the nearest one from the center in pixels."""
     root = tmp_path_factory.mktemp("odd")
     (root / "corpus").mkdir()
     rows = []
@@ -61,7 +62,7 @@ def odd(synthetic_corpus, tmp_path_factory) -> Path:
     with open(root / "corpus" / "labels.csv", "w", newline="") as f:
         csv.writer(f).writerows([("path", "label_shapes", "label_count", "label_distance", "split"), *rows])
     pack.main([str(root / "corpus"), str(root / "shards"), "--workers", "2"])
-    (root / "broken.txt").write_text(spoil(root / "shards"))
+    (root / "broken.txt").write_text(zero_first_test_sample(root / "shards"))
     return root / "shards"
 
 
@@ -98,21 +99,21 @@ def probed(run, synthetic_shards, tmp_path_factory) -> Path:
     return out
 
 
-def test_accuracy_is_what_a_count_of_the_predictions_gives(probed, synthetic_shards):
+def test_accuracy_equals_a_count_of_the_predictions(probed, synthetic_shards):
     report, predictions = read(probed)
     assert [(r["label"], r["control"]) for r in report["results"]] == [
         (label, control) for control in ("none", "shuffled") for label in ("appearance", "motion")
     ]
     index = json.loads((synthetic_shards / "test" / "index.json").read_text())
     for row in report["results"]:
-        mine = [p for p in predictions if (p["label"], p["control"]) == (row["label"], row["control"])]
-        assert len(mine) == len({p["key"] for p in mine}) == row["n_test"] == index["samples"]
-        hits = sum(p["truth"] == p["predicted"] for p in mine)
-        assert row["accuracy"] == pytest.approx(100 * hits / len(mine), abs=1e-3)
+        selected = [p for p in predictions if (p["label"], p["control"]) == (row["label"], row["control"])]
+        assert len(selected) == len({p["key"] for p in selected}) == row["n_test"] == index["samples"]
+        hits = sum(p["truth"] == p["predicted"] for p in selected)
+        assert row["accuracy"] == pytest.approx(100 * hits / len(selected), abs=1e-3)
         assert row["ci95"][0] <= row["accuracy"] <= row["ci95"][1]
 
 
-def test_the_report_names_encoder_data_seed_and_choices(probed, run, synthetic_shards):
+def test_report_contains_encoder_data_seed_and_selection(probed, run, synthetic_shards):
     report, _ = read(probed)
     assert report["encoder"]["sha256"] == weights_hash(load_encoder(str(run)).encoder)
     assert set(report["data"]) == {"train", "test"} and report["seed"] == 0
@@ -123,26 +124,28 @@ def test_the_report_names_encoder_data_seed_and_choices(probed, run, synthetic_s
         assert 0 < row["chosen"]["n_held_out"] < row["n_train"]
 
 
-def test_the_test_set_is_not_read_twice_into_one_place(probed, run, synthetic_shards):
+def test_an_existing_report_is_not_overwritten(probed, run, synthetic_shards):
     with pytest.raises(UserError, match="the test set was read"):
         probe.main(arguments(run, synthetic_shards, probed))
 
 
-def test_a_test_sample_that_is_in_train_is_an_error(run, synthetic_shards, tmp_path):
+def test_a_test_sample_in_train_is_an_error(run, synthetic_shards, tmp_path):
     with pytest.raises(UserError, match=r"60 sample\(s\) are in train and in test"):
         probe.main(arguments(run, synthetic_shards, tmp_path / "out", test="train"))
 
 
-def test_random_init_is_another_encoder_and_the_same_every_time(run):
-    trained, a, b = load_encoder(str(run)), load_encoder(str(run), 0), load_encoder(str(run), 0)
+def test_random_init_is_repeatable(run):
+    trained = load_encoder(str(run))
+    a = load_encoder(str(run), 0)
+    b = load_encoder(str(run), 0)
     assert weights_hash(a.encoder) == weights_hash(b.encoder)
     assert weights_hash(a.encoder) != weights_hash(trained.encoder)
 
 
-def test_an_unreadable_test_video_is_an_error_or_counted_wrong_and_listed(run, synthetic_shards, tmp_path):
+def test_an_unreadable_test_video_is_an_error_or_counts_as_wrong(run, synthetic_shards, tmp_path):
     shards = tmp_path / "shards"
     shutil.copytree(synthetic_shards, shards)
-    key = spoil(shards)
+    key = zero_first_test_sample(shards)
     with pytest.raises(UserError, match=key):
         probe.main(arguments(run, shards, tmp_path / "a"))
     assert not (tmp_path / "a").exists()
@@ -150,10 +153,10 @@ def test_an_unreadable_test_video_is_an_error_or_counted_wrong_and_listed(run, s
     report, predictions = read(tmp_path / "b")
     for row in report["results"]:
         assert list(row["unreadable"]) == [key]
-        told = [p for p in predictions if p["label"] == row["label"]]
-        assert len(told) == row["n_test"]
-        assert next(p["predicted"] for p in told if p["key"] == key) == ""
-        hits = sum(p["truth"] == p["predicted"] for p in told)
+        lines = [p for p in predictions if p["label"] == row["label"]]
+        assert len(lines) == row["n_test"]
+        assert next(p["predicted"] for p in lines if p["key"] == key) == ""
+        hits = sum(p["truth"] == p["predicted"] for p in lines)
         assert row["accuracy"] == pytest.approx(100 * hits / row["n_test"], abs=1e-3)
 
 
@@ -184,7 +187,7 @@ def test_wrong_calls(wrong, words, run, synthetic_shards, tmp_path, monkeypatch)
     assert not (tmp_path / "out").exists()
 
 
-def test_interval_covers_and_widens_with_groups():
+def test_bootstrap_interval_covers_and_widens_with_groups():
     rng = np.random.default_rng(0)
     covered = 0
     for i in range(200):
@@ -199,8 +202,8 @@ def test_interval_covers_and_widens_with_groups():
     assert accuracy(np.array([True, False, True])) == pytest.approx(66.6667, abs=1e-3)
 
 
-def test_every_control_low_shot_lists_and_the_tables(run, synthetic_shards, tmp_path):
-    """One call of everything; every figure is what a count of predictions.csv gives."""
+def test_controls_low_shot_lists_and_tables(run, synthetic_shards, tmp_path):
+    """Every metric equals a count of the rows of predictions.csv."""
     settings = [
         "probe.controls=[none,reversed,still,random_init,pixels]",
         "data.labels=motion",
@@ -209,7 +212,7 @@ def test_every_control_low_shot_lists_and_the_tables(run, synthetic_shards, tmp_
     probe.main(
         arguments(run, synthetic_shards, tmp_path / "a", *settings, "data.seeds=[0,1]", "probe.crops=2")
     )
-    report, told = read(tmp_path / "a")
+    report, lines = read(tmp_path / "a")
     controls = ["none", "reversed", "still", "random_init", "pixels"]
     assert [(r["control"], r["list_seed"]) for r in report["results"]] == [
         (c, s) for c in controls for s in (0, 1)
@@ -221,16 +224,16 @@ def test_every_control_low_shot_lists_and_the_tables(run, synthetic_shards, tmp_
     names = json.loads((synthetic_shards / "test" / "index.json").read_text())["classes"]["motion"]
     for row in report["results"]:
         which = (row["control"], str(row["list_seed"]))
-        mine = [t for t in told if (t["control"], t["seed"]) == which]
-        right = [t["truth"] == t["predicted"] for t in mine]
-        assert row["value"] == pytest.approx(100 * sum(right) / len(mine), abs=1e-3)
-        order = [np.argsort([-float(x) for x in t["outputs"].split()], kind="stable") for t in mine]
-        assert [names[o[0]] for o in order] == [t["predicted"] for t in mine]
-        top5 = [t["truth"] in [names[i] for i in o[:5]] for t, o in zip(mine, order, strict=True)]
+        selected = [t for t in lines if (t["control"], t["seed"]) == which]
+        right = [t["truth"] == t["predicted"] for t in selected]
+        assert row["value"] == pytest.approx(100 * sum(right) / len(selected), abs=1e-3)
+        order = [np.argsort([-float(x) for x in t["outputs"].split()], kind="stable") for t in selected]
+        assert [names[o[0]] for o in order] == [t["predicted"] for t in selected]
+        top5 = [t["truth"] in [names[i] for i in o[:5]] for t, o in zip(selected, order, strict=True)]
         assert row["top5"] == pytest.approx(100 * np.mean(top5), abs=1e-3)
         some = [c for c in classes if (c["control"], c["seed"]) == which]
         assert row["mean_per_class"] == pytest.approx(np.mean([float(c["accuracy"]) for c in some]), abs=0.01)
-        assert sum(int(c["n"]) for c in some) == len(mine) == 30
+        assert sum(int(c["n"]) for c in some) == len(selected) == 30
         table = [c for c in confusion if (c["control"], c["seed"]) == which]
         assert sum(int(c["n"]) for c in table if c["truth"] == c["predicted"]) == sum(right)
         text = (tmp_path / "a" / row["list"]).read_text()
@@ -242,12 +245,12 @@ def test_every_control_low_shot_lists_and_the_tables(run, synthetic_shards, tmp_
     assert (
         report["versions"]["code"] and report["config_sha256"] and report["test_samples_of_train_groups"] == 0
     )
-    still = [t["outputs"] for t in told if t["control"] == "still"]
-    assert still != [t["outputs"] for t in told if t["control"] == "none"]
+    still = [t["outputs"] for t in lines if t["control"] == "still"]
+    assert still != [t["outputs"] for t in lines if t["control"] == "none"]
 
 
 @pytest.mark.parametrize("kind", ["linear", "knn", "retrieval"])
-def test_the_other_protocols(kind, run, synthetic_shards, tmp_path):
+def test_linear_knn_and_retrieval(kind, run, synthetic_shards, tmp_path):
     call = [
         str(ROOT / f"configs/probe/{kind}.yaml"),
         f"encoder={run}",
@@ -256,30 +259,31 @@ def test_the_other_protocols(kind, run, synthetic_shards, tmp_path):
     ]
     call += [f"data.train={synthetic_shards / 'train'}", f"data.test={synthetic_shards / 'test'}"]
     probe.main([*call, "data.labels=[appearance]"])
-    report, told = read(tmp_path / "a")
+    report, lines = read(tmp_path / "a")
     (row,) = report["results"]
-    assert row["protocol"] == kind and row["n_test"] == len(told) == 30
+    assert row["protocol"] == kind and row["n_test"] == len(lines) == 30
     assert row["accuracy"] == pytest.approx(
-        100 * np.mean([t["truth"] == t["predicted"] for t in told]), abs=1e-3
+        100 * np.mean([t["truth"] == t["predicted"] for t in lines]), abs=1e-3
     )
     if kind == "retrieval":
         assert row["accuracy"] <= row["recall_at_5"] and 0 < row["retrieval_mAP"] < 100
 
 
-def average_precision(told: list[dict], tag: str, column: int) -> float | None:
-    """From the lines of predictions.csv, by its definition; what could not be read comes last."""
-    hits = [tag in t["truth"].split("|") for t in told]
-    scores = [float(t["outputs"].split()[column]) if t["outputs"] else -1.0 for t in told]
+def average_precision(lines: list[dict], tag: str, column: int) -> float | None:
+    """By its definition, from the rows of predictions.csv; unreadable samples come last."""
+    hits = [tag in t["truth"].split("|") for t in lines]
+    scores = [float(t["outputs"].split()[column]) if t["outputs"] else -1.0 for t in lines]
     precisions = []
     for hit, score in zip(hits, scores, strict=True):
-        if hit:  # those that stand before it: higher scores, of equal ones the wrong ones, and of the right ones itself
+        if hit:  # ranked before it: higher scores, and among equal scores the misses
             before = [h for h, s in zip(hits, scores, strict=True) if s > score or (s == score and not h)]
             precisions.append((sum(before) + 1) / (len(before) + 1))
     return float(np.mean(precisions)) if precisions else None
 
 
-def test_tags_and_numbers_are_what_the_predictions_give(run, odd, tmp_path):
-    """mAP, R2 and mean error of an odd-sized set with a broken file, from predictions.csv and labels.csv alone."""
+def test_tag_and_number_metrics_equal_those_of_the_predictions(run, odd, tmp_path):
+    """mAP, R2 and mean error of an odd-sized set with a broken file, from predictions.csv and labels.csv
+    alone."""
     call = [
         str(ROOT / "configs/probe/linear.yaml"),
         f"encoder={run}",
@@ -293,7 +297,7 @@ def test_tags_and_numbers_are_what_the_predictions_give(run, odd, tmp_path):
         "probe.l2=[1]",
     ]
     probe.main([*call, *(f"data.{side}={odd / side}" for side in ("train", "test"))])
-    report, told = read(tmp_path / "a")
+    report, lines = read(tmp_path / "a")
     with open(odd.parent / "corpus" / "labels.csv", newline="") as f:
         truths = {Path(row["path"]).stem: row for row in csv.DictReader(f)}
     broken = (odd.parent / "broken.txt").read_text()
@@ -304,63 +308,67 @@ def test_tags_and_numbers_are_what_the_predictions_give(run, odd, tmp_path):
         "distance": "R2",
     }
     for label, row in rows.items():
-        mine = [t for t in told if t["label"] == label]
+        selected = [t for t in lines if t["label"] == label]
         assert (
-            len(mine) == row["n_test"] == 13 and row["n_train"] == 25 and list(row["unreadable"]) == [broken]
+            len(selected) == row["n_test"] == 13
+            and row["n_train"] == 25
+            and list(row["unreadable"]) == [broken]
         )
-        assert [t["key"] for t in mine if t["predicted"] == "" == t["outputs"]] == [broken]
-        want = {t["key"]: truths[t["key"].rsplit("-", 1)[0]][f"label_{label}"] for t in mine}
+        assert [t["key"] for t in selected if t["predicted"] == "" == t["outputs"]] == [broken]
+        want = {t["key"]: truths[t["key"].rsplit("-", 1)[0]][f"label_{label}"] for t in selected}
         if label == "shapes":
-            assert all(t["truth"] == want[t["key"]] for t in mine)
+            assert all(t["truth"] == want[t["key"]] for t in selected)
             tags = sorted({tag for row in truths.values() for tag in row["label_shapes"].split("|")})
-            found = [average_precision(mine, tag, column) for column, tag in enumerate(tags)]
+            found = [average_precision(selected, tag, column) for column, tag in enumerate(tags)]
             assert row["value"] == pytest.approx(100 * np.mean([f for f in found if f is not None]), abs=1e-3)
             continue
-        known = np.array([float(want[t["key"]]) for t in mine])
+        known = np.array([float(want[t["key"]]) for t in selected])
         mean = np.mean(
             [float(row[f"label_{label}"]) for name, row in truths.items() if name.startswith("train")]
         )
-        guess = np.array([float(t["predicted"] or mean) for t in mine])
+        guess = np.array([float(t["predicted"] or mean) for t in selected])
         r2 = 1 - np.square(guess - known).sum() / np.square(known - known.mean()).sum()
         assert row["value"] == pytest.approx(r2, rel=1e-3, abs=1e-3)
         assert row["mae"] == pytest.approx(np.abs(guess - known).mean(), rel=1e-3)
 
 
-def test_processes_and_the_cache_change_nothing(run, odd, tmp_path):
-    """Two processes that write a cache, one that finds it, and none: the same predictions, of 13 and 25 samples of
-    which one is broken."""
-    plain = arguments(run, odd, tmp_path / "a", "probe.controls=[none]", "probe.allow_unreadable=true")
-    plain += ["data.tags=[shapes]", "data.numbers=[count,distance]"]
-    probe.main(plain)
-    cached = [f"out={tmp_path / 'b'}" if a.startswith("out=") else a for a in plain] + [
-        f"probe.cache={tmp_path / 'c'}"
-    ]
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        "vidssl/probe.py",
-    ]
-    subprocess.run([*launch, *cached], cwd=ROOT, check=True, capture_output=True)
-    times = [p.stat().st_mtime_ns for p in sorted((tmp_path / "c").glob("*/blocks/*"))]
-    probe.main([f"out={tmp_path / 'd'}" if a.startswith("out=") else a for a in cached])
-    assert times and times == [p.stat().st_mtime_ns for p in sorted((tmp_path / "c").glob("*/blocks/*"))]
-    (first, told), (second, others), (third, again) = (read(tmp_path / name) for name in "abd")
-    assert len(told) == 3 * 13 and len({t["key"] for t in told}) == 13
-    for report in (second, third):
-        for row, want in zip(report["results"], first["results"], strict=True):
-            assert row["n_test"] == 13 and row["unreadable"] == want["unreadable"] != {}
-            assert row["value"] == pytest.approx(want["value"], abs=1e-2)
-        assert report["label_free"]["none"] == pytest.approx(first["label_free"]["none"], rel=1e-3)
-    assert [t["key"] for t in told] == [t["key"] for t in others]
-    assert [t["predicted"] for t in others] == [t["predicted"] for t in again]
+def test_two_processes_and_the_cache_change_nothing(run, odd, tmp_path):
+    """One process without a cache; two processes in memory; two processes that write a cache; one process
+    that reads it. 25 train and 13 test samples, one of them broken."""
+    settings = ["probe.controls=[none]", "probe.allow_unreadable=true"]
+    settings += ["data.tags=[shapes]", "data.numbers=[count,distance]"]
+    cache = f"probe.cache={tmp_path / 'cache'}"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+
+    def run_two_processes(out: str, *more: str) -> None:
+        call = [*launch, "vidssl/probe.py", *arguments(run, odd, tmp_path / out, *settings, *more)]
+        subprocess.run(call, cwd=ROOT, check=True, capture_output=True)
+
+    def written() -> list[int]:
+        return [p.stat().st_mtime_ns for p in sorted((tmp_path / "cache").glob("*/blocks/*"))]
+
+    probe.main(arguments(run, odd, tmp_path / "one", *settings))
+    run_two_processes("memory")
+    run_two_processes("cache_writer", cache)
+    times = written()
+    probe.main(arguments(run, odd, tmp_path / "cache_reader", *settings, cache))
+    assert times and times == written()
+    report, predictions = read(tmp_path / "one")
+    assert len(predictions) == 3 * 13 and len({p["key"] for p in predictions}) == 13
+    _, from_cache = read(tmp_path / "cache_writer")
+    for out in ("memory", "cache_writer", "cache_reader"):
+        other, other_predictions = read(tmp_path / out)
+        for row, expected in zip(other["results"], report["results"], strict=True):
+            assert row["n_test"] == 13 and row["unreadable"] == expected["unreadable"] != {}
+            assert row["value"] == pytest.approx(expected["value"], abs=1e-2)
+        assert other["label_free"]["none"] == pytest.approx(report["label_free"]["none"], rel=1e-3)
+        assert [p["key"] for p in other_predictions] == [p["key"] for p in predictions]
+        if out != "memory":
+            assert [p["predicted"] for p in other_predictions] == [p["predicted"] for p in from_cache]
 
 
-def test_an_image_is_a_still_clip_or_one_patch_of_time(run, tmp_path):
-    """Repeated frames are what `still` makes of a video; the one-frame path is another clip, of one tubelet."""
+def test_an_image_is_a_still_clip_or_one_tubelet(run, tmp_path):
+    """The control `still` leaves images unchanged; `single` shortens them to one tubelet."""
     rng = np.random.default_rng(0)
     for name, low in (("dark", 0), ("light", 120)):
         (tmp_path / "images" / name).mkdir(parents=True)
@@ -370,15 +378,15 @@ def test_an_image_is_a_still_clip_or_one_patch_of_time(run, tmp_path):
     shards = tmp_path / "shards"
     pack.main([str(tmp_path / "images"), str(shards), "--test-fraction", "0.4", "--workers", "1"])
     probe.main(arguments(run, shards, tmp_path / "a", "probe.controls=[none,still,single]"))
-    report, told = read(tmp_path / "a")
+    report, lines = read(tmp_path / "a")
     none, still, single = (
-        [t["outputs"] for t in told if t["control"] == c] for c in ("none", "still", "single")
+        [t["outputs"] for t in lines if t["control"] == c] for c in ("none", "still", "single")
     )
     assert none == still != single and all(r["n_test"] == 8 for r in report["results"])
 
 
 @pytest.mark.parametrize("tokenizer, frames", [(False, 2), (True, 1)])
-def test_single_is_the_middle_frame_as_the_encoder_takes_an_image(tokenizer, frames, synthetic_shards):
+def test_single_is_the_middle_frame_as_an_image(tokenizer, frames, synthetic_shards):
     options = {
         "frames": 4,
         "height": 32,
@@ -401,8 +409,8 @@ def test_single_is_the_middle_frame_as_the_encoder_takes_an_image(tokenizer, fra
     assert Encoder(**options)(single.float()).shape == (1, 4, 24)
 
 
-def test_other_clips_than_the_encoders_own(run, synthetic_shards, tmp_path):
-    """data.frames and data.size: positions are interpolated."""
+def test_another_clip_size_than_the_encoders(run, synthetic_shards, tmp_path):
+    """Positions are interpolated for data.frames and data.size."""
     more = ["data.frames=4", "data.size=16", "probe.controls=[none]", "data.labels=motion"]
     probe.main([*arguments(run, synthetic_shards, tmp_path / "a", *more), f"probe.cache={tmp_path / 'c'}"])
     stored = [json.loads(p.read_text()) for p in (tmp_path / "c").glob("*/provenance.json")]
@@ -412,9 +420,9 @@ def test_other_clips_than_the_encoders_own(run, synthetic_shards, tmp_path):
         probe.main([*arguments(run, synthetic_shards, tmp_path / "b", *more[1:], "data.frames=3")])
 
 
-def test_scores_without_labels_are_those_of_the_mean_tokens():
-    """Three directions of equal size in the means of the samples that are asked for; what differs within a sample, and
-    an offset that all share, does not count."""
+def test_label_free_scores_use_the_mean_tokens():
+    """Three directions of equal size in the means of the given samples; differences within a sample,
+    and a common offset, do not count."""
     means = torch.zeros(40, 8)
     means[:30] = torch.eye(3).repeat(10, 1) @ torch.linalg.qr(torch.randn(8, 3))[0].T
     within = torch.randn(40, 2, 4, 8)
@@ -425,7 +433,7 @@ def test_scores_without_labels_are_those_of_the_mean_tokens():
     assert found["rankme"] == pytest.approx(2, abs=0.01)  # three points about their mean span a plane
 
 
-def test_remote_shards_go_into_the_cache_that_is_named(run, synthetic_shards, tmp_path, monkeypatch):
+def test_remote_shards_are_cached_in_data_cache_dir(run, synthetic_shards, tmp_path, monkeypatch):
     monkeypatch.setenv("no_proxy", "*")
     call = [
         str(ROOT / "configs/probe/knn.yaml"),
@@ -454,14 +462,14 @@ def test_differences_are_paired_by_sample(probed, tmp_path, capsys, monkeypatch)
     monkeypatch.syspath_prepend(ROOT / "tools")
     compare = importlib.import_module("compare")
     shutil.copytree(probed, tmp_path / "better")
-    report, told = read(probed)
-    mine = [t for t in told if (t["label"], t["control"]) == ("motion", "none")]
-    for t in [t for t in mine if t["truth"] != t["predicted"]][:3]:
+    report, lines = read(probed)
+    selected = [t for t in lines if (t["label"], t["control"]) == ("motion", "none")]
+    for t in [t for t in selected if t["truth"] != t["predicted"]][:3]:
         t["predicted"] = t["truth"]
     with open(tmp_path / "better" / "predictions.csv", "w", newline="") as f:
-        writer = csv.DictWriter(f, told[0])
+        writer = csv.DictWriter(f, lines[0])
         writer.writeheader()
-        writer.writerows(reversed(told))
+        writer.writerows(reversed(lines))
     compare.main(
         [str(probed), str(tmp_path / "better"), f"--csv={tmp_path / 'c.csv'}", f"--plot={tmp_path / 'c.png'}"]
     )
@@ -480,8 +488,9 @@ def test_differences_are_paired_by_sample(probed, tmp_path, capsys, monkeypatch)
         compare.main([str(probed), str(tmp_path / "better")])
 
 
-def test_rank_correlations_are_exact(monkeypatch):
-    """Spearman's rho as scipy has it; p counts the orders of three points, where a formula for many would say 0."""
+def test_spearman_p_is_exact(monkeypatch):
+    """Spearman's rho as scipy has it; p counts the orders of three points, where a formula for many would say
+    0."""
     monkeypatch.syspath_prepend(ROOT / "tools")
     spearman = importlib.import_module("compare").spearman
     assert spearman([1, 2, 3], [10, 30, 90]) == pytest.approx((1, 1 / 3))

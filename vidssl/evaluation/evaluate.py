@@ -1,4 +1,5 @@
-"""Trains on train, selects on held-out train, evaluates once on test; and the checks that keep train and test apart."""
+"""Trains on train, selects on held-out train, evaluates once on test; and the checks that keep train and test
+apart."""
 
 from typing import Any, NamedTuple
 
@@ -13,8 +14,8 @@ from vidssl.evaluation.tasks import Task
 
 
 def check_disjoint(train: list[Sample], test: list[Sample]) -> int:
-    """Raises UserError if a sample is in both. Returns the number of test samples whose group (source video, say) is
-    also in train."""
+    """Raises UserError if a sample is in both. Returns the number of test samples whose group (source video,
+    say) is also in train."""
     in_train = {(s.key, s.size) for s in train}
     shared = [s.key for s in test if (s.key, s.size) in in_train]
     if shared:
@@ -28,15 +29,17 @@ def check_disjoint(train: list[Sample], test: list[Sample]) -> int:
 def check_readable(
     unreadable: dict[int, str], samples: list[Sample], allowed: bool, name: str, section: str = "probe"
 ) -> None:
-    """Raises UserError for samples that cannot be decoded, unless these are allowed: evaluation replaces nothing.
+    """Raises UserError for samples that cannot be decoded, unless these are allowed: evaluation replaces
+    nothing.
 
     unreadable: index of a sample -> reason. section: of the configuration, where `allow_unreadable` is set.
     """
     if unreadable and not allowed:
         examples = [f"{samples[index].key} ({reason})" for index, reason in list(unreadable.items())[:3]]
         raise UserError(
-            f"{len(unreadable)} {name} sample(s) cannot be decoded: {', '.join(examples)}; mend the data, or set "
-            f"{section}.allow_unreadable=true (unreadable test samples then count as wrong and are listed)"
+            f"{len(unreadable)} {name} sample(s) cannot be decoded: {', '.join(examples)}; mend the data, "
+            f"or set {section}.allow_unreadable=true (unreadable test samples then count as wrong and are "
+            "listed)"
         )
 
 
@@ -80,7 +83,8 @@ def evaluate(
     subset: list[int] | None,
     device: torch.device,
 ) -> tuple[dict[str, Any], list[SamplePrediction]]:
-    """Returns a row of results, and the predictions of all labelled test samples; unreadable ones count as wrong.
+    """Returns a row of results, and the predictions of all labelled test samples; unreadable ones count as
+    wrong.
 
     subset: indices of the train samples that may be used (low-shot).
     """
@@ -112,8 +116,8 @@ def evaluate(
 def score_predictions(
     task: Task, test: LabelledFeatures, outputs: np.ndarray, seed: int
 ) -> tuple[dict[str, Any], list[SamplePrediction]]:
-    """Metrics, and predictions of all labelled test samples. outputs f64 [n, C], in their order; the row of a sample
-    that cannot be decoded is NaN."""
+    """Metrics, and predictions of all labelled test samples. outputs f64 [n, C], in their order; the row of a
+    sample that cannot be decoded is NaN."""
     indices = test.labelled()
     samples = [test.samples[index] for index in indices]
     labels = [test.labels[index] for index in indices]

@@ -51,7 +51,8 @@ class FeatureExtractor(NamedTuple):
 def make_extractor(
     open_encoder: OpenEncoder, loaded: LoadedEncoder, control: Control, seed: int, accelerator: Accelerator
 ) -> FeatureExtractor:
-    """The encoder, or what a control puts in its place: untrained weights of `seed`, or mean colors of patches."""
+    """The encoder, or what a control puts in its place: untrained weights of `seed`, or mean colors of
+    patches."""
     model = loaded.metadata["model"]
     pixels = loaded.metadata["pixels"]
     statistics = (pixels["mean"], pixels["std"])
@@ -108,8 +109,8 @@ def extract_features(
     accelerator: Accelerator,
     control: Control,
 ) -> tuple[dict[str, Features], dict[str, float]]:
-    """Returns, on the first process, the features of train and test as heads see them, and the label-free scores of
-    train; nothing on the other processes."""
+    """Returns, on the first process, the features of train and test as heads see them, and the label-free
+    scores of train; nothing on the other processes."""
     loaders = {
         name: FeatureLoader(
             extractor.encode, *split, view, accelerator, protocol, f"features {name} ({control})"

@@ -1,9 +1,9 @@
 """Frozen features on disk: a flat file of rows, and a checksum record for each written block of rows.
 
-FOLDER/KEY/provenance.json lists everything that decides the bytes (KEY is its hash), features.bin holds [n, C, N, D],
-and blocks/000003.json the checksum of rows 192 to 255 and which of them cannot be decoded. A block without a record, or
-whose bytes do not match its record, is written again: a kill costs one block, and each process writes its own blocks.
-"""
+FOLDER/KEY/provenance.json lists everything that decides the bytes (KEY is its hash), features.bin holds [n,
+C, N, D], and blocks/000003.json the checksum of rows 192 to 255 and which of them cannot be decoded. A block
+without a record, or whose bytes do not match its record, is written again: a kill costs one block, and each
+process writes its own blocks."""
 
 import fcntl
 import hashlib
@@ -40,8 +40,8 @@ class FeatureStore:
     """The features of one data set under one view, encoder and storage type."""
 
     def __init__(self, folder: Path, provenance: dict[str, Any], shape: FeatureShape, dtype: torch.dtype):
-        """provenance: everything that decides the features. The storage type and the shape are a part of the key, so
-        that stores of other types never share a file."""
+        """provenance: everything that decides the features. The storage type and the shape are a part of the
+        key, so that stores of other types never share a file."""
         self.shape = shape
         self.dtype = dtype
         self.provenance = {**provenance, "shape": list(shape), "dtype": str(dtype)}
@@ -53,7 +53,8 @@ class FeatureStore:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Creates the files and holds the lock of this store: a second job waits, and then finds the features."""
+        """Creates the files and holds the lock of this store: a second job waits, and then finds the
+        features."""
         make_folder(self.folder / "blocks")
         with open(self.folder / "lock", "w") as f:
             fcntl.flock(f, fcntl.LOCK_EX)
@@ -86,8 +87,8 @@ class FeatureStore:
         return digest.hexdigest() == expected
 
     def write(self, rows: Iterator[tuple[int, Tensor | str]]) -> None:
-        """Writes (number of a sample, features [C, N, D] or reason why it cannot be decoded) of whole blocks, in order.
-        The row of a sample that cannot be decoded is zeros."""
+        """Writes (number of a sample, features [C, N, D] or reason why it cannot be decoded) of whole blocks,
+        in order. The row of a sample that cannot be decoded is zeros."""
         digest = hashlib.sha256()
         unreadable: dict[int, str] = {}
         with open(self.file, "rb+") as f:
@@ -110,8 +111,8 @@ class FeatureStore:
                     unreadable = {}
 
     def read(self) -> tuple[Tensor, dict[int, str]]:
-        """Returns all rows [n, C, N, D], mapped from the disk, and the samples that cannot be decoded: number ->
-        reason."""
+        """Returns all rows [n, C, N, D], mapped from the disk, and the samples that cannot be decoded: number
+        -> reason."""
         unreadable: dict[int, str] = {}
         for block in range(self.num_blocks):
             if not self.record_path(block).exists():

@@ -153,8 +153,7 @@ class FeatureLoader(NamedTuple):
         self, clips_per_example: int, numbers: list[int], to_cpu: bool = True
     ) -> Iterator[tuple[int, Tensor | str]]:
         """Yields (number of an example, f32 [clips_per_example * N, D] or reason why it cannot be decoded),
-        in order.
-        With to_cpu the features are moved to the CPU, and the first process shows a progress bar."""
+        in order. With to_cpu they are moved to the CPU, and the first process shows a progress bar."""
         clips = EvalClips(self.shards, self.samples, self.view, clips_per_example)
         batch = (
             self.storage.encode_batch * self.view.clips // clips_per_example
@@ -211,8 +210,7 @@ def choose_storage(
     stores: Sequence[FeatureStore] = (),
 ) -> tuple[Location, str]:
     """Where the features of these data sets go, and a line for the log that states it before any work is
-    done.
-    stores: those of the data sets, if `storage.cache` is set."""
+    done. stores: those of the data sets, if `storage.cache` is set."""
     where: Location
     if storage.cache is not None:
         where = "disk"

@@ -1,4 +1,5 @@
-"""Heads trained on frozen tokens: attentive and linear. All heads of a hyperparameter grid share each batch."""
+"""Heads trained on frozen tokens: attentive and linear. All heads of a hyperparameter grid share each
+batch."""
 
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
@@ -27,11 +28,12 @@ def only_cross_attend(heads: Sequence[nn.Module]) -> bool:
 
 
 def cross_attend_jointly(heads: Sequence[AttentiveHead], tokens: Tensor) -> Iterator[Tensor]:
-    """Yields the logits [B, C] of each head of depth 1 for tokens f32 [B, N, D], equal to those of each head alone.
+    """Yields the logits [B, C] of each head of depth 1 for tokens f32 [B, N, D], equal to those of each head
+    alone.
 
-    The tokens are normalised once: the norm's scale and shift are applied after the products (a shift of the keys adds
-    the same to all scores of a query, which the softmax removes). The queries of all heads form one matrix product.
-    """
+    The tokens are normalised once: the norm's scale and shift are applied after the products (a shift of the
+    keys adds the same to all scores of a query, which the softmax removes). The queries of all heads form one
+    matrix product."""
     x = F.layer_norm(tokens, tokens.shape[-1:], eps=HEAD_EPS)
     queries = []
     for head in heads:
@@ -73,8 +75,8 @@ class TrainedHeadProtocol(ProbeProtocol):
         raise NotImplementedError
 
     def train(self, task: Task, data: TrainingSet, grid: HyperparameterGrid) -> list[nn.Module]:
-        """One head per setting, all with the same initial weights and batches, in one pass. An epoch sees one view of
-        each sample, drawn at random."""
+        """One head per setting, all with the same initial weights and batches, in one pass. An epoch sees one
+        view of each sample, drawn at random."""
         torch.manual_seed(self.seed)
         device = data.target.device
         initial = self.make_head(data.source.shape.width, task.num_outputs)
@@ -121,8 +123,8 @@ class TrainedHeadProtocol(ProbeProtocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Attentive(TrainedHeadProtocol):
-    """V-JEPA's probe (evals/video_classification_frozen), and with depth 4 V-JEPA 2's. Features are computed once per
-    video, without augmentation; the published protocols augment and encode in every epoch."""
+    """V-JEPA's probe (evals/video_classification_frozen), and with depth 4 V-JEPA 2's. Features are computed
+    once per video, without augmentation; the published protocols augment and encode in every epoch."""
 
     depth: Count = 1  # depth - 1 self-attention blocks over all tokens, then the cross-attention
     heads: Count = 12  # attention heads of the pooler
@@ -159,7 +161,8 @@ class Linear(TrainedHeadProtocol):
 
 
 def fit_linear(tokens: Tensor, target: Tensor, task: Task, l2: float) -> LinearHead:
-    """The head at the minimum of the task's mean loss + l2 / 2 * |W|^2. tokens f32 [n, 1, D], target [n] or [n, C]."""
+    """The head at the minimum of the task's mean loss + l2 / 2 * |W|^2. tokens f32 [n, 1, D], target [n] or
+    [n, C]."""
     head = LinearHead(tokens.shape[-1], task.num_outputs).to(tokens.device)
     if task.kind == "number":
         weight, bias = ridge_regression(tokens[:, 0], target, l2 / 2)

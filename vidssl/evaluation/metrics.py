@@ -17,9 +17,9 @@ def accuracy(correct: np.ndarray) -> float:
 def bootstrap_ci(
     values: np.ndarray, groups: list[str], seed: int = 0, resamples: int = MEAN_RESAMPLES
 ) -> list[float]:
-    """95 % percentile bootstrap interval of the mean, in percent. Whole groups are resampled, since the clips of one
-    source video are not independent. values [n]: hits (bool), or differences between the hits of two encoders (a paired
-    comparison); groups: the group of each sample."""
+    """95 % percentile bootstrap interval of the mean, in percent. Whole groups are resampled, since the clips
+    of one source video are not independent. values [n]: hits (bool), or differences between the hits of two
+    encoders (a paired comparison); groups: the group of each sample."""
     _, group = np.unique(groups, return_inverse=True)
     sums = np.bincount(group, values.astype(float))
     sizes = np.bincount(group)
@@ -35,7 +35,8 @@ def bootstrap_ci(
 def bootstrap_metric_ci(
     metric: Callable[[np.ndarray], float], groups: list[str], seed: int = 0
 ) -> list[float]:
-    """95 % percentile bootstrap interval of any metric: a function of the indices i64 [m] of the resampled samples."""
+    """95 % percentile bootstrap interval of any metric: a function of the indices i64 [m] of the resampled
+    samples."""
     _, group = np.unique(groups, return_inverse=True)
     order = np.argsort(group, kind="stable")
     members = np.split(order, np.cumsum(np.bincount(group))[:-1])
@@ -48,8 +49,8 @@ def bootstrap_metric_ci(
 
 
 def true_class_rank(outputs: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Number of classes that score higher than the true one, i64 [n], for outputs [n, C] and labels i64 [n]. Among
-    equal scores the lower class comes first."""
+    """Number of classes that score higher than the true one, i64 [n], for outputs [n, C] and labels i64 [n].
+    Among equal scores the lower class comes first."""
     own = np.take_along_axis(outputs, labels[:, None], 1)
     lower_class = np.arange(outputs.shape[1]) < labels[:, None]
     return ((outputs > own) | ((outputs == own) & lower_class)).sum(1)
@@ -61,14 +62,15 @@ def mean_per_class(correct: np.ndarray, labels: np.ndarray) -> float:
 
 
 def average_precision(scores: np.ndarray, relevant: np.ndarray) -> float:
-    """scores [n], relevant bool [n] with at least one true: mean of the precision at each relevant sample, in [0, 1].
-    Among equal scores the irrelevant samples come first, so that a constant score gains nothing."""
+    """scores [n], relevant bool [n] with at least one true: mean of the precision at each relevant sample, in
+    [0, 1]. Among equal scores the irrelevant samples come first, so that a constant score gains nothing."""
     hits = relevant[np.lexsort((relevant, -scores))]
     return float((np.cumsum(hits)[hits] / (np.flatnonzero(hits) + 1)).mean())
 
 
 def mean_average_precision(outputs: np.ndarray, relevant: np.ndarray) -> float:
-    """outputs [n, C], relevant bool [n, C]: mean over the columns that occur, in percent (multi-label mAP)."""
+    """outputs [n, C], relevant bool [n, C]: mean over the columns that occur, in percent (multi-label
+    mAP)."""
     columns = np.flatnonzero(relevant.any(0))
     if not len(columns):
         return 0.0

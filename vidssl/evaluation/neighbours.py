@@ -28,12 +28,11 @@ def knn_predict(
     k: Sequence[int],
     temperature: float = KNN_TEMPERATURE,
 ) -> Tensor:
-    """Weighted k nearest neighbours by cosine: for each value of k the mean target of the k nearest train samples,
-    weighted by exp(cosine / temperature) (Wu et al. 2018, arXiv 1805.01978).
+    """Weighted k nearest neighbours by cosine: for each value of k the mean target of the k nearest train
+    samples, weighted by exp(cosine / temperature) (Wu et al. 2018, arXiv 1805.01978).
 
-    train_features f32 [n, D], train_targets f32 [n, C] (one-hot classes, tags, or numbers), test_features f32 [m, D]
-    -> f32 [len(k), m, C]. A k larger than n is n.
-    """
+    train_features f32 [n, D], train_targets f32 [n, C] (one-hot classes, tags, or numbers), test_features f32
+    [m, D] -> f32 [len(k), m, C]. A k larger than n is n."""
     train_features = F.normalize(train_features, dim=-1)
     sizes = [min(size, len(train_features)) for size in k]
     predictions = []
@@ -90,8 +89,8 @@ class Knn(NeighbourProtocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Retrieval(NeighbourProtocol):
-    """Retrieval of train samples by test samples; relevant is a train sample of the same class, or with a tag in
-    common. The accuracy is the recall at 1."""
+    """Retrieval of train samples by test samples; relevant is a train sample of the same class, or with a tag
+    in common. The accuracy is the recall at 1."""
 
     def hyperparameters(self) -> HyperparameterGrid:
         return [{}]
@@ -110,7 +109,8 @@ class Retrieval(NeighbourProtocol):
     def extra_metrics(
         self, model: Gallery, source: TokenSource, indices: list[int], task: Task, labels: list[Any]
     ) -> dict[str, float]:
-        """recall_at_5 and retrieval_mAP in percent; a query without a relevant train sample counts as missed."""
+        """recall_at_5 and retrieval_mAP in percent; a query without a relevant train sample counts as
+        missed."""
         if task.kind == "number":
             return {}
         at_5, precisions = [], []

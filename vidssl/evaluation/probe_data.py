@@ -1,4 +1,5 @@
-"""The `data` section of a probe, the labelled samples it names, and the view of a sample that it and the encoder give."""
+"""The `data` section of a probe, the labelled samples it names, and the view of a sample that it and the
+encoder give."""
 
 from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple
@@ -35,7 +36,7 @@ class ProbeData:
     size: Count | None = None  # pixels; None: the encoder's own
     stride: Count | None = None  # frames; None (and fps None): as the encoder was trained
     fps: Positive | None = None  # frames per second
-    train_fractions: Fractions = ()  # low-shot: a subset of train for each fraction and seed; (): all of train
+    train_fractions: Fractions = ()  # low-shot subsets of train, one per seed; (): all of train
     seeds: Annotated[tuple[Size, ...], Field(min_length=1)] = (0, 1, 2)
     cache_dir: str | None = None  # folder for remote shards; None: the user's cache folder
     cache_gb: Positive = 100  # its size limit
@@ -99,8 +100,8 @@ def encoder_view(
     fps: float | None = None,
     control: Control = "none",
 ) -> View:
-    """Clips with the frames, size (pixels) and rate (stride in frames, or fps) that the encoder was trained on, where
-    these are None."""
+    """Clips with the frames, size (pixels) and rate (stride in frames, or fps) that the encoder was trained
+    on, where these are None."""
     model = loaded.metadata["model"]
     if model["height"] != model["width"]:
         raise UserError(

@@ -17,8 +17,8 @@ from vidssl.evaluation.protocol import ProbeProtocol
 from vidssl.evaluation.report import (
     PredictionRow,
     low_shot_summary,
+    write_json_report,
     write_lists,
-    write_report,
     write_tables,
 )
 from vidssl.evaluation.splits import list_text, low_shot
@@ -62,7 +62,8 @@ def evaluate_control(
     control: Control,
     device: torch.device,
 ) -> None:
-    """Adds the rows and predictions of every label set and low-shot list to `results`, and prints a line for each."""
+    """Adds the rows and predictions of every label set and low-shot list to `results`, and prints a line for
+    each."""
     keys = [sample.key for sample in probe_splits.splits["train"].samples]
     for name, label_set in probe_splits.label_sets.items():
         train, test = (
@@ -96,7 +97,7 @@ def evaluate_control(
             print(f"{' '.join(run):22s} {row['metric']} {row['value']:6.2f}  [{low}, {high}]", flush=True)
 
 
-def write_results(
+def write_probe_results(
     out: Path,
     results: ProbeResults,
     cfg: ProbeConfig,
@@ -117,4 +118,4 @@ def write_results(
         "test_samples_of_train_groups": probe_splits.shared_groups,
         "seed": seed,
     }
-    write_report(out / "probe.json", config.to_tree(cfg), loaded, report)
+    write_json_report(out / "probe.json", config.to_tree(cfg), loaded, report)

@@ -1,4 +1,5 @@
-"""What all probe protocols share: how samples are seen, and hyperparameter selection on a held-out part of train."""
+"""What all probe protocols share: how samples are seen, and hyperparameter selection on a held-out part of
+train."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -117,8 +118,8 @@ def mean_pool(
 
 
 def label_free_scores(source: TokenSource, indices: list[int], protocol: ProbeProtocol) -> dict[str, float]:
-    """Scores that need no labels (core/spectrum.py): RankMe and alpha-ReQ of the samples' centered mean tokens, of at
-    most MAX_TOKENS samples, evenly spaced. Comparable only at equal `samples`."""
+    """Scores that need no labels (core/spectrum.py): RankMe and alpha-ReQ of the samples' centered mean
+    tokens, of at most MAX_TOKENS samples, evenly spaced. Comparable only at equal `samples`."""
     indices = indices[:: -(-len(indices) // MAX_TOKENS)]
     pooled = mean_pool(source, indices, protocol, 1, torch.device("cpu"))
     means = pooled.tokens[indices].mean((1, 2))
@@ -131,8 +132,9 @@ def label_free_scores(source: TokenSource, indices: list[int], protocol: ProbePr
 def select_and_train(
     protocol: ProbeProtocol, task: Task, data: TrainingSet, groups: list[str]
 ) -> TrainedProbe:
-    """Selects a setting by training all of them on a part of train and comparing them on the rest, and trains it again
-    on all of train. The test set plays no part. groups: the group of each sample, held out as a whole."""
+    """Selects a setting by training all of them on a part of train and comparing them on the rest, and trains
+    it again on all of train. The test set plays no part. groups: the group of each sample, held out as a
+    whole."""
     standardise = _make_standardise(protocol, data)
     data = data._replace(source=standardise(data.source))
     grid = protocol.hyperparameters()

@@ -1,4 +1,5 @@
-"""Files of a finished evaluation: the JSON report, predictions, tables of classes, low-shot lists; and hashes."""
+"""Files of a finished evaluation: the JSON report, predictions, tables of classes, low-shot lists; and
+hashes."""
 
 import csv
 import hashlib
@@ -37,8 +38,8 @@ RUN_COLUMNS = PredictionRow._fields[:4]
 
 
 def new_report_folder(out: Path, name: str) -> Path:
-    """Checks that the report OUT/NAME can be written and does not exist, so that no test set is evaluated twice into
-    one place. Returns the folder."""
+    """Checks that the report OUT/NAME can be written and does not exist, so that no test set is evaluated
+    twice into one place. Returns the folder."""
     if (out / name).exists():
         raise UserError(f"{out / name} exists: the test set was read for it; give another out=")
     check_writable(out)
@@ -111,7 +112,8 @@ def weights_hash(encoder: nn.Module) -> str:
 
 
 def code_hash(*prefixes: str) -> str:
-    """SHA-256 over the names and text of vidssl's modules (only those whose path starts with one of `prefixes`)."""
+    """SHA-256 over the names and text of vidssl's modules (only those whose path starts with one of
+    `prefixes`)."""
     root = Path(vidssl.__file__).parent
     digest = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
@@ -121,8 +123,11 @@ def code_hash(*prefixes: str) -> str:
     return digest.hexdigest()
 
 
-def write_report(path: Path, config: dict[str, Any], loaded: LoadedEncoder, contents: dict[str, Any]) -> None:
-    """Writes probe.json or dense.json: its own contents, and facts about the encoder, the code and the options.
+def write_json_report(
+    path: Path, config: dict[str, Any], loaded: LoadedEncoder, contents: dict[str, Any]
+) -> None:
+    """Writes probe.json or dense.json: its own contents, and facts about the encoder, the code and the
+    options.
 
     config: the resolved tree.
     """

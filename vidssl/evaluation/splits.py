@@ -11,8 +11,8 @@ from vidssl.evaluation.tasks import Task, class_of
 
 
 def label_sets(train: Shards, test: Shards, requested: list[str] | None) -> list[str]:
-    """The label sets to probe: those requested, or all that both data sets have. Raises UserError if a requested one is
-    missing, or if its classes differ between train and test."""
+    """The label sets to probe: those requested, or all that both data sets have. Raises UserError if a
+    requested one is missing, or if its classes differ between train and test."""
     common = [name for name in train.classes if name in test.classes]
     for name in requested or common:
         if name not in common:
@@ -32,12 +32,11 @@ def labelled(shards: Shards, labels: list[str]) -> list[Sample]:
 
 
 def low_shot(task: Task, keys: list[str], labels: list[Any], fraction: float, seed: int) -> list[int]:
-    """Sorted indices of a class-balanced subset: the same number of samples of each class, together `fraction` of all
-    (a class with fewer gives all it has); without classes, `fraction` of all.
+    """Sorted indices of a class-balanced subset: the same number of samples of each class, together
+    `fraction` of all (a class with fewer gives all it has); without classes, `fraction` of all.
 
-    Each class is ordered by sha256("SEED KEY"), so the subset depends on the keys and the seed alone, and a smaller
-    subset is part of a larger one.
-    """
+    Each class is ordered by sha256("SEED KEY"), so the subset depends on the keys and the seed alone, and a
+    smaller subset is part of a larger one."""
     classes: dict[Any, list[int]] = {}
     for index, label in enumerate(labels):
         if label is not None:
@@ -56,9 +55,9 @@ def list_text(keys: list[str], indices: list[int]) -> str:
 
 
 def split_by_group(classes: list[Any], groups: list[str], fraction: float, seed: int) -> np.ndarray:
-    """bool [n]: which samples are held out. Whole groups (the clips of one source video are one group), class by class:
-    the groups of a class in random order, until `fraction` of its samples are held out; never its last group.
-    Linear in the number of samples."""
+    """bool [n]: which samples are held out. Whole groups (the clips of one source video are one group), class
+    by class: the groups of a class in random order, until `fraction` of its samples are held out; never its
+    last group. Linear in the number of samples."""
     rng = np.random.default_rng((seed, 4))
     selection = GroupSelection(groups, classes)
     order = rng.permutation(sorted(selection.class_counts)).tolist()

@@ -1,4 +1,5 @@
-"""Prediction tasks of label sets: one class of several, any of several tags, or a number; their losses and metrics."""
+"""Prediction tasks of label sets: one class of several, any of several tags, or a number; their losses and
+metrics."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -64,7 +65,8 @@ class Task:
         return logits.sigmoid() if self.kind == "tags" else logits
 
     def score(self, outputs: np.ndarray, labels: list[Any]) -> float:
-        """`metric` of outputs f64 [n, C], in percent (R2: as it is); the worst value if any output is not finite."""
+        """`metric` of outputs f64 [n, C], in percent (R2: as it is); the worst value if any output is not
+        finite."""
         if not np.isfinite(outputs).all():
             return -1e9 if self.kind == "number" else 0.0
         if self.kind == "class":
@@ -84,8 +86,8 @@ class Task:
     def test_metrics(
         self, outputs: np.ndarray, labels: list[Any], groups: list[str], seed: int
     ) -> dict[str, Any]:
-        """All metrics of outputs f64 [n, C] on the test set. A row that is all NaN could not be decoded: it counts as
-        wrong in every way (a number: as if the mean of train were predicted)."""
+        """All metrics of outputs f64 [n, C] on the test set. A row that is all NaN could not be decoded: it
+        counts as wrong in every way (a number: as if the mean of train were predicted)."""
         unreadable = np.isnan(outputs).all(1)
         arguments = (outputs, unreadable, labels, groups, seed)
         if self.kind == "class":
@@ -165,7 +167,8 @@ class Task:
 
 
 def class_of(sample: Sample, label: str) -> Any:
-    """Index of the sample's class in a label set, or a list of indices (multi-label); None if it has no such label."""
+    """Index of the sample's class in a label set, or a list of indices (multi-label); None if it has no such
+    label."""
     index = sample.meta.get("labels", {}).get(label)
     return None if index == -1 else index
 
@@ -175,9 +178,8 @@ def make_task(
 ) -> tuple[Task, list[Any], list[Any]]:
     """Returns the task, and the label of every train and test sample (None: it has none).
 
-    kind "tags": a class name is several tags joined by "|" (or a sample's label is a list of classes). "number": a class
-    name is a number.
-    """
+    kind "tags": a class name is several tags joined by "|" (or a sample's label is a list of classes).
+    "number": a class name is a number."""
     sets = [[class_of(sample, label) for sample in samples] for samples in (train, test)]
     if kind == "number":
         try:

@@ -27,9 +27,8 @@ CONTROLS: tuple[Control, ...] = get_args(Control)
 class View(NamedTuple):
     """Which frames and pixels of a video the encoder sees: segments * crops clips.
 
-    order: "shuffled" permutes a clip's frames by a permutation drawn from the sample's key, "reversed" runs them
-    backwards, "still" repeats the middle frame. All frames of an image are the same.
-    """
+    order: "shuffled" permutes a clip's frames by a permutation drawn from the sample's key, "reversed" runs
+    them backwards, "still" repeats the middle frame. All frames of an image are the same."""
 
     frames: int  # per clip
     stride: int | None  # frames
@@ -53,8 +52,8 @@ def reorder_frames(clip: np.ndarray, order: FrameOrder, permutation: np.ndarray)
 
 
 def square_crop(clip: np.ndarray, crop: int, crops: int) -> np.ndarray:
-    """u8 [T, H, W, 3] -> crop number `crop` of `crops` squares u8 [T, S, S, 3] along the longer side, from its start
-    to its end; the center one if crops is 1."""
+    """u8 [T, H, W, 3] -> crop number `crop` of `crops` squares u8 [T, S, S, 3] along the longer side, from
+    its start to its end; the center one if crops is 1."""
     height, width = clip.shape[1:3]
     side = min(height, width)
     margin = abs(height - width)
@@ -63,11 +62,11 @@ def square_crop(clip: np.ndarray, crop: int, crops: int) -> np.ndarray:
 
 
 class EvalClips(Dataset):
-    """Item e is (e, clips u8 [clips_per_example, 3, T, S, S] of example e), or (e, reason why it cannot be decoded).
+    """Item e is (e, clips u8 [clips_per_example, 3, T, S, S] of example e), or (e, reason why it cannot be
+    decoded).
 
-    The clips of sample n are numbered n * C to (n + 1) * C - 1: crop by crop, the segments of a crop in order.
-    Example e holds clips e * clips_per_example to (e + 1) * clips_per_example - 1.
-    """
+    The clips of sample n are numbered n * C to (n + 1) * C - 1: crop by crop, the segments of a crop in
+    order. Example e holds clips e * clips_per_example to (e + 1) * clips_per_example - 1."""
 
     def __init__(self, shards: Shards, samples: list[Sample], view: View, clips_per_example: int):
         self.shards = shards
@@ -110,11 +109,11 @@ class EvalClips(Dataset):
 
 
 class PatchMeans(nn.Module):
-    """Mean colors of patches in place of an encoder's features: what a head reaches on them is not the encoder's merit.
+    """Mean colors of patches in place of an encoder's features: what a head reaches on them is not the
+    encoder's merit.
 
-    Video f32 [B, 3, T, H, W] -> [B, N, tubelet * 48]: for each patch the mean colors of its 4 x 4 parts in each of its
-    frames.
-    """
+    Video f32 [B, 3, T, H, W] -> [B, N, tubelet * 48]: for each patch the mean colors of its 4 x 4 parts in
+    each of its frames."""
 
     def __init__(self, tubelet: int, patch: int):
         super().__init__()

@@ -7,7 +7,7 @@ import numpy as np
 
 from vidssl.config import to_tree
 from vidssl.evaluation.evaluate import LabelledFeatures, score_predictions
-from vidssl.evaluation.report import PredictionRow, write_report, write_tables
+from vidssl.evaluation.report import PredictionRow, write_json_report, write_tables
 from vidssl.model.heads import HEAD_EPS, AttentiveHead
 from vidssl.model.vit import LAYER_NORM_EPS
 from vidssl.pretrained.files import save_native
@@ -65,5 +65,5 @@ def write_finetune_results(
         "seed": cfg.tune.seed,
         "libraries": libraries,
     }
-    write_report(out / "probe.json", to_tree(cfg), loaded, report)
+    write_json_report(out / "probe.json", to_tree(cfg), loaded, report)
     print(f"{row['label']} {row['metric']} {row['value']:.2f}  {row['ci95']}")

@@ -1,4 +1,5 @@
-"""Features on disk, in memory and streamed are equal; keys, interrupted runs, damage and size limits of the cache."""
+"""Features on disk, in memory and streamed are equal; keys, interrupted runs, damage and size limits of the
+cache."""
 
 import json
 from collections.abc import Callable

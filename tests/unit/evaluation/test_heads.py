@@ -1,4 +1,4 @@
-"""Heads, their grid and their choice: the grid is what single heads are, and only train is looked at."""
+"""Heads, hyperparameter selection on train alone, neighbours, solvers, metrics and splits."""
 
 import copy
 import math
@@ -27,18 +27,19 @@ THREE = Task("x", "class", ["a", "b", "c"])
 
 
 def problem(n: int = 60, clips: int = 1, width: int = 8) -> tuple[StoredFeatures, list[int]]:
-    """Three classes that one channel tells."""
+    """Three classes that one channel separates."""
     torch.manual_seed(0)
-    tokens, truths = torch.randn(n, clips, 4, width), [i % 3 for i in range(n)]
-    tokens[..., 0] += 3 * torch.tensor(truths)[:, None, None]
-    return StoredFeatures(tokens, CPU), truths
+    tokens = torch.randn(n, clips, 4, width)
+    labels = [i % 3 for i in range(n)]
+    tokens[..., 0] += 3 * torch.tensor(labels)[:, None, None]
+    return StoredFeatures(tokens, CPU), labels
 
 
-def as_train(source: StoredFeatures, truths: list, task: Task = THREE) -> TrainingSet:
-    return TrainingSet(source, list(range(len(truths))), truths, task.target(truths, CPU))
+def training_set(source: StoredFeatures, labels: list, task: Task = THREE) -> TrainingSet:
+    return TrainingSet(source, list(range(len(labels))), labels, task.target(labels, CPU))
 
 
-def test_joint_heads_are_the_single_heads_in_outputs_and_gradients():
+def test_joint_heads_equal_single_heads():
     torch.manual_seed(0)
     heads = [AttentiveHead(24, 4, 5) for _ in range(3)]
     for head in heads:  # a fresh norm has neither scale nor shift to go wrong
@@ -55,10 +56,11 @@ def test_joint_heads_are_the_single_heads_in_outputs_and_gradients():
 
 
 @pytest.mark.parametrize("depth", [1, 2])
-def test_a_head_of_a_grid_is_the_head_trained_alone(depth):
-    source, truths = problem()
+def test_a_head_of_a_grid_equals_the_head_trained_alone(depth):
+    source, labels = problem()
     protocol = Attentive(depth=depth, heads=2, epochs=3, batch=16, lr=(1e-2, 1e-3), weight_decay=(0.0, 0.5))
-    data, grid = as_train(source, truths), protocol.hyperparameters()
+    data = training_set(source, labels)
+    grid = protocol.hyperparameters()
     together = protocol.train(THREE, data, grid)
     assert [tuple(setting.values()) for setting in grid] == [(1e-2, 0), (1e-2, 0.5), (1e-3, 0), (1e-3, 0.5)]
     outputs = protocol.predict(together, source, data.indices, THREE)
@@ -68,19 +70,21 @@ def test_a_head_of_a_grid_is_the_head_trained_alone(depth):
     assert (outputs[0] - outputs[2]).abs().max() > 0.01
 
 
-def test_the_choice_sees_only_train():
-    """The held-out figures are counts over the held-out part, and a rate that learns wins over one that does not."""
-    source, truths = problem()
+def test_selection_uses_only_train():
+    """Held-out scores are counts over the held-out part, and a learning rate that learns is selected."""
+    source, labels = problem()
     protocol = Attentive(heads=2, epochs=10, batch=16, lr=(1e-2, 1e-9))
-    _, _, chosen = select_and_train(protocol, THREE, as_train(source, truths), [str(i) for i in range(60)])
-    assert chosen["lr"] == 1e-2 and chosen["n_held_out"] == 12
-    scores = [t["held_out_accuracy"] for t in chosen["tried"]]
+    _, _, selection = select_and_train(
+        protocol, THREE, training_set(source, labels), [str(i) for i in range(60)]
+    )
+    assert selection["lr"] == 1e-2 and selection["n_held_out"] == 12
+    scores = [t["held_out_accuracy"] for t in selection["tried"]]
     assert all(round(s * 12 / 100) == pytest.approx(s * 12 / 100, abs=0.01) for s in scores)
     assert scores[0] > scores[1]
 
 
-class Watched(StoredFeatures):
-    """Remembers what was asked for."""
+class RecordingFeatures(StoredFeatures):
+    """Records the requested batches."""
 
     def batches(self, per: int, lists: list[list[int]]) -> Iterator[Tensor]:
         for numbers, tokens in zip(lists, super().batches(per, lists), strict=True):
@@ -88,26 +92,29 @@ class Watched(StoredFeatures):
             yield tokens
 
 
-def test_a_leak_into_the_selection_would_show():
-    """Features that name their group and labels that are one per group: a head that had seen a held-out group's other
-    clips would know it. Held out by group the choice is at chance; held out clip by clip (the leak) it looks perfect.
-    """
+def test_groups_are_held_out_as_a_whole_in_selection():
+    """Features that name their group and labels that are one per group: a head that had seen a held-out
+    group's other clips would know it. Held out by group the choice is at chance; held out clip by clip (the
+    leak) it looks perfect."""
     torch.manual_seed(0)
     names = torch.randn(40, 1, 32).repeat_interleave(5, 0)  # 40 groups of 5 clips that look the same
-    truths = np.random.default_rng(0).integers(3, size=40).repeat(5).tolist()
+    labels = np.random.default_rng(0).integers(3, size=40).repeat(5).tolist()
     groups = [f"g{i // 5}" for i in range(200)]
-    source = Watched((4 * names + 0.1 * torch.randn(200, 1, 32))[:, None], CPU)
+    source = RecordingFeatures((4 * names + 0.1 * torch.randn(200, 1, 32))[:, None], CPU)
     source.asked = []
     protocol = Linear(l2=(1e-3, 1e-2), standardise=False)
-    _, _, honest = select_and_train(protocol, THREE, as_train(source, truths), groups)
-    first, seen = source.asked[0], set(np.flatnonzero(split_by_group(truths, groups, 0.2, 0)).tolist())
+    _, _, honest = select_and_train(protocol, THREE, training_set(source, labels), groups)
+    first = source.asked[0]
+    seen = set(np.flatnonzero(split_by_group(labels, groups, 0.2, 0)).tolist())
     assert not first & seen and first | seen == set(range(200))
-    _, _, leaky = select_and_train(protocol, THREE, as_train(source, truths), [str(i) for i in range(200)])
+    _, _, leaky = select_and_train(
+        protocol, THREE, training_set(source, labels), [str(i) for i in range(200)]
+    )
     assert max(t["held_out_accuracy"] for t in honest["tried"]) < 70
     assert min(t["held_out_accuracy"] for t in leaky["tried"]) > 95
 
 
-def test_held_out_groups_never_straddle_and_no_class_is_lost():
+def test_split_by_group_keeps_groups_whole_and_classes_in_train():
     labels = [0] * 12 + [1] * 8 + [2] * 2
     groups = [f"a{i // 3}" for i in range(12)] + [f"b{i // 2}" for i in range(8)] + ["c", "c"]
     for seed in range(20):
@@ -121,18 +128,21 @@ def test_held_out_groups_never_straddle_and_no_class_is_lost():
         ]  # class 2 is one group: it stays
 
 
-def test_a_group_that_holds_two_classes_does_not_straddle_either():
-    labels, groups = [0, 1] * 10, [f"g{i // 4}" for i in range(20)]
+def test_split_by_group_keeps_groups_of_two_classes_whole():
+    labels = [0, 1] * 10
+    groups = [f"g{i // 4}" for i in range(20)]
     out = split_by_group(labels, groups, 0.3, 0)
     assert 0 < out.sum() < 20
     for g in set(groups):
         assert len({bool(o) for o, name in zip(out, groups, strict=True) if name == g}) == 1
 
 
-def test_one_group_cannot_be_divided():
-    source, truths = problem(12)
+def test_one_group_cannot_be_split():
+    source, labels = problem(12)
     with pytest.raises(UserError, match="no group of train can be held out"):
-        select_and_train(Attentive(heads=2, lr=(1e-2, 1e-3)), THREE, as_train(source, truths), ["one"] * 12)
+        select_and_train(
+            Attentive(heads=2, lr=(1e-2, 1e-3)), THREE, training_set(source, labels), ["one"] * 12
+        )
 
 
 def test_standardised_tokens():
@@ -146,7 +156,7 @@ def test_standardised_tokens():
     assert (out.square().mean((0, 1)) - 1).abs().max() < 1e-3
 
 
-def test_views_are_averaged_and_pooling_lays_tokens_end_to_end():
+def test_views_are_averaged_and_temporal_bins_concatenated():
     """2 segments x 3 crops: pooled over segments a sample has 3 examples of 2 clips; else 6 of one."""
     tokens = torch.arange(5 * 6 * 4 * 2.0).view(5, 6, 4, 2)
     source = StoredFeatures(tokens, CPU)
@@ -161,9 +171,9 @@ def test_views_are_averaged_and_pooling_lays_tokens_end_to_end():
     apart = Attentive(heads=1, segments=2, crops=3, aggregate="none")
     assert (apart.views_per_sample, apart.clips_per_example(source)) == (6, 1)
     heads = [AttentiveHead(2, 1, 3)]
-    said = over.predict(heads, source, [1, 4], THREE)[0]
+    outputs = over.predict(heads, source, [1, 4], THREE)[0]
     longhand = torch.stack([heads[0](tokens[n].view(3, 8, 2)).softmax(-1).mean(0) for n in (1, 4)])
-    torch.testing.assert_close(said, longhand)
+    torch.testing.assert_close(outputs, longhand)
     mean = mean_pool(source, [0, 3], over, 2, CPU)
     assert mean.shape == FeatureShape(5, 3, 1, 4)
     halves = (
@@ -173,11 +183,12 @@ def test_views_are_averaged_and_pooling_lays_tokens_end_to_end():
 
 
 def test_logistic_regression_is_at_its_minimum():
-    source, truths = problem(clips=2)
+    source, labels = problem(clips=2)
     protocol = Linear(aggregate="none", segments=2, l2=(0.01, 1.0))
     seen = protocol.prepare(source, list(range(60)), CPU)
-    heads = protocol.train(THREE, as_train(seen, truths), protocol.hyperparameters())
-    x, y = source.tokens.mean(2).flatten(0, 1), torch.tensor(truths).repeat_interleave(2)
+    heads = protocol.train(THREE, training_set(seen, labels), protocol.hyperparameters())
+    x = source.tokens.mean(2).flatten(0, 1)
+    y = torch.tensor(labels).repeat_interleave(2)
     for head, l2 in zip(heads, (0.01, 1.0), strict=True):
         weight = head.linear.weight.detach().clone().requires_grad_()
         loss = torch.nn.functional.cross_entropy(x @ weight.T + head.linear.bias.detach(), y)
@@ -186,22 +197,22 @@ def test_logistic_regression_is_at_its_minimum():
     assert heads[0].linear.weight.norm() > 2 * heads[1].linear.weight.norm()
 
 
-def test_adamw_reaches_nearly_the_same():
-    source, truths = problem(clips=1)
+def test_adamw_learns():
+    source, labels = problem(clips=1)
     seen = Linear().prepare(source, list(range(60)), CPU)
     protocol = Linear(solver="adamw", lr=(0.3, 1e-6), epochs=40, batch=20)
-    model, dress, chosen = select_and_train(
-        protocol, THREE, as_train(seen, truths), [str(i) for i in range(60)]
+    model, standardise, selection = select_and_train(
+        protocol, THREE, training_set(seen, labels), [str(i) for i in range(60)]
     )
-    output = protocol.predict([model], dress(seen), list(range(60)), THREE)[0]
-    assert chosen["lr"] == 0.3 and (output.argmax(1) == torch.tensor(truths)).float().mean() > 0.95
+    output = protocol.predict([model], standardise(seen), list(range(60)), THREE)[0]
+    assert selection["lr"] == 0.3 and (output.argmax(1) == torch.tensor(labels)).float().mean() > 0.95
 
 
-def test_neighbours_against_a_loop():
-    source, truths = problem(30)
+def test_knn_equals_a_loop():
+    source, labels = problem(30)
     protocol = Knn(k=(3, 50), temperature=0.2)
     seen = protocol.prepare(source, list(range(30)), CPU)
-    train = TrainingSet(seen, list(range(20)), truths[:20], torch.tensor(truths[:20]))
+    train = TrainingSet(seen, list(range(20)), labels[:20], torch.tensor(labels[:20]))
     votes = protocol.predict(
         protocol.train(THREE, train, protocol.hyperparameters()), seen, list(range(20, 30)), THREE
     )
@@ -212,13 +223,14 @@ def test_neighbours_against_a_loop():
             near = sorted(range(20), key=lambda i: -cosine[i])[:k]
             want = torch.zeros(3)
             for i in near:
-                want[truths[i]] += np.exp(cosine[i] / 0.2)
+                want[labels[i]] += np.exp(cosine[i] / 0.2)
             torch.testing.assert_close(votes[g, q - 20], want / want.sum(), atol=1e-5, rtol=1e-4)
 
 
-def test_retrieval_figures_by_hand():
+def test_retrieval_metrics_by_hand():
     keys = torch.tensor([[1.0, 0], [0.9, 0.1], [0, 1], [1, 0.05], [0.1, 1]])  # 3 in train, 2 ask
-    protocol, task = Retrieval(), Task("x", "class", ["a", "b"])
+    protocol = Retrieval()
+    task = Task("x", "class", ["a", "b"])
     source = protocol.prepare(StoredFeatures(keys[:, None, None], CPU), list(range(5)), CPU)
     train = TrainingSet(source, [0, 1, 2], [0, 1, 1], torch.tensor([0, 1, 1]))
     (model,) = protocol.train(task, train, protocol.hyperparameters())
@@ -231,7 +243,8 @@ def test_retrieval_figures_by_hand():
 
 
 def test_metrics_by_hand():
-    output, truth = np.array([[0.1, 0.6, 0.3], [0.5, 0.5, 0.0], [0.2, 0.2, 0.6]]), np.array([1, 1, 0])
+    output = np.array([[0.1, 0.6, 0.3], [0.5, 0.5, 0.0], [0.2, 0.2, 0.6]])
+    truth = np.array([1, 1, 0])
     assert metrics.true_class_rank(output, truth).tolist() == [
         0,
         1,
@@ -250,44 +263,47 @@ def test_metrics_by_hand():
     assert metrics.r2(np.array([2.0, 2, 2]), np.array([1.0, 2, 3])) == 0
 
 
-def test_tags_and_numbers_are_learned_and_told():
+def test_tags_and_numbers_are_learned():
     source, _ = problem()
     values = source.tokens[:, 0, :, 0].mean(1)
     number = Task("x", "number", ["x"], float(values.mean()), float(values.std()))
     tags = Task("x", "tags", ["high", "low", "any"])
     lists = [[0, 2] if v > 3 else [1, 2] if v < 2 else [2] for v in values.tolist()]
-    groups, protocol = [str(i) for i in range(60)], Linear(l2=(1e-4, 1e4))
-    for task, truths, least in ((number, values.tolist(), 0.99), (tags, lists, 98)):
+    groups = [str(i) for i in range(60)]
+    protocol = Linear(l2=(1e-4, 1e4))
+    for task, labels, least in ((number, values.tolist(), 0.99), (tags, lists, 98)):
         seen = protocol.prepare(source, list(range(60)), CPU)
-        model, dress, chosen = select_and_train(protocol, task, as_train(seen, truths, task), groups)
-        output = protocol.predict([model], dress(seen), list(range(60)), task)[0].double().numpy()
-        figures = task.test_metrics(output, truths, groups, 0)
-        assert figures["value"] >= least and chosen["l2"] == 1e-4
+        model, standardise, selection = select_and_train(
+            protocol, task, training_set(seen, labels, task), groups
+        )
+        output = protocol.predict([model], standardise(seen), list(range(60)), task)[0].double().numpy()
+        figures = task.test_metrics(output, labels, groups, 0)
+        assert figures["value"] >= least and selection["l2"] == 1e-4
         output[:10] = np.nan  # not read: worse, and never an error
-        assert task.test_metrics(output, truths, groups, 0)["value"] < figures["value"]
+        assert task.test_metrics(output, labels, groups, 0)["value"] < figures["value"]
     assert (
         tags.format_label([0, 2]) == "high|any"
         and tags.format_prediction(np.array([0.9, 0.1, 0.8])) == "high|any"
     )
 
 
-def test_low_shot_lists_are_balanced_nested_and_depend_on_keys_alone():
-    truths = [0] * 40 + [1] * 20 + [2] * 3 + [None] * 5
+def test_low_shot_lists_are_balanced_nested_and_keyed():
+    labels = [0] * 40 + [1] * 20 + [2] * 3 + [None] * 5
     keys = [f"k{i}" for i in range(68)]
-    small, large = (low_shot(THREE, keys, truths, share, 0) for share in (0.1, 0.5))
-    assert [sum(truths[i] == c for i in small) for c in range(3)] == [2, 2, 2]
-    assert [sum(truths[i] == c for i in large) for c in range(3)] == [
+    small, large = (low_shot(THREE, keys, labels, share, 0) for share in (0.1, 0.5))
+    assert [sum(labels[i] == c for i in small) for c in range(3)] == [2, 2, 2]
+    assert [sum(labels[i] == c for i in large) for c in range(3)] == [
         10,
         10,
         3,
     ]  # a small class gives all it has
-    assert set(small) <= set(large) and small != low_shot(THREE, keys, truths, 0.1, 1)
+    assert set(small) <= set(large) and small != low_shot(THREE, keys, labels, 0.1, 1)
     order = np.random.default_rng(0).permutation(68).tolist()
-    again = low_shot(THREE, [keys[i] for i in order], [truths[i] for i in order], 0.1, 0)
+    again = low_shot(THREE, [keys[i] for i in order], [labels[i] for i in order], 0.1, 0)
     assert {keys[order[i]] for i in again} == {keys[i] for i in small}
 
 
-def test_a_split_by_group_of_many_groups_takes_seconds():
+def test_split_by_group_is_fast_with_many_groups():
     rng = np.random.default_rng(0)
     groups = [f"g{g}" for g in rng.integers(100_000, size=240_000)]
     start = time.process_time()
@@ -298,14 +314,15 @@ def test_a_split_by_group_of_many_groups_takes_seconds():
 
 @pytest.mark.parametrize("shape", [(50, 4), (5, 12)])
 def test_ridge_regression_is_at_its_minimum(shape):
-    x, y = torch.randn(*shape, dtype=torch.float64), torch.randn(shape[0], 3, dtype=torch.float64)
+    x = torch.randn(*shape, dtype=torch.float64)
+    y = torch.randn(shape[0], 3, dtype=torch.float64)
     weight, bias = (v.requires_grad_() for v in ridge_regression(x, y, 0.1))
     loss = (x @ weight + bias - y).square().sum(1).mean() + 0.1 * weight.square().sum()
     for gradient in torch.autograd.grad(loss, (weight, bias)):
         assert gradient.abs().max() < 1e-10
 
 
-def test_knn_predict_votes_of_one_hot_classes():
+def test_knn_predict_of_one_hot_classes():
     train = torch.tensor([[1.0, 0], [0.9, 0.1], [0, 2]])
     votes = knn_predict(train, torch.eye(2)[[0, 1, 1]], torch.tensor([[3.0, 0]]), k=[1, 3], temperature=0.1)
     weight = torch.tensor([1, 0.9 / math.hypot(0.9, 0.1), 0]).div(0.1).exp()

@@ -1,7 +1,7 @@
 """Sequences with dense labels: DAVIS, JHMDB and NYUv2 as they are distributed, and the synthetic corpus.
 
-A reader is called with the folder and "train" or "test" and lists samples; a sample reads its files when it is loaded.
-"""
+A reader is called with the folder and "train" or "test" and lists samples; a sample reads its files when it
+is loaded."""
 
 import csv
 import hashlib
@@ -35,8 +35,8 @@ class KeypointLabels(NamedTuple):
 
 
 class DenseSample(NamedTuple):
-    """A sequence of images u8 [T, H, W, 3] with labels: object ids u8 [T, H, W] (0: none), depths f32 [T, H, W] (0:
-    unknown), or KeypointLabels."""
+    """A sequence of images u8 [T, H, W, 3] with labels: object ids u8 [T, H, W] (0: none), depths f32 [T, H,
+    W] (0: unknown), or KeypointLabels."""
 
     name: str
     group: str  # samples of a group are resampled and held out together
@@ -44,7 +44,8 @@ class DenseSample(NamedTuple):
     read: Callable[[], tuple[np.ndarray, Any]]
 
     def load(self) -> tuple[np.ndarray, Any]:
-        """Returns images and labels. Raises UserError if a file cannot be read (SyntaxError: Pillow, broken PNG)."""
+        """Returns images and labels. Raises UserError if a file cannot be read (SyntaxError: Pillow, broken
+        PNG)."""
         try:
             return self.read()
         except (OSError, ValueError, KeyError, SyntaxError, DecodeError) as e:
@@ -71,7 +72,7 @@ def read_images(paths: list[Path]) -> np.ndarray:
     return np.stack([read_image(path) for path in paths])
 
 
-def read_lines(path: Path) -> list[str]:
+def nonempty_lines(path: Path) -> list[str]:
     """The lines of a text file that are not empty."""
     if not path.is_file():
         raise UserError(f"{path}: no such file")
@@ -85,11 +86,11 @@ def check_exists(path: Path) -> Path:
 
 
 def davis(folder: Path, split: str) -> list[DenseSample]:
-    """DAVIS 2017, semi-supervised: JPEGImages/480p/SEQ/*.jpg, Annotations/480p/SEQ/*.png with ids as palette indices,
-    ImageSets/2017/train.txt and val.txt. https://davischallenge.org/davis2017/code.html"""
+    """DAVIS 2017, semi-supervised: JPEGImages/480p/SEQ/*.jpg, Annotations/480p/SEQ/*.png with ids as palette
+    indices, ImageSets/2017/train.txt and val.txt. https://davischallenge.org/davis2017/code.html"""
     samples = []
     list_name = "val" if split == "test" else split
-    for name in read_lines(folder / f"ImageSets/2017/{list_name}.txt"):
+    for name in nonempty_lines(folder / f"ImageSets/2017/{list_name}.txt"):
         images = sorted((folder / "JPEGImages/480p" / name).glob("*.jpg"))
         masks = [check_exists(folder / "Annotations/480p" / name / f"{path.stem}.png") for path in images]
         if len(images) < 3:
@@ -116,7 +117,8 @@ def _read_davis(images: list[Path], masks: list[Path]) -> tuple[np.ndarray, np.n
 
 def jhmdb(folder: Path, split: str) -> list[DenseSample]:
     """JHMDB, split 1: Rename_Images/CLASS/VIDEO/*.png, joint_positions/CLASS/VIDEO/joint_positions.mat, and
-    splits/CLASS_test_split1.txt with lines of VIDEO.avi and 1 (train) or 2 (test). http://jhmdb.is.tue.mpg.de"""
+    splits/CLASS_test_split1.txt with lines of VIDEO.avi and 1 (train) or 2 (test).
+    http://jhmdb.is.tue.mpg.de"""
     suffix = "_test_split1.txt"
     lists = sorted(folder.glob(f"splits/*{suffix}"))
     if not lists:
@@ -124,7 +126,7 @@ def jhmdb(folder: Path, split: str) -> list[DenseSample]:
     samples = []
     for path in lists:
         class_name = path.name.removesuffix(suffix)
-        for file, number in (line.rsplit(maxsplit=1) for line in read_lines(path)):
+        for file, number in (line.rsplit(maxsplit=1) for line in nonempty_lines(path)):
             video = f"{class_name}/{file.removesuffix('.avi')}"
             images = sorted((folder / "Rename_Images" / video).glob("*.png"))
             joints = check_exists(folder / "joint_positions" / video / "joint_positions.mat")
@@ -137,8 +139,8 @@ def jhmdb(folder: Path, split: str) -> list[DenseSample]:
 
 
 def _read_jhmdb(images: list[Path], joints: Path) -> tuple[np.ndarray, KeypointLabels]:
-    """The scale is 0.6 x the diagonal of the box around the joints, as published (eval_pck.py of videowalk, arXiv
-    2006.14613); joints outside an image are not visible."""
+    """The scale is 0.6 x the diagonal of the box around the joints, as published (eval_pck.py of videowalk,
+    arXiv 2006.14613); joints outside an image are not visible."""
     try:
         from scipy.io import loadmat
     except ModuleNotFoundError as e:
@@ -156,9 +158,9 @@ def _read_jhmdb(images: list[Path], joints: Path) -> tuple[np.ndarray, KeypointL
 
 
 def nyu(folder: Path, split: str) -> list[DenseSample]:
-    """NYUv2 as images: nyu2_train.csv and nyu2_test.csv (in the folder or its data/), with lines IMAGE,DEPTH relative
-    to the folder; depth is 16-bit in millimetres, or 8-bit with 255 for 10 m. Test images of 480 x 640 count inside
-    Eigen's crop."""
+    """NYUv2 as images: nyu2_train.csv and nyu2_test.csv (in the folder or its data/), with lines IMAGE,DEPTH
+    relative to the folder; depth is 16-bit in millimetres, or 8-bit with 255 for 10 m. Test images of 480 x
+    640 count inside Eigen's crop."""
     tables = [folder / f"nyu2_{split}.csv", folder / f"data/nyu2_{split}.csv"]
     table = next((path for path in tables if path.is_file()), None)
     if table is None:

@@ -1,4 +1,5 @@
-"""Depth from frozen tokens by a linear head: DINOv2's linear protocol (arXiv 2304.07193, section 7.4; eval/depth)."""
+"""Depth from frozen tokens by a linear head: DINOv2's linear protocol (arXiv 2304.07193, section 7.4;
+eval/depth)."""
 
 import math
 from dataclasses import dataclass
@@ -27,16 +28,16 @@ def resize_map(depth: Tensor, like: Tensor) -> Tensor:
 
 
 def log_loss(pred: Tensor, target: Tensor, max_depth: float) -> Tensor:
-    """Scale-invariant log loss (arXiv 1406.2283, 2011.14141) over the pixels of a batch whose depth is known, [B, H, W]
-    each: sqrt(var + 0.15 mean^2) of log ratios. Source: DINOv2, sigloss.py."""
+    """Scale-invariant log loss (arXiv 1406.2283, 2011.14141) over the pixels of a batch whose depth is known,
+    [B, H, W] each: sqrt(var + 0.15 mean^2) of log ratios. Source: DINOv2, sigloss.py."""
     known = (target > 0) & (target <= max_depth)
     ratio = torch.log(pred[known] + MIN_DEPTH) - torch.log(target[known] + MIN_DEPTH)
     return (ratio.var() + 0.15 * ratio.mean() ** 2 + 1e-12).sqrt()
 
 
 def depth_errors(pred: Tensor, target: Tensor, max_depth: float) -> np.ndarray:
-    """[T, H, W] each -> f64 [T, 3]: RMSE, mean of |error| / depth, fraction of pixels whose ratio is below 1.25, of
-    each frame over the pixels whose depth is known; NaN where none is."""
+    """[T, H, W] each -> f64 [T, 3]: RMSE, mean of |error| / depth, fraction of pixels whose ratio is below
+    1.25, of each frame over the pixels whose depth is known; NaN where none is."""
     rows = []
     for frame_pred, frame_target in zip(pred.double(), target.double(), strict=True):
         known = (frame_target > 0) & (frame_target <= max_depth)
@@ -51,8 +52,8 @@ def depth_errors(pred: Tensor, target: Tensor, max_depth: float) -> np.ndarray:
 
 @dataclass(frozen=True, kw_only=True)
 class Depth(DenseProtocol):
-    """A head per learning rate; the one with the lowest RMSE on held-out groups of train is trained again on all of
-    train (AdamW, cosine to 0)."""
+    """A head per learning rate; the one with the lowest RMSE on held-out groups of train is trained again on
+    all of train (AdamW, cosine to 0)."""
 
     lr: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1e-3, 3e-4)
     weight_decay: Amount = 0.01
@@ -96,8 +97,8 @@ class Depth(DenseProtocol):
         return head, {"lr": lr, "tried": tried}
 
     def _encode(self, encoder: FrameEncoder, train: list[DenseSample]) -> tuple[Tensor, Tensor, list[int]]:
-        """Tokens f16 [n, h, w, D] and depths f32 [n, H, W] at the encoder's resolution of all n frames, in memory, and
-        the sequence of each frame."""
+        """Tokens f16 [n, h, w, D] and depths f32 [n, H, W] at the encoder's resolution of all n frames, in
+        memory, and the sequence of each frame."""
         tokens, depths, sequence = [], [], []
         for number, sample in enumerate(tqdm(train, desc="features", unit="sequence")):
             frames, depth = sample.load()

@@ -1,10 +1,10 @@
 """Features of single frames from an encoder of clips.
 
-A sequence is cut into consecutive windows of as many frames as the encoder's clip has, at stride 1 whatever the stride
-of training; the last window is padded with the last frame, so a single image becomes a still clip. A frame has the
-tokens of its tubelet: the frames of a tubelet share them, and they depend on later frames of the window, too. Image
-encoders see each frame alone; encoders with an image tokenizer get a single image as one frame.
-"""
+A sequence is cut into consecutive windows of as many frames as the encoder's clip has, at stride 1 whatever
+the stride of training; the last window is padded with the last frame, so a single image becomes a still clip.
+A frame has the tokens of its tubelet: the frames of a tubelet share them, and they depend on later frames of
+the window, too. Image encoders see each frame alone; encoders with an image tokenizer get a single image as
+one frame."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -41,8 +41,8 @@ class DenseProtocol:
 
 
 class FrameEncoder(NamedTuple):
-    """Images u8 [T, H, W, 3] -> tokens of each frame f32 [T, h, w, D]. The images are resized: the shorter side to
-    `size`, both to multiples of the patch (models of other libraries: to squares)."""
+    """Images u8 [T, H, W, 3] -> tokens of each frame f32 [T, h, w, D]. The images are resized: the shorter
+    side to `size`, both to multiples of the patch (models of other libraries: to squares)."""
 
     encode: Callable[[Tensor], Tensor]  # u8 [B, 3, T, H, W] -> f32 [B, N, D]
     clip: int  # frames
@@ -77,8 +77,8 @@ class FrameEncoder(NamedTuple):
 
 
 def encode_layers(encoder: Encoder, video: Tensor, layers: tuple[int, ...]) -> Tensor:
-    """f32 [B, 3, T, H, W] -> [B, N, D], or [B, N, layers * D]: outputs of blocks, each through the encoder's last norm
-    (as in DINOv2's dense evaluations, arXiv 2304.07193, section 7.4)."""
+    """f32 [B, 3, T, H, W] -> [B, N, D], or [B, N, layers * D]: outputs of blocks, each through the encoder's
+    last norm (as in DINOv2's dense evaluations, arXiv 2304.07193, section 7.4)."""
     if not layers:
         return encoder(video)
     outputs: list[Tensor] = []
@@ -118,7 +118,8 @@ def make_frame_encoder(
             raise UserError(f"task.{name}: {value} is not a multiple of the encoder's patch of {unit}")
     if list(layers) != sorted(set(layers)) or (layers and layers[-1] >= depth):
         raise UserError(
-            f"task.layers {list(layers)}: give ascending blocks of an encoder of ours, from 0 and below {depth}"
+            f"task.layers {list(layers)}: give blocks of an encoder of ours in ascending order, "
+            f"from 0 and below {depth}"
         )
     encode: Callable[[Tensor], Tensor]
     if control == "pixels":

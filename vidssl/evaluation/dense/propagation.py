@@ -1,5 +1,5 @@
-"""Labels of the first frame propagated through a sequence by the similarity of frozen tokens: masks (DAVIS) and key
-points. Nothing is trained; settings are compared on sequences of train."""
+"""Labels of the first frame propagated through a sequence by the similarity of frozen tokens: masks (DAVIS)
+and key points. Nothing is trained; settings are compared on sequences of train."""
 
 import itertools
 import math
@@ -26,7 +26,8 @@ PCK_THRESHOLDS = (0.1, 0.2)  # fractions of the labels' scale
 
 
 class PropagationSettings(NamedTuple):
-    """How labels are propagated. Published for DAVIS: 5, 0.1, 12, 7 (arXiv 2104.14294); 10, 0.05, 12, 20 (2006.14613)."""
+    """How labels are propagated. Published for DAVIS: 5, 0.1, 12, 7 (arXiv 2104.14294); 10, 0.05, 12, 20
+    (2006.14613)."""
 
     topk: int  # context tokens whose labels are averaged
     temperature: float  # of the softmax of cosines over them
@@ -35,11 +36,12 @@ class PropagationSettings(NamedTuple):
 
 
 def propagate(tokens: Tensor, first: Tensor, settings: PropagationSettings) -> Tensor:
-    """tokens f32 [T, h, w, D], labels of the first frame f32 [C, h, w] -> labels of every frame f32 [T, C, h, w].
+    """tokens f32 [T, h, w, D], labels of the first frame f32 [C, h, w] -> labels of every frame f32 [T, C, h,
+    w].
 
     The label of a token is the mean of those of its `topk` most similar tokens, among the first and the last
-    `context_frames` frames and within `radius` rows and columns, weighted by the softmax of cosine / temperature.
-    Source: DINO (arXiv 2104.14294, eval_video_segmentation.py), after Jabri et al. (2006.14613).
+    `context_frames` frames and within `radius` rows and columns, weighted by the softmax of cosine /
+    temperature. Source: DINO (arXiv 2104.14294, eval_video_segmentation.py), after Jabri et al. (2006.14613).
     """
     frames, height, width, _ = tokens.shape
     x = F.normalize(rearrange(tokens, "t h w d -> t (h w) d"), dim=-1)
@@ -67,8 +69,8 @@ def jaccard(pred: Tensor, target: Tensor) -> Tensor:
 
 
 def boundary(mask: Tensor) -> Tensor:
-    """bool [..., H, W]: pixels that differ from their right, lower or lower right neighbour (in the last row and column
-    from those that exist)."""
+    """bool [..., H, W]: pixels that differ from their right, lower or lower right neighbour (in the last row
+    and column from those that exist)."""
     x = F.pad(mask.float(), (0, 1, 0, 1), mode="replicate").bool()
     here = x[..., :-1, :-1]
     return (here ^ x[..., :-1, 1:]) | (here ^ x[..., 1:, :-1]) | (here ^ x[..., 1:, 1:])
@@ -77,9 +79,8 @@ def boundary(mask: Tensor) -> Tensor:
 def boundary_f(pred: Tensor, target: Tensor) -> Tensor:
     """F: harmonic mean of the precision and recall of the boundaries of masks bool [n, H, W] -> f64 [n].
 
-    A boundary pixel is matched within a disc of ceil(0.008 * diagonal) pixels. Source: Perazzi et al. (CVPR 2016),
-    section 5; empty boundaries count as in davis2017-evaluation, metrics.py.
-    """
+    A boundary pixel is matched within a disc of ceil(0.008 * diagonal) pixels. Source: Perazzi et al. (CVPR
+    2016), section 5; empty boundaries count as in davis2017-evaluation, metrics.py."""
     radius = math.ceil(BOUNDARY_TOLERANCE * math.hypot(*target.shape[-2:]))
     offsets = torch.arange(-radius, radius + 1, device=target.device)
     disc = (offsets[:, None] ** 2 + offsets**2 <= radius**2).float()[None, None]
@@ -144,8 +145,8 @@ class Propagation(DenseProtocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Masks(Propagation):
-    """J and F of the objects of the first frame (DAVIS 2017, semi-supervised): the mean over the frames between the
-    first and the last, then over all objects."""
+    """J and F of the objects of the first frame (DAVIS 2017, semi-supervised): the mean over the frames
+    between the first and the last, then over all objects."""
 
     label: ClassVar[LabelKind] = "masks"
     columns = ("J", "F")  # one row per object
@@ -153,8 +154,8 @@ class Masks(Propagation):
     def evaluate_sequence(
         self, tokens: Tensor, labels: np.ndarray, size: tuple[int, int], settings: PropagationSettings
     ) -> np.ndarray:
-        """The masks of the first frame are sampled at the nearest pixel of each token. Propagated labels are read as in
-        DINO: upsampled bilinearly, scaled to 0 .. 1 for each object, and the largest is taken."""
+        """The masks of the first frame are sampled at the nearest pixel of each token. Propagated labels are
+        read as in DINO: upsampled bilinearly, scaled to 0 .. 1 for each object, and the largest is taken."""
         grid = tokens.shape[1:3]
         ids = torch.tensor(sorted({0, *np.unique(labels[0]).tolist()}), device=tokens.device)
         if len(ids) == 1:  # the first frame shows no object
@@ -197,8 +198,9 @@ class Masks(Propagation):
 
 @dataclass(frozen=True, kw_only=True)
 class Keypoints(Propagation):
-    """PCK: the fraction of key points within 0.1 and 0.2 of the labels' scale, averaged over joints, each over all
-    frames but the first. Points that the first frame shows are evaluated wherever a frame shows them."""
+    """PCK: the fraction of key points within 0.1 and 0.2 of the labels' scale, averaged over joints, each
+    over all frames but the first. Points that the first frame shows are evaluated wherever a frame shows
+    them."""
 
     label: ClassVar[LabelKind] = "keypoints"
     columns = ("within_0.1", "within_0.2", "evaluated")  # one row per joint: numbers of frames
@@ -206,9 +208,9 @@ class Keypoints(Propagation):
     def evaluate_sequence(
         self, tokens: Tensor, labels: KeypointLabels, size: tuple[int, int], settings: PropagationSettings
     ) -> np.ndarray:
-        """A point starts as a Gaussian of 0.5 tokens (arXiv 2006.14613, data/jhmdb.py of videowalk) and is read at
-        the maximum, as the weighted mean of it and its neighbours. Published: the mean of the three largest places,
-        however far apart, and a point whose map is empty is left out; here it counts."""
+        """A point starts as a Gaussian of 0.5 tokens (arXiv 2006.14613, data/jhmdb.py of videowalk) and is
+        read at the maximum, as the weighted mean of it and its neighbours. Published: the mean of the three
+        largest places, however far apart, and a point whose map is empty is left out; here it counts."""
         h, w = tokens.shape[1:3]
         token_pixels = np.array([size[1] / w, size[0] / h])  # x and y
         start = torch.from_numpy((labels.xy[0] + 0.5) / token_pixels - 0.5).to(tokens)  # [J, 2]
@@ -244,8 +246,8 @@ class Keypoints(Propagation):
 
 
 def pck(counts: np.ndarray, threshold: int) -> float:
-    """Counts [V, J, 3] (see Keypoints.columns) -> percent: the mean over the joints that are evaluated. threshold:
-    index in PCK_THRESHOLDS."""
+    """Counts [V, J, 3] (see Keypoints.columns) -> percent: the mean over the joints that are evaluated.
+    threshold: index in PCK_THRESHOLDS."""
     total = counts.sum(0)
     joints = total[:, 2] > 0
     return 100 * float((total[joints, threshold] / total[joints, 2]).mean()) if joints.any() else 0.0

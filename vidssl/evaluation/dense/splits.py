@@ -12,7 +12,8 @@ def split_folders(data: DenseData) -> dict[str, Path]:
 
 
 def read_sequences(data: DenseData, label: LabelKind) -> dict[str, list[DenseSample]]:
-    """Train and test sequences. Raises UserError if a list cannot be read or is empty, or if both share a file."""
+    """Train and test sequences. Raises UserError if a list cannot be read or is empty, or if both share a
+    file."""
     readers = READERS[label]
     if data.format not in readers:
         raise UserError(f"data.format: no '{data.format}' with {label}; there is {', '.join(readers)}")
