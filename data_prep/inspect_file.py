@@ -6,6 +6,7 @@ that a decoder that crashes or hangs costs one file.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -179,8 +180,8 @@ def thumbnails(path: Path, frames: int, report: Reporter) -> list[np.ndarray]:
     """Luma thumbnails, f32 [32,32] each, of frames evenly spread over the video."""
     wanted = set(evenly_spaced_indices(frames).tolist())
     found = []
-    with open(path, "rb") as file:
-        for i, frame in enumerate(Reader(file).decode()):
+    with open(path, "rb") as file, closing(Reader(file)) as reader:
+        for i, frame in enumerate(reader.decode()):
             if i % 32 == 0:
                 report.progress()
             if i in wanted:
