@@ -1,5 +1,4 @@
-"""What isolation costs, and whether a decoder leaks: CPU seconds over all processes, and resident memory over
-decodes.
+"""Measures the CPU cost of decoding in a child process, and the growth of resident memory over many decodes.
 
 python tools/bench_decode.py cost SHARDS [clips=400]    a clip of 16 frames, stride 4, 224 px
 python tools/bench_decode.py leak SHARDS [decodes=20000] [decoder=auto]    a clip of 2 frames, cut to 16 px

@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from data_prep.x264 import x264_options
@@ -65,8 +66,8 @@ def encode_with_ffmpeg(files: list[Path], out: Path, args: argparse.Namespace) -
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python tools/bench_pack.py", description=__doc__.split("\n")[0])
-    parser.add_argument("folder", type=Path, help="of videos, also below it")
-    parser.add_argument("--files", type=int, default=40, help="so many of them, evenly spread")
+    parser.add_argument("folder", type=Path, help="folder of videos, at any depth")
+    parser.add_argument("--files", type=int, default=40, help="number of videos, evenly spaced")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--short-side", type=int, default=224)
@@ -80,24 +81,20 @@ def main(argv: list[str]) -> None:
         raise UserError(f"{args.folder}: no video in it")
     files = found[:: max(1, len(found) // args.files)][: args.files]
     print(f"{len(files)} videos, {args.processes} processes")
-    totals = {
-        "pack": [0.0, 0.0],
-        "ffmpeg": [0.0, 0.0],
-        "pack, start": [0.0, 0.0],
-        "ffmpeg, start": [0.0, 0.0],
-    }
+    totals = {name: [0.0, 0.0] for name in ("pack", "ffmpeg", "pack, start", "ffmpeg, start")}  # CPU, wall
     for _ in range(args.rounds):
-        for name, work in (("pack", encode_with_pack), ("ffmpeg", encode_with_ffmpeg)):
-            for label, some in ((name, files), (f"{name}, start", files[: args.processes])):
+        for name, encode in (("pack", encode_with_pack), ("ffmpeg", encode_with_ffmpeg)):
+            for label, subset in ((name, files), (f"{name}, start", files[: args.processes])):
                 with tempfile.TemporaryDirectory() as folder:
-                    spent = measure(lambda w=work, s=some, f=folder: w(s, Path(f), args))  # type: ignore[misc]
-                totals[label] = [a + b / args.rounds for a, b in zip(totals[label], spent, strict=True)]
+                    seconds = measure(partial(encode, subset, Path(folder), args))
+                totals[label] = [a + b / args.rounds for a, b in zip(totals[label], seconds, strict=True)]
     for label, (cpu, wall) in totals.items():
         print(f"{label:17} {cpu:7.2f} CPU s {wall:7.2f} s")
     fixed = totals["pack, start"][0] - totals["ffmpeg, start"][0]
-    theirs = totals["ffmpeg"][0]
-    print(f"throughput of pack over ffmpeg's, by CPU: {theirs / totals['pack'][0]:.2f};", end=" ")
-    print(f"without its fixed {fixed:.1f} s: {theirs / (totals['pack'][0] - fixed):.2f}")
+    pack_cpu = totals["pack"][0]
+    ffmpeg_cpu = totals["ffmpeg"][0]
+    print(f"throughput of pack over ffmpeg's, by CPU: {ffmpeg_cpu / pack_cpu:.2f};", end=" ")
+    print(f"without its fixed {fixed:.1f} s: {ffmpeg_cpu / (pack_cpu - fixed):.2f}")
 
 
 if __name__ == "__main__":
