@@ -41,7 +41,7 @@ def main(argv: list[str]) -> None:
     tune = cfg.tune
     out = Path(cfg.out)
     new_report_folder(out, "probe.json")
-    check_trackers(tune.trackers)
+    check_trackers(tune.trackers, "tune.trackers")
     configure_process(cfg.efficiency.threads, cfg.efficiency.tune_malloc)
     loaded = load_encoder(cfg.encoder, tune.seed if cfg.random_init else None)
     splits = open_splits(cfg.data, tune)

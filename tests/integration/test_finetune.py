@@ -63,7 +63,7 @@ def shards(tmp_path_factory) -> Path:
         for c, name in enumerate(CLASSES):
             for i in range(n):
                 picture = rng.integers(0, 160, (16, 20, 3))
-                picture[..., c] += 16
+                picture[..., c] += 24
                 Image.fromarray(picture.astype(np.uint8)).save(root / f"{split}_{name}_{i}.png")
                 lines.append(f"{split}_{name}_{i}.png,{i % 2},{name},{split}_{name}_{i // 4},{split}")
     (root / "labels.csv").write_text("\n".join(lines) + "\n")

@@ -145,7 +145,8 @@ class Finetuner:
                 for line in state.writer.pop_errors():
                     logger.warning(f"step {done}: {line}; the run goes on")
                 is_due = ends_epoch and not state.guard.consecutive_skips
-                if is_due or must_stop or done == self.steps:
+                is_due |= must_stop or done == self.steps
+                if self.strategy.participates_in_save and is_due:
                     state.save(done, folder.sync_log)
                 if must_stop:
                     break

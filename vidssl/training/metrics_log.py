@@ -114,11 +114,11 @@ def _step_of(line: str) -> float:
 Tracker = Literal["tensorboard", "wandb", "trackio"]
 
 
-def check_trackers(names: tuple[Tracker, ...]) -> None:
-    """Raises UserError if the package of a tracker is not installed."""
+def check_trackers(names: tuple[Tracker, ...], option: str = "run.trackers") -> None:
+    """Raises UserError if the package of a tracker is not installed. option: the key that names them."""
     for name in names:
         if not importlib.util.find_spec(name):
-            raise UserError(f"run.trackers: {name} is not installed: pip install {name}")
+            raise UserError(f"{option}: {name} is not installed: pip install {name}")
 
 
 def start_trackers(accelerator: Accelerator, tree: dict[str, Any]) -> Callable[[dict[str, Any]], None]:
