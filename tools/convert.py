@@ -1,10 +1,10 @@
-"""A checkpoint in another format.
+"""Converts a checkpoint to another format.
 
 python tools/convert.py SRC DST --to native|hf [--video FRAMES] [key=value ...]
 
 SRC: a public checkpoint (V-JEPA, V-JEPA 2 and 2.1, VideoMAE and V2, MAE-ST, MAE, I-JEPA, a Hugging Face
 folder of videomae, vjepa2, ijepa or vit_mae, a ViT of timm) or a run folder. DST: a new folder. --video: an
-image encoder becomes the start of a video encoder. key=value: what the file does not say (heads=16
+image encoder becomes the start of a video encoder. key=value: facts that the file does not contain (heads=16
 predictor_heads=12 frames=16 height=224 width=224 positions=rope eps=1e-6).
 """
 
@@ -27,25 +27,25 @@ def main(argv: list[str]) -> None:
     p.add_argument("dst", type=Path)
     p.add_argument("--to", choices=("native", "hf"), default="native")
     p.add_argument("--video", type=int, metavar="FRAMES")
-    p.add_argument("given", nargs="*", metavar="key=value")
+    p.add_argument("overrides", nargs="*", metavar="key=value")
     a = p.parse_args(argv)
-    if bad := [item for item in a.given if "=" not in item]:
+    if bad := [item for item in a.overrides if "=" not in item]:
         p.error(f"'{bad[0]}' is not key=value")
     if a.dst.exists() and (not a.dst.is_dir() or any(a.dst.iterdir())):
         raise UserError(f"{a.dst}: is there already; give a new folder")
     check_writable(a.dst)
-    given: Any = OmegaConf.to_container(OmegaConf.from_dotlist(a.given))
-    found, about = read_checkpoint_file(a.src, **given)
+    overrides: Any = OmegaConf.to_container(OmegaConf.from_dotlist(a.overrides))
+    checkpoint, metadata = read_checkpoint_file(a.src, **overrides)
     if a.video:
-        found = inflate_to_video(found, a.video, tubelet=2)
+        checkpoint = inflate_to_video(checkpoint, a.video, tubelet=2)
     if a.to == "hf":
-        print(f"{a.dst}: transformers.{save_hf(a.dst, found)}.from_pretrained('{a.dst}')")
+        print(f"{a.dst}: transformers.{save_hf(a.dst, checkpoint)}.from_pretrained('{a.dst}')")
     else:
         make_folder(a.dst)
-        save_native(a.dst, found, {**about, "source": found.format})
-        print(f"{a.dst}: {found.format}, " + ", ".join(f"{k} {v}" for k, v in found.model.items()))
-    if found.unused:
-        print(f"not needed: {', '.join(found.unused)}")
+        save_native(a.dst, checkpoint, {**metadata, "source": checkpoint.format})
+        print(f"{a.dst}: {checkpoint.format}, " + ", ".join(f"{k} {v}" for k, v in checkpoint.model.items()))
+    if checkpoint.unused:
+        print(f"not needed: {', '.join(checkpoint.unused)}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A picture of masks on a clip: what the encoder of each method sees, and what it must predict.
+"""Draws masks on a clip: the context of each method, and its targets.
 
 python tools/show_masks.py RUN [RUN ...] OUT.png      RUN: folders written by vidssl/train.py
 python tools/show_masks.py --kinds OUT.png            every kind of mask with its defaults, on a blank clip
@@ -13,6 +13,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from einops import rearrange, repeat
 
 from vidssl.config import load_config
 from vidssl.core.rng import KeyedRNG
@@ -23,44 +24,49 @@ from vidssl.model.grid import Grid, Mask
 from vidssl.objective.masks import MASKS
 from vidssl.training.schema import TrainConfig
 
+HIDDEN_LEVEL = 225  # grey level of tokens that are not shown
+
 
 def paint(video: np.ndarray, mask: Mask, grid: Grid) -> list[np.ndarray]:
-    """video u8 [T, H, W, 3] and a mask of one sample -> two rows: the context, and the targets that count."""
+    """Two rows, context and targets with loss, of a mask of one sample on a video u8 [T, H, W, 3]."""
     frames, height, width = video.shape[:3]
     rows = []
     target = mask.target[0] if mask.weight is None else mask.target[0][mask.weight[0] > 0]
     for ids in (mask.context[0], target.flatten()):
-        shown = torch.zeros(grid.n, dtype=torch.bool)
-        shown[ids] = True
-        up = shown.reshape(grid).numpy().repeat(frames // grid.t, 0)
-        up = up.repeat(height // grid.h, 1).repeat(width // grid.w, 2)[..., None]
-        rows.append(strip(np.where(up, video, 225)))
+        visible = torch.zeros(grid.n, dtype=torch.bool)
+        visible[ids] = True
+        pixels = repeat(
+            visible.reshape(grid).numpy(),
+            "t h w -> (t u) (h p) (w q) 1",
+            u=frames // grid.t,
+            p=height // grid.h,
+            q=width // grid.w,
+        )
+        rows.append(film_strip(np.where(pixels, video, HIDDEN_LEVEL)))
     return rows
 
 
-def strip(video: np.ndarray) -> np.ndarray:
-    """[T, H, W, 3] -> [H, T*(W+1), 3]: the frames side by side, a white line after each."""
-    return np.concatenate(np.pad(video, ((0, 0), (0, 0), (0, 1), (0, 0)), constant_values=255), 1).astype(
-        np.uint8
-    )
+def film_strip(video: np.ndarray) -> np.ndarray:
+    """The frames of a video [T, H, W, 3] side by side, u8 [H, T*(W+1), 3], with a white line after each."""
+    framed = np.pad(video, ((0, 0), (0, 0), (0, 1), (0, 0)), constant_values=255)
+    return rearrange(framed, "t h w c -> h (t w) c").astype(np.uint8)
 
 
-def show(runs: list[Path], out: Path) -> None:
-    """One clip of the first run's data; for every run and each of its masks a row of context and a row of
-    targets."""
+def show_runs(runs: list[Path], out: Path) -> None:
+    """One clip of the first run's data; a row of context and a row of targets for each mask of every run."""
     rows: list[tuple[str, np.ndarray]] = []
     for run in runs:
         cfg = load_config([str(run / "config.yaml")], TrainConfig)
         shards = Shards(cfg.data.train)
         order = Order(shards.counts, cfg.run.seed, cfg.run.lanes)
         item = TrainClips(shards, order, cfg.data, cfg.augment.build())[0]
-        video = item.video.permute(1, 2, 3, 0).numpy()
+        video = rearrange(item.video, "c t h w -> t h w c").numpy()
         unit = cfg.model.arguments["tubelet"], cfg.model.arguments["patch"]
         grid = Grid(video.shape[0] // unit[0], video.shape[1] // unit[1], video.shape[2] // unit[1])
         if not rows:
-            rows.append(("clip", strip(video)))
-        draws = KeyedRNG(cfg.run.seed, 0, torch.tensor([0]))
-        for i, mask in enumerate(cfg.method.mask.build()(item.video[None], grid, draws)):
+            rows.append(("clip", film_strip(video)))
+        rng = KeyedRNG(cfg.run.seed, 0, torch.tensor([0]))
+        for i, mask in enumerate(cfg.method.mask.build()(item.video[None], grid, rng)):
             context, target = paint(video, mask, grid)
             rows += [
                 (f"{run.name}\nmask {i + 1}\ncontext", context),
@@ -106,4 +112,4 @@ if __name__ == "__main__":
     if a.kinds:
         show_kinds(a.out)
     else:
-        show(a.runs, a.out)
+        show_runs(a.runs, a.out)

@@ -196,7 +196,7 @@ def same(got: dict[str, Tensor], want: dict[str, Tensor], limit: float = 1e-5) -
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("names", ["as saved", "in memory"])
-def test_a_model_of_transformers_gives_the_same_outputs_here(name, names, tmp_path):
+def test_outputs_of_transformers_models(name, names, tmp_path):
     model = random_hf(name)
     model.save_pretrained(tmp_path)
     if names == "in memory":  # the names of transformers 5; save_pretrained writes those of 4
@@ -222,7 +222,7 @@ def plain(path: Path) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name.startswith("V") and "ViT" not in name])
-def test_to_native_and_back_every_bit_is_the_same(name, tmp_path):
+def test_round_trip_is_exact(name, tmp_path):
     random_hf(name).save_pretrained(tmp_path / "hf")
     first, _ = read_checkpoint_file(str(tmp_path / "hf"))
     (tmp_path / "native").mkdir()
@@ -291,7 +291,7 @@ OURS = {
 
 
 @pytest.mark.parametrize("name", OURS)
-def test_a_model_of_ours_gives_the_same_outputs_in_transformers(name, tmp_path):
+def test_outputs_in_transformers(name, tmp_path):
     found = OURS[name]()
     if found.predictor:
         found.predictor["eps"] = found.model["eps"]
@@ -341,7 +341,7 @@ def test_hidden_widths_that_transformers_rounds_down():
         (lambda: own("rope", MeanHead(48, 3), ROPE), "attentive head of 4 heads"),
     ],
 )
-def test_what_transformers_has_no_model_for_is_an_error(make, words, tmp_path):
+def test_models_that_transformers_lacks(make, words, tmp_path):
     with pytest.raises(UserError, match=words):
         save_hf(tmp_path / "out", make())
     assert not (tmp_path / "out").exists()
@@ -394,7 +394,7 @@ def test_v_jepa(tmp_path):
     near(got, case["prediction.1"])
 
 
-def test_v_jepa_2_with_the_tables_of_its_configuration_and_ten_mask_tokens(tmp_path):
+def test_v_jepa_2_with_unused_tables_and_ten_mask_tokens(tmp_path):
     def wrap(state):
         stale = {f"{p}.pos_embed": torch.randn(1, 64, 64) for p in ("encoder", "target_encoder")}
         stale["predictor.predictor_pos_embed"] = torch.randn(1, 64, 64)
@@ -459,7 +459,7 @@ PUBLISHED = {  # format, width: depth, heads, mlp_ratio, patch, layers of the le
 
 
 @pytest.mark.parametrize("name, dim", PUBLISHED)
-def test_published_sizes_need_nothing_given(name, dim):
+def test_published_sizes_need_no_overrides(name, dim):
     depth, heads, mlp_ratio, patch, levels = PUBLISHED[name, dim]
     kind = {"V-JEPA 2": "rope", "V-JEPA 2.1": "rope_interleaved", "VideoMAE": "sincos_flat"}[name]
     size = {
@@ -770,7 +770,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_wrong_files_say_what_is_wrong_in_one_line(name, tmp_path):
+def test_error_for_wrong_file(name, tmp_path):
     change, words = WRONG[name]
     state = jepa_state()
     given = dict(GIVEN)
@@ -782,7 +782,7 @@ def test_wrong_files_say_what_is_wrong_in_one_line(name, tmp_path):
 
 
 @pytest.mark.parametrize("case", ["videomae_pretrain", "videomae_finetune", "mae_st_sep_cls", "ijepa"])
-def test_any_weight_missing_or_of_another_shape_is_an_error(case):
+def test_missing_or_misshapen_weight(case):
     case = Case(VECTORS / f"{case}.json")
     fine = (
         "predictor.mask_tokens.1",
@@ -916,7 +916,7 @@ def test_folders_of_hugging_face(tmp_path):
 # The command, and what it writes.
 
 
-def test_the_command(tmp_path, capsys):
+def test_command(tmp_path, capsys):
     source = saved(tmp_path / "x.pth", {**parts(jepa_state("rope"), "module.backbone."), **AROUND})
     given = ["positions=rope", "heads=4", "predictor_heads=2", "frames=4", "height=24", "width=24"]
     convert.main([source, str(tmp_path / "native"), *given])
@@ -939,7 +939,7 @@ def test_the_command(tmp_path, capsys):
     assert not (tmp_path / "again").exists()
 
 
-def test_the_command_makes_video_encoders_of_images(tmp_path, capsys):
+def test_command_inflates_images(tmp_path, capsys):
     net = timm.create_model(
         "vit_tiny_patch16_224", pretrained=False, depth=1, img_size=32, num_classes=2
     ).eval()
@@ -956,7 +956,7 @@ def test_the_command_makes_video_encoders_of_images(tmp_path, capsys):
     assert not (tmp_path / "odd").exists()
 
 
-def test_the_command_says_errors_in_one_line(tmp_path):
+def test_command_error(tmp_path):
     source = saved(tmp_path / "x.pth", {"epoch": 1})
     run = [sys.executable, str(ROOT / "tools" / "convert.py"), source, str(tmp_path / "out")]
     done = subprocess.run(run, capture_output=True, text=True)

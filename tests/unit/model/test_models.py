@@ -42,7 +42,7 @@ def ids(n: int, keep: int, batch: int = 2) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("positions", ANY_SIZE)
-def test_tokens_on_all_ids_in_any_order_are_the_full_features(positions):
+def test_encoder_on_permuted_ids(positions):
     encoder = small(positions=positions)
     video = torch.randn(2, 3, 8, 32, 32)
     order = ids(64, 64)
@@ -51,7 +51,7 @@ def test_tokens_on_all_ids_in_any_order_are_the_full_features(positions):
 
 @pytest.mark.parametrize("positions", ANY_SIZE)
 @pytest.mark.parametrize("shape", [(8, 48, 48), (8, 32, 64), (4, 40, 24), (16, 32, 32)])
-def test_other_than_native_sizes(positions, shape):
+def test_other_sizes(positions, shape):
     encoder = small(positions=positions)
     t, h, w = shape[0] // 2, shape[1] // 8, shape[2] // 8
     video = torch.randn(2, 3, *shape)
@@ -60,12 +60,12 @@ def test_other_than_native_sizes(positions, shape):
     assert encoder(video, ids(t * h * w, 5)).shape == (2, 5, 48)
 
 
-def test_a_size_that_is_no_multiple_of_the_patch_is_an_error():
+def test_size_not_divisible_by_patch():
     with pytest.raises(UserError, match="height 33"):
         small()(torch.randn(1, 3, 8, 33, 32))
 
 
-def test_tables_of_another_grid_are_interpolated_and_keep_their_ends_apart():
+def test_resized_table():
     old, new = Grid(4, 4, 4), Grid(4, 8, 8)
     table = resize_table(sincos_3d(old, 24, False), old, new)
     means = table.reshape(4, 4, 2, 4, 2, 24).mean((2, 4)).reshape(64, 24)
@@ -74,7 +74,7 @@ def test_tables_of_another_grid_are_interpolated_and_keep_their_ends_apart():
 
 
 @pytest.mark.parametrize("interleaved", [True, False])
-def test_rotation_keeps_lengths_only_where_a_pair_shares_its_frequency(interleaved):
+def test_only_interleaved_rope_preserves_norms(interleaved):
     x = torch.randn(1, 2, 64, 16)
     turned = apply_rope(x, rotary_table(Grid(4, 4, 4), 16, interleaved, None, x.device))
     pairs = (turned.unflatten(-1, (-1, 2)).norm(dim=-1) - x.unflatten(-1, (-1, 2)).norm(dim=-1)).abs()
@@ -83,7 +83,7 @@ def test_rotation_keeps_lengths_only_where_a_pair_shares_its_frequency(interleav
     assert torch.equal(turned[:, :, 0], x[:, :, 0])  # at the origin nothing turns
 
 
-def test_interleaved_rotary_scores_depend_on_differences_of_place_only():
+def test_interleaved_rope_scores_are_relative():
     q, k = torch.randn(16), torch.randn(16)
     turn = rotary_table(Grid(4, 4, 4), 16, True, None, q.device)
 
@@ -97,7 +97,7 @@ def test_interleaved_rotary_scores_depend_on_differences_of_place_only():
     assert score(0, 21) != pytest.approx(score(0, 42), abs=1e-3)
 
 
-def test_a_rope_grid_makes_places_independent_of_the_resolution():
+def test_rope_grid_is_independent_of_resolution():
     device = torch.device("cpu")
     cos4, _ = rotary_table(Grid(1, 4, 4), 24, True, 16, device)
     cos16, _ = rotary_table(Grid(1, 16, 16), 24, True, 16, device)
@@ -108,13 +108,13 @@ def test_a_rope_grid_makes_places_independent_of_the_resolution():
     assert torch.allclose(corners4, corners16, atol=1e-5)
 
 
-def test_separable_positions_are_space_plus_time():
+def test_separable_positions():
     position = PositionEncoding("learned_separable", Grid(2, 2, 3), 8, 1)
     table = position.embedding(Grid(2, 2, 3), None)
     assert torch.allclose(table[9], position.time[1] + position.space[3])
 
 
-def test_what_cannot_be_is_an_error():
+def test_invalid_options():
     for options, word in [
         ({"positions": "rope", "class_token": True}, "class_token"),
         ({"positions": "rope", "heads": 12}, "rotary"),
@@ -130,7 +130,7 @@ def test_what_cannot_be_is_an_error():
 
 
 @pytest.mark.parametrize("options", [{}, {"positions": "rope"}, {"mlp": "swiglu"}, {"levels": (0, 1)}])
-def test_recomputed_activations_give_the_same_gradients(options):
+def test_activation_checkpointing_keeps_gradients(options):
     encoder = small(**options)
     video = torch.randn(2, 3, 8, 32, 32)
     grads = []
@@ -143,7 +143,7 @@ def test_recomputed_activations_give_the_same_gradients(options):
     assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(*grads, strict=True))
 
 
-def test_recompute_keeps_fewer_activations():
+def test_activation_checkpointing_saves_memory():
     def kept(recompute: bool) -> int:
         encoder = small(depth=6)
         total = 0
@@ -161,7 +161,7 @@ def test_recompute_keeps_fewer_activations():
     assert kept(True) < 0.4 * kept(False)
 
 
-def test_levels_are_normed_features_of_their_layers_and_the_last_is_the_feature():
+def test_levels():
     encoder = small(levels=(0, 1))
     video = torch.randn(1, 3, 8, 32, 32)
     full = encoder(video, return_levels=True)
@@ -175,7 +175,7 @@ def test_levels_are_normed_features_of_their_layers_and_the_last_is_the_feature(
     assert torch.allclose(normed[..., 48:].var(-1, unbiased=False), torch.ones(1, 64), atol=1e-3)
 
 
-def test_a_class_token_is_seen_by_the_others_and_not_returned():
+def test_class_token_is_attended_to_and_not_returned():
     encoder = small(class_token=True)
     video = torch.randn(1, 3, 8, 32, 32)
     features = encoder(video)
@@ -187,7 +187,7 @@ def test_a_class_token_is_seen_by_the_others_and_not_returned():
 
 
 @pytest.mark.parametrize("kind", ["none", "own", "encoder"])
-def test_class_tokens_of_predictors(kind):
+def test_class_token_of_predictor(kind):
     encoder = small(class_token=True)
     video = torch.randn(2, 3, 8, 32, 32)
     predictor = JointPredictor(encoder, 7, width=24, depth=1, heads=3, class_token=kind)
@@ -201,7 +201,7 @@ def test_class_tokens_of_predictors(kind):
     assert changed == (kind == "encoder")
 
 
-def test_images_and_videos_of_one_model():
+def test_images_and_videos_have_their_own_tokenizer():
     encoder = small(image_tokenizer=True, positions="rope_interleaved", rope_grid=16)
     image, video = torch.randn(2, 3, 1, 32, 32), torch.randn(2, 3, 8, 32, 32)
     assert encoder(image).shape == (2, 16, 48)
@@ -216,14 +216,14 @@ def test_images_and_videos_of_one_model():
         assert torch.equal(encoder(image), after)
 
 
-def test_context_loss_weights_by_distance_to_the_nearest_target():
+def test_inverse_sqrt_distance():
     grid = Grid(2, 2, 2)
     mask = Mask(torch.tensor([[0, 3, 4]]), torch.tensor([[[1, 7]]]))
     want = torch.tensor([1.0, 1.0, 2.0**-0.25])  # 0-1: 1; 3-7 and 3-1: 1; 4-7: sqrt 2
     assert torch.allclose(inverse_sqrt_distance(mask, grid)[0, 0], want, atol=1e-5)
 
 
-def test_context_loss_rises_and_adds_its_share():
+def test_context_loss():
     context = ContextLoss(0.5, False, (10, 20))
     assert [context.weight_at(s) for s in (0, 10, 15, 20, 99)] == [0, 0, 0.25, 0.5, 0.5]
     encoder = small()
@@ -238,7 +238,7 @@ def test_context_loss_rises_and_adds_its_share():
         Objective(*parts)
 
 
-def test_pixel_targets_of_some_frames():
+def test_pixels_per_tubelet():
     encoder = small()
     video = torch.randn(1, 3, 8, 32, 32)
     some = Pixels(encoder, "none", "normalised", per_tubelet=1)(video)
@@ -247,7 +247,7 @@ def test_pixel_targets_of_some_frames():
     assert torch.equal(some[0, 16].reshape(8, 8, 3), chosen[0, :, 1, :8, :8].permute(1, 2, 0))
 
 
-def test_rescaled_start_is_narrower_in_deeper_blocks():
+def test_depth_rescale():
     plain = small(depth=4)
     scaled = small(depth=4, depth_rescale=True)
     for i in range(4):
@@ -256,7 +256,7 @@ def test_rescaled_start_is_narrower_in_deeper_blocks():
         assert torch.equal(scaled.blocks[i].attn.qkv.weight, plain.blocks[i].attn.qkv.weight)
 
 
-def test_the_deeper_head_attends_over_tokens_first():
+def test_deep_attentive_head():
     torch.manual_seed(0)
     head = AttentiveHead(24, 3, 5, depth=4)
     tokens = torch.randn(2, 7, 24)

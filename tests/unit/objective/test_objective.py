@@ -33,7 +33,7 @@ def small(**options) -> Encoder:
     return Encoder(8, 32, 32, dim=48, depth=2, heads=3, patch=8, **options)
 
 
-def test_patchify_numbers_tokens_in_t_h_w_order():
+def test_patchify_order():
     video = torch.arange(2 * 3 * 4 * 4 * 8).float().reshape(2, 3, 4, 4, 8)
     patches = patchify(video, tubelet=2, patch=2)  # grid 2 x 2 x 4
     assert patches.shape == (2, 16, 3, 2, 2, 2)
@@ -41,7 +41,7 @@ def test_patchify_numbers_tokens_in_t_h_w_order():
     assert patches[1, (t * 2 + h) * 4 + w].equal(video[1, :, 2:4, 0:2, 6:8])
 
 
-def test_take_gathers_by_sample():
+def test_gather_tokens():
     x = torch.randn(2, 5, 3)
     ids = torch.tensor([[[4, 0]], [[1, 1]]])
     got = gather_tokens(x, ids)
@@ -50,7 +50,7 @@ def test_take_gathers_by_sample():
     assert got[1, 0, 1].equal(x[1, 1])
 
 
-def test_encoder_on_ids_equals_conv_embedding_then_selection():
+def test_encoder_equals_convolution_then_selection():
     torch.manual_seed(0)
     encoder = small()
     video = torch.randn(2, 3, 8, 32, 32)
@@ -62,7 +62,7 @@ def test_encoder_on_ids_equals_conv_embedding_then_selection():
     assert torch.allclose(encoder(video, ids), encoder.norm(x), atol=1e-5)
 
 
-def test_videomae_loss_equals_its_longhand_formula():
+def test_videomae_loss_longhand():
     torch.manual_seed(0)
     encoder = small(positions="sincos_flat", init="xavier")
     predictor = JointPredictor(
@@ -98,7 +98,7 @@ def test_videomae_loss_equals_its_longhand_formula():
     assert abs((got - total / count).item()) < 1e-6
 
 
-def test_vjepa_loss_equals_its_longhand_formula():
+def test_vjepa_loss_longhand():
     torch.manual_seed(0)
     encoder = small()
     target = Ema(encoder)
@@ -135,7 +135,7 @@ def test_vjepa_loss_equals_its_longhand_formula():
     assert all(p.grad is not None for n, p in objective.named_parameters() if p.requires_grad)
 
 
-def test_target_groups_are_predicted_alone():
+def test_target_groups_are_independent():
     torch.manual_seed(0)
     encoder = small()
     predictor = JointPredictor(encoder, 7, width=24, depth=1, heads=3)
@@ -150,7 +150,7 @@ def test_target_groups_are_predicted_alone():
 
 
 @pytest.mark.parametrize("positions", ["sincos_uniform", "rope"])
-def test_what_is_not_asked_for_is_left_out_of_the_last_block_only(positions):
+def test_last_block_computes_only_outputs(positions):
     encoder = small()
     predictor = JointPredictor(encoder, 7, width=24, depth=2, heads=2, positions=positions)
     z = torch.randn(2, 3, encoder.dim)
@@ -175,7 +175,7 @@ def test_weighted_reduction():
     assert torch.allclose(Objective.reduce(error, Mask(empty, empty)), error.mean())
 
 
-def test_momentum_update():
+def test_ema_update():
     torch.manual_seed(0)
     encoder = small()
     target = Ema(encoder)
@@ -188,7 +188,7 @@ def test_momentum_update():
         assert torch.allclose(new, old + 0.1, atol=1e-5)
 
 
-def test_one_query_attention_equals_keys_and_values_longhand():
+def test_cross_attention_longhand():
     torch.manual_seed(0)
     head = AttentiveHead(24, 3, 5)
     for p in head.parameters():
