@@ -1,7 +1,8 @@
-"""Makes shards: with a pool of processes on this machine, or one task per shard on a Ray cluster; the bytes are equal.
+"""Makes shards: with a pool of processes on this machine, or one task per shard on a Ray cluster; the bytes
+are equal.
 
-On Ray, source and OUT must be on a file system that all nodes see under the same path. A shard whose worker or node is
-lost before it is finished is made again on another.
+On Ray, source and OUT must be on a file system that all nodes see under the same path. A shard whose worker
+or node is lost before it is finished is made again on another.
 """
 
 import os
@@ -35,7 +36,8 @@ TAR_HEADER: dict[str, Any] = {"user": "", "group": "", "mode": 0o644, "mtime": 0
 def write_shard(shard: ShardPlan, inspected: Iterable[Inspected], plan: Plan, suffix: str = "") -> None:
     """Writes the tar, its .jsonl and the list of rejected files; the tar is renamed last.
 
-    inspected: the result of each file of the shard, in order. suffix: makes the name of the unfinished tar unique.
+    inspected: the result of each file of the shard, in order. suffix: makes the name of the unfinished tar
+    unique.
     """
     unfinished = shard.tar.with_name(f"{shard.tar.name}{suffix}.tmp")
     metas: dict[str, dict] = {}
@@ -87,7 +89,9 @@ def sample_meta(item: SourceItem, encoded: EncodedSample, plan: Plan) -> dict:
 def make_locally(
     plan: Plan, shards: list[ShardPlan], workers: int, timeout: float, on_items: Callable[[int], object]
 ) -> None:
-    """Makes shards with a pool of processes, which inspect the files of one shard while the one before is written."""
+    """Makes shards with a pool of processes, which inspect the files of one shard while the one before is
+    written.
+    """
     inspector = FileInspector(plan.options["decoder"], timeout, plan.recipe, plan.filters)
     with closing(inspector), ThreadPoolExecutor(workers) as pool:
         submitted: list[tuple[ShardPlan, list[tuple[int, Future]]]] = []
@@ -116,7 +120,9 @@ def make_locally(
 def make_on_ray(
     plan: Plan, shards: list[ShardPlan], timeout: float, on_items: Callable[[int], object]
 ) -> None:
-    """Makes each shard in a task of the Ray cluster at RAY_ADDRESS or on this machine, or of a new local one."""
+    """Makes each shard in a task of the Ray cluster at RAY_ADDRESS or on this machine, or of a new local
+    one.
+    """
     try:
         import ray
         from ray.exceptions import RayError
@@ -170,7 +176,9 @@ _inspector_of_worker = lru_cache(maxsize=1)(FileInspector)  # reused for all sha
 
 
 def make(plan: Plan, engine: str, workers: int, timeout: float, on_items: Callable[[int], object]) -> None:
-    """Makes every unfinished shard. engine: "local" or "ray"; on_items: called with numbers of finished items."""
+    """Makes every unfinished shard. engine: "local" or "ray"; on_items: called with numbers of finished
+    items.
+    """
     unfinished = [shard for shard in plan.shards() if not shard.is_finished()]
     for folder in plan.datasets:
         make_folder(folder)

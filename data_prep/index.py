@@ -1,4 +1,5 @@
-"""Helpers of every tool that reads or writes shards: sample keys, class lists, lines of text, members of a tar.
+"""Helpers of every tool that reads or writes shards: sample keys, class lists, lines of text, members of a
+tar.
 
 The format itself is defined in vidssl/data/format.py.
 """
@@ -25,8 +26,8 @@ class Member(NamedTuple):
 def sample_key(path: str, start: float | None = None, end: float | None = None) -> str:
     """Returns the key of a relative path, or of the piece of that file from `start` to `end` seconds.
 
-    A key is readable, unique, and without slash or dot (WebDataset cuts names at the first dot). The name of a tar's
-    member, KEY.json or KEY.webm, has at most 100 bytes.
+    A key is readable, unique, and without slash or dot (WebDataset cuts names at the first dot). The name of
+    a tar's member, KEY.json or KEY.webm, has at most 100 bytes.
     """
     slug = re.sub(r"[^A-Za-z0-9_-]+", "-", os.path.splitext(path)[0]).strip("-")
     if start is None and end is None:
@@ -43,12 +44,16 @@ def write_lines(path: Path, lines: Iterable[str]) -> None:
 
 
 def read_lines(path: Path) -> list[str]:
-    """Returns what write_lines wrote. (str.splitlines also cuts at U+2028 and the like, which JSON leaves in names.)"""
+    """Returns what write_lines wrote. (str.splitlines also cuts at U+2028 and the like, which JSON leaves in
+    names.)
+    """
     return path.read_text(encoding="utf-8").split("\n")[:-1]
 
 
 def class_lists(names: dict[str, set[str]]) -> dict[str, list[str]]:
-    """Label set -> class names, sorted; by value where all are whole numbers, so that class 10 follows class 9."""
+    """Label set -> class names, sorted; by value where all are whole numbers, so that class 10 follows class
+    9.
+    """
     return {
         label_set: sorted(classes, key=_number_and_name if all(x.isdecimal() for x in classes) else None)
         for label_set, classes in sorted(names.items())
@@ -62,8 +67,8 @@ def _number_and_name(name: str) -> tuple[int, str]:
 def tar_samples(tar: Path, file: BinaryIO | None = None) -> Iterator[tuple[str, dict[str, Member]]]:
     """Yields (key, {lower-case extension: member}) in the order of the tar; reads its headers only.
 
-    WebDataset's rule: a key ends at the first dot of the file name. file: the open tar; None: it is opened here. A name
-    that is not UTF-8 gives a key that cannot be encoded.
+    WebDataset's rule: a key ends at the first dot of the file name. file: the open tar; None: it is opened
+    here. A name that is not UTF-8 gives a key that cannot be encoded.
     """
     key = ""
     members: dict[str, Member] = {}

@@ -1,8 +1,8 @@
 """Writes the index of WebDataset shards that pack did not write: `python -m data_prep.scan DIR`.
 
-One pass over the tar headers and the small files; no video is opened. A sample's label comes from its .json ("label")
-or its .cls (a number or a name). The metadata that pack measures (frames, time stamps, decoder) are absent, so PyAV
-decodes these files and counts their frames itself.
+One pass over the tar headers and the small files; no video is opened. A sample's label comes from its .json
+("label") or its .cls (a number or a name). The metadata that pack measures (frames, time stamps, decoder) are
+absent, so PyAV decodes these files and counts their frames itself.
 """
 
 import argparse
@@ -23,7 +23,9 @@ from vidssl.data.format import (
 
 
 def read_shard(tar: Path, skipped: Counter) -> list[dict]:
-    """Returns the records of one shard; a meta has a "class" and no "label" yet if the shard gives only a name."""
+    """Returns the records of one shard; a meta has a "class" and no "label" yet if the shard gives only a
+    name.
+    """
     records, keys = [], set()
     with open(tar, "rb") as file:
 

@@ -1,7 +1,9 @@
-"""Augmentation of uint8 clips with the same random parameters for all frames; normalisation happens on the device.
+"""Augmentation of uint8 clips with the same random parameters for all frames; normalisation happens on the
+device.
 
-A clip goes through crop, flip, RandAugment, colour jitter and erasing, in this order. Each step that is switched on takes
-one number or seed from the generator of the clip, whatever the frames show, so that it does not change the others.
+A clip goes through crop, flip, RandAugment, colour jitter and erasing, in this order. Each step that is
+switched on takes one number or seed from the generator of the clip, whatever the frames show, so that it does
+not change the others.
 """
 
 import random
@@ -38,7 +40,9 @@ def draw_seed(rng: np.random.Generator) -> int:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Seeds the global CPU generators that timm and torchvision draw from, and restores their states afterwards."""
+    """Seeds the global CPU generators that timm and torchvision draw from, and restores their states
+    afterwards.
+    """
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(seed)
     np.random.seed(seed)
@@ -76,10 +80,11 @@ def scale(frames: np.ndarray, short_side: int | None) -> np.ndarray:
 
 @dataclass(frozen=True)
 class ColorJitter:
-    """torchvision's ColorJitter with probability p, then RandomGrayscale: the same factors and order for all frames.
+    """torchvision's ColorJitter with probability p, then RandomGrayscale: the same factors and order for all
+    frames.
 
-    A factor is drawn from 1 - amount .. 1 + amount (not below 0), the shift of the hue from -hue .. hue of the circle.
-    Contrast is relative to the mean of each frame.
+    A factor is drawn from 1 - amount .. 1 + amount (not below 0), the shift of the hue from -hue .. hue of
+    the circle. Contrast is relative to the mean of each frame.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = {"extra": "forbid"}
@@ -103,7 +108,9 @@ def _policy(name: str) -> RandAugment:
 
 
 def _rand_augment(frames: np.ndarray, name: str, seed: int) -> np.ndarray:
-    """u8 [T, H, W, 3] -> the same: timm's RandAugment, which fills with grey (128); equal seeds for all frames."""
+    """u8 [T, H, W, 3] -> the same: timm's RandAugment, which fills with grey (128); equal seeds for all
+    frames.
+    """
     out = np.empty(frames.shape, np.uint8)
     for i, frame in enumerate(frames):
         with seeded(seed):
@@ -114,8 +121,9 @@ def _rand_augment(frames: np.ndarray, name: str, seed: int) -> np.ndarray:
 def _erase(clip: Tensor, mode: str) -> Tensor:
     """u8 [3, T, S, S] -> the same with one box overwritten in all frames, by timm's RandomErasing.
 
-    Its area is 2 % to a third of the frame's and its ratio 0.3 to 1 / 0.3. timm erases normalised clips: 0 is the mean
-    colour, and noise has the standard deviation of the pixels; in uint8 it is clipped at black and white.
+    Its area is 2 % to a third of the frame's and its ratio 0.3 to 1 / 0.3. timm erases normalised clips: 0 is
+    the mean colour, and noise has the standard deviation of the pixels; in uint8 it is clipped at black and
+    white.
     """
     size = clip.shape[-1]
     frames = clip.shape[1] if mode == "pixel" else 1  # of noise; a colour is the same in all frames
@@ -163,7 +171,9 @@ class Augmentations:
 
 @dataclass(frozen=True)
 class RandomCrop(Augmentations):
-    """torchvision's RandomResizedCrop (Inception's crop), one box per clip; V-JEPA, app/vjepa/transforms.py."""
+    """torchvision's RandomResizedCrop (Inception's crop), one box per clip; V-JEPA,
+    app/vjepa/transforms.py.
+    """
 
     size: Count  # pixels, height and width of the clip
     scale: Range = (0.3, 1.0)  # fraction of the frame's area
@@ -181,9 +191,10 @@ class RandomCrop(Augmentations):
 class MultiScaleCrop(Augmentations):
     """A crop of one of a few sizes at one of 13 places, the same box for all frames.
 
-    A side is a fraction of the frame's short side; the two sides of a box are neighbours in the list of scales. There are
-    five positions along each axis; the places are the corners, the centre, and the midpoints of edges and of quarters.
-    Source: VideoMAE, transforms.py (GroupMultiScaleCrop; as used in pre-training, without a flip).
+    A side is a fraction of the frame's short side; the two sides of a box are neighbours in the list of
+    scales. There are five positions along each axis; the places are the corners, the centre, and the
+    midpoints of edges and of quarters. Source: VideoMAE, transforms.py (GroupMultiScaleCrop; as used in
+    pre-training, without a flip).
     """
 
     size: Count  # pixels, height and width of the clip
@@ -202,7 +213,9 @@ class MultiScaleCrop(Augmentations):
         return self.after_crop(_resized_crop(frames, top, left, h, w, self.size), rng)
 
     def box_sizes(self, short_side: int) -> list[tuple[int, int]]:
-        """(height, width) in pixels of every box; a side within 2 pixels of `size` becomes `size` if the frame has it."""
+        """(height, width) in pixels of every box; a side within 2 pixels of `size` becomes `size` if the
+        frame has it.
+        """
         sides = [max(1, int(short_side * scale)) for scale in self.scales]
         sides = [
             self.size if abs(side - self.size) < 3 and self.size <= short_side else side for side in sides

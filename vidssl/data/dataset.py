@@ -218,7 +218,9 @@ class FrameCache:
 
 
 class TrainClips(Dataset[Example]):
-    """The clips of one stream: clip, crop and replacement at a position are functions of (shards, seed, position)."""
+    """The clips of one stream: clip, crop and replacement at a position are functions of (shards, seed,
+    position).
+    """
 
     def __init__(
         self,

@@ -1,9 +1,10 @@
 """The shard format: WebDataset tars, a .jsonl beside each tar, and one index.json for the data set.
 
-A sample is one media file `KEY.mp4` (or another extension) followed by `KEY.json` with its metadata. `shard-NAME.jsonl`
-holds one record per sample: where its media bytes are in the tar, and the metadata again. `index.json` holds the
-classes and one entry per shard (name, samples, bytes, SHA-256 of the tar and of the .jsonl); it is written last, so a
-folder that has one is complete. `data_prep` writes these files, `vidssl.data.shards` reads them.
+A sample is one media file `KEY.mp4` (or another extension) followed by `KEY.json` with its metadata.
+`shard-NAME.jsonl` holds one record per sample: where its media bytes are in the tar, and the metadata again.
+`index.json` holds the classes and one entry per shard (name, samples, bytes, SHA-256 of the tar and of the
+.jsonl); it is written last, so a folder that has one is complete. `data_prep` writes these files,
+`vidssl.data.shards` reads them.
 """
 
 import json
@@ -38,7 +39,9 @@ class Sample(NamedTuple):
 
 
 class ShardTable(NamedTuple):
-    """The shard entries of an index as arrays [S]: 0.2 kB per shard, and shared by forked processes without copies."""
+    """The shard entries of an index as arrays [S]: 0.2 kB per shard, and shared by forked processes without
+    copies.
+    """
 
     names: np.ndarray  # bytes, UTF-8
     samples: np.ndarray  # i64
@@ -61,7 +64,9 @@ def select_media(members: Mapping[str, Payload]) -> tuple[str, Payload] | None:
 
 
 def parse_meta(where: str, json_bytes: bytes | None, cls_bytes: bytes | None) -> dict[str, Any]:
-    """Returns the metadata of a sample from its .json, or else from its .cls (a label number or a class name)."""
+    """Returns the metadata of a sample from its .json, or else from its .cls (a label number or a class
+    name).
+    """
     if json_bytes is not None:
         try:
             meta = json.loads(json_bytes)
@@ -101,7 +106,9 @@ def shard_entry(tar: Path, samples: int) -> dict[str, Any]:
 def dumps_index(
     classes: dict[str, list[str]], entries: list[dict[str, Any]], rejected: int, made_by: dict[str, Any]
 ) -> str:
-    """Returns the text of index.json; rejected: number of source files left out; made_by: options of the writer."""
+    """Returns the text of index.json; rejected: number of source files left out; made_by: options of the
+    writer.
+    """
     index = {
         "version": VERSION,
         "samples": sum(entry["samples"] for entry in entries),
@@ -154,7 +161,9 @@ def parse_index(text: bytes, folder: str) -> dict[str, Any]:
 
 
 def shard_table(index: dict[str, Any], folder: str) -> ShardTable:
-    """Returns the checked shard entries of an index. Names and checksums become file names, so both are checked."""
+    """Returns the checked shard entries of an index. Names and checksums become file names, so both are
+    checked.
+    """
     entries = index["shards"]
     try:
         for entry in entries:

@@ -1,7 +1,8 @@
-"""The training loader: batches of each stream of a run, step by step, from any number of processes and workers.
+"""The training loader: batches of each stream of a run, step by step, from any number of processes and
+workers.
 
-A run may have several streams (clips of different lengths, images), each with an order of its own. A step takes a fixed
-number of clips from each.
+A run may have several streams (clips of different lengths, images), each with an order of its own. A step
+takes a fixed number of clips from each.
 """
 
 import hashlib
@@ -93,7 +94,9 @@ def make_streams(
     window: int,
     cache_bytes: int,
 ) -> MultiStreamDataset | StreamingDataset:
-    """shards: from `open_shards`; lanes, window: see `Order`; cache_bytes: of decoded frames, for all streams."""
+    """shards: from `open_shards`; lanes, window: see `Order`; cache_bytes: of decoded frames, for all
+    streams.
+    """
     if isinstance(shards, ShardUrls):
         if cache_bytes:
             raise UserError("efficiency.cache_mb needs an index: it cannot be used with data.reader stream")
@@ -118,8 +121,8 @@ def train_steps(
 ) -> Iterator[list[Batch]]:
     """Yields a batch of each stream for steps start..stop-1: the clips of process `rank` of `world`.
 
-    sizes: clips of each stream in a global batch. isolate: decode in a child process. With the indexed reader the
-    batches do not depend on `workers`.
+    sizes: clips of each stream in a global batch. isolate: decode in a child process. With the indexed reader
+    the batches do not depend on `workers`.
     """
     if isinstance(streams, StreamingDataset):
         data = streams.decoder.data

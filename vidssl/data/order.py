@@ -1,14 +1,15 @@
 """The order of training samples: arithmetic without state.
 
-The training stream is the positions 0, 1, 2, ...; step s with global batch B takes positions [s*B, (s+1)*B). Position g
-belongs to epoch g // N, whose N positions contain each of the N samples once; what does not fill the last batch of an
-epoch opens the next epoch, so nothing is dropped.
+The training stream is the positions 0, 1, 2, ...; step s with global batch B takes positions [s*B, (s+1)*B).
+Position g belongs to epoch g // N, whose N positions contain each of the N samples once; what does not fill
+the last batch of an epoch opens the next epoch, so nothing is dropped.
 
-Lanes. The stream is divided into L lanes (run.lanes): position g belongs to lane g mod L, and process r of W reads the
-lanes l with l mod W == r. In each epoch the shards are shuffled and concatenated; each lane is a contiguous run of that
-sequence (lanes are equal to within one sample, however few or uneven the shards) and is shuffled within windows, so a
-lane reads few shards at a time. The sample at a position is therefore a function of the shard sizes, the seed, the
-position and the two constants L and window; the numbers of processes and workers do not enter.
+Lanes. The stream is divided into L lanes (run.lanes): position g belongs to lane g mod L, and process r of W
+reads the lanes l with l mod W == r. In each epoch the shards are shuffled and concatenated; each lane is a
+contiguous run of that sequence (lanes are equal to within one sample, however few or uneven the shards) and
+is shuffled within windows, so a lane reads few shards at a time. The sample at a position is therefore a
+function of the shard sizes, the seed, the position and the two constants L and window; the numbers of
+processes and workers do not enter.
 """
 
 import math
@@ -40,7 +41,9 @@ class SampleOrder(Protocol):
     def locate(self, position: int) -> tuple[int, int]: ...
 
     def replacement(self, position: int, attempt: int) -> tuple[int, int]:
-        """The sample that takes the place of one that cannot be decoded, a function of position and attempt."""
+        """The sample that takes the place of one that cannot be decoded, a function of position and
+        attempt.
+        """
         ...
 
 
@@ -50,8 +53,9 @@ class Order:
     def __init__(
         self, counts: list[int] | np.ndarray, seed: int, lanes: int = 8, window: int = 4096, number: int = 0
     ):
-        """counts: samples in each shard; lanes: a multiple of every number of processes; window: samples that are
-        shuffled among themselves. number: distinguishes the corpora of a run, so that equal ones are shuffled apart.
+        """counts: samples in each shard; lanes: a multiple of every number of processes; window: samples that
+        are shuffled among themselves. number: distinguishes the corpora of a run, so that equal ones are
+        shuffled apart.
         """
         self.counts = np.asarray(counts, np.int64)
         self.n = int(self.counts.sum())
@@ -107,11 +111,12 @@ MAX_PERIOD = 100_000  # samples; the longest period of a mixture's pattern
 
 
 def interleave(weights: list[float]) -> np.ndarray:
-    """Returns i64 [P], the corpus of each sample of a period; P is the common denominator of the shares of m corpora.
+    """Returns i64 [P], the corpus of each sample of a period; P is the common denominator of the shares of m
+    corpora.
 
-    The i-th sample of a corpus with share w (of 1) is released at i / w and due by (i + 1) / w, and the earliest
-    deadline comes first. Every prefix of n samples then holds n * w samples of each corpus to within one. Source: the
-    pfair schedules of Baruah et al., "Proportionate progress" (1996), for one processor.
+    The i-th sample of a corpus with share w (of 1) is released at i / w and due by (i + 1) / w, and the
+    earliest deadline comes first. Every prefix of n samples then holds n * w samples of each corpus to within
+    one. Source: the pfair schedules of Baruah et al., "Proportionate progress" (1996), for one processor.
     """
     exact = [Fraction(str(w)) for w in weights]
     shares = [w / sum(exact) for w in exact]
@@ -136,12 +141,14 @@ def interleave(weights: list[float]) -> np.ndarray:
 
 
 class Mixture:
-    """Several corpora in one stream with given shares, interleaved within each lane; each has epochs of its own.
+    """Several corpora in one stream with given shares, interleaved within each lane; each has epochs of its
+    own.
 
-    The k-th sample of a lane belongs to the corpus at index k of the lane's pattern; the n-th sample of that corpus in
-    the lane is the n-th of the same lane in the corpus's own Order. All lanes use one pattern, from starts that are
-    evenly spaced over it, so that every batch is mixed. A prefix of a lane therefore holds each share to within two
-    samples, and a prefix of the stream to within one per lane (far closer, as the deviations of the lanes cancel).
+    The k-th sample of a lane belongs to the corpus at index k of the lane's pattern; the n-th sample of that
+    corpus in the lane is the n-th of the same lane in the corpus's own Order. All lanes use one pattern, from
+    starts that are evenly spaced over it, so that every batch is mixed. A prefix of a lane therefore holds
+    each share to within two samples, and a prefix of the stream to within one per lane (far closer, as the
+    deviations of the lanes cancel).
     """
 
     def __init__(self, orders: list[Order], weights: list[float], first_shards: list[int]):

@@ -1,9 +1,9 @@
 """Remote files, read through fsspec, and a cache of them that the processes of a node share.
 
-http(s)://, s3://, gs:// and other addresses; the packages behind them (s3fs, gcsfs, ...) take endpoint and credentials
-from the usual places (AWS_* variables, ~/.aws, FSSPEC_S3_*), http(s) takes proxies from the environment. A file of known
-size is fetched in ranges, so that an interrupted transfer continues. A server without ranges must send a whole file
-within REQUEST_TIMEOUT_S.
+http(s)://, s3://, gs:// and other addresses; the packages behind them (s3fs, gcsfs, ...) take endpoint and
+credentials from the usual places (AWS_* variables, ~/.aws, FSSPEC_S3_*), http(s) takes proxies from the
+environment. A file of known size is fetched in ranges, so that an interrupted transfer continues. A server
+without ranges must send a whole file within REQUEST_TIMEOUT_S.
 """
 
 import asyncio
@@ -38,7 +38,8 @@ RETRIED_STATUS = (408, 429)  # and 5xx: HTTP errors that another request may cur
 class ShardError(Exception):
     """A file of a data set cannot be read, or its bytes are not those that the index lists.
 
-    reason: "shard_missing" (not there, or the server cannot be reached) or "shard_changed" (other bytes than indexed).
+    reason: "shard_missing" (not there, or the server cannot be reached) or "shard_changed" (other bytes than
+    indexed).
     """
 
     def __init__(self, message: str, reason: str = "shard_missing"):
@@ -126,7 +127,9 @@ def fetch(url: str, out: BinaryIO, size: int | None = None) -> None:
 
 
 def _request(url: str, start: int, end: int | None) -> bytes:
-    """Returns the bytes start..end-1 (end None: the whole file). Raises ShardError if a retry is of no use."""
+    """Returns the bytes start..end-1 (end None: the whole file). Raises ShardError if a retry is of no
+    use.
+    """
     fs, path = filesystem(url)
     limits = {} if end is None else {"start": start, "end": end}
     try:
@@ -177,13 +180,14 @@ def network_errors() -> tuple[type[Exception], ...]:
 class Cache:
     """Fetched files, named by their checksums, at most `limit` bytes, for all processes of the node.
 
-    <sha256>.tar and .jsonl are complete and checked. <sha256>.<size>.part is being fetched, or was when its process was
-    killed, and then the next process continues it. A process that reads or fetches a file holds a lock on it, which it
-    loses when it is killed; names change only under the lock of the file `lock`. Room for a file is made before it is
-    fetched, by removing the least recently used files that are not locked. The folder must be on a disk of the node.
+    <sha256>.tar and .jsonl are complete and checked. <sha256>.<size>.part is being fetched, or was when its
+    process was killed, and then the next process continues it. A process that reads or fetches a file holds a
+    lock on it, which it loses when it is killed; names change only under the lock of the file `lock`. Room
+    for a file is made before it is fetched, by removing the least recently used files that are not locked.
+    The folder must be on a disk of the node.
 
-    The modification time of a file is the time of its last use. It is set explicitly, in increasing nanoseconds: the
-    clock by which a file system stamps files is too coarse (4 ms) to order uses.
+    The modification time of a file is the time of its last use. It is set explicitly, in increasing
+    nanoseconds: the clock by which a file system stamps files is too coarse (4 ms) to order uses.
     """
 
     def __init__(self, folder: str | None, limit: int):
@@ -268,7 +272,9 @@ class Cache:
         return None
 
     def _make_room(self, size: int, excluded: str = "") -> bool:
-        """Removes least recently used files until `size` more bytes fit; `excluded` names a file not to count."""
+        """Removes least recently used files until `size` more bytes fit; `excluded` names a file not to
+        count.
+        """
         found = []
         for entry in os.scandir(self.folder):
             if entry.name.endswith((".tar", ".jsonl", ".part")) and entry.name != excluded:
@@ -301,7 +307,9 @@ def _release(file: BinaryIO) -> None:
 
 
 def _fetch_checked(url: str, file: BinaryIO, sha256: str, size: int | None) -> None:
-    """Fetches `url` into `file`; once more from the beginning if its bytes are not those that the index lists."""
+    """Fetches `url` into `file`; once more from the beginning if its bytes are not those that the index
+    lists.
+    """
     problem = ""
     for _ in range(2):
         try:

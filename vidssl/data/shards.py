@@ -1,7 +1,7 @@
 """Reads samples from WebDataset tar shards by their index.
 
-A data set is a folder or its URL (see `vidssl.data.format`). Opening it reads index.json only; the .jsonl of a shard is
-read at its first use. Local shards are read in place, remote ones from the node's cache.
+A data set is a folder or its URL (see `vidssl.data.format`). Opening it reads index.json only; the .jsonl of
+a shard is read at its first use. Local shards are read in place, remote ones from the node's cache.
 """
 
 import hashlib
@@ -44,10 +44,11 @@ class ShardRecords(Sequence[Sample]):
 
 
 class Shards:
-    """One or several data sets, concatenated; `counts` and `sizes` (i64 [S]) are the samples and bytes of each shard.
+    """One or several data sets, concatenated; `counts` and `sizes` (i64 [S]) are the samples and bytes of
+    each shard.
 
-    on_missing: a shard that is missing, cannot be fetched or differs from its index entry is an error, or ("skip") its
-    samples fail to decode for the lifetime of the process.
+    on_missing: a shard that is missing, cannot be fetched or differs from its index entry is an error, or
+    ("skip") its samples fail to decode for the lifetime of the process.
     """
 
     def __init__(

@@ -1,9 +1,10 @@
 """Reads shards that have no index, with webdataset: `data.reader: stream`.
 
-data.train lists tars: paths, folders of tars, brace patterns (shards-{000000..000099}.tar), http(s)://, s3:// and other
-fsspec addresses, or pipe: commands. webdataset shuffles the shards, splits them over processes and loader workers, and
-shuffles samples in a buffer; decoding, frame sampling and augmentation are those of the indexed reader. The order depends
-on the numbers of processes and workers, and a run that is continued starts a new pass over newly shuffled shards.
+data.train lists tars: paths, folders of tars, brace patterns (shards-{000000..000099}.tar), http(s)://, s3://
+and other fsspec addresses, or pipe: commands. webdataset shuffles the shards, splits them over processes and
+loader workers, and shuffles samples in a buffer; decoding, frame sampling and augmentation are those of the
+indexed reader. The order depends on the numbers of processes and workers, and a run that is continued starts
+a new pass over newly shuffled shards.
 """
 
 import hashlib
@@ -93,7 +94,9 @@ class ClipDecoder:
         return job[1]["__key__"]
 
     def attempt(self, job: tuple[int, dict[str, Any]], attempt: int = 0) -> Example | DecodeFailure:
-        """sample: lower-case extension -> bytes, and "__key__". Clip and augmentation depend on (seed, position)."""
+        """sample: lower-case extension -> bytes, and "__key__". Clip and augmentation depend on (seed,
+        position).
+        """
         position, sample = job
         self.on_decode()
         d = self.data
@@ -128,7 +131,9 @@ class ClipDecoder:
 
 
 class StreamingDataset(IterableDataset[list[Example]]):
-    """Yields this process's clips of each step, in order; with loader workers, each yields its share of the steps."""
+    """Yields this process's clips of each step, in order; with loader workers, each yields its share of the
+    steps.
+    """
 
     def __init__(self, shards: ShardUrls, decoder: ClipDecoder, lanes: int):
         self.shards = shards
@@ -174,7 +179,9 @@ class StreamingDataset(IterableDataset[list[Example]]):
                 isolated.close()
 
     def samples(self, reader: int, readers: int) -> Iterator[dict[str, Any] | DecodeFailure]:
-        """Yields the samples, without end, of loader process `reader` of `readers`, and failures to read shards."""
+        """Yields the samples, without end, of loader process `reader` of `readers`, and failures to read
+        shards.
+        """
         urls = self.shards.urls
         seed = Random(f"{self.decoder.seed} {self.settings.start}").getrandbits(32)
         failures = ShardFailures(self.decoder.data.on_missing == "error")
@@ -204,7 +211,9 @@ class StreamingDataset(IterableDataset[list[Example]]):
 
 
 class ShardFailures:
-    """The exception handler of webdataset's stages: counts what cannot be read, and goes on with the next shard."""
+    """The exception handler of webdataset's stages: counts what cannot be read, and goes on with the next
+    shard.
+    """
 
     def __init__(self, strict: bool):
         """strict: a shard that cannot be opened is an error."""
