@@ -10,11 +10,10 @@ import torch
 from vidssl.core.errors import EXIT_REQUEUE, Preempted
 
 __all__ = ["EXIT_REQUEUE", "PreemptionHandler", "exit_on_lost_peer"]
-BACKENDS = (
-    "gloo",
-    "nccl",
-    "c10d",
-)  # named in the messages of lost connections that have no type of their own
+# gloo raises plain RuntimeErrors; those of a lost connection or a timeout name these folders of its source
+GLOO_SOURCES = ("gloo/transport/", "gloo/rendezvous/")
+# NCCL's codes of wrong use, which fails again after a restart
+NCCL_USAGE_ERRORS = ("ncclInvalidUsage", "ncclInvalidArgument")
 
 
 class PreemptionHandler:
@@ -60,9 +59,19 @@ def exit_on_lost_peer() -> Iterator[None]:
     try:
         yield
     except RuntimeError as e:
-        message = str(e)
-        lost = isinstance(e, torch.distributed.DistError) or any(b in message.lower() for b in BACKENDS)
-        if not lost or not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        has_peers = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+        if not has_peers or not is_lost_peer(e):
             raise
-        reason = message.strip().splitlines()[0][:200]
+        reason = str(e).strip().splitlines()[0][:200]
         raise Preempted(f"error: another process of this run is gone or does not answer ({reason})") from e
+
+
+def is_lost_peer(error: RuntimeError) -> bool:
+    """Whether a collective failed because another process died or does not answer.
+
+    torch.distributed raises a DistError for lost connections, its store, and NCCL.
+    """
+    message = str(error)
+    if isinstance(error, torch.distributed.DistError):
+        return not any(code in message for code in NCCL_USAGE_ERRORS)
+    return any(source in message for source in GLOO_SOURCES)
