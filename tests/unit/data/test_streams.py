@@ -21,8 +21,9 @@ from vidssl.data.dataset import STREAM_STRIDE, DataConfig, ExtraStream, MultiStr
 from vidssl.data.loader import Batch, make_streams, train_steps
 from vidssl.data.shards import Shards
 from vidssl.objective.masks import MASKS
-from vidssl.train import forward_backward
+from vidssl.training.distributed import Strategy
 from vidssl.training.schema import TrainConfig
+from vidssl.training.step import forward_backward
 
 ROOT = Path(__file__).parents[3]
 FILES = ["configs/method/vjepa.yaml", "configs/model/vit_micro.yaml", "configs/data/quickstart.yaml"]
@@ -145,22 +146,25 @@ def batch_of(n: int, frames: int, first: int) -> Batch:
     return Batch(video, torch.zeros(n), first + torch.arange(n), ["k"] * n, [])
 
 
-@pytest.mark.parametrize("parts", [1, 2])
-def test_gradients_are_weighted_over_streams(parts):
-    accelerator, objective = Accelerator(cpu=True), tiny().build_objective()
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_gradients_are_weighted_over_streams(micro_batches):
+    strategy = Strategy(Accelerator(cpu=True))
+    objective = tiny().build_objective()
     batches = [batch_of(6, 8, 0), batch_of(2, 4, STREAM_STRIDE)]
-    told = forward_backward(accelerator, objective, batches, seed=0, step=3, parts=parts)
+    losses_and_parts = forward_backward(
+        strategy, objective, batches, seed=0, step=3, micro_batches=micro_batches
+    )
     got = {name: p.grad.clone() for name, p in objective.named_parameters() if p.grad is not None}
     objective.zero_grad()
     losses = []
     for batch in batches:
         losses.append(objective(normalise(batch.video), KeyedRNG(0, 3, batch.position))["loss"])
     (0.75 * losses[0] + 0.25 * losses[1]).backward()
-    assert float(told["loss"]) == pytest.approx(
+    assert float(losses_and_parts["loss"]) == pytest.approx(
         sum(w * loss.item() for w, loss in zip((0.75, 0.25), losses, strict=True)), rel=1e-5
     )
     for i, loss in enumerate(losses):
-        assert float(told[f"loss_stream_{i}"]) == pytest.approx(loss.item(), rel=1e-5)
+        assert float(losses_and_parts[f"loss_stream_{i}"]) == pytest.approx(loss.item(), rel=1e-5)
     for name, p in objective.named_parameters():
         if p.grad is not None:
             assert torch.allclose(got[name], p.grad, rtol=1e-3, atol=1e-6), name
