@@ -1,4 +1,4 @@
-"""How much of the machine a run uses: arithmetic done against what a matrix product reaches, and memory."""
+"""How much of the machine a run uses: FLOPs relative to the rate of a matrix product, time and memory."""
 
 import contextlib
 import resource
@@ -32,9 +32,10 @@ def attention_backward_flops(
 
 @contextlib.contextmanager
 def count_flops() -> Iterator[Callable[[], int]]:
-    """-> what tells the FLOPs of matrix products, convolutions and attention in here, forward and backward.
+    """Yields a function that returns the FLOPs of matrix products, convolutions and attention computed in this context,
+    forward and backward.
 
-    They are counted by torch, which (as of 2.14) leaves out attention on CPUs.
+    torch counts them, except (as of 2.14) attention on CPUs, which is added here.
     """
     cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     back = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -59,7 +60,7 @@ class StepMeter:
 
     @contextlib.contextmanager
     def counting(self, shape: Hashable) -> Iterator[bool]:
-        """The first time that a shape comes, what is computed in here is counted -> whether it was known before."""
+        """Counts the FLOPs computed in this context the first time that `shape` is seen; yields whether it was known."""
         if shape in self.counted:
             yield True
             return
@@ -116,7 +117,7 @@ class Throughput:
 
 
 def peak_memory(device: torch.device) -> float:
-    """Most bytes this process has held: of the accelerator, or resident where there is none."""
+    """Peak memory of this process, bytes: allocated on the GPU, or resident where there is none."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -124,7 +125,7 @@ def peak_memory(device: torch.device) -> float:
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, repeats: int = 4) -> float:
-    """FLOP a second of a square matrix product, 1024 a side on a CPU, 8192 elsewhere; the best of some."""
+    """FLOP per second of a square matrix product, 1024 a side on a CPU, 8192 elsewhere; the best of `repeats`."""
     side = 1024 if device.type == "cpu" else 8192
     a, best = torch.ones(side, side, device=device, dtype=dtype), float("inf")
     for _ in range(repeats):
