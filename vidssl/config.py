@@ -28,11 +28,11 @@ from vidssl.core.io import atomic_write
 Names = Annotated[  # one name, or several
     list[str], BeforeValidator(lambda v: [v] if isinstance(v, str) else v), Field(min_length=1)
 ]
-Count = Annotated[int, Field(ge=1)]
-Size = Annotated[int, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Share = Annotated[float, Field(ge=0, le=1)]
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 def _check_ascending(pair: tuple[float, float]) -> tuple[float, float]:
@@ -41,7 +41,7 @@ def _check_ascending(pair: tuple[float, float]) -> tuple[float, float]:
     return pair
 
 
-Range = Annotated[tuple[Positive, Positive], AfterValidator(_check_ascending)]  # from, to
+Range = Annotated[tuple[PositiveFloat, PositiveFloat], AfterValidator(_check_ascending)]  # from, to
 
 
 @dataclass(frozen=True)

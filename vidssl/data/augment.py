@@ -25,7 +25,7 @@ from torch import Tensor
 from torchvision.transforms import RandomResizedCrop, v2
 from torchvision.transforms.v2 import functional as TF
 
-from vidssl.config import Amount, Count, Range, Share, Size
+from vidssl.config import Fraction, NonNegativeFloat, NonNegativeInt, PositiveInt, Range
 from vidssl.core.errors import UserError
 from vidssl.core.pixels import channel_statistics
 
@@ -88,12 +88,12 @@ class ColorJitter:
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = {"extra": "forbid"}
-    brightness: Amount = 0.0
-    contrast: Amount = 0.0
-    saturation: Amount = 0.0
+    brightness: NonNegativeFloat = 0.0
+    contrast: NonNegativeFloat = 0.0
+    saturation: NonNegativeFloat = 0.0
     hue: Annotated[float, Field(ge=0, le=0.5)] = 0.0
-    p: Share = 1.0  # probability of these four
-    grayscale_p: Share = 0.0  # probability of removing all colour, after them
+    p: Fraction = 1.0  # probability of these four
+    grayscale_p: Fraction = 0.0  # probability of removing all colour, after them
 
     def __call__(self, clip: Tensor) -> Tensor:
         """u8 [3, T, H, W] -> the same; draws from torch's global generator."""
@@ -139,10 +139,10 @@ def _erase(clip: Tensor, mode: str) -> Tensor:
 class Augmentations:
     """The options that all training crops share; they apply to the clip after the crop."""
 
-    flip: Share = 0.0  # probability; leave 0 where left and right mean something
+    flip: Fraction = 0.0  # probability; leave 0 where left and right mean something
     randaugment: str | None = None  # as timm names it, e.g. rand-m7-n4-mstd0.5-inc1 (V-JEPA's probes)
     color_jitter: ColorJitter | None = None
-    random_erasing: Share = 0.0  # probability (V-JEPA's probes: 0.25)
+    random_erasing: Fraction = 0.0  # probability (V-JEPA's probes: 0.25)
     # const: the mean colour; rand: one random colour; pixel: noise
     random_erasing_mode: Literal["const", "rand", "pixel"] = "pixel"
 
@@ -175,7 +175,7 @@ class RandomCrop(Augmentations):
     app/vjepa/transforms.py.
     """
 
-    size: Count  # pixels, height and width of the clip
+    size: PositiveInt  # pixels, height and width of the clip
     scale: Range = (0.3, 1.0)  # fraction of the frame's area
     ratio: Range = (0.75, 1.35)  # width over height
 
@@ -197,9 +197,9 @@ class MultiScaleCrop(Augmentations):
     pre-training, without a flip).
     """
 
-    size: Count  # pixels, height and width of the clip
+    size: PositiveInt  # pixels, height and width of the clip
     scales: Annotated[tuple[Scale, ...], Field(min_length=1)] = (1.0, 0.875, 0.75, 0.66)  # of the short side
-    max_distort: Size = 1  # largest distance in the list between the scales of width and height
+    max_distort: NonNegativeInt = 1  # largest distance in the list between the scales of width and height
 
     def __call__(self, frames: np.ndarray, rng: np.random.Generator) -> Tensor:
         """u8 [T, H, W, 3] -> u8 [3, T, size, size]."""
@@ -235,7 +235,7 @@ PLACES = [*CORNERS, (2, 2), *EDGES, *QUARTERS]
 class CenterCrop:
     """The central square, resized to `size` pixels: the crop of evaluation."""
 
-    size: Count
+    size: PositiveInt
 
     def __call__(self, frames: np.ndarray, rng: np.random.Generator | None = None) -> Tensor:
         """u8 [T, H, W, 3] -> u8 [3, T, size, size]."""

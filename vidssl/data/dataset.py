@@ -12,7 +12,7 @@ from pydantic import ConfigDict
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from vidssl.config import Count, Names, Positive, Share
+from vidssl.config import Fraction, Names, PositiveFloat, PositiveInt
 from vidssl.core.errors import DecodeError, UserError
 from vidssl.data.augment import scale
 from vidssl.data.decoding import check_decoder, open_video, select_decoder
@@ -59,7 +59,7 @@ def first_decodable(position: int, attempt: Callable[[int, int], Example | Decod
     return Example(position, "", -1, torch.empty(0), failures)
 
 
-Weights = tuple[Positive, ...]
+Weights = tuple[PositiveFloat, ...]
 
 
 @dataclass(frozen=True)
@@ -68,12 +68,10 @@ class ExtraStream:
 
     __pydantic_config__: ClassVar[ConfigDict] = {"extra": "forbid"}
     train: Names  # as in DataConfig, up to `rule`
-    frames: Count
-    clips: (
-        Count  # of the run.batch clips of a step, those of this stream; a multiple of run.lanes x data.repeat
-    )
-    stride: Count | None = None
-    fps: Positive | None = None
+    frames: PositiveInt
+    clips: PositiveInt  # of the run.batch clips of a step, those of this stream; a multiple of run.lanes x data.repeat
+    stride: PositiveInt | None = None
+    fps: PositiveFloat | None = None
     weights: Weights | None = None
     rule: Rule = "exact"
 
@@ -86,29 +84,33 @@ class DataConfig:
     """The `data` section: which shards are read, and which frames make a clip."""
 
     train: Names  # packed folders or their URLs (http, https, s3, ...); reader stream: see data/stream.py
-    frames: Count  # per clip
-    stride: Count | None = None  # between the frames of a clip, in frames of the video
-    fps: Positive | None = None  # frames per second of a clip; give either stride or fps
+    frames: PositiveInt  # per clip
+    stride: PositiveInt | None = None  # between the frames of a clip, in frames of the video
+    fps: PositiveFloat | None = None  # frames per second of a clip; give either stride or fps
     rule: Rule = "exact"  # meaning of stride and fps; vjepa: that of V-JEPA's loader, for published recipes
     reader: Literal["indexed", "stream"] = "indexed"  # stream: for shards without an index (data/stream.py)
-    shuffle_buffer: Count = 256  # reader stream: samples, not yet decoded, that each loader process shuffles
+    shuffle_buffer: PositiveInt = (
+        256  # reader stream: samples, not yet decoded, that each loader process shuffles
+    )
     weights: Weights | None = (
         None  # share of the clips from each of `train`; None: proportional to their sizes
     )
     extra_streams: tuple[ExtraStream, ...] = ()
-    repeat: Count = 1  # clips per decoded video (repeated augmentation), all in the same batch
-    short_side: Count | None = (
+    repeat: PositiveInt = 1  # clips per decoded video (repeated augmentation), all in the same batch
+    short_side: PositiveInt | None = (
         None  # pixels; larger frames are scaled down to it after decoding; None: as stored
     )
     decoder: Decoder = "auto"  # see decoding.select_decoder
-    max_decode_error_rate: Share = 0.05  # fraction of samples that may fail to decode before the run stops
+    max_decode_error_rate: Fraction = 0.05  # fraction of samples that may fail to decode before the run stops
     on_missing: Literal["error", "skip"] = (
         "error"  # missing or changed shard; skip: its samples fail to decode
     )
     cache_dir: str | None = None  # folder for remote shards; None: the user's cache folder
-    cache_gb: Positive = 100  # size limit of cache_dir, 10**9 bytes
-    decode_timeout_s: Positive = 60  # seconds per sample (with efficiency.decode_in_subprocess)
-    memory_mb: Count = 4096  # 2**20 bytes that a sample may add to the decoding process (as decode_timeout_s)
+    cache_gb: PositiveFloat = 100  # size limit of cache_dir, 10**9 bytes
+    decode_timeout_s: PositiveFloat = 60  # seconds per sample (with efficiency.decode_in_subprocess)
+    memory_mb: PositiveInt = (
+        4096  # 2**20 bytes that a sample may add to the decoding process (as decode_timeout_s)
+    )
 
     def __post_init__(self) -> None:
         check_rate("data", self.stride, self.fps)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from vidssl.config import Count, Positive, Size
+from vidssl.config import NonNegativeInt, PositiveFloat, PositiveInt
 from vidssl.core.errors import UserError
 from vidssl.data.shards import Sample, Shards
 from vidssl.evaluation.feature_cache import FeatureShape, FeatureStore, used_gb
@@ -33,13 +33,13 @@ class FeatureStorage:
     cache: str | None = (
         None  # folder that keeps features for other heads, protocols and runs; None: in memory
     )
-    cache_gb: Positive = 100.0  # size limit of the folder
+    cache_gb: PositiveFloat = 100.0  # size limit of the folder
     cache_dtype: Literal["fp32", "bf16"] = "fp32"  # on disk
-    memory_gb: Positive = 8.0  # size limit of features in memory
+    memory_gb: PositiveFloat = 8.0  # size limit of features in memory
     stream: Literal["auto", "never", "always"] = "auto"  # decode and encode in every pass; auto: if too large
     allow_unreadable: bool = False  # count test samples that cannot be decoded as wrong; false: an error
-    encode_batch: Count = 16  # videos
-    workers: Size = 2  # decoding processes
+    encode_batch: PositiveInt = 16  # videos
+    workers: NonNegativeInt = 2  # decoding processes
 
 
 class TokenSource(Protocol):

@@ -13,7 +13,7 @@ from einops import rearrange, reduce
 from pydantic import Field
 from torch import Tensor, nn
 
-from vidssl.config import Amount, Count, Positive
+from vidssl.config import NonNegativeFloat, PositiveFloat, PositiveInt
 from vidssl.core.schedules import cosine
 from vidssl.evaluation.features import TokenSource
 from vidssl.evaluation.protocol import HyperparameterGrid, ProbeProtocol, TrainingSet, chunks, mean_pool
@@ -62,11 +62,11 @@ def all_logits(heads: Sequence[nn.Module], tokens: Tensor) -> Iterator[Tensor]:
 class TrainedHeadProtocol(ProbeProtocol):
     """Heads trained by AdamW with a cosine schedule from `lr` to zero."""
 
-    epochs: Count = 20
-    batch: Count = 64  # videos
-    lr: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1e-3,)  # the grid is lr x weight_decay
-    weight_decay: Annotated[tuple[Amount, ...], Field(min_length=1)] = (0.01,)
-    clip: Positive | None = 1.0  # maximum norm of a head's gradient (V-JEPA 2: null)
+    epochs: PositiveInt = 20
+    batch: PositiveInt = 64  # videos
+    lr: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (1e-3,)  # the grid is lr x weight_decay
+    weight_decay: Annotated[tuple[NonNegativeFloat, ...], Field(min_length=1)] = (0.01,)
+    clip: PositiveFloat | None = 1.0  # maximum norm of a head's gradient (V-JEPA 2: null)
 
     def hyperparameters(self) -> HyperparameterGrid:
         return [{"lr": lr, "weight_decay": decay} for lr in self.lr for decay in self.weight_decay]
@@ -126,8 +126,8 @@ class Attentive(TrainedHeadProtocol):
     """V-JEPA's probe (evals/video_classification_frozen), and with depth 4 V-JEPA 2's. Features are computed
     once per video, without augmentation; the published protocols augment and encode in every epoch."""
 
-    depth: Count = 1  # depth - 1 self-attention blocks over all tokens, then the cross-attention
-    heads: Count = 12  # attention heads of the pooler
+    depth: PositiveInt = 1  # depth - 1 self-attention blocks over all tokens, then the cross-attention
+    heads: PositiveInt = 12  # attention heads of the pooler
 
     def make_head(self, dim: int, outputs: int) -> nn.Module:
         return AttentiveHead(dim, self.heads, outputs, self.depth)
@@ -139,8 +139,8 @@ class Linear(TrainedHeadProtocol):
     mean loss + l2 / 2 * |W|^2, where the grid is l2; "adamw": trained as the attentive heads."""
 
     solver: Literal["lbfgs", "adamw"] = "lbfgs"
-    l2: Annotated[tuple[Amount, ...], Field(min_length=1)] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-    temporal_bins: Count = 1  # equal parts of a clip in time; their mean tokens are concatenated
+    l2: Annotated[tuple[NonNegativeFloat, ...], Field(min_length=1)] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+    temporal_bins: PositiveInt = 1  # equal parts of a clip in time; their mean tokens are concatenated
     standardise: bool = True
 
     def hyperparameters(self) -> HyperparameterGrid:

@@ -11,7 +11,7 @@ from einops import reduce
 from pydantic import Field
 from torch import Tensor
 
-from vidssl.config import Count, Positive
+from vidssl.config import PositiveFloat, PositiveInt
 from vidssl.evaluation.features import TokenSource
 from vidssl.evaluation.metrics import average_precision
 from vidssl.evaluation.protocol import HyperparameterGrid, ProbeProtocol, TrainingSet, mean_pool
@@ -56,7 +56,7 @@ class Gallery(NamedTuple):
 class NeighbourProtocol(ProbeProtocol):
     """Compares mean tokens, averaged over views, by cosine."""
 
-    temporal_bins: Count = 1  # equal parts of a clip in time; their mean tokens are concatenated
+    temporal_bins: PositiveInt = 1  # equal parts of a clip in time; their mean tokens are concatenated
 
     def prepare(self, source: TokenSource, indices: list[int], device: torch.device) -> TokenSource:
         return mean_pool(source, indices, self, self.temporal_bins, device)
@@ -75,8 +75,8 @@ class NeighbourProtocol(ProbeProtocol):
 class Knn(NeighbourProtocol):
     """Weighted k nearest neighbours on mean tokens; see `knn_predict`."""
 
-    k: Annotated[tuple[Count, ...], Field(min_length=1)] = (1, 5, 10, 20, 50, 100, 200)  # the grid
-    temperature: Positive = KNN_TEMPERATURE
+    k: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 5, 10, 20, 50, 100, 200)  # the grid
+    temperature: PositiveFloat = KNN_TEMPERATURE
 
     def hyperparameters(self) -> HyperparameterGrid:
         return [{"k": k} for k in self.k]

@@ -6,7 +6,7 @@ from typing import Annotated, Any, NamedTuple
 
 from pydantic import BeforeValidator, Field
 
-from vidssl.config import Count, Names, Positive, Size
+from vidssl.config import Names, NonNegativeInt, PositiveFloat, PositiveInt
 from vidssl.core.errors import UserError
 from vidssl.data.shards import Shards
 from vidssl.evaluation.evaluate import check_disjoint
@@ -17,9 +17,9 @@ from vidssl.evaluation.tasks import Kind, Task, make_task
 from vidssl.evaluation.views import Control, FrameOrder, View
 from vidssl.pretrained.load import LoadedEncoder
 
-Fraction = Annotated[float, Field(gt=0, lt=1)]
+OpenFraction = Annotated[float, Field(gt=0, lt=1)]
 Fractions = Annotated[
-    tuple[Fraction, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list | tuple) else (v,))
+    tuple[OpenFraction, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list | tuple) else (v,))
 ]
 
 
@@ -32,14 +32,14 @@ class ProbeData:
     labels: Names | None = None  # label sets to probe; None: all that train and test have in common
     tags: tuple[str, ...] = ()  # label sets whose class names are tags joined by "|" (multi-label)
     numbers: tuple[str, ...] = ()  # label sets whose class names are numbers (regression)
-    frames: Count | None = None  # per clip; None: the encoder's own (an image model has none)
-    size: Count | None = None  # pixels; None: the encoder's own
-    stride: Count | None = None  # frames; None (and fps None): as the encoder was trained
-    fps: Positive | None = None  # frames per second
+    frames: PositiveInt | None = None  # per clip; None: the encoder's own (an image model has none)
+    size: PositiveInt | None = None  # pixels; None: the encoder's own
+    stride: PositiveInt | None = None  # frames; None (and fps None): as the encoder was trained
+    fps: PositiveFloat | None = None  # frames per second
     train_fractions: Fractions = ()  # low-shot subsets of train, one per seed; (): all of train
-    seeds: Annotated[tuple[Size, ...], Field(min_length=1)] = (0, 1, 2)
+    seeds: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)] = (0, 1, 2)
     cache_dir: str | None = None  # folder for remote shards; None: the user's cache folder
-    cache_gb: Positive = 100  # its size limit
+    cache_gb: PositiveFloat = 100  # its size limit
 
     def __post_init__(self) -> None:
         if self.stride is not None and self.fps is not None:

@@ -11,7 +11,7 @@ from einops import rearrange, reduce
 from pydantic import Field
 from torch import Tensor
 
-from vidssl.config import Count, Size
+from vidssl.config import NonNegativeInt, PositiveInt
 from vidssl.core.errors import UserError
 from vidssl.core.spectrum import MAX_TOKENS, alpha_req, rankme, singular_values
 from vidssl.evaluation.features import (
@@ -48,15 +48,15 @@ class TrainedProbe(NamedTuple):
 class ProbeProtocol(FeatureStorage):
     """Base of the protocols, which define `hyperparameters`, `train` and `predict`."""
 
-    segments: Count = 1  # clips of a video, evenly spread
-    crops: Count = 1  # squares of each clip, evenly spread along the longer side (published: 3)
+    segments: PositiveInt = 1  # clips of a video, evenly spread
+    crops: PositiveInt = 1  # squares of each clip, evenly spread along the longer side (published: 3)
     aggregate: Literal["segments", "none"] = (
         "segments"  # heads see the tokens of all segments, or of each alone
     )
     controls: Annotated[tuple[Control, ...], Field(min_length=1)] = ("none",)
     standardise: bool = False  # subtract train's mean at each token, divide by its deviation in each channel
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2  # of train; settings are compared on it
-    seed: Size = 0
+    seed: NonNegativeInt = 0
 
     @property
     def views_per_sample(self) -> int:

@@ -7,7 +7,7 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from vidssl.config import Amount, Count, Positive
+from vidssl.config import NonNegativeFloat, PositiveFloat, PositiveInt
 from vidssl.core.errors import UserError
 from vidssl.model.grid import Grid, Mask
 from vidssl.model.positions import PositionEncoding, PositionKind
@@ -27,7 +27,7 @@ class MaskToken(nn.Module):
     """A learned query for every target position; `groups` of them, one for each mask kind (V-JEPA 2, VideoMAE
     1)."""
 
-    def __init__(self, width: int, groups: Count = 1, std: Amount = 0.02):
+    def __init__(self, width: int, groups: PositiveInt = 1, std: NonNegativeFloat = 0.02):
         """std: standard deviation at initialisation (VideoMAE 0.02; V-JEPA starts at zero)."""
         super().__init__()
         self.tokens = nn.Parameter(torch.zeros(groups, width))
@@ -53,20 +53,20 @@ class JointPredictor(nn.Module):
         self,
         encoder: Encoder,
         out: int,
-        width: Count = 384,
-        depth: Count = 4,
-        heads: Count = 6,
-        mlp_ratio: Positive = 4.0,
+        width: PositiveInt = 384,
+        depth: PositiveInt = 4,
+        heads: PositiveInt = 6,
+        mlp_ratio: PositiveFloat = 4.0,
         mlp: Feedforward = "gelu",
         embed_bias: bool = True,
         positions: PositionKind = "sincos_uniform",
-        rope_grid: Count | None = None,
+        rope_grid: PositiveInt | None = None,
         class_token: Literal["none", "own", "encoder"] = "none",
         modality: bool = False,
         context_head: bool = False,
-        eps: Positive = LAYER_NORM_EPS,
+        eps: PositiveFloat = LAYER_NORM_EPS,
         init: Init = "trunc_normal",
-        init_std: Positive = 0.02,
+        init_std: PositiveFloat = 0.02,
         depth_rescale: bool = False,
     ):
         """out: width K of the target. embed_bias: of the layer from encoder to predictor (VideoMAE has none).

@@ -11,7 +11,7 @@ from timm.layers import DropPath, Mlp, SwiGLU
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vidssl.config import Count, Positive, Share, Size
+from vidssl.config import Fraction, NonNegativeInt, PositiveFloat, PositiveInt
 from vidssl.core.errors import UserError
 from vidssl.model.grid import Grid, gather_tokens, patchify
 from vidssl.model.positions import PositionEncoding, PositionKind, RotaryTable, apply_rope
@@ -168,24 +168,24 @@ class Encoder(nn.Module):
         frames: int,
         height: int,
         width: int,
-        dim: Count,
-        depth: Count,
-        heads: Count,
-        mlp_ratio: Positive = 4.0,
-        tubelet: Count = 2,
-        patch: Count = 16,
+        dim: PositiveInt,
+        depth: PositiveInt,
+        heads: PositiveInt,
+        mlp_ratio: PositiveFloat = 4.0,
+        tubelet: PositiveInt = 2,
+        patch: PositiveInt = 16,
         positions: PositionKind = "sincos_uniform",
-        rope_grid: Count | None = None,
+        rope_grid: PositiveInt | None = None,
         mlp: Feedforward = "gelu",
         class_token: bool = False,
         image_tokenizer: bool = False,
-        levels: tuple[Size, ...] = (),
+        levels: tuple[NonNegativeInt, ...] = (),
         final_norm: bool = True,
-        eps: Positive = LAYER_NORM_EPS,
+        eps: PositiveFloat = LAYER_NORM_EPS,
         init: Init = "trunc_normal",
-        init_std: Positive = 0.02,
+        init_std: PositiveFloat = 0.02,
         depth_rescale: bool = False,
-        drop_path: Share = 0.0,
+        drop_path: Fraction = 0.0,
     ):
         """frames, height, width: size of a native clip, in frames and pixels; tubelet in frames, patch in
         pixels.

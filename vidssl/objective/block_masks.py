@@ -10,7 +10,7 @@ from einops import rearrange, repeat
 from pydantic import Field
 from torch import Tensor
 
-from vidssl.config import Count, Positive, Range, Share
+from vidssl.config import Fraction, PositiveFloat, PositiveInt, Range
 from vidssl.core.errors import UserError
 from vidssl.core.rng import KeyedRNG
 from vidssl.model.grid import Grid, Mask
@@ -63,8 +63,8 @@ def indices_of(chosen: Tensor, count: int) -> Tensor:
 class BlockGroup(NamedTuple):
     """`blocks` boxes, each of `scale` times the frame's area; their union is hidden."""
 
-    blocks: Count
-    scale: Positive
+    blocks: PositiveInt
+    scale: PositiveFloat
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class MultiBlock3D:
     groups: Annotated[tuple[BlockGroup, ...], Field(min_length=1)] = (BlockGroup(8, 0.15), BlockGroup(2, 0.7))
     aspect: Range = (0.75, 1.5)  # height over width
     temporal_scale: Range = (1.0, 1.0)  # length of a box, as a fraction of the time slices
-    max_temporal_keep: Share = (
+    max_temporal_keep: Fraction = (
         1.0  # fraction of the slices with context; later ones are hidden ("causal multi-block")
     )
     complement: bool = (
@@ -168,7 +168,7 @@ class SingleBlock:
     """One box is the target, its complement the context. Source: I-JEPA (arXiv 2301.08243), table 6,
     "block"."""
 
-    scale: Positive = 0.6  # fraction of a frame's area
+    scale: PositiveFloat = 0.6  # fraction of a frame's area
     aspect: Range = (0.75, 1.5)  # height over width
 
     def __call__(self, video: Tensor, grid: Grid, rng: KeyedRNG) -> list[Mask]:
@@ -195,11 +195,11 @@ class MultiBlock2D:
     order, to the smallest of the per-process batch.
     """
 
-    targets: Count = 4
+    targets: PositiveInt = 4
     scale: Range = (0.15, 0.2)  # of a target block, fraction of the frame's area
     aspect: Range = (0.75, 1.5)  # of a target block, height over width
     context_scale: Range = (0.85, 1.0)  # of the context block, which is square
-    min_keep: Count = (
+    min_keep: PositiveInt = (
         10  # a context of this many tokens per slice or fewer is drawn again; at most an eighth of a slice
     )
     keep_quantile: LowQuantile = 0.05

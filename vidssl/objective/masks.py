@@ -12,7 +12,7 @@ import torch
 from einops import repeat
 from torch import Tensor
 
-from vidssl.config import Count, Share
+from vidssl.config import Fraction, PositiveInt
 from vidssl.core.errors import UserError
 from vidssl.core.rng import KeyedRNG
 from vidssl.model.grid import Grid, Mask
@@ -45,7 +45,7 @@ def random_ranks(rng: KeyedRNG, n: int) -> Tensor:
 class Random:
     """Tokens hidden at random over time and space. Source: MAE-ST (arXiv 2205.09113), section 3."""
 
-    ratio: Share = 0.9  # fraction of tokens hidden
+    ratio: Fraction = 0.9  # fraction of tokens hidden
 
     def __call__(self, video: Tensor, grid: Grid, rng: KeyedRNG) -> list[Mask]:
         return [mask_from_scores(rng.rand(grid.n), grid.n - hidden_count(grid.n, self.ratio, "tokens"))]
@@ -56,7 +56,7 @@ class Tube:
     """The same spatial positions hidden in every time slice. Source: VideoMAE (arXiv 2203.12602), section
     3.3."""
 
-    ratio: Share = 0.9  # fraction of a slice's tokens hidden
+    ratio: Fraction = 0.9  # fraction of a slice's tokens hidden
 
     def __call__(self, video: Tensor, grid: Grid, rng: KeyedRNG) -> list[Mask]:
         slice_tokens = grid.h * grid.w
@@ -70,7 +70,7 @@ class Frame:
     """Whole time slices hidden. Source: VideoMAE (arXiv 2203.12602), the ablation of masks, "frame": 7 of 8
     slices."""
 
-    ratio: Share = 0.875  # fraction of the slices hidden
+    ratio: Fraction = 0.875  # fraction of the slices hidden
 
     def __call__(self, video: Tensor, grid: Grid, rng: KeyedRNG) -> list[Mask]:
         slice_tokens = grid.h * grid.w
@@ -97,8 +97,8 @@ class Future:
     Motion must be extrapolated, so unlike in the other masks the still background is the easy part.
     """
 
-    visible: Share = 0.5  # fraction of the past's tokens that are context
-    past: Count = 2  # smallest number of slices in the past
+    visible: Fraction = 0.5  # fraction of the past's tokens that are context
+    past: PositiveInt = 2  # smallest number of slices in the past
 
     def __call__(self, video: Tensor, grid: Grid, rng: KeyedRNG) -> list[Mask]:
         slice_tokens = grid.h * grid.w
@@ -119,7 +119,7 @@ class Causal:
     `max_temporal_keep`.)
     """
 
-    past: Count = 1  # smallest number of slices in the past
+    past: PositiveInt = 1  # smallest number of slices in the past
 
     def __call__(self, video: Tensor, grid: Grid, rng: KeyedRNG) -> list[Mask]:
         past_tokens = draw_past(self.past, grid, rng) * grid.h * grid.w
@@ -183,8 +183,8 @@ class RunningCell:
     3.
     """
 
-    ratio: Share = 0.9  # fraction of a slice's tokens hidden from the encoder
-    decode_ratio: Share = 0.5  # fraction of a cell dropped from the decoder, in whole quarters
+    ratio: Fraction = 0.9  # fraction of a slice's tokens hidden from the encoder
+    decode_ratio: Fraction = 0.5  # fraction of a cell dropped from the decoder, in whole quarters
 
     def __call__(self, video: Tensor, grid: Grid, rng: KeyedRNG) -> list[Mask]:
         if int(4 * self.decode_ratio) == 4:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vidssl.config import Amount, Size
+from vidssl.config import NonNegativeFloat, NonNegativeInt
 from vidssl.core.errors import UserError
 from vidssl.core.rng import KeyedRNG
 from vidssl.model.grid import Grid, Mask, gather_tokens
@@ -32,9 +32,12 @@ ERRORS: dict[str, Callable[[], Error]] = {
 class ContextLoss:
     """The error at the context tokens, added to the loss. Source: V-JEPA 2.1 (app/vjepa_2_1)."""
 
-    weight: Amount = 0.0  # 0: none; V-JEPA 2.1: 0.5
+    weight: NonNegativeFloat = 0.0  # 0: none; V-JEPA 2.1: 0.5
     by_distance: bool = True  # multiplies each error by 1 / sqrt(distance in tokens to the nearest target)
-    warmup: tuple[Size, Size] = (0, 0)  # the weight rises linearly from 0 between these steps
+    warmup: tuple[NonNegativeInt, NonNegativeInt] = (
+        0,
+        0,
+    )  # the weight rises linearly from 0 between these steps
 
     def weight_at(self, step: int) -> float:
         first, last = self.warmup

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from vidssl.config import Count, Share
+from vidssl.config import Fraction, PositiveInt
 from vidssl.core.errors import UserError
 from vidssl.core.pixels import channel_statistics
 from vidssl.model.grid import patchify
@@ -48,7 +48,7 @@ class Pixels(Target):
         encoder: Encoder,
         norm: Literal["channel", "patch", "none"] = "channel",
         space: Literal["rgb", "normalised"] = "rgb",
-        per_tubelet: Count | None = None,
+        per_tubelet: PositiveInt | None = None,
     ):
         frames = per_tubelet or encoder.tubelet
         if frames > encoder.tubelet:
@@ -101,7 +101,7 @@ class Ema(Target):
 
     encoder: Encoder
 
-    def __init__(self, encoder: Encoder, momentum: tuple[Share, Share] = (0.998, 1.0)):
+    def __init__(self, encoder: Encoder, momentum: tuple[Fraction, Fraction] = (0.998, 1.0)):
         super().__init__(encoder.width, momentum)
         self.encoder = copy.deepcopy(encoder).requires_grad_(False)
         self.encoder.blocks.set_drop_path(0.0)

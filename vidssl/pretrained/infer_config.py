@@ -14,7 +14,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
-from vidssl.config import Count
+from vidssl.config import PositiveInt
 from vidssl.core.errors import UserError
 from vidssl.core.pixels import MEAN, STD
 from vidssl.model.grid import Grid
@@ -174,7 +174,7 @@ def check_ranks(renamed: RenamedTensors, source: str) -> None:
 def check_overrides(overrides: dict[str, Any], source: str) -> dict[str, Any]:
     """The caller's facts about a file, validated by the annotations of Encoder."""
     hints = get_type_hints(Encoder.__init__, include_extras=True)
-    hints |= {"predictor_heads": Count, "mean": list[float], "std": list[float], "head_eps": float}
+    hints |= {"predictor_heads": PositiveInt, "mean": list[float], "std": list[float], "head_eps": float}
     checked = {}
     for key, value in overrides.items():
         if key not in hints:

@@ -10,7 +10,17 @@ from pydantic import Field
 from timm.data.mixup import Mixup, mixup_target
 from torch import Tensor, nn
 
-from vidssl.config import Amount, Arguments, Choice, Count, Names, Positive, Share, Size, Spec
+from vidssl.config import (
+    Arguments,
+    Choice,
+    Fraction,
+    Names,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Spec,
+)
 from vidssl.core.errors import UserError
 from vidssl.data.augment import AUGMENTS
 from vidssl.data.dataset import TrainClips
@@ -38,9 +48,9 @@ class FinetuneDataConfig:
     train: Names  # packed folders with labels
     test: Names
     label: str | None = None  # the label set; None: the only one
-    stride: Count | None = None  # frames; None (and fps None): as in pre-training
-    fps: Positive | None = None  # frames per second
-    max_decode_error_rate: Share = 0.05  # of training samples; the run stops above it
+    stride: PositiveInt | None = None  # frames; None (and fps None): as in pre-training
+    fps: PositiveFloat | None = None  # frames per second
+    max_decode_error_rate: Fraction = 0.05  # of training samples; the run stops above it
 
     def __post_init__(self) -> None:
         if self.stride is not None and self.fps is not None:
@@ -51,26 +61,28 @@ class FinetuneDataConfig:
 class TuneConfig:
     """The `tune` section: options that change the result."""
 
-    epochs: Count
-    batch: Count  # videos per step, over all processes
-    repeat: Count = 1  # clips per video (repeated augmentation)
-    warmup: Amount = 5.0  # epochs
-    drop_path: Share = 0.0
-    label_smoothing: Share = 0.1
-    mixup: Amount = 0.0  # alpha of the Beta distribution (arXiv 1710.09412); 0: off
-    cutmix: Amount = 0.0  # the same (arXiv 1905.04899); with both, each is used in half of the steps
+    epochs: PositiveInt
+    batch: PositiveInt  # videos per step, over all processes
+    repeat: PositiveInt = 1  # clips per video (repeated augmentation)
+    warmup: NonNegativeFloat = 5.0  # epochs
+    drop_path: Fraction = 0.0
+    label_smoothing: Fraction = 0.1
+    mixup: NonNegativeFloat = 0.0  # alpha of the Beta distribution (arXiv 1710.09412); 0: off
+    cutmix: NonNegativeFloat = (
+        0.0  # the same (arXiv 1905.04899); with both, each is used in half of the steps
+    )
     val_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1  # of train, selects the epoch; 0: the last epoch
-    segments: Count = 5  # clips per test video, evenly spaced
-    crops: Count = 3  # square crops per test clip
+    segments: PositiveInt = 5  # clips per test video, evenly spaced
+    crops: PositiveInt = 3  # square crops per test clip
     allow_unreadable: bool = False  # count an unreadable test video as wrong and list it, instead of an error
-    max_consecutive_skips: Size = 3  # skipped steps in a row before a rollback
-    max_rollbacks: Size = 2  # rollbacks to the last checkpoint before the run stops
-    loss_spike_std: Positive | None = (
+    max_consecutive_skips: NonNegativeInt = 3  # skipped steps in a row before a rollback
+    max_rollbacks: NonNegativeInt = 2  # rollbacks to the last checkpoint before the run stops
+    loss_spike_std: PositiveFloat | None = (
         None  # skip steps this many deviations above the recent mean; None: never
     )
     trackers: tuple[Tracker, ...] = ()  # besides log.jsonl
-    lanes: Count = 8  # a multiple of every number of processes that may be used
-    seed: Size = 0
+    lanes: PositiveInt = 8  # a multiple of every number of processes that may be used
+    seed: NonNegativeInt = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from vidssl.config import Count, Names, Positive, Size
+from vidssl.config import Names, NonNegativeInt, PositiveFloat, PositiveInt
 from vidssl.core.errors import UserError
 from vidssl.core.pixels import normalise
 from vidssl.data.dataset import DataConfig
@@ -37,12 +37,14 @@ class OnlineProbeConfig:
 
     train: Names | None = None  # packed folders with labels; None: no online probe
     test: Names | None = None
-    every: Count = 1000  # steps
-    samples: Count = 512  # at most, of train and of test each, evenly spaced
+    every: PositiveInt = 1000  # steps
+    samples: PositiveInt = 512  # at most, of train and of test each, evenly spaced
     label: str | None = None  # the label set; None: the first
-    stride: Count | None = None  # frames; with fps None as well: that of `data`
-    fps: Positive | None = None  # frames per second
-    memory_mb: Size = 512  # limit of the decoded clips in memory, in 2**20 bytes, checked at the start
+    stride: PositiveInt | None = None  # frames; with fps None as well: that of `data`
+    fps: PositiveFloat | None = None  # frames per second
+    memory_mb: NonNegativeInt = (
+        512  # limit of the decoded clips in memory, in 2**20 bytes, checked at the start
+    )
 
     def __post_init__(self) -> None:
         if (self.train is None) != (self.test is None):

@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from vidssl.config import Amount, Count, Positive, Share, Size
+from vidssl.config import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from vidssl.core.errors import UserError
 from vidssl.core.schedules import DECAYS, cosine, linear
 
@@ -24,33 +24,35 @@ class OptimConfig:
     run.init=THAT_RUN, lr at the constant rate, no warm-up and decay "exponential" (as in the paper) or another.
     """
 
-    lr: Positive
-    warmup_lr: Amount = 0.0  # at the start of the warm-up
-    final_lr: Amount = 0.0  # at the end of the decay
-    lr_batch: Count | None = (
+    lr: PositiveFloat
+    warmup_lr: NonNegativeFloat = 0.0  # at the start of the warm-up
+    final_lr: NonNegativeFloat = 0.0  # at the end of the decay
+    lr_batch: PositiveInt | None = (
         None  # value of run.batch to which the three rates refer; None: they are absolute
     )
     lr_scaling: Literal["linear", "sqrt"] = (
         "linear"  # with run.batch / lr_batch: MAE, VideoMAE (256); DINOv2 (1024)
     )
-    warmup: Size = 0  # steps
+    warmup: NonNegativeInt = 0  # steps
     decay: Literal["cosine", "linear", "exponential", "constant"] = (
         "cosine"  # of lr to final_lr after the warm-up
     )
-    ipe_scale: Positive = (
+    ipe_scale: PositiveFloat = (
         1.0  # schedules are stretched over ipe_scale x run.steps and cut there (V-JEPA: 1.25)
     )
-    schedule_steps: Count | None = None  # length of all schedules after the warm-up; None: until run.steps
-    layer_decay: Share = 1.0  # factor on the rate from each encoder layer to the one below (fine-tuning)
-    weight_decay: Amount = 0.05
-    final_weight_decay: Amount | None = None  # at the end of a cosine; None: constant
+    schedule_steps: PositiveInt | None = (
+        None  # length of all schedules after the warm-up; None: until run.steps
+    )
+    layer_decay: Fraction = 1.0  # factor on the rate from each encoder layer to the one below (fine-tuning)
+    weight_decay: NonNegativeFloat = 0.05
+    final_weight_decay: NonNegativeFloat | None = None  # at the end of a cosine; None: constant
     betas: tuple[Beta, Beta] = (0.9, 0.999)
-    eps: Positive = 1e-8
-    clip_grad: Positive | None = None  # largest norm of the gradients
+    eps: PositiveFloat = 1e-8
+    clip_grad: PositiveFloat | None = None  # largest norm of the gradients
     clip_per_module: bool = (
         False  # clip the encoder and the rest separately (V-JEPA), not all parameters together
     )
-    clip_start: Size = 0  # first step that is clipped (V-JEPA does not clip during its warm-up)
+    clip_start: NonNegativeInt = 0  # first step that is clipped (V-JEPA does not clip during its warm-up)
     decay_tokens: bool = True  # weight decay on tokens and learned positions: V-JEPA and MAE yes, VideoMAE no
 
     def __post_init__(self) -> None:

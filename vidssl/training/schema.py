@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from vidssl.config import Choice, Count, Positive, Size, Spec
+from vidssl.config import Choice, NonNegativeInt, PositiveFloat, PositiveInt, Spec
 from vidssl.core.errors import UserError
 from vidssl.core.io import check_writable
 from vidssl.data.augment import AUGMENTS
@@ -24,24 +24,24 @@ class RunConfig:
     """The `run` section: what changes the result."""
 
     out: str  # folder
-    steps: Count  # optimiser steps
-    batch: Count  # clips a step, over all processes
+    steps: PositiveInt  # optimiser steps
+    batch: PositiveInt  # clips a step, over all processes
     init: str | None = None  # a checkpoint to start from: a run folder, or a public one
-    seed: Size = 0
-    lanes: Count = 8  # a multiple of every number of processes that may be used
-    shuffle_window: Count = 4096  # samples that are shuffled among themselves in a lane
-    save_every: Count = 500  # steps between checkpoints
-    keep_last: Count = 2  # newest checkpoints kept
-    keep_every: Size = 0  # checkpoints at multiples of this number of steps are kept too; 0: none
+    seed: NonNegativeInt = 0
+    lanes: PositiveInt = 8  # a multiple of every number of processes that may be used
+    shuffle_window: PositiveInt = 4096  # samples that are shuffled among themselves in a lane
+    save_every: PositiveInt = 500  # steps between checkpoints
+    keep_last: PositiveInt = 2  # newest checkpoints kept
+    keep_every: NonNegativeInt = 0  # checkpoints at multiples of this number of steps are kept too; 0: none
     snapshots: bool = (
         False  # keep the encoder of every checkpoint, to evaluate it over the course of training
     )
-    max_consecutive_skips: Size = 3  # skipped steps in a row before a rollback
-    max_rollbacks: Size = 2  # rollbacks to the last checkpoint before the run stops
-    loss_spike_std: Positive | None = (
+    max_consecutive_skips: NonNegativeInt = 3  # skipped steps in a row before a rollback
+    max_rollbacks: NonNegativeInt = 2  # rollbacks to the last checkpoint before the run stops
+    loss_spike_std: PositiveFloat | None = (
         None  # skip steps this many deviations above the recent mean; None: never
     )
-    feature_stats_every: Count = 100  # steps between measurements of the features
+    feature_stats_every: PositiveInt = 100  # steps between measurements of the features
     stop_on_collapse: bool = False  # stop when the features have collapsed; else a collapse is only logged
     trackers: tuple[Tracker, ...] = ()  # besides log.jsonl
 
@@ -50,8 +50,8 @@ class RunConfig:
 class EfficiencyConfig:
     """The `efficiency` section: what changes only the speed (up to rounding)."""
 
-    workers: Size = 2  # loader processes for each training process
-    micro_batches: Count = (
+    workers: NonNegativeInt = 2  # loader processes for each training process
+    micro_batches: PositiveInt = (
         1  # parts in which a process computes its share of the batch (gradient accumulation)
     )
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the forward pass
@@ -61,12 +61,12 @@ class EfficiencyConfig:
     fused: bool = True  # the optimiser's step is one kernel
     activation_checkpointing: bool = False  # recompute the blocks' activations in the backward pass
     decode_in_subprocess: bool = True  # a file that hangs or crashes a decoder then costs only itself
-    cache_mb: Size = 0  # decoded frames that each loader process may hold, in 2**20 bytes
+    cache_mb: NonNegativeInt = 0  # decoded frames that each loader process may hold, in 2**20 bytes
     tune_malloc: bool = (
         True  # on CPUs, keep freed memory in the process instead of returning it to the system
     )
-    threads: Count | None = None  # of torch on the CPU, for each process; None: torch's own choice
-    peer_timeout_s: Count = 600  # seconds that a process waits for another one before it gives up
+    threads: PositiveInt | None = None  # of torch on the CPU, for each process; None: torch's own choice
+    peer_timeout_s: PositiveInt = 600  # seconds that a process waits for another one before it gives up
 
 
 @dataclass(frozen=True)

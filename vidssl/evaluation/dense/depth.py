@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor
 from tqdm import tqdm
 
-from vidssl.config import Amount, Count, Positive
+from vidssl.config import NonNegativeFloat, PositiveFloat, PositiveInt
 from vidssl.core.errors import UserError
 from vidssl.core.schedules import cosine
 from vidssl.evaluation.dense.datasets import DenseSample, LabelKind
@@ -55,12 +55,12 @@ class Depth(DenseProtocol):
     """A head per learning rate; the one with the lowest RMSE on held-out groups of train is trained again on
     all of train (AdamW, cosine to 0)."""
 
-    lr: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1e-3, 3e-4)
-    weight_decay: Amount = 0.01
-    epochs: Count = 20
-    batch: Count = 16  # frames
+    lr: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (1e-3, 3e-4)
+    weight_decay: NonNegativeFloat = 0.01
+    epochs: PositiveInt = 20
+    batch: PositiveInt = 16  # frames
     bins: Annotated[int, Field(ge=2)] = 256
-    max_depth: Positive = 10.0  # metres; deeper pixels do not count
+    max_depth: PositiveFloat = 10.0  # metres; deeper pixels do not count
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2  # of the sequences of train
 
     label: ClassVar[LabelKind] = "depth"

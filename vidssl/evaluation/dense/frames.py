@@ -17,7 +17,7 @@ from einops import rearrange, repeat
 from pydantic import Field
 from torch import Tensor
 
-from vidssl.config import Count, Size
+from vidssl.config import NonNegativeInt, PositiveInt
 from vidssl.core.errors import UserError
 from vidssl.core.pixels import normalise
 from vidssl.evaluation.report import weights_hash
@@ -30,14 +30,18 @@ from vidssl.pretrained.load import LoadedEncoder
 class DenseProtocol:
     """Options that dense tasks share."""
 
-    size: Count | None = (
+    size: PositiveInt | None = (
         None  # pixels of the shorter side, a multiple of the patch; None: the encoder's own height
     )
-    frames: Count | None = None  # per clip; None: the encoder's own (image models of other libraries: 1)
-    layers: tuple[Size, ...] = ()  # 0-based blocks whose normalised outputs are concatenated; (): the output
-    encode_batch: Count = 4  # clips
+    frames: PositiveInt | None = (
+        None  # per clip; None: the encoder's own (image models of other libraries: 1)
+    )
+    layers: tuple[
+        NonNegativeInt, ...
+    ] = ()  # 0-based blocks whose normalised outputs are concatenated; (): the output
+    encode_batch: PositiveInt = 4  # clips
     controls: Annotated[tuple[EncoderControl, ...], Field(min_length=1)] = ("none", "random_init", "pixels")
-    seed: Size = 0
+    seed: NonNegativeInt = 0
 
 
 class FrameEncoder(NamedTuple):

@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor
 from tqdm import tqdm
 
-from vidssl.config import Count, Positive, Size
+from vidssl.config import NonNegativeInt, PositiveFloat, PositiveInt
 from vidssl.core.errors import UserError
 from vidssl.evaluation.dense.datasets import DenseSample, KeypointLabels, LabelKind
 from vidssl.evaluation.dense.frames import DenseProtocol, FrameEncoder
@@ -104,10 +104,10 @@ def boundary_f(pred: Tensor, target: Tensor) -> Tensor:
 class Propagation(DenseProtocol):
     """The settings to try; the best on train is used."""
 
-    topk: Annotated[tuple[Count, ...], Field(min_length=1)] = (5,)
-    temperature: Annotated[tuple[Positive, ...], Field(min_length=1)] = (0.1,)
-    radius: Annotated[tuple[Size, ...], Field(min_length=1)] = (12,)
-    context_frames: Annotated[tuple[Size, ...], Field(min_length=1)] = (7,)
+    topk: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (5,)
+    temperature: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (0.1,)
+    radius: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)] = (12,)
+    context_frames: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)] = (7,)
 
     def select_model(
         self, encoder: FrameEncoder, train: list[DenseSample]

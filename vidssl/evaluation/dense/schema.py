@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated
 
-from vidssl.config import Choice, Count, Spec
+from vidssl.config import Choice, PositiveInt, Spec
 from vidssl.evaluation.dense.depth import Depth
 from vidssl.evaluation.dense.propagation import Keypoints, Masks
 
@@ -17,7 +17,7 @@ class DenseData:
     test: str  # folder whose test list is evaluated
     format: str  # davis, jhmdb, nyu or synthetic
     train: str | None = None  # folder whose train list is for training and selection; None: that of test
-    max_train_sequences: Count | None = None  # evenly spaced over the train list; None: all
+    max_train_sequences: PositiveInt | None = None  # evenly spaced over the train list; None: all
 
 
 @dataclass(frozen=True, kw_only=True)
