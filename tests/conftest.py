@@ -14,6 +14,7 @@ from PIL import Image
 
 from data_prep import pack
 from data_prep.synthetic import make_corpus
+from vidssl.core.log import configure_logging
 
 FRAMES, WIDTH, HEIGHT, RATE = 20, 64, 48, 10
 CLASSES = ("clap", "run", "wave")
@@ -39,6 +40,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             if os.environ.get("CI_GPU") == "1":
                 raise pytest.UsageError(f"CI_GPU=1, but there is no GPU for {item.nodeid}")
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+@pytest.fixture(autouse=True)
+def log_lines_on_stderr() -> None:
+    """Log lines go to stderr as in every command, whatever an earlier test in this process has set."""
+    configure_logging()
 
 
 def level_of(i: int) -> int:

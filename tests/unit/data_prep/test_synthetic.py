@@ -217,7 +217,8 @@ def test_file_contains_the_rendered_frames(synthetic_corpus):
         got = np.stack([frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)])
     assert got.shape == frames.shape and abs(got.astype(int) - frames).mean() < 8
     kept = np.load(synthetic_corpus / "truth" / "train_00013.npz", allow_pickle=False)
-    assert set(kept) == {"masks", "masks_shape", "depth", "position", "size", "angle", "shape"}
+    expected = {"masks", "masks_shape", "depth", "position", "size", "angle", "shape"}
+    assert set(kept) == expected | {"keypoints", "keypoints_visible", "keypoints_scale", "depth_map"}
     assert all(np.array_equal(kept[k], truth[k]) for k in truth)
 
 
