@@ -57,6 +57,8 @@ class SourceItem(NamedTuple):
 
 
 class SourceListing(NamedTuple):
+    """The videos that a source lists, and the files that it rejects or ignores."""
+
     items: list[SourceItem]  # sorted by `sort_key`
     label_sets: list[str]
     rejected: dict[str, str]  # path (or the name in the annotations) -> reason that is known without decoding

@@ -199,6 +199,8 @@ def _reasons(items: list[tuple[int, Tensor | str]]) -> list[tuple[int, str]]:
 
 
 class Features(NamedTuple):
+    """The tokens of a set of samples, and the samples that could not be read."""
+
     source: TokenSource
     unreadable: dict[int, str]  # number of a sample -> reason
 

@@ -54,6 +54,8 @@ class LabelSet(NamedTuple):
 
 
 class ProbeSplits(NamedTuple):
+    """Train and test with the label sets that both have."""
+
     splits: dict[str, Split]  # train and test
     label_sets: dict[str, LabelSet]
     shared_groups: int  # number of test samples whose group is also in train

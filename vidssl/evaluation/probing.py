@@ -37,6 +37,8 @@ class LowShotList(NamedTuple):
 
 @dataclass
 class ProbeResults:
+    """Everything that a probe writes, in the order in which it was computed."""
+
     rows: list[dict[str, Any]] = field(default_factory=list)
     predictions: list[PredictionRow] = field(default_factory=list)
     lists: dict[str, str] = field(default_factory=dict)  # name -> text of each low-shot list

@@ -39,6 +39,8 @@ class TrainingSet(NamedTuple):
 
 
 class TrainedProbe(NamedTuple):
+    """A head trained with the hyperparameters selected on held-out train."""
+
     model: Any
     standardise: Callable[[TokenSource], TokenSource]  # applies the statistics of train to another source
     selection: dict[str, Any]  # the selected setting, and the scores of all
