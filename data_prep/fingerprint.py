@@ -31,12 +31,16 @@ OnProgress = Callable[[], None]
 
 
 class MediaFile(NamedTuple):
+    """The bytes of a video or image, and what is known of it."""
+
     data: bytes
     ext: str
     meta: dict | None = None  # as pack writes it, if known
 
 
 class Fingerprint(NamedTuple):
+    """Digest and perceptual hashes of a file."""
+
     digest: bytes  # SHA-256 of the file
     hashes: np.ndarray  # u64 [n]
     steps: np.ndarray  # i32 [n], the time of each hash in units of 1 / HASHES_PER_SECOND seconds

@@ -49,6 +49,8 @@ class ShardPlan(NamedTuple):
 
 
 class Plan(NamedTuple):
+    """Everything that packing does, decided before the first shard is written."""
+
     source: Path
     datasets: dict[Path, list[ShardPlan]]  # folder of each data set -> its shards
     classes: dict[str, list[str]]  # label set -> class names
@@ -65,6 +67,8 @@ class Plan(NamedTuple):
 
 
 class Duplicate(NamedTuple):
+    """A file that is dropped because another one is kept."""
+
     of: str  # path of the file that is kept
     record: dict  # entries of rejected.jsonl
 
