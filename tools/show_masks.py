@@ -1,7 +1,7 @@
 """Draws masks on a clip: the context of each method, and its targets.
 
 python tools/show_masks.py RUN [RUN ...] OUT.png      RUN: folders written by vidssl/train.py
-python tools/show_masks.py --kinds OUT.png            every kind of mask with its defaults, on a blank clip
+python tools/show_masks.py --kinds OUT.png            every kind of mask with its defaults, on a random clip
 """
 
 import argparse
@@ -76,11 +76,13 @@ def show_runs(runs: list[Path], out: Path) -> None:
 
 
 def show_kinds(out: Path, grid: Grid = Grid(4, 8, 8), pixels: int = 8) -> None:
-    """Every kind with its defaults on a blank clip of one frame a time slice."""
+    """Every kind with its defaults on a random clip of two frames per time slice, drawn in grey."""
+    generator = torch.Generator().manual_seed(0)
+    clip = torch.randn(1, 3, 2 * grid.t, grid.h * pixels, grid.w * pixels, generator=generator)
     video = np.full((grid.t, grid.h * pixels, grid.w * pixels, 3), 60, np.uint8)
     rows = []
     for kind, masker in MASKS.items():
-        for mask in masker()(None, grid, KeyedRNG(0, 0, torch.tensor([0]))):
+        for mask in masker()(clip, grid, KeyedRNG(0, 0, torch.tensor([0]))):
             context, target = paint(video, mask, grid)
             rows += [(f"{kind}\ncontext", context), ("target", target)]
     draw(rows, out)
@@ -104,7 +106,7 @@ if __name__ == "__main__":
     p.add_argument("runs", nargs="*", type=Path)
     p.add_argument("out", type=Path)
     p.add_argument(
-        "--kinds", action="store_true", help="every kind of mask with its defaults, on a blank clip"
+        "--kinds", action="store_true", help="every kind of mask with its defaults, on a random clip"
     )
     a = p.parse_args()
     if bool(a.runs) == a.kinds:

@@ -2,8 +2,8 @@
 
 import vidssl
 
-encoder, metadata = vidssl.load_encoder("runs/mine")     # a run folder, or a published checkpoint features =
-encoder(video)                                # video f32 [B, 3, T, H, W], normalised; features [B, N, D]
+encoder, metadata = vidssl.load_encoder("runs/mine")  # a run folder, or a published checkpoint
+features = encoder(video)  # video f32 [B, 3, T, H, W], normalised; features f32 [B, N, D]
 """
 
 from importlib.metadata import version

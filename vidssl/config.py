@@ -115,6 +115,7 @@ RENAMED = {
     "augment.color_jitter.grey": "augment.color_jitter.grayscale_p",
     "method.mask.floor": "method.mask.keep_quantile",
     "method.mask.published": "method.mask.reference_quirks",
+    "method.mask.decode_ratio": "method.mask.decoder_drop_ratio",
     "probe.pool": "probe.aggregate",
     "probe.slices": "probe.temporal_bins",
     "probe.held_out": "probe.val_fraction",

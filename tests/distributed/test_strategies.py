@@ -290,7 +290,7 @@ def test_zero_cuts_moments_and_gradients(name, runs):
 
 @pytest.mark.parametrize("name", [n for n in MANY if "fsdp2" in n])
 def test_shards_are_shards(name, runs):
-    """Of the momentum encoder and of the optimiser's state, too; each block is a unit, what is left is the last."""
+    """Of the EMA encoder and of the optimiser's state, too; each block is a unit, what is left is the last."""
     world, parts = int(name[-1]), ["encoder", "predictor", "moments"]
     for rank in range(world):
         told = json.loads((runs / name / f"shares-{rank}.json").read_text())

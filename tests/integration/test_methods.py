@@ -1,6 +1,7 @@
-"""Every method's YAML builds and gives the losses written in tests/losses/: a refactor leaves them as they are.
+"""Every method's YAML builds and gives the losses in tests/losses/NAME.txt.
 
-After a change that is meant to move them: python tests/test_methods.py [NAME ...], and say why in the commit.
+python tests/integration/test_methods.py [NAME ...] writes them: for a new method, or after a change that is
+meant to move them (the commit says why).
 """
 
 import re
@@ -38,7 +39,7 @@ def own(method: str) -> dict[str, Any]:
 
 
 def small(method: str, *more: str) -> TrainConfig:
-    """The method's file at a tiny size: nothing but sizes and the start of its schedules is not the file's own."""
+    """The method's file with tiny sizes and schedules that start at once; everything else is the file's."""
     model = own(method).get("model", {})
     fit = [f"data.frames={1 if model.get('tubelet') == 1 else 8}"]
     fit += ["model.levels=[0,1]"] if "levels" in model else []
@@ -58,7 +59,8 @@ def losses(method: str) -> list[float]:
             save_run_encoder(Path(folder), found, {"config": to_tree(larger), "step": 0}, snapshot=False)
             given = [f"method.target.path={folder}"]
         cfg = small(method, *given)
-        objective, optim = cfg.build_objective(), cfg.optim
+        objective = cfg.build_objective()
+        optim = cfg.optim
     optimizer = build_optimizer(objective, optim)
     strategy = Strategy(Accelerator())
     noise = torch.randint(
@@ -105,9 +107,10 @@ def test_header_names_the_whole_recipe(method):
     size = cfg.augment.arguments["size"]
     with torch.device("meta"):  # sizes only
         encoder = cfg.model.build(frames=cfg.data.frames, height=size, width=size)
-        cfg.method.predictor.build(encoder=encoder, out=encoder.width)
+        cfg.method.predictor.build(encoder=encoder, out=encoder.feature_width)
     mask = cfg.method.mask.build()
-    for m in mask(torch.empty(0), encoder.grid, KeyedRNG(0, 0, torch.arange(2))):
+    video = torch.randn(2, 3, cfg.data.frames, size, size)
+    for m in mask(video, encoder.grid, KeyedRNG(0, 0, torch.arange(2))):
         assert 0 < m.context.shape[1] < encoder.grid.n and 0 < m.target.shape[2] < encoder.grid.n
 
 

@@ -157,7 +157,7 @@ def test_a_folder_holds_one_run(whole, synthetic_shards):
         (["optim.lr=fast"], "'fast'"),
         (["data.train=nowhere"], "nowhere: no index.json"),
         (["run.batch=12"], "run.batch 12 is not a multiple of run.lanes 8"),
-        (["augment.size=30"], "clip height 30 is not a multiple of the model's patch size 8"),
+        (["augment.size=30"], "clip height 30 is not a multiple of model.patch 8"),
         (["model.heads=5"], "width 128 cannot be divided among 5 heads"),
         (["method.target.kind=pixel"], "no kind 'pixel'; allowed: pixels, ema"),
         (["configs/method/nothing.yaml"], "configs/method/nothing.yaml: no such file"),

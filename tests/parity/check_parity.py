@@ -259,8 +259,7 @@ def check_attentive_head(case: Case) -> None:
 
 
 def check_training_run(case: Case) -> None:
-    """The reference's training loop: schedules, weight decay groups, momentum encoder, and the final
-    weights."""
+    """The reference's training loop: schedules, weight decay groups, EMA encoder, and the final weights."""
     overrides = case.overrides()
     checkpoint = public.checkpoint_from_state(case.state, case.name, overrides)
     encoder = checkpoint.build_encoder(checkpoint.online)

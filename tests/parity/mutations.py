@@ -71,7 +71,7 @@ def other_rotary_layout(patch: Patch) -> None:
 def no_rope_grid(patch: Patch) -> None:
     right = positions.rotary_table
 
-    def wrong(grid, dim, interleaved, native, device):
+    def wrong(grid, dim, interleaved, rope_grid, device):
         return right(grid, dim, interleaved, None, device)
 
     patch.setattr(positions, "rotary_table", wrong)
@@ -225,5 +225,5 @@ MUTATIONS: dict[str, tuple[str, Mutation]] = {
     "lr and decay": ("vjepa_run", rates_a_step_late),
     "tokens decayed": ("vjepa_run", tokens_not_decayed),
     "biases not decayed": ("vjepa_run", everything_decayed),
-    "momentum encoder": ("vjepa_run", target_copies_online_encoder),
+    "EMA encoder": ("vjepa_run", target_copies_online_encoder),
 }

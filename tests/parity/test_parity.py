@@ -126,8 +126,9 @@ def videomae_case(path: Path, g: SimpleNamespace) -> Path:
     config = transformers.VideoMAEConfig(
         image_size=g.img, patch_size=g.patch, num_frames=g.frames, tubelet_size=g.tub, hidden_size=g.dim,
         num_hidden_layers=g.depth, num_attention_heads=g.heads, intermediate_size=3 * g.dim,
-        layer_norm_eps=1e-6, use_mean_pooling=False, decoder_hidden_size=g.ddim, decoder_num_hidden_layers=g.ddepth,
-        decoder_num_attention_heads=g.dheads, decoder_intermediate_size=5 * g.ddim,
+        layer_norm_eps=1e-6, use_mean_pooling=False, decoder_hidden_size=g.ddim,
+        decoder_num_hidden_layers=g.ddepth, decoder_num_attention_heads=g.dheads,
+        decoder_intermediate_size=5 * g.ddim,
     )  # fmt: skip
     model = transformers.VideoMAEForPreTraining(config).eval()
     model.decoder.norm.eps = 1e-6  # as in the official code; transformers' default is 1e-5

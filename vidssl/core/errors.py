@@ -25,7 +25,7 @@ class Preempted(Exception):
 
 
 def run_cli(main: Callable[[list[str]], None], about: str | None = None) -> None:
-    """Runs main(argv). A UserError becomes one line on stderr and exit status 2, Preempted exit status EXIT_REQUEUE.
+    """Runs main(argv). UserError: one line on stderr and exit status 2; Preempted: exit status EXIT_REQUEUE.
 
     about: printed for --help.
     """

@@ -10,7 +10,7 @@ logger = logging.getLogger("vidssl")
 
 
 class StderrHandler(logging.Handler):
-    """Writes a line on stderr above a progress bar. stderr may be a file on a full disk, which does not end a run."""
+    """Writes lines on stderr, above a progress bar. A full disk behind stderr does not end a run."""
 
     def emit(self, record: logging.LogRecord) -> None:
         prefix = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""

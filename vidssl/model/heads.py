@@ -59,7 +59,7 @@ class AttentiveHead(nn.Module):
         nn.init.trunc_normal_(self.query_tokens, std=0.02)
         self.blocks.rescale()
         with torch.no_grad():
-            self.mlp.fc2.weight.div_((2 * depth) ** 0.5)  # the reference's depth rescale, last layer
+            self.mlp.fc2.weight.div_((2 * depth) ** 0.5)  # as TransformerStack.rescale does for layer `depth`
 
     def forward(self, tokens: Tensor) -> Tensor:
         if len(self.blocks):

@@ -96,7 +96,7 @@ def resize_table(table: Tensor, old: Grid, new: Grid) -> Tensor:
 
 
 def rotary_table(
-    grid: Grid, dim: int, interleaved: bool, native: int | None, device: torch.device
+    grid: Grid, dim: int, interleaved: bool, rope_grid: int | None, device: torch.device
 ) -> RotaryTable:
     """3-D rotary angles of every token as (cosines, sines), f32 [N, dim] each; dim is the width of a head.
 
@@ -104,16 +104,16 @@ def rotary_table(
     left as they are. The frequencies are 10000^(-k / half) for k = 0 .. half-1, half = dim // 3 // 2.
     `interleaved`: the two entries of a pair share a frequency (V-JEPA 2.1). Otherwise the list of frequencies
     is repeated twice along the axis, so that they differ: a slip in V-JEPA 2, kept there because its weights
-    were trained with it. Weights load and run without an error under the wrong layout. native: rows and
-    columns are stretched to run over 0 .. native-1 whatever the grid (V-JEPA 2.1). Source: V-JEPA 2,
+    were trained with it. Weights load and run without an error under the wrong layout. rope_grid: rows and
+    columns are stretched to run over 0 .. rope_grid - 1 for any grid (V-JEPA 2.1). Source: V-JEPA 2,
     src/models/utils/modules.py; V-JEPA 2.1, app/vjepa_2_1/models/utils/modules.py.
     """
     half = dim // 3 // 2
     omega = 10000.0 ** -(torch.arange(half, device=device) / half)
     omega = omega.repeat_interleave(2) if interleaved else omega.repeat(2)
     axes = [torch.arange(n, device=device, dtype=torch.float32) for n in grid]
-    if native:
-        axes[1:] = [a * (native - 1) / max(1, len(a) - 1) for a in axes[1:]]
+    if rope_grid:
+        axes[1:] = [a * (rope_grid - 1) / max(1, len(a) - 1) for a in axes[1:]]
     angles = [p.flatten()[:, None] * omega for p in torch.meshgrid(*axes, indexing="ij")]
     angle = F.pad(torch.cat(angles, 1), (0, dim - 6 * half))
     return angle.cos(), angle.sin()
@@ -131,7 +131,7 @@ class PositionEncoding(nn.Module):
     """The positions of one network: `embedding` is added to its tokens, `rope` rotates queries and keys."""
 
     def __init__(self, kind: PositionKind, grid: Grid, dim: int, heads: int, rope_grid: int | None = None):
-        """grid: the native grid, on which tables are defined; rope_grid: `native` of rotary_table."""
+        """grid: the native grid, on which tables are defined; rope_grid: see rotary_table."""
         super().__init__()
         self.kind = kind
         self.grid = grid

@@ -1,5 +1,4 @@
-"""Queries and predictors: the vector at each target position, and the network that turns it into a
-prediction."""
+"""Queries and predictors: the vector at each target token, and the network that maps it to a prediction."""
 
 from typing import Literal, NamedTuple
 
@@ -24,8 +23,7 @@ from vidssl.model.vit import (
 
 
 class MaskToken(nn.Module):
-    """A learned query for every target position; `groups` of them, one for each mask kind (V-JEPA 2, VideoMAE
-    1)."""
+    """One learned token per mask of the method (index modulo `groups`); V-JEPA has 2, VideoMAE 1."""
 
     def __init__(self, width: int, groups: PositiveInt = 1, std: NonNegativeFloat = 0.02):
         """std: standard deviation at initialisation (VideoMAE 0.02; V-JEPA starts at zero)."""
@@ -71,8 +69,8 @@ class JointPredictor(nn.Module):
     ):
         """out: width K of the target. embed_bias: of the layer from encoder to predictor (VideoMAE has none).
 
-        class_token: the predictor's own (MAE-ST), or the encoder's, embedded (MAE). modality: an added vector
-        tells images from videos; context_head: a second head predicts at the context tokens too (both V-JEPA
+        class_token: the predictor's own (MAE-ST), or the encoder's, embedded (MAE). modality: adds a learned
+        image or video embedding; context_head: a second head predicts at the context tokens too (both V-JEPA
         2.1). For an encoder with several levels the embedding is an MLP (V-JEPA 2.1).
         """
         super().__init__()
@@ -82,8 +80,8 @@ class JointPredictor(nn.Module):
         self.width = width
         self.drop_encoder_token = encoder.class_token is not None and class_token != "encoder"
         self.embed: nn.Module = nn.Linear(encoder.dim, width, bias=embed_bias)
-        if encoder.width > encoder.dim:
-            self.embed = nn.Sequential(nn.Linear(encoder.width, encoder.dim), nn.GELU(), self.embed)
+        if encoder.feature_width > encoder.dim:
+            self.embed = nn.Sequential(nn.Linear(encoder.feature_width, encoder.dim), nn.GELU(), self.embed)
         self.positions = PositionEncoding(positions, encoder.grid, width, heads, rope_grid)
         if class_token != "none" and positions.startswith("rope"):
             raise UserError(
@@ -117,10 +115,10 @@ class JointPredictor(nn.Module):
         groups, num_targets = mask.target.shape[1:]
         num_context = mask.context.shape[1]
         z = self.embed(z[:, int(self.drop_encoder_token) :])
-        special, z = z[:, :-num_context], z[:, -num_context:]
+        class_tokens, z = z[:, :-num_context], z[:, -num_context:]
         if self.class_token is not None:
-            special = self.class_token.expand(len(z), 1, -1).to(z.dtype)
-        context = torch.cat([special, z + self.positions.embedding(grid, mask.context)], 1)
+            class_tokens = self.class_token.expand(len(z), 1, -1).to(z.dtype)
+        context = torch.cat([class_tokens, z + self.positions.embedding(grid, mask.context)], 1)
         queries = query + self.positions.embedding(grid, mask.target)
         queries = queries.expand(*mask.target.shape, -1).to(z.dtype)
         x = torch.cat(

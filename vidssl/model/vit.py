@@ -40,8 +40,8 @@ def init_weights(module: nn.Module, init: Init, std: float = 0.02) -> None:
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention of x [B, n, D]. Returns [B, n, D], or with `num_outputs` only the last so
-    many tokens, which attend to all."""
+    """Multi-head self-attention of x [B, n, D]. Returns [B, n, D]; with num_outputs, only the last
+    num_outputs tokens, which attend to all."""
 
     def __init__(self, dim: int, heads: int):
         super().__init__()
@@ -80,7 +80,7 @@ class Block(nn.Module):
         self.drop_path = DropPath()
 
     def forward(self, x: Tensor, rope: RotaryTable | None = None, num_outputs: int | None = None) -> Tensor:
-        """num_outputs: only the last so many tokens are returned; the others serve as keys and values."""
+        """With num_outputs, only the last num_outputs tokens are returned; the others are keys and values."""
         attended = self.attn(self.norm1(x), rope, num_outputs)
         x = (x if num_outputs is None else x[:, -num_outputs:]) + self.drop_path(attended)
         return x + self.drop_path(self.mlp(self.norm2(x)))
@@ -121,8 +121,8 @@ class TransformerStack(nn.ModuleList):
             block.drop_path.drop_prob = rate * i / max(1, len(self) - 1)
 
     def rescale(self) -> None:
-        """Divides the two output weights of block i = 1, 2, ... by sqrt(2 i), so that the residual sum grows
-        less.
+        """Divides the two output weights of block i = 1, 2, ... by sqrt(2 i), to limit growth of the
+        residual stream with depth.
 
         Source: V-JEPA 2 (`_rescale_blocks`; of a SwiGLU it rescales the second input weight, not the output
         weight). V-JEPA and I-JEPA call it too, but draw all weights again afterwards, so their published runs
@@ -212,7 +212,7 @@ class Encoder(nn.Module):
         self.patch = patch
         self.dim = dim
         self.levels: tuple[int, ...] = tuple(levels) or (depth - 1,)
-        self.width = dim * len(self.levels)  # of the features with return_levels
+        self.feature_width = dim * len(self.levels)  # of the output with return_levels
         self.patch_embed = PatchEmbed(dim, tubelet, patch, init, init_std)
         self.patch_embed_img = PatchEmbed(dim, 1, patch, init, init_std) if image_tokenizer else None
         self.grid = self._grid(frames, height, width)
@@ -231,10 +231,14 @@ class Encoder(nn.Module):
 
     def _grid(self, frames: int, height: int, width: int) -> Grid:
         tubelet = 1 if self.patch_embed_img and frames == 1 else self.tubelet
-        sizes = (("frames", frames, tubelet), ("height", height, self.patch), ("width", width, self.patch))
-        for name, size, unit in sizes:
+        sizes = (
+            ("frames", frames, "tubelet", tubelet),
+            ("height", height, "patch", self.patch),
+            ("width", width, "patch", self.patch),
+        )
+        for name, size, option, unit in sizes:
             if size % unit or size < unit:
-                raise UserError(f"clip {name} {size} is not a multiple of the model's patch size {unit}")
+                raise UserError(f"clip {name} {size} is not a multiple of model.{option} {unit}")
         return Grid(frames // tubelet, height // self.patch, width // self.patch)
 
     def grid_of(self, video: Tensor) -> Grid:

@@ -15,8 +15,8 @@ from vidssl.core.errors import UserError
 from vidssl.core.rng import KeyedRNG
 from vidssl.model.grid import Grid, Mask
 
-# Draws of a sample's boxes; the first that leaves enough context is used. The number is fixed, so that no
-# sample shifts another's random numbers.
+# Draws of a sample's boxes; the first that leaves enough context is used. The number is fixed: every sample
+# consumes equally many random numbers.
 BOX_DRAWS = 8
 QUANTILE_STEPS = 64  # box shapes from which kept_counts estimates its quantiles
 QUANTILE_SAMPLES = 64  # samples for each shape
@@ -26,7 +26,7 @@ LowQuantile = Annotated[float, Field(ge=0, lt=0.5)]
 
 
 def draw_uniform(range_: tuple[float, float], rng: KeyedRNG) -> float:
-    """Uniform in the range, the same for the whole step; an empty range draws nothing."""
+    """Uniform in the range, the same for the whole step; if low == high, no random number is consumed."""
     low, high = range_
     return low + (high - low) * float(rng.shared(1)) if low < high else low
 
@@ -107,8 +107,10 @@ class MultiBlock3D:
         else:
             num_context, num_targets = kept_counts(self, group, grid)
             score = score + rng.rand(grid.n)
-        no_context = torch.arange(grid.n, device=score.device) >= self.context_slices(grid) * grid.h * grid.w
-        context = (score + no_context).argsort(dim=1, stable=True)[:, :num_context].sort(1)[0]
+        beyond_context = (
+            torch.arange(grid.n, device=score.device) >= self.context_slices(grid) * grid.h * grid.w
+        )
+        context = (score + beyond_context).argsort(dim=1, stable=True)[:, :num_context].sort(1)[0]
         score = score.scatter(1, context, -1.0)
         if self.complement:
             num_targets = grid.n - num_context
@@ -141,10 +143,10 @@ class MultiBlock3D:
         has_context = (~union[:, :, :first]).any(2).float()
         chosen = has_context.argmax(1)[:, None, None].expand(-1, 1, union.shape[2])
         hidden = union.gather(1, chosen)[:, 0]
-        # Where no draw leaves a context, one random token is the context.
-        rescue = rng.rand(first).argmax(1, keepdim=True)
-        no_context = hidden[:, :first].all(1, keepdim=True)
-        hidden = hidden.scatter(1, rescue, hidden.gather(1, rescue) & ~no_context)
+        # If no draw leaves a context, one random token is the context.
+        fallback_token = rng.rand(first).argmax(1, keepdim=True)
+        lacks_context = hidden[:, :first].all(1, keepdim=True)
+        hidden = hidden.scatter(1, fallback_token, hidden.gather(1, fallback_token) & ~lacks_context)
         hidden = repeat(hidden, "b n -> b (t n)", t=grid.t // slices)
         hidden[:, self.context_slices(grid) * grid.h * grid.w :] = True
         return hidden
@@ -183,8 +185,8 @@ class MultiBlock2D:
     Source: I-JEPA (arXiv 2301.08243), section 3 and src/masks/multiblock.py. The sizes of the boxes are drawn
     once per step for the whole batch, their places for each sample; targets may overlap each other. On video
     the boxes extend through all of time. Where the context is too small, targets and context are drawn again
-    (the reference draws only the context again, and finally lets it overlap targets); where that never helps,
-    all targets are the first one, and everything else is context.
+    (the reference draws only the context again, and finally lets it overlap targets); if all draws fail,
+    every target becomes a copy of the first, and everything else is context.
 
     The number of context tokens must be the same in a batch: by default it is the `keep_quantile` of the
     numbers that the step's box sizes give, smaller ones are drawn again, and surplus tokens are dropped at
@@ -199,9 +201,7 @@ class MultiBlock2D:
     scale: Range = (0.15, 0.2)  # of a target block, fraction of the frame's area
     aspect: Range = (0.75, 1.5)  # of a target block, height over width
     context_scale: Range = (0.85, 1.0)  # of the context block, which is square
-    min_keep: PositiveInt = (
-        10  # a context of this many tokens per slice or fewer is drawn again; at most an eighth of a slice
-    )
+    min_keep: PositiveInt = 10  # contexts of min(min_keep, slice / 8) tokens or fewer, per slice, are redrawn
     keep_quantile: LowQuantile = 0.05
     reference_quirks: bool = False
 
@@ -268,10 +268,10 @@ class MultiBlock2D:
         draws: int,
     ) -> tuple[Tensor, Tensor]:
         """Returns contexts bool [B, draws, h*w] without the targets, and targets bool [B, draws, M, h*w]."""
-        last_start = 0 if self.reference_quirks else 1
+        extra_start = 0 if self.reference_quirks else 1
 
         def place(u: Tensor, size: tuple[int, int]) -> Tensor:
-            starts = (max(1, grid.h - size[0] + last_start), max(1, grid.w - size[1] + last_start))
+            starts = (max(1, grid.h - size[0] + extra_start), max(1, grid.w - size[1] + extra_start))
             return rearrange(rectangles(u, size, grid, starts), "... h w -> ... (h w)")
 
         u = rng.rand(draws, self.targets + 1, 2)

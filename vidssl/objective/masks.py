@@ -1,9 +1,9 @@
-"""Masks: which tokens the encoder is given and which are to be predicted.
+"""Masks: which tokens the encoder receives and which are predicted.
 
 A masker is called with (video f32 [B, 3, T, H, W], grid, rng) and returns a list of masks; a method with two
-kinds of masks (V-JEPA) returns two. All samples of a batch have the same numbers of tokens, and a sample's
-mask is a function of its own key alone, except where a docstring states otherwise. An image is a grid of one
-time slice.
+kinds of masks (V-JEPA) returns two. All samples of a batch have the same numbers of tokens. A sample's mask
+is a function of its own key and pixels alone, except where a docstring states otherwise. An image is a grid
+of one time slice.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,11 @@ from vidssl.objective.block_masks import MultiBlock2D, MultiBlock3D, SingleBlock
 
 
 def mask_from_scores(score: Tensor, num_context: int) -> Mask:
-    """The `num_context` lowest of score [B, N] are context, the rest is one target group; ids ascend."""
+    """Low scores are visible: the `num_context` lowest of score [B, N] are context, the rest one target
+    group.
+
+    Ids ascend.
+    """
     order = score.argsort(dim=1, stable=True)
     return Mask(order[:, :num_context].sort(1)[0], order[:, num_context:].sort(1)[0][:, None])
 
@@ -53,8 +57,7 @@ class Random:
 
 @dataclass(frozen=True)
 class Tube:
-    """The same spatial positions hidden in every time slice. Source: VideoMAE (arXiv 2203.12602), section
-    3.3."""
+    """The same places hidden in every time slice. Source: VideoMAE (arXiv 2203.12602), section 3.3."""
 
     ratio: Fraction = 0.9  # fraction of a slice's tokens hidden
 
@@ -94,7 +97,7 @@ def draw_past(min_past: int, grid: Grid, rng: KeyedRNG) -> int:
 class Future:
     """Context in the past, target in the next time slice; the length of the past is drawn once per step.
 
-    Motion must be extrapolated, so unlike in the other masks the still background is the easy part.
+    The static background is easy to predict; moving parts must be extrapolated.
     """
 
     visible: Fraction = 0.5  # fraction of the past's tokens that are context
@@ -114,9 +117,8 @@ class Causal:
     """Context: all of the first slices; target: all later ones. The length of the past is drawn once per
     step.
 
-    It is drawn, so that every length of past and future occurs, and once per step, so that the numbers of
-    tokens are equal in the global batch. (The causal masks of V-JEPA's ablation are `multiblock_3d` with
-    `max_temporal_keep`.)
+    Drawing it makes every split occur; one draw per step keeps token counts equal. (The causal masks of
+    V-JEPA's ablation are `multiblock_3d` with `max_temporal_keep`.)
     """
 
     past: PositiveInt = 1  # smallest number of slices in the past
@@ -164,7 +166,8 @@ def running_cell_maps(grid: Grid, ratio: float) -> Tensor:
 
 
 def dual_mask(hidden: Tensor, dropped: Tensor) -> Mask:
-    """hidden bool [B, N] from the encoder, dropped bool [B, N] from the decoder; equally many in each sample.
+    """hidden bool [B, N]: not seen by the encoder; dropped bool [B, N]: not decoded; same counts in each
+    sample.
 
     Every token that is not dropped is decoded; those that the encoder saw carry no loss (weight 0).
     """
@@ -179,21 +182,21 @@ class RunningCell:
 
     The loss counts the tokens that are hidden from the encoder and decoded. The start of the cell is drawn
     for each sample. In an odd frame the four starts decode different numbers of tokens: then all are cut to
-    the smallest number, at random, tokens without loss first. Source: VideoMAE V2 (arXiv 2303.16727), section
-    3.
+    the smallest number, at random; tokens with zero loss weight are removed first. Source: VideoMAE V2 (arXiv
+    2303.16727), section 3.
     """
 
     ratio: Fraction = 0.9  # fraction of a slice's tokens hidden from the encoder
-    decode_ratio: Fraction = 0.5  # fraction of a cell dropped from the decoder, in whole quarters
+    decoder_drop_ratio: Fraction = 0.5  # fraction of a cell dropped from the decoder, in whole quarters
 
     def __call__(self, video: Tensor, grid: Grid, rng: KeyedRNG) -> list[Mask]:
-        if int(4 * self.decode_ratio) == 4:
+        if int(4 * self.decoder_drop_ratio) == 4:
             raise UserError(
-                f"method.mask.decode_ratio: {self.decode_ratio} leaves nothing to decode; "
+                f"method.mask.decoder_drop_ratio: {self.decoder_drop_ratio} leaves nothing to decode; "
                 "the largest value is 0.75"
             )
         context = Tube(self.ratio)(video, grid, rng)[0].context
-        maps = running_cell_maps(grid, self.decode_ratio).to(context.device)
+        maps = running_cell_maps(grid, self.decoder_drop_ratio).to(context.device)
         hidden = torch.ones(len(context), grid.n, dtype=torch.bool, device=context.device)
         hidden = hidden.scatter(1, context, False)
         starts = random_rotation(rng)

@@ -19,9 +19,9 @@ from vidssl.model.predictor import Prediction
 from vidssl.model.vit import Encoder
 from vidssl.objective.targets import Target
 
-Error = Callable[[Tensor, Tensor], Tensor]  # prediction and target [B, M, Nt, K] to [B, M, Nt]
+ErrorFunction = Callable[[Tensor, Tensor], Tensor]  # prediction and target [B, M, Nt, K] to [B, M, Nt]
 
-ERRORS: dict[str, Callable[[], Error]] = {
+ERRORS: dict[str, Callable[[], ErrorFunction]] = {
     "l1": lambda: lambda pred, target: (pred - target).abs().mean(-1),
     "l2": lambda: lambda pred, target: F.mse_loss(pred, target, reduction="none").mean(-1),
     "smooth_l1": lambda: lambda pred, target: F.smooth_l1_loss(pred, target, reduction="none").mean(-1),
@@ -70,8 +70,8 @@ class Objective(nn.Module):
         target: Target,
         query: nn.Module,
         predictor: nn.Module,
-        error: Error,
-        context: ContextLoss | None = None,
+        error: ErrorFunction,
+        context_loss: ContextLoss | None = None,
     ):
         super().__init__()
         self.encoder = encoder
@@ -80,15 +80,15 @@ class Objective(nn.Module):
         self.query = query
         self.predictor = predictor
         self.error = error
-        self.context = context or ContextLoss()
-        if bool(self.context.weight) != (getattr(predictor, "proj_context", None) is not None):
+        self.context_loss = context_loss or ContextLoss()
+        if bool(self.context_loss.weight) != (getattr(predictor, "proj_context", None) is not None):
             raise UserError(
                 "method.context.weight and method.predictor.context_head go together: give both or neither"
             )
 
     @property
     def eval_encoder(self) -> Encoder:
-        """The encoder that is evaluated: the momentum encoder where there is one (as in V-JEPA), else the
+        """The encoder that is evaluated: the EMA encoder where there is one (as in V-JEPA), else the
         trained one."""
         return self.encoder if self.target.encoder is None else self.target.encoder
 
@@ -96,16 +96,18 @@ class Objective(nn.Module):
         grid = self.encoder.grid_of(video)
         target = self.target(video)  # [B, N, K]
         masks = self.mask(video, grid, rng)
-        context_weight = self.context.weight_at(rng.step)
+        context_weight = self.context_loss.weight_at(rng.step)
         parts: dict[str, Tensor] = {}
         losses = []
         for i, mask in enumerate(masks):
             z = self.encoder(video, mask.context, return_levels=True)  # [B, (1 +) Nc, levels * D]
             pred: Prediction = self.predictor(z, mask, self.query(i), grid)
             error = self.error(pred.target.float(), gather_tokens(target, mask.target).float())
-            loss = parts[f"loss_{i}"] = self.reduce(error, mask)
+            loss = parts[f"loss_{i}"] = self.weighted_mean(error, mask)
             if pred.context is not None:
-                context_loss = parts[f"context_{i}"] = self.context_loss(pred.context, target, mask, grid)
+                context_loss = parts[f"context_loss_{i}"] = self.context_error(
+                    pred.context, target, mask, grid
+                )
                 loss = loss + context_weight * context_loss
             losses.append(loss)
             parts |= {
@@ -113,14 +115,14 @@ class Objective(nn.Module):
             }
         return {"loss": torch.stack(losses).mean(), **parts}
 
-    def context_loss(self, pred: Tensor, target: Tensor, mask: Mask, grid: Grid) -> Tensor:
-        """pred [B, M, Nc, K] at the context tokens, target [B, N, K]. Returns a scalar."""
+    def context_error(self, pred: Tensor, target: Tensor, mask: Mask, grid: Grid) -> Tensor:
+        """Returns the mean error, a scalar, of pred [B, M, Nc, K] at the context tokens; target [B, N, K]."""
         error = self.error(pred.float(), gather_tokens(target, mask.context)[:, None].float())
-        return (error * inverse_sqrt_distance(mask, grid) if self.context.by_distance else error).mean()
+        return (error * inverse_sqrt_distance(mask, grid) if self.context_loss.by_distance else error).mean()
 
     @staticmethod
-    def reduce(error: Tensor, mask: Mask) -> Tensor:
-        """Averages errors [B, M, Nt] to a scalar; the one place where the errors of targets are averaged."""
+    def weighted_mean(error: Tensor, mask: Mask) -> Tensor:
+        """Returns the mean of errors [B, M, Nt], a scalar. All target errors are averaged here."""
         return error.mean() if mask.weight is None else (error * mask.weight).sum() / mask.weight.sum()
 
 

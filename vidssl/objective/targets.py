@@ -16,7 +16,7 @@ from vidssl.model.vit import Encoder
 
 
 class Target(nn.Module):
-    """Base of all targets. `encoder` is the momentum encoder, which evaluation then uses; None where there is
+    """Base of all targets. `encoder` is the EMA encoder, which evaluation then uses; None where there is
     none."""
 
     encoder: Encoder | None
@@ -30,7 +30,7 @@ class Target(nn.Module):
         self.momentum = momentum
 
     def update(self, encoder: Encoder, momentum: float) -> None:
-        """Called after every optimiser step; a target without a momentum encoder does nothing."""
+        """Called after every optimizer step; a target without an EMA encoder does nothing."""
 
 
 class Pixels(Target):
@@ -93,7 +93,7 @@ def level_norm(features: Tensor, dim: int) -> Tensor:
 
 
 class Ema(Target):
-    """Layer-normed features of a momentum encoder that sees the whole clip; K = the width of all its levels.
+    """Layer-normed features of an EMA encoder that sees the whole clip; K = the width of all its levels.
 
     Source: V-JEPA (arXiv 2404.08471), section 3.1, app/vjepa/train.py; levels: V-JEPA 2.1,
     app/vjepa_2_1/train.py.
@@ -102,7 +102,7 @@ class Ema(Target):
     encoder: Encoder
 
     def __init__(self, encoder: Encoder, momentum: tuple[Fraction, Fraction] = (0.998, 1.0)):
-        super().__init__(encoder.width, momentum)
+        super().__init__(encoder.feature_width, momentum)
         self.encoder = copy.deepcopy(encoder).requires_grad_(False)
         self.encoder.blocks.set_drop_path(0.0)
 
@@ -120,16 +120,17 @@ class Ema(Target):
 class Teacher(Target):
     """Layer-normed last features of a frozen, larger encoder: distillation (V-JEPA 2.1's ViT-B and ViT-L).
 
-    The teacher is loaded from `path` at every start and is not part of the checkpoints. Its tokens must be of
-    the same tubelet and patch.
+    The teacher is loaded from `path` at every start and is not part of the checkpoints. Its tubelet and patch
+    must equal the model's.
     """
 
     def __init__(self, encoder: Encoder, teacher: Encoder, path: str):
         super().__init__(teacher.dim)
         if (teacher.tubelet, teacher.patch) != (encoder.tubelet, encoder.patch):
             raise UserError(
-                f"method.target.path: {path} has tokens of {teacher.tubelet} frames x {teacher.patch} px, "
-                f"this model of {encoder.tubelet} x {encoder.patch}"
+                f"method.target.path: the teacher's patches ({path}) are "
+                f"{teacher.tubelet} x {teacher.patch} x {teacher.patch}, "
+                f"the model's {encoder.tubelet} x {encoder.patch} x {encoder.patch}; they must be equal"
             )
         self._teacher = [teacher]  # in a list, so that it is not registered as a submodule
 

@@ -21,7 +21,7 @@ from vidssl.pretrained.infer_config import Checkpoint, token_grid
 def pretrained_weights(
     objective: Objective, checkpoint: Checkpoint, model: Spec, method: MethodConfig, source: str
 ) -> dict[str, Tensor]:
-    """Weights, by their names in the objective, of encoder, momentum encoder and (where the checkpoint has
+    """Weights, by their names in the objective, of encoder, EMA encoder and (where the checkpoint has
     one) predictor.
 
     model, method: the configuration of the objective; source: the checkpoint's name in error messages.

@@ -111,7 +111,7 @@ def checkpoint_from_state(state: dict[str, Tensor], source: str, overrides: dict
     name, rules = detect_format(state, source, overrides)
     if rules is not JEPA:
         return infer_checkpoint(rename(state, rules, source), name, source, overrides)
-    # The momentum encoder is evaluated, and the trained one is kept beside it. A distilled model has its own
+    # The EMA encoder is evaluated, and the trained one is kept beside it. A distilled model has its own
     # average (ema_encoder), and there target_encoder is the teacher.
     encoders = {n: weights for n in JEPA_ENCODERS if (weights := select_encoder(state, n))}
     has_own_average = "ema_encoder" in encoders

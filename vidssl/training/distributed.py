@@ -270,7 +270,7 @@ class Strategy:
 class Fsdp2(Strategy):
     """FSDP2: weights, gradients and optimizer state are sharded over the processes.
 
-    Each transformer Block of the encoder, the momentum encoder and the predictor is one unit, all other parameters are
+    Each transformer Block of the encoder, the EMA encoder and the predictor is one unit, all other parameters are
     the last one. All parameters are sharded in the same way, so that the optimizer and the EMA update work on shards.
     """
 

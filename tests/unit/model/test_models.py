@@ -233,7 +233,7 @@ def test_context_loss():
     predictor = JointPredictor(encoder, 48, width=24, depth=1, heads=3, context_head=True)
     parts = (encoder, lambda *_: masks, Ema(encoder), MaskToken(24), predictor, ERRORS["l1"]())
     out = Objective(*parts, context)(video, KeyedRNG(0, 15, torch.arange(2)))
-    assert torch.allclose(out["loss"], out["loss_0"] + 0.25 * out["context_0"])
+    assert torch.allclose(out["loss"], out["loss_0"] + 0.25 * out["context_loss_0"])
     with pytest.raises(UserError, match="go together"):
         Objective(*parts)
 

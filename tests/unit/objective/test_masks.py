@@ -56,7 +56,7 @@ OWN = {  # masks of which every sample's is a function of its own key alone
     "causal": Causal(),
     "quadrants": Quadrants(),
     "running_cell": RunningCell(),
-    "running_cell-sparse": RunningCell(0.75, decode_ratio=0.75),
+    "running_cell-sparse": RunningCell(0.75, decoder_drop_ratio=0.75),
     "blocks": MultiBlock3D(),
     "blocks-large": MultiBlock3D((BlockGroup(1, 0.9),)),
     "blocks-short in time": MultiBlock3D(temporal_scale=(0.25, 0.75)),
@@ -81,6 +81,12 @@ ALL = OWN | SHARED
 
 def draws(seed: int, n: int, step: int = 0) -> KeyedRNG:
     return KeyedRNG(seed, step, torch.arange(n) + n * step)
+
+
+def random_video(grid: Grid, samples: int) -> torch.Tensor:
+    """f32 [samples, 3, 2 t, 4 h, 4 w]: noise, with tokens of 2 x 4 x 4."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(samples, 3, 2 * grid.t, 4 * grid.h, 4 * grid.w, generator=generator)
 
 
 def possible(masker, grid: Grid) -> bool:
@@ -144,7 +150,7 @@ def test_no_grid_is_too_small_for_boxes():
 @pytest.mark.parametrize("kind", MASKS)
 def test_every_kind_s_defaults_make_masks_on_a_frame_that_is_not_square(kind):
     for grid in (Grid(8, 6, 10), Grid(8, 9, 4)):
-        masks = config.build({"kind": kind}, MASKS)(None, grid, draws(0, 3))
+        masks = config.build({"kind": kind}, MASKS)(random_video(grid, 3), grid, draws(0, 3))
         for mask in masks:
             check(mask, grid, 3)
 
@@ -171,7 +177,11 @@ def test_a_sample_s_mask_does_not_depend_on_its_batch(name, grid):
         (Tube(0.1), (2, 2, 2), "method.mask.ratio"),
         (Random(1.0), (2, 2, 2), "method.mask.ratio: 1.0 of 8 tokens hides 8"),
         (RunningCell(0.1), (2, 2, 2), "method.mask.ratio"),
-        (RunningCell(decode_ratio=1.0), (2, 4, 4), "method.mask.decode_ratio: 1.0 leaves nothing to decode"),
+        (
+            RunningCell(decoder_drop_ratio=1.0),
+            (2, 4, 4),
+            "method.mask.decoder_drop_ratio: 1.0 leaves nothing to decode",
+        ),
         (Frame(), (1, 4, 4), "method.mask.ratio: 0.875 of 1 time slices"),
         (Causal(), (1, 4, 4), "method.mask.kind: .* two or more time slices"),
         (Future(), (1, 4, 4), "method.mask.kind: .* two or more time slices"),
@@ -467,8 +477,8 @@ def test_uncut_masks_have_the_statistics_of_the_published_sampler(group, size):
         assert got.mean() == pytest.approx(reference[key], abs=slack * (p * (1 - p)) ** 0.5)
 
 
-# The published sampler, measured: per-process batch, tokens of a side, then for each group: context kept, targets
-# kept, last / first time slice of the context, share of the context in the second half of the clip.
+# The published sampler, measured: per-process batch, tokens of a side, then for each group: context kept,
+# targets kept, last / first time slice of the context, share of the context in the second half of the clip.
 TABLE = [
     (1, 14, (0.372, 0.628, 1.00, 0.50), (0.183, 0.817, 1.00, 0.50)),
     (4, 14, (0.292, 0.562, 0.29, 0.38), (0.122, 0.727, 0.25, 0.31)),

@@ -171,8 +171,8 @@ def test_weighted_reduction():
     weight = torch.tensor([[[1.0, 0, 0, 1]], [[0, 0, 0, 2]]])
     want = (error[0, 0, 0] + error[0, 0, 3] + 2 * error[1, 0, 3]) / 4
     empty = torch.empty(0)
-    assert torch.allclose(Objective.reduce(error, Mask(empty, empty, weight)), want)
-    assert torch.allclose(Objective.reduce(error, Mask(empty, empty)), error.mean())
+    assert torch.allclose(Objective.weighted_mean(error, Mask(empty, empty, weight)), want)
+    assert torch.allclose(Objective.weighted_mean(error, Mask(empty, empty)), error.mean())
 
 
 def test_ema_update():

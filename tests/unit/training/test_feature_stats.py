@@ -79,7 +79,7 @@ class NoStopGradient(Target):
     """A target that collapses by design: the online encoder's features, with gradients."""
 
     def __init__(self, encoder):
-        super().__init__(encoder.width)
+        super().__init__(encoder.feature_width)
         self.encoders = [encoder]  # a list: not registered as a submodule
 
     def forward(self, video):
