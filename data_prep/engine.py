@@ -51,7 +51,8 @@ def write_shard(shard: ShardPlan, inspected: Iterable[Inspected], plan: Plan, su
                 item = items[result.item]
                 key = sample_key(path, result.start, result.end)
                 metas[key] = sample_meta(item, result, plan)
-                # TarWriter sorts the members of one call; two calls put the media file first, whatever its name.
+                # TarWriter sorts the members of one call; two calls put the media file first, whatever its
+                # name.
                 if result.data is None:
                     tar.write({"__key__": key, item.ext: (plan.source / path).read_bytes()})
                 else:

@@ -26,7 +26,8 @@ def read_shard(tar: Path, skipped: Counter) -> list[dict]:
     """Returns the records of one shard; a meta has a "class" and no "label" yet if the shard gives only a
     name.
     """
-    records, keys = [], set()
+    records = []
+    keys = set()
     with open(tar, "rb") as file:
 
         def contents(member: Member | None) -> bytes | None:

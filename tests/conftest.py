@@ -31,7 +31,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # a process a core: more threads would 
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks the tests of a folder, and skips tests that need a GPU where there is none (an error with CI_GPU=1)."""
+    """Marks the tests of a folder, and skips tests that need a GPU where there is none (an error with
+    CI_GPU=1)."""
     root = Path(__file__).parent
     for item in items:
         for mark in FOLDER_MARKS.get(item.path.relative_to(root).parts[0], ()):
@@ -69,8 +70,9 @@ def encode_video(
     size: tuple[int, int] = (HEIGHT, WIDTH),
     **options: str,
 ) -> bytes:
-    """A video as bytes. times: of each frame in milliseconds (default: RATE frames a second). The stored picture has a
-    white upper-left corner (not a grey level), so that turns and flips show. rotation: degrees clockwise when shown."""
+    """A video as bytes. times: of each frame in milliseconds (default: RATE frames a second). The stored
+    picture has a white upper-left corner (not a grey level), so that turns and flips show. rotation: degrees
+    clockwise when shown."""
     out = io.BytesIO()
     with av.open(out, "w", format=container) as file:
         stream = file.add_stream(codec, rate=RATE, options={"crf": "4", "g": "8", "bf": "2", **options})
@@ -84,7 +86,8 @@ def encode_video(
             picture[: size[0] // 4, : size[1] // 4] = 255
             frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
             if times is not None:
-                frame.pts, frame.time_base = times[i], Fraction(1, 1000)
+                frame.pts = times[i]
+                frame.time_base = Fraction(1, 1000)
             file.mux(stream.encode(frame))
         file.mux(stream.encode())
     return out.getvalue()
@@ -94,7 +97,8 @@ def encode_image(kind: str, orientation: int = 1) -> bytes:
     """A 64x48 picture (width x height) with a white upper-left corner as stored."""
     picture = np.full((HEIGHT, WIDTH, 3), 100, np.uint8)
     picture[: HEIGHT // 4, : WIDTH // 4] = 255
-    out, image = io.BytesIO(), Image.fromarray(picture)
+    out = io.BytesIO()
+    image = Image.fromarray(picture)
     exif = image.getexif()
     exif[0x0112] = orientation
     image.save(out, kind, exif=exif)

@@ -1,4 +1,5 @@
-"""Lets tests run FSDP2 and DeepSpeed on CPU processes (gloo), which Accelerate (1.15) allows on accelerators only."""
+"""Lets tests run FSDP2 and DeepSpeed on CPU processes (gloo), which Accelerate (1.15) allows on accelerators
+only."""
 
 from typing import Any
 
@@ -9,7 +10,8 @@ from accelerate.utils import DistributedType
 def enable_cpu_sharding() -> None:
     """Makes AcceleratorState use the FSDP and DeepSpeed plugins on several CPU processes as it does on GPUs.
 
-    Accelerate ignores them there (AcceleratorState.__init__), though all that it then does works on CPUs, too.
+    Accelerate ignores them there (AcceleratorState.__init__), though all that it then does works on CPUs,
+    too.
     """
     original = AcceleratorState.__init__
 

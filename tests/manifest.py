@@ -1,4 +1,5 @@
-"""A data set that is an index only: what order and memory cost for any number of samples can be measured on it."""
+"""A data set that is an index only: what order and memory cost for any number of samples can be measured on
+it."""
 
 import hashlib
 import json
@@ -6,7 +7,8 @@ from pathlib import Path
 
 
 def make_manifest(folder: Path, shards: int, samples: int, lines_of: range = range(0)) -> Path:
-    """index.json of `shards` shards of `samples` samples each, no tars; a .jsonl for the shards in `lines_of`."""
+    """index.json of `shards` shards of `samples` samples each, no tars; a .jsonl for the shards in
+    `lines_of`."""
     folder.mkdir(parents=True, exist_ok=True)
     made = {}
     for s in lines_of:

@@ -18,10 +18,11 @@ SLOW = 0.02  # seconds between the blocks of a slow answer
 
 
 class Server(ThreadingHTTPServer):
-    """faults: name of a file -> what befalls the next requests for it, one after the other; "" stands for nothing.
+    """faults: name of a file -> what befalls the next requests for it, one after the other; "" stands for
+    nothing.
 
-    "500", "403": that status. "cut 100", "stall 100": only 100 bytes come, then the end, or silence. "slow 100": 100
-    bytes at a time. "wrong": the last byte is another. "short": a file without its second half.
+    "500", "403": that status. "cut 100", "stall 100": only 100 bytes come, then the end, or silence. "slow
+    100": 100 bytes at a time. "wrong": the last byte is another. "short": a file without its second half.
     """
 
     daemon_threads = True
@@ -92,7 +93,8 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def put_lengths(shards: "Shards", put: Queue) -> None:
-    """Of all samples, read in this process; it stands here because what a spawned process imports takes its time."""
+    """Of all samples, read in this process; it stands here because what a spawned process imports takes its
+    time."""
     put.put([len(shards.read(sample)) for sample in shards.all()])
 
 

@@ -20,11 +20,13 @@ def make_clips(folder: Path | str, seed: int = 3, cache: int = 0, **data) -> Tra
 
 
 def copy_with_damage(folder: Path, out: Path, damaged: dict[tuple[int, int], float]) -> Path:
-    """A copy of a packed folder; of the samples (shard, number) the media bytes are zero from that fraction on."""
+    """A copy of a packed folder; of the samples (shard, number) the media bytes are zero from that fraction
+    on."""
     shutil.copytree(folder, out)
     shards = Shards([str(out)])
     for place, fraction in damaged.items():
-        sample, begin = shards.sample(*place), int(shards.sample(*place).size * fraction)
+        sample = shards.sample(*place)
+        begin = int(shards.sample(*place).size * fraction)
         with open(shards.path(sample.shard), "r+b") as f:
             f.seek(sample.offset + begin)
             f.write(bytes(sample.size - begin))

@@ -53,7 +53,8 @@ def test_contents_of_a_pack(packed, tiny_corpus, frame_index):
         assert (shard["bytes"], shard["sha256"]) == (len(tar), hashlib.sha256(tar).hexdigest())
         for line in read_records(packed, shard["name"].replace(".tar", ".jsonl")):
             assert set(line) == {"key", "ext", "offset", "size", "meta"}
-            data, meta = tar[line["offset"] : line["offset"] + line["size"]], line["meta"]
+            data = tar[line["offset"] : line["offset"] + line["size"]]
+            meta = line["meta"]
             assert data == (tiny_corpus / meta["source"]).read_bytes()
             assert (
                 line["key"] == sample_key(meta["source"]) and "." not in line["key"] and line["ext"] == "mp4"
@@ -411,7 +412,8 @@ def write_tar(path: Path, members: list[tuple[str, bytes]], **how) -> None:
     with tarfile.open(path, "w", **how) as tar:
         for name, data in members:
             info = tarfile.TarInfo(name)
-            info.size, info.mtime = len(data), 1.5
+            info.size = len(data)
+            info.mtime = 1.5
             tar.addfile(info, io.BytesIO(data))
 
 

@@ -1,4 +1,5 @@
-"""vidssl/data/remote.py, and Shards over the network: an HTTP server with faults, an S3 server, several processes."""
+"""vidssl/data/remote.py, and Shards over the network: an HTTP server with faults, an S3 server, several
+processes."""
 
 import fcntl
 import io
@@ -42,7 +43,8 @@ def write_tar(path: Path, members: list[tuple[str, bytes]]) -> None:
 @pytest.fixture(scope="session")
 def made(tmp_path_factory) -> Path:
     """A data set of random bytes under the names of videos; only read it."""
-    folder, rng = tmp_path_factory.mktemp("made") / "set", np.random.default_rng(0)
+    folder = tmp_path_factory.mktemp("made") / "set"
+    rng = np.random.default_rng(0)
     folder.mkdir()
     for s in range(SHARDS):
         write_tar(folder / f"part {s}.tar", [(f"{s}-{i}.mp4", rng.bytes(PAYLOAD)) for i in range(SAMPLES)])
@@ -252,7 +254,8 @@ def test_wrong_addresses_and_cache_folders(server, tmp_path):
 
 
 def test_on_missing_skip(make_image, tmp_path):
-    folder, lost = tmp_path / "set", "part 1.tar"
+    folder = tmp_path / "set"
+    lost = "part 1.tar"
     folder.mkdir()
     for s in range(3):
         write_tar(folder / f"part {s}.tar", [(f"{s}-{i}.png", make_image("png")) for i in range(4)])
@@ -289,7 +292,8 @@ def test_concurrent_processes_fetch_a_shard_once(server, tmp_path):
     shards = open_remote(server, tmp_path)
     for s in range(2):
         server.faults[f"part {s}.tar"] = ["slow 10000"]  # a fifth of a second
-    gate, put = FORK.Barrier(4), FORK.Queue()
+    gate = FORK.Barrier(4)
+    put = FORK.Queue()
     children = [FORK.Process(target=read_all, args=(shards, gate, put)) for _ in range(4)]
     for child in children:
         child.start()
@@ -428,7 +432,8 @@ def test_in_loader_workers(server, tmp_path):
 
 
 def test_in_a_spawned_process(server, tmp_path):
-    shards, spawn = open_remote(server, tmp_path), multiprocessing.get_context("spawn")
+    shards = open_remote(server, tmp_path)
+    spawn = multiprocessing.get_context("spawn")
     shards.read(shards.sample(0, 0))
     put = spawn.Queue()
     child = spawn.Process(target=put_lengths, args=(shards, put))
@@ -478,7 +483,8 @@ def test_s3(made, tmp_path, monkeypatch):
         fs = s3fs.S3FileSystem()
         fs.mkdir("bucket")
         fs.put(str(made), "bucket/set", recursive=True)
-        here, there = Shards([str(made)]), Shards(["s3://bucket/set"], str(tmp_path))
+        here = Shards([str(made)])
+        there = Shards(["s3://bucket/set"], str(tmp_path))
         assert there.hash == here.hash and there.all() == here.all()
         assert [there.read(s) for s in there.all()] == [here.read(s) for s in here.all()]
         loader = DataLoader(Bytes(Shards(["s3://bucket/set"], str(tmp_path / "2"))), SAMPLES, num_workers=2)

@@ -63,7 +63,8 @@ EACH = [{k: v} for k, v in ALL.items()] + [
 @pytest.mark.parametrize("changes", EACH, ids=str)
 @pytest.mark.parametrize("kind", [RandomCrop, MultiScaleCrop])
 def test_augmentation_is_equal_in_all_frames_and_a_function_of_the_generator(kind, changes):
-    augment, seen = kind(32, **changes), []
+    augment = kind(32, **changes)
+    seen = []
     noisy = (
         changes.get("random_erasing") and changes.get("random_erasing_mode", "pixel") == "pixel"
     )  # differs from frame to frame
@@ -114,7 +115,8 @@ def test_flip_mirrors_the_frames():
 )
 def test_color_jitter_factors_fill_their_range(amounts, adjust, neutral):
     """Each clip is the frame at some factor of the range, and the factors fill it."""
-    (amount,), frame = amounts.values(), planes(photo(1))[:, 0]
+    (amount,) = amounts.values()
+    frame = planes(photo(1))[:, 0]
     grid = np.linspace(neutral - amount, neutral + amount, 81)
     at = torch.stack([adjust(frame, float(f)) for f in grid]).float()
     found = []
@@ -184,7 +186,8 @@ def box_of(changed: torch.Tensor) -> tuple[int, int, int, int]:
 
 @pytest.mark.parametrize("mode", ["const", "rand", "pixel"])
 def test_erased_box(mode):
-    black, boxes = np.zeros((4, SIZE, SIZE, 3), np.uint8), []
+    black = np.zeros((4, SIZE, SIZE, 3), np.uint8)
+    boxes = []
     mean, std = 255 * np.array([0.485, 0.456, 0.406]), 255 * np.array([0.229, 0.224, 0.225])
     values = []
     for seed in range(150):
@@ -201,7 +204,8 @@ def test_erased_box(mode):
             assert ((inside > 0).mean((2, 3)) > 0.8).all()  # noise in every frame of the box
         values.append(inside[:, 0, 0, 0])
     top, left, h, w = np.array(boxes).T
-    share, ratio = h * w / SIZE**2, h / w
+    share = h * w / SIZE**2
+    ratio = h / w
     assert 0.015 < share.min() < 0.06 and 0.28 < share.max() < 0.345
     assert 0.28 < ratio.min() < 0.5 and 2.0 < ratio.max() < 3.6
     for place in (top / (SIZE - h), left / (SIZE - w)):

@@ -1,4 +1,5 @@
-"""vidssl/data/shards.py, augment.py and loader.py: an item is a function of (seed, position), and of nothing else."""
+"""vidssl/data/shards.py, augment.py and loader.py: an item is a function of (seed, position), and of nothing
+else."""
 
 import hashlib
 import json
@@ -33,7 +34,8 @@ def rng(seed: int = 0) -> np.random.Generator:
 
 
 def box(clip: torch.Tensor) -> tuple[float, float, float, float]:
-    """left, top, width, height (pixels) of what a clip [3, T, S, S] of `coordinates` shows; width < 0: flipped."""
+    """left, top, width, height (pixels) of what a clip [3, T, S, S] of `coordinates` shows; width < 0:
+    flipped."""
     size = clip.shape[-1]
     inner = torch.arange(3, size - 3)  # away from the rim, where antialiasing bends the ramp
     found = []
@@ -58,7 +60,8 @@ def train(synthetic_shards) -> Path:
 
 
 def test_random_crop_takes_one_box_for_all_frames():
-    frames, boxes = coordinates(), []
+    frames = coordinates()
+    boxes = []
     for seed in range(200):
         clip = RandomCrop(32, scale=(0.2, 0.9), ratio=(0.5, 2.0))(frames, rng(seed))
         assert clip.shape == (3, 5, 32, 32) and clip.dtype == torch.uint8 and clip.is_contiguous()
@@ -68,7 +71,8 @@ def test_random_crop_takes_one_box_for_all_frames():
     left, top, width, height = np.array(boxes).T
     assert (left > -1).all() and (top > -1).all() and (left + width < WIDTH + 1).all()
     assert (top + height < HEIGHT + 1).all()
-    share, ratio = width * height / (WIDTH * HEIGHT), width / height
+    share = width * height / (WIDTH * HEIGHT)
+    ratio = width / height
     assert 0.18 < share.min() < 0.25 and 0.75 < share.max() < 0.92
     assert 0.47 < ratio.min() < 0.6 and 1.7 < ratio.max() < 2.1
     free = (WIDTH - width > 10) & (HEIGHT - height > 10)
@@ -129,11 +133,9 @@ def test_multi_scale_crop_box_sizes():
 )
 def test_multi_scale_crop_places(height, width, across, down):
     """across, down: a quarter of the room that a box of 60 pixels has, rounded down."""
-    frames, crop, seen = (
-        coordinates(5, height, width),
-        MultiScaleCrop(60, scales=(60.5 / min(height, width),)),
-        [],
-    )
+    frames = coordinates(5, height, width)
+    crop = MultiScaleCrop(60, scales=(60.5 / min(height, width),))
+    seen = []
     for seed in range(600):
         clip = crop(frames, rng(seed))
         assert clip.shape == (3, 5, 60, 60) and clip.dtype == torch.uint8 and clip.is_contiguous()
@@ -160,7 +162,8 @@ def test_multi_scale_crop_draws_box_sizes_equally():
 def test_multi_scale_crop_flip_and_generator():
     frames = coordinates(2)
     assert not any(box(MultiScaleCrop(32)(frames, rng(s)))[2] < 0 for s in range(50))
-    plain, mirrored = MultiScaleCrop(32)(frames, rng(4)), MultiScaleCrop(32, flip=1.0)(frames, rng(4))
+    plain = MultiScaleCrop(32)(frames, rng(4))
+    mirrored = MultiScaleCrop(32, flip=1.0)(frames, rng(4))
     assert mirrored.flip(-1).equal(plain) and not plain.equal(MultiScaleCrop(32)(frames, rng(5)))
     used, fresh = rng(1), rng(1)
     MultiScaleCrop(32)(frames, used)
@@ -236,7 +239,8 @@ def test_sampling_rule_of_clips(train, monkeypatch):
     for rule in ("exact", "vjepa"):
         for g in range(20):
             make_clips(train, rule=rule, stride=3)[g]
-    exact, reference = picked[:20], picked[20:]
+    exact = picked[:20]
+    reference = picked[20:]
     assert {tuple(np.diff(p)) for p in exact} == {(3, 3, 3)}
     assert {tuple(np.diff(p)) for p in reference} == {(4, 4, 3)}  # 4 points over 12 frames, the last one cut
     assert len({p[0] for p in exact}) > 5 and len({p[0] for p in reference}) > 5
@@ -259,7 +263,8 @@ def test_examples_in_a_spawned_process(train):
     "settings", [{}, {"stride": None, "fps": 5.0}, {"stride": 3, "short_side": 24}], ids=str
 )
 def test_cache_does_not_change_examples(train, settings, monkeypatch):
-    plain, all_kept = make_clips(train, **settings), make_clips(train, cache=1 << 30, **settings)
+    plain = make_clips(train, **settings)
+    all_kept = make_clips(train, cache=1 << 30, **settings)
     few_kept = make_clips(train, cache=100_000, **settings)
     for g in range(70):
         item = plain[g]
@@ -277,7 +282,8 @@ def make_clips_from(clips: TrainClips) -> TrainClips:
 
 
 def test_cache_with_a_partly_damaged_video(train, tmp_path):
-    """One video ends before its meta says: clips from its beginning are served, the others replaced, cached or not."""
+    """One video ends before its meta says: clips from its beginning are served, the others replaced, cached
+    or not."""
     folder = shutil.copytree(train, tmp_path / "part")
     file = folder / "shard-000002.jsonl"
     lines = [json.loads(line) for line in file.read_text().splitlines()]
@@ -286,7 +292,8 @@ def test_cache_with_a_partly_damaged_video(train, tmp_path):
     index = json.loads((folder / "index.json").read_text())
     index["shards"][2]["index_sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
     (folder / "index.json").write_text(json.dumps(index))
-    plain, kept = make_clips(folder), make_clips(folder, cache=1 << 30)
+    plain = make_clips(folder)
+    kept = make_clips(folder, cache=1 << 30)
     assert all(same(plain[g], kept[g]) for g in range(480))
     bad = [b for g in range(480) for b in plain[g].failures]  # of the 8 clips of it
     assert set(bad) == {(lines[0]["key"], "decode_error")} and 1 <= len(bad) <= 7
@@ -297,7 +304,9 @@ def test_batches_do_not_depend_on_workers_and_processes(train, cache):
     def run(workers: int, rank: int = 0, world: int = 1, start: int = 0) -> list:
         return list(train_batches(make_clips(train, cache=cache), start, 9, 8, rank, world, workers))
 
-    alone, helped, later = run(0), run(2), run(2, start=5)
+    alone = run(0)
+    helped = run(2)
+    later = run(2, start=5)
     assert [b.position.tolist() for b in alone] == [list(range(8 * s, 8 * s + 8)) for s in range(9)]
     for a, b in zip([*alone, *alone[5:]], [*helped, *later], strict=True):
         assert (
@@ -319,7 +328,8 @@ def test_batches_do_not_depend_on_workers_and_processes(train, cache):
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_repeated_clips_share_one_decoding(train, world, monkeypatch):
-    clips, repeat = make_clips(train, repeat=3), 3
+    clips = make_clips(train, repeat=3)
+    repeat = 3
     opened: list[bytes] = []
     real = open_video
     monkeypatch.setattr(
@@ -357,7 +367,8 @@ def test_repeated_clips_are_replaced_together(train, tmp_path):
 def test_undecodable_sample_is_replaced_and_reported(train, tmp_path):
     folder = copy_with_damage(train, tmp_path / "damaged", {(1, 3): 0.0})
     clips, sound = make_clips(folder), make_clips(train)
-    key, replaced = clips.shards.sample(1, 3).key, {}
+    key = clips.shards.sample(1, 3).key
+    replaced = {}
     for g in range(120):
         item = clips[g]
         if sound[g].key == key:
@@ -445,7 +456,8 @@ def test_image_is_a_clip_of_one_repeated_frame(make_image, tmp_path):
 
 def test_several_data_sets_are_concatenated(synthetic_shards):
     folders = [str(synthetic_shards / split) for split in ("train", "test")]
-    one, both = Shards(folders[:1]), Shards(folders)
+    one = Shards(folders[:1])
+    both = Shards(folders)
     assert one.n == 60 and both.n == 90 and len(both.all()) == 90 and one.hash != both.hash
     assert [s._replace(shard=0) for s in both.all()[:60]] == [s._replace(shard=0) for s in one.all()]
     sample = both.all()[75]
@@ -475,7 +487,8 @@ def test_errors_of_opening_shards(synthetic_shards, train, tmp_path):
 
 def test_records_that_differ_from_the_index(train, tmp_path):
     folder = shutil.copytree(train, tmp_path / "short")
-    shards, file = Shards([str(folder)]), sorted(folder.glob("shard-*.jsonl"))[2]
+    shards = Shards([str(folder)])
+    file = sorted(folder.glob("shard-*.jsonl"))[2]
     lines = file.read_text().splitlines(keepends=True)
     file.write_text("".join(lines[:-1]))
     shards.sample(0, 0)  # the others are well
@@ -517,7 +530,8 @@ def test_decoders_agree_to_within_two_grey_levels(decoder, proven):
             check_decoder("torchcodec")
         except UserError as e:
             pytest.skip(str(e))
-    clips, want = make_clips(proven, decoder=decoder), make_clips(proven, decoder="pyav")
+    clips = make_clips(proven, decoder=decoder)
+    want = make_clips(proven, decoder="pyav")
     assert {select_decoder(s.ext, s.meta, decoder) for s in clips.shards.all()} == {decoder}
     for g in range(24):
         got, auto = clips[g], want[g]
@@ -526,7 +540,8 @@ def test_decoders_agree_to_within_two_grey_levels(decoder, proven):
 
 
 def test_select_decoder():
-    counted, stamped = {"frames": 9, "decoder": "pyav", "times": None}, {}
+    counted = {"frames": 9, "decoder": "pyav", "times": None}
+    stamped = {}
     proven = {"frames": 9, "decoder": "pyav", "decord": True}
     only = {**proven, "decoder": "decord"}
     for decoder, want in (

@@ -21,7 +21,8 @@ def test_every_epoch_is_a_permutation(seed):
     rng = np.random.default_rng(seed)
     counts = rng.integers(0, 9, rng.integers(1, 12)).tolist()
     counts[0] += 1
-    lanes, window = int(rng.choice([1, 2, 8, 16])), int(rng.integers(1, 20))
+    lanes = int(rng.choice([1, 2, 8, 16]))
+    window = int(rng.integers(1, 20))
     order = Order(counts, seed, lanes, window)
     for epoch in range(4):
         shown = [flat(order, epoch * order.n + p) for p in range(order.n)]
@@ -112,7 +113,8 @@ def corpora(order: Mixture, positions: range) -> np.ndarray:
 
 
 def deviation(shown: np.ndarray, weights: list[float]) -> float:
-    """The largest difference, in samples, between what a prefix shows of a corpus and that corpus's share of it."""
+    """The largest difference, in samples, between what a prefix shows of a corpus and that corpus's share of
+    it."""
     count = (shown[:, None] == np.arange(len(weights))).cumsum(0)
     return float(abs(count - np.arange(1, len(shown) + 1)[:, None] * np.array(weights) / sum(weights)).max())
 
@@ -153,10 +155,12 @@ def test_every_corpus_of_a_mixture_has_epochs_of_its_own(weights):
 
 
 def test_a_mixture_is_a_function_of_the_position():
-    order, again = mixture([0.5, 0.3, 0.2]), pickle.loads(pickle.dumps(mixture([0.5, 0.3, 0.2])))
+    order = mixture([0.5, 0.3, 0.2])
+    again = pickle.loads(pickle.dumps(mixture([0.5, 0.3, 0.2])))
     assert [order.locate(g) for g in range(400)] == [again.locate(g) for g in reversed(range(400))][::-1]
     for g in range(200):  # what replaces a sample is of its corpus
-        first, second = order.locate(g), order.replacement(g, 1)
+        first = order.locate(g)
+        second = order.replacement(g, 1)
         assert second == again.replacement(g, 1)
         assert (
             len({int(np.searchsorted(order.first_shards, s, side="right")) for s, _ in (first, second)}) == 1
@@ -174,7 +178,8 @@ def test_equal_corpora_are_not_shuffled_alike():
 
 def test_without_weights_it_is_one_corpus():
     sizes = [np.array([3, 4]), np.array([5])]
-    plain, joined = Order([3, 4, 5], 7, 4, 10), make_order(sizes, None, 7, 4, 10)
+    plain = Order([3, 4, 5], 7, 4, 10)
+    joined = make_order(sizes, None, 7, 4, 10)
     assert [plain.locate(g) for g in range(50)] == [joined.locate(g) for g in range(50)]
 
 

@@ -24,7 +24,8 @@ KEYS = {f"{s}-{i}" for s in range(SHARDS) for i in range(SAMPLES)}
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory, make_video) -> Path:
     """Four tars of six videos; the class of sample i of shard s is its shard."""
-    folder, video = tmp_path_factory.mktemp("bucket"), make_video(8)
+    folder = tmp_path_factory.mktemp("bucket")
+    video = make_video(8)
     for s in range(SHARDS):
         with webdataset.TarWriter(str(folder / f"part-{s:03d}.tar"), encoder=False) as tar:
             for i in range(SAMPLES):
@@ -128,7 +129,8 @@ def test_pattern_in_a_configuration(pattern):
 
 @pytest.fixture
 def damaged(videos, tmp_path) -> Path:
-    """The first shard is cut within its fourth video, the second is no tar, the third holds undecodable samples."""
+    """The first shard is cut within its fourth video, the second is no tar, the third holds undecodable
+    samples."""
     paths = [tmp_path / f"part-{s:03d}.tar" for s in range(SHARDS)]
     whole = [(videos / path.name).read_bytes() for path in paths]
     video_size = len(whole[0]) // SAMPLES

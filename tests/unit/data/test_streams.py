@@ -1,4 +1,5 @@
-"""Several streams in one run: corpora in given shares, clips of several lengths, images; and the step for them."""
+"""Several streams in one run: corpora in given shares, clips of several lengths, images; and the step for
+them."""
 
 import json
 import subprocess
@@ -176,7 +177,8 @@ def test_masks_are_drawn_on_the_grid_of_each_stream(kind):
     objective.mask = MASKS[kind]()
     for frames, slices in ((8, 4), (4, 2), (1, 1)):
         batch = batch_of(4, frames, STREAM_STRIDE)
-        video, draws = normalise(batch.video), KeyedRNG(0, 0, batch.position)
+        video = normalise(batch.video)
+        draws = KeyedRNG(0, 0, batch.position)
         grid = objective.encoder.grid_of(video)
         assert grid.t == slices
         for m in objective.mask(video, grid, draws):
