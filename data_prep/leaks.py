@@ -56,7 +56,7 @@ def find_leaks(
     and/or "train": key, "error": reason}. timeout_s: seconds without progress until a video counts as
     hanging. job: replaces `matching_job` in tests.
     """
-    samples = {"train": train.all(), "test": test.all()}
+    samples = {"train": train.list_samples(), "test": test.list_samples()}
     with closing(WorkerPool(partial(job, ShardFiles({"train": train, "test": test})), timeout_s)) as pool:
         fingerprints: dict[str, list[Fingerprint | Rejected]] = {}
         for split, videos in samples.items():

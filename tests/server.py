@@ -95,7 +95,7 @@ class Handler(BaseHTTPRequestHandler):
 def put_lengths(shards: "Shards", put: Queue) -> None:
     """Of all samples, read in this process; it stands here because what a spawned process imports takes its
     time."""
-    put.put([len(shards.read(sample)) for sample in shards.all()])
+    put.put([len(shards.read(sample)) for sample in shards.list_samples()])
 
 
 @contextmanager

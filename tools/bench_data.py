@@ -162,7 +162,7 @@ def frames_in(file: Path) -> int:
 def unpack(clips: TrainClips, folder: Path) -> list[Path]:
     """Extracts the media files of the shards into `folder` and returns them."""
     folder.mkdir(exist_ok=True)
-    for sample in clips.shards.all():
+    for sample in clips.shards.list_samples():
         (folder / f"{sample.key}.{sample.ext}").write_bytes(clips.shards.read(sample))
     return sorted(folder.iterdir())
 

@@ -31,7 +31,7 @@ def cost(shards: Shards, clips: int) -> None:
         shards, Order(shards.counts, 0), DataConfig(["-"], frames=16, stride=4), RandomCrop(224)
     )
     isolated = IsolatedDataset(MultiStreamDataset([clip]), 60, 4 << 30)
-    isolated.attempt(0, 0)
+    isolated.try_position(0, 0)
     here = psutil.Process()
     both = (here, psutil.Process(isolated.sandbox.pid))
     used: dict[str, list[float]] = {"here": [], "isolated": []}
@@ -40,7 +40,7 @@ def cost(shards: Shards, clips: int) -> None:
         for name, way, processes in ways[:: 1 if start // BLOCK % 2 else -1]:
             before = cpu_seconds(*processes)
             for g in range(start, start + BLOCK):
-                way.attempt(g, 0)
+                way.try_position(g, 0)
             used[name].append((cpu_seconds(*processes) - before) / BLOCK)
     isolated.close()
     plain, apart = (1e3 * np.array(seconds) for seconds in used.values())
@@ -59,7 +59,7 @@ def leak(shards: Shards, decodes: int, decoder: str) -> None:
     )
     at, held = [], []
     for g in range(decodes):
-        work.attempt(g, 0)
+        work.try_position(g, 0)
         if g % 100 == 99:
             at.append(g)
             held.append(rss_bytes(os.getpid()))

@@ -11,7 +11,7 @@ import time
 import numpy as np
 
 from vidssl.core.errors import UserError, run_cli
-from vidssl.data.order import Mixture, Order, batches, make_order
+from vidssl.data.order import Mixture, Order, make_order, positions_per_step
 
 WORLDS = (1, 8, 64, 1024)
 
@@ -51,7 +51,7 @@ def same_batches(order: Order, batch: int, steps: int) -> bool:
         got: list[list[tuple[int, int]]] = [[] for _ in range(steps)]
         for rank in range(world):
             own = order if world > 8 else Order(order.counts, order.seed, order.lanes, order.window)
-            for step, mine in enumerate(batches(0, steps, batch, order.lanes, rank, world)):
+            for step, mine in enumerate(positions_per_step(0, steps, batch, order.lanes, rank, world)):
                 got[step] += [own.locate(g) for g in mine]
         if [sorted(g) for g in got] != want:
             return False

@@ -63,7 +63,7 @@ class Damaged:
     def key(self, position: int, attempt: int) -> str:
         return str(self.files[position % len(self.files)])
 
-    def attempt(self, position: int, attempt: int) -> Example | DecodeFailure:
+    def try_position(self, position: int, attempt: int) -> Example | DecodeFailure:
         rng = np.random.default_rng((self.seed, position))
         number = position % len(self.files)
         file = self.files[number]
@@ -92,7 +92,7 @@ def run(files: list[Path], count: int, seed: int, deadline: float) -> tuple[Coun
     seconds = []
     for position in range(count):
         start = time.perf_counter()
-        result = isolated.attempt(position, 0)
+        result = isolated.try_position(position, 0)
         seconds.append(time.perf_counter() - start)
         outcomes["decoded" if isinstance(result, Example) else result.reason] += 1
         if isinstance(result, DecodeFailure) and result.reason in ("hang", "crash", "memory"):

@@ -187,13 +187,13 @@ def test_epoch_is_selected_on_held_out_train(encoder, shards, tmp_path, monkeypa
     monkeypatch.setattr(Finetuner, "step", lambda *a: trained.update(a[2][0].key) or step(*a))
     finetune.main(call(encoder, shards, tmp_path / "run", "tune.epochs=3"))
     assert [name for name, _ in evaluated] == ["held-out train"] * 3 + ["test"]
-    train = Shards([str(shards / "train")]).all()
+    train = Shards([str(shards / "train")]).list_samples()
     held_out = {s.key: s for s in train if s.key in evaluated[0][1]}
     others = {s.key: s for s in train if s.key not in held_out}
     assert len(held_out) == 12 and trained <= others.keys() and len(trained) > 30
     assert not {s.meta["group"] for s in held_out.values()} & {s.meta["group"] for s in others.values()}
     assert {s.meta["labels"]["colour"] for s in held_out.values()} == {0, 1, 2}
-    assert set(evaluated[-1][1]) == {s.key for s in Shards([str(shards / "test")]).all()}
+    assert set(evaluated[-1][1]) == {s.key for s in Shards([str(shards / "test")]).list_samples()}
 
 
 def test_last_epoch_is_taken_without_held_out_samples(encoder, shards, tmp_path):
@@ -304,7 +304,7 @@ def test_two_processes_give_the_same_losses(encoder, shards, tmp_path):
 
 def test_undecodable_test_sample_is_an_error_or_wrong(encoder, shards, tmp_path):
     shutil.copytree(shards, tmp_path / "shards")
-    sample = Shards([str(shards / "test")]).all()[5]
+    sample = Shards([str(shards / "test")]).list_samples()[5]
     tar = sorted((tmp_path / "shards" / "test").glob("*.tar"))[sample.shard]
     with open(tar, "rb+") as f:
         f.seek(sample.offset)
@@ -322,7 +322,9 @@ def test_outputs_are_averaged_over_clips_and_nan_if_undecodable():
     tokens = torch.tensor([[0.2, 0.8], [0.6, 0.4], [0.0, 1.0], [1.0, 0.0]]).view(2, 2, 1, 2)
     features = StoredFeatures(tokens, torch.device("cpu"))
     means = mean_over_clips(LabelledFeatures(features, [], [], {1: "corrupt"}))
-    assert means[0] == pytest.approx([0.4, 0.6]) and np.isnan(means[1]).all() and means.shape == (2, 2)
+    assert (
+        means[0] == pytest.approx([0.4, 0.6]) and np.isnan(means[1]).all() and means.shape == (2, 2)
+    )
 
 
 def test_rollback_drops_the_records_of_undone_epochs():

@@ -403,7 +403,7 @@ def test_single_is_the_middle_frame_as_an_image(tokenizer, frames, synthetic_sha
     loaded = LoadedEncoder(None, metadata)
     views = [encoder_view(loaded, 1, 1, stride=2, control=control) for control in ("none", "single")]
     shards = Shards([str(synthetic_shards / "test")])
-    whole, single = (EvalClips(shards, shards.all()[:1], view, 1)[0][1] for view in views)
+    whole, single = (EvalClips(shards, shards.list_samples()[:1], view, 1)[0][1] for view in views)
     assert whole.shape == (1, 3, 4, 32, 32) and single.shape == (1, 3, frames, 32, 32)
     assert all(torch.equal(single[:, :, t], whole[:, :, 2]) for t in range(frames))
     assert Encoder(**options)(single.float()).shape == (1, 4, 24)

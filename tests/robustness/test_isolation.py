@@ -17,7 +17,7 @@ from training_clips import copy_with_damage, make_clips, train_batches
 from tools import chaos_loader, fuzz_decode
 from vidssl.core.errors import DecodeError, UserError
 from vidssl.data import isolation
-from vidssl.data.dataset import MAX_ATTEMPTS, DecodeFailure, Example, FrameCache
+from vidssl.data.dataset import EXHAUSTED, MAX_ATTEMPTS, ClipReader, DecodeFailure, Example
 from vidssl.data.decoding import open_video
 from vidssl.data.isolated_dataset import IsolatedDataset
 from vidssl.data.loader import DecodeErrorMonitor
@@ -36,7 +36,7 @@ class FaultyDataset:
     def key(self, position: int, attempt: int) -> str:
         return f"{position}.{attempt}"
 
-    def attempt(self, position: int, attempt: int) -> Example | DecodeFailure:
+    def try_position(self, position: int, attempt: int) -> Example | DecodeFailure:
         fault = self.faults.get((position, attempt), "")
         if fault == "slow read":
             time.sleep(0.6)
@@ -147,7 +147,7 @@ def test_user_errors_are_raised_in_the_parent():
 
 def test_all_attempts_may_fail():
     data = isolated({(0, a): "bad" for a in range(MAX_ATTEMPTS)})
-    assert data[0].key == "" and len(data[0].failures) == MAX_ATTEMPTS
+    assert data[0].key == EXHAUSTED and len(data[0].failures) == MAX_ATTEMPTS
     data.close()
 
 
@@ -176,7 +176,7 @@ def test_isolated_batches_are_the_same_batches(workers, synthetic_shards, tmp_pa
         )
 
 
-class FaultyCache(FrameCache):
+class FaultyReader(ClipReader):
     """faults: key -> what goes wrong with this sample; without `real`, decoding fails with that reason."""
 
     def __init__(self, shards, faults: dict[str, str], real: bool):
@@ -189,18 +189,18 @@ class FaultyCache(FrameCache):
             return super().read_clip(sample, select)
         self.on_decode()
         if self.real:
-            FaultyDataset({(0, 0): self.faults[sample.key]}).attempt(0, 0)
+            FaultyDataset({(0, 0): self.faults[sample.key]}).try_position(0, 0)
         raise DecodeError(self.faults[sample.key])
 
 
 def test_a_file_that_hangs_or_crashes_is_replaced_like_a_damaged_one(synthetic_shards):
     train = synthetic_shards / "train"
-    keys = [s.key for s in make_clips(train).shards.all()][5:50:20]
+    keys = [s.key for s in make_clips(train).shards.list_samples()][5:50:20]
     faults = dict(zip(keys, ("hang", "crash", "memory"), strict=True))
 
     def run(real: bool) -> list:
         clips = make_clips(train, max_decode_error_rate=0.5, decode_timeout_s=4.0, memory_mb=200)
-        clips.cache = FaultyCache(clips.shards, faults, real)
+        clips.clip_reader = FaultyReader(clips.shards, faults, real)
         return list(train_batches(clips, 0, 8, 8, 0, 1, workers=2 if real else 0, isolate=real))
 
     damaged = run(real=False)
@@ -213,7 +213,7 @@ def test_a_file_that_hangs_or_crashes_is_replaced_like_a_damaged_one(synthetic_s
 def test_hangs_count_as_decode_errors():
     monitor = DecodeErrorMonitor(0.05)
     with pytest.raises(UserError, match="'hang': 11"):
-        monitor.add(200, [DecodeFailure("a", "hang")] * 11, exhausted=False)
+        monitor.add(200, [DecodeFailure("a", "hang")] * 11)
 
 
 ORPHANS = """

@@ -84,8 +84,10 @@ def test_url_equals_folder_and_files_are_fetched_once(made, tmp_path, ranges):
         for _ in range(2):  # the second has all but the index in the cache
             there = open_remote(server, tmp_path)
             assert (there.hash, there.n, there.classes) == (here.hash, here.n, here.classes)
-            assert there.all() == here.all()
-            assert [there.read(s) for s in there.all()] == [here.read(s) for s in here.all()]
+            assert there.list_samples() == here.list_samples()
+            assert [there.read(s) for s in there.list_samples()] == [
+                here.read(s) for s in here.list_samples()
+            ]
         assert server.times_asked("index.json") == 2 and set(here.sizes) == {SHARD}
         assert server.times_asked(".tar") == server.times_asked(".jsonl") == SHARDS
     assert len(files(tmp_path, ".tar")) == len(files(tmp_path, ".jsonl")) == SHARDS and not files(
@@ -109,7 +111,9 @@ def test_other_fsspec_address(made, tmp_path):
 
     fsspec.filesystem("memory").put(str(made), "/set", recursive=True)
     there = Shards(["memory://set"], str(tmp_path))
-    assert [there.read(s) for s in there.all()] == [Shards([str(made)]).read(s) for s in there.all()]
+    assert [there.read(s) for s in there.list_samples()] == [
+        Shards([str(made)]).read(s) for s in there.list_samples()
+    ]
     with pytest.raises(
         UserError, match=r"memory://none/index\.json: .*is this the address of a packed data set\?"
     ):
@@ -189,8 +193,8 @@ def test_requests_shrink_after_failures_and_grow_again(server, tmp_path, monkeyp
 @pytest.mark.parametrize(
     ("fault", "requests", "says"),
     [
-        ("500", 6, "given up after 5 retries: the server answers 500 Internal Server Error"),
-        ("cut 100", 6, "given up after 5 retries: Response payload is not completed"),
+        ("500", 6, "gave up after 5 retries: the server answers 500 Internal Server Error"),
+        ("cut 100", 6, "gave up after 5 retries: Response payload is not completed"),
         ("403", 1, "the server answers 403 Forbidden"),
         ("wrong", 2, r"its sha256 is \w+, the index says \w+; fetched twice"),
         ("short", 2, r"has \d+ bytes, the index says \d+; fetched twice"),
@@ -214,7 +218,7 @@ def test_silent_or_slow_server(server, tmp_path, monkeypatch, fault):
     shards = open_remote(server, tmp_path)
     server.faults["part 0.tar"] = [fault] * 99
     since = time.monotonic()
-    with pytest.raises(UserError, match=r"given up after 5 retries: timed out"):
+    with pytest.raises(UserError, match=r"gave up after 5 retries: timed out"):
         shards.read(shards.sample(0, 0))
     assert time.monotonic() - since < 6
 
@@ -224,7 +228,7 @@ def test_dead_server(tmp_path):
         nobody.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{nobody.getsockname()[1]}/set?secret"
         with pytest.raises(
-            UserError, match=r"^http://[\w.:]+/set/index\.json: given up after 5 retries: Cannot connect"
+            UserError, match=r"^http://[\w.:]+/set/index\.json: gave up after 5 retries: Cannot connect"
         ):
             Shards([url], str(tmp_path))
 
@@ -485,8 +489,8 @@ def test_s3(made, tmp_path, monkeypatch):
         fs.put(str(made), "bucket/set", recursive=True)
         here = Shards([str(made)])
         there = Shards(["s3://bucket/set"], str(tmp_path))
-        assert there.hash == here.hash and there.all() == here.all()
-        assert [there.read(s) for s in there.all()] == [here.read(s) for s in here.all()]
+        assert there.hash == here.hash and there.list_samples() == here.list_samples()
+        assert [there.read(s) for s in there.list_samples()] == [here.read(s) for s in here.list_samples()]
         loader = DataLoader(Bytes(Shards(["s3://bucket/set"], str(tmp_path / "2"))), SAMPLES, num_workers=2)
         assert [batch.tolist() for batch in loader] == [[PAYLOAD] * SAMPLES] * SHARDS  # fsspec after a fork
         fs.rm("bucket/set/part 1.tar")

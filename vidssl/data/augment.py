@@ -1,9 +1,8 @@
-"""Augmentation of uint8 clips with the same random parameters for all frames; normalisation happens on the
-device.
+"""Augmentation of uint8 clips, alike in all frames; normalisation happens on the device.
 
 A clip goes through crop, flip, RandAugment, colour jitter and erasing, in this order. Each step that is
-switched on takes one number or seed from the generator of the clip, whatever the frames show, so that it does
-not change the others.
+switched on draws one number or seed from the clip's generator, independently of pixel content, so that steps
+do not affect each other's draws.
 """
 
 import random
@@ -29,8 +28,8 @@ from vidssl.config import Fraction, NonNegativeFloat, NonNegativeInt, PositiveIn
 from vidssl.core.errors import UserError
 from vidssl.core.pixels import channel_statistics
 
-Scale = Annotated[float, Field(gt=0, le=1)]
-# timm's names of RandAugment; timm itself ignores what it cannot parse
+SideFraction = Annotated[float, Field(gt=0, le=1)]
+# timm's names of RandAugment; timm itself ignores a part that it cannot parse
 RAND_AUGMENT = r"rand(-(m|n|mmax)\d+|-(p|mstd)\d+(\.\d+)?|-inc[01])*"
 
 
@@ -67,7 +66,7 @@ def _channels_first(frames: np.ndarray) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(rearrange(frames, "t h w c -> c t h w")))
 
 
-def scale(frames: np.ndarray, short_side: int | None) -> np.ndarray:
+def downscale(frames: np.ndarray, short_side: int | None) -> np.ndarray:
     """u8 [T, H, W, 3], scaled down so that the shorter side is `short_side` pixels, if it is longer."""
     height, width = frames.shape[1:3]
     if short_side is None or min(height, width) <= short_side:
@@ -137,7 +136,7 @@ def _erase(clip: Tensor, mode: str) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Augmentations:
-    """The options that all training crops share; they apply to the clip after the crop."""
+    """Options of all training crops; they apply to the clip after the crop."""
 
     flip: Fraction = 0.0  # probability; leave 0 where left and right mean something
     randaugment: str | None = None  # as timm names it, e.g. rand-m7-n4-mstd0.5-inc1 (V-JEPA's probes)
@@ -189,16 +188,17 @@ class RandomCrop(Augmentations):
 
 @dataclass(frozen=True)
 class MultiScaleCrop(Augmentations):
-    """A crop of one of a few sizes at one of 13 places, the same box for all frames.
+    """A crop of one of a few sizes at one of 13 offsets, the same box for all frames.
 
     A side is a fraction of the frame's short side; the two sides of a box are neighbours in the list of
-    scales. There are five positions along each axis; the places are the corners, the centre, and the
+    scales. There are five positions along each axis; the offsets are the corners, the centre, and the
     midpoints of edges and of quarters. Source: VideoMAE, transforms.py (GroupMultiScaleCrop; as used in
     pre-training, without a flip).
     """
 
     size: PositiveInt  # pixels, height and width of the clip
-    scales: Annotated[tuple[Scale, ...], Field(min_length=1)] = (1.0, 0.875, 0.75, 0.66)  # of the short side
+    # of the short side
+    scales: Annotated[tuple[SideFraction, ...], Field(min_length=1)] = (1.0, 0.875, 0.75, 0.66)
     max_distort: NonNegativeInt = 1  # largest distance in the list between the scales of width and height
 
     def __call__(self, frames: np.ndarray, rng: np.random.Generator) -> Tensor:
@@ -207,7 +207,7 @@ class MultiScaleCrop(Augmentations):
         boxes = self.box_sizes(min(height, width))
         u, v = rng.uniform(size=2)
         h, w = boxes[int(u * len(boxes))]
-        right, down = PLACES[int(v * len(PLACES))]
+        right, down = BOX_OFFSETS[int(v * len(BOX_OFFSETS))]
         top = down * ((height - h) // 4)
         left = right * ((width - w) // 4)
         return self.after_crop(_resized_crop(frames, top, left, h, w, self.size), rng)
@@ -228,7 +228,7 @@ class MultiScaleCrop(Augmentations):
 CORNERS = [(0, 0), (4, 0), (0, 4), (4, 4)]
 EDGES = [(0, 2), (4, 2), (2, 4), (2, 0)]
 QUARTERS = [(1, 1), (3, 1), (1, 3), (3, 3)]
-PLACES = [*CORNERS, (2, 2), *EDGES, *QUARTERS]
+BOX_OFFSETS = [*CORNERS, (2, 2), *EDGES, *QUARTERS]
 
 
 @dataclass(frozen=True)

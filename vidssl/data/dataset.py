@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
@@ -14,16 +15,17 @@ from torch.utils.data import Dataset
 
 from vidssl.config import Fraction, Names, PositiveFloat, PositiveInt
 from vidssl.core.errors import DecodeError, UserError
-from vidssl.data.augment import scale
+from vidssl.data.augment import downscale
 from vidssl.data.decoding import check_decoder, open_video, select_decoder
 from vidssl.data.decoding.base import Decoder, Video
-from vidssl.data.order import SampleOrder, batches
+from vidssl.data.order import SampleOrder, positions_per_step
 from vidssl.data.sampling import Rule, repeated_positions, sample_clips, split_repeat
 from vidssl.data.shards import Sample, Shards
 
 MAX_ATTEMPTS = 20  # samples tried at one position before the run stops
 STREAM_STRIDE = 1 << 48  # position i of stream s has the global position s * STREAM_STRIDE + i
 MAX_CACHED_VIDEO_BYTES = 256 << 20  # decoded; a larger video is decoded clip by clip, even with a cache
+EXHAUSTED = ""  # key of an Example whose attempts all failed; it has no video
 
 SelectFrames = Callable[[np.ndarray], np.ndarray]  # times f64 [n] in seconds -> frame indices i64 [T]
 
@@ -45,18 +47,18 @@ class Example(NamedTuple):
     failures: list[DecodeFailure]  # samples that were tried at this position before
 
 
-def first_decodable(position: int, attempt: Callable[[int, int], Example | DecodeFailure]) -> Example:
-    """Returns the first clip among MAX_ATTEMPTS attempts; an Example with an empty key if all fail.
+def first_decodable(position: int, try_position: Callable[[int, int], Example | DecodeFailure]) -> Example:
+    """Returns the first clip among MAX_ATTEMPTS attempts; an Example with the key EXHAUSTED if all fail.
 
-    attempt: (position, number of the attempt) -> clip or failure.
+    try_position: (position, number of the attempt) -> clip or failure.
     """
     failures: list[DecodeFailure] = []
-    for number in range(MAX_ATTEMPTS):
-        result = attempt(position, number)
+    for attempt in range(MAX_ATTEMPTS):
+        result = try_position(position, attempt)
         if isinstance(result, Example):
             return result._replace(failures=failures)
         failures.append(result)
-    return Example(position, "", -1, torch.empty(0), failures)
+    return Example(position, EXHAUSTED, -1, torch.empty(0), failures)
 
 
 Weights = tuple[PositiveFloat, ...]
@@ -69,7 +71,8 @@ class ExtraStream:
     __pydantic_config__: ClassVar[ConfigDict] = {"extra": "forbid"}
     train: Names  # as in DataConfig, up to `rule`
     frames: PositiveInt
-    clips: PositiveInt  # of the run.batch clips of a step, those of this stream; a multiple of run.lanes x data.repeat
+    # clips of this stream per step, counted in run.batch; a multiple of run.lanes x data.repeat
+    clips: PositiveInt
     stride: PositiveInt | None = None
     fps: PositiveFloat | None = None
     weights: Weights | None = None
@@ -87,30 +90,24 @@ class DataConfig:
     frames: PositiveInt  # per clip
     stride: PositiveInt | None = None  # between the frames of a clip, in frames of the video
     fps: PositiveFloat | None = None  # frames per second of a clip; give either stride or fps
-    rule: Rule = "exact"  # meaning of stride and fps; vjepa: that of V-JEPA's loader, for published recipes
+    rule: Rule = "exact"  # how stride and fps select frames; 'vjepa' reproduces V-JEPA's frame selection
     reader: Literal["indexed", "stream"] = "indexed"  # stream: for shards without an index (data/stream.py)
     shuffle_buffer: PositiveInt = (
         256  # reader stream: samples, not yet decoded, that each loader process shuffles
     )
-    weights: Weights | None = (
-        None  # share of the clips from each of `train`; None: proportional to their sizes
-    )
+    weights: Weights | None = None  # share of the clips from each of `train`; None: in proportion to size
     extra_streams: tuple[ExtraStream, ...] = ()
     repeat: PositiveInt = 1  # clips per decoded video (repeated augmentation), all in the same batch
-    short_side: PositiveInt | None = (
-        None  # pixels; larger frames are scaled down to it after decoding; None: as stored
-    )
+    short_side: PositiveInt | None = None  # pixels; larger frames are scaled down to it; None: as stored
     decoder: Decoder = "auto"  # see decoding.select_decoder
     max_decode_error_rate: Fraction = 0.05  # fraction of samples that may fail to decode before the run stops
-    on_missing: Literal["error", "skip"] = (
-        "error"  # missing or changed shard; skip: its samples fail to decode
-    )
+    # missing or changed shard; skip: its samples fail to decode
+    on_missing: Literal["error", "skip"] = "error"
     cache_dir: str | None = None  # folder for remote shards; None: the user's cache folder
     cache_gb: PositiveFloat = 100  # size limit of cache_dir, 10**9 bytes
-    decode_timeout_s: PositiveFloat = 60  # seconds per sample (with efficiency.decode_in_subprocess)
-    memory_mb: PositiveInt = (
-        4096  # 2**20 bytes that a sample may add to the decoding process (as decode_timeout_s)
-    )
+    decode_timeout_s: PositiveFloat = 60  # seconds per sample (only with efficiency.decode_in_subprocess)
+    # 2**20 bytes by which a sample may grow the decoding process (only with efficiency.decode_in_subprocess)
+    memory_mb: PositiveInt = 4096
 
     def __post_init__(self) -> None:
         check_rate("data", self.stride, self.fps)
@@ -153,7 +150,7 @@ def decode_clip(
 ) -> np.ndarray:
     """Returns the selected frames u8 [T, H, W, 3], scaled down to `short_side`. data: the media bytes."""
     with open_video(data, ext, meta, decoder) as video:
-        return scale(video.get(select(video.times)), short_side)
+        return downscale(video.get(select(video.times)), short_side)
 
 
 def with_pyav_fallback(
@@ -172,8 +169,8 @@ def do_nothing() -> None:
     """The default of callbacks, picklable."""
 
 
-class FrameCache:
-    """Reads clips; keeps whole decoded videos in this process, up to `limit` bytes."""
+class ClipReader:
+    """Reads and decodes clips. Keeps decoded videos until `limit` bytes are used; nothing is evicted."""
 
     def __init__(self, shards: Shards, short_side: int | None, limit: int, decoder: Decoder = "auto"):
         check_decoder(decoder)
@@ -186,7 +183,8 @@ class FrameCache:
 
     def read_clip(self, sample: Sample, select: SelectFrames) -> np.ndarray:
         """Returns the selected frames u8 [T, H, W, 3]."""
-        if (sample.shard, sample.offset) not in self.videos:
+        key = sample.shard, sample.offset
+        if key not in self.videos:
             data = self.shards.read(sample)
             self.on_decode()
             return with_pyav_fallback(
@@ -195,34 +193,33 @@ class FrameCache:
                 sample.meta,
                 self.decoder,
             )
-        frames, times = self.videos[sample.shard, sample.offset]
+        frames, times = self.videos[key]
         return frames[select(times)]
 
     def _decode(self, sample: Sample, data: bytes, select: SelectFrames, decoder: Decoder) -> np.ndarray:
         if self.free_bytes > 0:
+            key = sample.shard, sample.offset
             with open_video(data, sample.ext, sample.meta, decoder) as video:
                 size = len(video) * video.size[0] * video.size[1] * 3
-                if size <= MAX_CACHED_VIDEO_BYTES and self._store((sample.shard, sample.offset), video):
-                    frames, times = self.videos[sample.shard, sample.offset]
+                if size <= MAX_CACHED_VIDEO_BYTES and self._store(key, video):
+                    frames, times = self.videos[key]
                     return frames[select(times)]
         # Opened anew, since a decoder that failed once may go on failing.
         return decode_clip(data, sample.ext, sample.meta, select, decoder, self.short_side)
 
-    def _store(self, place: tuple[int, int], video: Video) -> bool:
+    def _store(self, key: tuple[int, int], video: Video) -> bool:
         """Returns False if some frame does not decode: clips of other frames may still decode."""
         try:
-            frames = scale(video.get(np.arange(len(video.times))), self.short_side)
+            frames = downscale(video.get(np.arange(len(video.times))), self.short_side)
         except DecodeError:
             return False
-        self.videos[place] = frames, video.times
+        self.videos[key] = frames, video.times
         self.free_bytes -= frames.nbytes
         return True
 
 
 class TrainClips(Dataset[Example]):
-    """The clips of one stream: clip, crop and replacement at a position are functions of (shards, seed,
-    position).
-    """
+    """The clips of one stream. Clip, crop and replacement at a position depend on (shards, seed, position)."""
 
     def __init__(
         self,
@@ -239,12 +236,12 @@ class TrainClips(Dataset[Example]):
         self.data = data
         self.augment = augment
         self.stream = stream
-        self.cache = FrameCache(shards, data.short_side, cache_bytes, data.decoder)
+        self.clip_reader = ClipReader(shards, data.short_side, cache_bytes, data.decoder)
         # (positions, attempt) and clips u8 [repeat, T, H, W, 3] of the sample decoded last
         self._last_decoded: tuple[Any, np.ndarray] = (None, np.empty(0))
 
     def __getitem__(self, position: int) -> Example:
-        return first_decodable(position, self.attempt)
+        return first_decodable(position, self.try_position)
 
     def sample_at(self, position: int, attempt: int) -> Sample:
         """Returns the sample that is tried at `position` after `attempt` failures."""
@@ -263,14 +260,16 @@ class TrainClips(Dataset[Example]):
             self._last_decoded = None, np.empty(0)  # frees the clips before the next are decoded
             starts = [self._rng(p).uniform() for p in positions]
             rate = {"frames": d.frames, "stride": d.stride, "fps": d.fps, "rule": d.rule}
-            frames = self.cache.read_clip(sample, lambda times: sample_clips(times, starts, **rate).ravel())
+            frames = self.clip_reader.read_clip(
+                sample, lambda times: sample_clips(times, starts, **rate).ravel()
+            )
             clips = rearrange(frames, "(r t) h w c -> r t h w c", r=len(positions))
             if d.repeat == 1:
                 return clips
             self._last_decoded = (positions, attempt), clips
         return self._last_decoded[1]
 
-    def attempt(self, position: int, attempt: int) -> Example | DecodeFailure:
+    def try_position(self, position: int, attempt: int) -> Example | DecodeFailure:
         sample = self.sample_at(position, attempt)
         _, repeat = split_repeat(position, self.data.repeat, self.order.lanes)
         rng = self._rng(position)
@@ -292,18 +291,18 @@ class MultiStreamDataset(Dataset[Example]):
 
     @property
     def on_decode(self) -> Callable[[], None]:
-        return self.clips[0].cache.on_decode
+        return self.clips[0].clip_reader.on_decode
 
     @on_decode.setter
     def on_decode(self, call: Callable[[], None]) -> None:
         for clips in self.clips:
-            clips.cache.on_decode = call
+            clips.clip_reader.on_decode = call
 
     def __getitem__(self, position: int) -> Example:
-        return first_decodable(position, self.attempt)
+        return first_decodable(position, self.try_position)
 
-    def attempt(self, position: int, attempt: int) -> Example | DecodeFailure:
-        return self.clips[position // STREAM_STRIDE].attempt(position % STREAM_STRIDE, attempt)
+    def try_position(self, position: int, attempt: int) -> Example | DecodeFailure:
+        return self.clips[position // STREAM_STRIDE].try_position(position % STREAM_STRIDE, attempt)
 
     def key(self, position: int, attempt: int) -> str:
         """Returns the key of the sample that is tried at `position` after `attempt` failures."""
@@ -317,10 +316,10 @@ class MultiStreamDataset(Dataset[Example]):
         sizes: clips of each stream in a global batch. The clips of one video are neighbours.
         """
         per_stream = [
-            batches(start, stop, n, c.order.lanes, rank, world)
+            positions_per_step(start, stop, n, c.order.lanes, rank, world)
             for c, n in zip(self.clips, sizes, strict=True)
         ]
         for step in zip(*per_stream, strict=True):
             for c, positions in zip(self.clips, step, strict=True):
-                positions.sort(key=lambda p, c=c: split_repeat(p, c.data.repeat, c.order.lanes))  # type: ignore[misc]
+                positions.sort(key=partial(split_repeat, repeat=c.data.repeat, lanes=c.order.lanes))
             yield [s * STREAM_STRIDE + p for s, positions in enumerate(step) for p in positions]

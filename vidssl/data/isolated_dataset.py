@@ -16,7 +16,7 @@ class AttemptDataset(Protocol):
 
     on_decode: Callable[[], None]
 
-    def attempt(self, position: Any, attempt: int) -> Example | DecodeFailure: ...
+    def try_position(self, position: Any, attempt: int) -> Example | DecodeFailure: ...
 
     def key(self, position: Any, attempt: int) -> str: ...
 
@@ -44,9 +44,9 @@ class IsolatedDataset(Dataset[Example]):
         )
 
     def __getitem__(self, position: int) -> Example:
-        return first_decodable(position, self.attempt)
+        return first_decodable(position, self.try_position)
 
-    def attempt(self, position: Any, attempt: int) -> Example | DecodeFailure:
+    def try_position(self, position: Any, attempt: int) -> Example | DecodeFailure:
         result = self.sandbox.run(position, attempt)
         if isinstance(result, Failure):
             return DecodeFailure(self.dataset.key(position, attempt), result.reason)
@@ -62,4 +62,4 @@ def attempt_in_child(
 ) -> Example | DecodeFailure:
     torch.set_num_threads(1)
     dataset.on_decode = report.progress
-    return dataset.attempt(position, attempt)
+    return dataset.try_position(position, attempt)

@@ -43,9 +43,8 @@ from vidssl.core.errors import UserError
 
 POLL_S = 0.1  # seconds between two checks of a busy child
 START_TIMEOUT_S = 600.0  # seconds until a child must have imported its modules
-EXIT_TIMEOUT_S = (
-    10.0  # seconds that a child may take to exit after it closed its pipe (it may write a core dump)
-)
+# seconds that a child may take to exit after it closed its pipe (it may write a core dump)
+EXIT_TIMEOUT_S = 10.0
 SHARED_BYTES = 256 << 20  # bytes of shared memory per forked child; untouched pages cost nothing
 PR_SET_PDEATHSIG = 1  # prctl(2): the signal that this process gets when its parent ends
 
@@ -348,7 +347,7 @@ def serve(work: Work, conn: Connection, memory: mmap.mmap | None) -> None:
 
 
 class SharedArray(NamedTuple):
-    """Takes the place of an array or tensor in a result while its content is in shared memory.
+    """Replaces an array or tensor in a result while its content is in shared memory.
 
     start: its first byte there.
     """
@@ -402,7 +401,7 @@ def shared_view(array: SharedArray, memory: mmap.mmap) -> np.ndarray:
 
 
 def map_leaves(value: Any, convert: Callable[[Any], Any]) -> Any:
-    """Converts what is in nested tuples (named ones too), lists and dicts."""
+    """Converts the values in nested tuples (named ones too), lists and dicts."""
     if isinstance(value, tuple) and not isinstance(value, SharedArray):
         items = [map_leaves(v, convert) for v in value]
         return type(value)(*items) if hasattr(value, "_fields") else tuple(items)

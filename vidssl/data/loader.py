@@ -1,5 +1,4 @@
-"""The training loader: batches of each stream of a run, step by step, from any number of processes and
-workers.
+"""The training loader: batches of each stream of a run, step by step, for any number of processes.
 
 A run may have several streams (clips of different lengths, images), each with an order of its own. A step
 takes a fixed number of clips from each.
@@ -17,6 +16,7 @@ from torch.utils.data import DataLoader
 from vidssl.core.errors import UserError
 from vidssl.core.log import logger
 from vidssl.data.dataset import (
+    EXHAUSTED,
     STREAM_STRIDE,
     DataConfig,
     DecodeFailure,
@@ -53,7 +53,8 @@ def collate(examples: list[Example]) -> Batch:
 
 
 class DecodeErrorMonitor:
-    """Counts decode failures by reason; raises UserError if their rate exceeds `limit`."""
+    """Counts decode failures by reason; raises UserError if their rate exceeds `limit`, or at an exhausted
+    position."""
 
     def __init__(self, limit: float):
         self.limit = limit
@@ -61,22 +62,28 @@ class DecodeErrorMonitor:
         self.reasons = Counter[str]()
         self.last_key = ""
 
-    def add(self, samples: int, failures: list[DecodeFailure], exhausted: bool) -> None:
-        """samples: number of clips read; exhausted: all attempts at some position have failed."""
+    def add(self, samples: int, failures: list[DecodeFailure], exhausted: Example | None = None) -> None:
+        """samples: number of clips read; exhausted: an example whose attempts all failed."""
+        if exhausted:
+            last = exhausted.failures[-1]
+            raise UserError(
+                f"{len(exhausted.failures)} samples in a row failed at position {exhausted.position}; "
+                f"last reason '{last.reason}' ({last.key}); python -m data_prep.verify names the files"
+            )
         self.samples += samples
         self.reasons.update(failure.reason for failure in failures)
         self.last_key = failures[-1].key if failures else self.last_key
         rate = self.reasons.total() / self.samples
-        if exhausted or (self.samples >= MIN_SAMPLES_FOR_RATE and rate > self.limit):
+        if self.samples >= MIN_SAMPLES_FOR_RATE and rate > self.limit:
             raise UserError(
-                f"{self.reasons.total()} of {self.samples} samples could not be decoded ({dict(self.reasons)}; last "
-                f"{self.last_key}): over data.max_decode_error_rate {self.limit}; "
+                f"{self.reasons.total()} of {self.samples} samples could not be decoded "
+                f"({dict(self.reasons)}; last {self.last_key}): over data.max_decode_error_rate {self.limit}; "
                 "python -m data_prep.verify names the files"
             )
 
 
 def open_shards(data: DataConfig) -> tuple[list[Shards] | ShardUrls, str]:
-    """Returns the shards of each stream (reader stream: their addresses), and a hash that names the data."""
+    """Returns the shards of each stream (with data.reader=stream: the tar URLs), and a hash that names the data."""
     if data.reader == "stream":
         urls = ShardUrls(data)
         return urls, urls.hash
@@ -94,9 +101,7 @@ def make_streams(
     window: int,
     cache_bytes: int,
 ) -> MultiStreamDataset | StreamingDataset:
-    """shards: from `open_shards`; lanes, window: see `Order`; cache_bytes: of decoded frames, for all
-    streams.
-    """
+    """shards: from `open_shards`; lanes, window: see `Order`; cache_bytes: of all streams' decoded frames."""
     if isinstance(shards, ShardUrls):
         if cache_bytes:
             raise UserError("efficiency.cache_mb needs an index: it cannot be used with data.reader stream")
@@ -136,7 +141,8 @@ def train_steps(
     try:
         for step in examples:
             failures = [failure for e in step for failure in e.failures]
-            monitor.add(len(step), failures, exhausted=any(not e.key for e in step))
+            exhausted = next((e for e in step if e.key == EXHAUSTED), None)
+            monitor.add(len(step), failures, exhausted)
             of_stream = [[e for e in step if e.position // STREAM_STRIDE == i] for i in range(len(sizes))]
             yield [collate(group) for group in of_stream]
     finally:
@@ -149,8 +155,8 @@ def _load_indexed(
     data = streams.clips[0].data
     isolated = None
     if isolate:
-        cached = sum(c.cache.free_bytes for c in streams.clips)
-        isolated = IsolatedDataset(streams, data.decode_timeout_s, data.memory_mb << 20, cached)
+        cache_limit_bytes = sum(c.clip_reader.free_bytes for c in streams.clips)
+        isolated = IsolatedDataset(streams, data.decode_timeout_s, data.memory_mb << 20, cache_limit_bytes)
     try:
         yield from DataLoader(
             isolated or streams,

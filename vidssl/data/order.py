@@ -1,8 +1,8 @@
 """The order of training samples: arithmetic without state.
 
 The training stream is the positions 0, 1, 2, ...; step s with global batch B takes positions [s*B, (s+1)*B).
-Position g belongs to epoch g // N, whose N positions contain each of the N samples once; what does not fill
-the last batch of an epoch opens the next epoch, so nothing is dropped.
+Position g belongs to epoch g // N, whose N positions contain each of the N samples once; a batch may span two
+epochs, so no sample is dropped.
 
 Lanes. The stream is divided into L lanes (run.lanes): position g belongs to lane g mod L, and process r of W
 reads the lanes l with l mod W == r. In each epoch the shards are shuffled and concatenated; each lane is a
@@ -41,9 +41,7 @@ class SampleOrder(Protocol):
     def locate(self, position: int) -> tuple[int, int]: ...
 
     def replacement(self, position: int, attempt: int) -> tuple[int, int]:
-        """The sample that takes the place of one that cannot be decoded, a function of position and
-        attempt.
-        """
+        """Returns the sample that replaces an undecodable one, a function of position and attempt."""
         ...
 
 
@@ -51,26 +49,30 @@ class Order:
     """The order of one corpus, or of several that are shown in proportion to their sizes."""
 
     def __init__(
-        self, counts: list[int] | np.ndarray, seed: int, lanes: int = 8, window: int = 4096, number: int = 0
+        self,
+        counts: list[int] | np.ndarray,
+        seed: int,
+        lanes: int = 8,
+        window: int = 4096,
+        corpus_id: int = 0,
     ):
         """counts: samples in each shard; lanes: a multiple of every number of processes; window: samples that
-        are shuffled among themselves. number: distinguishes the corpora of a run, so that equal ones are
-        shuffled apart.
+        are shuffled among themselves. corpus_id: gives identical corpora different shuffles.
         """
         self.counts = np.asarray(counts, np.int64)
         self.n = int(self.counts.sum())
         self.seed = seed
         self.lanes = lanes
         self.window = window
-        self.number = number
+        self.corpus_id = corpus_id
         self._layout = lru_cache(maxsize=2)(self._make_layout)
         self._window_shuffle = lru_cache(maxsize=lanes + 8)(self._permute_window)  # all lanes of a process
 
     def __reduce__(self) -> tuple[type["Order"], tuple]:  # each worker has caches of its own
-        return Order, (self.counts, self.seed, self.lanes, self.window, self.number)
+        return Order, (self.counts, self.seed, self.lanes, self.window, self.corpus_id)
 
     def _rng(self, *key: int) -> np.random.Generator:
-        return np.random.default_rng((self.seed, *key, *([self.number] if self.number else [])))
+        return np.random.default_rng((self.seed, *key, *([self.corpus_id] if self.corpus_id else [])))
 
     def _make_layout(self, epoch: int) -> EpochLayout:
         shards = self._rng(0, epoch).permutation(len(self.counts))
@@ -111,8 +113,7 @@ MAX_PERIOD = 100_000  # samples; the longest period of a mixture's pattern
 
 
 def interleave(weights: list[float]) -> np.ndarray:
-    """Returns i64 [P], the corpus of each sample of a period; P is the common denominator of the shares of m
-    corpora.
+    """Returns i64 [P], the corpus of each sample of a period; P is the common denominator of the shares.
 
     The i-th sample of a corpus with share w (of 1) is released at i / w and due by (i + 1) / w, and the
     earliest deadline comes first. Every prefix of n samples then holds n * w samples of each corpus to within
@@ -123,7 +124,7 @@ def interleave(weights: list[float]) -> np.ndarray:
     period = math.lcm(*(share.denominator for share in shares))
     if period > MAX_PERIOD:
         raise UserError(
-            f"data.weights {weights}: give fewer digits, such that they share a denominator of {MAX_PERIOD}"
+            f"data.weights {weights}: give fewer digits, so that their common denominator is at most {MAX_PERIOD}"
         )
     counts = [int(share * period) for share in shares]  # samples of each corpus in a period
     taken = [0] * len(counts)
@@ -141,8 +142,7 @@ def interleave(weights: list[float]) -> np.ndarray:
 
 
 class Mixture:
-    """Several corpora in one stream with given shares, interleaved within each lane; each has epochs of its
-    own.
+    """Several corpora in one stream with given shares, interleaved within each lane. Each has its own epochs.
 
     The k-th sample of a lane belongs to the corpus at index k of the lane's pattern; the n-th sample of that
     corpus in the lane is the n-th of the same lane in the corpus's own Order. All lanes use one pattern, from
@@ -181,31 +181,38 @@ class Mixture:
         return self.first_shards[corpus] + shard, number
 
     def replacement(self, position: int, attempt: int) -> tuple[int, int]:
-        """Returns a sample of the same corpus, which keeps the shares."""
+        """Returns a sample of the same corpus, so that the shares hold."""
         corpus, p = self.corpus_position(position)
         shard, number = self.orders[corpus].replacement(p, attempt)
         return self.first_shards[corpus] + shard, number
 
 
 def make_order(
-    sizes: list[np.ndarray], weights: list[float] | None, seed: int, lanes: int, window: int, number: int = 0
+    sizes: list[np.ndarray],
+    weights: list[float] | None,
+    seed: int,
+    lanes: int,
+    window: int,
+    stream_id: int = 0,
 ) -> Order | Mixture:
-    """sizes: samples in each shard of each corpus; number: of the stream, if a run has several.
+    """sizes: samples in each shard of each corpus; stream_id: number of the stream, if a run has several.
 
     Without weights the corpora are one: each is shown in proportion to its size.
     """
     if weights is None:
-        return Order(np.concatenate(sizes), seed, lanes, window, number << 8)
+        return Order(np.concatenate(sizes), seed, lanes, window, stream_id << 8)
     if len(weights) != len(sizes):
-        raise UserError(f"data.weights: {len(weights)} of them, but data.train names {len(sizes)} corpora")
-    orders = [Order(n, seed, lanes, window, (number << 8) + 1 + i) for i, n in enumerate(sizes)]
+        raise UserError(f"data.weights has {len(weights)} entries, data.train has {len(sizes)}")
+    orders = [Order(n, seed, lanes, window, (stream_id << 8) + 1 + i) for i, n in enumerate(sizes)]
     if empty := [i for i, order in enumerate(orders) if not order.n]:
         raise UserError(f"data.train[{empty[0]}]: the index lists no samples, so it cannot have a weight")
     first_shards = np.cumsum([0, *map(len, sizes)])[:-1].tolist()
     return Mixture(orders, weights, first_shards)
 
 
-def batches(start: int, stop: int, batch: int, lanes: int, rank: int, world: int) -> Iterator[list[int]]:
+def positions_per_step(
+    start: int, stop: int, batch: int, lanes: int, rank: int, world: int
+) -> Iterator[list[int]]:
     """Yields the positions of process `rank` of `world`, one list for each of the steps start..stop-1."""
     offsets = [j for j in range(batch) if j % lanes % world == rank]
     for step in range(start, stop):

@@ -28,11 +28,10 @@ from vidssl.core.io import check_writable, make_folder, stream_sha256
 
 REQUEST_TIMEOUT_S = 60.0  # seconds that one request may take
 MAX_BLOCK_BYTES = 8 << 20  # bytes of one request
-MIN_BLOCK_BYTES = (
-    64 << 10
-)  # a request is a quarter as large after a failure, and twice as large after a success
+# a request is a quarter as large after a failure, and twice as large after a success
+MIN_BLOCK_BYTES = 64 << 10
 RETRY_DELAYS_S = (0.5, 1.0, 2.0, 4.0, 8.0)  # seconds before each retry; a block that arrives resets the count
-RETRIED_STATUS = (408, 429)  # and 5xx: HTTP errors that another request may cure
+RETRIED_STATUS = (408, 429)  # and 5xx: HTTP statuses worth a retry
 
 
 class ShardError(Exception):
@@ -105,7 +104,7 @@ def fetch(url: str, out: BinaryIO, size: int | None = None) -> None:
         except network_errors() as e:
             if retries == len(RETRY_DELAYS_S):
                 raise ShardError(
-                    f"{without_query(url)}: given up after {retries} retries: {_description(e)}"
+                    f"{without_query(url)}: gave up after {retries} retries: {_description(e)}"
                 ) from e
             time.sleep(RETRY_DELAYS_S[retries])
             retries += 1
@@ -127,9 +126,7 @@ def fetch(url: str, out: BinaryIO, size: int | None = None) -> None:
 
 
 def _request(url: str, start: int, end: int | None) -> bytes:
-    """Returns the bytes start..end-1 (end None: the whole file). Raises ShardError if a retry is of no
-    use.
-    """
+    """Returns the bytes start..end-1 (end None: the whole file). Raises ShardError if a retry is useless."""
     fs, path = filesystem(url)
     limits = {} if end is None else {"start": start, "end": end}
     try:

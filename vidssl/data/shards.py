@@ -66,7 +66,7 @@ class Shards:
         tables = []
         for folder in map(canonical_address, folders):
             if folder in self.folders:
-                raise UserError(f"{folder}: named twice")
+                raise UserError(f"{folder}: is listed twice in data.train")
             self.folders.append(folder)
             text = read_index_bytes(folder)
             digest.update(text)
@@ -79,11 +79,10 @@ class Shards:
             tables.append(shard_table(index, folder))
         self.table = ShardTable(*map(np.concatenate, zip(*tables, strict=True)))
         self.folder_of = np.repeat(np.arange(len(tables)), [len(t.names) for t in tables])
-        self.counts, self.sizes = self.table.samples, self.table.sizes
+        self.counts = self.table.samples
+        self.sizes = self.table.sizes
         self.n = int(self.counts.sum())
-        self.hash = (
-            digest.hexdigest()
-        )  # index.json holds the checksum of each shard, so this identifies the data
+        self.hash = digest.hexdigest()  # index.json holds each shard's checksum, so this identifies the data
         if not self.n:
             raise UserError(f"{', '.join(folders)}: the index lists no samples")
         self.on_missing = on_missing
@@ -127,7 +126,7 @@ class Shards:
                 self._skip_or_raise(shard, e)
         return Sample(f"{without_query(self.path(shard))}:{number}", "", shard, 0, 0, {})
 
-    def all(self) -> list[Sample]:
+    def list_samples(self) -> list[Sample]:
         """Returns every sample in stored order (for evaluation; training accesses samples by number)."""
         return [self.sample(shard, i) for shard, n in enumerate(self.counts.tolist()) for i in range(n)]
 

@@ -37,7 +37,7 @@ from vidssl.data.dataset import (
 )
 from vidssl.data.format import parse_meta, select_media
 from vidssl.data.isolated_dataset import IsolatedDataset
-from vidssl.data.order import batches
+from vidssl.data.order import positions_per_step
 from vidssl.data.remote import filesystem, is_url, network_errors, without_query
 from vidssl.data.sampling import sample_indices
 
@@ -71,7 +71,7 @@ def expand_entry(entry: str) -> list[str]:
 
 
 class StreamSettings(NamedTuple):
-    """What a process needs to read its part of steps start..stop-1."""
+    """The steps start..stop-1 that a process reads, and its part of them."""
 
     start: int
     stop: int
@@ -93,9 +93,10 @@ class ClipDecoder:
     def key(self, job: tuple[int, dict[str, Any]], attempt: int = 0) -> str:
         return job[1]["__key__"]
 
-    def attempt(self, job: tuple[int, dict[str, Any]], attempt: int = 0) -> Example | DecodeFailure:
-        """sample: lower-case extension -> bytes, and "__key__". Clip and augmentation depend on (seed,
-        position).
+    def try_position(self, job: tuple[int, dict[str, Any]], attempt: int = 0) -> Example | DecodeFailure:
+        """job: (position, sample); sample: lower-case extension -> bytes, and "__key__".
+
+        Clip and augmentation depend on (seed, position).
         """
         position, sample = job
         self.on_decode()
@@ -131,9 +132,7 @@ class ClipDecoder:
 
 
 class StreamingDataset(IterableDataset[list[Example]]):
-    """Yields this process's clips of each step, in order; with loader workers, each yields its share of the
-    steps.
-    """
+    """Yields this process's clips of each step, in order. Each loader worker yields its share of the steps."""
 
     def __init__(self, shards: ShardUrls, decoder: ClipDecoder, lanes: int):
         self.shards = shards
@@ -142,13 +141,14 @@ class StreamingDataset(IterableDataset[list[Example]]):
         self.settings = StreamSettings(0, 0, 0, 0, 1, False)
 
     def describe(self, workers: int) -> str:
-        """Returns the line that is printed when a run starts or continues."""
+        """Returns the line that is logged when a run starts or continues."""
         s = self.settings
         readers = s.world * max(1, workers)
         line = f"data.reader stream: {len(self.shards.urls)} shards, {readers} loader processes; "
         line += "the order of samples depends on the numbers of processes and workers"
         if s.start:
-            line += f"; continued at step {s.start} with newly shuffled shards, not at the sample where it stopped"
+            line += f"; continued at step {s.start} with newly shuffled shards, "
+            line += "not at the sample where it stopped"
         else:
             line += ", and a run that is continued starts a new pass over the shards"
         if len(self.shards.urls) < readers:
@@ -159,17 +159,17 @@ class StreamingDataset(IterableDataset[list[Example]]):
         s = self.settings
         worker = get_worker_info()
         worker_id, workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        steps = batches(s.start, s.stop, s.batch, self.lanes, s.rank, s.world)
+        steps = positions_per_step(s.start, s.stop, s.batch, self.lanes, s.rank, s.world)
         samples = self.samples(s.rank * workers + worker_id, s.world * workers)
         data = self.decoder.data
         isolated = (
             IsolatedDataset(self.decoder, data.decode_timeout_s, data.memory_mb << 20) if s.isolate else None
         )
-        attempt = (isolated or self.decoder).attempt
+        try_position = (isolated or self.decoder).try_position
 
         def next_clip(position: int, _: int) -> Example | DecodeFailure:
             sample = next(samples)
-            return sample if isinstance(sample, DecodeFailure) else attempt((position, sample), 0)
+            return sample if isinstance(sample, DecodeFailure) else try_position((position, sample), 0)
 
         try:
             for positions in islice(steps, worker_id, None, workers):
@@ -179,9 +179,7 @@ class StreamingDataset(IterableDataset[list[Example]]):
                 isolated.close()
 
     def samples(self, reader: int, readers: int) -> Iterator[dict[str, Any] | DecodeFailure]:
-        """Yields the samples, without end, of loader process `reader` of `readers`, and failures to read
-        shards.
-        """
+        """Yields, without end, the samples of loader process `reader` of `readers` and its failures."""
         urls = self.shards.urls
         seed = Random(f"{self.decoder.seed} {self.settings.start}").getrandbits(32)
         failures = ShardFailures(self.decoder.data.on_missing == "error")
@@ -211,14 +209,12 @@ class StreamingDataset(IterableDataset[list[Example]]):
 
 
 class ShardFailures:
-    """The exception handler of webdataset's stages: counts what cannot be read, and goes on with the next
-    shard.
-    """
+    """The exception handler of webdataset's stages: counts failures and goes on with the next shard."""
 
     def __init__(self, strict: bool):
         """strict: a shard that cannot be opened is an error."""
         self.strict = strict
-        self.shard = ""  # that is being read
+        self.shard = ""  # shard being read, for messages
         self._pending: list[DecodeFailure] = []
         self._in_a_row = 0
 
@@ -238,9 +234,7 @@ class ShardFailures:
         self._pending.append(DecodeFailure(self.shard, reason))
         self._in_a_row += 1
         if self._in_a_row > MAX_ATTEMPTS:
-            raise UserError(
-                f"{self.shard}: {error}; no sample was read in {self._in_a_row} attempts at shards"
-            )
+            raise UserError(f"{self.shard}: {error}; {self._in_a_row} shards in a row could not be read")
 
     def pop(self) -> list[DecodeFailure]:
         """Returns the failures since the last call."""

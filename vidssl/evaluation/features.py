@@ -68,7 +68,7 @@ class StoredFeatures:
             yield examples[numbers].to(self.device).float()
 
 
-class StreamedFeatures:
+class RecomputedFeatures:
     """Features that are computed in every pass, once for all heads of a hyperparameter grid."""
 
     def __init__(self, loader: "FeatureLoader", shape: FeatureShape):
@@ -256,7 +256,7 @@ def compute_features(
     accelerator = loader.accelerator
     if where == "stream":
         unreadable = loader.unreadable() if accelerator.is_main_process else {}
-        features = Features(StreamedFeatures(loader, shape), unreadable)
+        features = Features(RecomputedFeatures(loader, shape), unreadable)
     elif where == "disk":
         assert store is not None
         features = _compute_on_disk(loader, store)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from vidssl.config import NonNegativeFloat, PositiveFloat, PositiveInt
 from vidssl.core.schedules import cosine
 from vidssl.evaluation.features import TokenSource
-from vidssl.evaluation.protocol import HyperparameterGrid, ProbeProtocol, TrainingSet, chunks, mean_pool
+from vidssl.evaluation.protocol import HyperparameterSettings, ProbeProtocol, TrainingSet, chunks, mean_pool
 from vidssl.evaluation.solvers import minimise, ridge_regression
 from vidssl.evaluation.tasks import Task
 from vidssl.model.heads import HEAD_EPS, AttentiveHead, LinearHead
@@ -68,13 +68,13 @@ class TrainedHeadProtocol(ProbeProtocol):
     weight_decay: Annotated[tuple[NonNegativeFloat, ...], Field(min_length=1)] = (0.01,)
     clip: PositiveFloat | None = 1.0  # maximum norm of a head's gradient (V-JEPA 2: null)
 
-    def hyperparameters(self) -> HyperparameterGrid:
+    def hyperparameters(self) -> HyperparameterSettings:
         return [{"lr": lr, "weight_decay": decay} for lr in self.lr for decay in self.weight_decay]
 
     def make_head(self, dim: int, outputs: int) -> nn.Module:
         raise NotImplementedError
 
-    def train(self, task: Task, data: TrainingSet, grid: HyperparameterGrid) -> list[nn.Module]:
+    def train(self, task: Task, data: TrainingSet, grid: HyperparameterSettings) -> list[nn.Module]:
         """One head per setting, all with the same initial weights and batches, in one pass. An epoch sees one
         view of each sample, drawn at random."""
         torch.manual_seed(self.seed)
@@ -107,7 +107,7 @@ class TrainedHeadProtocol(ProbeProtocol):
 
     def _draw_views(self, indices: list[int], rows: list[Tensor]) -> list[list[int]]:
         """For each batch of rows (of `indices`) the examples: one random view of each sample."""
-        views = self.views_per_sample
+        views = self.examples_per_sample
         rng = np.random.default_rng((self.seed, 6))
         return [[indices[row] * views + int(rng.integers(views)) for row in batch.tolist()] for batch in rows]
 
@@ -118,7 +118,7 @@ class TrainedHeadProtocol(ProbeProtocol):
         for tokens in source.batches(self.clips_per_example(source), batches):
             logits = all_logits(models, tokens)
             outputs.append(torch.stack([task.probabilities(output).cpu() for output in logits]))
-        return reduce(torch.cat(outputs, 1), "g (n views) c -> g n c", "mean", views=self.views_per_sample)
+        return reduce(torch.cat(outputs, 1), "g (n views) c -> g n c", "mean", views=self.examples_per_sample)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +143,7 @@ class Linear(TrainedHeadProtocol):
     temporal_bins: PositiveInt = 1  # equal parts of a clip in time; their mean tokens are concatenated
     standardise: bool = True
 
-    def hyperparameters(self) -> HyperparameterGrid:
+    def hyperparameters(self) -> HyperparameterSettings:
         return [{"l2": l2} for l2 in self.l2] if self.solver == "lbfgs" else super().hyperparameters()
 
     def prepare(self, source: TokenSource, indices: list[int], device: torch.device) -> TokenSource:
@@ -152,11 +152,11 @@ class Linear(TrainedHeadProtocol):
     def make_head(self, dim: int, outputs: int) -> nn.Module:
         return LinearHead(dim, outputs)
 
-    def train(self, task: Task, data: TrainingSet, grid: HyperparameterGrid) -> list[nn.Module]:
+    def train(self, task: Task, data: TrainingSet, grid: HyperparameterSettings) -> list[nn.Module]:
         if self.solver == "adamw":
             return super().train(task, data, grid)
         (tokens,) = data.source.batches(1, [self.examples_of(data.indices)])
-        target = data.target.repeat_interleave(self.views_per_sample, 0)
+        target = data.target.repeat_interleave(self.examples_per_sample, 0)
         return [fit_linear(tokens, target, task, setting["l2"]) for setting in grid]
 
 

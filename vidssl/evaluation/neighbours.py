@@ -14,7 +14,7 @@ from torch import Tensor
 from vidssl.config import PositiveFloat, PositiveInt
 from vidssl.evaluation.features import TokenSource
 from vidssl.evaluation.metrics import average_precision
-from vidssl.evaluation.protocol import HyperparameterGrid, ProbeProtocol, TrainingSet, mean_pool
+from vidssl.evaluation.protocol import HyperparameterSettings, ProbeProtocol, TrainingSet, mean_pool
 from vidssl.evaluation.tasks import Task
 
 QUERIES_PER_BATCH = 256
@@ -64,9 +64,9 @@ class NeighbourProtocol(ProbeProtocol):
     def mean_features(self, source: TokenSource, indices: list[int]) -> Tensor:
         """f32 [n, D]."""
         (tokens,) = source.batches(1, [self.examples_of(indices)])
-        return reduce(tokens, "(n views) 1 d -> n d", "mean", views=self.views_per_sample)
+        return reduce(tokens, "(n views) 1 d -> n d", "mean", views=self.examples_per_sample)
 
-    def train(self, task: Task, data: TrainingSet, grid: HyperparameterGrid) -> list[Gallery]:
+    def train(self, task: Task, data: TrainingSet, grid: HyperparameterSettings) -> list[Gallery]:
         features = self.mean_features(data.source, data.indices)
         return [Gallery(features, task.soft_targets(data.target), setting) for setting in grid]
 
@@ -78,7 +78,7 @@ class Knn(NeighbourProtocol):
     k: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 5, 10, 20, 50, 100, 200)  # the grid
     temperature: PositiveFloat = KNN_TEMPERATURE
 
-    def hyperparameters(self) -> HyperparameterGrid:
+    def hyperparameters(self) -> HyperparameterSettings:
         return [{"k": k} for k in self.k]
 
     def predict(self, models: list[Gallery], source: TokenSource, indices: list[int], task: Task) -> Tensor:
@@ -92,7 +92,7 @@ class Retrieval(NeighbourProtocol):
     """Retrieval of train samples by test samples; relevant is a train sample of the same class, or with a tag
     in common. The accuracy is the recall at 1."""
 
-    def hyperparameters(self) -> HyperparameterGrid:
+    def hyperparameters(self) -> HyperparameterSettings:
         return [{}]
 
     def predict(self, models: list[Gallery], source: TokenSource, indices: list[int], task: Task) -> Tensor:

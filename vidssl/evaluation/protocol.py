@@ -25,7 +25,7 @@ from vidssl.evaluation.splits import split_by_group
 from vidssl.evaluation.tasks import Task
 from vidssl.evaluation.views import Control
 
-HyperparameterGrid = list[dict[str, Any]]  # settings, one of which is selected
+HyperparameterSettings = list[dict[str, Any]]  # settings, one of which is selected
 POOL_BATCH = 64  # examples
 
 
@@ -61,26 +61,26 @@ class ProbeProtocol(FeatureStorage):
     seed: NonNegativeInt = 0
 
     @property
-    def views_per_sample(self) -> int:
+    def examples_per_sample(self) -> int:
         """Number of examples of a sample; the predictions for them are averaged."""
         return self.crops * (1 if self.aggregate == "segments" else self.segments)
 
     def clips_per_example(self, source: TokenSource) -> int:
-        return source.shape.clips // self.views_per_sample
+        return source.shape.clips // self.examples_per_sample
 
     def examples_of(self, indices: list[int]) -> list[int]:
         """The examples (all views) of these samples."""
-        views = self.views_per_sample
+        views = self.examples_per_sample
         return [index * views + view for index in indices for view in range(views)]
 
     def prepare(self, source: TokenSource, indices: list[int], device: torch.device) -> TokenSource:
         """The features of these samples as heads see them."""
         return source
 
-    def hyperparameters(self) -> HyperparameterGrid:
+    def hyperparameters(self) -> HyperparameterSettings:
         raise NotImplementedError
 
-    def train(self, task: Task, data: TrainingSet, grid: HyperparameterGrid) -> list[Any]:
+    def train(self, task: Task, data: TrainingSet, grid: HyperparameterSettings) -> list[Any]:
         """One model per setting."""
         raise NotImplementedError
 
@@ -110,7 +110,7 @@ def mean_pool(
         raise UserError(
             f"probe.temporal_bins: {temporal_bins} does not divide a clip's {shape.tokens} tokens"
         )
-    views = protocol.views_per_sample
+    views = protocol.examples_per_sample
     pooled = torch.zeros(shape.samples * views, 1, temporal_bins * shape.width)
     batches = chunks(protocol.examples_of(indices), POOL_BATCH)
     for examples, tokens in zip(batches, source.batches(clips, batches), strict=True):

@@ -28,7 +28,7 @@ def label_sets(train: Shards, test: Shards, requested: list[str] | None) -> list
 
 def labelled(shards: Shards, labels: list[str]) -> list[Sample]:
     """The samples that have a label in any of the label sets; the others are not even read."""
-    return [s for s in shards.all() if any(class_of(s, name) is not None for name in labels)]
+    return [s for s in shards.list_samples() if any(class_of(s, name) is not None for name in labels)]
 
 
 def low_shot(task: Task, keys: list[str], labels: list[Any], fraction: float, seed: int) -> list[int]:

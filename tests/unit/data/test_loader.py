@@ -14,8 +14,8 @@ from training_clips import copy_with_damage, make_clips, train_batches
 
 from data_prep import pack
 from vidssl.core.errors import DecodeError, UserError
-from vidssl.data.augment import PLACES, CenterCrop, MultiScaleCrop, RandomCrop, scale
-from vidssl.data.dataset import DataConfig, DecodeFailure, Example, FrameCache, TrainClips
+from vidssl.data.augment import BOX_OFFSETS, CenterCrop, MultiScaleCrop, RandomCrop, downscale
+from vidssl.data.dataset import EXHAUSTED, ClipReader, DataConfig, DecodeFailure, Example, TrainClips
 from vidssl.data.decoding import check_decoder, open_video, select_decoder
 from vidssl.data.loader import DecodeErrorMonitor
 from vidssl.data.shards import Shards
@@ -144,7 +144,7 @@ def test_multi_scale_crop_places(height, width, across, down):
         seen.append((int(clip[0, 0, 0, 0]), int(clip[1, 0, 0, 0])))
     steps = [(x, y) for x in (0, 2, 4) for y in (0, 2, 4)] + [(1, 1), (3, 1), (1, 3), (3, 3)]
     counts = [seen.count((x * across, y * down)) for x, y in steps]
-    assert len(PLACES) == 13 and sum(counts) == 600
+    assert len(BOX_OFFSETS) == 13 and sum(counts) == 600
     assert sum((n - 600 / 13) ** 2 / (600 / 13) for n in counts) < 33  # chi-square, 12 degrees: p = 0.001
 
 
@@ -180,10 +180,14 @@ def test_center_crop_is_the_middle_square():
 
 def test_scale():
     frames = coordinates()
-    assert scale(frames, None) is frames and scale(frames, HEIGHT) is frames and scale(frames, 500) is frames
-    small = scale(frames, 48)
+    assert (
+        downscale(frames, None) is frames
+        and downscale(frames, HEIGHT) is frames
+        and downscale(frames, 500) is frames
+    )
+    small = downscale(frames, 48)
     assert small.shape == (5, 48, 80, 3) and small.dtype == np.uint8 and small.flags.c_contiguous
-    assert scale(frames.transpose(0, 2, 1, 3), 48).shape == (5, 80, 48, 3)
+    assert downscale(frames.transpose(0, 2, 1, 3), 48).shape == (5, 80, 48, 3)
     inside = small[0, 5:-5, 5:-5, 0].astype(float)
     assert abs(inside - 2.5 * (np.arange(5, 75) + 0.5) + 0.5).max() < 1.5
 
@@ -229,13 +233,13 @@ def test_crops_differ_between_epochs(train):
 
 def test_sampling_rule_of_clips(train, monkeypatch):
     picked = []
-    pick = FrameCache.read_clip
+    pick = ClipReader.read_clip
 
     def spy(self, sample, choice):
         picked.append(choice(np.arange(40) / 25).tolist())
         return pick(self, sample, choice)
 
-    monkeypatch.setattr(FrameCache, "read_clip", spy)
+    monkeypatch.setattr(ClipReader, "read_clip", spy)
     for rule in ("exact", "vjepa"):
         for g in range(20):
             make_clips(train, rule=rule, stride=3)[g]
@@ -269,7 +273,10 @@ def test_cache_does_not_change_examples(train, settings, monkeypatch):
     for g in range(70):
         item = plain[g]
         assert same(item, all_kept[g]) and same(item, few_kept[g])
-    assert not plain.cache.videos and 0 < len(few_kept.cache.videos) < len(all_kept.cache.videos) == 60
+    assert (
+        not plain.clip_reader.videos
+        and 0 < len(few_kept.clip_reader.videos) < len(all_kept.clip_reader.videos) == 60
+    )
     monkeypatch.setattr(Shards, "read", lambda *_: pytest.fail("a cached video was read again"))
     assert same(all_kept[60], make_clips_from(all_kept)[60])
 
@@ -277,7 +284,7 @@ def test_cache_does_not_change_examples(train, settings, monkeypatch):
 def make_clips_from(clips: TrainClips) -> TrainClips:
     """The same, with its cache."""
     other = TrainClips(clips.shards, clips.order, clips.data, clips.augment)
-    other.cache = clips.cache
+    other.clip_reader = clips.clip_reader
     return other
 
 
@@ -405,8 +412,8 @@ def test_run_stops_at_once_if_nothing_decodes(train, tmp_path):
     places = [(s, i) for s, n in enumerate(shards.counts) for i in range(n)]
     folder = copy_with_damage(train, tmp_path / "damaged", dict.fromkeys(places, 0.0))
     with pytest.raises(
-        UserError, match=r"160 of 8 samples could not be decoded"
-    ):  # 20 tried at each position
+        UserError, match=r"20 samples in a row failed at position 0; last reason 'not_a_video'"
+    ):
         next(train_batches(make_clips(folder, max_decode_error_rate=1.0), 0, 1, 8, 0, 1, 0))
 
 
@@ -414,15 +421,18 @@ def test_decode_error_rate_is_limited():
     failure = DecodeFailure("a", "empty")
     monitor = DecodeErrorMonitor(0.05)
     for n in range(20):
-        monitor.add(10, [failure] * (n % 2), exhausted=False)  # 10 of 200: exactly the limit
+        monitor.add(10, [failure] * (n % 2))  # 10 of 200: exactly the limit
     with pytest.raises(UserError, match=r"11 of 201 .*\{'empty': 11\}; last a"):
-        monitor.add(1, [failure], exhausted=False)
+        monitor.add(1, [failure])
     monitor = DecodeErrorMonitor(0.05)
-    monitor.add(199, [failure] * 50, exhausted=False)  # too few samples to judge
+    monitor.add(199, [failure] * 50)  # too few samples to judge
     with pytest.raises(UserError, match=r"50 of 200 .*last a"):
-        monitor.add(1, [], exhausted=False)  # judged at a batch without failures
-    with pytest.raises(UserError, match=r"20 of 1 "):
-        DecodeErrorMonitor(1.0).add(1, [failure] * 20, exhausted=True)
+        monitor.add(1, [])  # judged at a batch without failures
+    exhausted = Example(7, EXHAUSTED, -1, torch.empty(0), [failure] * 20)
+    with pytest.raises(
+        UserError, match=r"20 samples in a row failed at position 7; last reason 'empty' \(a\)"
+    ):
+        DecodeErrorMonitor(1.0).add(1, [failure] * 20, exhausted)
 
 
 def test_config_requires_stride_or_fps():
@@ -458,9 +468,11 @@ def test_several_data_sets_are_concatenated(synthetic_shards):
     folders = [str(synthetic_shards / split) for split in ("train", "test")]
     one = Shards(folders[:1])
     both = Shards(folders)
-    assert one.n == 60 and both.n == 90 and len(both.all()) == 90 and one.hash != both.hash
-    assert [s._replace(shard=0) for s in both.all()[:60]] == [s._replace(shard=0) for s in one.all()]
-    sample = both.all()[75]
+    assert one.n == 60 and both.n == 90 and len(both.list_samples()) == 90 and one.hash != both.hash
+    assert [s._replace(shard=0) for s in both.list_samples()[:60]] == [
+        s._replace(shard=0) for s in one.list_samples()
+    ]
+    sample = both.list_samples()[75]
     assert both.sample(sample.shard, both._shard_records(sample.shard).index(sample)) == sample
     assert len(both.read(sample)) == sample.size and both.read(sample)[4:8] == b"ftyp"
     assert both.classes["motion"][sample.meta["labels"]["motion"]] == sample.meta["class"]
@@ -504,8 +516,8 @@ def test_records_that_differ_from_the_index(train, tmp_path):
 
 def test_frame_cache_counts_bytes(train):
     shards = Shards([str(train)])
-    cache = FrameCache(shards, None, 1 << 30)
-    for sample in shards.all()[:5]:
+    cache = ClipReader(shards, None, 1 << 30)
+    for sample in shards.list_samples()[:5]:
         assert cache.read_clip(sample, lambda times: np.array([0, len(times) - 1])).shape == (2, 48, 48, 3)
     assert (1 << 30) - cache.free_bytes == 5 * 24 * 48 * 48 * 3
 
@@ -532,7 +544,7 @@ def test_decoders_agree_to_within_two_grey_levels(decoder, proven):
             pytest.skip(str(e))
     clips = make_clips(proven, decoder=decoder)
     want = make_clips(proven, decoder="pyav")
-    assert {select_decoder(s.ext, s.meta, decoder) for s in clips.shards.all()} == {decoder}
+    assert {select_decoder(s.ext, s.meta, decoder) for s in clips.shards.list_samples()} == {decoder}
     for g in range(24):
         got, auto = clips[g], want[g]
         assert got.key == auto.key and not got.failures

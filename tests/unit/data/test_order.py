@@ -7,7 +7,7 @@ import pytest
 
 from tools.bench_order import covers_epoch, neighbours, resident_mb
 from vidssl.core.errors import UserError
-from vidssl.data.order import Mixture, Order, batches, check_split, interleave, make_order
+from vidssl.data.order import Mixture, Order, check_split, interleave, make_order, positions_per_step
 
 
 def flat(order: Order, g: int) -> int:
@@ -55,8 +55,8 @@ def test_order_does_not_depend_on_access_order():
 
 @pytest.mark.parametrize("world", [1, 2, 4, 8])
 def test_processes_share_the_same_global_batches(world):
-    whole = list(batches(3, 7, 16, 8, 0, 1))
-    parts = [list(batches(3, 7, 16, 8, r, world)) for r in range(world)]
+    whole = list(positions_per_step(3, 7, 16, 8, 0, 1))
+    parts = [list(positions_per_step(3, 7, 16, 8, r, world)) for r in range(world)]
     for step, one in enumerate(whole):
         together = [g for r in range(world) for g in parts[r][step]]
         assert sorted(together) == one
@@ -66,7 +66,7 @@ def test_processes_share_the_same_global_batches(world):
 def test_a_process_reads_few_shards_at_a_time():
     order = Order([100] * 80, 0, lanes=8, window=200)
     mine = [
-        g for step in batches(0, 100, 8, 8, rank=0, world=8) for g in step
+        g for step in positions_per_step(0, 100, 8, 8, rank=0, world=8) for g in step
     ]  # one lane: 100 samples, of 1000
     assert len({order.locate(g)[0] for g in mine}) <= 4
 
@@ -185,9 +185,9 @@ def test_without_weights_it_is_one_corpus():
 
 def test_wrong_weights():
     sizes = [np.array([3]), np.array([4])]
-    with pytest.raises(UserError, match=r"3 of them, but data\.train names 2"):
+    with pytest.raises(UserError, match=r"data\.weights has 3 entries, data\.train has 2"):
         make_order(sizes, [1, 2, 3], 0, 4, 10)
-    with pytest.raises(UserError, match="fewer digits"):
+    with pytest.raises(UserError, match="fewer digits, so that"):
         make_order(sizes, [0.123456789, 1], 0, 4, 10)
     with pytest.raises(UserError, match=r"data\.train\[1\]: the index lists no samples"):
         make_order([sizes[0], np.array([0])], [1, 2], 0, 4, 10)
@@ -206,7 +206,7 @@ def test_simulation_of_many_processes():
             Order(counts, 0, lanes=1024, window=128) for _ in range(min(world, 2))
         ]  # processes share nothing
         for step in range(2):
-            mine = [next(batches(step, step + 1, 2048, 1024, r, world)) for r in range(world)]
+            mine = [next(positions_per_step(step, step + 1, 2048, 1024, r, world)) for r in range(world)]
             parts = [own[r % len(own)].locate(g) for r in range(world) for g in mine[r]]
             assert sorted(parts) == want[step]
 

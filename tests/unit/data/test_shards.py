@@ -162,7 +162,7 @@ def test_damaged_index(tmp_path):
     ):
         with pytest.raises(UserError, match=rf"index\.json: {says}"):
             parse_index(text, str(folder))
-    with pytest.raises(UserError, match="named twice"):
+    with pytest.raises(UserError, match="is listed twice in data.train"):
         Shards([str(folder), str(folder) + "/"])
 
 
@@ -221,5 +221,5 @@ def test_scan_skips_names_that_are_not_utf8(make_image, tmp_path, capsys):
     scan.main([str(tmp_path)])
     assert "3 samples with a name that is not UTF-8: left out" in capsys.readouterr().out
     shards = Shards([str(tmp_path)])
-    assert [s.key for s in shards.all()] == ["a", "é\u2028", "z"]
-    assert np.all([shards.read(s) == data for s in shards.all()])
+    assert [s.key for s in shards.list_samples()] == ["a", "é\u2028", "z"]
+    assert np.all([shards.read(s) == data for s in shards.list_samples()])

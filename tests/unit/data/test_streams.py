@@ -52,7 +52,7 @@ def also(corpora: list[str], **more) -> DataConfig:
 
 def test_corpora_are_shown_in_their_shares(corpora):
     streams = streams_of(DataConfig(corpora, frames=1, stride=1, weights=(0.2, 0.8)))
-    keys = {s.key: i for i, folder in enumerate(corpora) for s in Shards([folder]).all()}
+    keys = {s.key: i for i, folder in enumerate(corpora) for s in Shards([folder]).list_samples()}
     shown = [key for (b,) in train_steps(streams, 0, 20, [8]) for key in b.key]
     assert Counter(keys[k] for k in shown) == {0: 32, 1: 128}
     small = Counter(k for k in shown if keys[k] == 1)
@@ -71,7 +71,7 @@ def test_a_step_has_a_batch_of_each_stream(corpora):
         for i, (batch, n) in enumerate(zip(step, (12, 4, 8), strict=True)):
             assert batch.position.tolist() == [i * STREAM_STRIDE + s * n + j for j in range(n)]
     small = [key for step in steps for key in step[1].key]
-    assert set(small) <= {s.key for s in Shards(corpora[1:]).all()} and len(set(small)) == 24
+    assert set(small) <= {s.key for s in Shards(corpora[1:]).list_samples()} and len(set(small)) == 24
     alone = streams_of(DataConfig(corpora[:1], frames=4, stride=2))
     for step, (batch,) in zip(steps, train_steps(alone, 0, 6, [12]), strict=True):
         assert (

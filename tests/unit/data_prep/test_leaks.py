@@ -129,7 +129,7 @@ def test_another_take_of_a_scene_is_no_leak(found):
     """The backgrounds are equal, what moves is not."""
     _, _, (train, test) = found
     sets = leaks.Shards([train]), leaks.Shards([test])
-    samples = [s.all() for s in sets]
+    samples = [s.list_samples() for s in sets]
     seen = [
         [fingerprint(MediaFile(d.read(x), x.ext, x.meta)) for x in s]
         for d, s in zip(sets, samples, strict=True)
@@ -258,7 +258,7 @@ def test_pack_drops_near_duplicates_and_caches_them(tmp_path, monkeypatch):
     seen = [json.loads(line) for line in (tmp_path / "out" / "near-out.jsonl").read_text().splitlines()[1:]]
     assert {line["path"] for line in seen if "error" in line} == {"b_broken.mp4"}
     assert [r["path"] for r in rejected if r["reason"] != "duplicate"] == ["b_broken.mp4"]
-    kept = [s.meta["source"] for s in leaks.Shards([str(tmp_path / "out")]).all()]
+    kept = [s.meta["source"] for s in leaks.Shards([str(tmp_path / "out")]).list_samples()]
     assert sorted(kept) == ["a0.mp4", "a1.mp4", "a2.mp4", "b8_whole.mp4", "b_take.mp4"]
     (tmp_path / "videos" / "more.mp4").write_bytes(encode(film(60)))
     with pytest.raises(UserError, match="is of other files; choose another folder, or remove it"):

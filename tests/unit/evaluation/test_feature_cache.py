@@ -59,7 +59,7 @@ def shards(synthetic_shards) -> Shards:
 
 def make_loader(shards: Shards, encoder: CountingEncoder, **storage: Any) -> FeatureLoader:
     options = FeatureStorage(workers=0, encode_batch=4, **storage)
-    samples = shards.all()[:SAMPLES]
+    samples = shards.list_samples()[:SAMPLES]
     return FeatureLoader(encoder, shards, samples, VIEW, Accelerator(cpu=True), options, "features")
 
 
@@ -98,7 +98,7 @@ def test_disk_memory_and_stream_are_equal(shards, tmp_path):
 
 def test_streamed_grid_equals_stored_grid(shards):
     """Also counts the passes over the videos: one for all heads of the grid."""
-    labels = [s.meta["labels"]["appearance"] for s in shards.all()[:SAMPLES]]
+    labels = [s.meta["labels"]["appearance"] for s in shards.list_samples()[:SAMPLES]]
     task = Task("appearance", "class", shards.classes["appearance"])
     protocol = Attentive(heads=4, segments=2, crops=3, epochs=2, batch=8, lr=(1e-3, 1e-2), standardise=True)
     indices = list(range(SAMPLES))
@@ -169,7 +169,7 @@ def test_another_dtype_in_the_same_folder_leaves_mapped_features_alone(shards, t
 
 
 def test_every_ingredient_changes_the_key(shards, tmp_path, monkeypatch):
-    samples = shards.all()[:3]
+    samples = shards.list_samples()[:3]
     encoder = {"encoder": "hash", "model": {"dim": 8}, "precision": "no", "pixels": {"mean": [0], "std": [1]}}
 
     def key(
@@ -265,7 +265,7 @@ def test_square_crop():
 
 
 def test_eval_clips(shards):
-    sample = shards.all()[0]
+    sample = shards.list_samples()[0]
     video = open_video(shards.read(sample), sample.ext, sample.meta)
     start = len(video.times) - 1 - 6  # of the last segment
     _, clips = EvalClips(shards, [sample], VIEW, 6)[0]

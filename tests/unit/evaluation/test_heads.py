@@ -161,7 +161,7 @@ def test_views_are_averaged_and_temporal_bins_concatenated():
     tokens = torch.arange(5 * 6 * 4 * 2.0).view(5, 6, 4, 2)
     source = StoredFeatures(tokens, CPU)
     over = Attentive(heads=1, segments=2, crops=3)
-    assert (over.views_per_sample, over.clips_per_example(source), over.examples_of([1, 4])) == (
+    assert (over.examples_per_sample, over.clips_per_example(source), over.examples_of([1, 4])) == (
         3,
         2,
         [3, 4, 5, 12, 13, 14],
@@ -169,7 +169,7 @@ def test_views_are_averaged_and_temporal_bins_concatenated():
     (example,) = source.batches(2, [[4]])
     assert torch.equal(example[0], tokens[1, 2:4].flatten(0, 1))  # sample 1, crop 1
     apart = Attentive(heads=1, segments=2, crops=3, aggregate="none")
-    assert (apart.views_per_sample, apart.clips_per_example(source)) == (6, 1)
+    assert (apart.examples_per_sample, apart.clips_per_example(source)) == (6, 1)
     heads = [AttentiveHead(2, 1, 3)]
     outputs = over.predict(heads, source, [1, 4], THREE)[0]
     longhand = torch.stack([heads[0](tokens[n].view(3, 8, 2)).softmax(-1).mean(0) for n in (1, 4)])
