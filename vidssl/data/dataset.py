@@ -92,9 +92,8 @@ class DataConfig:
     fps: PositiveFloat | None = None  # frames per second of a clip; give either stride or fps
     rule: Rule = "exact"  # how stride and fps select frames; 'vjepa' reproduces V-JEPA's frame selection
     reader: Literal["indexed", "stream"] = "indexed"  # stream: for shards without an index (data/stream.py)
-    shuffle_buffer: PositiveInt = (
-        256  # reader stream: samples, not yet decoded, that each loader process shuffles
-    )
+    # reader stream: samples, not yet decoded, that each loader process shuffles
+    shuffle_buffer: PositiveInt = 256
     weights: Weights | None = None  # share of the clips from each of `train`; None: in proportion to size
     extra_streams: tuple[ExtraStream, ...] = ()
     repeat: PositiveInt = 1  # clips per decoded video (repeated augmentation), all in the same batch

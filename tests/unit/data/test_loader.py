@@ -411,9 +411,7 @@ def test_run_stops_at_once_if_nothing_decodes(train, tmp_path):
     shards = Shards([str(train)])
     places = [(s, i) for s, n in enumerate(shards.counts) for i in range(n)]
     folder = copy_with_damage(train, tmp_path / "damaged", dict.fromkeys(places, 0.0))
-    with pytest.raises(
-        UserError, match=r"20 samples in a row failed at position 0; last reason 'not_a_video'"
-    ):
+    with pytest.raises(UserError, match=r"20 samples in a row failed at position 0; .*'not_a_video'"):
         next(train_batches(make_clips(folder, max_decode_error_rate=1.0), 0, 1, 8, 0, 1, 0))
 
 
@@ -429,9 +427,7 @@ def test_decode_error_rate_is_limited():
     with pytest.raises(UserError, match=r"50 of 200 .*last a"):
         monitor.add(1, [])  # judged at a batch without failures
     exhausted = Example(7, EXHAUSTED, -1, torch.empty(0), [failure] * 20)
-    with pytest.raises(
-        UserError, match=r"20 samples in a row failed at position 7; last reason 'empty' \(a\)"
-    ):
+    with pytest.raises(UserError, match=r"20 samples in a row .* position 7; last reason 'empty' \(a\)"):
         DecodeErrorMonitor(1.0).add(1, [failure] * 20, exhausted)
 
 

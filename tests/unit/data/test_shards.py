@@ -162,7 +162,7 @@ def test_damaged_index(tmp_path):
     ):
         with pytest.raises(UserError, match=rf"index\.json: {says}"):
             parse_index(text, str(folder))
-    with pytest.raises(UserError, match="is listed twice in data.train"):
+    with pytest.raises(UserError, match=r"is listed twice in data\.train"):
         Shards([str(folder), str(folder) + "/"])
 
 
