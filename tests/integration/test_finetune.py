@@ -322,9 +322,7 @@ def test_outputs_are_averaged_over_clips_and_nan_if_undecodable():
     tokens = torch.tensor([[0.2, 0.8], [0.6, 0.4], [0.0, 1.0], [1.0, 0.0]]).view(2, 2, 1, 2)
     features = StoredFeatures(tokens, torch.device("cpu"))
     means = mean_over_clips(LabelledFeatures(features, [], [], {1: "corrupt"}))
-    assert (
-        means[0] == pytest.approx([0.4, 0.6]) and np.isnan(means[1]).all() and means.shape == (2, 2)
-    )
+    assert means[0] == pytest.approx([0.4, 0.6]) and np.isnan(means[1]).all() and means.shape == (2, 2)
 
 
 def test_rollback_drops_the_records_of_undone_epochs():
