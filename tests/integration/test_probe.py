@@ -416,7 +416,7 @@ def test_another_clip_size_than_the_encoders(run, synthetic_shards, tmp_path):
     stored = [json.loads(p.read_text()) for p in (tmp_path / "c").glob("*/provenance.json")]
     assert [s["view"]["frames"] for s in stored] == [4, 4]
     assert {tuple(s["shape"][1:]) for s in stored} == {(1, 2 * 2 * 2, 128)}
-    with pytest.raises(UserError, match=r"not a multiple of model\.(patch|tubelet)"):
+    with pytest.raises(UserError, match=r"not a multiple of model\.tubelet"):
         probe.main([*arguments(run, synthetic_shards, tmp_path / "b", *more[1:], "data.frames=3")])
 
 

@@ -181,7 +181,7 @@ def check_feature_prediction(case: Case) -> None:
     objective = Objective(encoder, FixedMasks(masks), target, query, predictor, error, context)
     if context is not None:
         parts = objective(clips, rng_of_batch(len(clips)))
-        for key, part in (("loss_prediction", "loss"), ("loss_context", "context")):
+        for key, part in (("loss_prediction", "loss"), ("loss_context", "context_loss")):
             case.compare(key, torch.stack([parts[f"{part}_{i}"] for i in range(len(masks))]).mean())
     compare_loss_and_gradients(case, objective, clips)
 
