@@ -27,7 +27,7 @@ from vidssl.core.errors import UserError
 from vidssl.core.io import make_folder
 from vidssl.data.format import dumps, sample_record, select_media
 
-Inspected = list[EncodedSample | Rejected]  # what the inspection of one source file gives
+Inspected = list[EncodedSample | Rejected]  # results of inspecting one source file
 MAX_RETRIES = 20  # of a shard whose worker or node is lost
 # Owner, time and mode are constant, so that the bytes of a shard are a function of its samples.
 TAR_HEADER: dict[str, Any] = {"user": "", "group": "", "mode": 0o644, "mtime": 0}

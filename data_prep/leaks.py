@@ -136,7 +136,7 @@ def main(argv: list[str]) -> None:
     leaks = [record for record in records if "match" in record]
     for record in leaks:
         details = {name: value for name, value in record.items() if name not in ("test", "train")}
-        print(f"{record['test']} is {record['train']}: {dumps(details)}")
+        print(f"{record['test']} matches {record['train']}: {dumps(details)}")
     leaked = len({record["test"] for record in leaks})
     print(
         f"{leaked} of {test.n} test videos are among the {train.n} of {args.train}; "

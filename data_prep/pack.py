@@ -113,7 +113,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("src", type=Path, help="FOLDER/<class>/<file>, a folder with labels.csv, or the files of a data set")
-    add("out", type=Path, help="a new folder, or that of an interrupted pack")
+    add("out", type=Path, help="a new folder, or the folder of an interrupted pack")
     add("--source", default="folder", metavar="KIND", help=f"source format: {', '.join(SOURCES)}")
     add(
         "--annotations",
@@ -230,9 +230,11 @@ def main(argv: list[str]) -> None:
         counts = ", ".join(f"{n} {ext}" for ext, n in source.ignored.most_common())
         print(f"ignored {sum(source.ignored.values())} files by extension: {counts}")
     if source.rejected:
-        print(f"{args.src}: {len(source.rejected)} files are missing, of unknown kind or not named in UTF-8")
+        print(
+            f"{args.src}: skipped {len(source.rejected)} files (missing, unknown kind, or name not in UTF-8)"
+        )
     if open_out(args.out, plan):
-        print(f"{args.out}: is finished already")
+        print(f"{args.out}: already complete")
     else:
         write_shards(plan, args)
         write_indexes(plan)

@@ -107,7 +107,7 @@ def main(argv: list[str]) -> None:
     samples = sum(map(len, records.values()))
     print(f"{folder}: {samples} samples in {len(entries)} shards, {len(classes.get('label', []))} classes")
     for reason, n in skipped.items():
-        print(f"{n} samples {reason}: left out")
+        print(f"skipped {n} samples {reason}")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ class WorkerPool:
         self._pool = SandboxPool(partial(reject_on_error, work), timeout_s)
 
     def run(self, *job: Any) -> Any:
-        """Returns the result of the job, or what it reported before it failed, or Rejected."""
+        """Returns the result of the job, or its last report before it failed, or Rejected."""
         result = self._pool.run(*job)
         return rejected_or_partial(result) if isinstance(result, Failure) else result
 

@@ -84,15 +84,15 @@ def main(argv: list[str]) -> None:
         return [output.argmax(1).numpy() == labels["test"] for output in outputs]
 
     encode_s, stored = timed(lambda: features("memory"))
-    target = task.target(labels["train"], accelerator.device)
+    target = task.label_tensor(labels["train"], accelerator.device)
     train = TrainingSet(stored["train"], indices["train"], labels["train"], target)
     groups = {name: groups_of(split.samples) for name, split in splits.items()}
     heads_s, probe = timed(lambda: select_and_train(protocol, task, train, groups["train"]))
-    test_s, (correct,) = timed(lambda: hits([probe.model], probe.standardise(stored["test"])))
+    test_s, (correct,) = timed(lambda: hits([probe.model], probe.apply_standardisation(stored["test"])))
 
     grid = protocol.hyperparameters()
     short = dataclasses.replace(protocol, epochs=stream_epochs)
-    streamed = features("stream")
+    streamed = features("recompute")
     stream_s, models = timed(lambda: short.train(task, train._replace(source=streamed["train"]), grid))
     stream_test_s, stream_hits = timed(lambda: hits(models, streamed["test"]))
 

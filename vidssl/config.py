@@ -117,6 +117,8 @@ RENAMED = {
     "method.mask.published": "method.mask.reference_quirks",
     "method.mask.decode_ratio": "method.mask.decoder_drop_ratio",
     "probe.pool": "probe.aggregate",
+    "probe.clip": "probe.clip_grad",
+    "probe.stream": "probe.recompute",
     "probe.slices": "probe.temporal_bins",
     "probe.held_out": "probe.val_fraction",
     "task.levels": "task.layers",

@@ -14,7 +14,7 @@ from vidssl.core.errors import UserError
 
 
 def read_folder(root: Path, annotations: Sequence[Path]) -> SourceListing:
-    """The class of a file is the first folder level (below that of the split)."""
+    """The class of a file is the first folder level (below the split's folder)."""
     if annotations:
         raise UserError(f"--source folder reads no annotation file ({annotations[0]}); --source csv does")
     if (root / "labels.csv").is_file():

@@ -24,7 +24,7 @@ from vidssl.core.errors import UserError
 
 
 def read_kinetics(root: Path, annotations: Sequence[Path]) -> SourceListing:
-    """Group: the YouTube video. The split is that of the row, or of the file's name without such a column."""
+    """Group: the YouTube video. The split is a column of the row, or else taken from the file's name."""
     require_annotations(annotations, "kinetics", "train.csv, val.csv or validate.csv, test.csv")
     files = FileFinder(root)
     listing = ListingBuilder()

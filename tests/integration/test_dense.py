@@ -536,7 +536,7 @@ def test_masks_end_to_end(run, davis_folder, tmp_path):
     assert (
         len(report["encoder"]["sha256"]) == len(report["data"]["test"]) == len(report["config_sha256"]) == 64
     )
-    with pytest.raises(UserError, match="the test set was read"):
+    with pytest.raises(UserError, match="a test set is evaluated once"):
         dense.main(arguments(run, davis_folder, tmp_path / "a", *small))
 
     other = tmp_path / "other"

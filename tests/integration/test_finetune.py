@@ -246,7 +246,7 @@ def test_resume_after_a_kill_is_bitwise(tuned, encoder, shards, tmp_path, monkey
     finetune.main(again)
     assert len(steps) == 8 + 6
     check_same_results(tuned, tmp_path / "run")
-    with pytest.raises(UserError, match="the test set was read"):
+    with pytest.raises(UserError, match="a test set is evaluated once"):
         finetune.main(again)
 
 

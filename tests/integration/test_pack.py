@@ -82,7 +82,7 @@ def test_bytes_do_not_depend_on_the_workers(packed, tiny_corpus, tmp_path, capsy
     assert file_hashes(tmp_path / "out") == file_hashes(packed)
     capsys.readouterr()
     pack.main(args)  # prints that it is finished
-    assert "is finished already" in capsys.readouterr().out
+    assert "already complete" in capsys.readouterr().out
     with pytest.raises(UserError, match="holds a pack of other files or with other options"):
         pack.main([*args, "--seed", "1"])
     with pytest.raises(UserError, match="holds something else already"):
@@ -432,7 +432,7 @@ def test_scan_of_other_shards(tmp_path, make_video, make_image, capsys):
     write_tar(tmp_path / "b.tar", three, format=tarfile.PAX_FORMAT)
     scan.main([str(tmp_path)])
     scan.main([str(tmp_path)])  # overwrites its own index
-    assert "1 samples without a video or image: left out" in capsys.readouterr().out
+    assert "skipped 1 samples without a video or image" in capsys.readouterr().out
     got = {x["key"]: x for x in read_records(tmp_path, "*.jsonl")}
     assert {k: (x["ext"], x["meta"]["label"]) for k, x in got.items()} == {
         "d/1": ("mp4", 2),

@@ -125,7 +125,7 @@ def test_report_contains_encoder_data_seed_and_selection(probed, run, synthetic_
 
 
 def test_an_existing_report_is_not_overwritten(probed, run, synthetic_shards):
-    with pytest.raises(UserError, match="the test set was read"):
+    with pytest.raises(UserError, match="a test set is evaluated once"):
         probe.main(arguments(run, synthetic_shards, probed))
 
 
@@ -167,7 +167,7 @@ def test_an_unreadable_test_video_is_an_error_or_counts_as_wrong(run, synthetic_
         (["data.labels=colour"], "no label 'colour'"),
         (["data.test=nowhere"], "nowhere: no index.json"),
         (["probe.kind=linearr"], "no kind 'linearr'"),
-        (["probe.memory_gb=0.0001", "probe.stream=never"], "probe.memory_gb"),
+        (["probe.memory_gb=0.0001", "probe.recompute=never"], "probe.memory_gb"),
         (["data.numbers=[motion]"], "label 'motion' is not numeric"),
         (["data.train_fractions=2"], "less than 1"),
         (["probe.heads=5"], "5 heads"),

@@ -14,13 +14,14 @@ from vidssl.evaluation.tasks import Task
 
 
 def check_disjoint(train: list[Sample], test: list[Sample]) -> int:
-    """Raises UserError if a sample is in both. Returns the number of test samples whose group (source video,
-    say) is also in train."""
+    """Raises UserError if a sample is in both. Returns the number of test samples whose group (such as a
+    source video) is also in train."""
     in_train = {(s.key, s.size) for s in train}
     shared = [s.key for s in test if (s.key, s.size) in in_train]
     if shared:
         raise UserError(
-            f"{len(shared)} sample(s) are in train and in test, {shared[0]} first: the test set must be new"
+            f"{len(shared)} sample(s) are in train and in test, {shared[0]} first: "
+            "train and test must be disjoint"
         )
     groups = {s.meta.get("group") for s in train} - {None}
     return sum(s.meta.get("group") in groups for s in test)
@@ -29,15 +30,15 @@ def check_disjoint(train: list[Sample], test: list[Sample]) -> int:
 def check_readable(
     unreadable: dict[int, str], samples: list[Sample], allowed: bool, name: str, section: str = "probe"
 ) -> None:
-    """Raises UserError for samples that cannot be decoded, unless these are allowed: evaluation replaces
-    nothing.
+    """Raises UserError for samples that cannot be decoded, unless allowed; unlike training, evaluation
+    never substitutes samples.
 
     unreadable: index of a sample -> reason. section: of the configuration, where `allow_unreadable` is set.
     """
     if unreadable and not allowed:
         examples = [f"{samples[index].key} ({reason})" for index, reason in list(unreadable.items())[:3]]
         raise UserError(
-            f"{len(unreadable)} {name} sample(s) cannot be decoded: {', '.join(examples)}; mend the data, "
+            f"{len(unreadable)} {name} sample(s) cannot be decoded: {', '.join(examples)}; fix the data, "
             f"or set {section}.allow_unreadable=true (unreadable test samples then count as wrong and are "
             "listed)"
         )
@@ -83,8 +84,7 @@ def evaluate(
     subset: list[int] | None,
     device: torch.device,
 ) -> tuple[dict[str, Any], list[SamplePrediction]]:
-    """Returns a row of results, and the predictions of all labelled test samples; unreadable ones count as
-    wrong.
+    """Returns a row of results, and predictions of all labelled test samples; unreadable ones count as wrong.
 
     subset: indices of the train samples that may be used (low-shot).
     """
@@ -94,12 +94,12 @@ def evaluate(
     test_indices = test.usable()
     for name, found in (("train", indices), ("test", test_indices)):
         if not found:
-            raise UserError(f"no sample of {name} has a label of '{task.label}'")
+            raise UserError(f"no usable sample of {name}: none is both labelled '{task.label}' and readable")
     labels = [train.labels[index] for index in indices]
-    data = TrainingSet(train.source, indices, labels, task.target(labels, device))
+    data = TrainingSet(train.source, indices, labels, task.label_tensor(labels, device))
     probe = select_and_train(protocol, task, data, groups_of([train.samples[index] for index in indices]))
 
-    source = probe.standardise(test.source)
+    source = probe.apply_standardisation(test.source)
     labelled = test.labelled()
     outputs = np.full((len(labelled), task.num_outputs), np.nan)
     predicted = protocol.predict([probe.model], source, test_indices, task)[0].double().numpy()

@@ -51,7 +51,7 @@ class FeatureExtractor(NamedTuple):
 def make_extractor(
     open_encoder: OpenEncoder, loaded: LoadedEncoder, control: Control, seed: int, accelerator: Accelerator
 ) -> FeatureExtractor:
-    """The encoder, or what a control puts in its place: untrained weights of `seed`, or mean colors of
+    """The encoder, or its replacement under a control: untrained weights of `seed`, or mean colours of
     patches."""
     model = loaded.metadata["model"]
     pixels = loaded.metadata["pixels"]

@@ -22,7 +22,7 @@ from vidssl.evaluation.feature_cache import FeatureShape, FeatureStore, used_gb
 from vidssl.evaluation.views import EvalClips, View
 
 Encode = Callable[[Tensor], Tensor]  # video u8 [B, 3, T, S, S] -> f32 [B, N, D]
-Location = Literal["disk", "memory", "stream"]
+Location = Literal["disk", "memory", "recompute"]
 CACHE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -30,13 +30,12 @@ CACHE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 class FeatureStorage:
     """How features are computed and kept; only `cache_dtype` changes results."""
 
-    cache: str | None = (
-        None  # folder that keeps features for other heads, protocols and runs; None: in memory
-    )
+    cache: str | None = None  # folder of features for other heads, protocols and runs; None: in memory
     cache_gb: PositiveFloat = 100.0  # size limit of the folder
     cache_dtype: Literal["fp32", "bf16"] = "fp32"  # on disk
     memory_gb: PositiveFloat = 8.0  # size limit of features in memory
-    stream: Literal["auto", "never", "always"] = "auto"  # decode and encode in every pass; auto: if too large
+    # decode and encode in every pass; auto: if the features are too large to keep
+    recompute: Literal["auto", "never", "always"] = "auto"
     allow_unreadable: bool = False  # count test samples that cannot be decoded as wrong; false: an error
     encode_batch: PositiveInt = 16  # videos
     workers: NonNegativeInt = 2  # decoding processes
@@ -69,7 +68,7 @@ class StoredFeatures:
 
 
 class RecomputedFeatures:
-    """Features that are computed in every pass, once for all heads of a hyperparameter grid."""
+    """Features that are computed anew in every pass, which all heads share."""
 
     def __init__(self, loader: "FeatureLoader", shape: FeatureShape):
         self.loader = loader
@@ -90,7 +89,7 @@ class RecomputedFeatures:
 
 
 class UngatheredFeatures:
-    """Stands for features on the processes that did not gather them."""
+    """Placeholder on processes other than the first."""
 
     def __init__(self, shape: FeatureShape):
         self.shape = shape
@@ -100,8 +99,7 @@ class UngatheredFeatures:
 
 
 class StandardisedFeatures:
-    """Another source minus the mean of train at each token, over the standard deviation of train in each
-    channel.
+    """Wraps a source: subtracts train's per-token mean, divides by train's per-channel deviation.
 
     After the encoder's LayerNorm, what all clips have in common (above all positions) can be much larger than
     what distinguishes them, and differently so from encoder to encoder; a head at one learning rate then
@@ -157,7 +155,7 @@ class FeatureLoader(NamedTuple):
         clips = EvalClips(self.shards, self.samples, self.view, clips_per_example)
         batch = (
             self.storage.encode_batch * self.view.clips // clips_per_example
-        )  # examples of `encode_batch` videos
+        )  # examples, of encode_batch videos
         workers = self.storage.workers
         loader = DataLoader(clips, batch, sampler=numbers, num_workers=workers, collate_fn=list)
         quiet = not to_cpu or not self.accelerator.is_main_process
@@ -216,7 +214,7 @@ def choose_storage(
     where: Location
     if storage.cache is not None:
         where = "disk"
-        place = f"in {storage.cache}"
+        where_text = f"in {storage.cache}"
         limit = storage.cache_gb
         needed = sum(store.shape.gigabytes(store.dtype) for store in stores)
         used = used_gb(Path(storage.cache), stores)
@@ -225,24 +223,24 @@ def choose_storage(
         )
     else:
         where = "memory"
-        place = "in memory"
+        where_text = "in memory"
         limit = storage.memory_gb
-        copies = 1 if processes == 1 else 3  # of the first process: its own, those it receives, and all
+        copies = 1 if processes == 1 else 3  # peak on rank 0: own rows + gathered rows + final tensor
         needed = copies * sum(shape.gigabytes(torch.float32) for shape in shapes)
         used = 0.0
         option = f"probe.memory_gb is {limit:g}"
     s = shapes[0]
     videos = " + ".join(str(shape.samples) for shape in shapes)
     line = f"{videos} videos x {s.clips} clips x {s.tokens} tokens x {s.width}: {needed:.3g} GB of features"
-    if storage.stream == "always":
-        return "stream", f"{line}, computed in every epoch"
+    if storage.recompute == "always":
+        return "recompute", f"{line}, computed in every epoch"
     if used + needed <= limit:
-        return where, f"{line}, kept {place}"
-    if storage.stream == "never":
+        return where, f"{line}, kept {where_text}"
+    if storage.recompute == "never":
         raise UserError(
-            f"{line}, {option}: raise it, use fewer segments or samples, or set probe.stream=auto"
+            f"{line}, {option}: raise it, use fewer segments or samples, or set probe.recompute=auto"
         )
-    return "stream", f"{line}, {option}: they are computed in every epoch, which is slow"
+    return "recompute", f"{line}, {option}: they are computed in every epoch, which is slow"
 
 
 def compute_features(
@@ -254,7 +252,7 @@ def compute_features(
     """Computes the features, each process its share. The first process gets all of them; each
     process knows which samples cannot be decoded. store: for where="disk"."""
     accelerator = loader.accelerator
-    if where == "stream":
+    if where == "recompute":
         unreadable = loader.unreadable() if accelerator.is_main_process else {}
         features = Features(RecomputedFeatures(loader, shape), unreadable)
     elif where == "disk":

@@ -1,5 +1,4 @@
-"""Heads trained on frozen tokens: attentive and linear. All heads of a hyperparameter grid share each
-batch."""
+"""Heads trained on frozen tokens: attentive and linear. The heads of all settings share each batch."""
 
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
@@ -64,9 +63,10 @@ class TrainedHeadProtocol(ProbeProtocol):
 
     epochs: PositiveInt = 20
     batch: PositiveInt = 64  # videos
-    lr: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (1e-3,)  # the grid is lr x weight_decay
+    # all pairs of lr and weight_decay are compared
+    lr: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (1e-3,)
     weight_decay: Annotated[tuple[NonNegativeFloat, ...], Field(min_length=1)] = (0.01,)
-    clip: PositiveFloat | None = 1.0  # maximum norm of a head's gradient (V-JEPA 2: null)
+    clip_grad: PositiveFloat | None = 1.0  # maximum norm of a head's gradient (V-JEPA 2: null)
 
     def hyperparameters(self) -> HyperparameterSettings:
         return [{"lr": lr, "weight_decay": decay} for lr in self.lr for decay in self.weight_decay]
@@ -74,42 +74,43 @@ class TrainedHeadProtocol(ProbeProtocol):
     def make_head(self, dim: int, outputs: int) -> nn.Module:
         raise NotImplementedError
 
-    def train(self, task: Task, data: TrainingSet, grid: HyperparameterSettings) -> list[nn.Module]:
+    def train(self, task: Task, data: TrainingSet, settings: HyperparameterSettings) -> list[nn.Module]:
         """One head per setting, all with the same initial weights and batches, in one pass. An epoch sees one
-        view of each sample, drawn at random."""
+        example of each sample, drawn at random."""
         torch.manual_seed(self.seed)
-        device = data.target.device
+        device = data.label_tensor.device
         initial = self.make_head(data.source.shape.width, task.num_outputs)
-        heads = [deepcopy(initial).to(device) for _ in grid]
+        heads = [deepcopy(initial).to(device) for _ in settings]
         groups = [
-            {"params": list(head.parameters()), **setting} for head, setting in zip(heads, grid, strict=True)
+            {"params": list(head.parameters()), **setting}
+            for head, setting in zip(heads, settings, strict=True)
         ]
         optimizer = torch.optim.AdamW(groups, fused=True)
         epochs = [torch.randperm(len(data.indices)).split(self.batch) for _ in range(self.epochs)]
         rows = [batch for batches in epochs for batch in batches]
-        examples = self._draw_views(data.indices, rows)
+        examples = self._draw_examples(data.indices, rows)
         # Deep heads are run one by one: their activations are large.
         parts = [heads] if only_cross_attend(heads) else [[head] for head in heads]
         batches = data.source.batches(self.clips_per_example(data.source), examples)
         for step, tokens in enumerate(batches):
-            target = data.target[rows[step].to(device)]
-            for group, setting in zip(optimizer.param_groups, grid, strict=True):
+            labels = data.label_tensor[rows[step].to(device)]
+            for group, setting in zip(optimizer.param_groups, settings, strict=True):
                 group["lr"] = cosine(setting["lr"], 0.0, step / len(rows))
             optimizer.zero_grad()
             for part in parts:
-                losses = [task.loss(logits, target) for logits in all_logits(part, tokens)]
+                losses = [task.loss(logits, labels) for logits in all_logits(part, tokens)]
                 torch.stack(losses).sum().backward()
-            if self.clip is not None:
+            if self.clip_grad is not None:
                 for head in heads:
-                    torch.nn.utils.clip_grad_norm_(head.parameters(), self.clip)
+                    torch.nn.utils.clip_grad_norm_(head.parameters(), self.clip_grad)
             optimizer.step()
         return [head.eval() for head in heads]
 
-    def _draw_views(self, indices: list[int], rows: list[Tensor]) -> list[list[int]]:
-        """For each batch of rows (of `indices`) the examples: one random view of each sample."""
-        views = self.examples_per_sample
+    def _draw_examples(self, indices: list[int], rows: list[Tensor]) -> list[list[int]]:
+        """Returns one random example of each sample, for each batch of rows of `indices`."""
+        n = self.examples_per_sample
         rng = np.random.default_rng((self.seed, 6))
-        return [[indices[row] * views + int(rng.integers(views)) for row in batch.tolist()] for batch in rows]
+        return [[indices[row] * n + int(rng.integers(n)) for row in batch.tolist()] for batch in rows]
 
     @torch.no_grad()
     def predict(self, models: list[nn.Module], source: TokenSource, indices: list[int], task: Task) -> Tensor:
@@ -118,7 +119,7 @@ class TrainedHeadProtocol(ProbeProtocol):
         for tokens in source.batches(self.clips_per_example(source), batches):
             logits = all_logits(models, tokens)
             outputs.append(torch.stack([task.probabilities(output).cpu() for output in logits]))
-        return reduce(torch.cat(outputs, 1), "g (n views) c -> g n c", "mean", views=self.examples_per_sample)
+        return reduce(torch.cat(outputs, 1), "g (n e) c -> g n c", "mean", e=self.examples_per_sample)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,8 +136,9 @@ class Attentive(TrainedHeadProtocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Linear(TrainedHeadProtocol):
-    """Logistic regression (of numbers: ridge regression) on the mean token. solver "lbfgs": the minimum of
-    mean loss + l2 / 2 * |W|^2, where the grid is l2; "adamw": trained as the attentive heads."""
+    """Logistic regression for classes, ridge regression for numeric labels, on the mean token.
+
+    solver "lbfgs": the minimum of mean loss + l2 / 2 * |W|^2 for each l2; "adamw": as the attentive heads."""
 
     solver: Literal["lbfgs", "adamw"] = "lbfgs"
     l2: Annotated[tuple[NonNegativeFloat, ...], Field(min_length=1)] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -152,23 +154,23 @@ class Linear(TrainedHeadProtocol):
     def make_head(self, dim: int, outputs: int) -> nn.Module:
         return LinearHead(dim, outputs)
 
-    def train(self, task: Task, data: TrainingSet, grid: HyperparameterSettings) -> list[nn.Module]:
+    def train(self, task: Task, data: TrainingSet, settings: HyperparameterSettings) -> list[nn.Module]:
         if self.solver == "adamw":
-            return super().train(task, data, grid)
+            return super().train(task, data, settings)
         (tokens,) = data.source.batches(1, [self.examples_of(data.indices)])
-        target = data.target.repeat_interleave(self.examples_per_sample, 0)
-        return [fit_linear(tokens, target, task, setting["l2"]) for setting in grid]
+        labels = data.label_tensor.repeat_interleave(self.examples_per_sample, 0)
+        return [fit_linear(tokens, labels, task, setting["l2"]) for setting in settings]
 
 
-def fit_linear(tokens: Tensor, target: Tensor, task: Task, l2: float) -> LinearHead:
-    """The head at the minimum of the task's mean loss + l2 / 2 * |W|^2. tokens f32 [n, 1, D], target [n] or
-    [n, C]."""
+def fit_linear(tokens: Tensor, label_tensor: Tensor, task: Task, l2: float) -> LinearHead:
+    """The head at the minimum of the task's mean loss + l2 / 2 * |W|^2. tokens f32 [n, 1, D], label_tensor
+    [n] or [n, C]."""
     head = LinearHead(tokens.shape[-1], task.num_outputs).to(tokens.device)
     if task.kind == "number":
-        weight, bias = ridge_regression(tokens[:, 0], target, l2 / 2)
+        weight, bias = ridge_regression(tokens[:, 0], label_tensor, l2 / 2)
         head.linear.weight.data.copy_(weight.T)
         head.linear.bias.data.copy_(bias)
     else:
         weight = head.linear.weight
-        minimise(head, lambda: task.loss(head(tokens), target) + l2 / 2 * weight.square().sum())
+        minimise(head, lambda: task.loss(head(tokens), label_tensor) + l2 / 2 * weight.square().sum())
     return head.eval()

@@ -54,7 +54,7 @@ class Gallery(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class NeighbourProtocol(ProbeProtocol):
-    """Compares mean tokens, averaged over views, by cosine."""
+    """Compares mean tokens, averaged over the examples of a sample, by cosine."""
 
     temporal_bins: PositiveInt = 1  # equal parts of a clip in time; their mean tokens are concatenated
 
@@ -64,18 +64,26 @@ class NeighbourProtocol(ProbeProtocol):
     def mean_features(self, source: TokenSource, indices: list[int]) -> Tensor:
         """f32 [n, D]."""
         (tokens,) = source.batches(1, [self.examples_of(indices)])
-        return reduce(tokens, "(n views) 1 d -> n d", "mean", views=self.examples_per_sample)
+        return reduce(tokens, "(n e) 1 d -> n d", "mean", e=self.examples_per_sample)
 
-    def train(self, task: Task, data: TrainingSet, grid: HyperparameterSettings) -> list[Gallery]:
+    def train(self, task: Task, data: TrainingSet, settings: HyperparameterSettings) -> list[Gallery]:
         features = self.mean_features(data.source, data.indices)
-        return [Gallery(features, task.soft_targets(data.target), setting) for setting in grid]
+        return [Gallery(features, task.soft_targets(data.label_tensor), setting) for setting in settings]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Knn(NeighbourProtocol):
     """Weighted k nearest neighbours on mean tokens; see `knn_predict`."""
 
-    k: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 5, 10, 20, 50, 100, 200)  # the grid
+    k: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (
+        1,
+        5,
+        10,
+        20,
+        50,
+        100,
+        200,
+    )  # compared on held-out train
     temperature: PositiveFloat = KNN_TEMPERATURE
 
     def hyperparameters(self) -> HyperparameterSettings:
@@ -114,7 +122,7 @@ class Retrieval(NeighbourProtocol):
         if task.kind == "number":
             return {}
         at_5, precisions = [], []
-        targets = task.soft_targets(task.target(labels, model.targets.device)).split(QUERIES_PER_BATCH)
+        targets = task.soft_targets(task.label_tensor(labels, model.targets.device)).split(QUERIES_PER_BATCH)
         for cosine, wanted in zip(self.cosines(model, source, indices), targets, strict=True):
             relevant = (wanted @ model.targets.T > 0).cpu().numpy()
             for row, hits in zip(cosine.cpu().numpy(), relevant, strict=True):

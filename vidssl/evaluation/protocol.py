@@ -1,5 +1,4 @@
-"""What all probe protocols share: how samples are seen, and hyperparameter selection on a held-out part of
-train."""
+"""Base class of probe protocols: views of a sample, and hyperparameter selection on held-out train."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from vidssl.evaluation.splits import split_by_group
 from vidssl.evaluation.tasks import Task
 from vidssl.evaluation.views import Control
 
-HyperparameterSettings = list[dict[str, Any]]  # settings, one of which is selected
+HyperparameterSettings = list[dict[str, Any]]  # candidates, one of which is selected
 POOL_BATCH = 64  # examples
 
 
@@ -35,14 +34,14 @@ class TrainingSet(NamedTuple):
     source: TokenSource
     indices: list[int]  # of the samples in `source`
     labels: list[Any]
-    target: Tensor  # the labels on the device, [n] or [n, C]; see Task.target
+    label_tensor: Tensor  # the labels on the device, [n] or [n, C]; see Task.label_tensor
 
 
 class TrainedProbe(NamedTuple):
     """A head trained with the hyperparameters selected on held-out train."""
 
     model: Any
-    standardise: Callable[[TokenSource], TokenSource]  # applies the statistics of train to another source
+    apply_standardisation: Callable[[TokenSource], TokenSource]  # to any source, with train's statistics
     selection: dict[str, Any]  # the selected setting, and the scores of all
 
 
@@ -52,9 +51,8 @@ class ProbeProtocol(FeatureStorage):
 
     segments: PositiveInt = 1  # clips of a video, evenly spread
     crops: PositiveInt = 1  # squares of each clip, evenly spread along the longer side (published: 3)
-    aggregate: Literal["segments", "none"] = (
-        "segments"  # heads see the tokens of all segments, or of each alone
-    )
+    # heads see the tokens of all segments, or of each alone
+    aggregate: Literal["segments", "none"] = "segments"
     controls: Annotated[tuple[Control, ...], Field(min_length=1)] = ("none",)
     standardise: bool = False  # subtract train's mean at each token, divide by its deviation in each channel
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2  # of train; settings are compared on it
@@ -62,16 +60,16 @@ class ProbeProtocol(FeatureStorage):
 
     @property
     def examples_per_sample(self) -> int:
-        """Number of examples of a sample; the predictions for them are averaged."""
+        """Number of examples of a sample; their predictions are averaged."""
         return self.crops * (1 if self.aggregate == "segments" else self.segments)
 
     def clips_per_example(self, source: TokenSource) -> int:
         return source.shape.clips // self.examples_per_sample
 
     def examples_of(self, indices: list[int]) -> list[int]:
-        """The examples (all views) of these samples."""
-        views = self.examples_per_sample
-        return [index * views + view for index in indices for view in range(views)]
+        """Numbers of all examples of these samples."""
+        n = self.examples_per_sample
+        return [index * n + example for index in indices for example in range(n)]
 
     def prepare(self, source: TokenSource, indices: list[int], device: torch.device) -> TokenSource:
         """The features of these samples as heads see them."""
@@ -80,12 +78,12 @@ class ProbeProtocol(FeatureStorage):
     def hyperparameters(self) -> HyperparameterSettings:
         raise NotImplementedError
 
-    def train(self, task: Task, data: TrainingSet, grid: HyperparameterSettings) -> list[Any]:
+    def train(self, task: Task, data: TrainingSet, settings: HyperparameterSettings) -> list[Any]:
         """One model per setting."""
         raise NotImplementedError
 
     def predict(self, models: list[Any], source: TokenSource, indices: list[int], task: Task) -> Tensor:
-        """f32 [models, n, C] on the CPU, averaged over the views of a sample."""
+        """f32 [models, n, C] on the CPU, averaged over the examples of a sample."""
         raise NotImplementedError
 
     def extra_metrics(
@@ -103,20 +101,20 @@ def mean_pool(
     source: TokenSource, indices: list[int], protocol: ProbeProtocol, temporal_bins: int, device: torch.device
 ) -> StoredFeatures:
     """Mean over the tokens of an example, or over each of `temporal_bins` equal parts of its clips in time,
-    concatenated: features [n, views, 1, temporal_bins * D]; zeros for samples not in `indices`."""
+    concatenated: features [n, examples per sample, 1, temporal_bins * D]; zeros for samples not in `indices`."""
     shape = source.shape
     clips = protocol.clips_per_example(source)
     if shape.tokens % temporal_bins:
         raise UserError(
             f"probe.temporal_bins: {temporal_bins} does not divide a clip's {shape.tokens} tokens"
         )
-    views = protocol.examples_per_sample
-    pooled = torch.zeros(shape.samples * views, 1, temporal_bins * shape.width)
+    per_sample = protocol.examples_per_sample
+    pooled = torch.zeros(shape.samples * per_sample, 1, temporal_bins * shape.width)
     batches = chunks(protocol.examples_of(indices), POOL_BATCH)
     for examples, tokens in zip(batches, source.batches(clips, batches), strict=True):
         pattern = "e (clips bins n) d -> e 1 (bins d)"
         pooled[examples] = reduce(tokens, pattern, "mean", clips=clips, bins=temporal_bins).cpu()
-    return StoredFeatures(rearrange(pooled, "(n views) 1 d -> n views 1 d", views=views), device)
+    return StoredFeatures(rearrange(pooled, "(n e) 1 d -> n e 1 d", e=per_sample), device)
 
 
 def label_free_scores(source: TokenSource, indices: list[int], protocol: ProbeProtocol) -> dict[str, float]:
@@ -137,30 +135,30 @@ def select_and_train(
     """Selects a setting by training all of them on a part of train and comparing them on the rest, and trains
     it again on all of train. The test set plays no part. groups: the group of each sample, held out as a
     whole."""
-    standardise = _make_standardise(protocol, data)
-    data = data._replace(source=standardise(data.source))
-    grid = protocol.hyperparameters()
+    apply_standardisation = _make_standardisation(protocol, data)
+    data = data._replace(source=apply_standardisation(data.source))
+    settings = protocol.hyperparameters()
     classes = data.labels if task.kind == "class" else [0] * len(groups)
     held_out = split_by_group(classes, groups, protocol.val_fraction, protocol.seed)
     scores: list[float] = []
-    if len(grid) > 1:
+    if len(settings) > 1:
         if not held_out.any():
             raise UserError(
                 "no group of train can be held out to select hyperparameters; give a single setting"
             )
-        models = protocol.train(task, subset(data, ~held_out), grid)
+        models = protocol.train(task, subset(data, ~held_out), settings)
         validation = subset(data, held_out)
         outputs = protocol.predict(models, data.source, validation.indices, task).double().numpy()
         scores = [round(task.score(output, validation.labels), 2) for output in outputs]
-    best = grid[int(np.argmax(scores))] if scores else grid[0]
+    best = settings[int(np.argmax(scores))] if scores else settings[0]
     metric = f"held_out_{'accuracy' if task.kind == 'class' else task.metric}"
-    tried = [{**setting, metric: score} for setting, score in zip(grid, scores, strict=False)]
+    tried = [{**setting, metric: score} for setting, score in zip(settings, scores, strict=False)]
     selection = {**best, "tried": tried, "n_held_out": int(held_out.sum()) if scores else 0}
     (model,) = protocol.train(task, data, [best])
-    return TrainedProbe(model, standardise, selection)
+    return TrainedProbe(model, apply_standardisation, selection)
 
 
-def _make_standardise(protocol: ProbeProtocol, data: TrainingSet) -> Callable[[TokenSource], TokenSource]:
+def _make_standardisation(protocol: ProbeProtocol, data: TrainingSet) -> Callable[[TokenSource], TokenSource]:
     if not protocol.standardise:
         return lambda source: source
     batches = chunks(protocol.examples_of(data.indices), POOL_BATCH)
@@ -175,5 +173,5 @@ def subset(data: TrainingSet, mask: np.ndarray) -> TrainingSet:
         data.source,
         [data.indices[row] for row in rows],
         [data.labels[row] for row in rows],
-        data.target[rows],
+        data.label_tensor[rows],
     )

@@ -21,7 +21,7 @@ from vidssl.pretrained.load import LoadedEncoder
 
 
 class PredictionRow(NamedTuple):
-    """A row of predictions.csv: a test sample and what a head predicts for it."""
+    """A row of predictions.csv: a test sample and the prediction of a head for it."""
 
     label: str
     control: str
@@ -41,7 +41,9 @@ def new_report_folder(out: Path, name: str) -> Path:
     """Checks that the report OUT/NAME can be written and does not exist, so that no test set is evaluated
     twice into one place. Returns the folder."""
     if (out / name).exists():
-        raise UserError(f"{out / name} exists: the test set was read for it; give another out=")
+        raise UserError(
+            f"{out / name} already exists; choose another out= (a test set is evaluated once per report)"
+        )
     check_writable(out)
     return out
 

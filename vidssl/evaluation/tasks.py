@@ -35,7 +35,7 @@ class Task:
     def num_outputs(self) -> int:
         return 1 if self.kind == "number" else len(self.names)
 
-    def target(self, labels: list[Any], device: torch.device) -> Tensor:
+    def label_tensor(self, labels: list[Any], device: torch.device) -> Tensor:
         """i64 [n] classes, f32 [n, C] tags (multi-hot), or f32 [n, 1] standardised numbers."""
         if self.kind == "class":
             return torch.tensor(labels, device=device)
@@ -47,16 +47,16 @@ class Task:
             row[list(tags)] = 1
         return rows.to(device)
 
-    def soft_targets(self, target: Tensor) -> Tensor:
-        """The target as f32 [n, C], for which neighbours vote."""
-        return F.one_hot(target, len(self.names)).float() if self.kind == "class" else target
+    def soft_targets(self, label_tensor: Tensor) -> Tensor:
+        """The label tensor as f32 [n, C] (classes one-hot): the votes of neighbours."""
+        return F.one_hot(label_tensor, len(self.names)).float() if self.kind == "class" else label_tensor
 
-    def loss(self, logits: Tensor, target: Tensor) -> Tensor:
+    def loss(self, logits: Tensor, label_tensor: Tensor) -> Tensor:
         if self.kind == "class":
-            return F.cross_entropy(logits, target)
+            return F.cross_entropy(logits, label_tensor)
         if self.kind == "tags":
-            return F.binary_cross_entropy_with_logits(logits, target)
-        return F.mse_loss(logits, target)
+            return F.binary_cross_entropy_with_logits(logits, label_tensor)
+        return F.mse_loss(logits, label_tensor)
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """[..., C] -> probabilities of classes or tags; a number stays standardised."""

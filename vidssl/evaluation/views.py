@@ -18,7 +18,7 @@ from vidssl.data.decoding import open_video
 from vidssl.data.sampling import sample_indices, segment_starts
 from vidssl.data.shards import Sample, Shards
 
-FrameOrder = Literal["none", "shuffled", "reversed", "still"]  # what is done to the frames of each clip
+FrameOrder = Literal["none", "shuffled", "reversed", "still"]  # reordering of the frames of each clip
 EncoderControl = Literal["none", "random_init", "pixels"]  # untrained weights, or mean colours as features
 Control = Literal[FrameOrder, "single", EncoderControl]  # "single": the middle frame alone, as an image
 CONTROLS: tuple[Control, ...] = get_args(Control)
@@ -34,10 +34,10 @@ class View(NamedTuple):
     stride: int | None  # frames
     fps: float | None  # frames per second
     segments: int  # clips, evenly spread over the video
-    crops: int  # squares, evenly spread along the longer side; 1: the center
+    crops: int  # squares, evenly spread along the longer side; 1: the centre
     size: int  # pixels; the short side is resized to it
     order: FrameOrder = "none"
-    first_frames: int | None = None  # after reordering only so many first frames are kept; None: all
+    first_frames: int | None = None  # number of leading frames to keep after reordering; None: all
 
     @property
     def clips(self) -> int:
@@ -53,7 +53,7 @@ def reorder_frames(clip: np.ndarray, order: FrameOrder, permutation: np.ndarray)
 
 def square_crop(clip: np.ndarray, crop: int, crops: int) -> np.ndarray:
     """u8 [T, H, W, 3] -> crop number `crop` of `crops` squares u8 [T, S, S, 3] along the longer side, from
-    its start to its end; the center one if crops is 1."""
+    its start to its end; the centre one if crops is 1."""
     height, width = clip.shape[1:3]
     side = min(height, width)
     margin = abs(height - width)
@@ -109,10 +109,9 @@ class EvalClips(Dataset):
 
 
 class PatchMeans(nn.Module):
-    """Mean colors of patches in place of an encoder's features: what a head reaches on them is not the
-    encoder's merit.
+    """Mean colours of patches as features, a baseline: accuracy reachable without any encoder.
 
-    Video f32 [B, 3, T, H, W] -> [B, N, tubelet * 48]: for each patch the mean colors of its 4 x 4 parts in
+    Video f32 [B, 3, T, H, W] -> [B, N, tubelet * 48]: for each patch the mean colours of its 4 x 4 parts in
     each of its frames."""
 
     def __init__(self, tubelet: int, patch: int):

@@ -118,7 +118,7 @@ class OnlineProbe:
         std = features["train"].std(0).clamp_min(1e-6)
         train = (features["train"] - mean) / std
         test = (features["test"] - mean) / std
-        targets = self.task.soft_targets(self.task.target(self.parts["train"].labels, train.device))
+        targets = self.task.soft_targets(self.task.label_tensor(self.parts["train"].labels, train.device))
         predictions = {
             "knn": knn_predict(train, targets, test, [KNN_K])[0],
             "linear": ridge_predict(train, targets, test, RIDGE_L2),

@@ -198,7 +198,9 @@ def test_unsuitable_streams_are_refused_before_training():
 
 def run(corpora: list[str], out: Path, processes: int) -> list[dict]:
     train, test = corpora
-    further = f"[{{train: {test}, frames: 4, stride: 2, clips: 8}}, {{train: {train}, frames: 1, stride: 1, clips: 8}}]"
+    clips = f"{{train: {test}, frames: 4, stride: 2, clips: 8}}"
+    images = f"{{train: {train}, frames: 1, stride: 1, clips: 8}}"
+    further = f"[{clips}, {images}]"
     settings = [
         f"data.train={train}",
         f"data.extra_streams={further}",

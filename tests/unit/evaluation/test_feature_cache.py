@@ -79,7 +79,7 @@ def compute_on_disk(shards: Shards, folder: Path, encoder: CountingEncoder, **st
 
 
 def test_disk_memory_and_stream_are_equal(shards, tmp_path):
-    storages = {"disk": {"cache": str(tmp_path)}, "memory": {}, "stream": {}}
+    storages = {"disk": {"cache": str(tmp_path)}, "memory": {}, "recompute": {}}
     sources = [
         compute(make_loader(shards, CountingEncoder(), **storage), where).source
         for where, storage in storages.items()
@@ -96,19 +96,19 @@ def test_disk_memory_and_stream_are_equal(shards, tmp_path):
             torch.testing.assert_close(disk, stream, atol=1e-6, rtol=1e-5)
 
 
-def test_streamed_grid_equals_stored_grid(shards):
-    """Also counts the passes over the videos: one for all heads of the grid."""
+def test_recomputed_features_train_equal_heads(shards):
+    """Also counts the passes over the videos: one for all heads."""
     labels = [s.meta["labels"]["appearance"] for s in shards.list_samples()[:SAMPLES]]
     task = Task("appearance", "class", shards.classes["appearance"])
     protocol = Attentive(heads=4, segments=2, crops=3, epochs=2, batch=8, lr=(1e-3, 1e-2), standardise=True)
     indices = list(range(SAMPLES))
     outputs, selections, clips = [], [], []
-    for where in ("memory", "stream"):
+    for where in ("memory", "recompute"):
         encoder = CountingEncoder()
         source = compute(make_loader(shards, encoder), where).source
-        data = TrainingSet(source, indices, labels, task.target(labels, torch.device("cpu")))
+        data = TrainingSet(source, indices, labels, task.label_tensor(labels, torch.device("cpu")))
         probe = select_and_train(protocol, task, data, [str(i) for i in indices])
-        outputs.append(protocol.predict([probe.model], probe.standardise(source), indices, task))
+        outputs.append(protocol.predict([probe.model], probe.apply_standardisation(source), indices, task))
         selections.append(probe.selection)
         clips.append(encoder.clips)
     torch.testing.assert_close(outputs[0], outputs[1], atol=1e-3, rtol=1e-2)
@@ -209,7 +209,7 @@ def test_unreadable_samples_are_recorded(shards, tmp_path):
     samples = [s._replace(size=100) if i in (3, 17) else s for i, s in enumerate(loader.samples)]
     loader = loader._replace(samples=samples)
     reasons = compute(loader, "memory").unreadable
-    assert list(reasons) == [3, 17] == list(compute(loader, "stream").unreadable)
+    assert list(reasons) == [3, 17] == list(compute(loader, "recompute").unreadable)
     for _ in range(2):  # computed, then read
         features = compute(loader, "disk")
         assert features.unreadable == reasons and not features.source.tokens[17].any()
@@ -221,11 +221,11 @@ def test_unreadable_samples_are_recorded(shards, tmp_path):
 def test_memory_limit():
     shape = FeatureShape(1000, 2, 500, 1000)  # 4 GB in fp32
     assert choose_storage([shape], FeatureStorage(memory_gb=4.1), 1)[0] == "memory"
-    assert choose_storage([shape], FeatureStorage(memory_gb=4.1), 2)[0] == "stream"
-    assert choose_storage([shape, shape], FeatureStorage(memory_gb=4.1), 1)[0] == "stream"
-    assert choose_storage([shape], FeatureStorage(memory_gb=4.1, stream="always"), 1)[0] == "stream"
+    assert choose_storage([shape], FeatureStorage(memory_gb=4.1), 2)[0] == "recompute"
+    assert choose_storage([shape, shape], FeatureStorage(memory_gb=4.1), 1)[0] == "recompute"
+    assert choose_storage([shape], FeatureStorage(memory_gb=4.1, recompute="always"), 1)[0] == "recompute"
     with pytest.raises(UserError, match=r"4 GB of features, probe.memory_gb is 3.9: raise it"):
-        choose_storage([shape], FeatureStorage(memory_gb=3.9, stream="never"), 1)
+        choose_storage([shape], FeatureStorage(memory_gb=3.9, recompute="never"), 1)
 
 
 def test_cache_limit(tmp_path):
@@ -236,14 +236,14 @@ def test_cache_limit(tmp_path):
         stores = [FeatureStore(tmp_path, provenance, shape, CACHE_DTYPES[dtype])]
         return choose_storage([shape], storage, 1, stores)
 
-    assert choose(2.1)[0] == "stream"
+    assert choose(2.1)[0] == "recompute"
     where, line = choose(2.1, "bf16")
     assert where == "disk"
     assert line.startswith("1000 videos x 2 clips x 500 tokens x 1000: 2 GB of features, kept in")
     store = FeatureStore(tmp_path, {"encoder": "x"}, shape, torch.float32)
     with store.lock():
         store.write((n, torch.ones(2, 500, 1000)) for n in range(2))
-    assert choose(4.0079, encoder="y")[0] == "stream"  # 8 MB are used
+    assert choose(4.0079, encoder="y")[0] == "recompute"  # 8 MB are used
     assert choose(4.0079, encoder="x")[0] == "disk"  # its own do not count
     assert json.loads((store.folder / "provenance.json").read_text())["encoder"] == "x"
 

@@ -36,7 +36,7 @@ def problem(n: int = 60, clips: int = 1, width: int = 8) -> tuple[StoredFeatures
 
 
 def training_set(source: StoredFeatures, labels: list, task: Task = THREE) -> TrainingSet:
-    return TrainingSet(source, list(range(len(labels))), labels, task.target(labels, CPU))
+    return TrainingSet(source, list(range(len(labels))), labels, task.label_tensor(labels, CPU))
 
 
 def test_joint_heads_equal_single_heads():
@@ -201,10 +201,10 @@ def test_adamw_learns():
     source, labels = problem(clips=1)
     seen = Linear().prepare(source, list(range(60)), CPU)
     protocol = Linear(solver="adamw", lr=(0.3, 1e-6), epochs=40, batch=20)
-    model, standardise, selection = select_and_train(
+    model, apply_standardisation, selection = select_and_train(
         protocol, THREE, training_set(seen, labels), [str(i) for i in range(60)]
     )
-    output = protocol.predict([model], standardise(seen), list(range(60)), THREE)[0]
+    output = protocol.predict([model], apply_standardisation(seen), list(range(60)), THREE)[0]
     assert selection["lr"] == 0.3 and (output.argmax(1) == torch.tensor(labels)).float().mean() > 0.95
 
 
@@ -273,10 +273,12 @@ def test_tags_and_numbers_are_learned():
     protocol = Linear(l2=(1e-4, 1e4))
     for task, labels, least in ((number, values.tolist(), 0.99), (tags, lists, 98)):
         seen = protocol.prepare(source, list(range(60)), CPU)
-        model, standardise, selection = select_and_train(
+        model, apply_standardisation, selection = select_and_train(
             protocol, task, training_set(seen, labels, task), groups
         )
-        output = protocol.predict([model], standardise(seen), list(range(60)), task)[0].double().numpy()
+        output = (
+            protocol.predict([model], apply_standardisation(seen), list(range(60)), task)[0].double().numpy()
+        )
         figures = task.test_metrics(output, labels, groups, 0)
         assert figures["value"] >= least and selection["l2"] == 1e-4
         output[:10] = np.nan  # not read: worse, and never an error

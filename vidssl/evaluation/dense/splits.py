@@ -33,7 +33,7 @@ def read_sequences(data: DenseData, label: LabelKind) -> dict[str, list[DenseSam
     files = {name: {f.resolve() for sample in split for f in sample.files} for name, split in splits.items()}
     if shared := files["train"] & files["test"]:
         raise UserError(
-            f"{min(shared)} and {len(shared) - 1} more files are in train and in test: the test must be new"
+            f"{min(shared)} and {len(shared) - 1} more files are in train and in test: they must be disjoint"
         )
     limit = data.max_train_sequences
     train = splits["train"]
