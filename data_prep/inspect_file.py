@@ -1,4 +1,5 @@
-"""Measures the contents of a file: its frames, their times and size, and which decoders return the right frames.
+"""Measures the contents of a file: its frames, their times and size, and which decoders return the right
+frames.
 
 `FileInspector` does this in child processes, where files are also cut and re-encoded if there is a recipe, so
 that a decoder that crashes or hangs costs one file.

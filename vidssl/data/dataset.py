@@ -218,7 +218,7 @@ class ClipReader:
 
 
 class TrainClips(Dataset[Example]):
-    """The clips of one stream. Clip, crop and replacement at a position depend on (shards, seed, position)."""
+    """The clips of one stream; clip, crop and replacement depend on (shards, seed, position)."""
 
     def __init__(
         self,

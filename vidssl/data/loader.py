@@ -77,13 +77,14 @@ class DecodeErrorMonitor:
         if self.samples >= MIN_SAMPLES_FOR_RATE and rate > self.limit:
             raise UserError(
                 f"{self.reasons.total()} of {self.samples} samples could not be decoded "
-                f"({dict(self.reasons)}; last {self.last_key}): over data.max_decode_error_rate {self.limit}; "
+                f"({dict(self.reasons)}; last {self.last_key}): "
+                f"over data.max_decode_error_rate {self.limit}; "
                 "python -m data_prep.verify names the files"
             )
 
 
 def open_shards(data: DataConfig) -> tuple[list[Shards] | ShardUrls, str]:
-    """Returns the shards of each stream (with data.reader=stream: the tar URLs), and a hash that names the data."""
+    """Returns the shards of each stream (with data.reader=stream: the tar URLs), and a hash of the data."""
     if data.reader == "stream":
         urls = ShardUrls(data)
         return urls, urls.hash

@@ -124,7 +124,8 @@ def interleave(weights: list[float]) -> np.ndarray:
     period = math.lcm(*(share.denominator for share in shares))
     if period > MAX_PERIOD:
         raise UserError(
-            f"data.weights {weights}: give fewer digits, so that their common denominator is at most {MAX_PERIOD}"
+            f"data.weights {weights}: give fewer digits, "
+            f"so that their common denominator is at most {MAX_PERIOD}"
         )
     counts = [int(share * period) for share in shares]  # samples of each corpus in a period
     taken = [0] * len(counts)

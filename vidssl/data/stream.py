@@ -132,7 +132,7 @@ class ClipDecoder:
 
 
 class StreamingDataset(IterableDataset[list[Example]]):
-    """Yields this process's clips of each step, in order. Each loader worker yields its share of the steps."""
+    """Yields this process's clips of each step, in order; each loader worker its share of the steps."""
 
     def __init__(self, shards: ShardUrls, decoder: ClipDecoder, lanes: int):
         self.shards = shards

@@ -101,7 +101,8 @@ def mean_pool(
     source: TokenSource, indices: list[int], protocol: ProbeProtocol, temporal_bins: int, device: torch.device
 ) -> StoredFeatures:
     """Mean over the tokens of an example, or over each of `temporal_bins` equal parts of its clips in time,
-    concatenated: features [n, examples per sample, 1, temporal_bins * D]; zeros for samples not in `indices`."""
+    concatenated: features [n, examples per sample, 1, temporal_bins * D]; zeros for samples not in `indices`.
+    """
     shape = source.shape
     clips = protocol.clips_per_example(source)
     if shape.tokens % temporal_bins:

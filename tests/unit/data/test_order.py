@@ -187,7 +187,7 @@ def test_wrong_weights():
     sizes = [np.array([3]), np.array([4])]
     with pytest.raises(UserError, match=r"data\.weights has 3 entries, data\.train has 2"):
         make_order(sizes, [1, 2, 3], 0, 4, 10)
-    with pytest.raises(UserError, match="fewer digits, so that"):
+    with pytest.raises(UserError, match="fewer digits"):
         make_order(sizes, [0.123456789, 1], 0, 4, 10)
     with pytest.raises(UserError, match=r"data\.train\[1\]: the index lists no samples"):
         make_order([sizes[0], np.array([0])], [1, 2], 0, 4, 10)

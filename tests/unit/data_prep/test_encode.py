@@ -144,7 +144,8 @@ def test_unusable_time_stamps(missing, make_video, frame_index, monkeypatch):
 
 
 @pytest.mark.parametrize("way, corner", [({"rotation": 90}, (0, -1)), ({"rotation": 180}, (-1, -1)),
-                                         ({"rotation": 270}, (-1, 0)), ({"hflip": True}, (0, -1))])  # fmt: skip
+                                         ({"rotation": 270}, (-1, 0)),
+                                         ({"hflip": True}, (0, -1))])  # fmt: skip
 def test_rotated_videos(way, corner, make_video):
     [clip] = encode(make_video(3, size=(48, 80), **way), short_side=24)
     frame = PyAVVideo(clip.data).get([0])[0]
@@ -161,7 +162,8 @@ def test_even_size(shown, short, want):
     assert even_size(shown, short) == want
 
 
-@pytest.mark.parametrize("tags", [{}, {"colorspace": 1, "color_primaries": 1, "color_trc": 1}, {"color_range": 2},
+@pytest.mark.parametrize("tags", [{}, {"colorspace": 1, "color_primaries": 1, "color_trc": 1},
+                                  {"color_range": 2},
                                   {"colorspace": 5, "color_range": 1}], ids=str)  # fmt: skip
 def test_colours_are_kept(tags):
     source = textured(4, size=(128, 128), **tags)
@@ -415,7 +417,8 @@ def test_crash_rejects_one_file_and_slowness_none(tmp_path):
 
 
 @pytest.mark.parametrize("options, words", [
-    (["--fps", "fast"], "--fps fast: expected a rate"), (["--fps", "1/0"], "--fps 1/0"), (["--fps", "-3"], "--fps -3"),
+    (["--fps", "fast"], "--fps fast: expected a rate"),
+    (["--fps", "1/0"], "--fps 1/0"), (["--fps", "-3"], "--fps -3"),
     (["--crf", "0"], "--crf 0: expected 1 to 51"), (["--short-side", "1"], "--short-side must be"),
     (["--hop", "2"], "--hop needs --window"), (["--window", "0"], "at least 0.01 s"),
     (["--window", "2", "--scenes"], "not both"), (["--min-seconds", "-1"], "must be >= 0"),

@@ -38,7 +38,8 @@ K400 = "label,youtube_id,time_start,time_end,split,is_cc\n"
 def test_kinetics_in_every_layout(make):
     train = K400 + (
         "air drumming,--nQbRBEz2s,104,114,train,0\n"
-        '"playing harp",_dbcJuKJQNs,40,50,train,0\nabseiling,abcdefghijk,7,17,train,0\nabseiling,gone,0,10,train,0\n'
+        '"playing harp",_dbcJuKJQNs,40,50,train,0\n'
+        "abseiling,abcdefghijk,7,17,train,0\nabseiling,gone,0,10,train,0\n"
     )
     val = "label,youtube_id,time_start,time_end,split\ntestifying,---QUuC4vJs,84,94,validate\n"
     test = "youtube_id,time_start,time_end,split\nzzzzzzzzzzz,1,11,test\n"
@@ -174,7 +175,8 @@ def test_hmdb51(make):
     source = make(
         "hmdb51",
         {
-            "brush_hair_test_split1.txt": f"{a} 1 \n{a.replace('goo_0', 'goo_1')} 2 \nlost_brush_hair_u_0.avi 2 \n",
+            "brush_hair_test_split1.txt": f"{a} 1 \n{a.replace('goo_0', 'goo_1')} 2 \n"
+            "lost_brush_hair_u_0.avi 2 \n",
             "wave_test_split1.txt": f"{b} 0 \n{a} 2 \n",
         },
         *(f"brush_hair/{x}" for x in (a, a.replace("goo_0", "goo_1"))),
@@ -228,7 +230,8 @@ def test_jester(make):
 
 
 EPIC = (
-    "narration_id,participant_id,video_id,narration_timestamp,start_timestamp,stop_timestamp,start_frame,stop_frame,"
+    "narration_id,participant_id,video_id,narration_timestamp,"
+    "start_timestamp,stop_timestamp,start_frame,stop_frame,"
     "narration,verb,verb_class,noun,noun_class,all_nouns,all_noun_classes\n"
 )
 ROW = "P01_01_{i},P01,{video},00:00:01.089,{start},{stop},8,202,open door,open,3,door,3,['door'],[3]\n"
@@ -255,8 +258,10 @@ def test_epic_kitchens(make):
     }
     assert source.ignored == {"(second narration of a segment)": 1}
     keys = {
-        "EPIC_100_verb_classes.csv": "id,key,instances,category\n0,take,\"['take', 'g']\",x\n3,open,['open'],access\n",
-        "EPIC_100_noun_classes_v2.csv": '"id","key","instances","category"\n3,"cupboard","[\'cupboard\']","storage"\n',
+        "EPIC_100_verb_classes.csv": "id,key,instances,category\n0,take,\"['take', 'g']\",x\n"
+        "3,open,['open'],access\n",
+        "EPIC_100_noun_classes_v2.csv": '"id","key","instances","category"\n'
+        '3,"cupboard","[\'cupboard\']","storage"\n',
     }
     named = make("epic_kitchens", {**lists, **keys}, *files)
     assert named.items[0].labels == {"verb": "open", "noun": "cupboard", "action": "open,cupboard"}
@@ -266,7 +271,8 @@ def test_unlabelled_lists(make):
     source = make(
         "unlabelled",
         {
-            "HowTo100M_v1.csv": "video_id,category_1,category_2,rank,task_id\nnVbIUDjzWY4,Cars,X,27,9\nlost,Cars,X,1,2\n"
+            "HowTo100M_v1.csv": "video_id,category_1,category_2,rank,task_id\n"
+            "nVbIUDjzWY4,Cars,X,27,9\nlost,Cars,X,1,2\n"
         },
         "a/b/nVbIUDjzWY4.webm",
     )
