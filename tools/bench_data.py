@@ -256,7 +256,8 @@ def main(argv: list[str]) -> None:
     report: dict[str, Any] = {}
     print(f"{a.rounds} x {a.clips} clips, {a.workers} workers, {a.videos} videos")
     print(
-        f"{'':12s}{'CPU ms/clip':>12s}{'(spread)':>18s}{'of common':>11s}{'frames':>8s}{'ffmpeg f/s':>12s}{'share':>7s}"
+        f"{'':12s}{'CPU ms/clip':>12s}{'(spread)':>18s}{'of common':>11s}"
+        f"{'frames':>8s}{'ffmpeg f/s':>12s}{'share':>7s}"
     )
     for name, measured in seconds.items():
         kind = "clip-ready" if name == "clip-ready" else "original"

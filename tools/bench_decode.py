@@ -67,10 +67,12 @@ def leak(shards: Shards, decodes: int, decoder: str) -> None:
     slope = np.polyfit(at[late:], held[late:], 1)[0]
     megabytes = [held[late] / 2**20, held[-1] / 2**20]
     print(
-        f"{decoder}: {decodes} decodes; {megabytes[0]:.0f} MB after a quarter, {megabytes[1]:.0f} MB at the end"
+        f"{decoder}: {decodes} decodes; {megabytes[0]:.0f} MB after a quarter, {megabytes[1]:.0f} "
+        f"MB at the end"
     )
     print(
-        f"slope {slope:.0f} bytes a decode; {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10:.0f} MB at most"
+        f"slope {slope:.0f} bytes a decode; "
+        f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10:.0f} MB at most"
     )
 
 

@@ -52,10 +52,12 @@ def main(argv: list[str]) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     u8 = torch.randint(0, 256, (a.batch, 3, 16, a.size, a.size), dtype=torch.uint8, device=device)
     print(
-        f"{a.model}, 16 x {a.size} px, {a.batch} clips, {device}, torch {torch.__version__}, every {a.every} steps"
+        f"{a.model}, 16 x {a.size} px, {a.batch} clips, {device}, torch {torch.__version__}, every "
+        f"{a.every} steps"
     )
     print(
-        f"{'':12s}{'GFLOP step':>12s}{'measure':>10s}{'share':>8s}{'CPU s step':>12s}{'measure':>10s}{'share':>8s}"
+        f"{'':12s}{'GFLOP step':>12s}{'measure':>10s}{'share':>8s}"
+        f"{'CPU s step':>12s}{'measure':>10s}{'share':>8s}"
     )
     for method in ("videomae", "vjepa"):
         files = [

@@ -87,14 +87,16 @@ def main(argv: list[str]) -> None:
     order = Order(counts, 0, lanes, window)
     order.locate(0)
     print(
-        f"{order.n:,} samples in {shards:,} shards, {lanes} lanes: opened in {time.process_time() - clock:.2f} CPU s"
+        f"{order.n:,} samples in {shards:,} shards, {lanes} lanes: opened in "
+        f"{time.process_time() - clock:.2f} CPU s"
     )
     clock = time.process_time()
     asked = lanes * 20
     for g in range(asked):
         order.locate(g)
     print(
-        f"a process that owns all lanes holds {resident_mb() - before:.0f} MB more than before ({before:.0f} MB);"
+        f"a process that owns all lanes holds {resident_mb() - before:.0f} MB more than before "
+        f"({before:.0f} MB);"
     )
     print(f"a position costs {(time.process_time() - clock) / asked * 1e6:.1f} CPU us")
     print(f"1, 8, 64 and 1024 processes show the same global batches: {same_batches(order, 2 * lanes, 3)}")

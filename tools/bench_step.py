@@ -183,7 +183,8 @@ def print_table(
     """Prints a line for each contender and each pair; returns the figures."""
     report: dict[str, Any] = {}
     print(
-        f"{'':26s}{'clips/s':>9s}{'(spread)':>16s}{'GFLOP/clip':>12s}{'share':>8s}{'kept MB/clip':>14s}{'peak MB':>10s}"
+        f"{'':26s}{'clips/s':>9s}{'(spread)':>16s}{'GFLOP/clip':>12s}"
+        f"{'share':>8s}{'kept MB/clip':>14s}{'peak MB':>10s}"
     )
     for name, r in rows.items():
         median = statistics.median(r.seconds)
@@ -255,7 +256,8 @@ def main(argv: list[str]) -> None:
     report |= {k: getattr(a, k) for k in ("model", "batch", "precision", "compile", "tune_malloc")}
     report |= {"matmul_gflops_per_s": rate / 1e9, "where_time_goes": shares}
     print(
-        f"{a.model}, 16 x 224 px, batch {a.batch}, {a.precision}, {device}; 4096^2 product {rate / 1e9:.0f} GFLOP/s"
+        f"{a.model}, 16 x 224 px, batch {a.batch}, {a.precision}, {device}; 4096^2 product "
+        f"{rate / 1e9:.0f} GFLOP/s"
     )
     report |= print_table(rows, pairs, rate, a.batch)
     for name, kinds in shares.items():

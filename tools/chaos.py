@@ -220,7 +220,8 @@ def lose_one(training: RunningTraining, rng: random.Random) -> None:
     training.end(signal.SIGKILL)
     if not set(ended) <= {EXIT_REQUEUE, 0}:
         sys.exit(
-            f"without {victim.pid} the others ended in {ended}: {training.out.with_suffix('.txt').read_text()[-3000:]}"
+            f"without {victim.pid} the others ended in {ended}: "
+            f"{training.out.with_suffix('.txt').read_text()[-3000:]}"
         )
 
 
@@ -328,7 +329,8 @@ def main(argv: list[str]) -> None:
     for name, count in sorted(faults.items()):
         print(f"{name:20s}{count:6d}")
     print(
-        f"{'faults':20s}{faults.total():6d}\n{'starts':20s}{starts:6d}\n{f'rounds of {a.steps}':20s}{rounds:6d}"
+        f"{'faults':20s}{faults.total():6d}\n{'starts':20s}{starts:6d}\n"
+        f"{f'rounds of {a.steps}':20s}{rounds:6d}"
     )
     print(
         "weights, optimiser states and logs equal the undisturbed run's"

@@ -57,7 +57,7 @@ def whole_steps(paths: list[Path]) -> list[StepLog]:
 
 
 def check(steps: list[StepLog], clips: TrainClips) -> list[str]:
-    """Returns what is wrong: steps that differ from Order, and epochs that are no permutation of the samples."""
+    """Returns the steps that differ from Order, and the epochs that are no permutation of the samples."""
     wrong = []
     for number, step in enumerate(steps):
         positions = range(number * BATCH, (number + 1) * BATCH)

@@ -45,7 +45,7 @@ LIBRARIES_IN_USE = {
 
 
 def package_of(module: str) -> str:
-    """Returns the layer of a dotted module: `vidssl.data.order` -> `data`, `data_prep.pack` -> `data_prep`."""
+    """Returns the layer of a dotted module: `data` for vidssl.data.order, `data_prep` for data_prep.pack."""
     parts = module.split(".")
     if parts[0] == "data_prep":
         return "data_prep"

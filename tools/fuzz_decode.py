@@ -112,7 +112,8 @@ def main(argv: list[str]) -> None:
     for outcome, n in outcomes.most_common():
         print(f"{outcome:20} {n:6}")
     print(
-        f"{count} damaged files made of {len(files)}; mean {np.mean(seconds):.3f} s, longest {max(seconds):.1f} s"
+        f"{count} damaged files made of {len(files)}; mean {np.mean(seconds):.3f} s, longest "
+        f"{max(seconds):.1f} s"
     )
 
 

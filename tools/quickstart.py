@@ -47,8 +47,8 @@ LAUNCH += ["--mixed_precision", "no", "--dynamo_backend", "no"]
 
 
 class Job(NamedTuple):
-    """A command of the README, the jobs that must end before it, and the file that it leaves (None: the command
-    itself continues or ends at once)."""
+    """A command of the README, the jobs that must end before it, and the file that it leaves (None: the
+    command itself continues or ends at once)."""
 
     command: list[str]
     needs: tuple[str, ...]
@@ -69,8 +69,8 @@ def last_row(log: Path) -> dict | None:
 def make_jobs(
     out: Path, kind: str, label: str, threads: int, extra: list[str], extra_probe: list[str]
 ) -> dict[str, Job]:
-    """Returns two training runs that differ in the method file only, a probe of each and of an untrained encoder,
-    and probes of `label` on the snapshots."""
+    """Returns two training runs that differ in the method file only, a probe of each and of an untrained
+    encoder, and probes of `label` on the snapshots."""
     jobs: dict[str, Job] = {}
     shards = [f"data.{split}={out / 'shards' / split}" for split in ("train", "test")]
 
@@ -168,7 +168,7 @@ def table(rows: list[dict]) -> str:
 
 
 def accuracy_over_steps(out: Path, method: str, last: int) -> list[tuple[int, float]]:
-    """Returns (step, accuracy on the label of the snapshot probes), from the untrained encoder to the last."""
+    """Returns (step, accuracy on the label of the snapshot probes), the untrained encoder first."""
     probes = {0: "random_init", last: method}
     probes |= {int(p.name.split("@")[1]): p.name for p in (out / "probes").glob(f"{method}@*")}
     reports = {
@@ -179,7 +179,8 @@ def accuracy_over_steps(out: Path, method: str, last: int) -> list[tuple[int, fl
 
 
 def draw(out: Path, rows: list[dict]) -> None:
-    """Draws curves.png (losses, feature statistics, probes of snapshots) and accuracy.png (the table as bars)."""
+    """Draws curves.png (losses, feature statistics, probes of snapshots) and accuracy.png (the table as
+    bars)."""
     figure, axes = plt.subplots(1, 5, figsize=(18, 3.2))
     for i, m in enumerate(METHODS):
         log = [json.loads(line) for line in (out / m / "log.jsonl").read_text().splitlines()]
@@ -284,7 +285,8 @@ def main(argv: list[str]) -> None:
     show([out / m for m in METHODS], out / "masks.png")
     print(f"\n{table(rows)}\n")
     print(
-        f"wrote {out}/summary.json, masks.png, curves.png, accuracy.png in {(time.time() - began) / 60:.1f} minutes"
+        f"wrote {out}/summary.json, masks.png, curves.png, accuracy.png in "
+        f"{(time.time() - began) / 60:.1f} minutes"
     )
 
 

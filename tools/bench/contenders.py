@@ -1,4 +1,4 @@
-"""The training steps that bench_step.py compares: this project's, transformers', the published V-JEPA loop."""
+"""Training steps that bench_step.py compares: this project's, transformers', the published V-JEPA loop."""
 
 import copy
 import tempfile
