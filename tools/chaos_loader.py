@@ -72,8 +72,11 @@ def check(steps: list[StepLog], clips: TrainClips) -> list[str]:
     return wrong
 
 
-def run(folder: Path, kills: int, seed: int) -> dict[str, Any]:
-    """Starts and kills `kills` runs; returns the settings used, the counts, and what is wrong."""
+def run(folder: Path, kills: int, seed: int, min_epochs: int = 0) -> dict[str, Any]:
+    """Starts and kills `kills` runs; returns the settings used, the counts, and what is wrong.
+
+    min_epochs: the last run is killed only once this many epochs have been read.
+    """
     fork = multiprocessing.get_context("fork")
     rng = np.random.default_rng(seed)
     clips = make_clips(folder, seed)
@@ -91,6 +94,8 @@ def run(folder: Path, kills: int, seed: int) -> dict[str, Any]:
                 process.start()
             # some are killed before their first step
             steps_to_wait = int(rng.integers(3))
+            if kill == kills - 1:
+                steps_to_wait = max(steps_to_wait, -(-min_epochs * clips.shards.n // BATCH) - len(steps))
             until = time.monotonic() + 60
             while len(whole_steps(paths)) < steps_to_wait and time.monotonic() < until:
                 time.sleep(0.01)

@@ -21,7 +21,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
-from show_masks import show
+from show_masks import show_runs
 from tqdm import tqdm
 
 from data_prep.sources import read_source
@@ -282,7 +282,7 @@ def main(argv: list[str]) -> None:
     rows = summary(out)
     atomic_write(out / "summary.json", lambda beside: beside.write_text(json.dumps(rows, indent=1)))
     draw(out, rows)
-    show([out / m for m in METHODS], out / "masks.png")
+    show_runs([out / m for m in METHODS], out / "masks.png")
     print(f"\n{table(rows)}\n")
     print(
         f"wrote {out}/summary.json, masks.png, curves.png, accuracy.png in "

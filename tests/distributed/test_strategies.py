@@ -420,7 +420,7 @@ def test_what_cannot_be_is_refused_in_a_line(variables, words, synthetic_shards,
 
 def test_deepspeed_is_refused_in_a_line_where_it_cannot_be(synthetic_shards, tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    with pytest.raises(UserError, match="precision=fp16 does not go with DeepSpeed"):
+    with pytest.raises(UserError, match=r"DeepSpeed does not support efficiency\.precision=fp16"):
         go(arguments("vjepa", synthetic_shards, tmp_path / "run", "efficiency.precision=fp16"))
     with pytest.raises(UserError, match="image_tokenizer: DeepSpeed decays"):
         go(arguments("vjepa", synthetic_shards, tmp_path / "run", "model.image_tokenizer=true"))

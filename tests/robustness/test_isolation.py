@@ -263,7 +263,7 @@ def test_mutations_are_functions_of_the_seed(make_video):
 
 
 def test_repeated_kills_lose_and_repeat_nothing(synthetic_shards):
-    report = chaos_loader.run(synthetic_shards / "train", kills=5, seed=0)
+    report = chaos_loader.run(synthetic_shards / "train", kills=5, seed=0, min_epochs=2)
     assert report["kills"] == 5 and len(report["settings"]) >= 3
     assert report["wrong"] == [] and report["epochs"] >= 2
 
