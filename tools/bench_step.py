@@ -45,7 +45,7 @@ from vidssl.training.malloc import tune_malloc
 KINDS = {  # of operations, by parts of their names
     "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "convolution"),
     "attention": ("scaled_dot_product",),
-    "optimiser and momentum": ("adamw", "AdamW", "lerp", "addcdiv", "addcmul"),
+    "optimizer and momentum": ("adamw", "AdamW", "lerp", "addcdiv", "addcmul"),
     "norms and activations": ("layer_norm", "gelu", "silu"),
     "copies": ("copy_", "aten::cat", "gather", "index"),
 }

@@ -4,7 +4,7 @@ python tools/chaos.py [--faults 100] [--minutes 60] [--processes 1] [--seed 0] [
 
 Faults are kills, signals, full disks, unwritable folders and damaged files. Rounds of the run are disturbed
 until --faults faults and --minutes minutes are reached; a round is continued by the same command until it is
-finished. Its weights, optimiser state and log must equal the undisturbed ones bit for bit, else the exit
+finished. Its weights, optimizer state and log must equal the undisturbed ones bit for bit, else the exit
 status is 1. Processes are forked from this one, so that a start costs no imports.
 """
 
@@ -296,7 +296,7 @@ def main(argv: list[str]) -> None:
     p.add_argument("--faults", type=int, default=100)
     p.add_argument("--minutes", type=float, default=0, help="least duration")
     p.add_argument("--processes", type=int, default=1)
-    p.add_argument("--steps", type=int, default=240, help="optimiser steps of a round")
+    p.add_argument("--steps", type=int, default=240, help="optimizer steps of a round")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--shards", type=Path, help="packed data with `train`; default: rendered here")
     p.add_argument("--out", type=Path, default=ROOT / "runs" / "chaos")
@@ -333,7 +333,7 @@ def main(argv: list[str]) -> None:
         f"{f'rounds of {a.steps}':20s}{rounds:6d}"
     )
     print(
-        "weights, optimiser states and logs equal the undisturbed run's"
+        "weights, optimizer states and logs equal the undisturbed run's"
         if not wrong
         else "\n".join(wrong[:20])
     )

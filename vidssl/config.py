@@ -1,9 +1,9 @@
 """Configuration: YAML files and key=value arguments are merged and validated into nested frozen dataclasses.
 
-A field of a configuration class is one of three things: a section (a dataclass of its own), a `Spec` (the keyword
-arguments of one callable, chosen by `kind` from a table), or a plain value. Defaults live only in the signatures of the
-classes and callables. Raises UserError with file, key and the allowed values for an unknown key or kind, a wrong type
-(true or "3" is no integer, 3.0 neither), or two files that set the same key.
+A field of a configuration class is one of three things: a section (a dataclass of its own), a `Spec` (the
+keyword arguments of one callable, chosen by `kind` from a table), or a plain value. Defaults live only in the
+signatures of the classes and callables. Raises UserError with file, key and the allowed values for an unknown
+key or kind, a wrong type (true, "3" and 3.0 are rejected as integers), or two files that set the same key.
 """
 
 import dataclasses
@@ -52,23 +52,23 @@ class Spec:
     arguments: dict[str, Any]
     factory: Callable[..., Any] = field(compare=False, repr=False)
 
-    def build(self, **given: Any) -> Any:
-        """Calls the factory; `given` are the arguments that code supplies, not the user."""
-        return self.factory(**self.arguments, **given)
+    def build(self, **supplied: Any) -> Any:
+        """Calls the factory; `supplied` are the arguments that code supplies, not the user."""
+        return self.factory(**self.arguments, **supplied)
 
 
 class Choice(NamedTuple):
     """Annotation of a Spec field: `kind` selects a callable from `table`."""
 
     table: Mapping[str, Callable[..., Any]]
-    given: tuple[str, ...] = ()  # parameters that code supplies
+    supplied: tuple[str, ...] = ()  # parameters that code supplies
 
 
 class Arguments(NamedTuple):
     """Annotation of a Spec field: the keyword arguments of one callable, without `kind`."""
 
-    target: Callable[..., Any]
-    given: tuple[str, ...] = ()  # parameters that code supplies
+    factory: Callable[..., Any]
+    supplied: tuple[str, ...] = ()  # parameters that code supplies
 
 
 class Source(NamedTuple):
@@ -91,6 +91,8 @@ RENAMED = {
     "optim.lr_per": "optim.lr_batch",
     "optim.lr_rule": "optim.lr_scaling",
     "optim.clip_each": "optim.clip_per_module",
+    "optim.decay": "optim.lr_decay",
+    "optim.layer_decay": "optim.layer_lr_decay",
     "optim.clip_from": "optim.clip_start",
     "optim.weight_decay_end": "optim.final_weight_decay",
     "online_probe.keep_mb": "online_probe.memory_mb",
@@ -145,17 +147,18 @@ def load_config(argv: Sequence[str], cls: type[Config]) -> Config:
 
 
 def from_tree(tree: Any, cls: type[Config], source: str) -> Config:
-    """The configuration of a stored tree; options it lacks get their defaults. source: its file, for errors."""
+    """The configuration of a stored tree; absent options get their defaults. source: its file, for errors."""
     return _section(tree, cls, "", _origin_of(tree, "", Source(source)))
 
 
-def spec_from_tree(tree: Any, choice: Choice | Arguments, at: str, source: str) -> Spec:
-    """One Spec of a stored tree. at: its dotted key; source: its file, for errors."""
-    return _spec(tree, choice, at, _origin_of(tree, at, Source(source)))
+def spec_from_tree(tree: Any, choice: Choice | Arguments, key_path: str, source: str) -> Spec:
+    """One Spec of a stored tree. key_path: its dotted key; source: its file, for errors."""
+    return _spec(tree, choice, key_path, _origin_of(tree, key_path, Source(source)))
 
 
 def to_tree(cfg: Any) -> dict[str, Any]:
-    """Plain resolved tree of a configuration dataclass, every default included; itself a runnable configuration."""
+    """Plain resolved tree of a configuration dataclass, every default included; itself a runnable
+    configuration."""
     hints = get_type_hints(type(cfg), include_extras=True)
     return {f.name: _dump(getattr(cfg, f.name), hints[f.name]) for f in dataclasses.fields(cfg)}
 
@@ -215,21 +218,21 @@ def _one_line_errors(action: Callable[[], Any], where: str) -> Any:
         raise UserError(f"{where}: {' '.join(str(e).split())}") from None
 
 
-def _leaves(node: Any, at: str) -> Iterator[str]:
+def _leaves(node: Any, key_path: str) -> Iterator[str]:
     """Dotted keys of the values of a tree."""
-    if not isinstance(node, dict) or (at and not node):
-        yield at
+    if not isinstance(node, dict) or (key_path and not node):
+        yield key_path
         return
     for key, value in node.items():
-        yield from _leaves(value, _join(at, key))
+        yield from _leaves(value, _join(key_path, key))
 
 
-def _origin_of(tree: Any, at: str, source: Source) -> Origin:
-    return dict.fromkeys(_leaves(tree, at), source)
+def _origin_of(tree: Any, key_path: str, source: Source) -> Origin:
+    return dict.fromkeys(_leaves(tree, key_path), source)
 
 
-def _join(at: str, key: Any) -> str:
-    return f"{at}.{key}" if at else str(key)
+def _join(key_path: str, key: Any) -> str:
+    return f"{key_path}.{key}" if key_path else str(key)
 
 
 def _where(key: str, origin: Origin) -> str:
@@ -247,20 +250,21 @@ def _unknown(key: str, what: str, allowed: Sequence[str], origin: Origin) -> Use
     return UserError(f"{_where(key, origin)}: unknown {what}; {hint}")
 
 
-def _section(node: Any, cls: type[Config], at: str, origin: Origin) -> Config:
+def _section(node: Any, cls: type[Config], key_path: str, origin: Origin) -> Config:
     """The dataclass `cls` from a mapping of its fields."""
     hints = get_type_hints(cls, include_extras=True)
     fields = dataclasses.fields(cls)  # type: ignore[arg-type]
     names = [f.name for f in fields]
     if not isinstance(node, dict):
-        raise UserError(f"{_where(at, origin)}: must be a mapping with {', '.join(names)}")
+        raise UserError(f"{_where(key_path, origin)}: must be a mapping with {', '.join(names)}")
     has_sections = any(_choice_of(h) or dataclasses.is_dataclass(h) for h in hints.values())
     for key in node:
         if key not in names:
-            raise _unknown(_join(at, key), "section" if has_sections else "key", names, origin)
+            raise _unknown(_join(key_path, key), "section" if has_sections else "key", names, origin)
     values: dict[str, Any] = {}
     for f in fields:
-        key, hint = _join(at, f.name), hints[f.name]
+        key = _join(key_path, f.name)
+        hint = hints[f.name]
         if choice := _choice_of(hint):
             values[f.name] = _spec(node.get(f.name, {}), choice, key, origin)
         elif dataclasses.is_dataclass(hint):
@@ -282,40 +286,43 @@ def _default_of(f: dataclasses.Field) -> Any:
     return inspect.Parameter.empty if f.default is dataclasses.MISSING else f.default
 
 
-def _spec(node: Any, choice: Choice | Arguments, at: str, origin: Origin) -> Spec:
+def _spec(node: Any, choice: Choice | Arguments, key_path: str, origin: Origin) -> Spec:
     """The callable's keyword arguments, validated and completed from its signature."""
     if not isinstance(node, dict):
-        raise UserError(f"{_where(at, origin)}: must be a mapping of arguments")
-    given = dict(node)
+        raise UserError(f"{_where(key_path, origin)}: must be a mapping of arguments")
+    values = dict(node)
     kind = None
     if isinstance(choice, Choice):
         allowed = ", ".join(choice.table)
-        if "kind" not in given:
-            raise UserError(f"{_where(at, origin)}: 'kind' is missing; allowed: {allowed}")
-        kind = given.pop("kind")
+        if "kind" not in values:
+            raise UserError(f"{_where(key_path, origin)}: 'kind' is missing; allowed: {allowed}")
+        kind = values.pop("kind")
         if not isinstance(kind, str) or kind not in choice.table:
-            hint = _renamed_value(f"{at}.kind", kind) or f"allowed: {allowed}"
-            raise UserError(f"{_where(at + '.kind', origin)}: no kind '{kind}'; {hint}")
+            hint = _renamed_value(f"{key_path}.kind", kind) or f"allowed: {allowed}"
+            raise UserError(f"{_where(key_path + '.kind', origin)}: no kind '{kind}'; {hint}")
         factory = choice.table[kind]
     else:
-        factory = choice.target
+        factory = choice.factory
     parameters = inspect.signature(factory).parameters
-    parameters = {k: p for k, p in parameters.items() if k not in choice.given}  # type: ignore[assignment]
-    for key in given:
+    parameters = {k: p for k, p in parameters.items() if k not in choice.supplied}  # type: ignore[assignment]
+    for key in values:
         if key not in parameters:
-            raise _unknown(_join(at, key), "key", list(parameters), origin)
+            raise _unknown(_join(key_path, key), "key", list(parameters), origin)
     hints = _hints(factory)
     arguments = {
-        k: _value(given.get(k, p.default), hints[k], _join(at, k), origin) for k, p in parameters.items()
+        k: _value(values.get(k, p.default), hints[k], _join(key_path, k), origin)
+        for k, p in parameters.items()
     }
     return Spec(kind, arguments, factory)
 
 
-def _value(value: Any, hint: Any, at: str, origin: Origin) -> Any:
-    """The value as the type that the hint names; strict, as JSON is: 3 is a float, but 3.0 and true are no integers."""
+def _value(value: Any, hint: Any, key_path: str, origin: Origin) -> Any:
+    """The value as the type that the hint names; strict, as JSON is: 3 is a float, but 3.0 and true are not
+    integers."""
     if value is inspect.Parameter.empty:
         raise UserError(
-            f"'{at}' is missing (expected {_name(hint)}): set it in a file, or {at}=... on the command line"
+            f"'{key_path}' is missing (expected {_name(hint)}): "
+            f"set it in a file, or {key_path}=... on the command line"
         )
     adapter = TypeAdapter(hint)
     try:
@@ -323,10 +330,10 @@ def _value(value: Any, hint: Any, at: str, origin: Origin) -> Any:
     except ValidationError as e:
         first = e.errors()[0]
         inner = [str(i) for i in first["loc"]]
-        if (key := ".".join([at, *inner])) in RENAMED:
+        if (key := ".".join([key_path, *inner])) in RENAMED:
             raise _unknown(key, "key", [], origin) from None
-        where = _where(at, origin) + "".join(f"[{i}]" for i in inner)
-        hint_text = _renamed_value(at, value) or f"expected {_name(hint)}"
+        where = _where(key_path, origin) + "".join(f"[{i}]" for i in inner)
+        hint_text = _renamed_value(key_path, value) or f"expected {_name(hint)}"
         raise UserError(f"{where}: {first['msg'].lower()}, not {first['input']!r} ({hint_text})") from None
 
 
@@ -354,7 +361,8 @@ def _hints(factory: Callable[..., Any]) -> dict[str, Any]:
     while isinstance(factory, partial):
         factory = factory.func
     plain_class = inspect.isclass(factory) and not dataclasses.is_dataclass(factory)
-    return get_type_hints(factory.__init__ if plain_class else factory, include_extras=True)  # type: ignore[misc]
+    signature: Any = factory.__init__ if plain_class else factory  # type: ignore[misc]
+    return get_type_hints(signature, include_extras=True)
 
 
 def _name(hint: Any) -> str:
@@ -364,15 +372,15 @@ def _name(hint: Any) -> str:
     return str(hint).replace("typing.", "") if get_args(hint) else getattr(hint, "__name__", str(hint))
 
 
-def build(
-    values: Mapping[str, Any], table: Mapping[str, Callable[..., Any]] | Callable[..., Any], **given: Any
+def build_from_header(
+    values: Mapping[str, Any], table: Mapping[str, Callable[..., Any]] | Callable[..., Any], **supplied: Any
 ) -> Any:
     """Calls `table`, or table[kind], with plain arguments, such as those of a file's header."""
     values = dict(values)
-    target = table[values.pop("kind")] if isinstance(table, Mapping) else table
-    hints = _hints(target)
+    factory = table[values.pop("kind")] if isinstance(table, Mapping) else table
+    hints = _hints(factory)
     typed = {k: TypeAdapter(hints[k]).validate_python(v) for k, v in values.items()}  # lists become tuples
-    return target(**typed, **given)
+    return factory(**typed, **supplied)
 
 
 def save(tree: dict[str, Any], path: Path) -> None:
@@ -380,14 +388,16 @@ def save(tree: dict[str, Any], path: Path) -> None:
     atomic_write(path, lambda temporary: temporary.write_text(yaml.safe_dump(tree, sort_keys=False)))
 
 
-def differences(a: Any, b: Any, ignored: Sequence[str] = (), at: str = "") -> list[tuple[str, Any, Any]]:
+def differences(
+    a: Any, b: Any, ignored: Sequence[str] = (), key_path: str = ""
+) -> list[tuple[str, Any, Any]]:
     """(dotted key, value in a, value in b) wherever two trees differ; None where a key is absent.
 
     ignored: dotted keys that may differ, with all below them.
     """
-    if at in ignored:
+    if key_path in ignored:
         return []
     if isinstance(a, dict) and isinstance(b, dict):
         keys = list(dict.fromkeys([*a, *b]))
-        return [d for k in keys for d in differences(a.get(k), b.get(k), ignored, _join(at, k))]
-    return [] if a == b else [(at, a, b)]
+        return [d for k in keys for d in differences(a.get(k), b.get(k), ignored, _join(key_path, k))]
+    return [] if a == b else [(key_path, a, b)]

@@ -65,7 +65,7 @@ def main(argv: list[str]) -> None:
         tune.max_consecutive_skips,
         tune.max_rollbacks,
         tune.loss_spike_std,
-        scaled=strategy.scaler is not None,
+        has_grad_scaler=strategy.scaler is not None,
     )
     state = RunState(
         strategy,

@@ -34,18 +34,19 @@ def main(argv: list[str]) -> None:
     check_output(run)
     strategy = Strategy.from_env(
         efficiency,
-        unused_parameters=cfg.model.arguments["image_tokenizer"],  # has no gradient from videos
+        # the image tokenizer gets no gradient from video batches
+        unused_parameters=cfg.model.arguments["image_tokenizer"],
         log_with=list(run.trackers) or None,
         project_dir=out,
     )
     set_log_level(strategy.is_main)
     check_batch(cfg, strategy.world)
 
-    # Model, optimiser and their state.
+    # Model, optimizer and their state.
     objective = cfg.build_objective()
     configure_blocks(objective, efficiency.activation_checkpointing, efficiency.compile)
-    optim = cfg.optim.scaled(run.batch)
-    model, optimizer = strategy.prepare(objective, build_optimizer(objective, optim, efficiency.fused))
+    optim_config = cfg.optim.scaled(run.batch)
+    model, optimizer = strategy.prepare(objective, build_optimizer(objective, optim_config, efficiency.fused))
     diagnostics = Diagnostics(cfg, objective, strategy)
     state = make_train_state(cfg, strategy, objective, optimizer, diagnostics.stats, data_hash)
     start = state.restore()
@@ -68,27 +69,29 @@ def main(argv: list[str]) -> None:
         for step, batches in enumerate(throughput.timed(loader), start):
             done = step + 1
             seed_step(run.seed, step, int(batches[0].position[0]))
-            hparams = schedule(optim, step, run.steps, cfg.momentum)
+            hparams = schedule(optim_config, step, run.steps, cfg.momentum)
             set_schedule(optimizer, hparams)
             optimizer.zero_grad()
             with throughput.counting(tuple(b.video.shape for b in batches)):
                 losses = forward_backward(strategy, model, batches, run.seed, step, efficiency.micro_batches)
-            norm = strategy.clip(model, optim, step)
+            norm = strategy.clip(model, optim_config, step)
             signals = {"stop": preemption.requested, "collapsed": diagnostics.should_stop}
-            metrics = strategy.reduce({**losses, "grad_norm": norm}, count_samples(batches) | signals)
+            metrics = strategy.all_reduce_metrics(
+                {**losses, "grad_norm": norm}, count_samples(batches) | signals
+            )
 
-            if reason := state.guard.reason_to_skip(metrics):
+            if skip_reason := state.guard.check_step(metrics):
                 strategy.skip_step(optimizer)
-                logger.info(f"step {done}: skipped: {reason}")
-                if state.guard.should_rollback:
-                    saved = state.rollback(f"step {done}: {reason}")
-                    logger.info(f"step {done}: rolled back to the weights of step {saved}; the data go on")
+                logger.info(f"step {done}: skipped: {skip_reason}")
             else:
                 strategy.step(optimizer)
                 objective.target.update(objective.encoder, hparams["ema"])
 
-            row = step_row(losses, metrics, hparams, throughput.row(), state.guard.skipped)
-            folder.log(done, row | diagnostics.maybe(done, batches), batches)
+            row = step_row(losses, metrics, hparams, throughput.row(), state.guard.skipped, skip_reason)
+            if state.guard.should_rollback:
+                with folder.log_on_error(done, row, batches):
+                    state.rollback(done, skip_reason)
+            folder.log(done, row | diagnostics.measure_if_due(done, batches), batches)
             for line in state.writer.pop_errors():
                 logger.warning(f"step {done}: {line}; the run goes on")
 

@@ -1,7 +1,8 @@
 """Several processes, whole models or shards (FSDP2): the same run, and the same files. And what starts them.
 
-`python tests/test_scale.py PLAN.json` runs the plan's jobs in groups of processes that are forked, not started, since
-the imports take longer than the jobs: {"shards": ..., "groups": [[world, [[name, [arguments], ...], ...]], ...]}.
+`python tests/test_scale.py PLAN.json` runs the plan's jobs in groups of processes that are forked, not
+started, since the imports take longer than the jobs: {"shards": ..., "groups": [[world, [[name, [arguments],
+...], ...]], ...]}.
 """
 
 import json
@@ -85,7 +86,7 @@ def go(
     Of VideoMAE the losses of steps 3 and 4 are spoiled in the first process.
     """
     AcceleratorState._reset_state(reset_partial_state=True)
-    clip, reduce = Strategy.clip, Strategy.reduce
+    clip, reduce = Strategy.clip, Strategy.all_reduce_metrics
     spoil = "run.max_consecutive_skips=1" in argv
     current = 0
 
@@ -103,13 +104,13 @@ def go(
             means["loss"] = means["loss"] * float("nan")
         return reduce(self, means, sums)
 
-    Strategy.clip, Strategy.reduce = cut_off, spoiled  # type: ignore[method-assign]
+    Strategy.clip, Strategy.all_reduce_metrics = cut_off, spoiled  # type: ignore[method-assign]
     try:
         train.main(argv)
     except KeyboardInterrupt:
         assert stop < STEPS
     finally:
-        Strategy.clip, Strategy.reduce = clip, reduce  # type: ignore[method-assign]
+        Strategy.clip, Strategy.all_reduce_metrics = clip, reduce  # type: ignore[method-assign]
 
 
 def launcher_variables(name: str) -> dict[str, str]:
@@ -128,7 +129,8 @@ def share(tensors) -> float:
 
 
 def write_shares(out: Path, strategy: Strategy, model: nn.Module) -> None:
-    """Write how much of the weights, moments and gradients this process holds, and the types of the FSDP units."""
+    """Write how much of the weights, moments and gradients this process holds, and the types of the FSDP
+    units."""
     (optimizer,) = strategy.accelerator._optimizers
     children = {n: [*m.parameters()] for n, m in getattr(model, "module", model).named_children()}
     shares: dict[str, Any] = {n: share(p) for n, p in children.items() if len(p) > 1}
@@ -205,9 +207,9 @@ MANY += ["vjepa-ddp-2", "vjepa-fsdp2-2", "vjepa-zero1-2", "vjepa-zero2-2", "vjep
 
 @pytest.fixture(scope="module")
 def runs(synthetic_shards, tmp_path_factory) -> Path:
-    """Folders METHOD-1, and METHOD-LAUNCH-WORLD of several processes. `down` went from whole models on two processes
-    to shards on two to one process, `up` from one process to shards on four to whole models on two, `over` on two
-    processes from ZeRO-2 to shards to ZeRO-1."""
+    """Folders METHOD-1, and METHOD-LAUNCH-WORLD of several processes. `down` went from whole models on two
+    processes to shards on two to one process, `up` from one process to shards on four to whole models on two,
+    `over` on two processes from ZeRO-2 to shards to ZeRO-1."""
     out = tmp_path_factory.mktemp("scale")
 
     def job(launch: str, name: str, *more: str, stop: int = STEPS, method: str = "vjepa") -> list:
@@ -252,7 +254,8 @@ def rows(run: Path) -> list[dict]:
 
 @pytest.mark.parametrize("name", [*MANY, "up", "down", "over"])
 def test_the_same_run_on_any_number_of_processes_whole_or_in_shards(name, runs):
-    one, many = rows(runs / f"{'videomae' if 'videomae' in name else 'vjepa'}-1"), rows(runs / name)
+    one = rows(runs / f"{'videomae' if 'videomae' in name else 'vjepa'}-1")
+    many = rows(runs / name)
     assert [r["samples_hash"] for r in many] == [r["samples_hash"] for r in one] and len(one) == STEPS
     assert [r.keys() - {"matmul_utilization"} for r in many] == [
         r.keys() - {"matmul_utilization"} for r in one
@@ -290,8 +293,9 @@ def test_zero_cuts_moments_and_gradients(name, runs):
 
 @pytest.mark.parametrize("name", [n for n in MANY if "fsdp2" in n])
 def test_shards_are_shards(name, runs):
-    """Of the EMA encoder and of the optimiser's state, too; each block is a unit, what is left is the last."""
-    world, parts = int(name[-1]), ["encoder", "predictor", "moments"]
+    """The EMA encoder and the optimizer state too; each block is a unit, all other parameters are the last one."""
+    world = int(name[-1])
+    parts = ["encoder", "predictor", "moments"]
     for rank in range(world):
         told = json.loads((runs / name / f"shares-{rank}.json").read_text())
         assert told.pop("units") == ["FSDPBlock"] * (1 + 1 if "videomae" in name else 2 + 2 + 1) + [
@@ -376,7 +380,7 @@ def test_compiled_blocks_take_the_same_steps_under_the_same_names(synthetic_shar
     assert 0 < counters["stats"]["unique_graphs"] <= 6 and not counters["graph_break"]
 
 
-def test_another_kernel_of_the_optimiser_can_continue_a_run(synthetic_shards, tmp_path):
+def test_another_kernel_of_the_optimizer_can_continue_a_run(synthetic_shards, tmp_path):
     for name, first in (("same", "true"), ("other", "false")):
         for stop, fused in ((SAVE, first), (STEPS, "true")):
             go(arguments("vjepa", synthetic_shards, tmp_path / name, f"efficiency.fused={fused}"), stop)
@@ -460,11 +464,14 @@ def test_the_launcher_configurations_ask_for_what_they_say():
 
 @pytest.fixture
 def cluster(tmp_path, monkeypatch) -> Path:
-    """A folder, first on the PATH, with a trainer that tells of itself and ends as asked, and SLURM's commands."""
+    """A folder, first on the PATH, with a trainer that tells of itself and ends as asked, and SLURM's
+    commands."""
     programs = {
-        "python": 'echo "$RANK $LOCAL_RANK $WORLD_SIZE $MASTER_ADDR $MASTER_PORT $*" >> "$TOLD"; trap "exit 75" TERM\n'
+        "python": 'echo "$RANK $LOCAL_RANK $WORLD_SIZE $MASTER_ADDR $MASTER_PORT $*" >> "$TOLD"\n'
+        'trap "exit 75" TERM\n'
         'if [ -n "${WAIT-}" ]; then sleep 30 & wait; fi; exit $(cut -d " " -f $((RANK + 1)) <<< "$STATUS")',
-        "srun": 'r=0; for n in 0 1; do SLURM_NODEID=$n "$@"; s=$?; if ((s > r)); then r=$s; fi; done; exit $r',
+        "srun": 'r=0; for n in 0 1; do SLURM_NODEID=$n "$@"; s=$?; '
+        "if ((s > r)); then r=$s; fi; done; exit $r",
         "scontrol": 'if [ "$1" = show ]; then echo n0; echo n1; else echo "$*" >> "$TOLD"; fi',
     }
     for name, text in programs.items():

@@ -266,7 +266,7 @@ def test_sigterm_ends_after_the_step_and_resume_is_bitwise(tuned, encoder, shard
 
 def test_non_finite_steps_are_skipped(encoder, shards, tmp_path, monkeypatch):
     """One bad batch costs its step only; the mean loss of the epoch leaves it out."""
-    reduce = Strategy.reduce
+    reduce = Strategy.all_reduce_metrics
     calls: list[int] = []
 
     def spoiled(self, means, sums):
@@ -274,7 +274,7 @@ def test_non_finite_steps_are_skipped(encoder, shards, tmp_path, monkeypatch):
         metrics = reduce(self, means, sums)
         return {**metrics, "loss": float("nan")} if len(calls) == 3 else metrics
 
-    monkeypatch.setattr(Strategy, "reduce", spoiled)
+    monkeypatch.setattr(Strategy, "all_reduce_metrics", spoiled)
     finetune.main(call(encoder, shards, tmp_path / "run", "tune.epochs=2"))
     tried = report(tmp_path / "run")["results"][0]["chosen"]["tried"]
     rows = log_rows(tmp_path / "run")
@@ -389,7 +389,7 @@ def test_labels_are_smoothed_without_mixup():
 
 def test_layer_decay_is_that_of_videomae(encoder):
     classifier = make_classifier(load_encoder(str(encoder)), MEAN_HEAD, 3, TuneConfig(epochs=1, batch=8))
-    o = OptimConfig(lr=1.0, layer_decay=0.5, weight_decay=0.1, decay="constant")
+    o = OptimConfig(lr=1.0, layer_lr_decay=0.5, weight_decay=0.1, lr_decay="constant")
     optimizer = build_optimizer(classifier, o)
     set_schedule(optimizer, schedule(o, 0, 10))
     got = {id(p): (g["lr"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
@@ -429,7 +429,9 @@ def test_recipes_are_valid(path):
     o = cfg.optim.build(warmup=10)
     if path.stem.startswith("videomae"):  # the published rate at 384 videos
         assert (
-            o.scaled(tune.batch).lr == pytest.approx(7.5e-4) and o.layer_decay == 0.75 and not o.decay_tokens
+            o.scaled(tune.batch).lr == pytest.approx(7.5e-4)
+            and o.layer_lr_decay == 0.75
+            and not o.decay_tokens
         )
 
 
@@ -447,7 +449,7 @@ def test_recipes_are_valid(path):
         (["data.label=null"], "data.label: give one of ['anything', 'colour']"),
         (["optim.warmup=5"], "unknown key; allowed: lr"),
         (["data.stride=2", "data.fps=3"], "give stride (in frames) or fps"),
-        (["optim.lr=1e30", "optim.layer_decay=1", "optim.clip_grad=null"], "loss nan (4 steps in a row"),
+        (["optim.lr=1e30", "optim.layer_lr_decay=1", "optim.clip_grad=null"], "loss nan (4 steps in a row"),
     ],
 )
 def test_user_errors_are_one_line(wrong, words, encoder, shards, tmp_path):

@@ -14,7 +14,8 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def pattern(tmp_path_factory, make_video) -> str:
     """Four tars of six videos."""
-    folder, video = tmp_path_factory.mktemp("bucket"), make_video(8)
+    folder = tmp_path_factory.mktemp("bucket")
+    video = make_video(8)
     for s in range(4):
         with webdataset.TarWriter(str(folder / f"part-{s:03d}.tar"), encoder=False) as tar:
             for i in range(6):

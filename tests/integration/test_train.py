@@ -1,4 +1,5 @@
-"""train.py as a user meets it: killed and continued, on other numbers of workers and processes, and wrongly called."""
+"""train.py as a user meets it: killed and continued, on other numbers of workers and processes, and wrongly
+called."""
 
 import json
 import os
@@ -69,7 +70,8 @@ def test_the_run_folder(whole, synthetic_shards):
         "clips_per_s",
         "wait",
         "samples_hash",
-        "bad",
+        "undecodable_samples",
+        "skip_reason",
     ):
         assert key in rows[0]
     assert 0 < rows[0]["context_ratio_0"] < 1 and 0 < rows[0]["target_ratio_0"] < 1
@@ -94,7 +96,8 @@ def test_resume_is_bitwise(workers, kill_at, number, whole, synthetic_shards, tm
     """The signal goes to all of its processes, as schedulers send it."""
     call = command(synthetic_shards / "train", tmp_path / "run", f"efficiency.workers={workers}")
     victim = subprocess.Popen(call, cwd=ROOT, stderr=subprocess.DEVNULL, start_new_session=True)
-    path, until = tmp_path / "run" / "log.jsonl", time.time() + 120
+    path = tmp_path / "run" / "log.jsonl"
+    until = time.time() + 120
     while not (path.exists() and len(path.read_text().splitlines()) >= kill_at):
         assert time.time() < until and victim.poll() is None, (
             "the run ended or hung before it could be killed"
@@ -112,17 +115,16 @@ def test_resume_is_bitwise(workers, kill_at, number, whole, synthetic_shards, tm
             k: v for k, v in b.items() if k not in volatile
         }
     for name in ("encoder", "encoder_online"):
-        want, got = (
-            load_file(whole / f"{name}.safetensors"),
-            load_file(tmp_path / "run" / f"{name}.safetensors"),
-        )
+        want = load_file(whole / f"{name}.safetensors")
+        got = load_file(tmp_path / "run" / f"{name}.safetensors")
         assert all(want[k].equal(got[k]) for k in want)
 
 
 def test_two_processes_equal_one(whole, synthetic_shards, tmp_path):
     done = train(synthetic_shards / "train", tmp_path / "run", processes=2)
     assert done.returncode == 0, done.stderr
-    one, two = log(whole), log(tmp_path / "run")
+    one = log(whole)
+    two = log(tmp_path / "run")
     assert [r["samples_hash"] for r in one] == [r["samples_hash"] for r in two]
     assert [r["loss"] for r in two] == pytest.approx([r["loss"] for r in one], rel=1e-5)
 
@@ -200,7 +202,11 @@ def test_a_diverged_run_keeps_its_last_checkpoint(synthetic_shards, tmp_path):
     more = ["optim.lr=1e18", "optim.warmup=0", "run.save_every=1", "run.max_consecutive_skips=1"]
     done = train(synthetic_shards / "train", tmp_path / "run", *more)
     assert done.returncode == 2
-    assert "(2 steps in a row, 2 rollbacks); the last checkpoint is in" in done.stderr.splitlines()[-1]
+    message = done.stderr.splitlines()[-1]
+    assert (
+        "(2 steps in a row, 2 rollbacks); the limit max_rollbacks=2 is reached; the last checkpoint is in"
+        in message
+    )
     kept = load_file(tmp_path / "run" / "encoder.safetensors")
     assert all(w.isfinite().all() for w in kept.values())
 

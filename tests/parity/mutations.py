@@ -172,7 +172,7 @@ def everything_decayed(patch: Patch) -> None:
     def wrong(*args):
         optimizer = right(*args)
         for group in optimizer.param_groups:
-            group["decay"] = True
+            group["has_weight_decay"] = True
         return optimizer
 
     patch.setattr(check_parity, "build_optimizer", wrong)

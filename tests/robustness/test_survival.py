@@ -154,7 +154,8 @@ def test_the_background_writer_gets_copies(tmp_path):
 
 def test_a_full_disk_costs_only_checkpoints(run, tmp_path, monkeypatch, capfd):
     run(tmp_path / "whole")
-    original, full = native_files.save_file, [True]
+    original = native_files.save_file
+    full = [True]
 
     def save_file(tensors, path, metadata=None):
         if full[0] and "step-00000008" in str(path):
@@ -181,7 +182,9 @@ def test_a_last_checkpoint_that_cannot_be_written_is_an_error(run, tmp_path):
 
 
 def test_log_rows_outlive_a_full_disk(tmp_path, monkeypatch):
-    lines, honest, room = metrics_log.JsonlWriter(tmp_path / "x.jsonl"), os.write, [5]
+    lines = metrics_log.JsonlWriter(tmp_path / "x.jsonl")
+    honest = os.write
+    room = [5]
 
     def write(number: int, data: bytes) -> int:
         if room[0] == 0:
@@ -217,6 +220,7 @@ def test_a_bad_step_is_skipped_and_counted(run, tmp_path, monkeypatch, capfd):
     got = run(tmp_path / "run")
     assert [r["skipped"] for r in got] == [0] * 5 + [1] * 7
     assert [r["loss"] is None for r in got] == [step == 5 for step in range(12)]
+    assert [r["skip_reason"] for r in got] == [None] * 5 + ["loss nan"] + [None] * 6
     assert "step 6: skipped: loss nan" in capfd.readouterr().err
     assert all(w.isfinite().all() for w in load_file(tmp_path / "run" / "encoder.safetensors").values())
 
@@ -224,7 +228,9 @@ def test_a_bad_step_is_skipped_and_counted(run, tmp_path, monkeypatch, capfd):
 def test_rollback_and_its_continuation(run, tmp_path, monkeypatch, capfd):
     spoil(monkeypatch, {6, 7})
     whole = run(tmp_path / "whole", "run.max_consecutive_skips=1")
-    assert "step 7: rolled back to the weights of step 4; the data go on" in capfd.readouterr().err
+    assert (
+        "restored the checkpoint of step 4; data and schedule continue from step 8" in capfd.readouterr().err
+    )
     original = train.schedule
 
     def cut_off(optim, step, steps, momentum):
@@ -248,21 +254,23 @@ def test_the_run_stops_after_max_rollbacks(run, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"step 11: loss nan \(2 steps in a row, 2 rollbacks\)"):
         run(tmp_path / "run", "run.max_consecutive_skips=1")
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000004"]
+    last = rows(tmp_path / "run")[-1]
+    assert last["step"] == 11 and last["skip_reason"] == "loss nan"
 
 
 def test_spikes():
     guard = LossGuard(2, 1, loss_spike_std=6.0)
     usual = [1.0 + 0.01 * (i % 5) for i in range(MIN_HISTORY)]
-    assert all(guard.reason_to_skip({"loss": v, "grad_norm": v}) is None for v in usual)
+    assert all(guard.check_step({"loss": v, "grad_norm": v}) is None for v in usual)
     for _ in range(3):  # skipped steps do not count as history
-        assert "loss 1.5, over 1.1" in guard.reason_to_skip({"loss": 1.5, "grad_norm": 1.0})
+        assert "loss 1.5 exceeds 1.1" in guard.check_step({"loss": 1.5, "grad_norm": 1.0})
     assert guard.should_rollback
-    assert "grad_norm 9, over" in guard.reason_to_skip({"loss": 1.0, "grad_norm": 9.0})
+    assert "grad_norm 9 exceeds" in guard.check_step({"loss": 1.0, "grad_norm": 9.0})
     again = LossGuard(2, 1, loss_spike_std=6.0)
     again.load(json.loads(json.dumps(guard.state())))
     assert again.state() == guard.state() and again.skipped == 4
-    assert again.reason_to_skip({"loss": 1.02, "grad_norm": 1.02}) is None and again.consecutive_skips == 0
-    assert LossGuard(2, 1, None).reason_to_skip({"loss": 1e9, "grad_norm": 1.0}) is None
+    assert again.check_step({"loss": 1.02, "grad_norm": 1.02}) is None and again.consecutive_skips == 0
+    assert LossGuard(2, 1, None).check_step({"loss": 1e9, "grad_norm": 1.0}) is None
 
 
 # SIGTERM and lost processes
@@ -439,5 +447,7 @@ def test_checkpoints_are_written_in_the_background():
 
 def test_reduce_in_one_process():
     AcceleratorState._reset_state(reset_partial_state=True)
-    got = Strategy(Accelerator(cpu=True)).reduce({"loss": torch.tensor(0.5)}, {"bad": 2, "stop": True})
-    assert got == {"loss": 0.5, "bad": 2, "stop": 1}
+    got = Strategy(Accelerator(cpu=True)).all_reduce_metrics(
+        {"loss": torch.tensor(0.5)}, {"undecodable_samples": 2, "stop": True}
+    )
+    assert got == {"loss": 0.5, "undecodable_samples": 2, "stop": 1}

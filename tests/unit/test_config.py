@@ -47,7 +47,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Part:
-    shape: Annotated[Spec, Choice({"shape": Shape, "disc": Disc}, given=("width",))]
+    shape: Annotated[Spec, Choice({"shape": Shape, "disc": Disc}, supplied=("width",))]
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Example:
 
 @dataclass(frozen=True)
 class WithoutKind:
-    disc: Annotated[Spec, Arguments(Disc, given=("width",))]
+    disc: Annotated[Spec, Arguments(Disc, supplied=("width",))]
 
 
 def write(tmp_path, name, text):
@@ -194,7 +194,8 @@ def test_wrong_arguments(good):
 
 
 def test_ignored_differences_include_all_below_them():
-    a, b = {"a": {"b": 1, "c": 2}, "ab": 1, "d": {"e": 1}}, {"a": {"b": 2}, "ab": 2, "d": {"e": 2}}
+    a = {"a": {"b": 1, "c": 2}, "ab": 1, "d": {"e": 1}}
+    b = {"a": {"b": 2}, "ab": 2, "d": {"e": 2}}
     assert differences(a, b, ("a", "d.e")) == [("ab", 1, 2)]
 
 

@@ -1,7 +1,7 @@
 """V-JEPA's published training step, on the modules of an Objective, for bench_step.py to compare with.
 
 Each mask embeds all patches of the clip by a convolution and then gathers the visible ones; the momentum
-encoder sees the clip once; the predictor takes all tokens through all its blocks; the optimiser is torch's
+encoder sees the clip once; the predictor takes all tokens through all its blocks; the optimizer is torch's
 default AdamW, and the EMA update runs parameter by parameter. Attention is torch's fused kernel in both.
 Source: V-JEPA, app/vjepa/train.py, src/models/{vision_transformer, predictor}.py,
 src/models/utils/multimask.py.

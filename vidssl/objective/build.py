@@ -20,9 +20,9 @@ class MethodConfig:
     """The `method` section: the parts of the formula (objective.py)."""
 
     mask: Annotated[Spec, Choice(MASKS)]
-    target: Annotated[Spec, Choice(TARGETS, given=("encoder", "teacher"))]
-    query: Annotated[Spec, Choice(QUERIES, given=("width",))]
-    predictor: Annotated[Spec, Choice(PREDICTORS, given=("encoder", "out"))]
+    target: Annotated[Spec, Choice(TARGETS, supplied=("encoder", "teacher"))]
+    query: Annotated[Spec, Choice(QUERIES, supplied=("width",))]
+    predictor: Annotated[Spec, Choice(PREDICTORS, supplied=("encoder", "out"))]
     error: Annotated[Spec, Choice(ERRORS)]
     context: ContextLoss
 

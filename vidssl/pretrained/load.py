@@ -71,7 +71,7 @@ def load_teacher(path: str) -> Encoder:
 def build_encoder(model: dict[str, Any]) -> Encoder:
     """An encoder with fresh weights. model: arguments of Encoder, as in a header."""
     options = {k: v for k, v in model.items() if k not in NATIVE_SIZE_KEYS}
-    return config.build(options, Encoder, **{k: model[k] for k in NATIVE_SIZE_KEYS})
+    return config.build_from_header(options, Encoder, **{k: model[k] for k in NATIVE_SIZE_KEYS})
 
 
 def inflate_to_video(image: Checkpoint, frames: int, tubelet: int) -> Checkpoint:

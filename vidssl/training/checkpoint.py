@@ -1,7 +1,7 @@
 """Checkpoint files: written in the background, renamed into place, read weights-only.
 
-A checkpoint is a folder `step-00000100`: model.safetensors, optimizer.safetensors, and state.json with all other state
-and the SHA-256 of the two files, so that a damaged file is never loaded.
+A checkpoint is a folder `step-00000100`: model.safetensors, optimizer.safetensors, and state.json with all
+other state and the SHA-256 of the two files, so that a damaged file is never loaded.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ TENSOR_FILES = ("model", "optimizer")
 
 
 def provenance(cfg: dict[str, Any], data: str) -> dict[str, Any]:
-    """Origin of a checkpoint: configuration, hash of the data's index, code revision, versions of libraries."""
+    """Origin of a checkpoint: configuration, hash of the data's index, code revision, library versions."""
     libraries = {"python": platform.python_version(), "torch": str(torch.__version__)}
     for name in LIBRARIES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -63,8 +63,8 @@ def revision() -> str:
 def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int, keep_every: int = 0) -> None:
     """Writes folder/step-00000100 with state["model"], state["optimizer"] and the rest of `state` as JSON.
 
-    Keeps the `keep` newest checkpoints, and those of every `keep_every` steps (0: no others). Raises OSError if it
-    cannot be written; earlier checkpoints are then untouched.
+    Keeps the `keep` newest checkpoints, and those of every `keep_every` steps (0: no others). Raises OSError
+    if it cannot be written; earlier checkpoints are then untouched.
     """
     folder.mkdir(exist_ok=True)
     final = folder / f"step-{step:08d}"
@@ -93,7 +93,8 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int, k
 
 
 def flatten_optimizer(optimizer: dict[str, Any]) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    """Splits an optimizer's state dict into tensors by "PARAMETER.exp_avg" (exp_avg_sq, step), and its groups."""
+    """Splits an optimizer's state dict into tensors by "PARAMETER.exp_avg" (exp_avg_sq, step), and its
+    groups."""
     tensors = {f"{name}.{kind}": t for name, state in optimizer["state"].items() for kind, t in state.items()}
     return tensors, optimizer["param_groups"]
 
@@ -117,7 +118,8 @@ def step_of(checkpoint: Path) -> int:
 
 
 def load_checkpoint(folder: Path) -> dict[str, Any] | None:
-    """Reads the newest readable checkpoint into CPU memory; None if there is none. Warns of each unreadable one.
+    """Reads the newest readable checkpoint into CPU memory; None if there is none. Warns of each unreadable
+    one.
 
     Raises UserError if there are checkpoints, but none can be read.
     """
@@ -136,7 +138,7 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
 
 
 def read_checkpoint(checkpoint: Path) -> dict[str, Any]:
-    """Reads one checkpoint; raises OSError, ValueError, KeyError or TypeError if it is incomplete or damaged."""
+    """Reads one checkpoint. Raises OSError, ValueError, KeyError or TypeError if it is damaged."""
     state = json.loads((checkpoint / "state.json").read_text())
     for name in TENSOR_FILES:
         path = checkpoint / f"{name}.safetensors"
@@ -163,8 +165,8 @@ def quarantine(folder: Path, step: int) -> None:
 class AsyncWriter:
     """Writes one checkpoint at a time in a background thread; leaving the context waits for it.
 
-    An OSError (a full disk) does not end the run: `failed` holds its reason until the next write starts, and pop_errors
-    returns a line about it. The next method call raises any other exception, which ends the run.
+    An OSError (a full disk) does not end the run: `failed` holds its reason until the next write starts, and
+    pop_errors returns a line about it. The next method call raises any other exception, which ends the run.
     """
 
     def __init__(self) -> None:

@@ -1,7 +1,9 @@
-"""DeepSpeed's ZeRO, stages 1 and 2: optimizer state (stage 2: and gradients) sharded over the processes, weights whole.
+"""DeepSpeed's ZeRO, stages 1 and 2: optimizer state (stage 2: and gradients) sharded over the processes,
+weights whole.
 
-`accelerate launch` chooses it by environment variables (configs/accelerate/zero1.yaml, zero2.yaml). DeepSpeed reduces and
-partitions the gradients; clipping, skipped steps and schedules stay in our loop. No other module knows DeepSpeed.
+`accelerate launch` chooses it by environment variables (configs/accelerate/zero1.yaml, zero2.yaml). DeepSpeed
+reduces and partitions the gradients; clipping, skipped steps and schedules stay in our loop. No other module
+knows DeepSpeed.
 """
 
 import contextlib
@@ -82,10 +84,10 @@ class Zero(Strategy):
 class ZeroOptimizer:
     """AdamW with sharded state, and the part of torch's interface that a training loop uses.
 
-    engine: made by Accelerate; param_groups: those of the optimizer it was made from, with whole parameters. A process
-    holds a fragment (or nothing) of the gradient and of the moments of each parameter: `_hp_mapping` holds the
-    fragment's address in the flattened parameter (lp) and in the one long tensor in which DeepSpeed keeps the process's
-    fragments of a group (hp).
+    engine: made by Accelerate; param_groups: those of the optimizer it was made from, with whole parameters.
+    A process holds a fragment (or nothing) of the gradient and of the moments of each parameter:
+    `_hp_mapping` holds the fragment's address in the flattened parameter (lp) and in the one long tensor in
+    which DeepSpeed keeps the process's fragments of a group (hp).
     """
 
     def __init__(self, engine: Any, param_groups: list[dict[str, Any]]):
@@ -112,7 +114,8 @@ class ZeroOptimizer:
         self.engine.step()
 
     def skip_step(self) -> None:
-        """Drops the gradients: the engine does so by itself where they are not finite, so they are made infinite."""
+        """Drops the gradients: the engine does so by itself where they are not finite, so they are made
+        infinite."""
         for p in self._parameters():
             if (g := gradient_fragment(p)) is not None:
                 g.fill_(torch.inf)
@@ -121,7 +124,8 @@ class ZeroOptimizer:
             raise UserError("DeepSpeed took a step that was to be skipped: pip install 'deepspeed>=0.19.8'")
 
     def gather_moments(self) -> dict[nn.Parameter, dict[str, Tensor]]:
-        """AdamW's state of whole parameters, in CPU memory of the first process; empty in the others. Collective."""
+        """AdamW's state of whole parameters, in CPU memory of the first process; empty in the others.
+        Collective."""
         gathered: dict[nn.Parameter, dict[str, Tensor]] = {}
         for p, state in zip(self._parameters(), self._states(), strict=True):
             for name in MOMENTS if state else ():
@@ -145,7 +149,8 @@ class ZeroOptimizer:
             return
         if lacking := len(self._parameters()) - len(parameters):
             raise UserError(
-                f"{lacking} of {len(self._parameters())} parameters have no moments in the checkpoint; {USE_FSDP2}"
+                f"{lacking} of {len(self._parameters())} parameters have no moments in the checkpoint; "
+                f"{USE_FSDP2}"
             )
         for group in inner.param_groups:
             (long,) = group["params"]
@@ -185,15 +190,18 @@ def fragment(flat: Tensor, address: Any) -> Tensor:
 
 
 def gradient_fragment(p: Any) -> Tensor | None:
-    """This process's part of a parameter's gradient between backward pass and step, as a view; None: it has none."""
+    """This process's part of a parameter's gradient between backward pass and step, as a view; None: it has
+    none."""
     mapping = getattr(p, "_hp_mapping", None)
     return None if mapping is None else mapping.get_lp_grad_fragment(p._index_in_param_group)
 
 
 def zero_plugin(precision: str, unused_parameters: bool = False) -> DeepSpeedPlugin:
-    """Options of DeepSpeed. Raises UserError if `accelerate launch` or the run asks for something unsupported.
+    """Options of DeepSpeed. Raises UserError if `accelerate launch` or the run asks for something
+    unsupported.
 
-    precision: fp32, or bf16 by autocast with weights and gradient sums in f32; unused_parameters: see Strategy.from_env.
+    precision: fp32, or bf16 by autocast with weights and gradient sums in f32; unused_parameters: see
+    Strategy.from_env.
     """
     if unused_parameters:
         raise UserError(

@@ -32,7 +32,7 @@ class Diagnostics:
                 cfg.augment.arguments["size"],
                 workers=cfg.efficiency.workers,
                 isolate=cfg.efficiency.decode_in_subprocess,
-                decodes=strategy.runs_diagnostics,
+                loads_clips=strategy.runs_diagnostics,
                 barrier=strategy.barrier,
             )
 
@@ -41,18 +41,18 @@ class Diagnostics:
         """Whether the run is to stop because its features have collapsed; decided by the first process."""
         return self.strategy.is_main and self.run.stop_on_collapse and self.stats.collapsed
 
-    def maybe(self, step: int, batches: list[Batch]) -> dict[str, float]:
+    def measure_if_due(self, step: int, batches: list[Batch]) -> dict[str, float]:
         """The measurements that are due after `step` steps, for the log; batches: those of the last step."""
         if not self.strategy.runs_diagnostics:
             return {}
         self.stats.add_clips(batches[0].video)
-        figures: dict[str, float] = {}
+        metrics: dict[str, float] = {}
         with torch.compiler.set_stance("force_eager") if self.compiled else contextlib.nullcontext():
             if step % self.run.feature_stats_every == 0 or step in (1, self.run.steps):
-                figures |= self.stats.measure(self.objective)
-                warning = self.stats.collapse_warning({"step": step, **figures})
+                metrics |= self.stats.measure(self.objective)
+                warning = self.stats.collapse_warning({"step": step, **metrics})
                 if warning and self.strategy.is_main:
                     logger.warning(warning)
             if self.probe and (step % self.every == 0 or step == self.run.steps):
-                figures |= self.probe.measure(self.objective)
-        return figures
+                metrics |= self.probe.measure(self.objective)
+        return metrics

@@ -1,7 +1,7 @@
 """Strategy: how the processes of a run share the work (one process, DDP, FSDP2; ZeRO is in deepspeed.py).
 
-`accelerate launch` chooses it by environment variables (configs/accelerate/*.yaml). No other module asks which one runs:
-losses, norms, checkpoints and diagnostics are the same for all of them.
+`accelerate launch` chooses it by environment variables (configs/accelerate/*.yaml). No other module asks
+which one runs: losses, norms, checkpoints and diagnostics are the same for all of them.
 """
 
 from __future__ import annotations
@@ -39,9 +39,8 @@ if TYPE_CHECKING:
     from vidssl.training.optim import OptimConfig
 
 NO_LIMIT = float("inf")
-FULL_ON_CPU = StateDictOptions(
-    full_state_dict=True, cpu_offload=True
-)  # in the first process; nothing in the others
+# rank 0 gets the full state, others an empty dict
+FULL_ON_CPU = StateDictOptions(full_state_dict=True, cpu_offload=True)
 T = TypeVar("T")
 
 
@@ -58,9 +57,10 @@ class ProcessOptions(Protocol):
 class Strategy:
     """One process, or DDP: every process holds the whole model.
 
-    The subclasses (Fsdp2, deepspeed.Zero) override what sharding changes. Collective methods must be called by all
-    processes: prepare, backward, clip, step, skip_step, reduce, on_main, load_state, barrier; of the processes with
-    `participates_in_save` also full_state, of those with `runs_diagnostics` also unsharded.
+    The subclasses (Fsdp2, deepspeed.Zero) override what sharding changes. Collective methods must be called
+    by all processes: prepare, backward, clip, step, skip_step, all_reduce_metrics, run_on_main, load_state,
+    barrier; of the processes with `participates_in_save` also full_state, of those with `runs_diagnostics`
+    also unsharded.
     """
 
     def __init__(self, accelerator: Accelerator, timeout: timedelta = timedelta(minutes=10)):
@@ -83,8 +83,8 @@ class Strategy:
     ) -> Strategy:
         """Joins the processes of this run and returns the Strategy that `accelerate launch` chose.
 
-        unused_parameters: some parameters get no gradient in some steps; options: passed on to Accelerator. Raises
-        UserError if the combination is not supported.
+        unused_parameters: some parameters get no gradient in some steps; options: passed on to Accelerator.
+        Raises UserError if the combination is not supported.
         """
         fsdp = fsdp_plugin(efficiency.precision)
         zero = None
@@ -93,7 +93,7 @@ class Strategy:
 
             zero = deepspeed.zero_plugin(efficiency.precision, unused_parameters)
         if (fsdp or zero) and not allow_sharding:
-            raise UserError("fine-tuning is of whole models: use configs/accelerate/ddp.yaml")
+            raise UserError("fine-tuning does not support sharded models: use configs/accelerate/ddp.yaml")
         timeout = timedelta(seconds=efficiency.peer_timeout_s)
         accelerator = Accelerator(
             mixed_precision="no" if efficiency.precision == "fp32" or zero else efficiency.precision,
@@ -127,17 +127,19 @@ class Strategy:
         return self.accelerator.autocast()
 
     def no_sync(self, model: nn.Module) -> AbstractContextManager[None]:
-        """Gradient accumulation: defers the reduction of gradients to the first backward pass outside this context."""
+        """Gradient accumulation: defers the reduction of gradients to the first backward pass outside this
+        context."""
         return self.accelerator.no_sync(model)
 
     def backward(self, loss: Tensor) -> None:
         self.accelerator.backward(loss)
 
     def clip(self, model: nn.Module, config: OptimConfig, step: int) -> Tensor:
-        """Clips the gradients of step 0.. as `config` says. Returns their total norm before clipping, f32 [].
+        """Clips the gradients as configured. Returns their total norm before clipping, f32 [].
 
-        Only the first clip undoes the scale of fp16 gradients, which may happen once a step. Source of
-        clip_per_module: V-JEPA, app/vjepa/train.py: encoder and predictor (with its mask tokens) separately.
+        step: 0-based index of this step. Only the first clip undoes the scale of fp16 gradients, which may
+        happen once a step. Source of clip_per_module: V-JEPA, app/vjepa/train.py: encoder and predictor (with
+        its mask tokens) separately.
         """
         limit = config.clip_grad if config.clip_grad is not None and step >= config.clip_start else NO_LIMIT
         norm = self._unscale_and_clip(model.parameters(), NO_LIMIT if config.clip_per_module else limit)
@@ -165,7 +167,7 @@ class Strategy:
 
     # Exchange between processes
 
-    def reduce(self, means: dict[str, Tensor], sums: dict[str, float]) -> dict[str, float]:
+    def all_reduce_metrics(self, means: dict[str, Tensor], sums: dict[str, float]) -> dict[str, float]:
         """Averages and sums over the processes, the same in each of them, with one all-reduce."""
         values = [full_tensor(v.detach()).double().to(self.device) for v in means.values()]
         counts = torch.tensor([*sums.values()], dtype=torch.float64, device=self.device)
@@ -173,8 +175,9 @@ class Strategy:
         averages = [value / self.world for value in total[: len(means)]]
         return dict(zip([*means, *sums], [*averages, *total[len(means) :]], strict=True))
 
-    def on_main(self, function: Callable[[], T]) -> T:
-        """Calls `function` in the first process. Returns its (picklable) result, or raises its UserError, in all."""
+    def run_on_main(self, function: Callable[[], T]) -> T:
+        """Calls `function` in the first process. Returns its (picklable) result, or raises its UserError, in
+        all."""
         result: list[Any] = [None, None]
         if self.is_main:
             try:
@@ -191,7 +194,8 @@ class Strategy:
         self.accelerator.wait_for_everyone()
 
     def close(self) -> None:
-        """Waits for all processes (a launcher may end all of them when the first one ends) and closes the trackers."""
+        """Waits for all processes (a launcher may end all of them when the first one ends) and closes the
+        trackers."""
         self.barrier()
         self.accelerator.end_training()
 
@@ -212,8 +216,8 @@ class Strategy:
         return unsharded(model)
 
     def full_state(self, model: nn.Module, optimizer: Any) -> dict[str, Any]:
-        """Copies the whole state into CPU memory of the first process: "model" (weights by name), "optimizer" (AdamW's
-        state_dict with names in the place of numbers) and "scaler". The same for every Strategy."""
+        """Copies the whole state into CPU memory of the first process: "model" (weights by name), "optimizer"
+        (AdamW's state_dict with names in the place of numbers) and "scaler". The same for every Strategy."""
         return {
             "model": copy_to_cpu(get_model_state_dict(model, options=FULL_ON_CPU), self.device.type == "cpu"),
             "optimizer": self._optimizer_state(model, optimizer),
@@ -229,12 +233,13 @@ class Strategy:
         state = state or {}
         self.load_weights(model, state.get("model"))
         self.load_moments(model, optimizer, state.get("optimizer"))
-        scaler = self.on_main(lambda: state["scaler"])
+        scaler = self.run_on_main(lambda: state["scaler"])
         if self.scaler is not None and scaler:
             self.scaler.load_state_dict(scaler)
 
     def load_weights(self, model: nn.Module, weights: dict[str, Tensor] | None, strict: bool = True) -> None:
-        """Loads `weights` of the first process; without `strict`, weights that are not in it stay as they are."""
+        """Loads `weights` of the first process; without `strict`, weights that are not in it stay as they
+        are."""
         values: dict[str, Any] = {**(weights or {})}
         set_model_state_dict(model, values, options=self._load_options(strict))
 
@@ -245,14 +250,17 @@ class Strategy:
         """
         shapes = {name: p.shape for name, p in model.named_parameters()}
         moments: dict[str, dict[str, Tensor]] = saved["state"] if saved else {}
-        kept = self.on_main(lambda: [n for n, m in moments.items() if m["exp_avg"].shape == shapes.get(n)])
+        kept = self.run_on_main(
+            lambda: [n for n, m in moments.items() if m["exp_avg"].shape == shapes.get(n)]
+        )
         self._set_moments(model, unwrapped(optimizer), kept, {n: moments[n] for n in kept if self.is_main})
 
     def _set_moments(
         self, model: nn.Module, optimizer: Any, kept: list[str], moments: dict[str, dict[str, Tensor]]
     ) -> None:
-        """kept: names of the parameters that get moments; moments: of these, in the first process."""
-        optimizer.zero_grad()  # set_optimizer_state_dict fills a state that is empty only where there are no gradients
+        """kept: names of parameters that get moments; moments: their values, on the first process only."""
+        # set_optimizer_state_dict initialises an empty state only if no parameter has a gradient
+        optimizer.zero_grad()
         optimizer.state.clear()
         names = {p: name for name, p in model.named_parameters()}
         groups = [{**g, "params": [names[p] for p in g["params"]]} for g in optimizer.param_groups]
@@ -270,8 +278,9 @@ class Strategy:
 class Fsdp2(Strategy):
     """FSDP2: weights, gradients and optimizer state are sharded over the processes.
 
-    Each transformer Block of the encoder, the EMA encoder and the predictor is one unit, all other parameters are
-    the last one. All parameters are sharded in the same way, so that the optimizer and the EMA update work on shards.
+    Each transformer Block of the encoder, the EMA encoder and the predictor is one unit, all other parameters
+    are the last one. All parameters are sharded in the same way, so that the optimizer and the EMA update
+    work on shards.
     """
 
     @property
@@ -282,9 +291,9 @@ class Fsdp2(Strategy):
 def fsdp_plugin(precision: str) -> FullyShardedDataParallelPlugin | None:
     """Options of FSDP2, or None if `accelerate launch` did not choose it.
 
-    On GPUs, weights are gathered in bf16 or fp16 if that is the run's precision, and gradients are reduced in f32;
-    autocast handles what is computed in f32 all the same, as without shards. On CPUs autocast leaves the weights of
-    LayerNorm as they are, so there they are gathered in f32.
+    On GPUs, weights are gathered in bf16 or fp16 if that is the run's precision, and gradients are reduced in
+    f32; autocast handles what is computed in f32 all the same, as without shards. On CPUs autocast leaves the
+    weights of LayerNorm as they are, so there they are gathered in f32.
     """
     if not env_flag("ACCELERATE_USE_FSDP"):
         return None
@@ -292,12 +301,11 @@ def fsdp_plugin(precision: str) -> FullyShardedDataParallelPlugin | None:
         raise UserError("FSDP 1 is not supported: set fsdp_version: 2, as in configs/accelerate/fsdp2.yaml")
     if env_flag("FSDP_ACTIVATION_CHECKPOINTING"):
         raise UserError("fsdp_activation_checkpointing: use efficiency.activation_checkpointing=true instead")
-    low = {"bf16": torch.bfloat16, "fp16": torch.float16} if torch.cuda.is_available() else {}
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16} if torch.cuda.is_available() else {}
+    reduced_dtype = dtypes.get(precision)
     return FullyShardedDataParallelPlugin(
         fsdp_version=2,
-        mixed_precision_policy=MixedPrecisionPolicy(
-            low.get(precision), torch.float32, cast_forward_inputs=False
-        ),
+        mixed_precision_policy=MixedPrecisionPolicy(reduced_dtype, torch.float32, cast_forward_inputs=False),
         auto_wrap_policy="transformer_based_wrap",
         transformer_cls_names_to_wrap=["Block"],
     )
@@ -321,7 +329,8 @@ def unwrapped(optimizer: Any) -> torch.optim.Optimizer:
 def copy_to_cpu(tree: Any, copy: bool = True) -> Any:
     """The tree with contiguous tensors in CPU memory that later training steps do not change.
 
-    copy: also copies tensors that are in CPU memory already; without it only step counts, which AdamW keeps there.
+    copy: also copies tensors that are in CPU memory already; without it only step counts, which AdamW keeps
+    there.
     """
     if isinstance(tree, Tensor):
         return tree.detach().to("cpu", copy=copy or tree.dim() == 0).contiguous()
@@ -334,8 +343,9 @@ def copy_to_cpu(tree: Any, copy: bool = True) -> Any:
 
 @contextlib.contextmanager
 def unsharded(model: nn.Module) -> Iterator[None]:
-    """Temporarily gathers the parameters of an FSDP2 model outside its Blocks (a Block gathers its own when it runs),
-    so that submodules can be called directly; autocast is on where weights are gathered in low precision."""
+    """Temporarily gathers the parameters of an FSDP2 model outside its Blocks (a Block gathers its own when
+    it runs), so that submodules can be called directly; autocast is on where weights are gathered in low
+    precision."""
     if not isinstance(model, FSDPModule):
         yield
         return

@@ -96,8 +96,9 @@ class EpochSelection(nn.Module):
 class Finetuner:
     """The parts of a fine-tuning run.
 
-    model: the classifier as prepared by the strategy; optim: with the scaled rates and the warm-up in steps;
-    view: of a test video; pixels: mean and standard deviation that the encoder's input is normalised with.
+    model: the classifier as prepared by the strategy; optim_config: with the scaled rates and the warm-up in
+    steps; view: of a test video; pixels: mean and standard deviation that the encoder's input is normalised
+    with.
     """
 
     config: FinetuneConfig
@@ -105,7 +106,7 @@ class Finetuner:
     model: nn.Module
     selection: EpochSelection
     optimizer: Any
-    optim: OptimConfig
+    optim_config: OptimConfig
     splits: FinetuneSplits
     view: View
     pixels: tuple[list[float], list[float]]
@@ -137,7 +138,7 @@ class Finetuner:
             contextlib.closing(loader),
         ):
             for done, batches in enumerate(throughput.timed(loader), start + 1):
-                row, must_stop = self.step(state, batches, mixer, done, throughput, preemption)
+                row, must_stop = self.step(state, folder, batches, mixer, done, throughput, preemption)
                 ends_epoch = done % self.steps_per_epoch == 0
                 if ends_epoch:
                     row |= self.end_epoch(done)
@@ -184,6 +185,7 @@ class Finetuner:
     def step(
         self,
         state: RunState,
+        folder: RunFolder,
         batches: list[Batch],
         mixer: Mixer,
         done: int,
@@ -195,27 +197,27 @@ class Finetuner:
         (batch,) = batches
         step = done - 1
         seed_step(self.config.tune.seed, step, int(batch.position[0]))
-        hparams = schedule(self.optim, step, self.steps)
+        hparams = schedule(self.optim_config, step, self.steps)
         del hparams["ema"]
         set_schedule(self.optimizer, hparams)
         self.optimizer.zero_grad()
         video = normalise(batch.video.to(self.strategy.device), self.pixels)
         with throughput.counting(video.shape):
             loss = self.forward_backward(*mixer(video, batch, step))
-        grad_norm = self.strategy.clip(self.model, self.optim, step)
+        grad_norm = self.strategy.clip(self.model, self.optim_config, step)
         sums = count_samples(batches) | {"stop": float(preemption.requested)}
-        metrics = self.strategy.reduce({"loss": loss, "grad_norm": grad_norm}, sums)
-        if reason := state.guard.reason_to_skip(metrics):
+        metrics = self.strategy.all_reduce_metrics({"loss": loss, "grad_norm": grad_norm}, sums)
+        if skip_reason := state.guard.check_step(metrics):
             self.strategy.skip_step(self.optimizer)
-            logger.info(f"step {done}: skipped: {reason}")
-            if state.guard.should_rollback:
-                saved = state.rollback(f"step {done}: {reason}")
-                self.selection.roll_back(saved)
-                logger.info(f"step {done}: rolled back to the weights of step {saved}; the data go on")
+            logger.info(f"step {done}: skipped: {skip_reason}")
         else:
             self.strategy.step(self.optimizer)
             self.selection.losses.append(metrics["loss"])
-        row = step_row(["loss"], metrics, hparams, throughput.row(), state.guard.skipped)
+        row = step_row(["loss"], metrics, hparams, throughput.row(), state.guard.skipped, skip_reason)
+        if state.guard.should_rollback:
+            with folder.log_on_error(done, row, batches):
+                saved = state.rollback(done, skip_reason)
+            self.selection.roll_back(saved)
         return row, bool(metrics["stop"])
 
     def forward_backward(self, video: Tensor, target: Tensor) -> Tensor:
@@ -246,7 +248,7 @@ class Finetuner:
                 outputs = mean_over_clips(predictions)[decoded]
                 return self.splits.task.score(outputs, [labels[n] for n in decoded])
 
-            accuracy = self.strategy.on_main(score)
+            accuracy = self.strategy.run_on_main(score)
         record = self.selection.end_epoch(step // self.steps_per_epoch, step, accuracy)
         logger.info(", ".join(f"{name} {value}" for name, value in record.items()))
         return {("epoch_loss" if k == "loss" else k): v for k, v in record.items() if k != "step"}
@@ -289,11 +291,13 @@ def build_finetuner(
     best = deepcopy(classifier).requires_grad_(False).to(strategy.device) if splits.held_out[0] else None
     configure_blocks(classifier, efficiency.activation_checkpointing, efficiency.compile)
     warmup = round(cfg.tune.warmup * steps_per_epoch(splits, cfg.tune.batch))
-    optim = cfg.optim.build(warmup=warmup).scaled(cfg.tune.batch)
-    model, optimizer = strategy.prepare(classifier, build_optimizer(classifier, optim, efficiency.fused))
+    optim_config = cfg.optim.build(warmup=warmup).scaled(cfg.tune.batch)
+    model, optimizer = strategy.prepare(
+        classifier, build_optimizer(classifier, optim_config, efficiency.fused)
+    )
     selection = EpochSelection(classifier, best)
     pixels = loaded.metadata["pixels"]["mean"], loaded.metadata["pixels"]["std"]
-    return Finetuner(cfg, strategy, model, selection, optimizer, optim, splits, view, pixels)
+    return Finetuner(cfg, strategy, model, selection, optimizer, optim_config, splits, view, pixels)
 
 
 def steps_per_epoch(splits: FinetuneSplits, batch: int) -> int:

@@ -75,11 +75,13 @@ class TuneConfig:
     segments: PositiveInt = 5  # clips per test video, evenly spaced
     crops: PositiveInt = 3  # square crops per test clip
     allow_unreadable: bool = False  # count an unreadable test video as wrong and list it, instead of an error
-    max_consecutive_skips: NonNegativeInt = 3  # skipped steps in a row before a rollback
-    max_rollbacks: NonNegativeInt = 2  # rollbacks to the last checkpoint before the run stops
-    loss_spike_std: PositiveFloat | None = (
-        None  # skip steps this many deviations above the recent mean; None: never
+    max_consecutive_skips: NonNegativeInt = (
+        3  # skipped steps in a row that are tolerated; one more rolls back
     )
+    max_rollbacks: NonNegativeInt = 2  # rollbacks to the last checkpoint before the run stops
+    # skip a step whose loss or gradient norm exceeds its recent mean by this many standard deviations; None:
+    # never
+    loss_spike_std: PositiveFloat | None = None
     trackers: tuple[Tracker, ...] = ()  # besides log.jsonl
     lanes: PositiveInt = 8  # a multiple of every number of processes that may be used
     seed: NonNegativeInt = 0
@@ -93,9 +95,9 @@ class FinetuneConfig:
     out: str  # folder
     random_init: bool = False  # the same encoder untrained, for comparison
     data: FinetuneDataConfig
-    augment: Annotated[Spec, Choice(AUGMENTS, given=("size",))]
-    head: Annotated[Spec, Choice(FINETUNE_HEADS, given=("dim", "classes"))]
-    optim: Annotated[Spec, Arguments(OptimConfig, given=("warmup",))]
+    augment: Annotated[Spec, Choice(AUGMENTS, supplied=("size",))]
+    head: Annotated[Spec, Choice(FINETUNE_HEADS, supplied=("dim", "classes"))]
+    optim: Annotated[Spec, Arguments(OptimConfig, supplied=("warmup",))]
     tune: TuneConfig
     efficiency: EfficiencyConfig
 

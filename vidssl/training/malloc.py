@@ -9,9 +9,9 @@ import torch
 def tune_malloc() -> bool:
     """On a CPU, stops glibc from returning freed memory to the system. Returns whether it took effect.
 
-    By default glibc returns large blocks as soon as they are freed, and gets each page back, zeroed, when the next
-    tensor is written: up to a third of the time of a step. Forked processes inherit the setting. Does nothing where
-    tensors are on a GPU, or with another C library. Source: mallopt(3).
+    By default glibc returns large blocks as soon as they are freed, and gets each page back, zeroed, when the
+    next tensor is written: up to a third of the time of a step. Forked processes inherit the setting. Does
+    nothing where tensors are on a GPU, or with another C library. Source: mallopt(3).
     """
     on_cpu = sys.platform == "linux" and not torch.cuda.is_available()
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if on_cpu else None

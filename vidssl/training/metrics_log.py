@@ -19,40 +19,47 @@ from vidssl.core.io import atomic_write
 from vidssl.core.log import logger
 from vidssl.data.loader import Batch
 
-HASH_LIMBS = 3  # pieces of a 63-bit hash
-LIMB_BITS = 21  # of a piece: float64 sums such integers exactly over up to 2**32 processes
+HASH_PARTS = 3  # of a 63-bit hash
+BITS_PER_PART = 21  # float64 sums such integers exactly over up to 2**32 processes
 
 
 def count_samples(batches: Sequence[Batch]) -> dict[str, float]:
-    """Numbers to sum over the processes: `bad`, samples that could not be decoded and were replaced; `hash_0`.., the
-    63-bit sum of a hash of (position, key) of every sample, in pieces that a float64 all-reduce adds exactly."""
+    """Numbers to sum over the processes: `undecodable_samples`, which were replaced; `hash_0`.., the 63-bit
+    sum of a hash of (position, key) of every sample, in parts that a float64 all-reduce adds exactly."""
     total = 0
-    bad = sum(len(batch.failures) for batch in batches)
+    undecodable = sum(len(batch.failures) for batch in batches)
     for batch in batches:
         for position, key in zip(batch.position.tolist(), batch.key, strict=True):
             digest = hashlib.sha256(f"{position} {key}".encode()).digest()
             total += int.from_bytes(digest[:8], "big")
-    limbs = {f"hash_{i}": (total >> i * LIMB_BITS) % (1 << LIMB_BITS) for i in range(HASH_LIMBS)}
-    return {"bad": bad, **limbs}
+    parts = {f"hash_{i}": (total >> i * BITS_PER_PART) % (1 << BITS_PER_PART) for i in range(HASH_PARTS)}
+    return {"undecodable_samples": undecodable, **parts}
 
 
 def samples_hash(metrics: dict[str, float]) -> str:
-    """16 hexadecimal digits from the sum of `count_samples` over the processes: the samples of the global batch."""
-    total = sum(int(metrics[f"hash_{i}"]) << (i * LIMB_BITS) for i in range(HASH_LIMBS))
-    return f"{total % (1 << HASH_LIMBS * LIMB_BITS):016x}"
+    """16 hexadecimal digits from the sum of `count_samples` over the processes: the samples of the global
+    batch."""
+    total = sum(int(metrics[f"hash_{i}"]) << (i * BITS_PER_PART) for i in range(HASH_PARTS))
+    return f"{total % (1 << HASH_PARTS * BITS_PER_PART):016x}"
 
 
 def step_row(
-    losses: Iterable[str],
+    loss_names: Iterable[str],
     metrics: dict[str, float],
     hparams: dict[str, float],
     throughput: dict[str, float],
     skipped: int,
+    skip_reason: str | None,
 ) -> dict[str, Any]:
-    """A row of the log. losses: names of those among the reduced metrics; skipped: steps since the start of the run."""
-    row: dict[str, Any] = {name: metrics[name] for name in losses}
+    """A row of the log.
+
+    loss_names: keys of `metrics` to log; skipped: number of steps since the start of the run; skip_reason: of
+    this step, None if it was taken.
+    """
+    row: dict[str, Any] = {name: metrics[name] for name in loss_names}
     row |= {**hparams, "grad_norm": metrics["grad_norm"], **throughput}
-    return row | {"samples_hash": samples_hash(metrics), "bad": int(metrics["bad"]), "skipped": skipped}
+    row |= {"samples_hash": samples_hash(metrics), "undecodable_samples": int(metrics["undecodable_samples"])}
+    return row | {"skipped": skipped, "skip_reason": skip_reason}
 
 
 def _finite(value: Any) -> Any:
@@ -61,7 +68,8 @@ def _finite(value: Any) -> Any:
 
 
 class JsonlWriter:
-    """Appends JSON objects to a file, one per line. On a full disk rows are buffered and retried with the next write."""
+    """Appends JSON objects to a file, one per line. On a full disk rows are buffered and retried with the
+    next write."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -122,7 +130,8 @@ def check_trackers(names: tuple[Tracker, ...], option: str = "run.trackers") -> 
 
 
 def start_trackers(accelerator: Accelerator, tree: dict[str, Any]) -> Callable[[dict[str, Any]], None]:
-    """Starts the trackers with the configuration `tree`. Returns the function that sends them a row of the log."""
+    """Starts the trackers with the configuration `tree`. Returns the function that sends them a row of the
+    log."""
     flat = _flatten(tree)
     plain = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in flat.items()}
     accelerator.init_trackers("vidssl", plain)
@@ -143,7 +152,8 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 class MetricsLog:
-    """Writes the rows of a run to log.jsonl, to the trackers and to a progress line; in the first process only."""
+    """Writes the rows of a run to log.jsonl, to the trackers and to a progress line; in the first process
+    only."""
 
     def __init__(
         self, out: Path, start: int, steps: int, track: Callable[[dict[str, Any]], None] | None = None
@@ -159,7 +169,8 @@ class MetricsLog:
             mininterval=0.2 if sys.stderr.isatty() else 20,
             delay=0.1,
             dynamic_ncols=True,
-            bar_format="{desc} {n_fmt}/{total_fmt}{postfix} | {elapsed}, {remaining} left, ends {eta:%d %b %H:%M}",
+            bar_format="{desc} {n_fmt}/{total_fmt}{postfix} | "
+            "{elapsed}, {remaining} left, ends {eta:%d %b %H:%M}",
         )
 
     def write(self, row: dict[str, Any]) -> None:
@@ -170,12 +181,12 @@ class MetricsLog:
             if reason:
                 logger.warning(f"log.jsonl: {reason}; its lines are kept in memory")
             else:
-                logger.info("log.jsonl is written again")
+                logger.info("writing to log.jsonl works again")
         if self.track:
             try:
                 self.track(row)
             except OSError as e:
-                logger.warning(f"a tracker did not take step {row['step']}: {e}")
+                logger.warning(f"logging step {row['step']} to a tracker failed: {e}")
         shown = {"loss": f"{row['loss']:.4f}", "clips/s": f"{row['clips_per_s']:.0f}"}
         shown["wait"] = f"{row['wait']:.0%}"
         if "memory" in row:

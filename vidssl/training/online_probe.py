@@ -69,14 +69,15 @@ class OnlineProbe:
         *,
         workers: int = 0,
         isolate: bool = False,
-        decodes: bool = True,
+        loads_clips: bool = True,
         barrier: Callable[[], None] = lambda: None,
     ):
         """data, size (pixels): of the clips in training. workers: processes that decode; isolate: in child
         processes of theirs.
 
-        Every process constructs the probe; only those with `decodes` decode and can measure. All of them call
-        `barrier` after every DECODE_BATCH clips, so that none waits for another one longer than these take.
+        Every process constructs the probe; only those with `loads_clips` decode and can measure. All of them
+        call `barrier` after every DECODE_BATCH clips, so that none waits for another one longer than these
+        take.
         """
         own_rate = config.stride or config.fps
         stride, fps = (config.stride, config.fps) if own_rate else (data.stride, data.fps)
@@ -102,8 +103,8 @@ class OnlineProbe:
             clips: Dataset = eval_clips
             if isolate:
                 clips = IsolatedEvalClips(eval_clips, data.decode_timeout_s, data.memory_mb << 20)
-            decoded = decode_all(clips, part_labels, workers, decodes, barrier)
-            if decodes and not decoded.labels:
+            decoded = decode_all(clips, part_labels, workers, loads_clips, barrier)
+            if loads_clips and not decoded.labels:
                 folders = ", ".join(shards[part].folders)
                 raise UserError(f"online_probe: {folders}: no labelled sample can be decoded")
             self.parts[part] = decoded
@@ -184,18 +185,18 @@ def decode_in_child(clips: EvalClips, report: Reporter, number: int) -> tuple[in
 
 
 def decode_all(
-    clips: Dataset, labels: list[Any], workers: int, decodes: bool, barrier: Callable[[], None]
+    clips: Dataset, labels: list[Any], workers: int, loads_clips: bool, barrier: Callable[[], None]
 ) -> LabelledClipSet:
-    """Decodes the clips (nothing without `decodes`) and calls `barrier` after every DECODE_BATCH of them.
+    """Decodes the clips (nothing without `loads_clips`) and calls `barrier` after every DECODE_BATCH of them.
     Clips that cannot be decoded are left out: probe.py counts them, this is a quick measure."""
     batches = [range(i, min(i + DECODE_BATCH, len(labels))) for i in range(0, len(labels), DECODE_BATCH)]
     loader: Any = batches
-    if decodes:
+    if loads_clips:
         sampler: Any = batches
         loader = DataLoader(clips, batch_sampler=sampler, num_workers=workers, collate_fn=list)
     decoded: list[tuple[int, Tensor]] = []
     for batch in loader:
-        if decodes:
+        if loads_clips:
             decoded += [(i, clip[0]) for i, clip in batch if isinstance(clip, Tensor)]
         barrier()
     stacked = torch.stack([clip for _, clip in decoded]) if decoded else torch.empty(0, dtype=torch.uint8)

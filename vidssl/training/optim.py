@@ -17,11 +17,12 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """The `optim` section. Rates are absolute (without lr_batch), steps are optimiser steps.
+    """The `optim` section. Rates are absolute (without lr_batch), steps are optimizer steps.
 
-    An infinite run (Ibrahim et al. 2024, arXiv 2403.08763) has decay "cosine" to the constant rate final_lr within
-    `schedule_steps`; it can be continued with a larger run.steps. An annealing branch is a run of its own with
-    run.init=THAT_RUN, lr at the constant rate, no warm-up and decay "exponential" (as in the paper) or another.
+    An infinite run (Ibrahim et al. 2024, arXiv 2403.08763) has lr_decay "cosine" to the constant rate
+    final_lr within `schedule_steps`; it can be continued with a larger run.steps. An annealing branch is a
+    run of its own with run.init=THAT_RUN, lr at the constant rate, no warm-up and lr_decay "exponential" (as
+    in the paper) or another.
     """
 
     lr: PositiveFloat
@@ -34,7 +35,7 @@ class OptimConfig:
         "linear"  # with run.batch / lr_batch: MAE, VideoMAE (256); DINOv2 (1024)
     )
     warmup: NonNegativeInt = 0  # steps
-    decay: Literal["cosine", "linear", "exponential", "constant"] = (
+    lr_decay: Literal["cosine", "linear", "exponential", "constant"] = (
         "cosine"  # of lr to final_lr after the warm-up
     )
     ipe_scale: PositiveFloat = (
@@ -43,7 +44,9 @@ class OptimConfig:
     schedule_steps: PositiveInt | None = (
         None  # length of all schedules after the warm-up; None: until run.steps
     )
-    layer_decay: Fraction = 1.0  # factor on the rate from each encoder layer to the one below (fine-tuning)
+    layer_lr_decay: Fraction = (
+        1.0  # factor on the rate from each encoder layer to the one below (fine-tuning)
+    )
     weight_decay: NonNegativeFloat = 0.05
     final_weight_decay: NonNegativeFloat | None = None  # at the end of a cosine; None: constant
     betas: tuple[Beta, Beta] = (0.9, 0.999)
@@ -56,23 +59,25 @@ class OptimConfig:
     decay_tokens: bool = True  # weight decay on tokens and learned positions: V-JEPA and MAE yes, VideoMAE no
 
     def __post_init__(self) -> None:
-        if self.decay == "exponential" and not self.final_lr:
+        if self.lr_decay == "exponential" and not self.final_lr:
             raise UserError(
-                "optim.final_lr: an exponential decay cannot end at 0; give a rate, or another optim.decay"
+                "optim.final_lr: an exponential decay cannot end at 0; give a rate, or another optim.lr_decay"
             )
-        if self.schedule_steps is not None and self.decay != "constant" and not self.final_lr:
+        if self.schedule_steps is not None and self.lr_decay != "constant" and not self.final_lr:
             raise UserError(
                 "optim.final_lr: with optim.schedule_steps training goes on at this rate; give one above 0"
             )
         if self.schedule_steps is not None and self.ipe_scale != 1:
             raise UserError(
-                "optim.schedule_steps and optim.ipe_scale both set the length of the schedules: give one of them"
+                "optim.schedule_steps and optim.ipe_scale both set the length of the schedules: "
+                "give one of them"
             )
 
     def scaled(self, batch: int) -> "OptimConfig":
         """This configuration with absolute rates for a global batch of `batch` clips.
 
-        Source: Goyal et al. 2017 (arXiv 1706.02677), VideoMAE run_mae_pretraining.py; the root: DINOv2 (AdamW too).
+        Source: Goyal et al. 2017 (arXiv 1706.02677), VideoMAE run_mae_pretraining.py; square-root scaling:
+        DINOv2.
         """
         if self.lr_batch is None:
             return self
@@ -87,42 +92,50 @@ class OptimConfig:
         )
 
     def is_open_ended(self, momentum: tuple[float, float]) -> bool:
-        """Whether no step depends on run.steps. momentum: of the EMA target, at the first and the last step."""
+        """Whether no step depends on run.steps. momentum: of the EMA encoder, at the first and last step."""
         constant_decay = self.final_weight_decay in (None, self.weight_decay)
-        constant = self.decay == "constant" and constant_decay and momentum[0] == momentum[1]
+        constant = self.lr_decay == "constant" and constant_decay and momentum[0] == momentum[1]
         return self.schedule_steps is not None or constant
 
 
 def schedule(
-    o: OptimConfig, step: int, steps: int, momentum: tuple[float, float] = (1.0, 1.0)
+    config: OptimConfig, step: int, steps: int, momentum: tuple[float, float] = (1.0, 1.0)
 ) -> dict[str, float]:
     """Learning rate, weight decay and EMA momentum (`ema`) at step 0..steps-1.
 
-    lr and weight decay count a step before it is taken (the first is at 1), the momentum after it (the first is at 0).
-    momentum: at the first and the last step.
-    Source: V-JEPA, app/vjepa/{train,utils}.py and src/utils/schedulers.py; decay: V-JEPA 2 (constant, linear when
-    cooling down). Checked against a trace of its training loop.
+    lr and weight decay use step + 1, the momentum uses step. momentum: at the first and the last step.
+    Source: V-JEPA, app/vjepa/{train,utils}.py and src/utils/schedulers.py; lr_decay: V-JEPA 2 (constant,
+    linear when cooling down). Checked against a trace of its training loop.
     """
-    total = max(1, int(steps * o.ipe_scale)) if o.schedule_steps is None else o.warmup + o.schedule_steps
+    total = (
+        max(1, int(steps * config.ipe_scale))
+        if config.schedule_steps is None
+        else config.warmup + config.schedule_steps
+    )
     count = step + 1
-    if count < o.warmup:
-        lr = linear(o.warmup_lr, o.lr, count / o.warmup)
-    elif o.decay == "constant":
-        lr = o.lr
+    if count < config.warmup:
+        lr = linear(config.warmup_lr, config.lr, count / config.warmup)
+    elif config.lr_decay == "constant":
+        lr = config.lr
     else:
-        lr = DECAYS[o.decay](o.lr, o.final_lr, (count - o.warmup) / max(1, total - o.warmup))
-    final_weight_decay = o.weight_decay if o.final_weight_decay is None else o.final_weight_decay
+        lr = DECAYS[config.lr_decay](
+            config.lr, config.final_lr, (count - config.warmup) / max(1, total - config.warmup)
+        )
+    final_weight_decay = (
+        config.weight_decay if config.final_weight_decay is None else config.final_weight_decay
+    )
     return {
         "lr": lr,
-        "weight_decay": cosine(o.weight_decay, final_weight_decay, count / total),
+        "weight_decay": cosine(config.weight_decay, final_weight_decay, count / total),
         "ema": linear(*momentum, step / total),
     }
 
 
-def build_optimizer(model: nn.Module, o: OptimConfig, fused: bool = False) -> torch.optim.AdamW:
+def build_optimizer(model: nn.Module, config: OptimConfig, fused: bool = False) -> torch.optim.AdamW:
     """AdamW; biases and 1-D parameters (norms) have no weight decay, as published.
 
-    With layer_decay there are two groups per layer, else two in all. fused: one kernel for the whole update.
+    With layer_lr_decay there are up to two groups per layer, else up to two in all. fused: one kernel for the
+    whole update.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     layers = [layer_of(name) for name, _ in named]
@@ -131,37 +144,41 @@ def build_optimizer(model: nn.Module, o: OptimConfig, fused: bool = False) -> to
         top: ([], [])
     }  # decayed, not decayed
     for (name, p), layer in zip(named, layers, strict=True):
-        level = top if layer is None or o.layer_decay == 1 else layer
-        exempt = not o.decay_tokens if is_token(name) else p.ndim <= 1 or name.endswith(".bias")
+        level = top if layer is None or config.layer_lr_decay == 1 else layer
+        exempt = (
+            not config.decay_tokens if is_token_or_position(name) else p.ndim <= 1 or name.endswith(".bias")
+        )
         by_layer.setdefault(level, ([], []))[exempt].append(p)
     groups: list[dict[str, Any]] = []
     for level, (decayed, not_decayed) in by_layer.items():
-        scale = {} if o.layer_decay == 1 else {"scale": o.layer_decay ** (top - level)}
-        groups.append({"params": decayed, "decay": True, **scale})
-        groups.append({"params": not_decayed, "decay": False, **scale})
-    return torch.optim.AdamW(groups, lr=o.lr, betas=o.betas, eps=o.eps, fused=fused or None)
+        scale = {} if config.layer_lr_decay == 1 else {"scale": config.layer_lr_decay ** (top - level)}
+        groups.append({"params": decayed, "has_weight_decay": True, **scale})
+        groups.append({"params": not_decayed, "has_weight_decay": False, **scale})
+    groups = [group for group in groups if group["params"]]  # set_optimizer_state_dict rejects empty ones
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused or None)
 
 
 def layer_of(name: str) -> int | None:
-    """Layer of an encoder's parameter by its dotted name: 0 for the embedding, i + 1 for block i; None for the final
-    norm, the head and everything outside the encoder.
+    """Layer of an encoder's parameter by its dotted name: 0 for the embedding, i + 1 for block i; None for
+    the final norm, the head and everything outside the encoder.
 
-    Source: BEiT's layer-wise rates as in VideoMAE, optim_factory.py: the rate of layer l of depth L is layer_decay to
-    the power L + 1 - l; the last norm and the head have the full rate.
+    Source: BEiT's layer-wise rates as in VideoMAE, optim_factory.py: the rate of layer l of depth L is
+    layer_lr_decay to the power L + 1 - l; the last norm and the head have the full rate.
     """
     parts = name.split(".")
     inside = parts[parts.index("encoder") + 1 :] if "encoder" in parts else []
     if inside[:1] == ["blocks"]:
         return int(inside[1]) + 1
-    embeds = inside and (inside[0].startswith("patch_embed") or is_token(".".join(inside)))
+    embeds = inside and (inside[0].startswith("patch_embed") or is_token_or_position(".".join(inside)))
     return 0 if embeds else None
 
 
 TOKEN_SUFFIXES = ("token", "tokens", "modality", "mod_embed")
 
 
-def is_token(name: str) -> bool:
-    """Whether the parameter of this dotted name is a learned token, a table of positions or a modality vector.
+def is_token_or_position(name: str) -> bool:
+    """Whether the parameter of this dotted name is a learned token, a table of positions or a modality
+    vector.
 
     These are 1-D here but [1, 1, D] in the references, where they count as decayed for that reason.
     """
@@ -172,4 +189,4 @@ def set_schedule(optimizer: torch.optim.Optimizer, hparams: dict[str, float]) ->
     """Sets learning rate and weight decay of every parameter group."""
     for group in optimizer.param_groups:
         group["lr"] = hparams["lr"] * group.get("scale", 1.0)
-        group["weight_decay"] = hparams["weight_decay"] if group["decay"] else 0.0
+        group["weight_decay"] = hparams["weight_decay"] if group["has_weight_decay"] else 0.0

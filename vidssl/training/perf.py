@@ -32,8 +32,8 @@ def attention_backward_flops(
 
 @contextlib.contextmanager
 def count_flops() -> Iterator[Callable[[], int]]:
-    """Yields a function that returns the FLOPs of matrix products, convolutions and attention computed in this context,
-    forward and backward.
+    """Yields a function that returns the FLOPs of matrix products, convolutions and attention computed in
+    this context, forward and backward.
 
     torch counts them, except (as of 2.14) attention on CPUs, which is added here.
     """
@@ -46,10 +46,11 @@ def count_flops() -> Iterator[Callable[[], int]]:
 
 
 class StepMeter:
-    """Counts the arithmetic of a step once for each shape of a batch, and holds it against this device's own rate.
+    """Counts the arithmetic of a step once for each shape of a batch, and holds it against this device's own
+    rate.
 
-    What `efficiency.activation_checkpointing` does twice counts twice. The rate is that of the fastest of a few square products in the
-    precision of the run, measured when the meter is made.
+    What `efficiency.activation_checkpointing` does twice counts twice. The rate is that of the fastest of a
+    few square products in the precision of the run, measured when the meter is made.
     """
 
     def __init__(self, device: torch.device, precision: str):
@@ -60,7 +61,8 @@ class StepMeter:
 
     @contextlib.contextmanager
     def counting(self, shape: Hashable) -> Iterator[bool]:
-        """Counts the FLOPs computed in this context the first time that `shape` is seen; yields whether it was known."""
+        """Counts the FLOPs computed in this context the first time that `shape` is seen; yields whether it
+        was known."""
         if shape in self.counted:
             yield True
             return
@@ -102,11 +104,11 @@ class Throughput:
             yield
 
     def row(self) -> dict[str, float]:
-        """Call after the optimiser step, before measurements and checkpoints, which are not part of the step.
+        """Call after the optimizer step, before measurements and checkpoints, which are not part of the step.
 
         clips_per_s; wait: fraction of the step spent waiting for the loader; memory: peak, bytes;
-        matmul_utilization: arithmetic per second over the rate of a large matrix product (StepMeter), except in the
-        first step of a shape, in which the arithmetic is counted.
+        matmul_utilization: arithmetic per second over the rate of a large matrix product (StepMeter), except
+        in the first step of a shape, in which the arithmetic is counted.
         """
         seconds = time.perf_counter() - self.start_s
         row = {"clips_per_s": self.clips / seconds, "wait": self.wait_s / seconds}
@@ -125,9 +127,11 @@ def peak_memory(device: torch.device) -> float:
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, repeats: int = 4) -> float:
-    """FLOP per second of a square matrix product, 1024 a side on a CPU, 8192 elsewhere; the best of `repeats`."""
+    """FLOP per second of a square matrix product, 1024 a side on a CPU, 8192 elsewhere; the best of
+    `repeats`."""
     side = 1024 if device.type == "cpu" else 8192
-    a, best = torch.ones(side, side, device=device, dtype=dtype), float("inf")
+    a = torch.ones(side, side, device=device, dtype=dtype)
+    best = float("inf")
     for _ in range(repeats):
         if device.type == "cuda":
             torch.cuda.synchronize(device)

@@ -10,7 +10,8 @@ import torch
 from vidssl.core.errors import EXIT_REQUEUE, Preempted
 
 __all__ = ["EXIT_REQUEUE", "PreemptionHandler", "exit_on_lost_peer"]
-# gloo raises plain RuntimeErrors; those of a lost connection or a timeout name these folders of its source
+# folders of gloo's source, whose names occur in its untyped errors (RuntimeError) of a lost connection or a
+# timeout
 GLOO_SOURCES = ("gloo/transport/", "gloo/rendezvous/")
 # NCCL's codes of wrong use, which fails again after a restart
 NCCL_USAGE_ERRORS = ("ncclInvalidUsage", "ncclInvalidArgument")
@@ -19,8 +20,8 @@ NCCL_USAGE_ERRORS = ("ncclInvalidUsage", "ncclInvalidArgument")
 class PreemptionHandler:
     """Context in which SIGTERM only sets `requested`, so that the process can end after its step.
 
-    Schedulers send SIGTERM to the processes of the loader, too. Processes that are forked in the context block it: one
-    that died would lose its clips.
+    Schedulers send SIGTERM to the processes of the loader, too. Loader processes forked here block SIGTERM,
+    since a killed one would lose its clips.
     """
 
     is_open = False
@@ -42,9 +43,8 @@ class PreemptionHandler:
 
     def __exit__(self, *_: object) -> None:
         PreemptionHandler.is_open = False
-        if (
-            not self.requested
-        ):  # a launcher sends SIGTERM again when it ends the other processes: ignored from now on
+        # a launcher sends SIGTERM again when it ends the other processes: ignored from now on
+        if not self.requested:
             signal.signal(signal.SIGTERM, self.previous)
 
 
@@ -55,7 +55,8 @@ def _block_sigterm_in_child() -> None:
 
 @contextlib.contextmanager
 def exit_on_lost_peer() -> Iterator[None]:
-    """Raises Preempted when another process of the run has died or does not answer, so that the job is requeued."""
+    """Raises Preempted when another process of the run has died or does not answer, so that the job is
+    requeued."""
     try:
         yield
     except RuntimeError as e:

@@ -1,6 +1,8 @@
 """The folder of a run: its lock, configuration, log, and the list of samples that could not be decoded."""
 
+import contextlib
 import fcntl
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +17,13 @@ from vidssl.training.metrics_log import JsonlWriter, MetricsLog, drop_rows_after
 
 
 class RunFolder:
-    """Context of a run that writes into `out`; all processes enter it, the first one writes what is shared."""
+    """Context of a run that writes into `out`; all processes enter it, the first one writes shared files."""
 
     def __init__(
         self, out: Path, tree: dict[str, Any], start: int, steps: int, strategy: Strategy, tracks: bool
     ):
-        """tree: the resolved configuration; start: steps that are done already; tracks: whether to start trackers."""
+        """tree: the resolved configuration; start: steps that are done already; tracks: whether to start
+        trackers."""
         self.out = out
         self.tree = tree
         self.start = start
@@ -51,6 +54,15 @@ class RunFolder:
         bad = [{"step": step, "key": key, "reason": reason} for b in batches for key, reason in b.failures]
         self.bad_samples.add(*bad)
 
+    @contextlib.contextmanager
+    def log_on_error(self, step: int, row: dict[str, Any], batches: list[Batch]) -> Iterator[None]:
+        """Context that logs a step if it ends the run with a UserError."""
+        try:
+            yield
+        except UserError:
+            self.log(step, row, batches)
+            raise
+
     def sync_log(self) -> None:
         """Waits until the log is on the disk, so that it is never behind a checkpoint."""
         if self.metrics_log:
@@ -79,7 +91,8 @@ class RunFolder:
 
 
 def lock_folder(out: Path) -> Any:
-    """Locks a run's folder until the returned file is closed. Raises UserError if another process holds the lock."""
+    """Locks a run's folder until the returned file is closed. Raises UserError if another process holds the
+    lock."""
     lock = open(out / ".lock", "w")  # noqa: SIM115
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

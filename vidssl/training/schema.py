@@ -21,10 +21,10 @@ from vidssl.training.optim import OptimConfig
 
 @dataclass(frozen=True)
 class RunConfig:
-    """The `run` section: what changes the result."""
+    """The `run` section: output folder, length, seed, checkpoints, safeguards."""
 
     out: str  # folder
-    steps: PositiveInt  # optimiser steps
+    steps: PositiveInt  # optimizer steps
     batch: PositiveInt  # clips a step, over all processes
     init: str | None = None  # a checkpoint to start from: a run folder, or a public one
     seed: NonNegativeInt = 0
@@ -36,11 +36,13 @@ class RunConfig:
     snapshots: bool = (
         False  # keep the encoder of every checkpoint, to evaluate it over the course of training
     )
-    max_consecutive_skips: NonNegativeInt = 3  # skipped steps in a row before a rollback
-    max_rollbacks: NonNegativeInt = 2  # rollbacks to the last checkpoint before the run stops
-    loss_spike_std: PositiveFloat | None = (
-        None  # skip steps this many deviations above the recent mean; None: never
+    max_consecutive_skips: NonNegativeInt = (
+        3  # skipped steps in a row that are tolerated; one more rolls back
     )
+    max_rollbacks: NonNegativeInt = 2  # rollbacks to the last checkpoint before the run stops
+    # skip a step whose loss or gradient norm exceeds its recent mean by this many standard deviations; None:
+    # never
+    loss_spike_std: PositiveFloat | None = None
     feature_stats_every: PositiveInt = 100  # steps between measurements of the features
     stop_on_collapse: bool = False  # stop when the features have collapsed; else a collapse is only logged
     trackers: tuple[Tracker, ...] = ()  # besides log.jsonl
@@ -48,7 +50,8 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class EfficiencyConfig:
-    """The `efficiency` section: what changes only the speed (up to rounding)."""
+    """The `efficiency` section: changes only the speed, up to rounding. With data.reader=stream `workers`
+    also changes the order of the samples."""
 
     workers: NonNegativeInt = 2  # loader processes for each training process
     micro_batches: PositiveInt = (
@@ -58,7 +61,7 @@ class EfficiencyConfig:
     compile: bool = (
         False  # torch.compile the transformer blocks: needs a C++ compiler, and minutes at the start
     )
-    fused: bool = True  # the optimiser's step is one kernel
+    fused: bool = True  # the optimizer's step is one kernel
     activation_checkpointing: bool = False  # recompute the blocks' activations in the backward pass
     decode_in_subprocess: bool = True  # a file that hangs or crashes a decoder then costs only itself
     cache_mb: NonNegativeInt = 0  # decoded frames that each loader process may hold, in 2**20 bytes
@@ -86,12 +89,13 @@ class TrainConfig:
         target = self.method.target
         if target.kind == "ema" and self.optim.schedule_steps is not None and self.momentum[1] == 1:
             raise UserError(
-                "method.target.momentum: a momentum of 1 freezes the target encoder, while a run with optim.schedule_steps goes on"
+                "method.target.momentum: a momentum of 1 freezes the EMA encoder, while a run with "
+                "optim.schedule_steps goes on"
             )
 
     @property
     def momentum(self) -> tuple[float, float]:
-        """Of the EMA target at the first and the last step; (1, 1) for targets that do not change."""
+        """EMA momentum at the first and the last step; (1, 1) if the target is fixed."""
         return self.method.target.arguments.get("momentum", (1.0, 1.0))
 
     @property
@@ -106,7 +110,7 @@ class TrainConfig:
         return build_objective(self.method, self.model, frames, size, self.run.seed, load_teacher)
 
     def encoder_arguments(self) -> dict[str, Any]:
-        """Arguments of the run's Encoder for its file's header: all but what only training uses."""
+        """Arguments of the run's Encoder for its file header, without training-only arguments (drop_path)."""
         model = {k: v for k, v in self.model.arguments.items() if k != "drop_path"}
         size = self.augment.arguments["size"]
         return model | {"frames": self.data.frames, "height": size, "width": size}
@@ -147,7 +151,8 @@ def check_output(run: RunConfig) -> None:
 
 
 def check_batch(cfg: TrainConfig, world: int) -> None:
-    """Raises UserError if the clips of a step cannot be divided evenly over lanes, processes and micro-batches."""
+    """Raises UserError if the clips of a step cannot be divided evenly over lanes, processes and
+    micro-batches."""
     for stream, clips in enumerate(cfg.data.clips(cfg.run.batch)):
         name = f"data.extra_streams[{stream - 1}].clips"
         if stream == 0:
@@ -156,5 +161,6 @@ def check_batch(cfg: TrainConfig, world: int) -> None:
         share = clips // world
         if share % cfg.efficiency.micro_batches:
             raise UserError(
-                f"efficiency.micro_batches {cfg.efficiency.micro_batches} does not divide {share} clips a process"
+                f"efficiency.micro_batches {cfg.efficiency.micro_batches} "
+                f"does not divide {share} clips a process"
             )

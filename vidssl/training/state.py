@@ -1,4 +1,5 @@
-"""Saves and restores the state of a training run; checkpoints are written in the background (files: checkpoint.py)."""
+"""Saves and restores the state of a training run; checkpoints are written in the background (files:
+checkpoint.py)."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 
 from vidssl import config
 from vidssl.core.errors import UserError
+from vidssl.core.log import logger
 from vidssl.objective.objective import Objective
 from vidssl.pretrained.init import pretrained_weights, save_run_encoder, to_checkpoint
 from vidssl.pretrained.load import read_checkpoint_file
@@ -23,6 +25,8 @@ from vidssl.training.distributed import Strategy
 from vidssl.training.loss_guard import LossGuard
 from vidssl.training.schema import TrainConfig, resume_mutable
 
+ADVICE = "a smaller optim.lr, a longer warm-up or optim.clip_grad may help"
+
 
 class Resumable(Protocol):
     """A part of a run with state of its own (plain data that JSON can hold) that checkpoints contain."""
@@ -33,7 +37,7 @@ class Resumable(Protocol):
 
 
 class RunState:
-    """Weights, optimizer, scaler, loss guard and further parts of a run, and the folder of its checkpoints."""
+    """Weights, optimizer, scaler, loss guard and further parts of a run; the folder of its checkpoints."""
 
     def __init__(
         self,
@@ -45,13 +49,13 @@ class RunState:
         provenance: dict[str, Any],
         schema: type[Any],
         steps: int,
-        mutable: tuple[str, ...],
+        mutable_keys: tuple[str, ...],
         keep_last: int = 2,
         keep_every: int = 0,
         **parts: Resumable,
     ):
-        """schema: class of the configuration; steps: optimizer steps of the run; mutable: configuration keys that may
-        change when a run is continued; keep_last, keep_every: see save_checkpoint."""
+        """schema: class of the configuration; steps: optimizer steps of the run; mutable_keys: configuration
+        keys that may change when a run is continued; keep_last, keep_every: see save_checkpoint."""
         self.strategy = strategy
         self.model = model
         self.optimizer = optimizer
@@ -61,7 +65,7 @@ class RunState:
         self.provenance = provenance
         self.schema = schema
         self.steps = steps
-        self.mutable = mutable
+        self.mutable_keys = mutable_keys
         self.keep_last = keep_last
         self.keep_every = keep_every
         self.writer = AsyncWriter()
@@ -71,70 +75,80 @@ class RunState:
 
         Raises UserError if the folder holds another run.
         """
-        state, plain = self._read_newest()
+        checkpoint, plain = self._read_newest()
         if plain is None:
             return 0
-        self.strategy.load_state(self.model, self.optimizer, state)
+        self.strategy.load_state(self.model, self.optimizer, checkpoint)
         for name, part in self.parts.items():
             part.load(plain[name])
         return plain["step"]
 
-    def rollback(self, reason: str) -> int:
-        """Goes back to the last checkpoint; the data and the guard's history go on. Returns its step. Collective.
+    def rollback(self, step: int, reason: str | None) -> int:
+        """Goes back to the last checkpoint; data and the guard's history go on. Returns its step. Collective.
 
-        Raises UserError with `reason` if there is no checkpoint or the limit of rollbacks is reached.
+        step: the last skipped step. Raises UserError with `reason` if there is no checkpoint or the limit of
+        rollbacks is reached.
         """
-        guard, state, plain = self.guard, None, None
+        guard = self.guard
+        stopped = (
+            f"step {step}: {reason} ({guard.consecutive_skips} steps in a row, {guard.rollbacks} rollbacks)"
+        )
         self.writer.wait()
         self.strategy.barrier()
-        if guard.rolled_back < guard.max_rollbacks:
-            state, plain = self._read_newest()
+        checkpoint, plain = self._read_newest()
         if plain is None:
+            raise UserError(f"{stopped}; there is no checkpoint yet; {ADVICE}")
+        if guard.rollbacks == guard.max_rollbacks:
             raise UserError(
-                f"{reason} ({guard.consecutive_skips} steps in a row, {guard.rolled_back} rollbacks); the last "
-                f"checkpoint is in {self.out}; a smaller optim.lr, a longer warm-up or optim.clip_grad may help"
+                f"{stopped}; the limit max_rollbacks={guard.max_rollbacks} is reached; "
+                f"the last checkpoint is in {self.out}; {ADVICE}"
             )
-        self.strategy.load_state(self.model, self.optimizer, state)
-        guard.rolled_back += 1
+        self.strategy.load_state(self.model, self.optimizer, checkpoint)
+        guard.rollbacks += 1
         guard.consecutive_skips = 0
-        return plain["step"]
+        saved = plain["step"]
+        logger.info(
+            f"restored the checkpoint of step {saved}; data and schedule continue from step {step + 1}"
+        )
+        return saved
 
     def save(self, step: int, before_write: Callable[[], None]) -> None:
         """Copies the state after `step` steps, and writes it while the next steps run.
 
-        All processes with strategy.participates_in_save must call it; the first one writes. before_write: called
-        first, so that the log on the disk is never behind a checkpoint.
+        All processes with strategy.participates_in_save must call it; the first one writes. before_write:
+        called first, so that the log on the disk is never behind a checkpoint.
         """
         self.writer.wait()  # so that there is never more than one copy
-        state = self.strategy.full_state(self.model, self.optimizer)
+        checkpoint = self.strategy.full_state(self.model, self.optimizer)
         if not self.strategy.is_main:
             return
-        state["provenance"] = self.provenance
-        state |= {name: part.state() for name, part in self.parts.items()}
+        checkpoint["provenance"] = self.provenance
+        checkpoint |= {name: part.state() for name, part in self.parts.items()}
 
         def write() -> None:
-            self.export(step, state["model"])
-            save_checkpoint(self.out / "checkpoints", step, state, self.keep_last, self.keep_every)
+            self.export(step, checkpoint["model"])
+            save_checkpoint(self.out / "checkpoints", step, checkpoint, self.keep_last, self.keep_every)
 
         self.writer.start(f"the checkpoint of step {step}", before_write, write)
 
     def export(self, step: int, weights: dict[str, Tensor]) -> None:
-        """Called with the whole state dict of the model before each checkpoint is written; does nothing here."""
+        """Called with the whole state dict of the model before each checkpoint is written; hook for
+        subclasses."""
 
     def _read_newest(self) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-        """Returns the newest checkpoint (in the first process, the only one that reads files) and, in all processes,
-        its plain data; None if there is no checkpoint."""
+        """Returns the newest checkpoint (in the first process, the only one that reads files) and, in all
+        processes, its plain data; None if there is no checkpoint."""
         found: list[dict[str, Any]] = []
 
         def read() -> dict[str, Any] | None:
-            state = load_checkpoint(self.out / "checkpoints")
-            if state is None:
+            checkpoint = load_checkpoint(self.out / "checkpoints")
+            if checkpoint is None:
                 return None
-            check_same_run(state, self.provenance, self.steps, self.mutable, self.out, self.schema)
-            found.append(state)
-            return {name: value for name, value in state.items() if name not in TENSOR_FILES}
+            check_same_run(checkpoint, self.provenance, self.steps, self.mutable_keys, self.out, self.schema)
+            found.append(checkpoint)
+            return {name: value for name, value in checkpoint.items() if name not in TENSOR_FILES}
 
-        plain = self.strategy.on_main(read)
+        plain = self.strategy.run_on_main(read)
         return (found[0] if found else None), plain
 
 
@@ -155,7 +169,8 @@ class TrainState(RunState):
         self.snapshots = snapshots
 
     def init_from(self, source: str, cfg: TrainConfig) -> None:
-        """Loads the weights of `source` (see initial_weights) and, of a step checkpoint, the optimizer's moments.
+        """Loads the weights of `source` (see initial_weights) and, of a step checkpoint, the optimizer's
+        moments.
 
         Collective. Raises UserError if the weights or the parameter groups do not fit.
         """
@@ -169,29 +184,29 @@ class TrainState(RunState):
                 self._check_same_groups(saved, source)
                 optimizer.update(saved)
 
-        self.strategy.on_main(read)
+        self.strategy.run_on_main(read)
         self.strategy.load_weights(self.objective, weights, strict=False)
         self.strategy.load_moments(self.objective, self.optimizer, optimizer or None)
 
     def export(self, step: int, weights: dict[str, Tensor]) -> None:
-        """Writes encoder.safetensors and the files beside it. weights: the objective's state dict, unsharded."""
+        """Writes encoder.safetensors and the files beside it. weights: the objective's whole state dict."""
         cfg = config.from_tree(self.provenance["config"], TrainConfig, "provenance")
         found = to_checkpoint(self.objective, cfg.encoder_arguments(), cfg.method.predictor, weights)
         save_run_encoder(self.out, found, {**self.provenance, "step": step}, self.snapshots)
 
     def export_missing(self, step: int) -> None:
         """Exports the restored weights of a finished run whose encoder.safetensors is gone. Collective."""
-        if not self.strategy.on_main((self.out / "encoder.safetensors").exists):
-            state = self.strategy.full_state(self.model, self.optimizer)
+        if not self.strategy.run_on_main((self.out / "encoder.safetensors").exists):
+            checkpoint = self.strategy.full_state(self.model, self.optimizer)
             if self.strategy.is_main:
-                self.export(step, state["model"])
+                self.export(step, checkpoint["model"])
 
     def _check_same_groups(self, saved: dict[str, Any], source: str) -> None:
-        both = saved["param_groups"], self.optimizer.param_groups
-        theirs, ours = ([len(group["params"]) for group in groups] for groups in both)
-        if theirs != ours:
+        saved_sizes = [len(group["params"]) for group in saved["param_groups"]]
+        current_sizes = [len(group["params"]) for group in self.optimizer.param_groups]
+        if saved_sizes != current_sizes:
             raise UserError(
-                f"run.init: {source} has other groups of parameters; its run's folder gives weights alone"
+                f"run.init: {source}: its optimizer groups differ; give the run folder to load weights only"
             )
 
 
@@ -209,7 +224,7 @@ def make_train_state(
         run.max_consecutive_skips,
         run.max_rollbacks,
         run.loss_spike_std,
-        scaled=strategy.scaler is not None,
+        has_grad_scaler=strategy.scaler is not None,
     )
     return TrainState(
         strategy,
@@ -231,7 +246,8 @@ def make_train_state(
 def initial_weights(
     objective: Objective, cfg: TrainConfig, source: str
 ) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-    """Returns the weights that a run starts from, by their names in the objective, and the optimizer's state or None.
+    """Returns the weights that a run starts from, by their names in the objective, and the optimizer's state
+    or None.
 
     source: a run's folder or a published checkpoint (weights only), or a step checkpoint
     (RUN/checkpoints/step-00000100). Raises UserError if it is damaged or does not fit the configuration.
@@ -239,17 +255,18 @@ def initial_weights(
     optimizer = None
     if (Path(source) / "state.json").is_file():
         try:
-            state = read_checkpoint(Path(source))
+            saved = read_checkpoint(Path(source))
         except (OSError, ValueError, KeyError, TypeError) as e:
             raise UserError(
                 f"run.init: {source}: cannot be read ({str(e).strip().splitlines()[0]})"
             ) from None
-        tree, optimizer = state["provenance"]["config"], state["optimizer"]
+        tree = saved["provenance"]["config"]
+        optimizer = saved["optimizer"]
         if "method" not in tree:
-            raise UserError(f"run.init: {source} is not of a pre-training run; give the run's folder")
+            raise UserError(f"run.init: {source} is a fine-tuning checkpoint; give the run's folder")
         stored = config.from_tree(tree, TrainConfig, source)
         checkpoint = to_checkpoint(
-            objective, stored.encoder_arguments(), stored.method.predictor, state["model"]
+            objective, stored.encoder_arguments(), stored.method.predictor, saved["model"]
         )
     else:
         checkpoint = read_checkpoint_file(source)[0]
@@ -257,31 +274,36 @@ def initial_weights(
 
 
 def check_same_run(
-    state: dict[str, Any],
+    checkpoint: dict[str, Any],
     provenance: dict[str, Any],
     steps: int,
-    mutable: tuple[str, ...],
+    mutable_keys: tuple[str, ...],
     out: Path,
     schema: type[Any] = TrainConfig,
 ) -> None:
-    """Raises UserError unless a run with `provenance` may continue the checkpoint `state`.
+    """Raises UserError unless a run with `provenance` may continue `checkpoint`.
 
-    Data and configuration must be the same, except for the keys in `mutable`; `steps` may not be exceeded already. The
-    stored configuration is read by today's `schema`, so that options added since then have their defaults.
+    Data and configuration must be the same, except for the keys in `mutable_keys`; `steps` may not be
+    exceeded already. The stored configuration is read by today's `schema`, so that options added since then
+    have their defaults.
     """
-    before = state["provenance"]
+    before = checkpoint["provenance"]
     if before["data"] != provenance["data"]:
         raise UserError(f"{out}: this run was started on other data (the hash differs)")
-    if state["step"] > steps:
-        raise UserError(f"{out}: {state['step']} steps are done, more than the {steps} of this configuration")
+    if checkpoint["step"] > steps:
+        raise UserError(
+            f"{out}: {checkpoint['step']} steps are done, more than the {steps} of this configuration"
+        )
     then = without_paths(config.to_tree(config.from_tree(before["config"], schema, str(out))))
     now = without_paths(provenance["config"])
     differing = [
-        f"{key} is {old!r} there, {new!r} here" for key, old, new in config.differences(then, now, mutable)
+        f"{key} is {old!r} there, {new!r} here"
+        for key, old, new in config.differences(then, now, mutable_keys)
     ]
     if differing:
         raise UserError(
-            f"{out} holds another run: {'; '.join(differing[:3])}. Give another output folder, or the same values"
+            f"{out} holds another run: {'; '.join(differing[:3])}. "
+            "Give another output folder, or the same values"
         )
 
 

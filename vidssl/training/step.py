@@ -22,10 +22,9 @@ def configure_blocks(module: nn.Module, activation_checkpointing: bool, compile:
     for stack in module.modules():
         if isinstance(stack, TransformerStack):
             stack.activation_checkpointing = activation_checkpointing
+            # dynamic: one graph for all numbers of tokens; the names of the weights do not change
             for block in stack if compile else ():
-                block.compile(
-                    dynamic=True
-                )  # one graph for all numbers of tokens; names of weights do not change
+                block.compile(dynamic=True)
 
 
 def load_steps(
@@ -52,9 +51,10 @@ def load_steps(
 def seed_step(seed: int, step: int, position: int) -> None:
     """Seeds torch's global generator, from which stochastic depth draws, by a hash of (seed, step, position).
 
-    position: of the first sample of this process in the stream. Runs with other seeds share no draws. Data order,
-    frames, augmentation and masks do not use this generator and do not depend on the number of processes. Stochastic
-    depth does: a process draws for all of its samples in turn, so another number of processes draws other depths.
+    position: of the first sample of this process in the stream. Runs with other seeds share no draws. Data
+    order, frames, augmentation and masks do not use this generator and do not depend on the number of
+    processes. Stochastic depth does: a process draws for all of its samples in turn, so another number of
+    processes draws other depths.
     """
     key = torch.tensor(seed) + 2 * torch.tensor(GOLDEN_RATIO)
     for value in (step, position):
@@ -65,10 +65,11 @@ def seed_step(seed: int, step: int, position: int) -> None:
 def forward_backward(
     strategy: Strategy, model: nn.Module, batches: list[Batch], seed: int, step: int, micro_batches: int
 ) -> dict[str, Tensor]:
-    """Accumulates the gradients of this process's clips. Returns the loss and its parts, averaged over the clips.
+    """Accumulates the gradients of this process's clips. Returns the loss and its parts, averaged over the
+    clips.
 
-    batches: one of each stream, of which each is computed in `micro_batches` equal parts. With several streams
-    the loss of each is returned, too, as loss_stream_0, loss_stream_1, ...
+    batches: one of each stream, of which each is computed in `micro_batches` equal parts. With several
+    streams the loss of each is returned, too, as loss_stream_0, loss_stream_1, ...
     """
     parts: list[tuple[int, Tensor, Tensor]] = []
     for stream, batch in enumerate(batches):

@@ -92,13 +92,13 @@ def test_samples_are_evenly_spaced_and_undecodable_ones_left_out(tmp_path):
     assert probe.parts["test"].labels == [1, 2] and len(probe.parts["test"].clips) == 2
 
 
-@pytest.mark.parametrize("decodes", [True, False])
-def test_every_process_reaches_the_same_barriers(decodes, tmp_path):
+@pytest.mark.parametrize("loads_clips", [True, False])
+def test_every_process_reaches_the_same_barriers(loads_clips, tmp_path):
     train, test = write_shards(tmp_path / "train", 9), write_shards(tmp_path / "test", 4)
     calls: list[int] = []
-    probe = make_probe(train, test, decodes=decodes, barrier=lambda: calls.append(1))
+    probe = make_probe(train, test, loads_clips=loads_clips, barrier=lambda: calls.append(1))
     assert len(calls) == -(-9 // DECODE_BATCH) + -(-4 // DECODE_BATCH)
-    assert len(probe.parts["train"].labels) == (9 if decodes else 0)
+    assert len(probe.parts["train"].labels) == (9 if loads_clips else 0)
 
 
 def test_clips_over_the_memory_limit_are_an_error(tmp_path):

@@ -26,7 +26,7 @@ from vidssl.training.distributed import Strategy
 from vidssl.training.optim import (
     OptimConfig,
     build_optimizer,
-    is_token,
+    is_token_or_position,
     schedule,
     set_schedule,
 )
@@ -77,7 +77,7 @@ def test_schedules():
 
 
 def test_learning_rate_decay():
-    line, flat = (OptimConfig(**LR, decay=kind) for kind in ("linear", "constant"))
+    line, flat = (OptimConfig(**LR, lr_decay=kind) for kind in ("linear", "constant"))
     for step in range(10):
         assert (
             schedule(line, step, 110)["lr"]
@@ -90,7 +90,7 @@ def test_learning_rate_decay():
 
 @pytest.mark.parametrize("decay", ["cosine", "linear"])
 def test_ipe_scale_stretches_and_cuts_the_schedules(decay):
-    o = {**LR, "decay": decay, "final_weight_decay": 0.4}
+    o = {**LR, "lr_decay": decay, "final_weight_decay": 0.4}
     for step in range(100):
         assert schedule(OptimConfig(**o, ipe_scale=1.25), step, 100) == schedule(OptimConfig(**o), step, 125)
     over = schedule(OptimConfig(**o, ipe_scale=0.5), 99, 100, (0.9, 1.0))  # constant after half of the steps
@@ -135,7 +135,7 @@ def test_decay_tokens_holds_for_learned_tokens_and_positions(decay):
     objective, o = make("mae_st", f"optim.decay_tokens={decay}", "model.image_tokenizer=true")
     optimizer = build_optimizer(objective, o)
     decayed = {id(p) for p in optimizer.param_groups[0]["params"]}
-    tokens = {n for n, p in objective.named_parameters() if is_token(n)}
+    tokens = {n for n, p in objective.named_parameters() if is_token_or_position(n)}
     assert {
         "query.tokens",
         "encoder.class_token",
@@ -235,23 +235,23 @@ def test_infinite_schedule_is_independent_of_run_steps():
 
 
 def test_exponential_annealing():
-    o = OptimConfig(lr=0.1, final_lr=0.001, decay="exponential")
+    o = OptimConfig(lr=0.1, final_lr=0.001, lr_decay="exponential")
     rates = [0.1, *(schedule(o, step, 20)["lr"] for step in range(20))]
     assert rates[20] == pytest.approx(0.001) and rates[10] == pytest.approx(0.01)
     assert [b / a for a, b in itertools.pairwise(rates)] == pytest.approx([0.01**0.05] * 20)
     with pytest.raises(UserError, match="exponential decay cannot end at 0"):
-        OptimConfig(lr=0.1, decay="exponential")
+        OptimConfig(lr=0.1, lr_decay="exponential")
 
 
 @pytest.mark.parametrize(
     "options, momentum, want",
     [
         ({}, (0.998, 1.0), False),
-        ({"decay": "linear"}, (1.0, 1.0), False),
-        ({"decay": "constant"}, (0.998, 1.0), False),
-        ({"decay": "constant"}, (1.0, 1.0), True),
-        ({"decay": "constant"}, (0.99, 0.99), True),
-        ({"decay": "constant", "final_weight_decay": 0.4}, (1.0, 1.0), False),
+        ({"lr_decay": "linear"}, (1.0, 1.0), False),
+        ({"lr_decay": "constant"}, (0.998, 1.0), False),
+        ({"lr_decay": "constant"}, (1.0, 1.0), True),
+        ({"lr_decay": "constant"}, (0.99, 0.99), True),
+        ({"lr_decay": "constant", "final_weight_decay": 0.4}, (1.0, 1.0), False),
         ({"schedule_steps": 40, "final_weight_decay": 0.4}, (0.998, 0.999), True),
     ],
 )
@@ -276,7 +276,12 @@ def test_rates_are_scaled_to_the_batch():
 
 def test_rates_by_layer_and_the_two_groups_without():
     objective, o = make(
-        "mae_st", "optim.layer_decay=0.5", "model.depth=2", "model.kind=vit", "model.dim=24", "model.heads=2"
+        "mae_st",
+        "optim.layer_lr_decay=0.5",
+        "model.depth=2",
+        "model.kind=vit",
+        "model.dim=24",
+        "model.heads=2",
     )
     optimizer = build_optimizer(objective, o)
     set_schedule(optimizer, {"lr": 2.0, "weight_decay": 0.1})
@@ -285,8 +290,8 @@ def test_rates_by_layer_and_the_two_groups_without():
         want = next((r for part, r in LAYERS.items() if name.startswith("encoder." + part)), 2.0)
         assert rates.pop(id(p)) == want, name
     assert not rates
-    plain = build_optimizer(objective, replace(o, layer_decay=1.0)).state_dict()["param_groups"]
-    assert [(g["decay"], "scale" in g) for g in plain] == [(True, False), (False, False)]
+    plain = build_optimizer(objective, replace(o, layer_lr_decay=1.0)).state_dict()["param_groups"]
+    assert [(g["has_weight_decay"], "scale" in g) for g in plain] == [(True, False), (False, False)]
 
 
 LAYERS = {"patch_embed": 0.25, "class_token": 0.25, "positions": 0.25, "blocks.0": 0.5, "blocks.1": 1.0}
@@ -297,10 +302,12 @@ def test_drop_path_passes_samples_by_in_training_only():
     blocks = TransformerStack(Block(8, 2) for _ in range(3))
     blocks.set_drop_path(0.5)
     assert [b.drop_path.drop_prob for b in blocks] == [0.0, 0.25, 0.5]
-    block, x = blocks[2], torch.randn(400, 3, 8)
+    block = blocks[2]
+    x = torch.randn(400, 3, 8)
     nn.init.zeros_(block.mlp.fc2.weight)
     nn.init.zeros_(block.mlp.fc2.bias)  # what remains is the attention
-    branch, left = block.attn(block.norm1(x)), (block(x) - x)
+    branch = block.attn(block.norm1(x))
+    left = block(x) - x
     kept = left.flatten(1).any(1)
     assert 0.4 < kept.float().mean() < 0.6 and torch.allclose(left[kept], 2 * branch[kept], atol=1e-5)
     assert torch.allclose(block.eval()(x), x + branch) and not any("drop" in k for k in blocks.state_dict())
@@ -386,7 +393,7 @@ def test_other_runs_cannot_be_continued(synthetic_shards, tmp_path):
     run(synthetic_shards, tmp_path / "run", "run.steps=1")
     with pytest.raises(UserError, match=r"run\.steps is 1 there, 2 here"):
         run(synthetic_shards, tmp_path / "run", "run.steps=2")
-    with pytest.raises(UserError, match="a momentum of 1 freezes the target encoder"):
+    with pytest.raises(UserError, match="a momentum of 1 freezes the EMA encoder"):
         still = ("optim.schedule_steps=2", "optim.final_lr=1e-4", "method.target.momentum=[0.9,1]")
         run(synthetic_shards, tmp_path / "other", "run.steps=2", *still)
     with pytest.raises(UserError, match=r"optim\.final_lr: with optim\.schedule_steps training goes on"):
@@ -397,9 +404,9 @@ def test_other_runs_cannot_be_continued(synthetic_shards, tmp_path):
 def test_infinite_and_anneal_compose_with_a_published_method(file):
     method, data = ROOT / "configs/method/vjepa2.yaml", ROOT / "configs/data/vjepa2_16f_4fps.yaml"
     more = (
-        ["optim.decay=cosine", "optim.final_lr=2e-4"]
+        ["optim.lr_decay=cosine", "optim.final_lr=2e-4"]
         if file == "infinite"
-        else ["optim.warmup=0", "optim.decay=linear", "optim.final_lr=1e-6"]
+        else ["optim.warmup=0", "optim.lr_decay=linear", "optim.final_lr=1e-6"]
     )
     files = [str(p) for p in (method, data, ROOT / f"configs/run/{file}.yaml")]
     cfg = load_config([*files, "model.kind=vit_tiny", "data.train=x", *more], TrainConfig)
@@ -417,7 +424,7 @@ def test_branch_from_a_run_or_a_step_checkpoint(step, infinite, synthetic_shards
         "optim.lr=5e-4",
         "optim.final_lr=5e-6",
         "optim.lr_batch=4",
-        "optim.decay=exponential",
+        "optim.lr_decay=exponential",
         "optim.warmup=0",
         "run.steps=2",
     ]
@@ -443,7 +450,8 @@ def test_cooldown_with_larger_and_longer_clips(positions, synthetic_shards, tmp_
     assert math.isfinite(row["loss"]) and row["lr"] > 0
     state = load_checkpoint(tmp_path / "large" / "checkpoints")
     cfg = from_tree(state["provenance"]["config"], TrainConfig, "state")
-    objective, before = cfg.build_objective(), load_file(where / "model.safetensors")
+    objective = cfg.build_objective()
+    before = load_file(where / "model.safetensors")
     objective.load_state_dict(initial_weights(objective, cfg, str(where))[0], strict=False)
     for name, value in objective.state_dict().items():
         if "positions." not in name:

@@ -15,7 +15,8 @@ from vidssl.training import perf
 def test_flops_of_a_block_are_those_of_its_products(backward):
     """Also on the CPU, whose attention torch itself does not count."""
     batch, tokens, dim = 2, 96, 64
-    block, x = Block(dim, heads=4), torch.randn(batch, tokens, dim, requires_grad=True)
+    block = Block(dim, heads=4)
+    x = torch.randn(batch, tokens, dim, requires_grad=True)
     with perf.count_flops() as total:
         y = block(x)
         if backward:
@@ -26,7 +27,8 @@ def test_flops_of_a_block_are_those_of_its_products(backward):
 
 
 def test_flops_do_not_depend_on_the_kernel_of_attention():
-    layer, x = Attention(64, heads=4), torch.randn(2, 96, 64)
+    layer = Attention(64, heads=4)
+    x = torch.randn(2, 96, 64)
     counted = []
     for kernel in (nn.attention.SDPBackend.FLASH_ATTENTION, nn.attention.SDPBackend.MATH):
         with nn.attention.sdpa_kernel(kernel), perf.count_flops() as total:
