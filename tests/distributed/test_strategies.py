@@ -293,7 +293,7 @@ def test_zero_cuts_moments_and_gradients(name, runs):
 
 @pytest.mark.parametrize("name", [n for n in MANY if "fsdp2" in n])
 def test_shards_are_shards(name, runs):
-    """The EMA encoder and the optimizer state too; each block is a unit, all other parameters the last one."""
+    """EMA encoder and optimizer state too; each block is a unit, all other parameters are the last one."""
     world = int(name[-1])
     parts = ["encoder", "predictor", "moments"]
     for rank in range(world):
