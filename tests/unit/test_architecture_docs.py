@@ -1,4 +1,4 @@
-"""The worked examples of docs/architecture.md run, and every file that it names exists."""
+"""The worked examples of docs/architecture.md run, the files that it names exist, and its spine is short."""
 
 import re
 from pathlib import Path
@@ -43,3 +43,10 @@ def test_named_files_exist():
         n for n in sorted(named) if not any((r / n).exists() for r in roots) and not list(ROOT.rglob(n))
     ]
     assert not missing
+
+
+def test_spine_is_under_3000_lines():
+    section = TEXT[TEXT.index("## Reading order") : TEXT.index("Read when it is needed")]
+    spine = re.findall(r"`([\w/]+\.py)`", section)
+    assert len(spine) >= 15
+    assert sum(len((ROOT / "vidssl" / name).read_text().splitlines()) for name in spine) < 3000
