@@ -63,7 +63,7 @@ def shards(tmp_path_factory) -> Path:
         for c, name in enumerate(CLASSES):
             for i in range(n):
                 picture = rng.integers(0, 160, (16, 20, 3))
-                picture[..., c] += 24
+                picture[..., c] += 16
                 Image.fromarray(picture.astype(np.uint8)).save(root / f"{split}_{name}_{i}.png")
                 lines.append(f"{split}_{name}_{i}.png,{i % 2},{name},{split}_{name}_{i // 4},{split}")
     (root / "labels.csv").write_text("\n".join(lines) + "\n")
@@ -129,9 +129,16 @@ def tuned(encoder, shards, tmp_path_factory) -> Path:
     return out
 
 
-def test_learns_and_reports_like_a_probe(tuned, encoder, shards):
+def test_learns(encoder, shards, tmp_path):
+    """After 20 epochs 88 to 96 % of the 24 test images are right for the seeds 0 to 2; after 6 it is 75 to 79
+    %."""
+    finetune.main(call(encoder, shards, tmp_path / "run", *MIXED, "tune.epochs=20"))
+    assert report(tmp_path / "run")["results"][0]["accuracy"] > 80
+
+
+def test_reports_like_a_probe(tuned, encoder, shards):
     (row,) = report(tuned)["results"]
-    assert row["accuracy"] > 80 and row["chance"] == 33.33 and row["top5"] == 100
+    assert row["accuracy"] > row["chance"] == 33.33 and row["top5"] == 100
     assert row["ci95"][0] <= row["accuracy"] <= row["ci95"][1]
     with open(tuned / "predictions.csv", newline="") as f:
         lines = list(csv.DictReader(f))
