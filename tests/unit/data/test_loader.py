@@ -254,6 +254,7 @@ def fetch(clips: TrainClips, g: int) -> Example:
     return clips[g]
 
 
+@pytest.mark.slow
 def test_examples_in_a_spawned_process(train):
     """Started afresh (spawn), as loader workers are on some systems: everything is pickled."""
     clips = make_clips(train, cache=1 << 20)
@@ -288,6 +289,7 @@ def make_clips_from(clips: TrainClips) -> TrainClips:
     return other
 
 
+@pytest.mark.slow
 def test_cache_with_a_partly_damaged_video(train, tmp_path):
     """One video ends before its meta says: clips from its beginning are served, the others replaced, cached
     or not."""

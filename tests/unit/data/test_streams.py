@@ -26,6 +26,8 @@ from vidssl.training.distributed import Strategy
 from vidssl.training.schema import TrainConfig
 from vidssl.training.step import forward_backward
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[3]
 FILES = ["configs/method/vjepa.yaml", "configs/model/vit_micro.yaml", "configs/data/quickstart.yaml"]
 FILES = [str(ROOT / file) for file in [*FILES, "configs/run/smoke.yaml"]]

@@ -349,6 +349,7 @@ def test_pack_of_segments(packed, corpus):
     assert made_by["bytes_in"] == sum(p.stat().st_size for p in corpus.iterdir() if p.suffix != ".csv")
 
 
+@pytest.mark.slow
 def test_bytes_with_three_workers_and_after_sigkill(packed, corpus, tmp_path):
     pack.main([str(corpus), str(tmp_path / "three"), "--workers", "3", *OPTIONS])
     assert file_hashes(tmp_path / "three") == file_hashes(packed)
@@ -403,6 +404,7 @@ def faulty_encoding(decoder, recipe, filters, report, path, ext, spans):
     return [EncodedSample({"frames": 1})]
 
 
+@pytest.mark.slow
 def test_crash_rejects_one_file_and_slowness_none(tmp_path):
     (tmp_path / "die").write_bytes(b"die")
     (tmp_path / "slow").write_bytes(b"slow")

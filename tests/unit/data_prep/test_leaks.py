@@ -26,6 +26,8 @@ from data_prep.fingerprint import (
 from data_prep.matching import align, compare, matching_job
 from vidssl.core.errors import UserError
 
+pytestmark = pytest.mark.slow
+
 
 def film(seed: int, seconds: float = 4.0) -> np.ndarray:
     """u8 [n,96,128,3], 24 frames per second: a bright spot moves over a background; both are random."""

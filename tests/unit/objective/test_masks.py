@@ -129,6 +129,7 @@ def test_context_and_target_are_valid(name, grid):
                 check(mask, grid, 6)
 
 
+@pytest.mark.slow
 def test_no_grid_is_too_small_for_boxes():
     """Every frame up to 6 x 6 but that of one place, as an image and as a video, every way of making
     boxes."""

@@ -125,12 +125,14 @@ def train(collapsing: bool) -> tuple[list[dict], list[str], FeatureStats]:
     return rows, warnings, stats
 
 
+@pytest.mark.slow
 def test_a_collapse_is_detected_within_300_steps():
     _, warnings, stats = train(collapsing=True)
     assert len(warnings) == 1 and "the features have collapsed" in warnings[0] and stats.collapsed
     assert "std_clips" in warnings[0] and "at the start" in warnings[0]
 
 
+@pytest.mark.slow
 def test_a_healthy_run_has_no_collapse_warning():
     rows, warnings, stats = train(collapsing=False)
     assert not warnings and not stats.low_in_a_row

@@ -49,6 +49,7 @@ print(tuned, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - start)
 """
 
 
+@pytest.mark.slow
 def test_tuned_malloc_keeps_freed_memory():
     """Counts page faults while 64 MB are allocated and freed ten times."""
     faults = {}
