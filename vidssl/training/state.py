@@ -98,7 +98,7 @@ class RunState:
         checkpoint, plain = self._read_newest()
         if plain is None:
             raise UserError(f"{stopped}; there is no checkpoint yet; {ADVICE}")
-        if guard.rollbacks == guard.max_rollbacks:
+        if guard.rollbacks >= guard.max_rollbacks:  # the limit may have been lowered since
             raise UserError(
                 f"{stopped}; the limit max_rollbacks={guard.max_rollbacks} is reached; "
                 f"the last checkpoint is in {self.out}; {ADVICE}"
