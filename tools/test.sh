@@ -6,6 +6,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . tools/env.sh "[test]"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # a test process a core, and more that some tests start
 if [ "${1:-}" = "--fast" ]; then
   shift
   exec python -m pytest tests/unit -m "not slow" -n auto "$@"
@@ -17,5 +18,4 @@ python tools/check_architecture.py
 if [ $# -gt 0 ]; then
   exec python -m pytest "$@"
 fi
-python -m pytest tests/unit -n auto
-exec python -m pytest tests --ignore tests/unit
+exec python -m pytest -n auto --dist loadfile
