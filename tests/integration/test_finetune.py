@@ -191,7 +191,7 @@ def test_epoch_is_selected_on_held_out_train(encoder, shards, tmp_path, monkeypa
     monkeypatch.setattr(
         Finetuner, "predict", lambda *a: evaluated.append((a[-1], [s.key for s in a[2]])) or predict(*a)
     )
-    monkeypatch.setattr(Finetuner, "step", lambda *a: trained.update(a[2][0].key) or step(*a))
+    monkeypatch.setattr(Finetuner, "step", lambda *a: trained.update(a[3][0].key) or step(*a))
     finetune.main(call(encoder, shards, tmp_path / "run", "tune.epochs=3"))
     assert [name for name, _ in evaluated] == ["held-out train"] * 3 + ["test"]
     train = Shards([str(shards / "train")]).list_samples()
