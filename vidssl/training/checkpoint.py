@@ -48,7 +48,7 @@ def provenance(cfg: dict[str, Any], data: str) -> dict[str, Any]:
 
 def revision() -> str:
     """`git describe` of the checkout that runs (with "-dirty" if it was changed); else the version."""
-    root = Path(__file__).parents[1]
+    root = Path(vidssl.__file__).parents[1]
     if (root / ".git").exists():
         command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--tags"]
         try:

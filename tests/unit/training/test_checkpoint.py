@@ -1,13 +1,17 @@
 """Checkpoint files and the background writer."""
 
 import errno
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors import SafetensorError
 
 from vidssl.training import checkpoint
-from vidssl.training.checkpoint import AsyncWriter, flatten_optimizer, unflatten_optimizer
+from vidssl.training.checkpoint import AsyncWriter, flatten_optimizer, revision, unflatten_optimizer
+
+ROOT = Path(__file__).parents[3]
 
 
 def failing(error: BaseException):
@@ -61,3 +65,9 @@ def test_optimizer_tensors_are_named_after_parameters():
 
 def test_a_folder_without_checkpoints_holds_none(tmp_path):
     assert checkpoint.load_checkpoint(tmp_path) is None
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a git checkout")
+def test_revision_is_that_of_the_checkout():
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--tags"]
+    assert revision() == subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
