@@ -86,6 +86,7 @@ RENAMED = {
     "watch": "online_probe",
     "optim.settle": "optim.schedule_steps",
     "optim.stretch": "optim.ipe_scale",
+    "optim.momentum": "method.target.momentum",
     "optim.lr_start": "optim.warmup_lr",
     "optim.lr_end": "optim.final_lr",
     "optim.lr_per": "optim.lr_batch",
@@ -123,6 +124,7 @@ RENAMED = {
     "probe.stream": "probe.recompute",
     "probe.slices": "probe.temporal_bins",
     "probe.held_out": "probe.val_fraction",
+    "task.held_out": "task.val_fraction",
     "task.levels": "task.layers",
     "task.context": "task.context_frames",
     "task.windows": "task.encode_batch",
@@ -149,11 +151,6 @@ def load_config(argv: Sequence[str], cls: type[Config]) -> Config:
 def from_tree(tree: Any, cls: type[Config], source: str) -> Config:
     """The configuration of a stored tree; absent options get their defaults. source: its file, for errors."""
     return _section(tree, cls, "", _origin_of(tree, "", Source(source)))
-
-
-def spec_from_tree(tree: Any, choice: Choice | Arguments, key_path: str, source: str) -> Spec:
-    """One Spec of a stored tree. key_path: its dotted key; source: its file, for errors."""
-    return _spec(tree, choice, key_path, _origin_of(tree, key_path, Source(source)))
 
 
 def to_tree(cfg: Any) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """config.py: valid configurations are typed and complete; a mistake is one line with file, key and remedy."""
 
+import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
 import pytest
@@ -18,6 +20,10 @@ from vidssl.config import (
     to_tree,
 )
 from vidssl.core.errors import UserError
+from vidssl.evaluation.dense.schema import DenseConfig
+from vidssl.training.schema import TrainConfig
+
+ROOT = Path(__file__).parents[2]
 
 
 class Box(NamedTuple):
@@ -205,3 +211,22 @@ def test_differences():
         ("c", 2, None),
         ("d", None, 4),
     ]
+
+
+@pytest.mark.parametrize(
+    "cls, argument, present",
+    [
+        (TrainConfig, "optim.momentum=[0.9,1.0]", "method.target.momentum"),
+        (TrainConfig, "optim.settle=5", "optim.schedule_steps"),
+        (DenseConfig, "task.held_out=0.1", "task.val_fraction"),
+    ],
+)
+def test_an_old_key_of_a_command_is_an_error_with_its_present_name(cls, argument, present):
+    files = {
+        TrainConfig: ["method/vjepa_tiny", "model/vit_micro", "data/quickstart", "run/smoke"],
+        DenseConfig: ["dense/depth"],
+    }
+    argv = [str(ROOT / f"configs/{name}.yaml") for name in files[cls]]
+    argv += ["encoder=x", "out=x", "data.test=x"] if cls is DenseConfig else []
+    with pytest.raises(UserError, match=f"it is called {re.escape(present)} now"):
+        load_config([*argv, argument], cls)
