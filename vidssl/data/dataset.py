@@ -196,13 +196,14 @@ class ClipReader:
         return frames[select(times)]
 
     def _decode(self, sample: Sample, data: bytes, select: SelectFrames, decoder: Decoder) -> np.ndarray:
-        if self.free_bytes > 0:
+        with open_video(data, sample.ext, sample.meta, decoder) as video:
+            size = len(video) * video.size[0] * video.size[1] * 3
+            if self.free_bytes <= 0 or size > MAX_CACHED_VIDEO_BYTES:
+                return downscale(video.get(select(video.times)), self.short_side)
             key = sample.shard, sample.offset
-            with open_video(data, sample.ext, sample.meta, decoder) as video:
-                size = len(video) * video.size[0] * video.size[1] * 3
-                if size <= MAX_CACHED_VIDEO_BYTES and self._store(key, video):
-                    frames, times = self.videos[key]
-                    return frames[select(times)]
+            if self._store(key, video):
+                frames, times = self.videos[key]
+                return frames[select(times)]
         # Opened anew, since a decoder that failed once may go on failing.
         return decode_clip(data, sample.ext, sample.meta, select, decoder, self.short_side)
 

@@ -282,6 +282,17 @@ def test_cache_does_not_change_examples(train, settings, monkeypatch):
     assert same(all_kept[60], make_clips_from(all_kept)[60])
 
 
+def test_a_video_too_large_for_the_cache_is_opened_once_per_clip(train, monkeypatch):
+    opened: list[bytes] = []
+    monkeypatch.setattr(
+        "vidssl.data.dataset.open_video", lambda data, *rest: opened.append(data) or open_video(data, *rest)
+    )
+    monkeypatch.setattr("vidssl.data.dataset.MAX_CACHED_VIDEO_BYTES", 1000)
+    clips = make_clips(train, cache=1 << 30)
+    assert [clips[g].position for g in range(5)] == list(range(5))
+    assert len(opened) == 5 and not clips.clip_reader.videos
+
+
 def make_clips_from(clips: TrainClips) -> TrainClips:
     """The same, with its cache."""
     other = TrainClips(clips.shards, clips.order, clips.data, clips.augment)
