@@ -21,8 +21,9 @@ class Server(ThreadingHTTPServer):
     """faults: name of a file -> what befalls the next requests for it, one after the other; "" stands for
     nothing.
 
-    "500", "403": that status. "cut 100", "stall 100": only 100 bytes come, then the end, or silence. "slow
-    100": 100 bytes at a time. "wrong": the last byte is another. "short": a file without its second half.
+    "500", "403": that status. "cut 100", "stall 100": only 100 bytes come, then the end, or silence.
+    "slow 100": 100 bytes at a time. "hold 100": after 100 bytes no more until `released` is set. "wrong": the
+    last byte is another. "short": a file without its second half.
     """
 
     daemon_threads = True
@@ -33,6 +34,7 @@ class Server(ThreadingHTTPServer):
         self.faults: dict[str, list[str]] = defaultdict(list)
         self.asked: list[tuple[str, int]] = []  # (name, first byte asked for)
         self.sent: dict[str, int] = defaultdict(int)  # bytes of each name
+        self.released = threading.Event()
         super().__init__(("127.0.0.1", 0), Handler)
 
     def url(self, folder: str = "") -> str:
@@ -85,6 +87,8 @@ class Handler(BaseHTTPRequestHandler):
             server.sent[name] += len(data[i : i + (count or len(data))])
             if fault == "slow":
                 time.sleep(SLOW)
+            if fault == "hold":
+                server.released.wait()
         if fault == "stall":
             time.sleep(3)
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from packed_files import file_hashes, read_records
+from signal_at import signalled
 
 from data_prep import pack, scan, verify
 from data_prep.encode import EncodedSample
@@ -93,21 +94,13 @@ def test_bytes_do_not_depend_on_the_workers(packed, tiny_corpus, tmp_path, capsy
 
 def test_resume_after_sigkill(packed, tiny_corpus, tmp_path):
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "data_prep.pack", str(tiny_corpus), str(out), "--workers", "1"]
-    command += ["--samples-per-shard", "3"]
-    for wait_for in (
-        "shard-000000.tar.tmp",
-        "shard-000001.jsonl",
-    ):  # inside a shard; between jsonl and tar, or later
-        process = subprocess.Popen(command, stderr=subprocess.DEVNULL, cwd=Path(__file__).parents[2])
-        while not (out / wait_for).exists() and process.poll() is None:
-            time.sleep(0.001)
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-        assert not (out / "index.json").exists()
+    arguments = [str(tiny_corpus), str(out), "--workers", "1", "--samples-per-shard", "3"]
+    # Before the first tar has its name; after the first shard, with the records of the second.
+    for number, event in enumerate(("shard-000000.tar", "shard-000001.tar")):
+        assert signalled("SIGKILL", event, 1, "data_prep.pack", *arguments) == -signal.SIGKILL
+        assert len(list(out.glob("*.tar"))) == number and not (out / "index.json").exists()
     kept = {p: p.stat().st_mtime_ns for p in out.glob("*.tar")}
-    assert kept
-    assert subprocess.run(command, stderr=subprocess.DEVNULL, cwd=Path(__file__).parents[2]).returncode == 0
+    pack.main(arguments)
     assert file_hashes(out) == file_hashes(packed)
     assert {p: p.stat().st_mtime_ns for p in kept} == kept  # finished shards are not written again
 

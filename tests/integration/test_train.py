@@ -6,12 +6,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from signal_at import signalled
 
 from vidssl.core.errors import UserError
 from vidssl.data.shards import Shards
@@ -41,7 +41,7 @@ def command(shards: Path, out: Path, *more: str, processes: int = 1) -> list[str
 
 
 def train(*args, **kwargs) -> subprocess.CompletedProcess:
-    return subprocess.run(command(*args, **kwargs), cwd=ROOT, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command(*args, **kwargs), cwd=ROOT, capture_output=True, text=True, timeout=600)
 
 
 def log(out: Path) -> list[dict]:
@@ -95,17 +95,9 @@ def test_the_run_folder(whole, synthetic_shards):
 def test_resume_is_bitwise(workers, kill_at, number, whole, synthetic_shards, tmp_path):
     """The signal goes to all of its processes, as schedulers send it."""
     call = command(synthetic_shards / "train", tmp_path / "run", f"efficiency.workers={workers}")
-    victim = subprocess.Popen(call, cwd=ROOT, stderr=subprocess.DEVNULL, start_new_session=True)
-    path = tmp_path / "run" / "log.jsonl"
-    until = time.time() + 120
-    while not (path.exists() and len(path.read_text().splitlines()) >= kill_at):
-        assert time.time() < until and victim.poll() is None, (
-            "the run ended or hung before it could be killed"
-        )
-        time.sleep(0.001)
-    os.killpg(victim.pid, getattr(signal, number))
-    assert victim.wait(60) in ((-signal.SIGKILL,) if number == "SIGKILL" else (EXIT_REQUEUE, 0))
-    with open(path, "a") as f:
+    status = signalled(number, "row", kill_at, *call[1:])
+    assert status == (-signal.SIGKILL if number == "SIGKILL" else EXIT_REQUEUE)
+    with open(tmp_path / "run" / "log.jsonl", "a") as f:
         f.write('{"step": 11, "los')  # an incomplete line, as a kill can leave it
     done = subprocess.run(call, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

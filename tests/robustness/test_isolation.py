@@ -39,7 +39,7 @@ class FaultyDataset:
     def try_position(self, position: int, attempt: int) -> Example | DecodeFailure:
         fault = self.faults.get((position, attempt), "")
         if fault == "slow read":
-            time.sleep(0.6)
+            time.sleep(4)
         self.on_decode()
         if fault == "bad":
             return DecodeFailure(self.key(position, attempt), "not_a_video")
@@ -86,7 +86,7 @@ REASONS |= {"bad": "not_a_video", "out of memory": "memory"}
 
 @pytest.mark.parametrize("fault, reason", REASONS.items())
 def test_a_fault_costs_one_attempt(fault, reason):
-    deadline = 0.4 if reason == "hang" else 60.0
+    deadline = 3.0 if reason == "hang" else 60.0
     data = isolated({(1, 0): fault, (1, 1): "bad"}, timeout_s=deadline)
     reference = isolated({(1, 0): "bad", (1, 1): "bad"}, timeout_s=60.0)
     for position in range(3):
@@ -109,7 +109,7 @@ def test_one_child_serves_all_samples_until_it_is_closed():
 
 
 def test_reading_has_no_deadline():
-    data = isolated({(0, 0): "slow read"}, timeout_s=0.4)
+    data = isolated({(0, 0): "slow read"}, timeout_s=3.0)
     assert data[0].failures == []
     data.close()
 
@@ -199,7 +199,7 @@ def test_a_file_that_hangs_or_crashes_is_replaced_like_a_damaged_one(synthetic_s
     faults = dict(zip(keys, ("hang", "crash", "memory"), strict=True))
 
     def run(real: bool) -> list:
-        clips = make_clips(train, max_decode_error_rate=0.5, decode_timeout_s=4.0, memory_mb=200)
+        clips = make_clips(train, max_decode_error_rate=0.5, decode_timeout_s=6.0, memory_mb=200)
         clips.clip_reader = FaultyReader(clips.shards, faults, real)
         return list(train_batches(clips, 0, 8, 8, 0, 1, workers=2 if real else 0, isolate=real))
 
@@ -238,10 +238,9 @@ def test_no_process_stays_when_the_run_is_killed(workers, synthetic_shards):
     run.kill()
     run.wait()
     run.stdout.close()
-    until = time.time() + 20  # a loader worker looks every five seconds whether its parent lives
-    while left := [c for c in children if c.is_running() and c.status() != psutil.STATUS_ZOMBIE]:
-        assert time.time() < until, left
-        time.sleep(0.1)
+    # A loader worker looks every five seconds whether its parent lives.
+    _, alive = psutil.wait_procs(children, timeout=120)
+    assert not [c for c in alive if c.is_running() and c.status() != psutil.STATUS_ZOMBIE]
 
 
 def test_mutated_files_neither_hang_nor_crash_the_loader(tiny_corpus):

@@ -217,10 +217,9 @@ def test_silent_or_slow_server(server, tmp_path, monkeypatch, fault):
     monkeypatch.setattr(remote, "REQUEST_TIMEOUT_S", 0.1)
     shards = open_remote(server, tmp_path)
     server.faults["part 0.tar"] = [fault] * 99
-    since = time.monotonic()
     with pytest.raises(UserError, match=r"gave up after 5 retries: timed out"):
         shards.read(shards.sample(0, 0))
-    assert time.monotonic() - since < 6
+    assert server.times_asked("part 0.tar") == 6
 
 
 def test_dead_server(tmp_path):
@@ -301,7 +300,7 @@ def test_concurrent_processes_fetch_a_shard_once(server, tmp_path):
     children = [FORK.Process(target=read_all, args=(shards, gate, put)) for _ in range(4)]
     for child in children:
         child.start()
-    assert [put.get(timeout=20) for _ in children] == [[PAYLOAD] * 2] * 4
+    assert [put.get(timeout=300) for _ in children] == [[PAYLOAD] * 2] * 4
     for child in children:
         child.join()
     assert server.times_asked(".tar") == server.times_asked(".jsonl") == 2
@@ -312,7 +311,7 @@ def test_kill_during_a_transfer(server, tmp_path, made, monkeypatch):
     monkeypatch.setattr(remote, "MIN_BLOCK_BYTES", 10_000)
     shards = open_remote(server, tmp_path)
     sample = shards.sample(0, 4)
-    server.faults["part 0.tar"] = ["slow 2000"] * 99
+    server.faults["part 0.tar"] = ["hold 35000"] * 3
     for times in range(3):
         child = FORK.Process(target=shards.read, args=(sample,))
         child.start()
@@ -322,7 +321,7 @@ def test_kill_during_a_transfer(server, tmp_path, made, monkeypatch):
         os.kill(child.pid, signal.SIGKILL)
         child.join()
         assert not files(tmp_path, ".tar")
-    server.faults.clear()
+    server.released.set()
     assert shards.read(sample) == Shards([str(made)]).read(sample)
     begins = [at for name, at in server.asked if name == "part 0.tar"]
     assert begins == sorted(begins) and begins[0] == 0 and begins[-1] > 60_000
@@ -361,7 +360,8 @@ def test_cache_size_limit(server, tmp_path):
         most = max(most, sum(sizes))
         time.sleep(0.001)
     assert [child.exitcode for child in children] == [0, 0, 0]
-    assert 2 * SHARD < most <= limit + 2_000  # a .jsonl counts once it is there
+    left = sum(p.stat().st_size for p in tmp_path.iterdir())
+    assert left > 2 * SHARD and max(most, left) <= limit + 2_000  # a .jsonl counts once it is there
     assert server.times_asked(".tar") > SHARDS  # some came twice
     assert sum(p.stat().st_size for p in tmp_path.iterdir()) <= limit
 
@@ -442,7 +442,7 @@ def test_in_a_spawned_process(server, tmp_path):
     put = spawn.Queue()
     child = spawn.Process(target=put_lengths, args=(shards, put))
     child.start()
-    assert put.get(timeout=60) == [PAYLOAD] * SAMPLES * SHARDS
+    assert put.get(timeout=300) == [PAYLOAD] * SAMPLES * SHARDS
     child.join()
     assert server.times_asked("index.json") == 1 and server.times_asked(".tar") == SHARDS
 

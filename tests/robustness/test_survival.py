@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
+import threading
 from pathlib import Path
 
 import pytest
@@ -438,11 +438,19 @@ def test_a_collapse_can_stop_the_run(run, tmp_path, monkeypatch, capfd):
 
 
 def test_checkpoints_are_written_in_the_background():
-    writer, began = checkpoint.AsyncWriter(), time.perf_counter()
-    writer.start("it", lambda: None, lambda: time.sleep(0.3))
-    assert time.perf_counter() - began < 0.2 and not writer.pop_errors()
+    writer = checkpoint.AsyncWriter()
+    order = []
+    started_second = threading.Event()
+
+    def write() -> None:
+        assert started_second.wait(60)
+        order.append("written")
+
+    writer.start("it", lambda: None, write)
+    order.append("going on")
+    started_second.set()
     writer.wait()
-    assert time.perf_counter() - began >= 0.3
+    assert order == ["going on", "written"] and not writer.pop_errors()
 
 
 def test_reduce_in_one_process():

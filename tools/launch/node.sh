@@ -16,6 +16,7 @@ for ((i = 0; i < gpus; i++)); do
   RANK=$((NODE * gpus + i)) LOCAL_RANK=$i python vidssl/train.py "$@" &
   pids+=($!)
 done
+if ((told)); then kill -TERM "${pids[@]}" 2>/dev/null; fi # those that started after the signal
 ended=0
 for pid in "${pids[@]}"; do
   seen=-1

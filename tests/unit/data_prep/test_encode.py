@@ -4,8 +4,6 @@ import io
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from fractions import Fraction
 from pathlib import Path
@@ -15,6 +13,7 @@ import numpy as np
 import pytest
 from packed_files import file_hashes, read_records
 from PIL import Image
+from signal_at import signalled
 
 from data_prep import pack, report
 from data_prep.encode import EncodedSample, Recipe, encode_clips
@@ -354,17 +353,13 @@ def test_bytes_with_three_workers_and_after_sigkill(packed, corpus, tmp_path):
     pack.main([str(corpus), str(tmp_path / "three"), "--workers", "3", *OPTIONS])
     assert file_hashes(tmp_path / "three") == file_hashes(packed)
     out = tmp_path / "killed"
-    command = [sys.executable, "-m", "data_prep.pack", str(corpus), str(out), "--workers", "1", *OPTIONS]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, cwd=ROOT)
-    while not list(out.glob("*.jsonl")) and process.poll() is None:
-        time.sleep(0.001)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    assert not (out / "index.json").exists()
-    pack.main(command[3:])
+    arguments = [str(corpus), str(out), "--workers", "1", *OPTIONS]
+    assert signalled("SIGKILL", "shard-000000.tar", 1, "data_prep.pack", *arguments) == -signal.SIGKILL
+    assert list(out.glob("*.jsonl")) and not (out / "index.json").exists()
+    pack.main(arguments)
     assert file_hashes(out) == file_hashes(packed)
     with pytest.raises(UserError, match="with other options"):
-        pack.main([*command[3:], "--crf", "21"])
+        pack.main([*arguments, "--crf", "21"])
 
 
 def test_pack_of_windows_and_its_report(tmp_path, make_video):
