@@ -30,7 +30,6 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -43,6 +42,7 @@ from vidssl.data.augment import RandomCrop
 from vidssl.data.dataset import DataConfig, MultiStreamDataset, TrainClips
 from vidssl.data.decoding.base import VIDEO_EXTENSIONS
 from vidssl.data.decoding.decord import decord
+from vidssl.data.decoding.video_stream import open_container
 from vidssl.data.loader import train_steps
 from vidssl.data.order import Order
 from vidssl.data.sampling import sample_indices
@@ -155,7 +155,7 @@ def decoding_rate(ffmpeg: str, files: list[Path], beside: Path) -> float:
 
 
 def frames_in(file: Path) -> int:
-    with av.open(str(file)) as container:
+    with open(file, "rb") as data, open_container(data) as container:
         return container.streams.video[0].frames
 
 
@@ -216,7 +216,7 @@ def frames_to_decode(clips: TrainClips, count: int) -> float:
     for g in range(count):
         sample = clips.shards.sample(*clips.order.locate(g))
         if sample.key not in keys:
-            with av.open(io.BytesIO(clips.shards.read(sample))) as file:
+            with open_container(io.BytesIO(clips.shards.read(sample))) as file:
                 demuxed: Any = file.demux(video=0)  # type: ignore[union-attr]
                 packets = sorted((p.pts, p.is_keyframe) for p in demuxed if p.pts is not None)
             keys[sample.key] = np.flatnonzero([is_key for _, is_key in packets])

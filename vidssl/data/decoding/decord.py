@@ -11,6 +11,7 @@ from decord._ffi.base import DECORDError, DECORDLimitReachedError
 
 from vidssl.core.errors import DecodeError
 from vidssl.data.decoding.base import Video, check_length, check_size, error_line
+from vidssl.data.decoding.video_stream import check_container
 
 decord.logging.set_level(decord.logging.QUIET)
 
@@ -30,6 +31,7 @@ class DecordVideo(Video):
 
     def __init__(self, data: bytes, meta: dict | None = None):
         meta = meta or {}
+        check_container(data)
         try:
             self._reader = decord.VideoReader(io.BytesIO(data), num_threads=1)
             frames = len(self._reader)

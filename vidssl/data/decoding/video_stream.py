@@ -2,6 +2,7 @@
 
 import errno
 import gc
+import io
 from collections.abc import Container, Iterator
 from itertools import islice
 from typing import Any, BinaryIO
@@ -10,7 +11,15 @@ import av
 from av.stream import Disposition
 
 from vidssl.core.errors import DecodeError
-from vidssl.data.decoding.base import MAX_FRAMES, check_length, check_size, error_line
+from vidssl.data.decoding.base import MAX_FRAMES, VIDEO_EXTENSIONS, check_length, check_size, error_line
+
+# FFmpeg recognises a file by its content, and some formats (playlists, concat scripts) open further files or
+# addresses that their content names. Only the containers of VIDEO_EXTENSIONS are opened, and no protocol.
+CONTAINERS = (
+    *("mov", "mp4", "avi", "matroska", "webm", "mpeg", "mpegvideo"),
+    *("m4v", "mpegts", "asf", "flv", "live_flv", "ogg", "gif"),
+)
+OPEN_OPTIONS = {"format_whitelist": ",".join(CONTAINERS), "protocol_whitelist": "none"}
 
 ERRORS = (av.FFmpegError, OSError, ValueError)  # ValueError: a seek before the start of a file in memory
 
@@ -48,11 +57,14 @@ class VideoStream:
         self._close_container()
         self._file.seek(0)
         try:
-            self._container = av.open(self._file)
+            self._container = open_container(self._file)
         except ERRORS as e:
             if is_disk_error(e):
                 raise
-            raise DecodeError("not_a_video", getattr(e, "strerror", None) or error_line(e)) from e
+            detail = getattr(e, "strerror", None) or error_line(e)
+            if isinstance(e, av.error.ArgumentError):
+                detail = "its content is of no container of " + ", ".join(VIDEO_EXTENSIONS)
+            raise DecodeError("not_a_video", detail) from e
         try:
             self._select_stream()
         except DecodeError:
@@ -129,6 +141,17 @@ class VideoStream:
             if is_disk_error(e):
                 raise
             self.damaged_packets += 1  # the container ends early; the frames before are valid
+
+
+def open_container(file: BinaryIO) -> Any:
+    """Opens a file of one of CONTAINERS for reading; other content raises av.error.ArgumentError."""
+    return av.open(file, container_options=OPEN_OPTIONS)
+
+
+def check_container(data: bytes) -> None:
+    """Raises DecodeError unless `data` is of one of CONTAINERS; for decoders whose formats cannot be
+    restricted."""
+    VideoStream(io.BytesIO(data)).close()
 
 
 def is_disk_error(e: Exception) -> bool:

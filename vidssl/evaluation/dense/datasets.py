@@ -12,11 +12,11 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from einops import rearrange
-from PIL import Image
 
 from vidssl.core.errors import DecodeError, UserError
 from vidssl.core.io import file_sha256
 from vidssl.data.decoding import open_video
+from vidssl.data.decoding.image import open_image
 
 LabelKind = Literal["masks", "keypoints", "depth"]
 NYU_MAX_METRES = 10.0  # meaning of 255 in the 8-bit depth of NYUv2's training images
@@ -64,7 +64,7 @@ def data_hash(folder: Path, samples: list[DenseSample]) -> str:
 
 def read_image(path: Path) -> np.ndarray:
     """u8 [H, W, 3]."""
-    return np.asarray(Image.open(path).convert("RGB"))
+    return np.asarray(open_image(path).convert("RGB"))
 
 
 def read_images(paths: list[Path]) -> np.ndarray:
@@ -104,7 +104,7 @@ def davis(folder: Path, split: str) -> list[DenseSample]:
 def _read_davis(images: list[Path], masks: list[Path]) -> tuple[np.ndarray, np.ndarray]:
     ids = []
     for path in masks:
-        with Image.open(path) as image:
+        with open_image(path) as image:
             if image.mode not in ("P", "L"):
                 raise ValueError(f"{path.name} is {image.mode}, not a palette image of object ids")
             ids.append(np.asarray(image))
@@ -178,7 +178,7 @@ def nyu(folder: Path, split: str) -> list[DenseSample]:
 
 
 def _read_nyu(image: Path, depth: Path, crop: bool) -> tuple[np.ndarray, np.ndarray]:
-    with Image.open(depth) as stored:
+    with open_image(depth) as stored:
         if not stored.mode.startswith(("I", "L")):
             raise ValueError(f"{depth.name} is {stored.mode}, neither 8-bit nor 16-bit grayscale")
         unit = NYU_MAX_METRES / 255 if stored.mode == "L" else 1e-3  # metres
