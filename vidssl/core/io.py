@@ -2,8 +2,10 @@
 folders."""
 
 import contextlib
+import fcntl
 import hashlib
 import os
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -13,10 +15,15 @@ from vidssl.core.errors import UserError
 
 def atomic_write(path: Path, write: Callable[[Path], Any]) -> None:
     """Calls write(temporary path), syncs the file to the disk and renames it to `path`; an OSError leaves no
-    temporary file."""
+    temporary file. The mode follows the umask, also where `write` replaces the file by one for its owner
+    alone."""
     temporary = path.with_name(path.name + ".tmp")
     try:
+        with open(temporary, "wb") as f:
+            mode = os.fstat(f.fileno()).st_mode
         write(temporary)
+        if temporary.stat().st_mode != mode:
+            temporary.chmod(stat.S_IMODE(mode))
         fsync_path(temporary)
         os.replace(temporary, path)
     except OSError:
@@ -48,6 +55,23 @@ def stream_sha256(file: BinaryIO) -> str:
 def file_sha256(path: Path) -> str:
     with open(path, "rb") as f:
         return stream_sha256(f)
+
+
+@contextlib.contextmanager
+def exclusive_lock(path: Path) -> Iterator[None]:
+    """Holds the lock of a file, which is created if it does not exist. Users who may only read the file share
+    it."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        # Closing is not enough: a child forked meanwhile has the file open, too.
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
+        os.close(descriptor)
 
 
 def check_writable(out: Path) -> None:

@@ -13,7 +13,7 @@ import io
 import os
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -24,7 +24,7 @@ from fsspec.asyn import sync
 from fsspec.core import url_to_fs
 
 from vidssl.core.errors import UserError
-from vidssl.core.io import check_writable, make_folder, stream_sha256
+from vidssl.core.io import check_writable, exclusive_lock, make_folder, stream_sha256
 
 REQUEST_TIMEOUT_S = 60.0  # seconds that one request may take
 MAX_BLOCK_BYTES = 8 << 20  # bytes of one request
@@ -211,18 +211,15 @@ class Cache:
         finally:
             _release(file)
 
-    @contextmanager
-    def _lock(self) -> Iterator[None]:
-        file = open(self.folder / "lock", "ab")  # noqa: SIM115
-        fcntl.flock(file, fcntl.LOCK_EX)
-        try:
-            yield
-        finally:
-            _release(file)
+    def _lock(self) -> AbstractContextManager[None]:
+        return exclusive_lock(self.folder / "lock")
 
     def _mark_used(self, file: BinaryIO) -> None:
         self._last_use_ns = max(time.time_ns(), self._last_use_ns + 1)
-        os.utime(file.fileno(), ns=(self._last_use_ns, self._last_use_ns))
+        # Only the owner may set a time. A file that another user has fetched keeps the time of its last use
+        # by its owner.
+        with suppress(PermissionError):
+            os.utime(file.fileno(), ns=(self._last_use_ns, self._last_use_ns))
 
     def _open_cached(self, path: Path, size: int | None) -> BinaryIO | None:
         try:
@@ -262,7 +259,15 @@ class Cache:
 
     def _open_part(self, part: Path, size: int) -> BinaryIO | None:
         """Returns the file to fetch into, or None if another process fetches it or there is no room."""
-        file = open(os.open(part, os.O_RDWR | os.O_CREAT, 0o644), "r+b", buffering=0)  # noqa: SIM115
+        try:
+            descriptor = os.open(part, os.O_RDWR | os.O_CREAT, 0o666)
+        except PermissionError:  # of another user, whose umask forbids to continue it
+            with open(part, "rb") as other:
+                if not _lock_exclusively(other):
+                    return None
+            os.unlink(part)
+            descriptor = os.open(part, os.O_RDWR | os.O_CREAT, 0o666)
+        file = open(descriptor, "r+b", buffering=0)  # noqa: SIM115
         if _lock_exclusively(file) and self._make_room(size, part.name):
             return file
         _release(file)

@@ -3,9 +3,11 @@
 FOLDER/KEY/provenance.json lists everything that decides the bytes (KEY is its hash), features.bin holds [n,
 C, N, D], and blocks/000003.json the checksum of rows 192 to 255 and which of them cannot be decoded. A block
 without a record, or whose bytes do not match its record, is written again: a kill costs one block, and each
-process writes its own blocks."""
+process writes its own blocks.
 
-import fcntl
+Several users may share a folder. Features that this user may not write are read if they are complete; else
+this user's own are written beside them."""
+
 import hashlib
 import json
 import os
@@ -19,7 +21,7 @@ import torch
 from torch import Tensor
 
 from vidssl.core.errors import UserError
-from vidssl.core.io import atomic_write, make_folder
+from vidssl.core.io import atomic_write, exclusive_lock, make_folder
 
 ROWS_PER_BLOCK = 64  # samples
 
@@ -46,18 +48,32 @@ class FeatureStore:
         self.dtype = dtype
         self.provenance = {**provenance, "shape": list(shape), "dtype": str(dtype)}
         text = json.dumps(self.provenance, sort_keys=True)
-        self.folder = folder / hashlib.sha256(text.encode()).hexdigest()[:32]
-        self.file = self.folder / "features.bin"
+        key = hashlib.sha256(text.encode()).hexdigest()[:32]
         self.row_bytes = shape.clips * shape.tokens * shape.width * dtype.itemsize
         self.num_blocks = -(-shape.samples // ROWS_PER_BLOCK)
+        self.folder = folder / key
+        if not self.is_writable and not all(map(self.is_valid, range(self.num_blocks))):
+            self.folder = folder / f"{key}-user{os.getuid()}"
+
+    @property
+    def file(self) -> Path:
+        return self.folder / "features.bin"
+
+    @property
+    def is_writable(self) -> bool:
+        """Whether the features do not exist yet, or this user may write all their files."""
+        paths = (self.folder, self.folder / "blocks", self.file)
+        return all(os.access(path, os.W_OK) for path in paths if path.exists())
 
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Creates the files and holds the lock of this store: a second job waits, and then finds the
         features."""
         make_folder(self.folder / "blocks")
-        with open(self.folder / "lock", "w") as f:
-            fcntl.flock(f, fcntl.LOCK_EX)
+        with exclusive_lock(self.folder / "lock"):
+            if not self.is_writable:  # of another user, and complete
+                yield
+                return
             if not (self.folder / "provenance.json").exists():
                 text = json.dumps(self.provenance, indent=1, sort_keys=True)
                 atomic_write(self.folder / "provenance.json", partial(Path.write_text, data=text))

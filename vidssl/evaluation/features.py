@@ -302,7 +302,8 @@ def _compute_on_disk(loader: FeatureLoader, store: FeatureStore) -> Features:
         accelerator.wait_for_everyone()  # the first process holds the lock and has created the file
         blocks = range(accelerator.process_index, store.num_blocks, accelerator.num_processes)
         missing = [block for block in blocks if not store.is_valid(block)]
-        store.write(loader.rows([n for block in missing for n in store.block_rows(block)], store.shape))
+        if missing:
+            store.write(loader.rows([n for block in missing for n in store.block_rows(block)], store.shape))
         accelerator.wait_for_everyone()
 
     if accelerator.is_main_process:
