@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import av
+import torch
 from accelerate import Accelerator
 from torch import Tensor
 
@@ -29,9 +31,14 @@ from vidssl.pretrained.load import LoadedEncoder
 OpenEncoder = Callable[[int | None], LoadedEncoder]  # of a seed: untrained; None: with its weights
 FEATURE_CODE = (  # prefixes of modules; a change of their code computes features again
     *("core/pixels.py", "data/", "model/", "pretrained/"),
-    *("evaluation/extractor.py", "evaluation/features.py", "evaluation/views.py"),
+    *("evaluation/extractor.py", "evaluation/feature_cache.py", "evaluation/features.py"),
+    "evaluation/views.py",
 )
-FEATURE_LIBRARIES = ("torch", "torchvision", "av", "decord", "timm", "transformers", "numpy")  # the same
+# Libraries that decode, resize, encode; a change of their version has the same effect.
+FEATURE_LIBRARIES = (
+    *("torch", "torchvision", "av", "decord", "decord2", "torchcodec", "pillow", "numpy", "einops"),
+    *("timm", "transformers"),
+)
 
 
 class Split(NamedTuple):
@@ -56,6 +63,10 @@ def make_extractor(
     model = loaded.metadata["model"]
     pixels = loaded.metadata["pixels"]
     statistics = (pixels["mean"], pixels["std"])
+    arithmetic = {
+        "device": accelerator.device.type,
+        "float32_matmul": torch.get_float32_matmul_precision(),
+    }
     if control == "pixels":
         means = PatchMeans(model["tubelet"], model["patch"])
         provenance = {
@@ -63,6 +74,7 @@ def make_extractor(
             "tubelet": means.tubelet,
             "patch": means.patch,
             "pixels": pixels,
+            **arithmetic,
         }
         return FeatureExtractor(lambda video: means(normalise(video, statistics)), provenance)
     encoder = open_encoder(seed).encoder if control == "random_init" else loaded.encoder
@@ -77,6 +89,7 @@ def make_extractor(
         "model": model,
         "precision": accelerator.mixed_precision,
         "pixels": pixels,
+        **arithmetic,
     }
     return FeatureExtractor(encode, provenance)
 
@@ -91,6 +104,8 @@ def cache_provenance(extractor: FeatureExtractor, view: View, split: Split) -> d
         "samples": hashlib.sha256(keys.encode()).hexdigest(),
         "code": code_hash(*FEATURE_CODE),
         "libraries": {name: _version(name) for name in FEATURE_LIBRARIES},
+        # the FFmpeg that PyAV was built with or finds on this machine
+        "ffmpeg": {name: list(version) for name, version in av.library_versions.items()},
     }
 
 

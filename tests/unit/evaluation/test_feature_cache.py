@@ -2,10 +2,18 @@
 cache."""
 
 import json
+import os
+import stat
+import traceback
 from collections.abc import Callable
+from dataclasses import fields
+from importlib.metadata import packages_distributions
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -18,7 +26,7 @@ from vidssl.data.decoding import open_video
 from vidssl.data.shards import Shards
 from vidssl.evaluation import extractor as extractor_module
 from vidssl.evaluation import feature_cache
-from vidssl.evaluation.extractor import FeatureExtractor, Split, cache_provenance
+from vidssl.evaluation.extractor import FeatureExtractor, Split, cache_provenance, make_extractor
 from vidssl.evaluation.feature_cache import FeatureShape, FeatureStore, used_gb
 from vidssl.evaluation.features import (
     CACHE_DTYPES,
@@ -29,9 +37,13 @@ from vidssl.evaluation.features import (
     compute_features,
 )
 from vidssl.evaluation.heads import Attentive
+from vidssl.evaluation.neighbours import Knn
+from vidssl.evaluation.probe_config import PROTOCOLS, ProbeConfig
+from vidssl.evaluation.probe_data import ProbeData, make_view
 from vidssl.evaluation.protocol import TrainingSet, select_and_train
 from vidssl.evaluation.tasks import Task
-from vidssl.evaluation.views import EvalClips, PatchMeans, View, reorder_frames, square_crop
+from vidssl.evaluation.views import CONTROLS, EvalClips, PatchMeans, View, reorder_frames, square_crop
+from vidssl.pretrained.load import LoadedEncoder
 
 VIEW = View(frames=4, stride=2, fps=None, segments=2, crops=3, size=16)
 SAMPLES = 30
@@ -194,6 +206,7 @@ def test_every_ingredient_changes_the_key(shards, tmp_path, monkeypatch):
     assert original == key()
     changes: list[tuple[Callable, str, Any]] = [
         (extractor_module, "code_hash", lambda *prefixes: "other code"),
+        (av, "library_versions", {"libavcodec": (1, 2, 3)}),
         (extractor_module, "_version", lambda name: "other version"),
         (shards, "hash", "other data"),
     ]
@@ -202,6 +215,148 @@ def test_every_ingredient_changes_the_key(shards, tmp_path, monkeypatch):
             patch.setattr(owner, name, value)
             keys.append(key())
     assert len({original, *keys}) == 1 + len(keys)
+
+
+VIEW_OPTIONS = {  # field of the configuration -> another value; each decides the pixels that are encoded
+    "probe.segments": 3,
+    "probe.crops": 2,
+    "data.frames": 8,
+    "data.size": 16,
+    "data.stride": 3,
+    "data.fps": 5.0,
+}
+KEYED_ELSEWHERE = {  # field -> the ingredient of the key that it changes
+    "encoder": "weights",
+    "encoder_file": "weights",
+    "random_init": "weights",
+    "data.train": "data",
+    "data.test": "data",
+    "data.labels": "samples",
+    "probe.cache_dtype": "dtype",
+    "probe.seed": "weights under the control random_init",
+}
+OF_HEADS = {  # fields that are used after the features are read, or do not change them
+    *("out", "probe.kind", "data.tags", "data.numbers", "data.train_fractions", "data.seeds"),
+    *("data.cache_dir", "data.cache_gb"),
+    *("probe.cache", "probe.cache_gb", "probe.memory_gb", "probe.recompute", "probe.allow_unreadable"),
+    *("probe.workers", "probe.encode_batch", "probe.aggregate", "probe.controls", "probe.standardise"),
+    *("probe.val_fraction", "probe.epochs", "probe.batch", "probe.lr", "probe.weight_decay"),
+    *("probe.clip_grad", "probe.depth", "probe.heads", "probe.solver", "probe.l2", "probe.temporal_bins"),
+    *("probe.k", "probe.temperature"),
+}
+
+
+def test_every_option_is_known_to_change_the_key_or_to_be_of_heads():
+    """A new option fails here until somebody has decided which it is."""
+    names = {f"data.{field.name}" for field in fields(ProbeData)}
+    names |= {field.name for field in fields(ProbeConfig)} - {"data", "probe"} | {"probe.kind"}
+    names |= {f"probe.{field.name}" for protocol in PROTOCOLS.values() for field in fields(protocol)}
+    assert names == {*VIEW_OPTIONS, *KEYED_ELSEWHERE, *OF_HEADS}
+
+
+@pytest.mark.parametrize("name", VIEW_OPTIONS)
+def test_an_option_of_the_view_changes_it(name):
+    model = {"frames": 16, "height": 32, "width": 32, "tubelet": 2}
+    loaded = LoadedEncoder(None, {"model": model, "config": {"data": {"stride": 4, "fps": None}}})
+    section, _, field = name.partition(".")
+    changed: dict[str, dict[str, Any]] = {"data": {}, "probe": {}}
+    changed[section][field] = VIEW_OPTIONS[name]
+    views = [
+        make_view(ProbeData(train=["a"], test=["b"], **data), Knn(**probe), loaded, "none")
+        for data, probe in (({}, {}), (changed["data"], changed["probe"]))
+    ]
+    assert views[0] != views[1]
+
+
+class StayingEncoder(torch.nn.Linear):
+    """Its weights keep their values on every device."""
+
+    def to(self, device: torch.device) -> "StayingEncoder":
+        return self
+
+
+@pytest.mark.parametrize("control", CONTROLS)
+def test_every_fact_about_an_encoder_is_in_its_provenance(control, monkeypatch):
+    """Weights, model, pixel statistics, precision and kind of device each give another key."""
+
+    def provenance(device: str = "cpu", precision: str = "no", seed: int = 0, **changed: Any) -> str:
+        facts = {"model": {"tubelet": 2, "patch": 8}, "pixels": {"mean": [0.0], "std": [1.0]}} | changed
+        torch.manual_seed(changed.get("weights", 0))
+        loaded = LoadedEncoder(StayingEncoder(2, 2), facts)
+        accelerator = SimpleNamespace(device=torch.device(device), mixed_precision=precision)
+
+        def untrained(seed: int) -> LoadedEncoder:
+            torch.manual_seed(seed)
+            return LoadedEncoder(StayingEncoder(2, 2), facts)
+
+        return json.dumps(make_extractor(untrained, loaded, control, seed, accelerator).provenance)
+
+    changes: list[dict[str, Any]] = [{"pixels": {"mean": [1.0], "std": [1.0]}}, {"device": "meta"}]
+    changes.append({"model": {"tubelet": 1, "patch": 8}})
+    if control != "pixels":
+        changes.append({"precision": "bf16"})
+        changes.append({"seed": 1} if control == "random_init" else {"weights": 1})
+    found = [provenance(), *(provenance(**change) for change in changes)]
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "get_float32_matmul_precision", lambda: "medium")
+        found.append(provenance())
+    assert provenance() == found[0] and len(set(found)) == len(found)
+
+
+def test_installed_decoders_are_in_the_key():
+    """A distribution may have another name than its module: decord2 installs decord."""
+    found = {name for name in extractor_module.FEATURE_LIBRARIES if extractor_module._version(name)}
+    for module in ("torch", "av", "decord", "PIL", "numpy", "einops"):
+        assert found & set(packages_distributions()[module])
+
+
+needs_root = pytest.mark.skipif(os.getuid() != 0, reason="only root may become another user")
+
+
+def as_other_user(uid: int, function: Callable[[], None]) -> None:
+    """Calls the function in a fork of this process that belongs to another user, with umask 022."""
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            os.umask(0o022)
+            os.setgid(uid)
+            os.setuid(uid)
+            function()
+            status = 0
+        finally:
+            if status:
+                traceback.print_exc()
+            os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+@needs_root
+@pytest.mark.parametrize("complete", [True, False])
+def test_two_users_share_a_cache(complete):
+    """The second one reads complete features of the first one; else it writes its own beside them."""
+    shape = FeatureShape(70, 1, 2, 4)
+    rows = torch.rand(shape)
+
+    def fill(count: int) -> None:
+        store = FeatureStore(folder, {"encoder": "x"}, shape, torch.float32)
+        with store.lock():
+            missing = [b for b in range(store.num_blocks) if not store.is_valid(b)]
+            if missing:
+                store.write((n, rows[n]) for b in missing for n in store.block_rows(b) if n < count)
+        if count == shape.samples:
+            assert torch.equal(store.read()[0], rows)
+
+    with TemporaryDirectory(dir="/tmp") as root:
+        os.chmod(root, 0o777)
+        folder = Path(root) / "cache"
+        folder.mkdir()
+        os.chmod(folder, 0o777)
+        as_other_user(12345, lambda: fill(70 if complete else 64))
+        for file in folder.rglob("*"):
+            assert stat.S_IMODE(file.stat().st_mode) == (0o755 if file.is_dir() else 0o644)
+        as_other_user(12346, lambda: fill(70))
+        assert len(list(folder.iterdir())) == (1 if complete else 2)
 
 
 def test_unreadable_samples_are_recorded(shards, tmp_path):
