@@ -131,7 +131,7 @@ def make_parser() -> argparse.ArgumentParser:
         default=0,
         help="maximum; default: a 16th of the samples, within 8 to 1000",
     )
-    add("--test-fraction", type=float, default=0.0, help="split into train and test by group")
+    add("--test-fraction", type=float, default=0.0, help="split by group; every class stays in train")
     add("--seed", type=int, default=0, help="seed of the shuffle and of the split")
     add(
         "--timeout", type=float, default=120.0, help="seconds without progress until a file counts as hanging"

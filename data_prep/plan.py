@@ -8,7 +8,7 @@ workers.
 import argparse
 import hashlib
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +21,8 @@ from data_prep.filters import Filters, find_identical_files
 from data_prep.index import class_lists, sample_key
 from data_prep.sources import SourceItem, SourceListing
 from vidssl.core.errors import UserError
-from vidssl.core.splits import GroupSelection, shuffle_key
+from vidssl.core.log import logger
+from vidssl.core.splits import shuffle_key, split_by_group
 from vidssl.data.format import dumps
 
 NEAR_PREFIX = "near-"  # of the names of the files that keep near duplicates
@@ -74,42 +75,58 @@ class Duplicate(NamedTuple):
 
 
 def split_train_test(
-    items: list[SourceItem], label_set: str | None, fraction: float, seed: int
+    items: list[SourceItem], label_sets: list[str], fraction: float, seed: int
 ) -> dict[str, list[SourceItem]]:
-    """Splits items by whole groups; a file without a group is a group of its own.
+    """Splits items by whole groups, `fraction` of them to test; a file without a group is a group of its own.
 
-    About `fraction` of each class of `label_set` goes to test, at least one group, but never the last group
-    of a class in train. Classes with the fewest groups choose first, and groups that would exceed a class's
-    share are skipped. Linear in the number of items.
+    The classes of all label sets are balanced (core/splits.py); of the first alone if all together do not
+    allow the fraction.
     """
     group_of = [f"group {item.group}" if item.group else f"file {item.path}" for item in items]
-    test = GroupSelection(group_of, [item.labels.get(label_set or "", "") for item in items])
-    groups = test.groups_by_class(sorted(test.class_counts, key=lambda group: shuffle_key(seed, group)))
-    for label in sorted(groups, key=lambda label: (len(groups[label]), label)):
-        target = max(1, round(fraction * test.samples[label]))
-        for group in groups[label]:
-            counts = test.class_counts[group]
-            selected = test.selected_samples[label]
-            if selected >= target:
-                break
-            fits = not selected or selected + counts[label] <= target
-            if group not in test.selected and fits and all(test.remaining_groups[k] > 1 for k in counts):
-                test.add(group)
+    split = split_by_group(group_of, item_classes(items, label_sets), fraction, seed)
+    if split.is_far and len(label_sets) > 1:
+        first = split_by_group(group_of, item_classes(items, label_sets[:1]), fraction, seed)
+        split = split if first.is_far else first
+    if split.note:
+        logger.warning(f"--test-fraction: in test: {split.note}")
     splits: dict[str, list[SourceItem]] = {"train": [], "test": []}
-    for group, item in zip(group_of, items, strict=True):
-        splits["test" if group in test.selected else "train"].append(item)
-    return {split: sorted(members, key=lambda item: item.sort_key) for split, members in splits.items()}
+    for item, is_test in zip(items, split.held_out, strict=True):
+        splits["test" if is_test else "train"].append(item)
+    return {name: sorted(members, key=lambda item: item.sort_key) for name, members in splits.items()}
+
+
+def item_classes(items: list[SourceItem], label_sets: list[str]) -> list[set[tuple[str, str]]]:
+    """The classes of each item: (label set, name), and of joined tags ("a|b") each tag. Numbers that mostly
+    occur once are no classes."""
+    strata: list[set[tuple[str, str]]] = [set() for _ in items]
+    for label_set in label_sets:
+        names = Counter(item.labels.get(label_set, "") for item in items)
+        del names[""]
+        if 2 * len(names) > sum(names.values()) and all(map(is_number, names)):
+            continue
+        for item, classes in zip(items, strata, strict=True):
+            if name := item.labels.get(label_set):
+                classes.update((label_set, tag) for tag in name.split("|"))
+    return strata
+
+
+def is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def make_plan(source: SourceListing, root: Path, out: Path, args: argparse.Namespace) -> Plan:
     """args: the arguments of pack, with `recipe` and `filters`. Raises UserError if they contradict the
     source."""
     main_label_set = source.label_sets[0] if source.label_sets else None
-    datasets = assign_datasets(source, main_label_set, root, out, args)
+    datasets = assign_datasets(source, root, out, args)
     recipe = choose_recipe(source.items, root, args)
     sizes = {item.path: (root / item.path).stat().st_size for item in source.items}
     options = bytes_options(args, recipe)
-    digest = hashlib.sha256(dumps({"version": 2, **options}).encode())
+    digest = hashlib.sha256(dumps({"version": 3, **options}).encode())
     for item in source.items:
         digest.update(dumps([*item, sizes[item.path]]).encode())
     digest.update(dumps(source.rejected).encode())
@@ -147,7 +164,7 @@ def make_plan(source: SourceListing, root: Path, out: Path, args: argparse.Names
 
 
 def assign_datasets(
-    source: SourceListing, main_label_set: str | None, root: Path, out: Path, args: argparse.Namespace
+    source: SourceListing, root: Path, out: Path, args: argparse.Namespace
 ) -> dict[Path, list[SourceItem]]:
     """Returns folder -> items: a folder per split of the source or of --test-fraction, or `out` itself."""
     if any(item.split for item in source.items):
@@ -158,7 +175,7 @@ def assign_datasets(
             datasets[out / str(item.split)].append(item)
         return datasets
     if args.test_fraction:
-        splits = split_train_test(source.items, main_label_set, args.test_fraction, args.seed)
+        splits = split_train_test(source.items, source.label_sets, args.test_fraction, args.seed)
         return {out / split: items for split, items in splits.items() if items}
     return {out: source.items}
 

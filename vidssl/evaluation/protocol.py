@@ -1,5 +1,6 @@
 """Base class of probe protocols: views of a sample, and hyperparameter selection on held-out train."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple
@@ -12,7 +13,9 @@ from torch import Tensor
 
 from vidssl.config import NonNegativeInt, PositiveInt
 from vidssl.core.errors import UserError
+from vidssl.core.log import logger
 from vidssl.core.spectrum import MAX_TOKENS, alpha_req, rankme, singular_values
+from vidssl.core.splits import split_by_group
 from vidssl.evaluation.features import (
     FeatureStorage,
     StandardisedFeatures,
@@ -20,7 +23,7 @@ from vidssl.evaluation.features import (
     TokenSource,
     token_statistics,
 )
-from vidssl.evaluation.splits import split_by_group
+from vidssl.evaluation.splits import strata_of
 from vidssl.evaluation.tasks import Task
 from vidssl.evaluation.views import Control
 
@@ -139,24 +142,32 @@ def select_and_train(
     apply_standardisation = _make_standardisation(protocol, data)
     data = data._replace(source=apply_standardisation(data.source))
     settings = protocol.hyperparameters()
-    classes = data.labels if task.kind == "class" else [0] * len(groups)
-    held_out = split_by_group(classes, groups, protocol.val_fraction, protocol.seed)
+    strata = strata_of(task, data.labels)
+    split = split_by_group(groups, strata, protocol.val_fraction, protocol.seed)
     scores: list[float] = []
     if len(settings) > 1:
-        if not held_out.any():
+        if not split.held_out.any():
             raise UserError(
                 "no group of train can be held out to select hyperparameters; give a single setting"
             )
-        models = protocol.train(task, subset(data, ~held_out), settings)
-        validation = subset(data, held_out)
+        if split.note:
+            _warn_once(f"probe.val_fraction: of '{task.label}', held out of train: {split.note}")
+        models = protocol.train(task, subset(data, ~split.held_out), settings)
+        validation = subset(data, split.held_out)
         outputs = protocol.predict(models, data.source, validation.indices, task).double().numpy()
         scores = [round(task.score(output, validation.labels), 2) for output in outputs]
     best = settings[int(np.argmax(scores))] if scores else settings[0]
     metric = f"held_out_{'accuracy' if task.kind == 'class' else task.metric}"
     tried = [{**setting, metric: score} for setting, score in zip(settings, scores, strict=False)]
-    selection = {**best, "tried": tried, "n_held_out": int(held_out.sum()) if scores else 0}
+    selection = {**best, "tried": tried, "n_held_out": int(split.held_out.sum()) if scores else 0}
     (model,) = protocol.train(task, data, [best])
     return TrainedProbe(model, apply_standardisation, selection)
+
+
+@functools.cache
+def _warn_once(line: str) -> None:
+    """The heads of every control are selected on the same samples."""
+    logger.warning(line)
 
 
 def _make_standardisation(protocol: ProbeProtocol, data: TrainingSet) -> Callable[[TokenSource], TokenSource]:

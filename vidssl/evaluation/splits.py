@@ -1,11 +1,9 @@
-"""Subsets of labelled data: label sets in common, low-shot lists, and held-out groups."""
+"""Subsets of labelled data: label sets in common, low-shot lists, and the classes that a split balances."""
 
 from typing import Any
 
-import numpy as np
-
 from vidssl.core.errors import UserError
-from vidssl.core.splits import GroupSelection, shuffle_key
+from vidssl.core.splits import shuffle_key
 from vidssl.data.shards import Sample, Shards
 from vidssl.evaluation.tasks import Task, class_of
 
@@ -54,16 +52,8 @@ def list_text(keys: list[str], indices: list[int]) -> str:
     return "".join(f"{key}\n" for key in sorted(keys[i] for i in indices))
 
 
-def split_by_group(classes: list[Any], groups: list[str], fraction: float, seed: int) -> np.ndarray:
-    """bool [n]: which samples are held out. Whole groups (the clips of one source video are one group), class
-    by class: the groups of a class in random order, until `fraction` of its samples are held out; never its
-    last group. Linear in the number of samples."""
-    rng = np.random.default_rng((seed, 4))
-    selection = GroupSelection(groups, classes)
-    order = rng.permutation(sorted(selection.class_counts)).tolist()
-    for label, candidates in sorted(selection.groups_by_class(order).items()):
-        for group in candidates[:-1]:
-            if selection.selected_samples[label] >= fraction * selection.samples[label]:
-                break
-            selection.add(group)
-    return np.array([group in selection.selected for group in groups])
+def strata_of(task: Task, labels: list[Any]) -> list[tuple[Any, ...]]:
+    """The classes of each sample that a split of these labels balances; none for numbers."""
+    if task.kind == "number":
+        return [()] * len(labels)
+    return [tuple(label) if task.kind == "tags" else (label,) for label in labels]

@@ -22,13 +22,15 @@ from vidssl.config import (
     Spec,
 )
 from vidssl.core.errors import UserError
+from vidssl.core.log import logger
+from vidssl.core.splits import split_by_group
 from vidssl.data.augment import AUGMENTS
 from vidssl.data.dataset import TrainClips
 from vidssl.data.loader import Batch
 from vidssl.data.order import Order
 from vidssl.data.shards import Sample, Shards
 from vidssl.evaluation.evaluate import check_disjoint, groups_of
-from vidssl.evaluation.splits import label_sets, labelled, split_by_group
+from vidssl.evaluation.splits import label_sets, labelled, strata_of
 from vidssl.evaluation.tasks import Task, class_of, make_task
 from vidssl.model.heads import AttentiveHead, MeanHead
 from vidssl.model.vit import Encoder
@@ -263,7 +265,11 @@ def open_splits(data: FinetuneDataConfig, tune: TuneConfig) -> FinetuneSplits:
     held_out = np.zeros(len(train), bool)
     if tune.val_fraction:
         groups = groups_of(train)
-        held_out = split_by_group(train_labels, groups, tune.val_fraction, tune.seed)
+        strata = strata_of(task, train_labels)
+        split = split_by_group(groups, strata, tune.val_fraction, tune.seed)
+        held_out = split.held_out
+        if split.note:
+            logger.warning(f"tune.val_fraction: held out of train: {split.note}")
         if not held_out.any():
             raise UserError(
                 "no group of train can be held out to select the epoch: set tune.val_fraction=0 (last epoch)"

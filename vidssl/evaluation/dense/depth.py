@@ -15,10 +15,10 @@ from tqdm import tqdm
 from vidssl.config import NonNegativeFloat, PositiveFloat, PositiveInt
 from vidssl.core.errors import UserError
 from vidssl.core.schedules import cosine
+from vidssl.core.splits import split_by_group
 from vidssl.evaluation.dense.datasets import DenseSample, LabelKind
 from vidssl.evaluation.dense.frames import DenseProtocol, FrameEncoder
 from vidssl.evaluation.metrics import bootstrap_metric_ci
-from vidssl.evaluation.splits import split_by_group
 from vidssl.model.heads import MIN_DEPTH, DepthHead
 
 
@@ -75,7 +75,9 @@ class Depth(DenseProtocol):
         tried = []
         if len(self.lr) > 1:
             groups = [sample.group for sample in train]
-            held_out = split_by_group([0] * len(train), groups, self.val_fraction, self.seed)[sequence]
+            held_out = split_by_group(groups, [()] * len(train), self.val_fraction, self.seed).held_out[
+                sequence
+            ]
             if not held_out.any():
                 raise UserError("no group of train can be held out to select task.lr; give one value")
             rows, held_out_rows = (torch.from_numpy(np.flatnonzero(mask)) for mask in (~held_out, held_out))
