@@ -39,7 +39,7 @@ ALLOWED = {  # package: the packages of this project that it may import, besides
 ALLOWED |= {entry: set(ALLOWED) - {"data_prep"} for entry in ENTRY_POINTS}
 SHARED_NAMES = {"main", "read"}  # every command has a main, every source format of data_prep a read
 LIBRARIES_IN_USE = {
-    "PIL", "accelerate", "av", "datasets", "decord", "einops", "fsspec", "numpy", "omegaconf", "pydantic",
+    "PIL", "accelerate", "av", "datasets", "decord", "einops", "fsspec", "numpy", "pydantic",
     "safetensors", "timm", "torch", "torchvision", "tqdm", "transformers", "webdataset", "yaml",
 }  # fmt: skip
 

@@ -10,10 +10,8 @@ predictor_heads=12 frames=16 height=224 width=224 positions=rope eps=1e-6).
 
 import argparse
 from pathlib import Path
-from typing import Any
 
-from omegaconf import OmegaConf
-
+from vidssl.config import merge
 from vidssl.core.errors import UserError, run_cli
 from vidssl.core.io import check_writable, make_folder
 from vidssl.pretrained.export_hf import save_hf
@@ -34,8 +32,7 @@ def main(argv: list[str]) -> None:
     if a.dst.exists() and (not a.dst.is_dir() or any(a.dst.iterdir())):
         raise UserError(f"{a.dst}: is there already; give a new folder")
     check_writable(a.dst)
-    overrides: Any = OmegaConf.to_container(OmegaConf.from_dotlist(a.overrides))
-    checkpoint, metadata = read_checkpoint_file(a.src, **overrides)
+    checkpoint, metadata = read_checkpoint_file(a.src, **merge(a.overrides)[0])
     if a.video:
         checkpoint = inflate_to_video(checkpoint, a.video, tubelet=2)
     if a.to == "hf":

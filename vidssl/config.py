@@ -7,27 +7,29 @@ key or kind, a wrong type (true, "3" and 3.0 are rejected as integers), or two f
 """
 
 import dataclasses
+import difflib
 import inspect
 import json
+import math
 import re
+import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from pydantic import AfterValidator, BeforeValidator, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
 
 from vidssl.core.errors import UserError
 from vidssl.core.io import atomic_write
+from vidssl.core.yaml_text import Argument, Scalar, parse_yaml, plain
 
 # Types of values; each states its bounds once.
-Names = Annotated[  # one name, or several
-    list[str], BeforeValidator(lambda v: [v] if isinstance(v, str) else v), Field(min_length=1)
-]
+Text = Annotated[str, Field(min_length=1)]  # a path or a name
+Names = Annotated[list[Text], Field(min_length=1)]  # one name, or several
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -139,12 +141,13 @@ RENAMED_VALUES = {
     ("method.mask.kind", "block"): "single_block",
     ("method.mask.kind", "multiblock"): "multiblock_2d",
 }
-KEY = re.compile(r"[\w.\[\]]+")  # the left side of a key=value argument
+# key=value, or --key=value
+ARGUMENT = re.compile(r"(?:--)?((?:\w+\.)*\w+)=(.*)", re.DOTALL)
 
 
 def load_config(argv: Sequence[str], cls: type[Config]) -> Config:
     """The configuration that files and key=value arguments describe."""
-    tree, origin = merge(argv)
+    tree, origin = _merge(argv)
     return _section(tree, cls, "", origin)
 
 
@@ -162,57 +165,122 @@ def to_tree(cfg: Any) -> dict[str, Any]:
 
 def merge(argv: Sequence[str]) -> tuple[dict[str, Any], dict[str, Source]]:
     """Returns (merged tree, {dotted key: where it was set}). Arguments override files, in any order."""
+    tree, origin = _merge(argv)
+    return plain(tree), origin
+
+
+def _merge(argv: Sequence[str]) -> tuple[dict[str, Any], dict[str, Source]]:
+    """As `merge`; the leaves of the tree keep their texts."""
     files = [item for item in argv if _is_file(item)]
-    overrides = [item for item in argv if item not in files]
-    merged: Any = OmegaConf.create({})
+    arguments = [_split_argument(item) for item in argv if not _is_file(item)]
+    overridden = [key for _, key, _ in arguments]
+    tree: dict[str, Any] = {}
     origin: dict[str, Source] = {}
-    for source in (*map(Source, files), *(Source(item, is_file=False) for item in overrides)):
-        part = _read_part(source)
-        for key in _leaves(OmegaConf.to_container(part), ""):
-            earlier = next((k for k in origin if _overlap(k, key)), None)
-            if earlier and source.is_file:
-                raise UserError(
-                    f"{source.text}: '{key}' is already set by {origin[earlier].text}; "
-                    "give it on the command line to override"
-                )
-            origin[key] = source
-        merged = OmegaConf.merge(merged, part)
-    return _one_line_errors(lambda: OmegaConf.to_container(merged, resolve=True), "configuration"), origin
+    for source in map(Source, files):
+        part = _read_file(source.text)
+        keys = [key for key in _leaves(part, "") if not any(_overlap(key, k) for k in overridden)]
+        _check_set_once(source, keys, origin)
+        origin.update(dict.fromkeys(_leaves(part, ""), source))
+        _merge_into(tree, part)
+    for source, key, part in arguments:
+        # a value for the section replaces what files say of its keys
+        for replaced in [k for k in origin if _overlap(k, key) and not isinstance(_at(part, key), dict)]:
+            del origin[replaced]
+        origin.update(dict.fromkeys(_leaves(part, ""), source))
+        _merge_into(tree, part)
+    return tree, origin
+
+
+def _check_set_once(source: Source, keys: Sequence[str], origin: Origin) -> None:
+    """Raises UserError if an earlier file sets one of the keys as well."""
+    twice = [(key, origin[k].text) for key in keys for k in origin if _overlap(k, key)]
+    if not twice:
+        return
+    key, earlier = twice[0]
+    if Path(earlier).parent == Path(source.text).parent and len(twice) > 1:
+        raise UserError(
+            f"{source.text}: '{key}' and {len(twice) - 1} more keys are already set by {earlier}; "
+            f"give one of the two files"
+        )
+    raise UserError(
+        f"{source.text}: '{key}' is already set by {earlier}; give {key}=VALUE on the command line to choose"
+    )
+
+
+def _merge_into(tree: dict[str, Any], part: dict[str, Any]) -> None:
+    for key, value in part.items():
+        if isinstance(value, dict) and isinstance(tree.get(key), dict):
+            _merge_into(tree[key], value)
+        else:
+            tree[key] = value
 
 
 def _is_file(item: str) -> bool:
     """Whether an argument names a YAML file; its path may contain "="."""
     if not item.endswith((".yaml", ".yml")):
         return False
-    return "=" not in item or Path(item).is_file() or not KEY.fullmatch(item.split("=")[0])
+    return "=" not in item or Path(item).is_file() or not ARGUMENT.match(item)
 
 
 def _overlap(a: str, b: str) -> bool:
     return a == b or a.startswith(b + ".") or b.startswith(a + ".")
 
 
-def _read_part(source: Source) -> DictConfig:
-    text = source.text
-    if source.is_file:
-        if not Path(text).is_file():
-            raise UserError(f"{text}: no such file")
-        part = _one_line_errors(partial(OmegaConf.load, text), text)
-    elif "=" in text:
-        part = _one_line_errors(partial(OmegaConf.from_dotlist, [text]), text)
-    else:
-        raise UserError(f"'{text}' is neither a .yaml file nor key=value")
-    if not isinstance(part, DictConfig):
-        raise UserError(f"{text}: not a mapping of sections")
-    if missing := OmegaConf.missing_keys(part):
-        raise UserError(f"{text}: '{sorted(missing)[0]}' is '???': give a value")
-    return part
+def _read_file(path: str) -> dict[str, Any]:
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such file{_nearest_file(path)}")
+    tree = parse_yaml(Path(path).read_bytes(), path)
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: not a mapping of sections")
+    return tree
 
 
-def _one_line_errors(action: Callable[[], Any], where: str) -> Any:
+def _nearest_file(path: str) -> str:
+    folder = Path(path).parent
+    names = sorted(p.name for p in folder.glob("*.y*ml")) if folder.is_dir() else []
+    near = difflib.get_close_matches(Path(path).name, names, n=1)
+    return f"; did you mean {folder / near[0]}?" if near else ""
+
+
+def _split_argument(item: str) -> tuple[Source, str, dict[str, Any]]:
+    """Returns (source, dotted key, tree with that key) of a key=value argument; --key=value is the same."""
+    match = ARGUMENT.match(item)
+    if not match:
+        example = f"{item.lstrip('-')}=VALUE" if re.fullmatch(r"-*[\w.]+", item) else "key=value"
+        raise UserError(f"'{item}' is neither a .yaml file nor key=value, such as {example}")
+    key, text = match.groups()
     try:
-        return action()
-    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as e:
-        raise UserError(f"{where}: {' '.join(str(e).split())}") from None
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{key}=...: the value is not valid UTF-8") from None
+    value: Any = Argument(text)
+    if text.startswith("{") and isinstance(mapping := _as_mapping(text), dict):
+        value = TextMapping(mapping, text)
+    for name in reversed(key.split(".")):
+        value = {name: value}
+    return Source(item, is_file=False), key, value
+
+
+def _as_mapping(text: str) -> Any:
+    try:
+        return parse_yaml(text, text)
+    except UserError:
+        # not YAML: text, unless the key says otherwise
+        return None
+
+
+class TextMapping(dict[str, Any]):
+    """The value of an argument KEY={...}: a mapping, or its text where the key is a string."""
+
+    def __init__(self, values: dict[str, Any], text: str):
+        super().__init__(values)
+        self.text = text
+
+
+def _at(tree: Any, key: str) -> Any:
+    for name in key.split("."):
+        tree = tree[name]
+    return tree
 
 
 def _leaves(node: Any, key_path: str) -> Iterator[str]:
@@ -293,7 +361,7 @@ def _spec(node: Any, choice: Choice | Arguments, key_path: str, origin: Origin) 
         allowed = ", ".join(choice.table)
         if "kind" not in values:
             raise UserError(f"{_where(key_path, origin)}: 'kind' is missing; allowed: {allowed}")
-        kind = values.pop("kind")
+        kind = _typed(values.pop("kind"), str, _where(key_path + ".kind", origin))
         if not isinstance(kind, str) or kind not in choice.table:
             hint = _renamed_value(f"{key_path}.kind", kind) or f"allowed: {allowed}"
             raise UserError(f"{_where(key_path + '.kind', origin)}: no kind '{kind}'; {hint}")
@@ -315,12 +383,15 @@ def _spec(node: Any, choice: Choice | Arguments, key_path: str, origin: Origin) 
 
 def _value(value: Any, hint: Any, key_path: str, origin: Origin) -> Any:
     """The value as the type that the hint names; strict, as JSON is: 3 is a float, but 3.0 and true are not
-    integers."""
+    integers. A string is the text as it was written."""
     if value is inspect.Parameter.empty:
         raise UserError(
-            f"'{key_path}' is missing (expected {_name(hint)}): "
+            f"'{key_path}' is missing (expected {describe(hint)}): "
             f"set it in a file, or {key_path}=... on the command line"
         )
+    where = _where(key_path, origin)
+    value = _typed(value, hint, where)
+    _check_finite(value, where)
     adapter = TypeAdapter(hint)
     try:
         return adapter.validate_json(json.dumps(value, default=_plain), strict=True)
@@ -329,9 +400,99 @@ def _value(value: Any, hint: Any, key_path: str, origin: Origin) -> Any:
         inner = [str(i) for i in first["loc"]]
         if (key := ".".join([key_path, *inner])) in RENAMED:
             raise _unknown(key, "key", [], origin) from None
-        where = _where(key_path, origin) + "".join(f"[{i}]" for i in inner)
-        hint_text = _renamed_value(key_path, value) or f"expected {_name(hint)}"
+        where += "".join(f"[{i}]" for i in inner)
+        hint_text = _renamed_value(key_path, value) or f"expected {describe(hint)}"
         raise UserError(f"{where}: {first['msg'].lower()}, not {first['input']!r} ({hint_text})") from None
+
+
+def _typed(node: Any, hint: Any, where: str) -> Any:
+    """A node of a tree as plain values: the text where the hint names a string, otherwise what YAML reads.
+    One value where the hint names a list is a list of one."""
+    options, is_optional = _options(hint)
+    is_text = _are_text(hint)
+    items = [item for option in options if (item := _item_type(option)) is not None]
+    if isinstance(node, TextMapping) and not is_text and items and _are_text(items[0]):
+        return [node.text]
+    if isinstance(node, Argument):
+        if is_optional and node.text == "null":
+            return None
+        if is_text:
+            return node.text
+        is_bracketed = node.text.startswith("[") and node.text.endswith("]")
+        if items and not is_bracketed and _are_text(items[0]):
+            return [node.text]
+        node = parse_yaml(node.text, where)
+    if node is None or (isinstance(node, Scalar) and node.value is None):
+        return None
+    if is_text and isinstance(node, Scalar | TextMapping):
+        return node.text
+    is_single = isinstance(node, Scalar | str | int | float)
+    if is_single and len(options) == len(items) == 1:
+        return [_typed(node, items[0], where)]
+    if isinstance(node, dict):
+        return {key: _typed(value, _field_type(options, key), where) for key, value in node.items()}
+    if isinstance(node, list | tuple) and not is_single:
+        return [_typed(item, _element_type(options, i), where) for i, item in enumerate(node)]
+    return plain(node)
+
+
+def _options(hint: Any) -> tuple[list[Any], bool]:
+    """Returns (the types that a hint allows, without None and annotations, whether None is allowed)."""
+    if get_origin(hint) is Annotated:
+        return _options(get_args(hint)[0])
+    if get_origin(hint) in (Union, types.UnionType):
+        parts = [_options(a) for a in get_args(hint) if a is not type(None)]
+        return [o for options, _ in parts for o in options], type(None) in get_args(hint)
+    return [hint], False
+
+
+def _is_text(hint: Any) -> bool:
+    """Whether a type is a string, a path, or a choice of strings."""
+    if get_origin(hint) is Literal:
+        return all(isinstance(value, str) for value in get_args(hint))
+    return hint in (str, Path)
+
+
+def _are_text(hint: Any) -> bool:
+    """Whether every type that a hint allows is text."""
+    return all(map(_is_text, _options(hint)[0]))
+
+
+def _item_type(hint: Any) -> Any:
+    """The type of the items of a list of any length; None for other types."""
+    args = get_args(hint)
+    if get_origin(hint) is list or (get_origin(hint) is tuple and args[-1] is Ellipsis):
+        return args[0]
+    return None
+
+
+def _element_type(options: Sequence[Any], i: int) -> Any:
+    """The type of element i of a list or tuple."""
+    for option in options:
+        if (item := _item_type(option)) is not None:
+            return item
+        if get_origin(option) is tuple and i < len(get_args(option)):
+            return get_args(option)[i]
+        if fields := list(getattr(option, "_fields", ())):
+            return get_type_hints(option, include_extras=True)[fields[i]] if i < len(fields) else Any
+    return Any
+
+
+def _field_type(options: Sequence[Any], key: str) -> Any:
+    """The type of a field of a mapping."""
+    for option in options:
+        if get_origin(option) is dict:
+            return get_args(option)[1]
+        if dataclasses.is_dataclass(option) or hasattr(option, "_fields"):
+            return get_type_hints(option, include_extras=True).get(key, Any)
+    return Any
+
+
+def _check_finite(value: Any, where: str) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{where}: {value} is no finite number")
+    for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        _check_finite(item, where)
 
 
 def _renamed_value(key: str, value: Any) -> str | None:
@@ -362,11 +523,36 @@ def _hints(factory: Callable[..., Any]) -> dict[str, Any]:
     return get_type_hints(signature, include_extras=True)
 
 
-def _name(hint: Any) -> str:
-    """A type as a reader would write it."""
-    if hasattr(hint, "__metadata__"):
-        hint = get_args(hint)[0]
-    return str(hint).replace("typing.", "") if get_args(hint) else getattr(hint, "__name__", str(hint))
+def describe(hint: Any) -> str:
+    """A type as a reader would write it: 'int >= 1', 'list of float > 0, or null'."""
+    args = get_args(hint)
+    if get_origin(hint) is Annotated:
+        return " ".join([describe(args[0]), *_bounds(args[1:])])
+    if get_origin(hint) is Literal:
+        return "one of " + ", ".join(map(str, args))
+    if get_origin(hint) in (Union, types.UnionType):
+        options = [describe(a) for a in args if a is not type(None)]
+        return " or ".join(options + ["null"] * (type(None) in args))
+    if (item := _item_type(hint)) is not None:
+        return f"list of {describe(item)}"
+    if get_origin(hint) is tuple:
+        return f"[{', '.join(map(describe, args))}]"
+    if get_origin(hint) is dict:
+        return f"mapping of {describe(args[1])}"
+    if hasattr(hint, "_fields"):
+        return f"[{', '.join(hint._fields)}]"
+    if dataclasses.is_dataclass(hint):
+        return f"{{{', '.join(f.name for f in dataclasses.fields(hint))}}}"
+    return getattr(hint, "__name__", str(hint))
+
+
+SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+
+
+def _bounds(metadata: Sequence[Any]) -> list[str]:
+    """The bounds among the metadata of an Annotated type."""
+    found = [m for item in metadata for m in (item.metadata if isinstance(item, FieldInfo) else [item])]
+    return [f"{sign} {getattr(m, name)}" for m in found for name, sign in SIGNS.items() if hasattr(m, name)]
 
 
 def build_from_header(
@@ -382,7 +568,7 @@ def build_from_header(
 
 def save(tree: dict[str, Any], path: Path) -> None:
     """Writes a resolved tree as YAML."""
-    atomic_write(path, lambda temporary: temporary.write_text(yaml.safe_dump(tree, sort_keys=False)))
+    atomic_write(path, lambda temporary: temporary.write_text(yaml.safe_dump(tree, sort_keys=False), "utf-8"))
 
 
 def differences(

@@ -13,7 +13,7 @@ from pydantic import ConfigDict
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from vidssl.config import Fraction, Names, PositiveFloat, PositiveInt
+from vidssl.config import Fraction, Names, PositiveFloat, PositiveInt, Text
 from vidssl.core.errors import DecodeError, UserError
 from vidssl.data.augment import downscale
 from vidssl.data.decoding import check_decoder, open_video, select_decoder
@@ -102,7 +102,7 @@ class DataConfig:
     max_decode_error_rate: Fraction = 0.05  # fraction of samples that may fail to decode before the run stops
     # missing or changed shard; skip: its samples fail to decode
     on_missing: Literal["error", "skip"] = "error"
-    cache_dir: str | None = None  # folder for remote shards; None: the user's cache folder
+    cache_dir: Text | None = None  # folder for remote shards; None: the user's cache folder
     cache_gb: PositiveFloat = 100  # size limit of cache_dir, 10**9 bytes
     decode_timeout_s: PositiveFloat = 60  # seconds per sample (only with efficiency.decode_in_subprocess)
     # 2**20 bytes by which a sample may grow the decoding process (only with efficiency.decode_in_subprocess)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated
 
-from vidssl.config import Choice, Spec
+from vidssl.config import Choice, Spec, Text
 from vidssl.evaluation.heads import Attentive, Linear
 from vidssl.evaluation.neighbours import Knn, Retrieval
 from vidssl.evaluation.probe_data import ProbeData
@@ -15,9 +15,9 @@ PROTOCOLS = {"attentive": Attentive, "linear": Linear, "knn": Knn, "retrieval": 
 class ProbeConfig:
     """All sections of vidssl/probe.py."""
 
-    encoder: str  # a run folder, a file of ours, a public checkpoint, timm:NAME or hf:FOLDER_OR_NAME
-    encoder_file: str | None = None  # weights of a timm model; None: timm downloads them
-    out: str  # folder
+    encoder: Text  # a run folder, a file of ours, a public checkpoint, timm:NAME or hf:FOLDER_OR_NAME
+    encoder_file: Text | None = None  # weights of a timm model; None: timm downloads them
+    out: Text  # folder
     random_init: bool = False  # the same encoder untrained, for comparison
     data: ProbeData
     probe: Annotated[Spec, Choice(PROTOCOLS)]

@@ -6,7 +6,7 @@ from typing import Annotated, Any, NamedTuple
 
 from pydantic import BeforeValidator, Field
 
-from vidssl.config import Names, NonNegativeInt, PositiveFloat, PositiveInt
+from vidssl.config import Names, NonNegativeInt, PositiveFloat, PositiveInt, Text
 from vidssl.core.errors import UserError
 from vidssl.data.shards import Shards
 from vidssl.evaluation.evaluate import check_disjoint
@@ -38,7 +38,7 @@ class ProbeData:
     fps: PositiveFloat | None = None  # frames per second
     train_fractions: Fractions = ()  # low-shot subsets of train, one per seed; (): all of train
     seeds: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)] = (0, 1, 2)
-    cache_dir: str | None = None  # folder for remote shards; None: the user's cache folder
+    cache_dir: Text | None = None  # folder for remote shards; None: the user's cache folder
     cache_gb: PositiveFloat = 100  # its size limit
 
     def __post_init__(self) -> None:

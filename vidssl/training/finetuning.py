@@ -20,6 +20,7 @@ from vidssl.config import (
     PositiveFloat,
     PositiveInt,
     Spec,
+    Text,
 )
 from vidssl.core.errors import UserError
 from vidssl.core.log import logger
@@ -49,7 +50,7 @@ class FinetuneDataConfig:
 
     train: Names  # packed folders with labels
     test: Names
-    label: str | None = None  # the label set; None: the only one
+    label: Text | None = None  # the label set; None: the only one
     stride: PositiveInt | None = None  # frames; None (and fps None): as in pre-training
     fps: PositiveFloat | None = None  # frames per second
     max_decode_error_rate: Fraction = 0.05  # of training samples; the run stops above it
@@ -93,8 +94,8 @@ class TuneConfig:
 class FinetuneConfig:
     """All sections of vidssl/finetune.py."""
 
-    encoder: str  # a run folder, a file of ours, or a public checkpoint
-    out: str  # folder
+    encoder: Text  # a run folder, a file of ours, or a public checkpoint
+    out: Text  # folder
     random_init: bool = False  # the same encoder untrained, for comparison
     data: FinetuneDataConfig
     augment: Annotated[Spec, Choice(AUGMENTS, supplied=("size",))]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from vidssl.config import Names, NonNegativeInt, PositiveFloat, PositiveInt
+from vidssl.config import Names, NonNegativeInt, PositiveFloat, PositiveInt, Text
 from vidssl.core.errors import UserError
 from vidssl.core.pixels import normalise
 from vidssl.data.dataset import DataConfig
@@ -39,7 +39,7 @@ class OnlineProbeConfig:
     test: Names | None = None
     every: PositiveInt = 1000  # steps
     samples: PositiveInt = 512  # at most, of train and of test each, evenly spaced
-    label: str | None = None  # the label set; None: the first
+    label: Text | None = None  # the label set; None: the first
     stride: PositiveInt | None = None  # frames; with fps None as well: that of `data`
     fps: PositiveFloat | None = None  # frames per second
     memory_mb: NonNegativeInt = (

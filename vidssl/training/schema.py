@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from vidssl.config import Choice, NonNegativeInt, PositiveFloat, PositiveInt, Spec
+from vidssl.config import Choice, NonNegativeInt, PositiveFloat, PositiveInt, Spec, Text
 from vidssl.core.errors import UserError
 from vidssl.core.io import check_writable
 from vidssl.data.augment import AUGMENTS
@@ -23,10 +23,10 @@ from vidssl.training.optim import OptimConfig
 class RunConfig:
     """The `run` section: output folder, length, seed, checkpoints, safeguards."""
 
-    out: str  # folder
+    out: Text  # folder
     steps: PositiveInt  # optimizer steps
     batch: PositiveInt  # clips a step, over all processes
-    init: str | None = None  # a checkpoint to start from: a run folder, or a public one
+    init: Text | None = None  # a checkpoint to start from: a run folder, or a public one
     seed: NonNegativeInt = 0
     lanes: PositiveInt = 8  # a multiple of every number of processes that may be used
     shuffle_window: PositiveInt = 4096  # samples that are shuffled among themselves in a lane

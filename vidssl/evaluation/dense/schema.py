@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated
 
-from vidssl.config import Choice, PositiveInt, Spec
+from vidssl.config import Choice, PositiveInt, Spec, Text
 from vidssl.evaluation.dense.depth import Depth
 from vidssl.evaluation.dense.propagation import Keypoints, Masks
 
@@ -14,9 +14,9 @@ TASKS = {"depth": Depth, "masks": Masks, "keypoints": Keypoints}
 class DenseData:
     """The `data` section: the folder of a data set, with its lists of train and test."""
 
-    test: str  # folder whose test list is evaluated
-    format: str  # davis, jhmdb, nyu or synthetic
-    train: str | None = None  # folder whose train list is for training and selection; None: that of test
+    test: Text  # folder whose test list is evaluated
+    format: Text  # davis, jhmdb, nyu or synthetic
+    train: Text | None = None  # folder whose train list is for training and selection; None: that of test
     max_train_sequences: PositiveInt | None = None  # evenly spaced over the train list; None: all
 
 
@@ -24,8 +24,8 @@ class DenseData:
 class DenseConfig:
     """All sections of vidssl/dense.py."""
 
-    encoder: str  # as in vidssl/probe.py
-    encoder_file: str | None = None  # weights of a timm model; None: timm downloads them
-    out: str  # folder
+    encoder: Text  # as in vidssl/probe.py
+    encoder_file: Text | None = None  # weights of a timm model; None: timm downloads them
+    out: Text  # folder
     data: DenseData
     task: Annotated[Spec, Choice(TASKS)]
