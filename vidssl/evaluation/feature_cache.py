@@ -22,6 +22,7 @@ from torch import Tensor
 
 from vidssl.core.errors import UserError
 from vidssl.core.io import atomic_write, exclusive_lock, make_folder
+from vidssl.evaluation.isolated_clips import FAILURES_OF_A_PROCESS
 
 ROWS_PER_BLOCK = 64  # samples
 
@@ -90,10 +91,15 @@ class FeatureStore:
         return self.folder / "blocks" / f"{block:06d}.json"
 
     def is_valid(self, block: int) -> bool:
-        """Whether the block is written and its bytes match the checksum of its record."""
+        """Whether the block is written and its bytes match the checksum of its record. A sample that hung or
+        crashed its decoder is tried again: that may have been the machine's fault."""
         try:
-            expected = json.loads(self.record_path(block).read_text())["sha256"]
+            record = json.loads(self.record_path(block).read_text())
+            expected = record["sha256"]
+            reasons = set(record["unreadable"].values())
         except (OSError, ValueError, KeyError):
+            return False
+        if reasons & set(FAILURES_OF_A_PROCESS):
             return False
         digest = hashlib.sha256()
         with open(self.file, "rb") as f:

@@ -2,6 +2,7 @@
 fit."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -19,6 +20,7 @@ from vidssl.config import NonNegativeInt, PositiveFloat, PositiveInt
 from vidssl.core.errors import UserError
 from vidssl.data.shards import Sample, Shards
 from vidssl.evaluation.feature_cache import FeatureShape, FeatureStore, used_gb
+from vidssl.evaluation.isolated_clips import IsolatedEvalClips
 from vidssl.evaluation.views import EvalClips, View
 
 Encode = Callable[[Tensor], Tensor]  # video u8 [B, 3, T, S, S] -> f32 [B, N, D]
@@ -39,6 +41,8 @@ class FeatureStorage:
     allow_unreadable: bool = False  # count test samples that cannot be decoded as wrong; false: an error
     encode_batch: PositiveInt = 16  # videos
     workers: NonNegativeInt = 2  # decoding processes
+    decode_timeout_s: PositiveFloat = 60  # seconds; a sample that takes longer cannot be decoded
+    decode_memory_mb: PositiveInt = 4096  # 2**20 bytes by which a sample may grow the decoding process
 
 
 class TokenSource(Protocol):
@@ -152,24 +156,30 @@ class FeatureLoader(NamedTuple):
     ) -> Iterator[tuple[int, Tensor | str]]:
         """Yields (number of an example, f32 [clips_per_example * N, D] or reason why it cannot be decoded),
         in order. With to_cpu they are moved to the CPU, and the first process shows a progress bar."""
-        clips = EvalClips(self.shards, self.samples, self.view, clips_per_example)
-        batch = (
-            self.storage.encode_batch * self.view.clips // clips_per_example
-        )  # examples, of encode_batch videos
-        workers = self.storage.workers
-        loader = DataLoader(clips, batch, sampler=numbers, num_workers=workers, collate_fn=list)
+        batch = self.storage.encode_batch * self.view.clips // clips_per_example  # of encode_batch videos
         quiet = not to_cpu or not self.accelerator.is_main_process
-        for items in tqdm(loader, desc=self.name, disable=quiet, mininterval=5):
-            decoded = [value for _, value in items if isinstance(value, Tensor)]
-            tokens: Iterator[Tensor] = iter(())
-            if decoded:
-                video = torch.stack(decoded).to(self.accelerator.device)
-                encoded = self.encode(rearrange(video, "b clips c t h w -> (b clips) c t h w")).float()
-                pattern = "(b clips) n d -> b (clips n) d"
-                encoded = rearrange(encoded, pattern, clips=clips_per_example)
-                tokens = iter(encoded.cpu() if to_cpu else encoded)
-            for number, value in items:
-                yield number, value if isinstance(value, str) else next(tokens)
+        with self._decoded(clips_per_example, numbers, batch) as loader:
+            for items in tqdm(loader, desc=self.name, disable=quiet, mininterval=5):
+                decoded = [value for _, value in items if isinstance(value, Tensor)]
+                tokens = self._encode(decoded, to_cpu) if decoded else iter(())
+                for number, value in items:
+                    yield number, value if isinstance(value, str) else next(tokens)
+
+    @contextmanager
+    def _decoded(self, clips_per_example: int, numbers: list[int], batch: int) -> Iterator[DataLoader]:
+        """A loader of examples, decoded in child processes: lists of items of EvalClips."""
+        storage = self.storage
+        clips = EvalClips(self.shards, self.samples, self.view, clips_per_example)
+        isolated = IsolatedEvalClips(clips, storage.decode_timeout_s, storage.decode_memory_mb << 20)
+        with closing(isolated):
+            yield DataLoader(isolated, batch, sampler=numbers, num_workers=storage.workers, collate_fn=list)
+
+    def _encode(self, decoded: list[Tensor], to_cpu: bool) -> Iterator[Tensor]:
+        """Clips u8 [clips_per_example, 3, T, S, S] of each example -> its f32 [clips_per_example * N, D]."""
+        video = torch.stack(decoded).to(self.accelerator.device)
+        encoded = self.encode(rearrange(video, "b clips c t h w -> (b clips) c t h w")).float()
+        encoded = rearrange(encoded, "(b clips) n d -> b (clips n) d", b=len(decoded))
+        return iter(encoded.cpu() if to_cpu else encoded)
 
     @torch.no_grad()
     def shape(self) -> FeatureShape:
@@ -186,14 +196,10 @@ class FeatureLoader(NamedTuple):
 
     def unreadable(self) -> dict[int, str]:
         """Decodes every sample and encodes none. Returns number of a sample -> reason."""
-        clips = EvalClips(self.shards, self.samples, self.view, self.view.clips)
         numbers = list(range(len(self.samples)))
-        loader = DataLoader(clips, 1, sampler=numbers, num_workers=self.storage.workers, collate_fn=_reasons)
-        return {number: reason for items in loader for number, reason in items}
-
-
-def _reasons(items: list[tuple[int, Tensor | str]]) -> list[tuple[int, str]]:
-    return [(number, value) for number, value in items if isinstance(value, str)]
+        with self._decoded(self.view.clips, numbers, 1) as loader:
+            items = (item for batch in loader for item in batch)
+            return {number: value for number, value in items if isinstance(value, str)}
 
 
 class Features(NamedTuple):

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,8 +13,8 @@ from vidssl.config import Names, NonNegativeInt, PositiveFloat, PositiveInt, Tex
 from vidssl.core.errors import UserError
 from vidssl.core.pixels import normalise
 from vidssl.data.dataset import DataConfig
-from vidssl.data.isolation import Failure, Reporter, Sandbox
 from vidssl.data.shards import Sample, Shards
+from vidssl.evaluation.isolated_clips import IsolatedEvalClips
 from vidssl.evaluation.neighbours import knn_predict
 from vidssl.evaluation.solvers import ridge_predict
 from vidssl.evaluation.splits import labelled
@@ -157,31 +156,6 @@ def evenly_spaced(samples: list[Sample], count: int) -> list[Sample]:
     """At most `count` samples, evenly spaced from the first to the last."""
     numbers = np.linspace(0, len(samples) - 1, count).round().astype(int)
     return [samples[i] for i in np.unique(numbers)] if samples else []
-
-
-class IsolatedEvalClips(Dataset):
-    """EvalClips decoded in a child process: a file that hangs or crashes the decoder counts as
-    undecodable."""
-
-    def __init__(self, clips: EvalClips, timeout_s: float, memory_bytes: int):
-        """timeout_s: seconds to decode a sample; reading has timeouts of its own."""
-        self.sandbox = Sandbox(
-            partial(decode_in_child, clips),
-            timeout_s,
-            start_method="fork",
-            timed_from="progress",
-            memory_bytes=memory_bytes,
-        )
-
-    def __getitem__(self, number: int) -> tuple[int, Tensor | str]:
-        clip = self.sandbox.run(number)
-        return clip if not isinstance(clip, Failure) else (number, clip.reason)
-
-
-def decode_in_child(clips: EvalClips, report: Reporter, number: int) -> tuple[int, Tensor | str]:
-    """Returns the number, and the clip or the reason why there is none."""
-    clips.on_decode = report.progress
-    return clips[number]
 
 
 def decode_all(
