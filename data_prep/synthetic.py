@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from data_prep.x264 import x264_options
 from vidssl.core.errors import UserError, run_cli
-from vidssl.core.io import check_writable, make_folder
+from vidssl.core.io import atomic_write, check_writable, make_folder
 
 SIDE = 48  # pixels, of a frame
 FRAMES = 24
@@ -270,7 +270,12 @@ def make_corpus(
         list(
             tqdm(pool.map(write_example, jobs, chunksize=32), total=len(jobs), desc="render", unit=" videos")
         )
-    with open(out / "labels.csv", "w", newline="") as f:  # last: a folder that has it is complete
+    # last, and whole or not at all: a folder that has it is complete
+    atomic_write(out / "labels.csv", lambda temporary: write_labels(temporary, rows))
+
+
+def write_labels(path: Path, rows: list[tuple[str, ...]]) -> None:
+    with open(path, "w", newline="") as f:
         csv.writer(f).writerows([("path", "label_motion", "label_appearance", "split"), *rows])
 
 

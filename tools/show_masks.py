@@ -16,6 +16,7 @@ import torch
 from einops import rearrange, repeat
 
 from vidssl.config import load_config
+from vidssl.core.errors import run_cli
 from vidssl.core.rng import KeyedRNG
 from vidssl.data.dataset import TrainClips
 from vidssl.data.order import Order
@@ -101,17 +102,21 @@ def draw(rows: list[tuple[str, np.ndarray]], out: Path) -> None:
     plt.close(figure)
 
 
-if __name__ == "__main__":
+def main(argv: list[str]) -> None:
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("runs", nargs="*", type=Path)
     p.add_argument("out", type=Path)
     p.add_argument(
         "--kinds", action="store_true", help="every kind of mask with its defaults, on a random clip"
     )
-    a = p.parse_args()
+    a = p.parse_args(argv)
     if bool(a.runs) == a.kinds:
         p.error("give either runs or --kinds")
     if a.kinds:
         show_kinds(a.out)
     else:
         show_runs(a.runs, a.out)
+
+
+if __name__ == "__main__":
+    run_cli(main)

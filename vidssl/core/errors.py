@@ -1,11 +1,34 @@
-"""Errors that the user can fix: one line, no traceback, exit status 2."""
+"""How a program ends: exit statuses, and errors that are for the user: one line, no traceback."""
 
+import errno
+import os
+import re
 import sys
 from collections.abc import Callable
 
 from vidssl.core.log import configure_logging, logger
 
+EXIT_USER_ERROR = 2  # somebody must mend something: the same command would fail again
 EXIT_REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: schedulers start the same command again
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells count it
+EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE: the reader of the output has gone, as in `... | head`
+# The disk or its rights, not a fault of the program
+DISK_ERRORS = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EIO,
+    errno.ESTALE,
+    errno.ENAMETOOLONG,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ELOOP,
+    errno.EMFILE,
+    errno.ENFILE,
+}
 
 
 class UserError(Exception):
@@ -24,9 +47,36 @@ class Preempted(Exception):
     """The process ends early, with its state saved; the same command continues it."""
 
 
-def run_cli(main: Callable[[list[str]], None], about: str | None = None) -> None:
-    """Runs main(argv). UserError: one line on stderr and exit status 2; Preempted: exit status EXIT_REQUEUE.
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C, after the state was saved. Its message says what was kept."""
 
+
+def disk_error_line(error: OSError) -> str | None:
+    """One line about an error of the disk (full, read-only, no rights, ...); None for any other error."""
+    number = error.errno
+    if number is None:  # raised again for a loader worker, or by a library of another language, as text
+        found = re.findall(r"(?:\[Errno |os error )(\d+)", str(error))
+        number = int(found[-1]) if found else None
+    if number not in DISK_ERRORS:
+        return None
+    quoted = re.findall(r"\[Errno \d+\][^\n]*: '([^\n]*)'", str(error))
+    name = error.filename or (quoted[-1] if quoted else None)
+    where = f"{os.fsdecode(name)}: " if isinstance(name, (str, bytes)) else ""
+    advice = {
+        errno.ENOSPC: "free some space and start the same command again",
+        errno.EDQUOT: "free some space and start the same command again",
+        errno.EMFILE: "raise the limit of open files (ulimit -n)",
+        errno.EROFS: "choose another place",
+    }
+    correction = f"; {advice[number]}" if number in advice else ""
+    return f"{where}{os.strerror(number)}{correction}"
+
+
+def run_cli(main: Callable[[list[str]], None], about: str | None = None) -> None:
+    """Runs main(argv) and ends the process with the exit status of its outcome (docs/training.md lists them).
+
+    UserError and errors of the disk: one line on stderr, EXIT_USER_ERROR. Preempted: EXIT_REQUEUE. Ctrl-C:
+    EXIT_INTERRUPTED. Any other exception is a fault of the program: a traceback and 1.
     about: printed for --help.
     """
     if about and {"-h", "--help"} & set(sys.argv[1:]):
@@ -35,13 +85,25 @@ def run_cli(main: Callable[[list[str]], None], about: str | None = None) -> None
     configure_logging()
     try:
         main(sys.argv[1:])
+        sys.stdout.flush()
     except UserError as e:
         # Raised in a loader worker, the message ends with the worker's traceback.
         last = str(e).strip().splitlines()[-1]
         print(f"error: {last.removeprefix('vidssl.core.errors.UserError: ')}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(EXIT_USER_ERROR)
     except Preempted as e:
-        logger.info(str(e))
+        logger.warning(str(e))
         sys.exit(EXIT_REQUEUE)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    except BrokenPipeError:
+        # Python flushes stdout once more when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(EXIT_BROKEN_PIPE)
+    except OSError as e:
+        line = disk_error_line(e)
+        if line is None:
+            raise
+        print(f"error: {line}", file=sys.stderr)
+        sys.exit(EXIT_USER_ERROR)
+    except KeyboardInterrupt as e:
+        print(str(e) or "interrupted", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)

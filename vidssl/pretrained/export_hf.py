@@ -8,11 +8,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from vidssl.core.errors import UserError
 from vidssl.core.io import atomic_write, make_folder
+from vidssl.pretrained.files import write_tensors
 from vidssl.pretrained.infer_config import Checkpoint
 
 # Our names inside a block: those of transformers. q, k and v are unpacked first.
@@ -67,7 +67,7 @@ def save_hf(folder: Path, checkpoint: Checkpoint) -> str:
     make_folder(folder)
     plain = {k: v.contiguous().clone() for k, v in weights.items()}
     atomic_write(
-        folder / "model.safetensors", lambda temporary: save_file(plain, temporary, {"format": "pt"})
+        folder / "model.safetensors", lambda temporary: write_tensors(temporary, plain, {"format": "pt"})
     )
     pixels = {"image_mean": checkpoint.pixels["mean"], "image_std": checkpoint.pixels["std"]}
     for name, content in (("preprocessor_config.json", pixels), ("config.json", hf_config)):
