@@ -72,7 +72,10 @@ def open_probe_splits(data: ProbeData) -> ProbeSplits:
     sets = {}
     for name in names:
         kind: Kind = "number" if name in data.numbers else "tags" if name in data.tags else "class"
-        task, train_labels, test_labels = make_task(name, shards["train"].classes[name], train, test, kind)
+        classes = {part: shards[part].classes[name] for part in shards}
+        task, train_labels, test_labels = make_task(
+            name, classes["train"], train, test, kind, classes["test"]
+        )
         sets[name] = LabelSet(task, {"train": train_labels, "test": test_labels})
     return ProbeSplits(splits, sets, shared_groups)
 

@@ -1,6 +1,7 @@
 """Prediction tasks of label sets: one class of several, any of several tags, or a number; their losses and
 metrics."""
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -174,28 +175,69 @@ def class_of(sample: Sample, label: str) -> Any:
 
 
 def make_task(
-    label: str, classes: list[str], train: list[Sample], test: list[Sample], kind: Kind
+    label: str,
+    classes: list[str],
+    train: list[Sample],
+    test: list[Sample],
+    kind: Kind,
+    test_classes: list[str] | None = None,
 ) -> tuple[Task, list[Any], list[Any]]:
     """Returns the task, and the label of every train and test sample (None: it has none).
 
     kind "tags": a class name is several tags joined by "|" (or a sample's label is a list of classes).
-    "number": a class name is a number."""
-    sets = [[class_of(sample, label) for sample in samples] for samples in (train, test)]
+    "number": a class name is a number.
+    classes, test_classes: the class names of train and of test; None: the same. They are matched by name.
+    Raises UserError if a test sample has a class that train does not list."""
+    test_classes = classes if test_classes is None else test_classes
+    train_labels, test_labels = ([class_of(sample, label) for sample in samples] for samples in (train, test))
     if kind == "number":
         try:
-            sets = [[None if c is None else float(classes[c]) for c in labels] for labels in sets]
+            train_labels = [None if c is None else float(classes[c]) for c in train_labels]
+            test_labels = [None if c is None else float(test_classes[c]) for c in test_labels]
         except ValueError as e:
             raise UserError(f"data.numbers: label '{label}' is not numeric ({e})") from None
-        known = np.array([number for number in sets[0] if number is not None])
+        known = np.array([number for number in train_labels if number is not None])
         task = Task(label, "number", [label], float(known.mean()), float(known.std()) or 1.0)
-    elif any(isinstance(c, list) for labels in sets for c in labels):
+    elif any(isinstance(c, list) for c in (*train_labels, *test_labels)):
         task = Task(label, "tags", classes)
+        train_labels = match_classes(label, classes, [[name] for name in classes], train_labels)
+        test_labels = match_classes(label, classes, [[name] for name in test_classes], test_labels)
     elif kind == "tags":
         names = sorted({tag for name in classes for tag in name.split("|")})
-        tags = [[names.index(tag) for tag in name.split("|")] for name in classes]
-        sets = [[None if c is None else tags[c] for c in labels] for labels in sets]
+        tags, test_tags = ([name.split("|") for name in part] for part in (classes, test_classes))
         task = Task(label, "tags", names)
+        train_labels = match_classes(label, names, tags, train_labels)
+        test_labels = match_classes(label, names, test_tags, test_labels)
     else:
         task = Task(label, "class", classes)
-    train_labels, test_labels = sets
+        matched = match_classes(label, classes, [[name] for name in test_classes], test_labels)
+        test_labels = [None if found is None else found[0] for found in matched]
     return task, train_labels, test_labels
+
+
+def match_classes(
+    label: str, names: list[str], meanings: list[list[str]], labels: list[Any]
+) -> list[list[int] | None]:
+    """Translates labels into indices of `names`. Raises UserError for a name that is not among them.
+
+    meanings: the names for which each class of these samples stands. labels: a class, a list of classes, or
+    None."""
+    index = {name: number for number, name in enumerate(names)}
+    matched: list[list[int] | None] = []
+    unknown: Counter[str] = Counter()
+    for classes in labels:
+        if classes is None:
+            matched.append(None)
+            continue
+        found = [name for c in (classes if isinstance(classes, list) else [classes]) for name in meanings[c]]
+        unknown.update(name for name in found if name not in index)
+        matched.append([index[name] for name in found if name in index])
+    if unknown:
+        examples = ", ".join(f"'{name}' ({count} samples)" for name, count in unknown.most_common(3))
+        more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
+        raise UserError(
+            f"label '{label}': test has classes that train does not: {examples}{more}; train has "
+            f"{', '.join(repr(name) for name in names[:5])}{', ...' if len(names) > 5 else ''}; "
+            "pack both with the same class names, or choose others with data.labels"
+        )
+    return matched

@@ -258,7 +258,8 @@ def open_splits(data: FinetuneDataConfig, tune: TuneConfig) -> FinetuneSplits:
     train = [shards["train"].sample(*p) for p in places]
     test = labelled(shards["test"], [label_set])
     classes = shards["train"].classes[label_set]
-    task, train_labels, test_labels = make_task(label_set, classes, train, test, "class")
+    test_classes = shards["test"].classes[label_set]
+    task, train_labels, test_labels = make_task(label_set, classes, train, test, "class", test_classes)
     if task.kind != "class":
         raise UserError(f"label '{label_set}': fine-tuning needs one class per sample")
     if not train or not test:

@@ -90,12 +90,14 @@ class OnlineProbe:
         assert config.train is not None and config.test is not None
         shards = {"train": Shards(config.train), "test": Shards(config.test)}
         label_set = config.label or next(iter(shards["train"].classes), "")
-        classes = common_classes(shards, label_set)
+        classes = {part: classes_of(s, label_set, part) for part, s in shards.items()}
         samples = {
             part: evenly_spaced(labelled(s, [label_set]), config.samples) for part, s in shards.items()
         }
         self.task: Task
-        self.task, *labels = make_task(label_set, classes, samples["train"], samples["test"], "class")
+        self.task, *labels = make_task(
+            label_set, classes["train"], samples["train"], samples["test"], "class", classes["test"]
+        )
         self.parts: dict[str, LabelledClipSet] = {}
         for part, part_labels in zip(shards, labels, strict=True):
             eval_clips = EvalClips(shards[part], samples[part], view, 1)
@@ -139,17 +141,12 @@ class OnlineProbe:
         return torch.cat(features)
 
 
-def common_classes(shards: dict[str, Shards], label_set: str) -> list[str]:
-    """Class names of the label set. Raises UserError if train or test lacks it or has other classes."""
-    classes = shards["train"].classes.get(label_set)
-    for part, s in shards.items():
-        if classes is None or s.classes.get(label_set) != classes:
-            available = ", ".join(s.classes) or "none"
-            raise UserError(
-                f"online_probe.{part}: no label '{label_set}' with the classes of online_probe.train; "
-                f"available: {available}"
-            )
-    return classes or []
+def classes_of(shards: Shards, label_set: str, part: str) -> list[str]:
+    """Class names of the label set. Raises UserError if the shards of this part (train, test) lack it."""
+    if label_set not in shards.classes:
+        available = ", ".join(shards.classes) or "none"
+        raise UserError(f"online_probe.{part}: no label '{label_set}'; available: {available}")
+    return shards.classes[label_set]
 
 
 def evenly_spaced(samples: list[Sample], count: int) -> list[Sample]:
