@@ -154,6 +154,8 @@ def _best_partition(
             _fill_at_random(other)
         _search(other)
         best = min(best, other, key=lambda p: (not p.held_out_groups[ALL], p.distance()))
+    if not best.is_near():
+        _cover_classes(best, best.distance() + TOLERANCE)
     return best
 
 
@@ -173,14 +175,15 @@ def _compare_all(p: _Partition) -> None:
     excess = held_out + np.array(p.excess)
     distance = np.abs(excess[:, ALL]) / p.samples[ALL]
     imbalance = (np.array(p.weight) * excess**2).sum(1)
-    keys = (imbalance, (held_out == 0).sum(1), np.where(distance <= TOLERANCE, 0, distance))
+    near = TOLERANCE if distance.min() <= TOLERANCE else distance.min() + TOLERANCE
+    keys = (imbalance, (held_out == 0).sum(1), np.where(distance <= near, 0, distance))
     for group in np.flatnonzero(divisions[np.lexsort(keys)[0]]).tolist():
         p.move(group)
 
 
 def _search(partition: _Partition) -> None:
     """Holds groups out by `_cover_classes`, and improves that by moves and exchanges."""
-    _cover_classes(partition)
+    _cover_classes(partition, AIM * TOLERANCE)
     _balance(partition)
     _correct_share(partition)
     _balance(partition)
@@ -194,16 +197,16 @@ def _fill_at_random(p: _Partition) -> None:
             p.move(group)
 
 
-def _cover_classes(p: _Partition) -> None:
-    """Holds out a group of each class, of the classes with the fewest groups first, while the share allows
-    it."""
+def _cover_classes(p: _Partition, limit: float) -> None:
+    """Holds out a group of each class that has none there, of the classes with the fewest groups first, while
+    the share is at most `limit` above what is asked."""
     for c in sorted(range(len(p.members)), key=lambda c: (len(p.members[c]), c)):
         if p.held_out_groups[c]:
             continue
         fitting = (
             group
             for group in p.members[c]
-            if p.excess[ALL] + p.sizes[group] <= AIM * TOLERANCE * p.samples[ALL] and p.may_hold_out(group)
+            if p.excess[ALL] + p.sizes[group] <= limit * p.samples[ALL] and p.may_hold_out(group)
         )
         candidates = [group for group, _ in zip(fitting, range(CANDIDATES), strict=False)]
         if candidates:
