@@ -98,6 +98,7 @@ def evaluate(
     labels = [train.labels[index] for index in indices]
     data = TrainingSet(train.source, indices, labels, task.label_tensor(labels, device))
     probe = select_and_train(protocol, task, data, groups_of([train.samples[index] for index in indices]))
+    task = probe.task
 
     source = probe.apply_standardisation(test.source)
     labelled = test.labelled()

@@ -40,12 +40,21 @@ class TrainingSet(NamedTuple):
     label_tensor: Tensor  # the labels on the device, [n] or [n, C]; see Task.label_tensor
 
 
+class FittedModels(NamedTuple):
+    """Models, and the statistics of the samples that they were trained on and of no others."""
+
+    models: list[Any]
+    apply_standardisation: Callable[[TokenSource], TokenSource]  # to any source
+    task: Task  # with the statistics of the labels
+
+
 class TrainedProbe(NamedTuple):
     """A head trained with the hyperparameters selected on held-out train."""
 
     model: Any
     apply_standardisation: Callable[[TokenSource], TokenSource]  # to any source, with train's statistics
     selection: dict[str, Any]  # the selected setting, and the scores of all
+    task: Task  # with the statistics of train's labels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,8 +148,6 @@ def select_and_train(
     """Selects a setting by training all of them on a part of train and comparing them on the rest, and trains
     it again on all of train. The test set plays no part. groups: the group of each sample, held out as a
     whole."""
-    apply_standardisation = _make_standardisation(protocol, data)
-    data = data._replace(source=apply_standardisation(data.source))
     settings = protocol.hyperparameters()
     strata = strata_of(task, data.labels)
     split = split_by_group(groups, strata, protocol.val_fraction, protocol.seed)
@@ -152,16 +159,28 @@ def select_and_train(
             )
         if split.note:
             _warn_once(f"probe.val_fraction: of '{task.label}', held out of train: {split.note}")
-        models = protocol.train(task, subset(data, ~split.held_out), settings)
+        fitted = fit_models(protocol, task, subset(data, ~split.held_out), settings)
         validation = subset(data, split.held_out)
-        outputs = protocol.predict(models, data.source, validation.indices, task).double().numpy()
-        scores = [round(task.score(output, validation.labels), 2) for output in outputs]
+        source = fitted.apply_standardisation(data.source)
+        outputs = protocol.predict(fitted.models, source, validation.indices, fitted.task).double().numpy()
+        scores = [round(fitted.task.score(output, validation.labels), 2) for output in outputs]
     best = settings[int(np.argmax(scores))] if scores else settings[0]
     metric = f"held_out_{'accuracy' if task.kind == 'class' else task.metric}"
     tried = [{**setting, metric: score} for setting, score in zip(settings, scores, strict=False)]
     selection = {**best, "tried": tried, "n_held_out": int(split.held_out.sum()) if scores else 0}
-    (model,) = protocol.train(task, data, [best])
-    return TrainedProbe(model, apply_standardisation, selection)
+    fitted = fit_models(protocol, task, data, [best])
+    return TrainedProbe(fitted.models[0], fitted.apply_standardisation, selection, fitted.task)
+
+
+def fit_models(
+    protocol: ProbeProtocol, task: Task, data: TrainingSet, settings: HyperparameterSettings
+) -> FittedModels:
+    """Trains a model per setting. Features and numbers are standardised with the statistics of `data`."""
+    task = task.fitted(data.labels)
+    apply_standardisation = _make_standardisation(protocol, data)
+    label_tensor = task.label_tensor(data.labels, data.label_tensor.device)
+    data = data._replace(source=apply_standardisation(data.source), label_tensor=label_tensor)
+    return FittedModels(protocol.train(task, data, settings), apply_standardisation, task)
 
 
 @functools.cache

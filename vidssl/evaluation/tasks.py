@@ -2,7 +2,7 @@
 metrics."""
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -20,13 +20,21 @@ Kind = Literal["class", "tags", "number"]
 
 @dataclass(frozen=True)
 class Task:
-    """names: of the classes or tags. mean, std: of the numbers of train."""
+    """names: of the classes or tags. The other fields describe the labels that a head is trained on; see
+    `fitted`."""
 
     label: str  # name of the label set
     kind: Kind
     names: list[str]
-    mean: float = 0.0
+    mean: float = 0.0  # of the numbers
     std: float = 1.0
+    classes: int | None = None  # that occur; None: all
+
+    def fitted(self, labels: list[Any]) -> "Task":
+        """The same task with the statistics of these labels: all that a head may know of labels."""
+        if self.kind == "number":
+            return replace(self, mean=float(np.mean(labels)), std=float(np.std(labels)) or 1.0)
+        return replace(self, classes=len(set(labels))) if self.kind == "class" else self
 
     @property
     def metric(self) -> str:
@@ -109,7 +117,7 @@ class Task:
             "value": value,
             "ci95": metrics.bootstrap_ci(correct, groups, seed),
             "accuracy": value,
-            "chance": round(100 / len(self.names), 2),
+            "chance": round(100 / (self.classes or len(self.names)), 2),
             "top5": metrics.accuracy(rank < 5),
             "mean_per_class": metrics.mean_per_class(correct, truth),
         }
@@ -196,8 +204,7 @@ def make_task(
             test_labels = [None if c is None else float(test_classes[c]) for c in test_labels]
         except ValueError as e:
             raise UserError(f"data.numbers: label '{label}' is not numeric ({e})") from None
-        known = np.array([number for number in train_labels if number is not None])
-        task = Task(label, "number", [label], float(known.mean()), float(known.std()) or 1.0)
+        task = Task(label, "number", [label])
     elif any(isinstance(c, list) for c in (*train_labels, *test_labels)):
         task = Task(label, "tags", classes)
         train_labels = match_classes(label, classes, [[name] for name in classes], train_labels)

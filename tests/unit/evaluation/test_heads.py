@@ -11,7 +11,9 @@ from torch import Tensor
 
 from vidssl.core.errors import UserError
 from vidssl.core.splits import split_by_group
+from vidssl.data.shards import Sample
 from vidssl.evaluation import metrics
+from vidssl.evaluation.evaluate import LabelledFeatures, evaluate
 from vidssl.evaluation.feature_cache import FeatureShape
 from vidssl.evaluation.features import StandardisedFeatures, StoredFeatures, token_statistics
 from vidssl.evaluation.heads import Attentive, Linear, cross_attend_jointly
@@ -74,9 +76,8 @@ def test_selection_uses_only_train():
     """Held-out scores are counts over the held-out part, and a learning rate that learns is selected."""
     source, labels = problem()
     protocol = Attentive(heads=2, epochs=10, batch=16, lr=(1e-2, 1e-9))
-    _, _, selection = select_and_train(
-        protocol, THREE, training_set(source, labels), [str(i) for i in range(60)]
-    )
+    probe = select_and_train(protocol, THREE, training_set(source, labels), [str(i) for i in range(60)])
+    selection = probe.selection
     assert selection["lr"] == 1e-2 and selection["n_held_out"] == 12
     scores = [t["held_out_accuracy"] for t in selection["tried"]]
     assert all(round(s * 12 / 100) == pytest.approx(s * 12 / 100, abs=0.01) for s in scores)
@@ -103,14 +104,13 @@ def test_groups_are_held_out_as_a_whole_in_selection():
     source = RecordingFeatures((4 * names + 0.1 * torch.randn(200, 1, 32))[:, None], CPU)
     source.asked = []
     protocol = Linear(l2=(1e-3, 1e-2), standardise=False)
-    _, _, honest = select_and_train(protocol, THREE, training_set(source, labels), groups)
+    honest = select_and_train(protocol, THREE, training_set(source, labels), groups).selection
     first = source.asked[0]
     split = split_by_group(groups, [(c,) for c in labels], 0.2, 0)
     seen = set(np.flatnonzero(split.held_out).tolist())
     assert not first & seen and first | seen == set(range(200))
-    _, _, leaky = select_and_train(
-        protocol, THREE, training_set(source, labels), [str(i) for i in range(200)]
-    )
+    single = [str(i) for i in range(200)]
+    leaky = select_and_train(protocol, THREE, training_set(source, labels), single).selection
     assert max(t["held_out_accuracy"] for t in honest["tried"]) < 70
     assert min(t["held_out_accuracy"] for t in leaky["tried"]) > 95
 
@@ -179,7 +179,7 @@ def test_adamw_learns():
     source, labels = problem(clips=1)
     seen = Linear().prepare(source, list(range(60)), CPU)
     protocol = Linear(solver="adamw", lr=(0.3, 1e-6), epochs=40, batch=20)
-    model, apply_standardisation, selection = select_and_train(
+    model, apply_standardisation, selection, _ = select_and_train(
         protocol, THREE, training_set(seen, labels), [str(i) for i in range(60)]
     )
     output = protocol.predict([model], apply_standardisation(seen), list(range(60)), THREE)[0]
@@ -244,14 +244,14 @@ def test_metrics_by_hand():
 def test_tags_and_numbers_are_learned():
     source, _ = problem()
     values = source.tokens[:, 0, :, 0].mean(1)
-    number = Task("x", "number", ["x"], float(values.mean()), float(values.std()))
+    number = Task("x", "number", ["x"])
     tags = Task("x", "tags", ["high", "low", "any"])
     lists = [[0, 2] if v > 3 else [1, 2] if v < 2 else [2] for v in values.tolist()]
     groups = [str(i) for i in range(60)]
     protocol = Linear(l2=(1e-4, 1e4))
     for task, labels, least in ((number, values.tolist(), 0.99), (tags, lists, 98)):
         seen = protocol.prepare(source, list(range(60)), CPU)
-        model, apply_standardisation, selection = select_and_train(
+        model, apply_standardisation, selection, task = select_and_train(
             protocol, task, training_set(seen, labels, task), groups
         )
         output = (
@@ -281,6 +281,88 @@ def test_low_shot_lists_are_balanced_nested_and_keyed():
     order = np.random.default_rng(0).permutation(68).tolist()
     again = low_shot(THREE, [keys[i] for i in order], [labels[i] for i in order], 0.1, 0)
     assert {keys[order[i]] for i in again} == {keys[i] for i in small}
+
+
+KINDS = {
+    "class": (THREE, lambda rng, n: rng.integers(3, size=n).tolist()),
+    "tags": (
+        Task("x", "tags", ["a", "b", "c"]),
+        lambda rng, n: [np.flatnonzero(t).tolist() for t in rng.random((n, 3)) < 0.5],
+    ),
+    "number": (Task("x", "number", ["x"]), lambda rng, n: rng.normal(size=n).tolist()),
+}
+LOW_SHOT_PROTOCOLS = (
+    Attentive(heads=2, epochs=2, lr=(1e-2, 1e-3), standardise=True),
+    Linear(l2=(1e-2, 1.0)),
+    Linear(solver="adamw", epochs=2, lr=(1e-2, 1e-3), temporal_bins=2),
+    Knn(k=(1, 5), standardise=True),
+    Retrieval(),
+)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("protocol", LOW_SHOT_PROTOCOLS, ids=lambda p: type(p).__name__)
+def test_samples_outside_a_low_shot_subset_have_no_part_in_its_figures(protocol, kind):
+    """Their features, their labels and even their number may change."""
+    task, draw = KINDS[kind]
+    rng = np.random.default_rng(0)
+    tokens = torch.randn(60, 1, 4, 8, generator=torch.Generator().manual_seed(0))
+    labels = draw(rng, 60)
+    samples = [Sample(f"k{i}", "mp4", 0, 0, i, {}) for i in range(60)]
+    subset = list(range(0, 40, 2))
+    test_rows = list(range(40, 60))
+
+    def row(all_tokens: Tensor, all_labels: list, n: int) -> dict:
+        parts = []
+        for rows in (list(range(n)), test_rows):
+            source = StoredFeatures(all_tokens[rows], CPU)
+            source = protocol.prepare(source, list(range(len(rows))), CPU)
+            chosen = [samples[i] for i in rows]
+            parts.append(LabelledFeatures(source, chosen, [all_labels[i] for i in rows], {}))
+        known = [i for i in subset if i < n]
+        return evaluate(protocol, task, *parts, known, CPU)[0]
+
+    expected = row(tokens, labels, 40)
+    others = [i for i in range(40) if i not in subset]
+    changed_tokens = tokens.clone()
+    changed_tokens[others] = 1e3 * changed_tokens[others] + 1e4
+    changed_labels = list(labels)
+    for i in others:
+        changed_labels[i] = {"class": 0, "tags": [0], "number": 1e6 + i}[kind]
+    assert row(changed_tokens, changed_labels, 40) == expected
+    assert row(tokens, labels, 39) == expected
+
+
+def test_settings_are_compared_without_statistics_of_held_out_train():
+    """Numbers and features are standardised by what the compared heads are trained on."""
+    groups = [str(i) for i in range(60)]
+    held_out = split_by_group(groups, [()] * 60, 0.2, 0).held_out
+    tokens = torch.randn(60, 1, 1, 4)
+    labels = tokens[:, 0, 0, 0].tolist()
+    fitted: list[Task] = []
+
+    class Recording(Linear):
+        def train(self, task, data, settings):
+            fitted.append(task)
+            return super().train(task, data, settings)
+
+    source = StoredFeatures(tokens, CPU)
+    probe = select_and_train(
+        Recording(l2=(1e-3, 1.0)),
+        Task("x", "number", ["x"]),
+        TrainingSet(source, list(range(60)), labels, tokens),
+        groups,
+    )
+    parts = [np.array(labels)[~held_out], np.array(labels)]
+    assert [task.mean for task in fitted] == pytest.approx([part.mean() for part in parts])
+    assert [task.std for task in fitted] == pytest.approx([part.std() for part in parts])
+    assert probe.task == fitted[1]
+
+
+def test_chance_counts_the_classes_of_train():
+    """A class list may name classes that these data do not have."""
+    task = Task("x", "class", [f"c{i}" for i in range(100)]).fitted([3, 7, 7, 9])
+    assert task.test_metrics(np.eye(100)[[3, 7]], [3, 7], ["a", "b"], 0)["chance"] == 33.33
 
 
 @pytest.mark.parametrize("shape", [(50, 4), (5, 12)])
