@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
-from typing import Annotated, Literal
+from dataclasses import dataclass, replace
+from typing import Annotated, Literal, Self
 
 import numpy as np
 import torch
@@ -13,9 +13,18 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from vidssl.config import NonNegativeFloat, PositiveFloat, PositiveInt
+from vidssl.core.errors import UserError
 from vidssl.core.schedules import cosine
 from vidssl.evaluation.features import TokenSource
-from vidssl.evaluation.protocol import HyperparameterSettings, ProbeProtocol, TrainingSet, chunks, mean_pool
+from vidssl.evaluation.head_memory import HeadSize, attention_heads
+from vidssl.evaluation.protocol import (
+    HyperparameterSettings,
+    ProbeProtocol,
+    TrainingSet,
+    check_temporal_bins,
+    chunks,
+    mean_pool,
+)
 from vidssl.evaluation.solvers import minimise, ridge_regression
 from vidssl.evaluation.tasks import Task
 from vidssl.model.heads import HEAD_EPS, AttentiveHead, LinearHead
@@ -67,12 +76,18 @@ class TrainedHeadProtocol(ProbeProtocol):
     lr: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (1e-3,)
     weight_decay: Annotated[tuple[NonNegativeFloat, ...], Field(min_length=1)] = (0.01,)
     clip_grad: PositiveFloat | None = 1.0  # maximum norm of a head's gradient (V-JEPA 2: null)
+    # device memory of the activations of heads in training; a batch is divided into parts that fit
+    head_memory_gb: PositiveFloat = 16.0
 
     def hyperparameters(self) -> HyperparameterSettings:
         return [{"lr": lr, "weight_decay": decay} for lr in self.lr for decay in self.weight_decay]
 
     def make_head(self, dim: int, outputs: int) -> nn.Module:
         raise NotImplementedError
+
+    def examples_at_once(self, width: int, tokens: int) -> int:
+        """Examples of a batch that heads see at once. width, tokens: of an example."""
+        return self.batch
 
     def train(self, task: Task, data: TrainingSet, settings: HyperparameterSettings) -> list[nn.Module]:
         """One head per setting, all with the same initial weights and batches, in one pass. An epoch sees one
@@ -89,22 +104,29 @@ class TrainedHeadProtocol(ProbeProtocol):
         epochs = [torch.randperm(len(data.indices)).split(self.batch) for _ in range(self.epochs)]
         rows = [batch for batches in epochs for batch in batches]
         examples = self._draw_examples(data.indices, rows)
+        at_once = self._examples_at_once(data.source)
+        parts = [part for batch in examples for part in chunks(batch, at_once)]
+        source = data.source.batches(self.clips_per_example(data.source), parts)
         # Deep heads are run one by one: their activations are large.
-        parts = [heads] if only_cross_attend(heads) else [[head] for head in heads]
-        batches = data.source.batches(self.clips_per_example(data.source), examples)
-        for step, tokens in enumerate(batches):
-            labels = data.label_tensor[rows[step].to(device)]
+        groups_at_once = [heads] if only_cross_attend(heads) else [[head] for head in heads]
+        for step, batch in enumerate(rows):
             for group, setting in zip(optimizer.param_groups, settings, strict=True):
                 group["lr"] = cosine(setting["lr"], 0.0, step / len(rows))
             optimizer.zero_grad()
-            for part in parts:
-                losses = [task.loss(logits, labels) for logits in all_logits(part, tokens)]
-                torch.stack(losses).sum().backward()
+            for part in batch.split(at_once):
+                tokens = next(source)
+                labels = data.label_tensor[part.to(device)]
+                for some in groups_at_once:
+                    losses = [task.loss(logits, labels) for logits in all_logits(some, tokens)]
+                    (torch.stack(losses).sum() * (len(part) / len(batch))).backward()
             if self.clip_grad is not None:
                 for head in heads:
                     torch.nn.utils.clip_grad_norm_(head.parameters(), self.clip_grad)
             optimizer.step()
         return [head.eval() for head in heads]
+
+    def _examples_at_once(self, source: TokenSource) -> int:
+        return self.examples_at_once(source.shape.width, source.shape.tokens * self.clips_per_example(source))
 
     def _draw_examples(self, indices: list[int], rows: list[Tensor]) -> list[list[int]]:
         """Returns one random example of each sample, for each batch of rows of `indices`."""
@@ -114,7 +136,7 @@ class TrainedHeadProtocol(ProbeProtocol):
 
     @torch.no_grad()
     def predict(self, models: list[nn.Module], source: TokenSource, indices: list[int], task: Task) -> Tensor:
-        batches = chunks(self.examples_of(indices), self.batch)
+        batches = chunks(self.examples_of(indices), self._examples_at_once(source))
         outputs = []
         for tokens in source.batches(self.clips_per_example(source), batches):
             logits = all_logits(models, tokens)
@@ -128,10 +150,35 @@ class Attentive(TrainedHeadProtocol):
     once per video, without augmentation; the published protocols augment and encode in every epoch."""
 
     depth: PositiveInt = 1  # depth - 1 self-attention blocks over all tokens, then the cross-attention
-    heads: PositiveInt = 12  # attention heads of the pooler
+    heads: PositiveInt | None = None  # attention heads of the pooler; None: as many as the encoder has
+
+    def fitted_to(self, width: int, tokens: int, encoder_heads: int | None) -> Self:
+        heads = self.heads or attention_heads(width, encoder_heads)
+        if width % heads:
+            raise UserError(
+                f"probe.heads: {heads} heads do not divide features of width {width}; leave it out, or give "
+                f"{', '.join(str(n) for n in range(1, 65) if width % n == 0)}"
+            )
+        fitted = replace(self, heads=heads)
+        per_example = self.clips_of_example * tokens
+        if not fitted.examples_at_once(width, per_example):
+            needed = fitted.head_size(width, per_example).example_bytes / 1e9
+            raise UserError(
+                f"probe.head_memory_gb is {self.head_memory_gb:g}: one example of {per_example} tokens takes "
+                f"{needed:.3g} GB in training; raise it, or lower probe.segments or probe.depth"
+            )
+        return fitted
+
+    def head_size(self, width: int, tokens: int) -> HeadSize:
+        """Of the heads in training. width, tokens: of an example."""
+        heads = self.heads or attention_heads(width, None)
+        return HeadSize(width, tokens, heads, self.depth, len(self.hyperparameters()))
+
+    def examples_at_once(self, width: int, tokens: int) -> int:
+        return self.head_size(width, tokens).examples_at_once(self.batch, 1e9 * self.head_memory_gb)
 
     def make_head(self, dim: int, outputs: int) -> nn.Module:
-        return AttentiveHead(dim, self.heads, outputs, self.depth)
+        return AttentiveHead(dim, self.heads or attention_heads(dim, None), outputs, self.depth)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,6 +194,10 @@ class Linear(TrainedHeadProtocol):
 
     def hyperparameters(self) -> HyperparameterSettings:
         return [{"l2": l2} for l2 in self.l2] if self.solver == "lbfgs" else super().hyperparameters()
+
+    def fitted_to(self, width: int, tokens: int, encoder_heads: int | None) -> Self:
+        check_temporal_bins(self.temporal_bins, tokens)
+        return self
 
     def prepare(self, source: TokenSource, indices: list[int], device: torch.device) -> TokenSource:
         return mean_pool(source, indices, self, self.temporal_bins, device)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -14,7 +14,13 @@ from torch import Tensor
 from vidssl.config import PositiveFloat, PositiveInt
 from vidssl.evaluation.features import TokenSource
 from vidssl.evaluation.metrics import average_precision
-from vidssl.evaluation.protocol import HyperparameterSettings, ProbeProtocol, TrainingSet, mean_pool
+from vidssl.evaluation.protocol import (
+    HyperparameterSettings,
+    ProbeProtocol,
+    TrainingSet,
+    check_temporal_bins,
+    mean_pool,
+)
 from vidssl.evaluation.tasks import Task
 
 QUERIES_PER_BATCH = 256
@@ -57,6 +63,10 @@ class NeighbourProtocol(ProbeProtocol):
     """Compares mean tokens, averaged over the examples of a sample, by cosine."""
 
     temporal_bins: PositiveInt = 1  # equal parts of a clip in time; their mean tokens are concatenated
+
+    def fitted_to(self, width: int, tokens: int, encoder_heads: int | None) -> Self:
+        check_temporal_bins(self.temporal_bins, tokens)
+        return self
 
     def prepare(self, source: TokenSource, indices: list[int], device: torch.device) -> TokenSource:
         return mean_pool(source, indices, self, self.temporal_bins, device)

@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -75,6 +75,10 @@ class ProbeProtocol(FeatureStorage):
         """Number of examples of a sample; their predictions are averaged."""
         return self.crops * (1 if self.aggregate == "segments" else self.segments)
 
+    @property
+    def clips_of_example(self) -> int:
+        return self.segments * self.crops // self.examples_per_sample
+
     def clips_per_example(self, source: TokenSource) -> int:
         return source.shape.clips // self.examples_per_sample
 
@@ -82,6 +86,13 @@ class ProbeProtocol(FeatureStorage):
         """Numbers of all examples of these samples."""
         n = self.examples_per_sample
         return [index * n + example for index in indices for example in range(n)]
+
+    def fitted_to(self, width: int, tokens: int, encoder_heads: int | None) -> Self:
+        """This protocol for features of this size. Raises UserError if they do not suit it, before any are
+        computed.
+
+        tokens: of a clip; encoder_heads: attention heads of the encoder, if known."""
+        return self
 
     def prepare(self, source: TokenSource, indices: list[int], device: torch.device) -> TokenSource:
         """The features of these samples as heads see them."""
@@ -109,6 +120,16 @@ def chunks(items: list[int], size: int) -> list[list[int]]:
     return [items[i : i + size] for i in range(0, len(items), size)]
 
 
+def check_temporal_bins(bins: int, tokens: int) -> None:
+    """tokens: of a clip."""
+    if tokens % bins:
+        fitting = [n for n in range(1, tokens + 1) if tokens % n == 0][:8]
+        raise UserError(
+            f"probe.temporal_bins: {bins} does not divide a clip's {tokens} tokens; "
+            f"{', '.join(map(str, fitting))} do"
+        )
+
+
 def mean_pool(
     source: TokenSource, indices: list[int], protocol: ProbeProtocol, temporal_bins: int, device: torch.device
 ) -> StoredFeatures:
@@ -117,10 +138,7 @@ def mean_pool(
     """
     shape = source.shape
     clips = protocol.clips_per_example(source)
-    if shape.tokens % temporal_bins:
-        raise UserError(
-            f"probe.temporal_bins: {temporal_bins} does not divide a clip's {shape.tokens} tokens"
-        )
+    check_temporal_bins(temporal_bins, shape.tokens)
     per_sample = protocol.examples_per_sample
     pooled = torch.zeros(shape.samples * per_sample, 1, temporal_bins * shape.width)
     batches = chunks(protocol.examples_of(indices), POOL_BATCH)

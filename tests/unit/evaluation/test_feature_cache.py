@@ -244,7 +244,13 @@ OF_HEADS = {  # fields that are used after the features are read, or do not chan
     *("probe.workers", "probe.encode_batch", "probe.aggregate", "probe.controls", "probe.standardise"),
     *("probe.val_fraction", "probe.epochs", "probe.batch", "probe.lr", "probe.weight_decay"),
     *("probe.clip_grad", "probe.depth", "probe.heads", "probe.solver", "probe.l2", "probe.temporal_bins"),
-    *("probe.k", "probe.temperature", "probe.decode_timeout_s", "probe.decode_memory_mb"),
+    *(
+        "probe.head_memory_gb",
+        "probe.k",
+        "probe.temperature",
+        "probe.decode_timeout_s",
+        "probe.decode_memory_mb",
+    ),
 }
 
 
