@@ -20,9 +20,8 @@ from vidssl import train
 from vidssl.core.errors import Preempted, UserError, run_cli
 from vidssl.core.log import configure_logging
 from vidssl.pretrained import files as native_files
-from vidssl.training import checkpoint, metrics_log, preemption
+from vidssl.training import checkpoint, collapse, feature_stats, metrics_log, preemption
 from vidssl.training.distributed import Strategy, copy_to_cpu
-from vidssl.training.feature_stats import FeatureStats
 from vidssl.training.loss_guard import MIN_HISTORY, LossGuard
 
 ROOT = Path(__file__).parents[2]
@@ -430,10 +429,11 @@ def test_a_tracker_that_is_not_installed(run, tmp_path, monkeypatch):
 
 
 def test_a_collapse_can_stop_the_run(run, tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(FeatureStats, "looks_collapsed", lambda self, now: True)
+    monkeypatch.setattr(collapse, "COLLAPSES", (("all is alike", (collapse.Sign("rank"),)),))
+    monkeypatch.setattr(feature_stats, "MIN_CLIPS", 1)
     with pytest.raises(UserError, match="stopped at step 4: the features have collapsed"):
         run(tmp_path / "run", "run.feature_stats_every=3", "run.stop_on_collapse=true")
-    assert capfd.readouterr().err.count("step 3: the features have collapsed: std_clips") == 1
+    assert capfd.readouterr().err.count("step 3: the features have collapsed: all is alike: rank") == 1
     assert checkpoint.load_checkpoint(tmp_path / "run" / "checkpoints")["step"] == 4
 
 

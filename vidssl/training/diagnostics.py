@@ -48,11 +48,12 @@ class Diagnostics:
         self.stats.add_clips(batches[0].video)
         metrics: dict[str, float] = {}
         with torch.compiler.set_stance("force_eager") if self.compiled else contextlib.nullcontext():
-            if step % self.run.feature_stats_every == 0 or step in (1, self.run.steps):
+            is_due = step % self.run.feature_stats_every == 0 or step in (1, self.run.steps)
+            if is_due or self.stats.can_start:
                 metrics |= self.stats.measure(self.objective)
-                warning = self.stats.collapse_warning({"step": step, **metrics})
+                warning = self.stats.detector.warning()
                 if warning and self.strategy.is_main:
-                    logger.warning(warning)
+                    logger.warning(f"step {step}: {warning}")
             if self.probe and (step % self.every == 0 or step == self.run.steps):
                 metrics |= self.probe.measure(self.objective)
         return metrics

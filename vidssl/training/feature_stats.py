@@ -1,5 +1,4 @@
-"""Statistics of the features during training: variance, rank, distance to the EMA encoder, and collapse
-detection.
+"""Statistics of the features during training: variance, rank, and distance to the EMA encoder.
 
 Computed without gradients on a few clips of the main process's batches (with sharded weights every process
 takes part); tools/bench_feature_stats.py measures the cost.
@@ -17,11 +16,11 @@ from torch import Tensor
 from vidssl.core.pixels import normalise
 from vidssl.core.spectrum import alpha_req, rankme, singular_values
 from vidssl.objective.objective import Objective
+from vidssl.training.collapse import CollapseDetector
 from vidssl.training.distributed import full_tensor, unsharded
 
 MIN_CLIPS, MAX_CLIPS = 8, 32  # clips that one measurement uses
 TARGET_CLIP_STRIDE = 4  # one clip in four also goes through the target and the online encoder
-COLLAPSE_FRACTION = 0.05  # of the deviation after the first step; below it the features count as collapsed
 
 
 @torch.no_grad()
@@ -38,7 +37,12 @@ def feature_statistics(features: Tensor, time_slices: int) -> dict[str, float]:
     singular values; rank_slice: RankMe of each time slice, averaged.
     alpha: alpha-ReQ (Agrawal et al. 2022, arXiv 2202.05808), the exponent of the power law of the
     covariance's eigenvalues, fitted from the tenth to the middle one; large in a collapse.
+    participation: participation ratio of the tokens, the squared sum of the covariance's eigenvalues over the
+    sum of their squares: the number of directions that hold most of the variance.
+    channel_evenness: deviation over clips of the median channel over their root mean square; 0 where few
+    channels vary.
     cosine: cosine similarity of the mean tokens of two clips, averaged over pairs; 1 in a collapse.
+    cosine_time: the same of two time slices of a clip.
     """
     x = rearrange(features.float(), "b (t n) d -> b t n d", t=time_slices)
     rms = x.square().mean().sqrt().clamp_min(1e-12)
@@ -46,8 +50,8 @@ def feature_statistics(features: Tensor, time_slices: int) -> dict[str, float]:
     std_at_token = centred.square().mean((0, 3)).sqrt() / rms
     values = singular_values(centred)
     values_per_slice = [singular_values(centred[:, t]) for t in range(time_slices)]
-    clip_means = F.normalize(x.mean((1, 2)), dim=-1)
-    n = len(clip_means)
+    channel_std = centred.square().mean((0, 1, 2)).sqrt()
+    power = values.square()
     return {
         "std_clips": float(centred.square().mean().sqrt() / rms),
         "std_clips_min": float(std_at_token.min()),
@@ -57,8 +61,18 @@ def feature_statistics(features: Tensor, time_slices: int) -> dict[str, float]:
         "rank": rankme(values),
         "rank_slice": sum(map(rankme, values_per_slice)) / time_slices,
         "alpha": alpha_req(values),
-        "cosine": float((clip_means.sum(0).square().sum() - n) / max(1, n * (n - 1))),
+        "participation": float(power.sum().square() / power.square().sum().clamp_min(1e-30)),
+        "channel_evenness": float(channel_std.median() / channel_std.square().mean().sqrt().clamp_min(1e-12)),
+        "cosine": mean_cosine(x.mean((1, 2))),
+        "cosine_time": mean_cosine(x.mean(2)),
     }
+
+
+def mean_cosine(vectors: Tensor) -> float:
+    """Cosine similarity of vectors [..., n, D], averaged over the pairs of two of n; 0 for a single one."""
+    n = vectors.shape[-2]
+    total = F.normalize(vectors, dim=-1).sum(-2).square().sum(-1)
+    return float(((total - n) / max(1, n * (n - 1))).mean())
 
 
 @torch.no_grad()
@@ -83,14 +97,12 @@ def global_norm(tensors: Sequence[Tensor]) -> Tensor:
 
 
 class FeatureStats:
-    """Buffers the latest clips of this process and compares the features with those after the first step."""
+    """Buffers the latest clips of this process, and measures and judges their features."""
 
     def __init__(self) -> None:
-        self.clips: deque[Tensor] = (
-            deque()
-        )  # u8 [b, 3, T, H, W] of the latest steps, at least MIN_CLIPS if there are
-        self.baseline: dict[str, float] = {}  # the first measurement of the run
-        self.low_in_a_row = 0  # consecutive measurements that look collapsed
+        # u8 [b, 3, T, H, W] of the latest steps, at least MIN_CLIPS if there are
+        self.clips: deque[Tensor] = deque()
+        self.detector = CollapseDetector()
 
     def add_clips(self, video: Tensor) -> None:
         """Buffer the clips u8 [b, 3, T, H, W] of a step; clips of another shape are dropped."""
@@ -118,44 +130,24 @@ class FeatureStats:
         if objective.target.encoder is not None:
             stats |= ema_drift(objective, target_video, features[::TARGET_CLIP_STRIDE])
         objective.train(was_training)
-        self.baseline = self.baseline or stats
-        self.low_in_a_row = self.low_in_a_row + 1 if self.looks_collapsed(stats) else 0
+        if len(clips) >= MIN_CLIPS:
+            self.detector.add(stats)
         return {"feature_clips": len(clips), **{f"feature_{k}": v for k, v in stats.items()}}
 
-    def looks_collapsed(self, stats: dict[str, float]) -> bool:
-        """Whether the deviation over clips or over tokens is below COLLAPSE_FRACTION of the baseline, or the
-        rank below 2.
-
-        In our healthy runs the deviation over clips stayed above 0.12 (of pixel targets, whose features
-        encode position more than content), from 0.5 to 0.9 at the start; in a run made to collapse it was
-        0.04 of the baseline after 100 steps. RankMe is scale-invariant and did not drop in that run, so it
-        has no part in the rule beyond rank 2.
-        """
-        return stats["rank"] < 2 or any(
-            stats[k] < COLLAPSE_FRACTION * self.baseline[k] for k in ("std_clips", "std_tokens")
-        )
+    @property
+    def can_start(self) -> bool:
+        """Whether there are enough clips for the first measurement that later ones are compared with."""
+        return not self.detector.best and sum(map(len, self.clips)) >= MIN_CLIPS
 
     @property
     def collapsed(self) -> bool:
-        """Whether the latest two measurements, or more, look collapsed."""
-        return self.low_in_a_row >= 2
-
-    def collapse_warning(self, row: dict[str, Any]) -> str | None:
-        """The warning to log after the second collapsed measurement in a row, else None. row: of
-        log.jsonl."""
-        if self.low_in_a_row != 2:
-            return None
-        changes = ", ".join(
-            f"{k} {row[f'feature_{k}']:.3g} (at the start {self.baseline[k]:.3g})"
-            for k in ("std_clips", "std_tokens", "rank", "cosine")
-        )
-        return f"step {row['step']}: the features have collapsed: {changes}"
+        """Whether the latest measurements look collapsed."""
+        return self.detector.collapsed
 
     def state(self) -> dict[str, Any]:
         """The state for a checkpoint, as plain data."""
-        return {"baseline": self.baseline, "low_in_a_row": self.low_in_a_row}
+        return self.detector.state()
 
     def load(self, state: dict[str, Any]) -> None:
-        """Restore what `state` returned."""
-        self.baseline = state["baseline"]
-        self.low_in_a_row = state["low_in_a_row"]
+        """Restores what `state` returned."""
+        self.detector.load(state)
