@@ -9,7 +9,6 @@ engine.
 import argparse
 import json
 import os
-from collections import Counter
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -22,9 +21,11 @@ from data_prep.filters import Filters
 from data_prep.index import read_lines, write_lines
 from data_prep.plan import NEAR_PREFIX, Plan, make_plan
 from data_prep.report import write_dataset_report
-from data_prep.sources import SOURCES, read_source
+from data_prep.sources import SOURCES, SourceListing, read_source
+from data_prep.summary import Tally, left_out_lines, make_summary, summary_lines, write_summary
 from vidssl.core.errors import UserError, run_cli
 from vidssl.core.io import check_writable, make_folder
+from vidssl.core.log import logger
 from vidssl.data.format import dumps, dumps_index, read_index, shard_entry
 
 PRESETS = ("ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow")
@@ -92,18 +93,64 @@ def clean_up(plan: Plan) -> None:
             file.unlink(missing_ok=True)
 
 
-def print_summary(plan: Plan) -> None:
-    """Prints a line for each data set."""
+def summarise(plan: Plan, source: SourceListing) -> None:
+    """Writes summary.json of each data set, and prints what the source and each data set hold."""
+    ignored = Tally()
+    ignored.merge(source.ignored)
+    print(f"{plan.source}: {len(source.items)} items in {len(plan.datasets)} data sets")
+    print(*left_out_lines(ignored.entries()), sep="\n", end="\n" if ignored else "")
     for folder in plan.datasets:
         index = read_index(folder)
-        reasons = Counter(json.loads(line)["reason"] for line in read_lines(folder / "rejected.jsonl"))
+        left_out = Tally()
+        for line in read_lines(folder / "rejected.jsonl"):
+            record = json.loads(line)
+            left_out.note(record["reason"], record["path"])
+        shards = [(folder / entry["name"]).with_suffix(".jsonl") for entry in index["shards"]]
+        records = (json.loads(line) for shard in shards for line in read_lines(shard))
+        summary = make_summary(records, index["classes"], left_out)
+        write_summary(folder, {**summary, "ignored": ignored.entries()})
         megabytes = sum(entry["bytes"] for entry in index["shards"]) / 1e6
-        counts = ", ".join(f"{n} {reason}" for reason, n in sorted(reasons.items()))
+        counts = ", ".join(f"{n} {reason}" for reason, n in sorted(left_out.items()))
         rejected = (
-            f"{sum(reasons.values())} rejected ({counts}): see rejected.jsonl" if counts else "none rejected"
+            f"{left_out.total()} rejected ({counts}): see rejected.jsonl" if counts else "none rejected"
         )
-        shards = len(index["shards"])
-        print(f"{folder}: {index['samples']} samples in {shards} shards, {megabytes:.1f} MB; {rejected}")
+        shards_line = f"{index['samples']} samples in {len(shards)} shards, {megabytes:.1f} MB"
+        print(f"{folder}: {shards_line}; {rejected}")
+        print(*summary_lines(summary), sep="\n")
+
+
+def check_not_empty(plan: Plan, out: Path) -> None:
+    """Raises UserError if no data set has a sample; warns of each that has none."""
+    empty = [folder for folder in plan.datasets if not read_index(folder)["samples"]]
+    for folder in empty if len(empty) < len(plan.datasets) else ():
+        logger.warning(f"{folder}: holds no sample: {_causes([folder], plan)}")
+    if len(empty) == len(plan.datasets):
+        raise UserError(f"{plan.source}: no sample is left: {_causes(empty, plan)}; see {out}/rejected.jsonl")
+
+
+def _causes(folders: list[Path], plan: Plan) -> str:
+    """Says which filters dropped how many files or clips, and what else was left out."""
+    reasons = Tally()
+    for folder in folders:
+        for line in read_lines(folder / "rejected.jsonl"):
+            reasons.note(json.loads(line)["reason"])
+    options = filter_options(plan)
+    return ", ".join(
+        f"{options[reason]} drops {n} ({reason})" if reason in options else f"{n} {reason}"
+        for reason, n in reasons.most_common()
+    )
+
+
+def filter_options(plan: Plan) -> dict[str, str]:
+    """Returns the reason of a rejection -> the option with its value, of the filters."""
+    filters = plan.filters
+    return {
+        "too_short": f"--min-seconds {filters.min_seconds:g}",
+        "too_small": f"--min-side {filters.min_side}",
+        "too_dark": f"--drop-dark {filters.dark:g}",
+        "static": f"--drop-static {filters.static:g}",
+        "duplicate": f"--drop-duplicates {plan.options['drop_duplicates']}",
+    }
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -226,22 +273,14 @@ def main(argv: list[str]) -> None:
     check_out_is_free(args.out)
     source = read_source(args.src, args.source, args.annotations)
     plan = make_plan(source, args.src, args.out, args)
-    if source.ignored:
-        counts = ", ".join(f"{n} {ext}" for ext, n in source.ignored.most_common())
-        print(f"ignored {sum(source.ignored.values())} files by extension: {counts}")
-    if source.rejected:
-        print(
-            f"{args.src}: skipped {len(source.rejected)} files (missing, unknown kind, or name not in UTF-8)"
-        )
     if open_out(args.out, plan):
         print(f"{args.out}: already complete")
     else:
         write_shards(plan, args)
         write_indexes(plan)
     clean_up(plan)
-    print_summary(plan)
-    if not any(read_index(folder)["samples"] for folder in plan.datasets):
-        raise UserError(f"{args.src}: no file in it can be decoded; see {args.out}/rejected.jsonl")
+    summarise(plan, source)
+    check_not_empty(plan, args.out)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
+from data_prep.summary import Tally
 from vidssl.core.errors import UserError
 from vidssl.data.decoding.base import VIDEO_EXTENSIONS
 from vidssl.data.format import MEDIA_EXTENSIONS
@@ -62,7 +63,7 @@ class SourceListing(NamedTuple):
     items: list[SourceItem]  # sorted by `sort_key`
     label_sets: list[str]
     rejected: dict[str, str]  # path (or the name in the annotations) -> reason that is known without decoding
-    ignored: Counter  # extension, or a reason in brackets -> number of files
+    ignored: Counter[str]  # extension, or a reason in brackets -> number of files; a Tally has examples
 
 
 class FileFinder:
@@ -72,14 +73,14 @@ class FileFinder:
     def __init__(self, root: Path, extensions: Sequence[str] = VIDEO_EXTENSIONS):
         self.root = root
         self.paths: dict[str, list[str]] = {}  # name -> sorted paths
-        self._ignored: Counter[str] = Counter()
+        self._ignored = Tally()
         self._used: set[str] = set()
         for path in sorted(list_files(root)):
             name, ext = os.path.splitext(path.rpartition("/")[2])
             if os.fsencode(path).decode("utf-8", "replace") != path:
-                self._ignored["(not named in UTF-8)"] += 1
+                self._ignored.note("(not named in UTF-8)", path)
             elif name.startswith(".") or ext[1:].lower() not in extensions or not os.path.isfile(root / path):
-                self._ignored[ext.lower() or "(no extension)"] += 1
+                self._ignored.note(ext.lower() or "(no extension)", path)
             else:
                 self.paths.setdefault(name, []).append(path)
 
@@ -94,10 +95,13 @@ class FileFinder:
         self._used.add(found)
         return found
 
-    def ignored_files(self) -> Counter[str]:
+    def ignored_files(self) -> Tally:
         """Counts the files of other kinds and those that were never found by name."""
-        unused = sum(map(len, self.paths.values())) - len(self._used)
-        return self._ignored + Counter({"(not in the annotations)": unused})
+        ignored = Tally()
+        ignored.merge(self._ignored)
+        for path in (path for paths in self.paths.values() for path in paths if path not in self._used):
+            ignored.note("(not in the annotations)", path)
+        return ignored
 
 
 class ListingBuilder:
@@ -157,8 +161,11 @@ class ListingBuilder:
                     problem = f"{where}: split {item.split or ''!r}"
                     raise UserError(f"{problem}: expected a word of letters, digits, - and _")
         rejected = {item.path: reason for item, _, reason in entries if reason is not None}
-        ignored = (ignored or Counter()) + Counter({"(named twice)": self._repeats})
-        return SourceListing([item for item, _ in accepted], list(label_sets), rejected, ignored)
+        left_out = Tally()
+        left_out.merge(ignored or {})
+        if self._repeats:
+            left_out.note("(named twice)", files=self._repeats)
+        return SourceListing([item for item, _ in accepted], list(label_sets), rejected, left_out)
 
 
 def _describe(item: SourceItem) -> str:

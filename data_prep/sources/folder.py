@@ -4,12 +4,12 @@ This is also the layout of torchvision's ImageFolder. If the folder has a labels
 """
 
 import os
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 from data_prep.sources.common import EXTENSIONS, SPLITS, SourceItem, SourceListing, list_files
 from data_prep.sources.csv_list import read_csv_list
+from data_prep.summary import Tally
 from vidssl.core.errors import UserError
 
 
@@ -21,13 +21,13 @@ def read_folder(root: Path, annotations: Sequence[Path]) -> SourceListing:
         return read_csv_list(root, [])
     found: list[SourceItem] = []
     rejected: dict[str, str] = {}
-    ignored: Counter[str] = Counter()
+    ignored = Tally()
     for path in list_files(root):
         item = SourceItem(path, {})
         printable = os.fsencode(path).decode("utf-8", "backslashreplace")
         if path.rpartition("/")[2].startswith(".") or item.ext not in EXTENSIONS:
             ext = SourceItem(printable, {}).ext
-            ignored["." + ext if ext else "(no extension)"] += 1
+            ignored.note("." + ext if ext else "(no extension)", path)
         elif printable != path:
             rejected[printable] = "bad_name"  # not UTF-8, so JSON cannot hold it
         elif not os.path.isfile(root / path):

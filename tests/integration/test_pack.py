@@ -47,6 +47,7 @@ def test_contents_of_a_pack(packed, tiny_corpus, frame_index):
         "rejected.jsonl",
         "report.json",
         "report.png",
+        "summary.json",
     } | {f"shard-{i:06d}.{e}" for i in range(4) for e in ("tar", "jsonl")}
     seen = set()
     for shard in index["shards"]:
@@ -121,7 +122,7 @@ def test_odd_files(odd_corpus, tmp_path, capsys, frame_index):
     pack.main([str(odd_corpus), str(tmp_path / "out"), "--workers", "2"])
     printed = capsys.readouterr().out
     assert (
-        "ignored 1 files by extension: 1 .txt" in printed
+        "left out, .txt: 1 (notes.txt)" in printed
         and "4 rejected (1 empty, 2 not_a_video, 1 not_an_image)" in printed
     )
     rejected = read_records(tmp_path / "out", "rejected.jsonl")
@@ -157,7 +158,7 @@ def test_odd_files(odd_corpus, tmp_path, capsys, frame_index):
 
 
 def test_source_without_decodable_files(odd_corpus, tmp_path):
-    with pytest.raises(UserError, match="no file in it can be decoded"):
+    with pytest.raises(UserError, match="no sample is left: 2 not_a_video, 1 empty, 1 not_an_image"):
         pack.main([str(odd_corpus / "bad"), str(tmp_path / "out"), "--workers", "1"])
     with pytest.raises(UserError, match="no such folder"):
         pack.main([str(odd_corpus / "nowhere"), str(tmp_path / "out2")])
@@ -306,7 +307,8 @@ def test_names_that_are_not_utf8(tmp_path, make_image, capsys):
     rejected = [(r["path"], r["reason"]) for r in read_records(out, "rejected.jsonl")]
     assert rejected == [("caf\\xe9/1.png", "bad_name"), ("run/caf\\xe9.png", "bad_name")]
     printed = capsys.readouterr().out
-    assert "2 rejected (2 bad_name)" in printed and "1 .\\xe9" in printed and "1 .txt" in printed
+    assert "2 rejected (2 bad_name)" in printed
+    assert ".\\xe9: 1" in printed and ".txt: 1" in printed
 
 
 def test_too_long_path_is_missing(tmp_path):
