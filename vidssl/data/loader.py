@@ -6,12 +6,14 @@ takes a fixed number of clips from each.
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 
 from vidssl.core.errors import UserError
 from vidssl.core.log import logger
@@ -42,11 +44,43 @@ class Batch(NamedTuple):
     failures: list[DecodeFailure]  # samples that could not be decoded and were replaced
 
 
-def collate(examples: list[Example]) -> Batch:
-    return Batch(
-        torch.stack([e.video for e in examples]),
-        torch.tensor([e.label for e in examples]),
-        torch.tensor([e.position for e in examples]),
+class CollatedBatch(NamedTuple):
+    """A Batch on its way from a loader worker: `video` is the only tensor, since each tensor that crosses
+    holds a file descriptor open until the batch is used."""
+
+    video: Tensor  # u8 [B, 3, T, H, W], in shared memory if a worker made it
+    labels: list[int]
+    positions: list[int]
+    keys: list[str]
+    failures: list[DecodeFailure]
+
+    def to_batch(self) -> Batch:
+        label, position = torch.tensor(self.labels), torch.tensor(self.positions)
+        return Batch(self.video, label, position, self.keys, self.failures)
+
+
+class CollatedStep(NamedTuple):
+    """The clips of a step, collated where they are decoded."""
+
+    batches: list[CollatedBatch]  # one of each stream; none after an exhausted position
+    exhausted: Example | None  # an example whose attempts all failed
+
+
+def collate_step(examples: list[Example], streams: int) -> CollatedStep:
+    """Stacks the clips of each of the streams, in the order of the examples."""
+    exhausted = next((e for e in examples if e.key == EXHAUSTED), None)
+    if exhausted:  # it has no video
+        return CollatedStep([], exhausted)
+    groups = [[e for e in examples if e.position // STREAM_STRIDE == i] for i in range(streams)]
+    return CollatedStep([collate(group) for group in groups], None)
+
+
+def collate(examples: list[Example]) -> CollatedBatch:
+    """Stacks clips; in a loader worker directly into the shared memory that the training process reads."""
+    return CollatedBatch(
+        default_collate([e.video for e in examples]),
+        [e.label for e in examples],
+        [e.position for e in examples],
         [e.key for e in examples],
         [failure for e in examples for failure in e.failures],
     )
@@ -124,35 +158,37 @@ def train_steps(
     world: int = 1,
     workers: int = 0,
     isolate: bool = False,
-) -> Iterator[list[Batch]]:
+) -> Generator[list[Batch], None, None]:
     """Yields a batch of each stream for steps start..stop-1: the clips of process `rank` of `world`.
 
     sizes: clips of each stream in a global batch. isolate: decode in a child process. With the indexed reader
     the batches do not depend on `workers`.
     """
+    collate_fn = partial(collate_step, streams=len(sizes))
     if isinstance(streams, StreamingDataset):
         data = streams.decoder.data
         settings = StreamSettings(start, stop, sizes[0], rank, world, isolate)
-        examples = _load_streamed(streams, settings, workers)
+        steps = _load_streamed(streams, settings, workers, collate_fn)
     else:
         data = streams.clips[0].data
         positions = streams.positions(start, stop, sizes, rank, world)
-        examples = _load_indexed(streams, positions, workers, isolate)
+        steps = _load_indexed(streams, positions, workers, isolate, collate_fn)
     monitor = DecodeErrorMonitor(data.max_decode_error_rate)
-    try:
-        for step in examples:
-            failures = [failure for e in step for failure in e.failures]
-            exhausted = next((e for e in step if e.key == EXHAUSTED), None)
-            monitor.add(len(step), failures, exhausted)
-            of_stream = [[e for e in step if e.position // STREAM_STRIDE == i] for i in range(len(sizes))]
-            yield [collate(group) for group in of_stream]
-    finally:
-        examples.close()
+    with closing(steps):
+        for collated, exhausted in steps:
+            batches = [batch.to_batch() for batch in collated]
+            failures = [failure for batch in batches for failure in batch.failures]
+            monitor.add(sum(len(batch.key) for batch in batches), failures, exhausted)
+            yield batches
 
 
 def _load_indexed(
-    streams: MultiStreamDataset, positions: Iterator[list[int]], workers: int, isolate: bool
-) -> Any:
+    streams: MultiStreamDataset,
+    positions: Iterator[list[int]],
+    workers: int,
+    isolate: bool,
+    collate_fn: Callable[[list[Example]], CollatedStep],
+) -> Generator[CollatedStep, None, None]:
     data = streams.clips[0].data
     isolated = None
     if isolate:
@@ -163,7 +199,7 @@ def _load_indexed(
             isolated or streams,
             batch_sampler=positions,  # type: ignore[arg-type]
             num_workers=workers,
-            collate_fn=list,  # not stacked: an example whose attempts all failed has no video
+            collate_fn=collate_fn,
             prefetch_factor=4 if workers else None,
         )
     finally:
@@ -171,7 +207,12 @@ def _load_indexed(
             isolated.close()
 
 
-def _load_streamed(streams: StreamingDataset, settings: StreamSettings, workers: int) -> Any:
+def _load_streamed(
+    streams: StreamingDataset,
+    settings: StreamSettings,
+    workers: int,
+    collate_fn: Callable[[list[Example]], CollatedStep],
+) -> Generator[CollatedStep, None, None]:
     streams.settings = settings
     if settings.rank == 0:
         logger.info(streams.describe(workers))
@@ -179,6 +220,6 @@ def _load_streamed(streams: StreamingDataset, settings: StreamSettings, workers:
         streams,
         batch_size=None,  # the data set yields whole batches
         num_workers=workers,
-        collate_fn=list,
+        collate_fn=collate_fn,
         prefetch_factor=4 if workers else None,
     )

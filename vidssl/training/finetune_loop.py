@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Generator
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -154,7 +154,7 @@ class Finetuner:
         self.strategy.barrier()
         folder.finish(done, False, state.writer)
 
-    def train_loader(self, start: int) -> Generator[list[Batch]]:
+    def train_loader(self, start: int) -> Generator[list[Batch], None, None]:
         """Yields a list of one Batch for each step from `start` to the last one."""
         cfg, view = self.config, self.view
         clip = DataConfig(
@@ -170,7 +170,7 @@ class Finetuner:
         cache_bytes = cfg.efficiency.cache_mb << 20
         shards = self.splits.shards["train"]
         clips = LabelledClips(self.splits.task.label, shards, order, clip, augment, cache_bytes)
-        loader = train_steps(
+        return train_steps(
             MultiStreamDataset([clips]),
             start,
             self.steps,
@@ -180,7 +180,6 @@ class Finetuner:
             cfg.efficiency.workers,
             cfg.efficiency.decode_in_subprocess,
         )
-        return cast(Generator[list[Batch]], loader)
 
     def step(
         self,

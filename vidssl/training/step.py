@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import Generator
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -29,13 +28,13 @@ def configure_blocks(module: nn.Module, activation_checkpointing: bool, compile:
 
 def load_steps(
     cfg: TrainConfig, shards: list[Shards] | ShardUrls, start: int, strategy: Strategy
-) -> Generator[list[Batch]]:
+) -> Generator[list[Batch], None, None]:
     """This process's batches of steps start..run.steps-1, one of each stream."""
     run, efficiency = cfg.run, cfg.efficiency
     cache_bytes = efficiency.cache_mb << 20
     augment = cfg.augment.build()
     streams = make_streams(cfg.data, shards, augment, run.seed, run.lanes, run.shuffle_window, cache_bytes)
-    loader = train_steps(
+    return train_steps(
         streams,
         start,
         run.steps,
@@ -45,7 +44,6 @@ def load_steps(
         efficiency.workers,
         efficiency.decode_in_subprocess,
     )
-    return cast(Generator[list[Batch]], loader)
 
 
 def seed_step(seed: int, step: int, position: int) -> None:
