@@ -5,9 +5,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from vidssl.data.augment import RandomCrop
-from vidssl.data.dataset import DataConfig, MultiStreamDataset, TrainClips
+from vidssl.data.dataset import MultiStreamDataset, TrainClips
 from vidssl.data.loader import Batch, train_steps
 from vidssl.data.order import Order
+from vidssl.data.schema import DataConfig
 from vidssl.data.shards import Shards
 
 

@@ -39,13 +39,14 @@ from data_prep import pack
 from vidssl.core.errors import UserError, run_cli
 from vidssl.core.pixels import MEAN, STD
 from vidssl.data.augment import RandomCrop
-from vidssl.data.dataset import DataConfig, MultiStreamDataset, TrainClips
+from vidssl.data.dataset import MultiStreamDataset, TrainClips
 from vidssl.data.decoding.base import VIDEO_EXTENSIONS
 from vidssl.data.decoding.decord import decord
 from vidssl.data.decoding.video_stream import open_container
 from vidssl.data.loader import train_steps
 from vidssl.data.order import Order
 from vidssl.data.sampling import sample_indices
+from vidssl.data.schema import DataConfig
 from vidssl.data.shards import Shards
 
 BATCH = 8

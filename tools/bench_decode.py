@@ -12,10 +12,11 @@ import psutil
 
 from vidssl.core.errors import UserError, run_cli
 from vidssl.data.augment import RandomCrop
-from vidssl.data.dataset import DataConfig, MultiStreamDataset, TrainClips
+from vidssl.data.dataset import MultiStreamDataset, TrainClips
 from vidssl.data.isolated_dataset import IsolatedDataset
 from vidssl.data.isolation import rss_bytes
 from vidssl.data.order import Order
+from vidssl.data.schema import DataConfig
 from vidssl.data.shards import Shards
 
 BLOCK = 8  # clips that the two ways take in turn, so that a slower hour of the machine meets both

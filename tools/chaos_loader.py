@@ -21,9 +21,10 @@ import numpy as np
 
 from vidssl.core.errors import UserError, run_cli
 from vidssl.data.augment import RandomCrop
-from vidssl.data.dataset import DataConfig, MultiStreamDataset, TrainClips
+from vidssl.data.dataset import MultiStreamDataset, TrainClips
 from vidssl.data.loader import train_steps
 from vidssl.data.order import Order
+from vidssl.data.schema import DataConfig
 from vidssl.data.shards import Shards
 
 BATCH, LANES = 16, 8

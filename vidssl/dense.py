@@ -7,6 +7,13 @@ encoder: as in vidssl/probe.py. data.test: the folder of a data set, with its li
 DIR/dense.json and sequences.csv.
 """
 
+from vidssl.config.command_line import check_command_line
+from vidssl.evaluation.dense.schema import DenseConfig
+
+if __name__ == "__main__":
+    # Importing torch takes seconds: --help and mistakes in the configuration are answered before.
+    check_command_line(DenseConfig, __doc__, ("dense",))
+
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +25,6 @@ from vidssl.config import load_config, to_tree
 from vidssl.core.errors import run_cli
 from vidssl.core.io import make_folder
 from vidssl.evaluation.dense.frames import make_frame_encoder
-from vidssl.evaluation.dense.schema import DenseConfig
 from vidssl.evaluation.dense.splits import read_sequences, split_hashes
 from vidssl.evaluation.report import new_report_folder, write_csv, write_json_report
 from vidssl.pretrained.external import open_encoder
@@ -61,4 +67,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_cli(main, __doc__)
+    run_cli(main)

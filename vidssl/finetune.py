@@ -7,6 +7,13 @@ The epoch is selected on a part of train that is held out by groups. The same co
 from the end of the last epoch, and after SIGTERM (exit status 75) from the step after which it was requested.
 """
 
+from vidssl.config.command_line import check_command_line
+from vidssl.training.finetune_schema import FinetuneConfig
+
+if __name__ == "__main__":
+    # Importing torch takes seconds: --help and mistakes in the configuration are answered before.
+    check_command_line(FinetuneConfig, __doc__, ("finetune",))
+
 import hashlib
 from dataclasses import replace
 from pathlib import Path
@@ -22,16 +29,12 @@ from vidssl.training.checkpoint import provenance
 from vidssl.training.distributed import Strategy
 from vidssl.training.finetune_loop import build_finetuner
 from vidssl.training.finetune_report import export_classifier, write_finetune_results
-from vidssl.training.finetuning import (
-    RESUME_MUTABLE,
-    FinetuneConfig,
-    check_divisible,
-    open_splits,
-)
+from vidssl.training.finetune_schema import RESUME_MUTABLE, check_divisible
+from vidssl.training.finetuning import open_splits
 from vidssl.training.loss_guard import LossGuard
 from vidssl.training.malloc import configure_process
-from vidssl.training.metrics_log import check_trackers
 from vidssl.training.preemption import exit_on_lost_peer
+from vidssl.training.schema import check_trackers
 from vidssl.training.state import RunState
 
 
@@ -93,4 +96,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_cli(main, __doc__)
+    run_cli(main)

@@ -8,6 +8,13 @@ encoder: a run folder, a file of ours, a public checkpoint, timm:NAME or hf:FOLD
 pretrained/external.py). Writes DIR/probe.json, predictions.csv, per_class.csv, confusion.csv and the low-shot
 lists. """
 
+from vidssl.config.command_line import check_command_line
+from vidssl.evaluation.probe_config import ProbeConfig
+
+if __name__ == "__main__":
+    # Importing torch takes seconds: --help and mistakes in the configuration are answered before.
+    check_command_line(ProbeConfig, __doc__, ("probe",))
+
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -18,7 +25,6 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from vidssl.config import load_config
 from vidssl.core.errors import run_cli
 from vidssl.evaluation.extractor import OpenEncoder, extract_features, make_extractor
-from vidssl.evaluation.probe_config import ProbeConfig
 from vidssl.evaluation.probe_data import make_view, open_probe_splits
 from vidssl.evaluation.probing import ProbeResults, evaluate_control, write_probe_results
 from vidssl.evaluation.report import new_report_folder
@@ -59,4 +65,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_cli(main, __doc__)
+    run_cli(main)

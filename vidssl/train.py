@@ -3,6 +3,13 @@
 accelerate launch vidssl/train.py FILES.yaml ... key=value ...
 """
 
+from vidssl.config.command_line import check_command_line
+from vidssl.training.schema import TrainConfig
+
+if __name__ == "__main__":
+    # Importing torch takes seconds: --help and mistakes in the configuration are answered before.
+    check_command_line(TrainConfig, __doc__, ("method", "model", "data", "run"))
+
 import contextlib
 from pathlib import Path
 
@@ -18,7 +25,7 @@ from vidssl.training.optim import build_optimizer, schedule, set_schedule
 from vidssl.training.perf import Throughput
 from vidssl.training.preemption import PreemptionHandler, exit_on_lost_peer
 from vidssl.training.run_folder import RunFolder
-from vidssl.training.schema import TrainConfig, check_batch, check_output
+from vidssl.training.schema import check_batch, check_output
 from vidssl.training.state import make_train_state
 from vidssl.training.step import configure_blocks, forward_backward, load_steps, seed_step
 
@@ -106,4 +113,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_cli(main, __doc__)
+    run_cli(main)

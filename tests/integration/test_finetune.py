@@ -33,17 +33,10 @@ from vidssl.pretrained.load import load_encoder, read_checkpoint_file
 from vidssl.training.distributed import Strategy
 from vidssl.training.finetune_loop import EpochSelection, Finetuner
 from vidssl.training.finetune_report import mean_over_clips
-from vidssl.training.finetuning import (
-    FinetuneConfig,
-    Mixer,
-    SubsetOrder,
-    TuneConfig,
-    check_divisible,
-    make_classifier,
-    pair_mixup_partners,
-)
-from vidssl.training.optim import OptimConfig, build_optimizer, schedule, set_schedule
-from vidssl.training.schema import TrainConfig
+from vidssl.training.finetune_schema import FinetuneConfig, TuneConfig, check_divisible
+from vidssl.training.finetuning import Mixer, SubsetOrder, make_classifier, pair_mixup_partners
+from vidssl.training.optim import build_optimizer, schedule, set_schedule
+from vidssl.training.schema import OptimConfig, TrainConfig
 
 ROOT = Path(__file__).parents[2]
 MIXED = ("tune.mixup=0.8", "tune.cutmix=1.0", "tune.drop_path=0.1")

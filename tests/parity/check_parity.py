@@ -24,14 +24,16 @@ from vidssl.core.rng import KeyedRNG
 from vidssl.model.grid import Grid, Mask, gather_tokens
 from vidssl.model.predictor import JointPredictor, MaskToken
 from vidssl.model.vit import Encoder
-from vidssl.objective.block_masks import BlockGroup, MultiBlock3D
+from vidssl.objective.block_masks import MultiBlock3D
 from vidssl.objective.masks import dual_mask, running_cell_maps
-from vidssl.objective.objective import ERRORS, ContextLoss, Objective, inverse_sqrt_distance
+from vidssl.objective.objective import ERRORS, Objective, inverse_sqrt_distance
+from vidssl.objective.schema import BlockGroup, ContextLoss
 from vidssl.objective.targets import Ema, Pixels, Target, Teacher, level_norm
 from vidssl.pretrained import public
 from vidssl.pretrained.infer_config import Checkpoint
 from vidssl.pretrained.key_maps import ATTENTIVE, rename
-from vidssl.training.optim import OptimConfig, build_optimizer, schedule, set_schedule
+from vidssl.training.optim import build_optimizer, schedule, set_schedule
+from vidssl.training.schema import OptimConfig
 
 NOT_IMPLEMENTED = frozenset(  # vectors of methods that this project does not have yet
     [

@@ -22,9 +22,10 @@ from data_prep import scan, verify
 from vidssl.core.errors import DecodeError, UserError
 from vidssl.data import remote
 from vidssl.data.augment import RandomCrop
-from vidssl.data.dataset import DataConfig, TrainClips
+from vidssl.data.dataset import TrainClips
 from vidssl.data.order import Order
 from vidssl.data.remote import Cache, ShardError, join
+from vidssl.data.schema import DataConfig
 from vidssl.data.shards import Shards
 
 FORK = multiprocessing.get_context("fork")

@@ -1,4 +1,4 @@
-"""config.py: valid configurations are typed and complete; a mistake is one line with file, key and remedy."""
+"""vidssl.config: valid configurations are typed; a mistake is one line with file, key and remedy."""
 
 import re
 from dataclasses import dataclass, field
@@ -123,7 +123,7 @@ def test_given_arguments_reach_the_callable():
     [
         (
             "part: {shape: {kind: shape, side: 3, sides: 4}}",
-            ["bad.yaml: part.shape.sides", "unknown key", "boxes"],
+            ["bad.yaml: part.shape.sides", "unknown key", "did you mean part.shape.side?"],
         ),
         ("part: {shape: {kind: cube, side: 3}}", ["bad.yaml: part.shape.kind", "'cube'", "shape, disc"]),
         ("part: {shape: {side: 3}}", ["bad.yaml: part.shape", "'kind' is missing"]),
@@ -134,7 +134,7 @@ def test_given_arguments_reach_the_callable():
         ),
         ("part: {shape: {kind: shape}}", ["part.shape.side", "missing", "int"]),
         ("part: {shape: {kind: disc, radius: 1, width: 2}}", ["part.shape.width", "unknown key", "radius"]),
-        ("party: {}", ["bad.yaml: party", "unknown section", "part, run, name"]),
+        ("party: {}", ["bad.yaml: party", "unknown section", "did you mean part?"]),
         ("part: {shap: {}}", ["bad.yaml: part.shap", "unknown section"]),
         ("part: 3", ["bad.yaml: part", "mapping"]),
         ("part: {shape: [1, 2}", ["bad.yaml", "line 1"]),

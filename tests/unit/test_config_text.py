@@ -1,19 +1,19 @@
-"""config.py: a string is the text as written, on the command line, in a file, and in the stored copy."""
+"""vidssl.config: a string is the text as written, on the command line, in a file, and in the stored copy."""
 
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import pytest
 
 from vidssl import config
 from vidssl.config import Spec, load_config, save, to_tree
+from vidssl.config.yaml_text import parse_yaml, plain
 from vidssl.core.errors import UserError
-from vidssl.core.yaml_text import parse_yaml, plain
 from vidssl.evaluation.dense.schema import DenseConfig
 from vidssl.evaluation.probe_config import ProbeConfig
-from vidssl.training.finetuning import FinetuneConfig
+from vidssl.training.finetune_schema import FinetuneConfig
 from vidssl.training.schema import TrainConfig
 
 ROOT = Path(__file__).parents[2]
@@ -122,12 +122,12 @@ def arguments(cls: type) -> list[str]:
 def string_keys(cfg: Any, key_path: str = "") -> list[str]:
     """Dotted keys of a configuration that hold any string, or a list of them."""
     is_spec = isinstance(cfg, Spec)
-    hints = config._hints(cfg.factory) if is_spec else get_type_hints(type(cfg), include_extras=True)
+    declared = config.declarations(cfg.factory if is_spec else type(cfg))
     values = cfg.arguments if is_spec else vars(cfg)
     keys = []
     for name, value in values.items():
         key = f"{key_path}.{name}".lstrip(".")
-        options = config._options(hints[name])[0]
+        options = config._options(declared[name].hint)[0]
         if dataclasses.is_dataclass(value):
             keys += string_keys(value, key)
         elif any(option is str or option == list[config.Text] for option in options):

@@ -72,6 +72,11 @@ def disk_error_line(error: OSError) -> str | None:
     return f"{where}{os.strerror(number)}{correction}"
 
 
+def asks_for_help(argv: list[str]) -> bool:
+    """Whether a command line has -h or --help."""
+    return bool({"-h", "--help"} & set(argv))
+
+
 def run_cli(main: Callable[[list[str]], None], about: str | None = None) -> None:
     """Runs main(argv) and ends the process with the exit status of its outcome (docs/training.md lists them).
 
@@ -79,7 +84,7 @@ def run_cli(main: Callable[[list[str]], None], about: str | None = None) -> None
     EXIT_INTERRUPTED. Any other exception is a fault of the program: a traceback and 1.
     about: printed for --help.
     """
-    if about and {"-h", "--help"} & set(sys.argv[1:]):
+    if about and asks_for_help(sys.argv[1:]):
         print(about)
         return
     configure_logging()

@@ -11,22 +11,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
 from einops import rearrange
 from PIL import Image
-from pydantic import ConfigDict, Field
+from pydantic import Field
 from timm.data.auto_augment import RandAugment, rand_augment_transform
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torchvision.transforms import RandomResizedCrop, v2
 from torchvision.transforms.v2 import functional as TF
 
-from vidssl.config import Fraction, NonNegativeFloat, NonNegativeInt, PositiveInt, Range
+from vidssl.config import Fraction, NonNegativeInt, PositiveInt, Range
 from vidssl.core.errors import UserError
 from vidssl.core.pixels import channel_statistics
+from vidssl.data.schema import ColorJitter
 
 SideFraction = Annotated[float, Field(gt=0, le=1)]
 # timm's names of RandAugment; timm itself ignores a part that it cannot parse
@@ -77,28 +78,11 @@ def downscale(frames: np.ndarray, short_side: int | None) -> np.ndarray:
     return np.ascontiguousarray(rearrange(scaled, "t c h w -> t h w c").numpy())
 
 
-@dataclass(frozen=True)
-class ColorJitter:
-    """torchvision's ColorJitter with probability p, then RandomGrayscale: the same factors and order for all
-    frames.
-
-    A factor is drawn from 1 - amount .. 1 + amount (not below 0), the shift of the hue from -hue .. hue of
-    the circle. Contrast is relative to the mean of each frame.
-    """
-
-    __pydantic_config__: ClassVar[ConfigDict] = {"extra": "forbid"}
-    brightness: NonNegativeFloat = 0.0
-    contrast: NonNegativeFloat = 0.0
-    saturation: NonNegativeFloat = 0.0
-    hue: Annotated[float, Field(ge=0, le=0.5)] = 0.0
-    p: Fraction = 1.0  # probability of these four
-    grayscale_p: Fraction = 0.0  # probability of removing all colour, after them
-
-    def __call__(self, clip: Tensor) -> Tensor:
-        """u8 [3, T, H, W] -> the same; draws from torch's global generator."""
-        jitter = v2.ColorJitter(self.brightness, self.contrast, self.saturation, self.hue)
-        transform = v2.Compose([v2.RandomApply([jitter], self.p), v2.RandomGrayscale(self.grayscale_p)])
-        return rearrange(transform(rearrange(clip, "c t h w -> t c h w")), "t c h w -> c t h w").contiguous()
+def jitter_color(clip: Tensor, jitter: ColorJitter) -> Tensor:
+    """u8 [3, T, H, W] -> the same; draws from torch's global generator."""
+    color = v2.ColorJitter(jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue)
+    transform = v2.Compose([v2.RandomApply([color], jitter.p), v2.RandomGrayscale(jitter.grayscale_p)])
+    return rearrange(transform(rearrange(clip, "c t h w -> t c h w")), "t c h w -> c t h w").contiguous()
 
 
 @lru_cache
@@ -161,7 +145,7 @@ class Augmentations:
         clip = _channels_first(frames)
         if self.color_jitter is not None:
             with seeded(draw_seed(rng)):
-                clip = self.color_jitter(clip)
+                clip = jitter_color(clip, self.color_jitter)
         if self.random_erasing and rng.uniform() < self.random_erasing:
             with seeded(draw_seed(rng)):
                 clip = _erase(clip, self.random_erasing_mode)

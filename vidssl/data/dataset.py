@@ -1,25 +1,22 @@
 """Training clips: the sample at a position of a training stream, decoded, cut and augmented."""
 
-import dataclasses
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from einops import rearrange
-from pydantic import ConfigDict
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from vidssl.config import Fraction, Names, PositiveFloat, PositiveInt, Text
-from vidssl.core.errors import DecodeError, UserError
+from vidssl.core.errors import DecodeError
 from vidssl.data.augment import downscale
 from vidssl.data.decoding import check_decoder, open_video, select_decoder
-from vidssl.data.decoding.base import Decoder, Video
+from vidssl.data.decoding.base import Video
 from vidssl.data.order import SampleOrder, positions_per_step
-from vidssl.data.sampling import Rule, repeated_positions, sample_clips, split_repeat
+from vidssl.data.sampling import repeated_positions, sample_clips, split_repeat
+from vidssl.data.schema import DataConfig, Decoder
 from vidssl.data.shards import Sample, Shards
 
 MAX_ATTEMPTS = 20  # samples tried at one position before the run stops
@@ -59,84 +56,6 @@ def first_decodable(position: int, try_position: Callable[[int, int], Example | 
             return result._replace(failures=failures)
         failures.append(result)
     return Example(position, EXHAUSTED, -1, torch.empty(0), failures)
-
-
-Weights = tuple[PositiveFloat, ...]
-
-
-@dataclass(frozen=True)
-class ExtraStream:
-    """A further stream of clips in every step, for example of another length, or of images."""
-
-    __pydantic_config__: ClassVar[ConfigDict] = {"extra": "forbid"}
-    train: Names  # as in DataConfig, up to `rule`
-    frames: PositiveInt
-    # clips of this stream per step, counted in run.batch; a multiple of run.lanes x data.repeat
-    clips: PositiveInt
-    stride: PositiveInt | None = None
-    fps: PositiveFloat | None = None
-    weights: Weights | None = None
-    rule: Rule = "exact"
-
-    def __post_init__(self) -> None:
-        check_rate("data.extra_streams", self.stride, self.fps)
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """The `data` section: which shards are read, and which frames make a clip."""
-
-    train: Names  # packed folders or their URLs (http, https, s3, ...); reader stream: see data/stream.py
-    frames: PositiveInt  # per clip
-    stride: PositiveInt | None = None  # between the frames of a clip, in frames of the video
-    fps: PositiveFloat | None = None  # frames per second of a clip; give either stride or fps
-    rule: Rule = "exact"  # how stride and fps select frames; 'vjepa' reproduces V-JEPA's frame selection
-    reader: Literal["indexed", "stream"] = "indexed"  # stream: for shards without an index (data/stream.py)
-    # reader stream: samples, not yet decoded, that each loader process shuffles
-    shuffle_buffer: PositiveInt = 256
-    weights: Weights | None = None  # share of the clips from each of `train`; None: in proportion to size
-    extra_streams: tuple[ExtraStream, ...] = ()
-    repeat: PositiveInt = 1  # clips per decoded video (repeated augmentation), all in the same batch
-    short_side: PositiveInt | None = None  # pixels; larger frames are scaled down to it; None: as stored
-    decoder: Decoder = "auto"  # see decoding.select_decoder
-    max_decode_error_rate: Fraction = 0.05  # fraction of samples that may fail to decode before the run stops
-    # missing or changed shard; skip: its samples fail to decode
-    on_missing: Literal["error", "skip"] = "error"
-    cache_dir: Text | None = None  # folder for remote shards; None: the user's cache folder
-    cache_gb: PositiveFloat = 100  # size limit of cache_dir, 10**9 bytes
-    decode_timeout_s: PositiveFloat = 60  # seconds per sample (only with efficiency.decode_in_subprocess)
-    # 2**20 bytes by which a sample may grow the decoding process (only with efficiency.decode_in_subprocess)
-    memory_mb: PositiveInt = 4096
-
-    def __post_init__(self) -> None:
-        check_rate("data", self.stride, self.fps)
-        if self.reader == "stream":
-            unusable = (
-                ("weights", self.weights),
-                ("repeat", self.repeat > 1),
-                ("extra_streams", self.extra_streams),
-            )
-            if names := [f"data.{name}" for name, used in unusable if used]:
-                raise UserError(
-                    f"data.reader stream cannot serve {', '.join(names)}: it needs an index; "
-                    "run python -m data_prep.scan on the shards and use data.reader indexed"
-                )
-
-    def streams(self) -> list["DataConfig"]:
-        """The configuration of each stream as if it were the only one."""
-        shared_fields = [f.name for f in dataclasses.fields(ExtraStream) if f.name != "clips"]
-        extra = [{name: getattr(s, name) for name in shared_fields} for s in self.extra_streams]
-        return [self, *(dataclasses.replace(self, **fields, extra_streams=()) for fields in extra)]
-
-    def clips(self, batch: int) -> list[int]:
-        """Clips of each stream in a global batch."""
-        extra = [s.clips for s in self.extra_streams]
-        return [batch - sum(extra), *extra]
-
-
-def check_rate(where: str, stride: int | None, fps: float | None) -> None:
-    if (stride is None) == (fps is None):
-        raise UserError(f"{where}: give either stride (in frames) or fps (frames a second)")
 
 
 def decode_clip(

@@ -20,7 +20,6 @@ from vidssl.core.log import logger
 from vidssl.data.dataset import (
     EXHAUSTED,
     STREAM_STRIDE,
-    DataConfig,
     DecodeFailure,
     Example,
     MultiStreamDataset,
@@ -28,6 +27,7 @@ from vidssl.data.dataset import (
 )
 from vidssl.data.isolated_dataset import IsolatedDataset
 from vidssl.data.order import make_order
+from vidssl.data.schema import DataConfig
 from vidssl.data.shards import Shards
 from vidssl.data.stream import ClipDecoder, ShardUrls, StreamingDataset, StreamSettings
 

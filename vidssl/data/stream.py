@@ -27,7 +27,6 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 from vidssl.core.errors import DecodeError, UserError
 from vidssl.data.dataset import (
     MAX_ATTEMPTS,
-    DataConfig,
     DecodeFailure,
     Example,
     decode_clip,
@@ -40,6 +39,7 @@ from vidssl.data.isolated_dataset import IsolatedDataset
 from vidssl.data.order import positions_per_step
 from vidssl.data.remote import filesystem, is_url, network_errors, without_query
 from vidssl.data.sampling import sample_indices
+from vidssl.data.schema import DataConfig
 
 DAMAGED_TAR = (tarfile.TarError, EOFError, ValueError, zlib.error)
 

@@ -1,49 +1,18 @@
 """The `data` section of a probe, the labelled samples it names, and the view of a sample that it and the
 encoder give."""
 
-from dataclasses import dataclass
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
-from pydantic import BeforeValidator, Field
-
-from vidssl.config import Names, NonNegativeInt, PositiveFloat, PositiveInt, Text
 from vidssl.core.errors import UserError
 from vidssl.data.shards import Shards
 from vidssl.evaluation.evaluate import check_disjoint
 from vidssl.evaluation.extractor import Split
+from vidssl.evaluation.probe_config import ProbeData
 from vidssl.evaluation.protocol import ProbeProtocol
 from vidssl.evaluation.splits import label_sets, labelled
 from vidssl.evaluation.tasks import Kind, Task, make_task
 from vidssl.evaluation.views import Control, FrameOrder, View
 from vidssl.pretrained.load import LoadedEncoder
-
-OpenFraction = Annotated[float, Field(gt=0, lt=1)]
-Fractions = Annotated[
-    tuple[OpenFraction, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list | tuple) else (v,))
-]
-
-
-@dataclass(frozen=True)
-class ProbeData:
-    """The `data` section of a probe."""
-
-    train: Names  # packed folders with labels
-    test: Names
-    labels: Names | None = None  # label sets to probe; None: all that train and test have in common
-    tags: tuple[str, ...] = ()  # label sets whose class names are tags joined by "|" (multi-label)
-    numbers: tuple[str, ...] = ()  # label sets whose class names are numbers (regression)
-    frames: PositiveInt | None = None  # per clip; None: the encoder's own (an image model has none)
-    size: PositiveInt | None = None  # pixels; None: the encoder's own
-    stride: PositiveInt | None = None  # frames; None (and fps None): as the encoder was trained
-    fps: PositiveFloat | None = None  # frames per second
-    train_fractions: Fractions = ()  # low-shot subsets of train, one per seed; (): all of train
-    seeds: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)] = (0, 1, 2)
-    cache_dir: Text | None = None  # folder for remote shards; None: the user's cache folder
-    cache_gb: PositiveFloat = 100  # its size limit
-
-    def __post_init__(self) -> None:
-        if self.stride is not None and self.fps is not None:
-            raise UserError("data: give stride (in frames) or fps (frames a second), not both")
 
 
 class LabelSet(NamedTuple):

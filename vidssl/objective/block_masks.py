@@ -3,7 +3,7 @@ them."""
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal
 
 import torch
 from einops import rearrange, repeat
@@ -14,6 +14,7 @@ from vidssl.config import Fraction, PositiveFloat, PositiveInt, Range
 from vidssl.core.errors import UserError
 from vidssl.core.rng import KeyedRNG
 from vidssl.model.grid import Grid, Mask
+from vidssl.objective.schema import BlockGroup
 
 # Draws of a sample's boxes; the first that leaves enough context is used. The number is fixed: every sample
 # consumes equally many random numbers.
@@ -58,13 +59,6 @@ def rectangles(u: Tensor, size: tuple[int, int], grid: Grid, starts: tuple[int, 
 def indices_of(chosen: Tensor, count: int) -> Tensor:
     """i64 [..., count]: ascending ids of the True entries of chosen bool [..., N], `count` in each row."""
     return (~chosen).int().argsort(dim=-1, stable=True)[..., :count]
-
-
-class BlockGroup(NamedTuple):
-    """`blocks` boxes, each of `scale` times the frame's area; their union is hidden."""
-
-    blocks: PositiveInt
-    scale: PositiveFloat
 
 
 @dataclass(frozen=True)

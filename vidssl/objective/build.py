@@ -1,30 +1,14 @@
 """Builds the objective that a configuration describes."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Annotated
 
 import torch
 
-from vidssl.config import Choice, Spec
+from vidssl.config import Spec
 from vidssl.core.rng import KeyedRNG
-from vidssl.model.predictor import PREDICTORS, QUERIES
 from vidssl.model.vit import Encoder
-from vidssl.objective.masks import MASKS
-from vidssl.objective.objective import ERRORS, ContextLoss, Objective
-from vidssl.objective.targets import TARGETS
-
-
-@dataclass(frozen=True)
-class MethodConfig:
-    """The `method` section: the parts of the formula (objective.py)."""
-
-    mask: Annotated[Spec, Choice(MASKS)]
-    target: Annotated[Spec, Choice(TARGETS, supplied=("encoder", "teacher"))]
-    query: Annotated[Spec, Choice(QUERIES, supplied=("width",))]
-    predictor: Annotated[Spec, Choice(PREDICTORS, supplied=("encoder", "out"))]
-    error: Annotated[Spec, Choice(ERRORS)]
-    context: ContextLoss
+from vidssl.objective.objective import Objective
+from vidssl.objective.schema import MethodConfig
 
 
 def build_objective(

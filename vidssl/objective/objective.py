@@ -5,18 +5,17 @@ loss = mean over masks m of  weighted_mean error( predictor(encoder(video, m.con
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vidssl.config import NonNegativeFloat, NonNegativeInt
 from vidssl.core.errors import UserError
 from vidssl.core.rng import KeyedRNG
 from vidssl.model.grid import Grid, Mask, gather_tokens
 from vidssl.model.predictor import Prediction
 from vidssl.model.vit import Encoder
+from vidssl.objective.schema import ContextLoss
 from vidssl.objective.targets import Target
 
 ErrorFunction = Callable[[Tensor, Tensor], Tensor]  # prediction and target [B, M, Nt, K] to [B, M, Nt]
@@ -26,24 +25,6 @@ ERRORS: dict[str, Callable[[], ErrorFunction]] = {
     "l2": lambda: lambda pred, target: F.mse_loss(pred, target, reduction="none").mean(-1),
     "smooth_l1": lambda: lambda pred, target: F.smooth_l1_loss(pred, target, reduction="none").mean(-1),
 }
-
-
-@dataclass(frozen=True)
-class ContextLoss:
-    """The error at the context tokens, added to the loss. Source: V-JEPA 2.1 (app/vjepa_2_1)."""
-
-    weight: NonNegativeFloat = 0.0  # 0: none; V-JEPA 2.1: 0.5
-    by_distance: bool = True  # multiplies each error by 1 / sqrt(distance in tokens to the nearest target)
-    warmup: tuple[NonNegativeInt, NonNegativeInt] = (
-        0,
-        0,
-    )  # the weight rises linearly from 0 between these steps
-
-    def weight_at(self, step: int) -> float:
-        first, last = self.warmup
-        if last <= first:
-            return self.weight
-        return self.weight * min(1.0, max(0.0, (step - first) / (last - first)))
 
 
 def inverse_sqrt_distance(mask: Mask, grid: Grid) -> Tensor:

@@ -12,8 +12,8 @@ from vidssl.core.errors import UserError
 from vidssl.core.pixels import MEAN, STD
 from vidssl.model.grid import Grid
 from vidssl.model.positions import resize_table
-from vidssl.objective.build import MethodConfig
 from vidssl.objective.objective import Objective
+from vidssl.objective.schema import MethodConfig
 from vidssl.pretrained.files import native_header, save_native, save_weights
 from vidssl.pretrained.infer_config import Checkpoint, token_grid
 

@@ -8,12 +8,11 @@ from torch import Tensor
 
 from vidssl import config
 from vidssl.core.errors import UserError
+from vidssl.model.schema import NATIVE_SIZE_KEYS
 from vidssl.model.vit import Encoder
 from vidssl.pretrained.files import encoder_file, is_native, read_native
 from vidssl.pretrained.infer_config import Checkpoint
 from vidssl.pretrained.public import read_public
-
-NATIVE_SIZE_KEYS = ("frames", "height", "width")  # of the clip size on which the positions are defined
 
 
 class LoadedEncoder(NamedTuple):

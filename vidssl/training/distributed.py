@@ -36,7 +36,7 @@ from torch.distributed.tensor import DTensor
 from vidssl.core.errors import UserError
 
 if TYPE_CHECKING:
-    from vidssl.training.optim import OptimConfig
+    from vidssl.training.schema import OptimConfig
 
 NO_LIMIT = float("inf")
 # rank 0 gets the full state, others an empty dict

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from vidssl.core.log import logger
 from vidssl.core.pixels import normalise
-from vidssl.data.dataset import DataConfig, MultiStreamDataset
+from vidssl.data.dataset import MultiStreamDataset
 from vidssl.data.loader import Batch, train_steps
+from vidssl.data.schema import DataConfig
 from vidssl.data.shards import Sample, Shards
 from vidssl.evaluation.evaluate import LabelledFeatures, check_readable
 from vidssl.evaluation.feature_cache import FeatureShape
@@ -23,9 +24,9 @@ from vidssl.evaluation.views import View
 from vidssl.pretrained.load import LoadedEncoder
 from vidssl.training.distributed import Strategy
 from vidssl.training.finetune_report import mean_over_clips
+from vidssl.training.finetune_schema import FinetuneConfig
 from vidssl.training.finetuning import (
     Classifier,
-    FinetuneConfig,
     FinetuneSplits,
     LabelledClips,
     Mixer,
@@ -33,10 +34,11 @@ from vidssl.training.finetuning import (
     make_classifier,
 )
 from vidssl.training.metrics_log import count_samples, step_row
-from vidssl.training.optim import OptimConfig, build_optimizer, schedule, set_schedule
+from vidssl.training.optim import build_optimizer, schedule, set_schedule
 from vidssl.training.perf import Throughput
 from vidssl.training.preemption import PreemptionHandler
 from vidssl.training.run_folder import RunFolder
+from vidssl.training.schema import OptimConfig
 from vidssl.training.state import RunState
 from vidssl.training.step import configure_blocks, seed_step
 

@@ -13,7 +13,8 @@ from vidssl.model.vit import LAYER_NORM_EPS
 from vidssl.pretrained.files import save_native
 from vidssl.pretrained.infer_config import Checkpoint
 from vidssl.pretrained.load import LoadedEncoder
-from vidssl.training.finetuning import Classifier, FinetuneConfig, FinetuneSplits
+from vidssl.training.finetune_schema import FinetuneConfig
+from vidssl.training.finetuning import Classifier, FinetuneSplits
 
 
 def mean_over_clips(predictions: LabelledFeatures) -> np.ndarray:

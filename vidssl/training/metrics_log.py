@@ -2,19 +2,17 @@
 
 import contextlib
 import hashlib
-import importlib.util
 import json
 import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from vidssl.core.errors import UserError
 from vidssl.core.io import atomic_write
 from vidssl.core.log import logger
 from vidssl.data.loader import Batch
@@ -117,16 +115,6 @@ def _step_of(line: str) -> float:
         return json.loads(line)["step"]
     except (json.JSONDecodeError, KeyError):
         return math.inf
-
-
-Tracker = Literal["tensorboard", "wandb", "trackio"]
-
-
-def check_trackers(names: tuple[Tracker, ...], option: str = "run.trackers") -> None:
-    """Raises UserError if the package of a tracker is not installed. option: the key that names them."""
-    for name in names:
-        if not importlib.util.find_spec(name):
-            raise UserError(f"{option}: {name} is not installed: pip install {name}")
 
 
 def start_trackers(accelerator: Accelerator, tree: dict[str, Any]) -> Callable[[dict[str, Any]], None]:

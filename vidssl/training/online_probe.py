@@ -1,7 +1,6 @@
 """Online probe: k-NN and ridge accuracy of the features on labelled clips, measured during training."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -9,10 +8,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from vidssl.config import Names, NonNegativeInt, PositiveFloat, PositiveInt, Text
 from vidssl.core.errors import UserError
 from vidssl.core.pixels import normalise
-from vidssl.data.dataset import DataConfig
+from vidssl.data.schema import DataConfig
 from vidssl.data.shards import Sample, Shards
 from vidssl.evaluation.isolated_clips import IsolatedEvalClips
 from vidssl.evaluation.neighbours import knn_predict
@@ -22,32 +20,12 @@ from vidssl.evaluation.tasks import Task, make_task
 from vidssl.evaluation.views import EvalClips, View
 from vidssl.objective.objective import Objective
 from vidssl.training.distributed import unsharded
+from vidssl.training.schema import OnlineProbeConfig
 
 KNN_K = 20  # as DINO's k-NN (arXiv 2104.14294)
 RIDGE_L2 = (1e-3, 1e-2, 1e-1, 1.0)  # on standardised features; selected on a quarter of train
 ENCODE_BATCH = 16  # clips per forward pass
 DECODE_BATCH = 4  # clips between two barriers
-
-
-@dataclass(frozen=True)
-class OnlineProbeConfig:
-    """The `online_probe` section: labelled shards for a quick measure of the features during training, on the
-    mean token of the middle clip of each video. Report the results of probe.py instead."""
-
-    train: Names | None = None  # packed folders with labels; None: no online probe
-    test: Names | None = None
-    every: PositiveInt = 1000  # steps
-    samples: PositiveInt = 512  # at most, of train and of test each, evenly spaced
-    label: Text | None = None  # the label set; None: the first
-    stride: PositiveInt | None = None  # frames; with fps None as well: that of `data`
-    fps: PositiveFloat | None = None  # frames per second
-    memory_mb: NonNegativeInt = (
-        512  # limit of the decoded clips in memory, in 2**20 bytes, checked at the start
-    )
-
-    def __post_init__(self) -> None:
-        if (self.train is None) != (self.test is None):
-            raise UserError("online_probe: give train and test, or neither")
 
 
 class LabelledClipSet(NamedTuple):

@@ -1,101 +1,12 @@
 """AdamW, learning rate and weight decay schedules, parameter groups. A schedule is a function of the step."""
 
-import math
-from dataclasses import dataclass, replace
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field
 from torch import nn
 
-from vidssl.config import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from vidssl.core.errors import UserError
 from vidssl.core.schedules import DECAYS, cosine, linear
-
-Beta = Annotated[float, Field(ge=0, lt=1)]
-
-
-@dataclass(frozen=True)
-class OptimConfig:
-    """The `optim` section. Rates are absolute (without lr_batch), steps are optimizer steps.
-
-    An infinite run (Ibrahim et al. 2024, arXiv 2403.08763) has lr_decay "cosine" to the constant rate
-    final_lr within `schedule_steps`; it can be continued with a larger run.steps. An annealing branch is a
-    run of its own with run.init=THAT_RUN, lr at the constant rate, no warm-up and lr_decay "exponential" (as
-    in the paper) or another.
-    """
-
-    lr: PositiveFloat
-    warmup_lr: NonNegativeFloat = 0.0  # at the start of the warm-up
-    final_lr: NonNegativeFloat = 0.0  # at the end of the decay
-    lr_batch: PositiveInt | None = (
-        None  # value of run.batch to which the three rates refer; None: they are absolute
-    )
-    lr_scaling: Literal["linear", "sqrt"] = (
-        "linear"  # with run.batch / lr_batch: MAE, VideoMAE (256); DINOv2 (1024)
-    )
-    warmup: NonNegativeInt = 0  # steps
-    lr_decay: Literal["cosine", "linear", "exponential", "constant"] = (
-        "cosine"  # of lr to final_lr after the warm-up
-    )
-    ipe_scale: PositiveFloat = (
-        1.0  # schedules are stretched over ipe_scale x run.steps and cut there (V-JEPA: 1.25)
-    )
-    schedule_steps: PositiveInt | None = (
-        None  # length of all schedules after the warm-up; None: until run.steps
-    )
-    layer_lr_decay: Fraction = (
-        1.0  # factor on the rate from each encoder layer to the one below (fine-tuning)
-    )
-    weight_decay: NonNegativeFloat = 0.05
-    final_weight_decay: NonNegativeFloat | None = None  # at the end of a cosine; None: constant
-    betas: tuple[Beta, Beta] = (0.9, 0.999)
-    eps: PositiveFloat = 1e-8
-    clip_grad: PositiveFloat | None = None  # largest norm of the gradients
-    clip_per_module: bool = (
-        False  # clip the encoder and the rest separately (V-JEPA), not all parameters together
-    )
-    clip_start: NonNegativeInt = 0  # first step that is clipped (V-JEPA does not clip during its warm-up)
-    decay_tokens: bool = True  # weight decay on tokens and learned positions: V-JEPA and MAE yes, VideoMAE no
-
-    def __post_init__(self) -> None:
-        if self.lr_decay == "exponential" and not self.final_lr:
-            raise UserError(
-                "optim.final_lr: an exponential decay cannot end at 0; give a rate, or another optim.lr_decay"
-            )
-        if self.schedule_steps is not None and self.lr_decay != "constant" and not self.final_lr:
-            raise UserError(
-                "optim.final_lr: with optim.schedule_steps training goes on at this rate; give one above 0"
-            )
-        if self.schedule_steps is not None and self.ipe_scale != 1:
-            raise UserError(
-                "optim.schedule_steps and optim.ipe_scale both set the length of the schedules: "
-                "give one of them"
-            )
-
-    def scaled(self, batch: int) -> "OptimConfig":
-        """This configuration with absolute rates for a global batch of `batch` clips.
-
-        Source: Goyal et al. 2017 (arXiv 1706.02677), VideoMAE run_mae_pretraining.py; square-root scaling:
-        DINOv2.
-        """
-        if self.lr_batch is None:
-            return self
-        ratio = batch / self.lr_batch
-        factor = ratio if self.lr_scaling == "linear" else math.sqrt(ratio)
-        return replace(
-            self,
-            lr=factor * self.lr,
-            warmup_lr=factor * self.warmup_lr,
-            final_lr=factor * self.final_lr,
-            lr_batch=None,
-        )
-
-    def is_open_ended(self, momentum: tuple[float, float]) -> bool:
-        """Whether no step depends on run.steps. momentum: of the EMA encoder, at the first and last step."""
-        constant_decay = self.final_weight_decay in (None, self.weight_decay)
-        constant = self.lr_decay == "constant" and constant_decay and momentum[0] == momentum[1]
-        return self.schedule_steps is not None or constant
+from vidssl.training.schema import OptimConfig
 
 
 def schedule(

@@ -1,22 +1,36 @@
-"""The configuration of a pre-training run."""
+"""The configuration of a pre-training run, without torch."""
 
-from dataclasses import dataclass
+import importlib.util
+import math
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from vidssl.config import Choice, NonNegativeInt, PositiveFloat, PositiveInt, Spec, Text
+from pydantic import Field
+
+from vidssl.config import (
+    Choice,
+    Fraction,
+    Names,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Spec,
+    Text,
+)
 from vidssl.core.errors import UserError
 from vidssl.core.io import check_writable
-from vidssl.data.augment import AUGMENTS
-from vidssl.data.dataset import DataConfig
 from vidssl.data.order import check_split
-from vidssl.model.vit import MODELS
-from vidssl.objective.build import MethodConfig, build_objective
-from vidssl.objective.objective import Objective
-from vidssl.pretrained.load import NATIVE_SIZE_KEYS, load_teacher
-from vidssl.training.metrics_log import Tracker, check_trackers
-from vidssl.training.online_probe import OnlineProbeConfig
-from vidssl.training.optim import OptimConfig
+from vidssl.data.schema import AUGMENT_PARTS, DataConfig
+from vidssl.model.schema import MODEL_PARTS, NATIVE_SIZE_KEYS
+from vidssl.objective.schema import MethodConfig
+
+if TYPE_CHECKING:
+    from vidssl.objective.objective import Objective
+
+
+Tracker = Literal["tensorboard", "wandb", "trackio"]
 
 
 @dataclass(frozen=True)
@@ -72,14 +86,121 @@ class EfficiencyConfig:
     peer_timeout_s: PositiveInt = 600  # seconds that a process waits for another one before it gives up
 
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """The `optim` section. Rates are absolute (without lr_batch), steps are optimizer steps.
+
+    An infinite run (Ibrahim et al. 2024, arXiv 2403.08763) has lr_decay "cosine" to the constant rate
+    final_lr within `schedule_steps`; it can be continued with a larger run.steps. An annealing branch is a
+    run of its own with run.init=THAT_RUN, lr at the constant rate, no warm-up and lr_decay "exponential" (as
+    in the paper) or another.
+    """
+
+    lr: PositiveFloat
+    warmup_lr: NonNegativeFloat = 0.0  # at the start of the warm-up
+    final_lr: NonNegativeFloat = 0.0  # at the end of the decay
+    lr_batch: PositiveInt | None = (
+        None  # value of run.batch to which the three rates refer; None: they are absolute
+    )
+    lr_scaling: Literal["linear", "sqrt"] = (
+        "linear"  # with run.batch / lr_batch: MAE, VideoMAE (256); DINOv2 (1024)
+    )
+    warmup: NonNegativeInt = 0  # steps
+    lr_decay: Literal["cosine", "linear", "exponential", "constant"] = (
+        "cosine"  # of lr to final_lr after the warm-up
+    )
+    ipe_scale: PositiveFloat = (
+        1.0  # schedules are stretched over ipe_scale x run.steps and cut there (V-JEPA: 1.25)
+    )
+    schedule_steps: PositiveInt | None = (
+        None  # length of all schedules after the warm-up; None: until run.steps
+    )
+    layer_lr_decay: Fraction = (
+        1.0  # factor on the rate from each encoder layer to the one below (fine-tuning)
+    )
+    weight_decay: NonNegativeFloat = 0.05
+    final_weight_decay: NonNegativeFloat | None = None  # at the end of a cosine; None: constant
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    eps: PositiveFloat = 1e-8
+    clip_grad: PositiveFloat | None = None  # largest norm of the gradients
+    clip_per_module: bool = (
+        False  # clip the encoder and the rest separately (V-JEPA), not all parameters together
+    )
+    clip_start: NonNegativeInt = 0  # first step that is clipped (V-JEPA does not clip during its warm-up)
+    decay_tokens: bool = True  # weight decay on tokens and learned positions: V-JEPA and MAE yes, VideoMAE no
+
+    def __post_init__(self) -> None:
+        if self.lr_decay == "exponential" and not self.final_lr:
+            raise UserError(
+                "optim.final_lr: an exponential decay cannot end at 0; give a rate, or another optim.lr_decay"
+            )
+        if self.schedule_steps is not None and self.lr_decay != "constant" and not self.final_lr:
+            raise UserError(
+                "optim.final_lr: with optim.schedule_steps training goes on at this rate; give one above 0"
+            )
+        if self.schedule_steps is not None and self.ipe_scale != 1:
+            raise UserError(
+                "optim.schedule_steps and optim.ipe_scale both set the length of the schedules: "
+                "give one of them"
+            )
+
+    def scaled(self, batch: int) -> "OptimConfig":
+        """This configuration with absolute rates for a global batch of `batch` clips.
+
+        Source: Goyal et al. 2017 (arXiv 1706.02677), VideoMAE run_mae_pretraining.py; square-root scaling:
+        DINOv2.
+        """
+        if self.lr_batch is None:
+            return self
+        ratio = batch / self.lr_batch
+        factor = ratio if self.lr_scaling == "linear" else math.sqrt(ratio)
+        return replace(
+            self,
+            lr=factor * self.lr,
+            warmup_lr=factor * self.warmup_lr,
+            final_lr=factor * self.final_lr,
+            lr_batch=None,
+        )
+
+    def is_open_ended(self, momentum: tuple[float, float]) -> bool:
+        """Whether no step depends on run.steps. momentum: of the EMA encoder, at the first and last step."""
+        constant_decay = self.final_weight_decay in (None, self.weight_decay)
+        constant = self.lr_decay == "constant" and constant_decay and momentum[0] == momentum[1]
+        return self.schedule_steps is not None or constant
+
+
+@dataclass(frozen=True)
+class OnlineProbeConfig:
+    """The `online_probe` section: labelled shards for a quick measure of the features during training, on the
+    mean token of the middle clip of each video. Report the results of probe.py instead."""
+
+    train: Names | None = None  # packed folders with labels; None: no online probe
+    test: Names | None = None
+    every: PositiveInt = 1000  # steps
+    samples: PositiveInt = 512  # at most, of train and of test each, evenly spaced
+    label: Text | None = None  # the label set; None: the first
+    stride: PositiveInt | None = None  # frames; with fps None as well: that of `data`
+    fps: PositiveFloat | None = None  # frames per second
+    memory_mb: NonNegativeInt = (
+        512  # limit of the decoded clips in memory, in 2**20 bytes, checked at the start
+    )
+
+    def __post_init__(self) -> None:
+        if (self.train is None) != (self.test is None):
+            raise UserError("online_probe: give train and test, or neither")
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """All sections of vidssl/train.py."""
 
     method: MethodConfig
-    model: Annotated[Spec, Choice(MODELS, NATIVE_SIZE_KEYS)]
+    model: Annotated[Spec, Choice(MODEL_PARTS, NATIVE_SIZE_KEYS)]
     data: DataConfig
-    augment: Annotated[Spec, Choice(AUGMENTS)]
+    augment: Annotated[Spec, Choice(AUGMENT_PARTS)]
     optim: OptimConfig
     run: RunConfig
     online_probe: OnlineProbeConfig
@@ -103,8 +224,12 @@ class TrainConfig:
         """Whether no step depends on run.steps, so that a finished run can be continued with a larger one."""
         return self.optim.is_open_ended(self.momentum)
 
-    def build_objective(self) -> Objective:
+    def build_objective(self) -> "Objective":
         """The method with fresh weights drawn from run.seed."""
+        # imported here, so that a configuration is checked without torch
+        from vidssl.objective.build import build_objective
+        from vidssl.pretrained.load import load_teacher
+
         frames = [stream.frames for stream in self.data.streams()]
         size = self.augment.arguments["size"]
         return build_objective(self.method, self.model, frames, size, self.run.seed, load_teacher)
@@ -142,6 +267,13 @@ RESUME_MUTABLE = (
 def resume_mutable(cfg: TrainConfig) -> tuple[str, ...]:
     """Keys that may change when the run `cfg` is continued."""
     return (*RESUME_MUTABLE, "run.steps") if cfg.is_open_ended else RESUME_MUTABLE
+
+
+def check_trackers(names: tuple[Tracker, ...], option: str = "run.trackers") -> None:
+    """Raises UserError if the package of a tracker is not installed. option: the key that names them."""
+    for name in names:
+        if not importlib.util.find_spec(name):
+            raise UserError(f"{option}: {name} is not installed: pip install {name}")
 
 
 def check_output(run: RunConfig) -> None:

@@ -16,7 +16,8 @@ from torchvision.transforms.v2 import functional as TF
 
 from vidssl.config import Choice, Spec, load_config
 from vidssl.core.errors import UserError
-from vidssl.data.augment import AUGMENTS, ColorJitter, MultiScaleCrop, RandomCrop
+from vidssl.data.augment import AUGMENTS, MultiScaleCrop, RandomCrop
+from vidssl.data.schema import ColorJitter
 
 SIZE = 48
 NAME = "rand-m7-n4-mstd0.5-inc1"

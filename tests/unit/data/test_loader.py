@@ -15,9 +15,10 @@ from training_clips import copy_with_damage, make_clips, train_batches
 from data_prep import pack
 from vidssl.core.errors import DecodeError, UserError
 from vidssl.data.augment import BOX_OFFSETS, CenterCrop, MultiScaleCrop, RandomCrop, downscale
-from vidssl.data.dataset import EXHAUSTED, ClipReader, DataConfig, DecodeFailure, Example, TrainClips
+from vidssl.data.dataset import EXHAUSTED, ClipReader, DecodeFailure, Example, TrainClips
 from vidssl.data.decoding import check_decoder, open_video, select_decoder
 from vidssl.data.loader import DecodeErrorMonitor
+from vidssl.data.schema import DataConfig
 from vidssl.data.shards import Shards
 
 HEIGHT, WIDTH = 120, 200

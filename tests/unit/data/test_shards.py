@@ -19,9 +19,10 @@ from data_prep import scan
 from vidssl.core.errors import DecodeError, UserError
 from vidssl.data import shards as shards_module
 from vidssl.data.augment import RandomCrop
-from vidssl.data.dataset import DataConfig, TrainClips
+from vidssl.data.dataset import TrainClips
 from vidssl.data.format import parse_index, read_index, shard_table
 from vidssl.data.order import Order
+from vidssl.data.schema import DataConfig
 from vidssl.data.shards import ShardRecords, Shards
 
 

@@ -13,8 +13,8 @@ from server import serving
 from vidssl.config import load_config
 from vidssl.core.errors import UserError
 from vidssl.data.augment import RandomCrop
-from vidssl.data.dataset import DataConfig, ExtraStream
 from vidssl.data.loader import make_streams, open_shards, train_steps
+from vidssl.data.schema import DataConfig, ExtraStream
 from vidssl.data.stream import ShardUrls
 
 SHARDS, SAMPLES = 4, 6

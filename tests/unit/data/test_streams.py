@@ -18,8 +18,9 @@ from vidssl.core.errors import UserError
 from vidssl.core.pixels import normalise
 from vidssl.core.rng import KeyedRNG
 from vidssl.data.augment import RandomCrop
-from vidssl.data.dataset import STREAM_STRIDE, DataConfig, ExtraStream, MultiStreamDataset
+from vidssl.data.dataset import STREAM_STRIDE, MultiStreamDataset
 from vidssl.data.loader import Batch, make_streams, train_steps
+from vidssl.data.schema import DataConfig, ExtraStream
 from vidssl.data.shards import Shards
 from vidssl.objective.masks import MASKS
 from vidssl.training.distributed import Strategy

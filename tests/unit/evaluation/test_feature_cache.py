@@ -38,9 +38,10 @@ from vidssl.evaluation.features import (
 )
 from vidssl.evaluation.heads import Attentive
 from vidssl.evaluation.neighbours import Knn
-from vidssl.evaluation.probe_config import PROTOCOLS, ProbeConfig
-from vidssl.evaluation.probe_data import ProbeData, make_view
+from vidssl.evaluation.probe_config import ProbeConfig, ProbeData
+from vidssl.evaluation.probe_data import make_view
 from vidssl.evaluation.protocol import TrainingSet, select_and_train
+from vidssl.evaluation.protocols import PROTOCOLS
 from vidssl.evaluation.tasks import Task
 from vidssl.evaluation.views import CONTROLS, EvalClips, PatchMeans, View, reorder_frames, square_crop
 from vidssl.pretrained.load import LoadedEncoder

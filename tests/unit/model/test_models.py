@@ -18,7 +18,8 @@ from vidssl.model.positions import (
 )
 from vidssl.model.predictor import JointPredictor, MaskToken
 from vidssl.model.vit import Encoder, TransformerStack
-from vidssl.objective.objective import ERRORS, ContextLoss, Objective, inverse_sqrt_distance
+from vidssl.objective.objective import ERRORS, Objective, inverse_sqrt_distance
+from vidssl.objective.schema import ContextLoss
 from vidssl.objective.targets import Ema, Pixels, level_norm
 
 ANY_SIZE = [

@@ -13,7 +13,6 @@ from vidssl.core.errors import UserError
 from vidssl.core.rng import KeyedRNG
 from vidssl.model.grid import Grid, Mask
 from vidssl.objective.block_masks import (
-    BlockGroup,
     MultiBlock2D,
     MultiBlock3D,
     SingleBlock,
@@ -32,6 +31,7 @@ from vidssl.objective.masks import (
     dual_mask,
     running_cell_maps,
 )
+from vidssl.objective.schema import BlockGroup
 
 VECTORS = Path(__file__).parents[2] / "parity" / "vectors"  # of the reference implementations
 

@@ -15,8 +15,9 @@ from torch import nn
 
 from data_prep import scan
 from vidssl.core.errors import UserError
-from vidssl.data.dataset import DataConfig
-from vidssl.training.online_probe import DECODE_BATCH, OnlineProbe, OnlineProbeConfig
+from vidssl.data.schema import DataConfig
+from vidssl.training.online_probe import DECODE_BATCH, OnlineProbe
+from vidssl.training.schema import OnlineProbeConfig
 
 COLOURS = ("blue", "green", "red")
 

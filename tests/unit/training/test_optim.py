@@ -23,14 +23,8 @@ from vidssl.model.vit import Block, TransformerStack
 from vidssl.pretrained.load import load_encoder
 from vidssl.training.checkpoint import load_checkpoint
 from vidssl.training.distributed import Strategy
-from vidssl.training.optim import (
-    OptimConfig,
-    build_optimizer,
-    is_token_or_position,
-    schedule,
-    set_schedule,
-)
-from vidssl.training.schema import TrainConfig
+from vidssl.training.optim import build_optimizer, is_token_or_position, schedule, set_schedule
+from vidssl.training.schema import OptimConfig, TrainConfig
 from vidssl.training.state import initial_weights
 
 ROOT = Path(__file__).parents[3]

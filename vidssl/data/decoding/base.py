@@ -1,13 +1,11 @@
 """The interface of an open video, and the limits beyond which a file is refused."""
 
 from collections.abc import Iterator
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
 from vidssl.core.errors import DecodeError
-
-Decoder = Literal["auto", "decord", "pyav", "torchcodec"]
 
 VIDEO_EXTENSIONS = (
     *("mp4", "avi", "webm", "mkv", "mov", "m4v", "mpg", "mpeg", "wmv"),

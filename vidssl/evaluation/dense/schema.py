@@ -4,10 +4,9 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from vidssl.config import Choice, PositiveInt, Spec, Text
-from vidssl.evaluation.dense.depth import Depth
-from vidssl.evaluation.dense.propagation import Keypoints, Masks
+from vidssl.config.signatures import PartTable
 
-TASKS = {"depth": Depth, "masks": Masks, "keypoints": Keypoints}
+TASKS = PartTable("vidssl.evaluation.dense.tasks", "TASKS")
 
 
 @dataclass(frozen=True)

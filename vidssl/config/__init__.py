@@ -23,9 +23,10 @@ import yaml
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
+from vidssl.config.signatures import Declaration, Part
+from vidssl.config.yaml_text import Argument, Scalar, parse_yaml, plain
 from vidssl.core.errors import UserError
 from vidssl.core.io import atomic_write
-from vidssl.core.yaml_text import Argument, Scalar, parse_yaml, plain
 
 # Types of values; each states its bounds once.
 Text = Annotated[str, Field(min_length=1)]  # a path or a name
@@ -141,6 +142,7 @@ RENAMED_VALUES = {
     ("method.mask.kind", "block"): "single_block",
     ("method.mask.kind", "multiblock"): "multiblock_2d",
 }
+MAX_LISTED = 8  # names in a message
 # key=value, or --key=value
 ARGUMENT = re.compile(r"(?:--)?((?:\w+\.)*\w+)=(.*)", re.DOTALL)
 
@@ -148,12 +150,12 @@ ARGUMENT = re.compile(r"(?:--)?((?:\w+\.)*\w+)=(.*)", re.DOTALL)
 def load_config(argv: Sequence[str], cls: type[Config]) -> Config:
     """The configuration that files and key=value arguments describe."""
     tree, origin = _merge(argv)
-    return _section(tree, cls, "", origin)
+    return _build(tree, cls, origin)
 
 
 def from_tree(tree: Any, cls: type[Config], source: str) -> Config:
     """The configuration of a stored tree; absent options get their defaults. source: its file, for errors."""
-    return _section(tree, cls, "", _origin_of(tree, "", Source(source)))
+    return _build(tree, cls, _origin_of(tree, "", Source(source)))
 
 
 def to_tree(cfg: Any) -> dict[str, Any]:
@@ -308,11 +310,61 @@ def _where(key: str, origin: Origin) -> str:
     return key
 
 
-def _unknown(key: str, what: str, allowed: Sequence[str], origin: Origin) -> UserError:
-    hint = f"allowed: {', '.join(allowed) or 'none'}"
-    if key in RENAMED:
-        hint = f"it is called {RENAMED[key]} now"
-    return UserError(f"{_where(key, origin)}: unknown {what}; {hint}")
+class UnknownKeyError(UserError):
+    """A key that does not exist. key: dotted; allowed: the names of its section; where: file and key, or the
+    argument."""
+
+    def __init__(self, key: str, what: str, allowed: Sequence[str], where: str):
+        super().__init__(f"{where}: unknown {what} '{key}'")
+        self.key = key
+        self.allowed = allowed
+
+    def hint(self, all_keys: Sequence[str]) -> str:
+        """The present name of an old key, or the nearest one."""
+        if self.key in RENAMED:
+            return f"it is called {RENAMED[self.key]} now"
+        if near := _nearest_key(self.key, self.allowed, all_keys):
+            return f"did you mean {near}?"
+        is_short = 0 < len(self.allowed) <= MAX_LISTED
+        return f"allowed: {', '.join(self.allowed)}" if is_short else "see --help"
+
+
+class MissingKeyError(UserError):
+    """A key without a value and without a default."""
+
+
+def _build(tree: Any, cls: type[Config], origin: Origin) -> Config:
+    try:
+        return _section(tree, cls, "", origin)
+    except UnknownKeyError as e:
+        raise UserError(f"{e}; {e.hint(keys_of(cls))}") from None
+
+
+def _nearest_key(key: str, allowed: Sequence[str], all_keys: Sequence[str]) -> str | None:
+    """The most similar key of the same section, else one of that name elsewhere, else any similar one."""
+    *sections, name = key.split(".")
+    if near := difflib.get_close_matches(name, allowed, n=1, cutoff=0.7):
+        return ".".join([*sections, near[0]])
+    elsewhere = [k for k in all_keys if k.split(".")[:-1] != sections]
+    if same := [k for k in elsewhere if k.split(".")[-1] == name]:
+        return " or ".join(same[:2])
+    return next(iter(difflib.get_close_matches(key, elsewhere, n=1, cutoff=0.7)), None)
+
+
+def keys_of(cls: type, key_path: str = "") -> list[str]:
+    """Dotted keys of a configuration class; of parts that have a kind, those of every kind."""
+    hints = get_type_hints(cls, include_extras=True)
+    keys: list[str] = []
+    for name, hint in hints.items():
+        key = _join(key_path, name)
+        choice = choice_of(hint)
+        if choice is not None:
+            factories = choice.table.values() if isinstance(choice, Choice) else [choice.factory]
+            names = dict.fromkeys(n for f in factories for n in declarations(f) if n not in choice.supplied)
+            keys += [f"{key}.kind"] * isinstance(choice, Choice) + [_join(key, n) for n in names]
+        else:
+            keys += keys_of(hint, key) if dataclasses.is_dataclass(hint) else [key]  # type: ignore[arg-type]
+    return keys
 
 
 def _section(node: Any, cls: type[Config], key_path: str, origin: Origin) -> Config:
@@ -322,24 +374,33 @@ def _section(node: Any, cls: type[Config], key_path: str, origin: Origin) -> Con
     names = [f.name for f in fields]
     if not isinstance(node, dict):
         raise UserError(f"{_where(key_path, origin)}: must be a mapping with {', '.join(names)}")
-    has_sections = any(_choice_of(h) or dataclasses.is_dataclass(h) for h in hints.values())
+    has_sections = any(choice_of(h) or dataclasses.is_dataclass(h) for h in hints.values())
     for key in node:
         if key not in names:
-            raise _unknown(_join(key_path, key), "section" if has_sections else "key", names, origin)
+            what = "section" if has_sections else "key"
+            raise UnknownKeyError(_join(key_path, key), what, names, _where(_join(key_path, key), origin))
     values: dict[str, Any] = {}
+    missing: list[MissingKeyError] = []
     for f in fields:
         key = _join(key_path, f.name)
         hint = hints[f.name]
-        if choice := _choice_of(hint):
-            values[f.name] = _spec(node.get(f.name, {}), choice, key, origin)
-        elif dataclasses.is_dataclass(hint):
-            values[f.name] = _section(node.get(f.name, {}), hint, key, origin)  # type: ignore[arg-type]
-        else:
-            values[f.name] = _value(node.get(f.name, _default_of(f)), hint, key, origin)
+        # a wrong key is reported before a missing one, which it may be meant for
+        try:
+            if choice := choice_of(hint):
+                values[f.name] = _spec(node.get(f.name, {}), choice, key, origin)
+            elif dataclasses.is_dataclass(hint):
+                values[f.name] = _section(node.get(f.name, {}), hint, key, origin)  # type: ignore[arg-type]
+            else:
+                values[f.name] = _value(node.get(f.name, _default_of(f)), hint, key, origin)
+        except MissingKeyError as e:
+            missing.append(e)
+    if missing:
+        raise missing[0]
     return cls(**values)
 
 
-def _choice_of(hint: Any) -> Choice | Arguments | None:
+def choice_of(hint: Any) -> Choice | Arguments | None:
+    """The annotation of a Spec field."""
     if get_origin(hint) is not Annotated:
         return None
     return next((m for m in hint.__metadata__ if isinstance(m, Choice | Arguments)), None)
@@ -360,7 +421,7 @@ def _spec(node: Any, choice: Choice | Arguments, key_path: str, origin: Origin) 
     if isinstance(choice, Choice):
         allowed = ", ".join(choice.table)
         if "kind" not in values:
-            raise UserError(f"{_where(key_path, origin)}: 'kind' is missing; allowed: {allowed}")
+            raise MissingKeyError(f"{_where(key_path, origin)}: 'kind' is missing; allowed: {allowed}")
         kind = _typed(values.pop("kind"), str, _where(key_path + ".kind", origin))
         if not isinstance(kind, str) or kind not in choice.table:
             hint = _renamed_value(f"{key_path}.kind", kind) or f"allowed: {allowed}"
@@ -368,24 +429,26 @@ def _spec(node: Any, choice: Choice | Arguments, key_path: str, origin: Origin) 
         factory = choice.table[kind]
     else:
         factory = choice.factory
-    parameters = inspect.signature(factory).parameters
-    parameters = {k: p for k, p in parameters.items() if k not in choice.supplied}  # type: ignore[assignment]
+    parameters = {k: p for k, p in declarations(factory).items() if k not in choice.supplied}
     for key in values:
         if key not in parameters:
-            raise _unknown(_join(key_path, key), "key", list(parameters), origin)
-    hints = _hints(factory)
-    arguments = {
-        k: _value(values.get(k, p.default), hints[k], _join(key_path, k), origin)
-        for k, p in parameters.items()
+            where = _where(_join(key_path, key), origin)
+            raise UnknownKeyError(_join(key_path, key), "key", list(parameters), where)
+    # those that are given come first: a wrong value is reported before a missing one
+    order = sorted(parameters, key=lambda k: k not in values)
+    found = {
+        k: _value(values.get(k, parameters[k].default), parameters[k].hint, _join(key_path, k), origin)
+        for k in order
     }
+    arguments = {k: found[k] for k in parameters}
     return Spec(kind, arguments, factory)
 
 
 def _value(value: Any, hint: Any, key_path: str, origin: Origin) -> Any:
-    """The value as the type that the hint names; strict, as JSON is: 3 is a float, but 3.0 and true are not
+    """The value as the type that the hint names; strict, as JSON is: 3 is a float, but 3.0 and true are no
     integers. A string is the text as it was written."""
     if value is inspect.Parameter.empty:
-        raise UserError(
+        raise MissingKeyError(
             f"'{key_path}' is missing (expected {describe(hint)}): "
             f"set it in a file, or {key_path}=... on the command line"
         )
@@ -399,7 +462,7 @@ def _value(value: Any, hint: Any, key_path: str, origin: Origin) -> Any:
         first = e.errors()[0]
         inner = [str(i) for i in first["loc"]]
         if (key := ".".join([key_path, *inner])) in RENAMED:
-            raise _unknown(key, "key", [], origin) from None
+            raise UnknownKeyError(key, "key", [], where) from None
         where += "".join(f"[{i}]" for i in inner)
         hint_text = _renamed_value(key_path, value) or f"expected {describe(hint)}"
         raise UserError(f"{where}: {first['msg'].lower()}, not {first['input']!r} ({hint_text})") from None
@@ -507,12 +570,23 @@ def _plain(value: Any) -> Any:
 
 def _dump(value: Any, hint: Any) -> Any:
     if isinstance(value, Spec):
-        hints = _hints(value.factory)
-        arguments = {k: _dump(v, hints[k]) for k, v in value.arguments.items()}
+        declared = declarations(value.factory)
+        arguments = {k: _dump(v, declared[k].hint) for k, v in value.arguments.items()}
         return arguments if value.kind is None else {"kind": value.kind, **arguments}
     if dataclasses.is_dataclass(hint):
         return to_tree(value)
     return TypeAdapter(hint).dump_python(value, mode="json")
+
+
+def declarations(factory: Callable[..., Any]) -> dict[str, Declaration]:
+    """The parameters of a callable; of a part whose module is not imported, from the source."""
+    if isinstance(factory, Part):
+        if factory.table.loaded() is None:
+            return factory.declarations()
+        factory = factory.load()
+    hints = _hints(factory)
+    parameters = inspect.signature(factory).parameters
+    return {k: Declaration(hints.get(k, Any), p.default, "") for k, p in parameters.items()}
 
 
 def _hints(factory: Callable[..., Any]) -> dict[str, Any]:

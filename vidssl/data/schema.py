@@ -1,0 +1,109 @@
+"""The `data` section, and other configuration of this package, without torch."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import ConfigDict, Field
+
+from vidssl.config import Fraction, Names, NonNegativeFloat, PositiveFloat, PositiveInt, Text
+from vidssl.config.signatures import PartTable
+from vidssl.core.errors import UserError
+from vidssl.data.sampling import Rule
+
+AUGMENT_PARTS = PartTable("vidssl.data.augment", "AUGMENTS")
+Decoder = Literal["auto", "decord", "pyav", "torchcodec"]
+Weights = tuple[PositiveFloat, ...]
+
+
+@dataclass(frozen=True)
+class ExtraStream:
+    """A further stream of clips in every step, for example of another length, or of images."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = {"extra": "forbid"}
+    train: Names  # as in DataConfig, up to `rule`
+    frames: PositiveInt
+    # clips of this stream per step, counted in run.batch; a multiple of run.lanes x data.repeat
+    clips: PositiveInt
+    stride: PositiveInt | None = None
+    fps: PositiveFloat | None = None
+    weights: Weights | None = None
+    rule: Rule = "exact"
+
+    def __post_init__(self) -> None:
+        check_rate("data.extra_streams", self.stride, self.fps)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The `data` section: which shards are read, and which frames make a clip."""
+
+    train: Names  # packed folders or their URLs (http, https, s3, ...); reader stream: see data/stream.py
+    frames: PositiveInt  # per clip
+    stride: PositiveInt | None = None  # between the frames of a clip, in frames of the video
+    fps: PositiveFloat | None = None  # frames per second of a clip; give either stride or fps
+    rule: Rule = "exact"  # how stride and fps select frames; 'vjepa' reproduces V-JEPA's frame selection
+    reader: Literal["indexed", "stream"] = "indexed"  # stream: for shards without an index (data/stream.py)
+    # reader stream: samples, not yet decoded, that each loader process shuffles
+    shuffle_buffer: PositiveInt = 256
+    weights: Weights | None = None  # share of the clips from each of `train`; None: in proportion to size
+    extra_streams: tuple[ExtraStream, ...] = ()
+    repeat: PositiveInt = 1  # clips per decoded video (repeated augmentation), all in the same batch
+    short_side: PositiveInt | None = None  # pixels; larger frames are scaled down to it; None: as stored
+    decoder: Decoder = "auto"  # see decoding.select_decoder
+    max_decode_error_rate: Fraction = 0.05  # fraction of samples that may fail to decode before the run stops
+    # missing or changed shard; skip: its samples fail to decode
+    on_missing: Literal["error", "skip"] = "error"
+    cache_dir: Text | None = None  # folder for remote shards; None: the user's cache folder
+    cache_gb: PositiveFloat = 100  # size limit of cache_dir, 10**9 bytes
+    decode_timeout_s: PositiveFloat = 60  # seconds per sample (only with efficiency.decode_in_subprocess)
+    # 2**20 bytes by which a sample may grow the decoding process (only with efficiency.decode_in_subprocess)
+    memory_mb: PositiveInt = 4096
+
+    def __post_init__(self) -> None:
+        check_rate("data", self.stride, self.fps)
+        if self.reader == "stream":
+            unusable = (
+                ("weights", self.weights),
+                ("repeat", self.repeat > 1),
+                ("extra_streams", self.extra_streams),
+            )
+            if names := [f"data.{name}" for name, used in unusable if used]:
+                raise UserError(
+                    f"data.reader stream cannot serve {', '.join(names)}: it needs an index; "
+                    "run python -m data_prep.scan on the shards and use data.reader indexed"
+                )
+
+    def streams(self) -> list["DataConfig"]:
+        """The configuration of each stream as if it were the only one."""
+        shared_fields = [f.name for f in dataclasses.fields(ExtraStream) if f.name != "clips"]
+        extra = [{name: getattr(s, name) for name in shared_fields} for s in self.extra_streams]
+        return [self, *(dataclasses.replace(self, **fields, extra_streams=()) for fields in extra)]
+
+    def clips(self, batch: int) -> list[int]:
+        """Clips of each stream in a global batch."""
+        extra = [s.clips for s in self.extra_streams]
+        return [batch - sum(extra), *extra]
+
+
+def check_rate(where: str, stride: int | None, fps: float | None) -> None:
+    if (stride is None) == (fps is None):
+        raise UserError(f"{where}: give either stride (in frames) or fps (frames a second)")
+
+
+@dataclass(frozen=True)
+class ColorJitter:
+    """torchvision's ColorJitter with probability p, then RandomGrayscale: the same factors and order for all
+    frames.
+
+    A factor is drawn from 1 - amount .. 1 + amount (not below 0), the shift of the hue from -hue .. hue of
+    the circle. Contrast is relative to the mean of each frame.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = {"extra": "forbid"}
+    brightness: NonNegativeFloat = 0.0
+    contrast: NonNegativeFloat = 0.0
+    saturation: NonNegativeFloat = 0.0
+    hue: Annotated[float, Field(ge=0, le=0.5)] = 0.0
+    p: Fraction = 1.0  # probability of these four
+    grayscale_p: Fraction = 0.0  # probability of removing all colour, after them
