@@ -26,6 +26,7 @@ from data_prep.sources import SourceItem
 from vidssl.core.errors import UserError
 from vidssl.core.io import make_folder
 from vidssl.data.format import dumps, sample_record, select_media
+from vidssl.data.metadata import packed_mark
 
 Inspected = list[EncodedSample | Rejected]  # results of inspecting one source file
 MAX_RETRIES = 20  # of a shard whose worker or node is lost
@@ -50,13 +51,12 @@ def write_shard(shard: ShardPlan, inspected: Iterable[Inspected], plan: Plan, su
                     continue
                 item = items[result.item]
                 key = sample_key(path, result.start, result.end)
-                metas[key] = sample_meta(item, result, plan)
+                data = (plan.source / path).read_bytes() if result.data is None else result.data
+                ext = item.ext if result.data is None else "mp4"
+                metas[key] = sample_meta(item, result, plan) | {"packed": packed_mark(len(data))}
                 # TarWriter sorts the members of one call; two calls put the media file first, whatever its
                 # name.
-                if result.data is None:
-                    tar.write({"__key__": key, item.ext: (plan.source / path).read_bytes()})
-                else:
-                    tar.write({"__key__": key, "mp4": result.data})
+                tar.write({"__key__": key, ext: data})
                 tar.write({"__key__": key, "json": dumps(metas[key]).encode()})
     write_lines(shard.tar.with_suffix(".jsonl"), map(dumps, _records(unfinished, metas)))
     write_lines(shard.rejections, map(dumps, rejected))
@@ -65,7 +65,7 @@ def write_shard(shard: ShardPlan, inspected: Iterable[Inspected], plan: Plan, su
 
 def _records(tar: Path, metas: dict[str, dict]) -> Iterator[dict]:
     """The records of a written tar: byte offsets and sizes are read back from its headers."""
-    for key, members in tar_samples(tar):
+    for key, members in tar_samples(tar).samples.items():
         media = select_media(members)
         assert media is not None, key
         ext, (offset, size) = media

@@ -8,12 +8,14 @@ import hashlib
 import os
 import re
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from vidssl.core.errors import UserError
 from vidssl.core.io import atomic_write
+from vidssl.data.tar_files import TarFiles, split_name
 
 
 class Member(NamedTuple):
@@ -64,29 +66,53 @@ def _number_and_name(name: str) -> tuple[int, str]:
     return int(name), name  # "1" and "01" are two classes, and the order of a set differs from run to run
 
 
-def tar_samples(tar: Path, file: BinaryIO | None = None) -> Iterator[tuple[str, dict[str, Member]]]:
-    """Yields (key, {lower-case extension: member}) in the order of the tar; reads its headers only.
+COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"\x28\xb5": "zstd", b"PK": "zip"}
 
-    WebDataset's rule: a key ends at the first dot of the file name. file: the open tar; None: it is opened
-    here. A name that is not UTF-8 gives a key that cannot be encoded.
+
+class TarSamples(NamedTuple):
+    """The samples of a tar and what else is in it."""
+
+    samples: dict[str, dict[str, Member]]  # key -> lower-case extension -> member, by first appearance
+    ignored: Counter[str]  # reason -> members that belong to no sample
+    scattered: int  # samples whose members do not follow each other
+    has_end: bool  # whether the tar ends as it should; if not, it may be cut
+
+
+def tar_samples(tar: Path, file: BinaryIO | None = None) -> TarSamples:
+    """Returns the samples of a tar; reads its headers only.
+
+    Members are joined by their key wherever they are; WebDataset's rule: a key ends at the first dot of the
+    file name. Archives that follow each other in one file are read to the end. file: the open tar; None: it
+    is opened here. A name that is not UTF-8 gives a key that cannot be encoded. Raises UserError for a
+    damaged tar and for a member that occurs twice.
     """
-    key = ""
-    members: dict[str, Member] = {}
+    samples: dict[str, dict[str, Member]] = {}
+    scattered = set()
+    previous = ""
     try:
         with tarfile.open(tar, "r:", fileobj=file) as archive:
-            while (info := archive.next()) is not None:
-                archive.members = []  # type: ignore[attr-defined]  # tarfile keeps every header otherwise
-                if not info.isfile():
-                    continue
-                folder, _, name = info.name.rpartition("/")
-                stem, _, ext = name.partition(".")
-                new_key = f"{folder}/{stem}" if folder else stem
-                if new_key != key and members:
-                    yield key, members
-                    members = {}
-                key = new_key
-                members[ext.lower()] = Member(info.offset_data, info.size)
+            files = TarFiles(archive)
+            for info in files:
+                key, ext = split_name(info.name) or ("", "")
+                members = samples.setdefault(key, {})
+                if ext in members:
+                    raise UserError(
+                        f"{tar}: {info.name!r} occurs twice; give each sample of a shard a key of its own"
+                    )
+                if members and key != previous:
+                    scattered.add(key)
+                members[ext] = Member(info.offset_data, info.size)
+                previous = key
     except tarfile.TarError as e:
-        raise UserError(f"{tar}: not a plain tar file: {e}") from e
-    if members:
-        yield key, members
+        raise UserError(f"{tar}: not a plain tar file: {_kind_of_archive(tar, file) or e}") from e
+    return TarSamples(samples, files.ignored, len(scattered), files.has_end)
+
+
+def _kind_of_archive(tar: Path, file: BinaryIO | None) -> str:
+    """Says how an archive is compressed, if it is."""
+    if file is None:
+        with open(tar, "rb") as opened:
+            return _kind_of_archive(tar, opened)
+    file.seek(0)
+    kind = COMPRESSED.get(file.read(2))
+    return f"it is compressed ({kind}); unpack it, since samples are read at their offsets" if kind else ""

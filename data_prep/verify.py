@@ -69,7 +69,7 @@ def check_shard(folder: str, entry: dict, strict: bool, decode: list[int]) -> It
 
 def check_records(where: str, tar: BinaryIO, records: list[dict], strict: bool) -> Iterator[str]:
     """Yields the records whose media file or metadata is not where, or not what, the tar has."""
-    samples = dict(tar_samples(Path(where), tar))
+    samples = tar_samples(Path(where), tar).samples
     for record in records:
         members = samples.get(record["key"], {})
         media = select_media(members)

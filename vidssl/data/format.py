@@ -18,6 +18,7 @@ import numpy as np
 from vidssl.core.errors import UserError
 from vidssl.core.io import file_sha256
 from vidssl.data.decoding.base import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
+from vidssl.data.metadata import is_packed, without_claims
 from vidssl.data.remote import ShardError, fetch_small, is_url, join, without_query
 
 VERSION = 1
@@ -63,33 +64,21 @@ def select_media(members: Mapping[str, Payload]) -> tuple[str, Payload] | None:
     return next(((ext, members[ext]) for ext in MEDIA_EXTENSIONS if ext in members), None)
 
 
-def parse_meta(where: str, json_bytes: bytes | None, cls_bytes: bytes | None) -> dict[str, Any]:
-    """Returns the metadata of a sample from its .json, or else from its .cls (a label number or a class
-    name).
-    """
-    if json_bytes is not None:
-        try:
-            meta = json.loads(json_bytes)
-        except ValueError as e:
-            raise UserError(f"{where}.json: not JSON: {e}") from e
-        if not isinstance(meta, dict):
-            raise UserError(f"{where}.json: expected an object, found {type(meta).__name__}")
-        return meta
-    if cls_bytes is None:
-        return {}
-    text = cls_bytes.decode("utf-8", "replace").strip()
-    return {"label": int(text)} if text.isdecimal() else {"class": text}
-
-
 def sample_record(key: str, ext: str, offset: int, size: int, meta: dict) -> dict[str, Any]:
     """Returns a record of a shard's .jsonl; `offset` and `size` are those of the media bytes in the tar."""
     return {"key": key, "ext": ext, "offset": offset, "size": size, "meta": meta}
 
 
-def parse_sample(line: bytes, shard: int) -> Sample:
-    """Raises ValueError, KeyError or TypeError if `line` is not a record of a .jsonl."""
+def parse_sample(line: bytes, shard: int, packed: bool) -> Sample:
+    """Raises ValueError, KeyError or TypeError if `line` is not a record of a .jsonl.
+
+    packed: whether pack wrote the index; else facts about frames count only where a sample has pack's mark.
+    """
     r = json.loads(line)
-    return Sample(r["key"], r["ext"], shard, r["offset"], r["size"], r["meta"])
+    meta = r["meta"]
+    if not packed and not is_packed(meta, r["size"]):
+        meta = without_claims(meta)
+    return Sample(r["key"], r["ext"], shard, r["offset"], r["size"], meta)
 
 
 def shard_entry(tar: Path, samples: int) -> dict[str, Any]:

@@ -24,8 +24,10 @@ MAX_RECORDS_BYTES = 64 << 20  # of .jsonl files kept in a process
 class ShardRecords(Sequence[Sample]):
     """The samples of a shard: the bytes of its .jsonl, each line parsed on access."""
 
-    def __init__(self, data: bytes, shard: int, path: str):
+    def __init__(self, data: bytes, shard: int, path: str, packed: bool = True):
+        """packed: see `parse_sample`."""
         self.data = data
+        self.packed = packed
         self.shard = shard
         self.path = path
         self.line_ends = np.flatnonzero(np.frombuffer(data, np.uint8) == ord("\n"))
@@ -38,7 +40,7 @@ class ShardRecords(Sequence[Sample]):
         number = range(len(self))[number]
         start = self.line_ends[number - 1] + 1 if number else 0
         try:
-            return parse_sample(self.data[start : self.line_ends[number]], self.shard)
+            return parse_sample(self.data[start : self.line_ends[number]], self.shard, self.packed)
         except (ValueError, KeyError, TypeError) as e:
             raise ShardError(f"{self.path}: line {number + 1} is not a sample ({e})", "shard_changed") from e
 
@@ -62,6 +64,7 @@ class Shards:
             raise UserError("no shards given: name at least one packed folder")
         self.folders: list[str] = []
         self.classes: dict[str, list[str]] = {}
+        self.packed: list[bool] = []  # by folder: whether pack measured its samples
         digest = hashlib.sha256()
         tables = []
         for folder in map(canonical_address, folders):
@@ -76,6 +79,7 @@ class Shards:
                     raise UserError(
                         f"{folder}: the classes of label '{name}' differ from those of {folders[0]}"
                     )
+            self.packed.append("plan" in index.get("pack", {}))
             tables.append(shard_table(index, folder))
         self.table = ShardTable(*map(np.concatenate, zip(*tables, strict=True)))
         self.folder_of = np.repeat(np.arange(len(tables)), [len(t.names) for t in tables])
@@ -190,7 +194,7 @@ class Shards:
                     data = file.read()
             except OSError as e:
                 raise ShardError(f"{path}: {e.strerror}") from e
-        records = ShardRecords(data, shard, without_query(path))
+        records = ShardRecords(data, shard, without_query(path), self.packed[self.folder_of[shard]])
         expected = self.counts[shard]
         if len(records) != expected:
             raise ShardError(

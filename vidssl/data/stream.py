@@ -10,19 +10,18 @@ a new pass over newly shuffled shards.
 import hashlib
 import tarfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from random import Random
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import webdataset as wds
 from torch.utils.data import IterableDataset, get_worker_info
 from webdataset.gopen import gopen
 from webdataset.shardlists import expand_urls
-from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from vidssl.core.errors import DecodeError, UserError
 from vidssl.data.dataset import (
@@ -34,12 +33,15 @@ from vidssl.data.dataset import (
     first_decodable,
     with_pyav_fallback,
 )
-from vidssl.data.format import parse_meta, select_media
+from vidssl.data.decoding.base import MAX_BYTES
+from vidssl.data.format import MEDIA_EXTENSIONS, select_media
 from vidssl.data.isolated_dataset import IsolatedDataset
+from vidssl.data.metadata import MAX_JSON_BYTES, parse_meta
 from vidssl.data.order import positions_per_step
 from vidssl.data.remote import filesystem, is_url, network_errors, without_query
 from vidssl.data.sampling import sample_indices
 from vidssl.data.schema import DataConfig
+from vidssl.data.tar_files import TarFiles, is_system_file, split_name
 
 DAMAGED_TAR = (tarfile.TarError, EOFError, ValueError, zlib.error)
 
@@ -63,7 +65,7 @@ def is_path(url: str) -> bool:
 def expand_entry(entry: str) -> list[str]:
     """Returns the tars of one entry of data.train."""
     if is_path(entry) and Path(entry).is_dir():
-        tars = sorted(str(path) for path in Path(entry).glob("*.tar"))
+        tars = sorted(str(path) for path in Path(entry).glob("*.tar") if not is_system_file(path.name))
         if not tars:
             raise UserError(f"{entry}: no .tar file in it")
         return tars
@@ -79,6 +81,11 @@ class StreamSettings(NamedTuple):
     rank: int
     world: int  # number of processes
     isolate: bool  # decode in a child process
+
+
+def small_members(sample: Mapping[str, Any], media_ext: str) -> dict[str, bytes]:
+    """Returns the members of a streamed sample beside its media file."""
+    return {ext: data for ext, data in sample.items() if ext != media_ext and not ext.startswith("__")}
 
 
 class ClipDecoder:
@@ -109,7 +116,7 @@ class ClipDecoder:
         rng = np.random.default_rng((self.seed, 3, position))
         start = rng.uniform()
         try:
-            meta = parse_meta(key, sample.get("json"), sample.get("cls"))
+            meta = parse_meta(key, small_members(sample, ext), len(payload))
             frames = with_pyav_fallback(
                 lambda decoder: decode_clip(
                     payload,
@@ -195,8 +202,7 @@ class StreamingDataset(IterableDataset[list[Example]]):
         pipeline = wds.DataPipeline(
             *shards,
             partial(open_tars, failures=failures),
-            partial(tar_file_expander, handler=failures),
-            partial(group_by_keys, handler=failures),
+            partial(read_samples, failures=failures),
             failures.watch,
             wds.shuffle(buffer, initial=buffer, rng=Random(seed + reader)),
         ).repeat()
@@ -209,7 +215,7 @@ class StreamingDataset(IterableDataset[list[Example]]):
 
 
 class ShardFailures:
-    """The exception handler of webdataset's stages: counts failures and goes on with the next shard."""
+    """Counts shards that cannot be read; the next one is read instead."""
 
     def __init__(self, strict: bool):
         """strict: a shard that cannot be opened is an error."""
@@ -218,11 +224,9 @@ class ShardFailures:
         self._pending: list[DecodeFailure] = []
         self._in_a_row = 0
 
-    def __call__(self, error: Exception) -> bool:
-        if not isinstance(error, (*network_errors(), *DAMAGED_TAR)):
-            raise error
+    def damaged(self, error: Exception) -> None:
+        """The shard cannot be read to its end."""
         self._add("shard_damaged", error)
-        return True
 
     def missing(self, error: Exception) -> None:
         """The shard cannot be opened."""
@@ -269,3 +273,45 @@ def open_tars(source: Iterable[dict[str, str]], failures: ShardFailures) -> Iter
             yield {"url": url, "stream": stream}
         finally:
             stream.close()
+
+
+def read_samples(source: Iterable[dict[str, Any]], failures: ShardFailures) -> Iterator[dict[str, Any]]:
+    """A stage of the pipeline: {"url", "stream"} -> samples (lower-case extension -> bytes, and "__key__").
+
+    Raises UserError if the members of a sample do not follow each other.
+    """
+    damage: tuple[type[Exception], ...] = (*network_errors(), *DAMAGED_TAR)
+    for shard in source:
+        try:
+            yield from tar_stream_samples(without_query(shard["url"]), shard["stream"])
+        except damage as e:
+            failures.damaged(e)
+
+
+def tar_stream_samples(name: str, stream: BinaryIO) -> Iterator[dict[str, Any]]:
+    """Yields the samples of a tar that is read from front to back."""
+    sample: dict[str, Any] = {}
+    seen = set()
+    with tarfile.open(fileobj=stream, mode="r|*") as archive:
+        for info in TarFiles(archive):
+            key, ext = split_name(info.name) or ("", "")
+            if key != sample.get("__key__"):
+                if sample:
+                    yield sample
+                sample = {"__key__": key, "__url__": name}
+                if key in seen:
+                    raise UserError(
+                        f"{name}: the members of sample {key} do not follow each other, and a stream cannot "
+                        "join them; run python -m data_prep.scan on the shards and use data.reader indexed"
+                    )
+                seen.add(key)
+            if ext in sample:
+                raise tarfile.ReadError(f"{info.name} occurs twice")
+            if info.size > MAX_BYTES:
+                raise tarfile.ReadError(f"{info.name} has {info.size} bytes")
+            # Other large members, such as stored features, are not read.
+            if ext in MEDIA_EXTENSIONS or info.size <= MAX_JSON_BYTES:
+                file = archive.extractfile(info)
+                sample[ext] = file.read() if file else b""
+    if sample:
+        yield sample
