@@ -6,6 +6,7 @@ files are fetched one shard at a time, without the cache, into a temporary file.
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -22,8 +23,9 @@ from vidssl.core.io import stream_sha256
 from vidssl.data.decoding import open_video
 from vidssl.data.decoding.image import ImageVideo
 from vidssl.data.decoding.pyav import PyAVVideo
-from vidssl.data.format import dumps, read_index, select_media, shard_table
+from vidssl.data.format import MAX_RECORDS_BYTES, dumps, read_index, select_media, shard_table
 from vidssl.data.remote import ShardError, canonical_address, fetch, is_url, join, without_query
+from vidssl.data.tar_files import is_system_file
 
 FRAME_FACTS = ("frames", "height", "width")
 
@@ -36,7 +38,12 @@ def open_checked(where: str, size: int | None, sha256: str) -> Iterator[BinaryIO
         raise ShardError(f"{where}: missing")
     with tempfile.TemporaryFile() if is_url(where) else open(where, "rb") as file:
         if is_url(where):
-            fetch(where, file, size)
+            fetch(where, file, size, MAX_RECORDS_BYTES)
+        found = file.seek(0, os.SEEK_END)
+        if size is not None and found != size:
+            raise ShardError(f"{without_query(where)}: has {found} bytes, index.json says {size}")
+        if size is None and found > MAX_RECORDS_BYTES:
+            raise ShardError(f"{without_query(where)}: has more than {MAX_RECORDS_BYTES} bytes, the limit")
         if stream_sha256(file) != sha256:
             raise ShardError(f"{without_query(where)}: sha256 differs from index.json's")
         yield file
@@ -53,13 +60,18 @@ def check_shard(folder: str, entry: dict, strict: bool, decode: list[int]) -> It
     with ExitStack() as stack:
         try:
             tar = stack.enter_context(open_checked(tar_path, entry["bytes"], entry["sha256"]))
-            jsonl = stack.enter_context(open_checked(jsonl_path, None, entry["index_sha256"]))
+            size = entry.get("index_bytes")
+            jsonl = stack.enter_context(open_checked(jsonl_path, size, entry["index_sha256"]))
         except ShardError as e:
             yield str(e)
             return
         where = without_query(tar_path)
-        records = [json.loads(line) for line in jsonl]
-        problems = list(check_records(where, tar, records, strict))
+        try:
+            records = [json.loads(line) for line in jsonl]
+            problems = list(check_records(where, tar, records, strict))
+        except (ValueError, KeyError, TypeError, RecursionError, UserError) as e:
+            yield f"{where}: it or its jsonl cannot be read: {type(e).__name__} {e}"
+            return
         if len(records) != entry["samples"]:
             problems.append(f"{where}: {len(records)} samples in its jsonl, {entry['samples']} in index.json")
         yield from problems
@@ -75,6 +87,8 @@ def check_records(where: str, tar: BinaryIO, records: list[dict], strict: bool) 
         media = select_media(members)
         if media is None or (media[0], *media[1]) != (record["ext"], record["offset"], record["size"]):
             yield f"{where}: {record['key']}: not where its jsonl says"
+        elif strict and "json" not in members:
+            yield f"{where}: {record['key']}: has no .json"
         elif strict:
             tar.seek(members["json"].offset)
             if tar.read(members["json"].size) != dumps(record["meta"]).encode():
@@ -101,6 +115,15 @@ def check_sample(tar_name: str, tar: BinaryIO, record: dict) -> Iterator[str]:
         yield f"{where}: {e}"
 
 
+def find_unlisted(folder: Path, listed: set[str]) -> Iterator[str]:
+    """Yields the tars that index.json does not list, except those in which no sample was found."""
+    for tar in sorted(folder.glob("*.tar")):
+        lines = tar.with_suffix(".jsonl")
+        has_no_samples = lines.exists() and lines.stat().st_size == 0
+        if tar.name not in listed and not is_system_file(tar.name) and not has_no_samples:
+            yield f"{tar}: not in index.json"
+
+
 def check_dataset(folder: str, decode: int) -> Iterator[str]:
     """Yields the problems of one data set; `decode` evenly spaced samples are decoded."""
     index = read_index(folder)
@@ -108,7 +131,9 @@ def check_dataset(folder: str, decode: int) -> Iterator[str]:
     ends = list(accumulate(entry["samples"] for entry in index["shards"]))
     total = ends[-1] if ends else 0
     chosen = np.unique(np.linspace(0, total - 1, min(decode, total)).astype(int)).tolist()
-    is_packed = "plan" in index["pack"]
+    if not is_url(folder):
+        yield from find_unlisted(Path(folder), {entry["name"] for entry in index["shards"]})
+    is_packed = "plan" in index.get("pack", {})
     for entry, end in zip(index["shards"], ends, strict=True):
         begin = end - entry["samples"]
         yield from check_shard(folder, entry, is_packed, [i - begin for i in chosen if begin <= i < end])

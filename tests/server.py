@@ -1,5 +1,6 @@
 """A real HTTP server in a thread, over a folder, whose answers can be made to fail."""
 
+import gzip
 import threading
 import time
 from collections import defaultdict
@@ -34,6 +35,8 @@ class Server(ThreadingHTTPServer):
         self.faults: dict[str, list[str]] = defaultdict(list)
         self.asked: list[tuple[str, int]] = []  # (name, first byte asked for)
         self.sent: dict[str, int] = defaultdict(int)  # bytes of each name
+        self.larger: dict[str, int] = defaultdict(int)  # zeros that are sent after the bytes of each name
+        self.encoding = ""  # "gzip": answers are compressed
         self.released = threading.Event()
         super().__init__(("127.0.0.1", 0), Handler)
 
@@ -62,7 +65,9 @@ class Handler(BaseHTTPRequestHandler):
         self.close_connection = True
         if fault.isdecimal() or not path.is_file():
             return self.send_error(int(fault or 404))
-        data = path.read_bytes()
+        data = path.read_bytes() + bytes(server.larger[path.name])
+        if server.encoding == "gzip":
+            data = gzip.compress(data)
         if fault == "short":
             data = data[: len(data) // 2]
         if fault == "wrong":
@@ -72,6 +77,8 @@ class Handler(BaseHTTPRequestHandler):
         end = min(int(last) + 1, len(data)) if last else len(data)
         self.send_response(206 if wanted and server.ranges else 200)
         self.send_header("Content-Length", str(end - begin))
+        if server.encoding:
+            self.send_header("Content-Encoding", server.encoding)
         if wanted and server.ranges:
             self.send_header("Content-Range", f"bytes {begin}-{end - 1}/{len(data)}")
         self.end_headers()

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from data_prep import scan, verify
 from vidssl.core.errors import DecodeError, UserError
+from vidssl.data import format as format_module
 from vidssl.data import remote
 from vidssl.data.augment import RandomCrop
 from vidssl.data.dataset import TrainClips
@@ -254,6 +255,39 @@ def test_wrong_addresses_and_cache_folders(server, tmp_path):
         open_remote(server, tmp_path, cache_gb=1e-4)
 
 
+# --- foreign sizes ---
+
+
+@pytest.mark.parametrize("encoding", ["", "gzip"])
+@pytest.mark.parametrize("name", ["index.json", "part 0.jsonl", "part 0.tar"])
+def test_no_more_is_read_than_a_file_may_have(made, tmp_path, monkeypatch, name, encoding):
+    """From a server that sends whole files, larger ones than the index lists, perhaps compressed a
+    thousandfold."""
+    monkeypatch.setattr(format_module, "MAX_INDEX_BYTES", 50_000)
+    monkeypatch.setattr(remote, "REQUEST_TIMEOUT_S", 30)
+    with serving(made.parent, ranges=False) as server:
+        server.encoding = encoding
+        shards = open_remote(server, tmp_path)
+        assert len(shards.read(shards.sample(1, 0))) == PAYLOAD
+        server.larger[name] = 20_000_000
+        with pytest.raises(
+            UserError, match=rf"/{name.replace(' ', '%20')}: has more than \d+ bytes, the limit"
+        ):
+            shards = open_remote(server, tmp_path)
+            shards.read(shards.sample(0, 0))
+        assert server.sent[name] < 18_000_000
+
+
+def test_a_jsonl_of_unknown_size_is_held_to_the_limit_of_the_cache(server, tmp_path):
+    server.larger["part 0.jsonl"] = 10_000_000
+    shards = open_remote(server, tmp_path, cache_gb=0.001)
+    shards.table.index_sizes[:] = -1  # as in an index of an earlier version
+    with pytest.raises(
+        UserError, match=r"part%200\.jsonl: has more than 1000000 bytes, the limit; fetched twice"
+    ):
+        shards.sample(0, 0)
+
+
 # --- shards that are skipped ---
 
 
@@ -365,6 +399,24 @@ def test_cache_size_limit(server, tmp_path):
     assert left > 2 * SHARD and max(most, left) <= limit + 2_000  # a .jsonl counts once it is there
     assert server.times_asked(".tar") > SHARDS  # some came twice
     assert sum(p.stat().st_size for p in tmp_path.iterdir()) <= limit
+
+
+def test_the_order_of_uses_does_not_depend_on_the_clock(tmp_path, monkeypatch):
+    """Two processes share the folder, and a clock that stands still or goes back."""
+    times = iter([5, 5, 5, 5, 3, 3, 9, 9, *[1] * 20])
+    caches = [Cache(str(tmp_path), 1000), Cache(str(tmp_path), 1000)]
+    monkeypatch.setattr(remote.time, "time_ns", lambda: next(times))
+    names = [f"{i:064x}" for i in range(6)]
+    for name in names:
+        (tmp_path / f"{name}.tar").write_bytes(b"x" * 100)
+    with caches[0]._lock():
+        pass
+    used = [3, 1, 4, 0, 5, 2, 3, 0, 1, 1, 4]
+    for turn, i in enumerate(used):
+        with caches[turn % 2].open("unused://", names[i], 100):
+            pass
+    stamps = {i: (tmp_path / f"{name}.tar").stat().st_mtime_ns for i, name in enumerate(names)}
+    assert sorted(stamps, key=stamps.__getitem__) == [5, 2, 3, 0, 1, 4]
 
 
 def fetch(shards: Shards, shard: int) -> None:

@@ -7,6 +7,7 @@ A sample is one media file `KEY.mp4` (or another extension) followed by `KEY.jso
 `vidssl.data.shards` reads them.
 """
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -19,10 +20,13 @@ from vidssl.core.errors import UserError
 from vidssl.core.io import file_sha256
 from vidssl.data.decoding.base import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
 from vidssl.data.metadata import is_packed, without_claims
-from vidssl.data.remote import ShardError, fetch_small, is_url, join, without_query
+from vidssl.data.remote import ShardError, fetch_small, is_url, join, read_bounded, without_query
 
 VERSION = 1
 MEDIA_EXTENSIONS = (*VIDEO_EXTENSIONS, *IMAGE_EXTENSIONS)
+MAX_INDEX_BYTES = 256 << 20  # of index.json; 100,000 shards take 30 MB
+MAX_RECORDS_BYTES = 512 << 20  # of one .jsonl
+NO_CHECKSUM = "0" * 64
 _SHA256 = re.compile("[0-9a-f]{64}")
 
 Payload = TypeVar("Payload")
@@ -49,6 +53,7 @@ class ShardTable(NamedTuple):
     sizes: np.ndarray  # i64, bytes of the tar
     sha256: np.ndarray  # bytes, hexadecimal; of the tar
     index_sha256: np.ndarray  # of its .jsonl
+    index_sizes: np.ndarray  # i64, bytes of its .jsonl; -1: not listed
 
 
 def dumps(value: Any) -> str:
@@ -88,6 +93,7 @@ def shard_entry(tar: Path, samples: int) -> dict[str, Any]:
         "samples": samples,
         "bytes": tar.stat().st_size,
         "sha256": file_sha256(tar),
+        "index_bytes": tar.with_suffix(".jsonl").stat().st_size,
         "index_sha256": file_sha256(tar.with_suffix(".jsonl")),
     }
 
@@ -100,13 +106,21 @@ def dumps_index(
     """
     index = {
         "version": VERSION,
+        "checksum": NO_CHECKSUM,
         "samples": sum(entry["samples"] for entry in entries),
         "classes": classes,
         "shards": entries,
         "rejected": rejected,
         "pack": made_by,
     }
-    return json.dumps(index, sort_keys=True, ensure_ascii=False, indent=1)
+    text = json.dumps(index, sort_keys=True, ensure_ascii=False, indent=1, allow_nan=False)
+    return text.replace(NO_CHECKSUM, index_checksum(text.encode()), 1)
+
+
+def index_checksum(text: bytes, stored: str = NO_CHECKSUM) -> str:
+    """Returns the SHA-256 of index.json with zeros in place of the checksum that is stored in it."""
+    empty = text.rstrip(b"\n").replace(stored.encode(), NO_CHECKSUM.encode(), 1)
+    return hashlib.sha256(empty).hexdigest()
 
 
 def read_index(folder: str | Path) -> dict[str, Any]:
@@ -119,20 +133,49 @@ def read_index_bytes(folder: str) -> bytes:
     where = join(folder, "index.json")
     if is_url(folder):
         try:
-            return fetch_small(where)
+            return fetch_small(where, MAX_INDEX_BYTES)
         except ShardError as e:
             hint = ": is this the address of a packed data set?" if e.reason == "shard_missing" else ""
             raise UserError(f"{e}{hint}") from e
     try:
-        return Path(where).read_bytes()
+        return read_bounded(where, MAX_INDEX_BYTES)
     except (FileNotFoundError, NotADirectoryError):
-        packed = sorted(p.parent.name for p in Path(folder).glob("*/index.json"))
-        hint = (
-            f"; did you mean one of {packed} in it?" if packed else "; make one with python -m data_prep.pack"
-        )
-        raise UserError(f"{folder}: no index.json, so this is not a packed data set{hint}") from None
+        raise UserError(f"{folder}: {_what_it_is(Path(folder))}") from None
+    except ShardError as e:
+        raise UserError(str(e)) from e
     except OSError as e:
         raise UserError(f"{where}: {e.strerror}") from None
+
+
+def _what_it_is(folder: Path) -> str:
+    """Says what lies at a path that is no folder of shards with an index, and what to do."""
+    if not folder.exists():
+        parent = next(p for p in folder.absolute().parents if p.exists())
+        return f"no such folder; {parent} is there"
+    if not folder.is_dir():
+        if folder.name == "index.json":
+            return f"a file; name the folder, {folder.parent}"
+        return "a file, not a folder of shards"
+    packed = sorted(p.parent.name for p in folder.glob("*/index.json"))
+    if packed:
+        return f"no index.json in it, but it holds {_count(packed, 'folder')} with one: {_first(packed)}"
+    tars = sorted(p.name for p in folder.glob("*.tar"))
+    if tars:
+        return (
+            f"no index.json, but {_count(tars, '.tar file')}; "
+            f"make the index with python -m data_prep.scan {folder}, or use data.reader=stream"
+        )
+    found = sorted(p.name for p in folder.iterdir())
+    contents = f"it holds {_first(found)}" if found else "it is empty"
+    return f"no index.json, so no folder of shards ({contents}); make one with python -m data_prep.pack"
+
+
+def _count(names: list[str], kind: str) -> str:
+    return f"{len(names)} {kind}{'s' * (len(names) != 1)}"
+
+
+def _first(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def parse_index(text: bytes, folder: str) -> dict[str, Any]:
@@ -140,13 +183,25 @@ def parse_index(text: bytes, folder: str) -> dict[str, Any]:
     where = without_query(join(folder, "index.json"))
     try:
         index = json.loads(text)
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise UserError(f"{where}: not an index of shards ({e})") from None
     if not isinstance(index, dict) or not {"version", "classes", "shards"} <= index.keys():
         raise UserError(f"{where}: not an index of shards")
     if index["version"] != VERSION:
         raise UserError(f"{where}: an index of version {index['version']}, expected {VERSION}")
+    # An index of an older version of this project has no checksum.
+    checksum = str(index.get("checksum", ""))
+    if checksum and index_checksum(text, checksum) != checksum:
+        raise UserError(f"{where}: its contents differ from its checksum; it is damaged, or edited by hand")
+    if not _are_classes(index["classes"]) or not isinstance(index.get("pack", {}), dict):
+        raise UserError(f'{where}: damaged; "classes" is no list of names for each label')
     return index
+
+
+def _are_classes(classes: Any) -> bool:
+    return isinstance(classes, dict) and all(
+        isinstance(names, list) and all(isinstance(name, str) for name in names) for names in classes.values()
+    )
 
 
 def shard_table(index: dict[str, Any], folder: str) -> ShardTable:
@@ -161,12 +216,17 @@ def shard_table(index: dict[str, Any], folder: str) -> ShardTable:
                 raise ValueError(f"{name!r} is not the name of a .tar file")
             if not (_SHA256.fullmatch(entry["sha256"]) and _SHA256.fullmatch(entry["index_sha256"])):
                 raise ValueError(f"{name}: a checksum is not 64 hexadecimal digits")
+            if min(entry["samples"], entry["bytes"]) < 0:
+                raise ValueError(f"{name}: samples and bytes must not be negative")
+            if entry.get("index_bytes", -1) > MAX_RECORDS_BYTES:
+                raise ValueError(f"{name}: a .jsonl has at most {MAX_RECORDS_BYTES} bytes")
         return ShardTable(
             np.array([entry["name"].encode() for entry in entries], bytes),
             np.array([entry["samples"] for entry in entries], np.int64),
             np.array([entry["bytes"] for entry in entries], np.int64),
             np.array([entry["sha256"] for entry in entries], "S64"),
             np.array([entry["index_sha256"] for entry in entries], "S64"),
+            np.array([entry.get("index_bytes", -1) for entry in entries], np.int64),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as e:
         raise UserError(

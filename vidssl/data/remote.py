@@ -22,6 +22,7 @@ from urllib.parse import quote, unquote, urlsplit, urlunsplit
 import aiohttp
 from fsspec.asyn import sync
 from fsspec.core import url_to_fs
+from fsspec.implementations.http import HTTPFileSystem
 
 from vidssl.core.errors import UserError
 from vidssl.core.io import check_writable, exclusive_lock, make_folder, stream_sha256
@@ -82,17 +83,26 @@ def filesystem(url: str) -> tuple[Any, str]:
         raise UserError(f"{without_query(url)}: {e}") from e
 
 
-def fetch_small(url: str) -> bytes:
-    """Returns the contents of a file."""
+def read_bounded(path: str, limit: int) -> bytes:
+    """Returns the contents of a local file; raises ShardError if it has more than `limit` bytes."""
+    with open(path, "rb") as file:
+        if os.fstat(file.fileno()).st_size > limit:
+            raise _too_large(path, limit)
+        return file.read()
+
+
+def fetch_small(url: str, limit: int) -> bytes:
+    """Returns the contents of a file; raises ShardError if it has more than `limit` bytes."""
     out = io.BytesIO()
-    fetch(url, out)
+    fetch(url, out, None, limit)
     return out.getvalue()
 
 
-def fetch(url: str, out: BinaryIO, size: int | None = None) -> None:
+def fetch(url: str, out: BinaryIO, size: int | None, limit: int = MAX_BLOCK_BYTES) -> None:
     """Writes the contents of `url` to `out`, which may hold their beginning if `size` (bytes) is known.
 
-    Raises ShardError if the file is not there, has another size, or after 5 retries in a row without a block.
+    limit: bytes of a file of unknown size. Raises ShardError if the file is not there, has another size or is
+    larger, or after 5 retries in a row without a block.
     """
     position = out.seek(0, os.SEEK_END)
     block_bytes = MAX_BLOCK_BYTES
@@ -100,7 +110,7 @@ def fetch(url: str, out: BinaryIO, size: int | None = None) -> None:
     while position != size:
         end = None if size is None else min(position + block_bytes, size)
         try:
-            block = _request(url, position, end)
+            block = _request(url, position, end, limit if size is None else size)
         except network_errors() as e:
             if retries == len(RETRY_DELAYS_S):
                 raise ShardError(
@@ -125,14 +135,25 @@ def fetch(url: str, out: BinaryIO, size: int | None = None) -> None:
         position += len(block)
 
 
-def _request(url: str, start: int, end: int | None) -> bytes:
-    """Returns the bytes start..end-1 (end None: the whole file). Raises ShardError if a retry is useless."""
+def _request(url: str, start: int, end: int | None, limit: int) -> bytes:
+    """Returns the bytes start..end-1 (end None: the whole file), or the whole file from a server without
+    ranges.
+
+    Reads no more than `limit` bytes, whatever the server announces. Raises ShardError if a retry is useless.
+    """
     fs, path = filesystem(url)
-    limits = {} if end is None else {"start": start, "end": end}
     try:
+        if isinstance(fs, HTTPFileSystem):
+            return sync(fs.loop, _read_http, fs, path, start, end, limit, timeout=REQUEST_TIMEOUT_S)
+        # One byte more than the limit tells that the file is too large.
+        limits = {"start": start, "end": limit + 1 if end is None else end}
         if fs.async_impl:
-            return sync(fs.loop, fs._cat_file, path, timeout=REQUEST_TIMEOUT_S, **limits)
-        return fs.cat_file(path, **limits)
+            data = sync(fs.loop, fs._cat_file, path, timeout=REQUEST_TIMEOUT_S, **limits)
+        else:
+            data = fs.cat_file(path, **limits)
+        if len(data) > limit:
+            raise _too_large(url, limit)
+        return data
     except (FileNotFoundError, PermissionError) as e:
         default = "not found" if isinstance(e, FileNotFoundError) else "permission denied"
         raise ShardError(f"{without_query(url)}: {e.strerror or default}") from e
@@ -142,6 +163,27 @@ def _request(url: str, start: int, end: int | None) -> bytes:
         if e.status < 500 and e.status not in RETRIED_STATUS:
             raise ShardError(f"{without_query(url)}: {_description(e)}") from e
         raise
+
+
+async def _read_http(fs: HTTPFileSystem, url: str, start: int, end: int | None, limit: int) -> bytes:
+    """`_request` over HTTP, part by part: a server may ignore the range, or pack much into a compressed
+    answer."""
+    options = dict(fs.kwargs)
+    if end is not None:
+        options["headers"] = {**options.get("headers", {}), "Range": f"bytes={start}-{end - 1}"}
+    session = await fs.set_session()
+    async with session.get(fs.encode_url(url), **options) as response:
+        fs._raise_not_found_for_status(response, url)
+        data = bytearray()
+        async for part in response.content.iter_any():
+            data += part
+            if len(data) > limit:
+                raise _too_large(url, limit)
+        return bytes(data)
+
+
+def _too_large(where: str, limit: int) -> ShardError:
+    return ShardError(f"{without_query(where)}: has more than {limit} bytes, the limit", "shard_changed")
 
 
 def _description(e: Exception) -> str:
@@ -183,8 +225,9 @@ class Cache:
     for a file is made before it is fetched, by removing the least recently used files that are not locked.
     The folder must be on a disk of the node.
 
-    The modification time of a file is the time of its last use. It is set explicitly, in increasing
-    nanoseconds: the clock by which a file system stamps files is too coarse (4 ms) to order uses.
+    The modification time of a file is the time of its last use, and that of `lock` the last of all. Each use
+    gets a later one, in nanoseconds, so that no clock's resolution decides the order: a file system stamps
+    files every 4 ms, and the clocks of two processes may read the same.
     """
 
     def __init__(self, folder: str | None, limit: int):
@@ -199,12 +242,12 @@ class Cache:
         return (self.folder / f"{sha256}.tar").exists()
 
     @contextmanager
-    def open(self, url: str, sha256: str, size: int | None) -> Iterator[BinaryIO]:
+    def open(self, url: str, sha256: str, size: int | None, ext: str = ".tar") -> Iterator[BinaryIO]:
         """Yields the file, open for reading, after it was fetched if it is not in the cache.
 
-        size: bytes of a tar; None: a .jsonl, of unknown size.
+        size: bytes; None: unknown, as of a .jsonl in older indexes. ext: of the name in the cache.
         """
-        path = self.folder / (f"{sha256}.jsonl" if size is None else f"{sha256}.tar")
+        path = self.folder / f"{sha256}{ext}"
         file = self._open_cached(path, size) or self._fetch(url, path, sha256, size)
         try:
             yield file
@@ -215,11 +258,14 @@ class Cache:
         return exclusive_lock(self.folder / "lock")
 
     def _mark_used(self, file: BinaryIO) -> None:
-        self._last_use_ns = max(time.time_ns(), self._last_use_ns + 1)
+        lock = self.folder / "lock"
+        last = lock.stat().st_mtime_ns if lock.exists() else 0
+        self._last_use_ns = max(time.time_ns(), self._last_use_ns + 1, last + 1)
         # Only the owner may set a time. A file that another user has fetched keeps the time of its last use
         # by its owner.
-        with suppress(PermissionError):
-            os.utime(file.fileno(), ns=(self._last_use_ns, self._last_use_ns))
+        for used in (file.fileno(), lock):
+            with suppress(PermissionError, FileNotFoundError):
+                os.utime(used, ns=(self._last_use_ns, self._last_use_ns))
 
     def _open_cached(self, path: Path, size: int | None) -> BinaryIO | None:
         try:
@@ -248,7 +294,7 @@ class Cache:
             wait = min(2 * wait, 0.5)
         with ExitStack() as failed:
             failed.callback(_release, file)
-            _fetch_checked(url, file, sha256, size)
+            _fetch_checked(url, file, sha256, size, self.limit)
             with self._lock():
                 self._mark_used(file)
                 os.replace(part, path)
@@ -308,14 +354,14 @@ def _release(file: BinaryIO) -> None:
     file.close()
 
 
-def _fetch_checked(url: str, file: BinaryIO, sha256: str, size: int | None) -> None:
+def _fetch_checked(url: str, file: BinaryIO, sha256: str, size: int | None, limit: int) -> None:
     """Fetches `url` into `file`; once more from the beginning if its bytes are not those that the index
-    lists.
+    lists. limit: bytes of a file of unknown size.
     """
     problem = ""
     for _ in range(2):
         try:
-            fetch(url, file, size)
+            fetch(url, file, size, limit)
             if (found := stream_sha256(file)) == sha256:
                 os.fsync(file.fileno())
                 return

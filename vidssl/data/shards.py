@@ -15,10 +15,26 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 
 from vidssl.core.errors import DecodeError, UserError
-from vidssl.data.format import Sample, ShardTable, parse_index, parse_sample, read_index_bytes, shard_table
-from vidssl.data.remote import Cache, ShardError, canonical_address, is_url, join, without_query
+from vidssl.data.format import (
+    MAX_RECORDS_BYTES,
+    Sample,
+    ShardTable,
+    parse_index,
+    parse_sample,
+    read_index_bytes,
+    shard_table,
+)
+from vidssl.data.remote import (
+    Cache,
+    ShardError,
+    canonical_address,
+    is_url,
+    join,
+    read_bounded,
+    without_query,
+)
 
-MAX_RECORDS_BYTES = 64 << 20  # of .jsonl files kept in a process
+MAX_KEPT_BYTES = 64 << 20  # of .jsonl files kept in a process
 
 
 class ShardRecords(Sequence[Sample]):
@@ -45,9 +61,49 @@ class ShardRecords(Sequence[Sample]):
             raise ShardError(f"{self.path}: line {number + 1} is not a sample ({e})", "shard_changed") from e
 
 
+Renumbered = dict[str, list[int]]  # label set -> number of each of its classes among those of all data sets
+
+
+def merge_names(lists: list[list[str]]) -> list[str]:
+    names = list(dict.fromkeys(name for names in lists for name in names))
+    if all(name.isdecimal() for name in names):
+        names.sort(key=lambda name: (int(name), name))
+    return names
+
+
+def align_classes(folders: list[dict[str, list[str]]]) -> tuple[dict[str, list[str]], list[Renumbered]]:
+    """Returns the classes of all data sets by label set, and for each data set the label sets whose numbers
+    change.
+
+    Classes are the same if their names are. Those of the first data set keep their numbers, unless all names
+    are numbers: then they are in the order of these.
+    """
+    classes: dict[str, list[str]] = {}
+    for label_set in dict.fromkeys(label_set for sets in folders for label_set in sets):
+        lists = [sets[label_set] for sets in folders if label_set in sets]
+        classes[label_set] = lists[0] if all(names == lists[0] for names in lists) else merge_names(lists)
+    renumbered = []
+    for sets in folders:
+        changed: Renumbered = {}
+        for label_set, names in sets.items():
+            number_of = {name: i for i, name in enumerate(classes[label_set])}
+            numbers = [number_of[name] for name in names]
+            if numbers != list(range(len(numbers))):
+                changed[label_set] = numbers
+        renumbered.append(changed)
+    return classes, renumbered
+
+
+def renumber(label: int | list[int], numbers: list[int]) -> int | list[int]:
+    """Returns the new number of a class, or of each of several; -1 (none) stays."""
+    if isinstance(label, list):
+        return [numbers[i] if i >= 0 else i for i in label]
+    return numbers[label] if label >= 0 else label
+
+
 class Shards:
     """One or several data sets, concatenated; `counts` and `sizes` (i64 [S]) are the samples and bytes of
-    each shard.
+    each shard. `classes` (label set -> names) are those of all of them, and labels are numbers of these.
 
     on_missing: a shard that is missing, cannot be fetched or differs from its index entry is an error, or
     ("skip") its samples fail to decode for the lifetime of the process.
@@ -63,8 +119,8 @@ class Shards:
         if not folders:
             raise UserError("no shards given: name at least one packed folder")
         self.folders: list[str] = []
-        self.classes: dict[str, list[str]] = {}
         self.packed: list[bool] = []  # by folder: whether pack measured its samples
+        folder_classes: list[dict[str, list[str]]] = []
         digest = hashlib.sha256()
         tables = []
         for folder in map(canonical_address, folders):
@@ -74,13 +130,10 @@ class Shards:
             text = read_index_bytes(folder)
             digest.update(text)
             index = parse_index(text, folder)
-            for name, names in index["classes"].items():
-                if self.classes.setdefault(name, names) != names:
-                    raise UserError(
-                        f"{folder}: the classes of label '{name}' differ from those of {folders[0]}"
-                    )
+            folder_classes.append(index["classes"])
             self.packed.append("plan" in index.get("pack", {}))
             tables.append(shard_table(index, folder))
+        self.classes, self._renumbered = align_classes(folder_classes)
         self.table = ShardTable(*map(np.concatenate, zip(*tables, strict=True)))
         self.folder_of = np.repeat(np.arange(len(tables)), [len(t.names) for t in tables])
         self.counts = self.table.samples
@@ -97,7 +150,7 @@ class Shards:
         remote = np.array([is_url(f) for f in self.folders])[self.folder_of]
         if not remote.any():
             return None
-        largest = self.sizes[remote].max() / 1e9
+        largest = max(self.sizes[remote].max(), self.table.index_sizes[remote].max()) / 1e9
         if largest > gb:
             raise UserError(f"data.cache_gb is {gb}, but a shard has {largest:.6g} GB and must fit")
         return Cache(folder, int(gb * 1e9))
@@ -125,10 +178,30 @@ class Shards:
         """Returns sample `number` of a shard; if the shard is skipped, a placeholder that `read` refuses."""
         if shard in self._records or shard not in self._skipped:
             try:
-                return self._shard_records(shard)[number]
+                return self._with_aligned_labels(self._shard_records(shard)[number])
             except ShardError as e:
                 self._skip_or_raise(shard, e)
         return Sample(f"{without_query(self.path(shard))}:{number}", "", shard, 0, 0, {})
+
+    def _with_aligned_labels(self, sample: Sample) -> Sample:
+        """Returns a sample with the numbers that `classes` gives to its classes."""
+        renumbered = self._renumbered[self.folder_of[sample.shard]]
+        if not renumbered:
+            return sample
+        stored = sample.meta.get("labels")
+        stored = stored if isinstance(stored, dict) else {}
+        labels: dict[str, Any] = {
+            label_set: renumber(value, renumbered[label_set]) if label_set in renumbered else value
+            for label_set, value in stored.items()
+        }
+        label, name = sample.meta.get("label", -1), sample.meta.get("class")
+        # "label" and "class" are those of one of the label sets.
+        for label_set, value in labels.items():
+            names = self.classes.get(label_set, [])
+            if stored[label_set] == label and (name is None or (label >= 0 and names[value] == name)):
+                label = value
+                break
+        return sample._replace(meta={**sample.meta, "labels": labels, "label": label})
 
     def list_samples(self) -> list[Sample]:
         """Returns every sample in stored order (for evaluation; training accesses samples by number)."""
@@ -178,7 +251,7 @@ class Shards:
             return self._records[shard]
         records = self._records[shard] = self._read_records(shard)
         self._records_bytes += records.nbytes
-        while self._records_bytes > MAX_RECORDS_BYTES and len(self._records) > 1:
+        while self._records_bytes > MAX_KEPT_BYTES and len(self._records) > 1:
             self._records_bytes -= self._records.popitem(last=False)[1].nbytes
         return records
 
@@ -186,12 +259,12 @@ class Shards:
         path = self.path(shard, ".jsonl")
         sha256 = self.table.index_sha256[shard].decode()
         if self.cache and is_url(path):
-            with self.cache.open(path, sha256, None) as file:
+            size = int(self.table.index_sizes[shard])
+            with self.cache.open(path, sha256, None if size < 0 else size, ".jsonl") as file:
                 data = file.read()
         else:
             try:
-                with open(path, "rb") as file:
-                    data = file.read()
+                data = read_bounded(path, MAX_RECORDS_BYTES)
             except OSError as e:
                 raise ShardError(f"{path}: {e.strerror}") from e
         records = ShardRecords(data, shard, without_query(path), self.packed[self.folder_of[shard]])

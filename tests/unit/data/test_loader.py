@@ -311,6 +311,7 @@ def test_cache_with_a_partly_damaged_video(train, tmp_path):
     lines[0]["meta"] |= {"decoder": "pyav", "times": None, "frames": 40}  # it has 24
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     index = json.loads((folder / "index.json").read_text())
+    del index["checksum"], index["shards"][2]["index_bytes"]
     index["shards"][2]["index_sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
     (folder / "index.json").write_text(json.dumps(index))
     plain = make_clips(folder)
@@ -491,17 +492,25 @@ def test_several_data_sets_are_concatenated(synthetic_shards):
 def test_errors_of_opening_shards(synthetic_shards, train, tmp_path):
     with pytest.raises(UserError, match="name at least one packed folder"):
         Shards([])
-    with pytest.raises(UserError, match=r"no index\.json.*did you mean one of \['test', 'train'\] in it\?"):
-        Shards([str(synthetic_shards)])
-    for nothing in (tmp_path, tmp_path / "none", train / "index.json"):
-        with pytest.raises(UserError, match=r"no index\.json.*make one with python -m data_prep\.pack"):
-            Shards([str(nothing)])
+    (tmp_path / "tars").mkdir()
+    (tmp_path / "tars" / "a.tar").touch()
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "videos" / "a.mp4").touch()
+    for path, says in (
+        (synthetic_shards, r"no index\.json in it, but it holds 2 folders with one: test, train$"),
+        (tmp_path / "none", rf"none: no such folder; {tmp_path} is there$"),
+        (tmp_path / "none" / "deeper", rf"deeper: no such folder; {tmp_path} is there$"),
+        (train / "index.json", rf"index\.json: a file; name the folder, {train}$"),
+        (tmp_path / "tars" / "a.tar", r"a\.tar: a file, not a folder of shards$"),
+        (tmp_path / "tars", r"no index\.json, but 1 \.tar file; .* data_prep\.scan .*data\.reader=stream$"),
+        (tmp_path / "videos", r"it holds a\.mp4\); make one with python -m data_prep\.pack$"),
+        (tmp_path, r"no folder of shards \(it holds tars, videos\)"),
+    ):
+        with pytest.raises(UserError, match=says):
+            Shards([str(path)])
     other = shutil.copytree(train, tmp_path / "other")
     index = json.loads((other / "index.json").read_text())
-    index["classes"]["motion"] = index["classes"]["motion"][::-1]
-    (other / "index.json").write_text(json.dumps(index))
-    with pytest.raises(UserError, match=r"other: the classes of label 'motion' differ from those of .*train"):
-        Shards([str(train), str(other)])
+    del index["checksum"]
     (other / "index.json").write_text(json.dumps({**index, "shards": []}))
     with pytest.raises(UserError, match="the index lists no samples"):
         Shards([str(other)])

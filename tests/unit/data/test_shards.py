@@ -15,8 +15,9 @@ import pytest
 from manifest import line, make_manifest
 from training_clips import train_batches
 
-from data_prep import scan
+from data_prep import scan, verify
 from vidssl.core.errors import DecodeError, UserError
+from vidssl.data import format as format_module
 from vidssl.data import shards as shards_module
 from vidssl.data.augment import RandomCrop
 from vidssl.data.dataset import TrainClips
@@ -139,6 +140,112 @@ def test_damaged_record_and_offset_beyond_the_end(tmp_path):
         shards.read(shards.sample(0, 2)._replace(offset=1_499_999))
 
 
+# --- several data sets with labels ---
+
+
+def labelled_set(folder: Path, image: bytes, labels: list[str | dict]) -> Path:
+    """A scanned data set of a picture with each label, under .cls or in .json."""
+    folder.mkdir()
+    members = {}
+    for i, label in enumerate(labels):
+        members[f"{folder.name}{i}.png".encode()] = image
+        ext, text = ("json", json.dumps(label)) if isinstance(label, dict) else ("cls", label)
+        members[f"{folder.name}{i}.{ext}".encode()] = text.encode()
+    write_tar(folder / "0.tar", members)
+    scan.main([str(folder)])
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "classes"),
+    [
+        (["run", "walk"], ["walk", "clap"], ["run", "walk", "clap"]),
+        (["run", "walk"], ["walk", "run"], ["run", "walk"]),
+        (["walk"], ["run", "walk"], ["walk", "run"]),
+        (["0", "1"], ["2", "0"], ["0", "1", "2"]),
+        (["10", "2"], ["1"], [str(i) for i in range(11)]),
+        ([{"label": 0, "class": "a"}, {"label": 1, "class": "b"}], ["b", "c"], ["a", "b", "c"]),
+        (["run"], ["-1"], ["run"]),
+        (["-1"], ["run"], ["run"]),
+    ],
+)
+def test_classes_of_several_data_sets_are_matched_by_name(first, second, classes, make_image, tmp_path):
+    image = make_image("png")
+    folders = [labelled_set(tmp_path / n, image, x) for n, x in (("a", first), ("b", second))]
+    both = pickle.loads(pickle.dumps(Shards([str(folder) for folder in folders])))
+    assert both.classes == {"label": classes}
+    texts = [x["class"] if isinstance(x, dict) else x for x in (*first, *second)]
+    for sample, text in zip(both.list_samples(), texts, strict=True):
+        label = sample.meta["label"]
+        assert sample.meta["labels"] == ({} if text == "-1" else {"label": label})
+        assert text == ("-1" if label == -1 else classes[label]) and sample.meta["class"] in (None, text)
+    order = Order(both.counts, 0, lanes=1)
+    clips = TrainClips(both, order, DataConfig(["x"], 1, stride=1), RandomCrop(16))
+    assert {clips[g].label for g in range(both.n)} == {s.meta["label"] for s in both.list_samples()}
+
+
+def test_numbers_of_several_label_sets_are_matched_by_name():
+    classes, renumbered = shards_module.align_classes(
+        [{"verb": ["a", "b"], "noun": ["x"]}, {"verb": ["b", "c"]}, {"noun": ["x"], "place": ["p"]}]
+    )
+    assert classes == {"verb": ["a", "b", "c"], "noun": ["x"], "place": ["p"]}
+    assert renumbered == [{}, {"verb": [1, 2]}, {}]
+    assert [shards_module.renumber(x, [1, 2]) for x in (0, 1, -1, [0, 1])] == [1, 2, -1, [1, 2]]
+
+
+def test_the_main_label_follows_its_own_label_set(tmp_path):
+    one = Shards([str(make_manifest(tmp_path / "a", 1, 1, range(1)))])
+    one.classes = {"noun": ["z", "x", "y"], "verb": ["b", "a"]}
+    one._renumbered = [{"noun": [1, 2], "verb": [1, 0]}]
+    meta = {"label": 1, "class": "b", "labels": {"noun": 1, "verb": 1}}
+    sample = one._with_aligned_labels(one.list_samples()[0]._replace(meta=meta))
+    assert sample.meta == {"label": 0, "class": "b", "labels": {"noun": 2, "verb": 0}}
+
+
+# --- every byte is checked ---
+
+
+@pytest.mark.parametrize("name", ["index.json", "part-1.jsonl", "part-1.tar"])
+def test_a_flipped_byte_is_found(name, pictures, capsys):
+    whole = (pictures / name).read_bytes()
+    for at in range(0, len(whole), max(1, len(whole) // 40)):
+        damaged = bytearray(whole)
+        damaged[at] ^= 4
+        (pictures / name).write_bytes(damaged)
+        try:
+            verify.main([str(pictures), "--decode", "0"])
+            said = ""
+        except UserError as e:
+            said = str(e)
+        except SystemExit:
+            said = capsys.readouterr().out.splitlines()[0]
+        assert name in said and "\n" not in said, at
+        if name != "part-1.tar":
+            with pytest.raises(UserError, match=name):
+                Shards([str(pictures)]).list_samples()
+
+
+# --- foreign sizes ---
+
+
+def test_sizes_are_bounded(pictures, monkeypatch):
+    monkeypatch.setattr(format_module, "MAX_INDEX_BYTES", 100)
+    with pytest.raises(UserError, match=r"index\.json: has more than 100 bytes, the limit$"):
+        Shards([str(pictures)])
+    monkeypatch.undo()
+    monkeypatch.setattr(shards_module, "MAX_RECORDS_BYTES", 100)
+    with pytest.raises(UserError, match=r"part-0\.jsonl: has more than 100 bytes, the limit; "):
+        Shards([str(pictures)]).sample(0, 0)
+    monkeypatch.setattr(format_module, "MAX_RECORDS_BYTES", 100)
+    with pytest.raises(UserError, match=r"index\.json: damaged .* a \.jsonl has at most 100 bytes"):
+        Shards([str(pictures)])
+    for wrong in ({"samples": -1}, {"bytes": -1}):
+        index = {**read_index(pictures)}
+        index["shards"] = [index["shards"][0] | {"index_bytes": 0} | wrong]
+        with pytest.raises(UserError, match=r"must not be negative"):
+            shard_table(index, str(pictures))
+
+
 # --- the index ---
 
 
@@ -160,6 +267,10 @@ def test_damaged_index(tmp_path):
         (b"\xff", "not an index of shards"),
         (b"[1]", "not an index of shards"),
         (json.dumps(index | {"version": 2}).encode(), "an index of version 2, expected 1"),
+        (b"[" * 100_000, "not an index of shards"),
+        (json.dumps(index | {"classes": {"label": "ab"}}).encode(), 'damaged; "classes" is no list of names'),
+        (json.dumps(index | {"classes": []}).encode(), 'damaged; "classes" is no list of names'),
+        (json.dumps(index | {"checksum": "1"}).encode(), "its contents differ from its checksum"),
     ):
         with pytest.raises(UserError, match=rf"index\.json: {says}"):
             parse_index(text, str(folder))
@@ -181,7 +292,7 @@ def test_counts_and_paths_of_several_data_sets(tmp_path):
 def test_cached_records_are_bounded(tmp_path, monkeypatch):
     shards = Shards([str(make_manifest(tmp_path / "m", 30, 10, range(30)))])
     one = shards._shard_records(0).nbytes
-    monkeypatch.setattr(shards_module, "MAX_RECORDS_BYTES", 5 * one)
+    monkeypatch.setattr(shards_module, "MAX_KEPT_BYTES", 5 * one)
     read = []
     monkeypatch.setattr(
         Shards, "_read_records", lambda s, i, do=Shards._read_records: read.append(i) or do(s, i)
