@@ -8,14 +8,22 @@ by saying what was understood.
 
 import argparse
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from data_prep.index import Member, class_lists, tar_samples, write_lines
+from data_prep.summary import (
+    Tally,
+    counted,
+    left_out_lines,
+    make_summary,
+    shortened,
+    summary_lines,
+    write_summary,
+)
 from vidssl.core.errors import UserError, run_cli
-from vidssl.data.decoding.base import IMAGE_EXTENSIONS
 from vidssl.data.format import dumps, dumps_index, read_index, sample_record, select_media, shard_entry
 from vidssl.data.metadata import (
     LABEL_EXTENSIONS,
@@ -35,15 +43,9 @@ COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 class Findings:
     """What a scan met beside the samples that it indexed."""
 
-    skipped: Counter[str] = field(default_factory=Counter)  # reason -> samples
-    example: dict[str, str] = field(default_factory=dict)  # reason -> the first of them
-    ignored: Counter[str] = field(default_factory=Counter)  # reason -> members
+    left_out: Tally = field(default_factory=Tally)  # reason -> samples or members
     described: int = 0  # samples with metadata
     warnings: list[str] = field(default_factory=list)
-
-    def skip(self, reason: str, example: str) -> None:
-        self.skipped[reason] += 1
-        self.example.setdefault(reason, example)
 
 
 def read_shard(tar: Path, findings: Findings) -> list[dict]:
@@ -51,7 +53,7 @@ def read_shard(tar: Path, findings: Findings) -> list[dict]:
     name.
     """
     found = tar_samples(tar)
-    findings.ignored += found.ignored
+    findings.left_out.merge(found.ignored)
     if found.scattered:
         findings.warnings.append(
             f"{tar}: the members of {found.scattered} samples do not follow each other; they were joined"
@@ -63,12 +65,12 @@ def read_shard(tar: Path, findings: Findings) -> list[dict]:
         for key, members in found.samples.items():
             media = select_media(members)
             if not is_utf8(key):  # its index could not be written
-                findings.skip("with a name that is not UTF-8", f"{tar}: {key!r}")
+                findings.left_out.note("sample with a name that is not UTF-8", f"{tar.name}: {key}")
             elif media is None:
                 extensions = ", ".join(sorted(members))
-                findings.skip("without a video or image", f"{tar}: {key} has only {extensions}")
+                findings.left_out.note("sample without a video or image", f"{tar.name}: {key}: {extensions}")
             elif media[1].size == 0:
-                findings.skip("with an empty file", f"{tar}: {key}.{media[0]}")
+                findings.left_out.note("sample with an empty file", f"{tar.name}: {key}.{media[0]}")
             else:
                 ext, (offset, size) = media
                 others = {other: member for other, member in members.items() if other != ext}
@@ -89,12 +91,13 @@ def read_meta(
             raise UserError(f"{found}; metadata of at most {MAX_JSON_BYTES} bytes are read")
         file.seek(members[ext].offset)
         contents[ext] = file.read(members[ext].size)
-    findings.ignored.update(f"other file (.{ext})" for ext in members if ext not in wanted)
+    for ext in set(members) - wanted:
+        findings.left_out.note(f".{ext} beside a sample", where)
     findings.described += bool(wanted)
     meta = parse_meta(where, contents, size)
     if len(dumps(meta)) <= MAX_META_BYTES:
         return meta
-    findings.ignored["metadata beyond 64 KiB"] += 1
+    findings.left_out.note("metadata beyond 64 KiB", where)
     return {key: meta[key] for key in ("label", "class", "group") if key in meta}
 
 
@@ -151,44 +154,16 @@ def numbered_classes(metas: list[dict], findings: Findings) -> tuple[dict[int, s
     return numbers, names
 
 
-def count_line(records: list[dict], classes: dict[str, list[str]]) -> str:
-    """Says how many videos, images, classes and groups the samples have."""
-    images = sum(record["ext"] in IMAGE_EXTENSIONS for record in records)
-    groups = len({record["meta"]["group"] for record in records if record["meta"].get("group")})
-    counts = [f"{len(records) - images} videos, {images} images, {len(classes.get('label', []))} classes"]
-    return ", ".join(counts + [f"{groups} groups"] * bool(groups))
-
-
-def label_lines(records: list[dict], classes: dict[str, list[str]], findings: Findings) -> Iterator[str]:
-    """Says which labels were understood."""
-    sizes = Counter(record["meta"]["class"] for record in records if record["meta"]["label"] >= 0)
-    if sizes:
-        (largest, most), *_ = sizes.most_common(1)
-        smallest, least = min(sizes.items(), key=lambda item: (item[1], item[0]))
-        yield f"samples of a class: {least} ({smallest}) to {most} ({largest})"
-    unlabelled = [record for record in records if record["meta"]["label"] < 0]
-    if sizes and unlabelled:
-        yield f"without a label: {len(unlabelled)} samples, such as {unlabelled[0]['key']}"
-    if not sizes and findings.described:
-        keys = [key for record in records for key in (*record["meta"], *record["meta"].get("claimed", ()))]
-        known = ", ".join(key for key, _ in Counter(keys).most_common() if key not in OWN_KEYS) or "no keys"
-        yield (
-            f"warning: {findings.described} samples have metadata ({known}), but no label was understood; "
-            f"labels are read from .cls or from these keys of .json: {', '.join(LABEL_KEYS)}"
-        )
-    empty = sorted(set(classes.get("label", [])) - set(sizes))
-    if empty:
-        yield f"warning: {len(empty)} classes have no sample, such as {empty[0]}"
-
-
-def left_out_lines(findings: Findings) -> Iterator[str]:
-    """Says what was passed over, and what is odd."""
-    for reason, n in findings.skipped.items():
-        yield f"skipped {n} samples {reason}, such as {findings.example[reason]}"
-    ignored = [f"{n} x {reason}" for reason, n in sorted(findings.ignored.items())]
-    if ignored:
-        yield f"ignored members: {', '.join(ignored)}"
-    yield from (f"warning: {line}" for line in findings.warnings)
+def label_warning(records: list[dict], findings: Findings) -> str:
+    """Says that samples have metadata but no label was understood, if so."""
+    if not findings.described or any(record["meta"]["labels"] for record in records):
+        return ""
+    keys = Counter(key for r in records for key in (*r["meta"], *r["meta"].get("claimed", ())))
+    known = ", ".join(key for key, _ in keys.most_common() if key not in OWN_KEYS) or "no other keys"
+    return (
+        f"{findings.described} samples have metadata ({shortened(known)}), but no label was understood; "
+        f"labels are read from .cls or from these keys of .json: {', '.join(LABEL_KEYS)}"
+    )
 
 
 def find_tars(folder: Path) -> list[Path]:
@@ -218,16 +193,19 @@ def main(argv: list[str]) -> None:
     by_tar = {tar: read_shard(tar, findings) for tar in tars}
     records = [record for of_shard in by_tar.values() for record in of_shard]
     if not records:
-        reasons = "".join(f"; {n} {why}: {findings.example[why]}" for why, n in findings.skipped.items())
+        reasons = "".join(f";{line[1:]}" for line in left_out_lines(findings.left_out.entries()))
         raise UserError(f"{folder}: no sample with a video or image in its {len(tars)} shards{reasons}")
     classes = name_classes(records, findings)
     for tar, of_shard in by_tar.items():
         write_lines(tar.with_suffix(".jsonl"), map(dumps, of_shard))
     entries = [shard_entry(tar, len(of_shard)) for tar, of_shard in by_tar.items() if of_shard]
     write_lines(folder / "index.json", [dumps_index(classes, entries, 0, {"scan": True})])
-    print(f"{folder}: {len(records)} samples in {len(entries)} shards, {count_line(records, classes)}")
-    for line in (*label_lines(records, classes, findings), *left_out_lines(findings)):
-        print(line)
+    print(f"{folder}: {counted(len(records), 'sample')} in {counted(len(entries), 'shard')}")
+    summary = make_summary(records, classes, findings.left_out)
+    write_summary(folder, summary)
+    print(*summary_lines(summary), sep="\n")
+    for warning in filter(None, (label_warning(records, findings), *findings.warnings)):
+        print(f"warning: {warning}")
 
 
 if __name__ == "__main__":

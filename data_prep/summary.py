@@ -83,10 +83,13 @@ def make_summary(
         kinds["images" if record["ext"] in IMAGE_EXTENSIONS else "videos"] += 1
         labels = meta.get("labels") or {}
         for label_set, counts in sizes.items():
-            number = labels.get(label_set, -1)
-            if 0 <= number < len(counts):
+            # Of several classes a sample, each counts.
+            value = labels.get(label_set, -1)
+            numbers = value if isinstance(value, list) else [value]
+            known = [number for number in numbers if 0 <= number < len(counts)]
+            for number in known:
                 counts[number] += 1
-            else:
+            if not known:
                 unlabelled.note(label_set, name)
         if meta.get("group") is not None:
             groups[str(meta["group"])] += 1

@@ -427,7 +427,7 @@ def test_scan_of_other_shards(tmp_path, make_video, make_image, capsys):
     write_tar(tmp_path / "b.tar", three, format=tarfile.PAX_FORMAT)
     scan.main([str(tmp_path)])
     scan.main([str(tmp_path)])  # overwrites its own index
-    assert "skipped 1 samples without a video or image" in capsys.readouterr().out
+    assert "left out, sample without a video or image: 1 (" in capsys.readouterr().out
     got = {x["key"]: x for x in read_records(tmp_path, "*.jsonl")}
     assert {k: (x["ext"], x["meta"]["label"]) for k, x in got.items()} == {
         "d/1": ("mp4", 2),

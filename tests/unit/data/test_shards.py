@@ -331,7 +331,7 @@ def test_scan_skips_names_that_are_not_utf8(make_image, tmp_path, capsys):
     names = [b"a.png", b"caf\xe9.png", "é\u2028.png".encode(), b"caf\xe9.json", b"b\xff/c.png", b"z.png"]
     write_tar(tmp_path / "x.tar", {name: b"{}" if name.endswith(b"json") else data for name in names})
     scan.main([str(tmp_path)])
-    assert "skipped 2 samples with a name that is not UTF-8" in capsys.readouterr().out
+    assert "left out, sample with a name that is not UTF-8: 2" in capsys.readouterr().out
     shards = Shards([str(tmp_path)])
     assert [s.key for s in shards.list_samples()] == ["a", "é\u2028", "z"]
     assert np.all([shards.read(s) == data for s in shards.list_samples()])

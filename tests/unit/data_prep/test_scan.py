@@ -98,7 +98,7 @@ def with_many_other_files(members: Members) -> Members:
 def test_files_of_operating_systems_are_ignored(change, labelled, scanned, tmp_path):
     (tmp_path / "._a.tar").write_bytes(b"\0\5\x16\7")
     labels, said = scanned(tar_bytes(change(labelled)))
-    assert labels == LABELS and "ignored members: " in said
+    assert labels == LABELS and "left out, " in said
     assert dict(streamed(tmp_path)) == LABELS
 
 
@@ -168,7 +168,7 @@ def test_links_devices_and_holes_are_ignored(labelled, scanned, tmp_path):
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
     labels, said = scanned(out.getvalue())
-    assert labels == LABELS and "2 x link" in said and "2 x device or pipe" in said
+    assert labels == LABELS and "left out, link: 2" in said and "left out, device or pipe: 2" in said
     assert dict(streamed(tmp_path)) == LABELS
 
 
@@ -218,12 +218,13 @@ def test_numbers_beside_names_without_a_number(make_image, scanned):
         scanned(pictures_with(make_image, [b'{"label":1,"class":"a"}', b'{"class":"b"}']))
 
 
-def test_what_was_understood_is_said(make_image, scanned):
+def test_what_was_understood_is_said(make_image, scanned, tmp_path):
     _, said = scanned(pictures_with(make_image, [b'{"label":"a"}', b'{"label":"a"}', b'{"label":"b"}', None]))
-    assert "4 samples in 1 shards, 0 videos, 4 images, 2 classes" in said
-    assert "samples of a class: 1 (b) to 2 (a)" in said and "without a label: 1 samples, such as 3" in said
+    assert "4 samples in 1 shard\n  0 videos, 4 images\n" in said
+    assert "  label: 2 classes, largest a (2), smallest b (1)\n  without label: 1 sample (3)\n" in said
+    assert json.loads((tmp_path / "summary.json").read_text())["classes"] == {"label": {"a": 2, "b": 1}}
     _, said = scanned(pictures_with(make_image, [b'{"verb":"a","frames":3}'] * 2))
-    assert "0 classes" in said
+    assert "no classes: no sample has a label" in said
     assert "warning: 2 samples have metadata (verb, frames), but no label was understood" in said
 
 
@@ -240,7 +241,7 @@ def test_records_are_strict_json(make_image, scanned, tmp_path):
 
 def test_large_metadata_are_left_out_of_the_index(make_image, scanned, tmp_path):
     _, said = scanned(pictures_with(make_image, [b'{"label":1,"captions":"%s"}' % (b"x" * 100_000)]))
-    assert "1 x metadata beyond 64 KiB" in said and (tmp_path / "a.jsonl").stat().st_size < 1000
+    assert "left out, metadata beyond 64 KiB: 1" in said and (tmp_path / "a.jsonl").stat().st_size < 1000
 
 
 # --- facts of others ---
