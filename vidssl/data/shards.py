@@ -194,7 +194,8 @@ class Shards:
             label_set: renumber(value, renumbered[label_set]) if label_set in renumbered else value
             for label_set, value in stored.items()
         }
-        label, name = sample.meta.get("label", -1), sample.meta.get("class")
+        label = sample.meta.get("label", -1)
+        name = sample.meta.get("class")
         # "label" and "class" are those of one of the label sets.
         for label_set, value in labels.items():
             names = self.classes.get(label_set, [])

@@ -13,8 +13,9 @@ from packed_files import read_records
 from data_prep import scan, verify
 from vidssl.core.errors import UserError
 from vidssl.data.augment import RandomCrop
-from vidssl.data.dataset import DataConfig, decode_clip
+from vidssl.data.dataset import decode_clip
 from vidssl.data.loader import make_streams, open_shards, train_steps
+from vidssl.data.schema import DataConfig
 from vidssl.data.shards import Shards
 from vidssl.data.tar_files import is_system_file
 
@@ -161,7 +162,8 @@ def test_links_devices_and_holes_are_ignored(labelled, scanned, tmp_path):
     with tarfile.open(fileobj=out, mode="w") as tar:
         for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE, tarfile.DIRTYPE):
             info = tarfile.TarInfo(f"link{kind.decode()}.png")
-            info.type, info.linkname = kind, "/etc/passwd"
+            info.type = kind
+            info.linkname = "/etc/passwd"
             tar.addfile(info)
         for name, data in labelled:
             info = tarfile.TarInfo(name)
