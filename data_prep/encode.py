@@ -5,9 +5,10 @@ most `short_side` (even sizes, never enlarged), rotation is applied. With `fps`,
 source displays at n / fps (by its time stamps, also if the rate varies); without, frames keep their own
 times. A file is decoded once for all clips cut from it:
 
-- segments that its annotations name, in seconds from the first frame;
-- `window`: clips of that many seconds, one every `hop` seconds; the last must be complete, unless the file is
-  shorter than one window;
+- segments that its annotations name, in seconds of the file's clock, as a player shows it and FFmpeg's
+  `-ss` counts: it starts with the earliest stream, so a picture that begins after the sound is late;
+- `window`: clips of that many seconds, one every `hop` seconds from the first frame; the last must be
+  complete, unless the file is shorter than one window;
 - `scenes`: a scene begins where the mean luma difference to the previous frame exceeds that frame's own
   difference to the one before it by SCENE_RISE grey levels (luma in 32x32 blocks; see data_prep.filters).
 
@@ -104,7 +105,10 @@ class ClipWriter:
                     self._first_frame_at = start
                 self._encode(picture, round((start - self._first_frame_at) * TICKS_PER_SECOND))
             return
-        while self.start + float(len(self.stamps) / self._fps) < min(end, self.end) - TIME_TOLERANCE:
+        if not self.stamps:
+            self._first_frame_at = max(self.start, start)
+        last = min(end, self.end) - TIME_TOLERANCE
+        while self._first_frame_at + float(len(self.stamps) / self._fps) < last:
             self._encode(picture, len(self.stamps))
 
     def _encode(self, picture: Picture, stamp: int) -> None:
@@ -180,7 +184,8 @@ def encode_clips(
         with closing(Reader(file)) as reader:
             return ClipCutter(reader, spans, recipe, filters).run(on_progress)
     except BadStampsError:
-        with closing(Reader(file, count=True)) as reader:
+        with closing(Reader(file)) as reader:
+            reader.repair(on_progress)
             return ClipCutter(reader, spans, recipe, filters).run(on_progress)
 
 
@@ -192,8 +197,9 @@ class ClipCutter:
         self._spans = spans
         self._recipe = recipe
         self._filters = filters
+        self._begin_s = 0.0  # when the first frame is displayed
         self._planned = self._plan_clips()
-        self._next: ClipWriter | None = next(self._planned)  # begins later than the frames so far
+        self._next: ClipWriter | None = None  # begins later than the frames so far
         self._open: list[ClipWriter] = []
         self._outcomes: list[EncodedSample | Rejected] = []
         self._source_meta: dict = {}  # "original" in the meta of each clip
@@ -207,6 +213,8 @@ class ClipCutter:
             picture = Picture(frame, self._recipe.short_side, size)
             if size is None:
                 size = picture.size
+                self._begin_s = start
+                self._next = next(self._planned)
                 self._source_meta = self._reader.facts(picture)
                 too_small = self._filters.check_size(min(picture.shown))
                 if too_small:
@@ -220,6 +228,7 @@ class ClipCutter:
             if not self._open and self._next is None:
                 break
         self._end_of_file(start, end)
+        self._source_meta["fps"] = round(self._reader.rate, 3)
         return sorted(self._outcomes, key=lambda outcome: (outcome.item, outcome.start or 0.0))
 
     def _new_clip(self, item: int, start: float, end: float) -> ClipWriter:
@@ -229,7 +238,7 @@ class ClipCutter:
         """Yields clips by start: infinitely many windows, or the items. Scenes are found on the way."""
         if self._recipe.window:
             for k in itertools.count():
-                start = k * (self._recipe.hop or self._recipe.window)
+                start = self._begin_s + k * (self._recipe.hop or self._recipe.window)
                 yield self._new_clip(0, start, start + self._recipe.window)
         for item in sorted(range(len(self._spans)), key=lambda k: self._spans[k][0] or 0.0):
             first, last = self._spans[item]
@@ -249,7 +258,7 @@ class ClipCutter:
     def _end_of_file(self, start: float, end: float) -> None:
         """Finishes the open clips; `start`, `end`: of the last frame."""
         for clip in self._open:
-            if self._recipe.window and clip.start > 0 and clip.end > end + (end - start) / 2:
+            if self._recipe.window and clip.start > self._begin_s and clip.end > end + (end - start) / 2:
                 clip.close()  # an incomplete window
             else:
                 clip.end = min(clip.end, end)
@@ -264,7 +273,7 @@ class ClipCutter:
         data = clip.close()
         frames = len(clip.stamps)
         start, end = self._spans[clip.item]
-        is_cut = clip.start > 0 or self._recipe.window or self._recipe.scenes
+        is_cut = clip.start > self._begin_s or self._recipe.window or self._recipe.scenes
         if (start, end) == (None, None) and is_cut:
             start, end = round(clip.start, 3), round(clip.end, 3)
         if not frames:

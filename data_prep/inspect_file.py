@@ -88,6 +88,7 @@ def meta_of(video: Video) -> dict:
         "codec": video.codec,
         "rotation": video.rotation,
         **({"damaged_packets": video.errors} if video.errors else {}),
+        **({"time_repairs": dict(repairs)} if (repairs := getattr(video, "time_repairs", None)) else {}),
     }
 
 

@@ -2,7 +2,7 @@
 and as the picture that is encoded and measured."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
 import av
@@ -13,30 +13,43 @@ from av.video.reformatter import ColorRange, Interpolation
 from data_prep.filters import thumbnail
 from vidssl.core.errors import DecodeError
 from vidssl.data.decoding.rotation import Rotation, rotation_of
-from vidssl.data.decoding.video_stream import VideoStream
+from vidssl.data.decoding.time_stamps import MAX_GAP_S
+from vidssl.data.decoding.video_stream import VideoStream, first_stamp
 
 MIN_FRAME_S = 1 / 240  # seconds that the last frame is displayed at least
-MAX_GAP_S = 600.0  # seconds between two frames; a larger gap is a wrong time stamp
-DEFAULT_RATE = 25.0  # frames per second of a file that does not name its rate
 SCALING = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.BITEXACT
 COLOUR_TAGS = ("color_range", "colorspace", "color_primaries", "color_trc")
 
 
 class BadStampsError(Exception):
-    """Time stamps are missing, decrease or leap."""
+    """Time stamps are missing, decrease or leap: they need repair."""
 
 
 class Reader:
     """A video file, decoded once from front to back on one thread; damaged packets are skipped and counted.
 
-    count: time the frames by the average rate instead of their time stamps.
+    Seconds are those of the file's clock (see VideoStream.delay).
     """
 
-    def __init__(self, file: BinaryIO, count: bool = False):
+    def __init__(self, file: BinaryIO):
         self._stream = VideoStream(file)
-        self._count = count
         self.codec = self._stream.codec
-        self.rate = self._stream.rate or DEFAULT_RATE
+        # Frames per second: what the file says until two frames are known, then what is measured.
+        self.rate = self._stream.usual_rate
+        self._times: np.ndarray | None = None  # f64 [frames], seconds of the file's clock, repaired
+        self._repairs: dict[str, int] = {}
+
+    def repair(self, on_progress: Callable[[], None]) -> None:
+        """Decodes the file once and repairs its time stamps. on_progress: called for every frame."""
+        pts = []
+        for frame in self.decode():
+            pts.append(frame.pts)
+            on_progress()
+        times, self._repairs = self._stream.frame_times(pts)
+        first = first_stamp(pts) * self._stream.time_base + (times[0] if len(times) else 0.0)
+        self._times = times - times[:1] + self._stream.delay(first)
+        self._stream.rewind()
+        self._stream.damaged_packets = 0
 
     @property
     def errors(self) -> int:
@@ -50,47 +63,55 @@ class Reader:
         """Describes the source file, for the meta of the clips that are cut from it."""
         height, width = first.shown
         size = {"height": height, "width": width, "rotation": first.rotation}
-        return {"codec": self.codec, "fps": round(self.rate, 3), **size}
+        repairs = {"time_repairs": self._repairs} if self._repairs else {}
+        return {"codec": self.codec, "fps": round(self.rate, 3), **size, **repairs}
 
     def decode(self) -> Iterator[av.VideoFrame]:
         """Yields every frame that decodes."""
         return self._stream.decode()
 
     def frames(self) -> Iterator[tuple[av.VideoFrame, float, float]]:
-        """Yields (frame, start, end): seconds during which each frame is displayed, from 0.
+        """Yields (frame, start, end): seconds of the file's clock during which each frame is displayed.
 
-        The last frame is displayed for the mean duration. Raises BadStampsError for unusable time stamps.
+        The last frame is displayed for the mean duration. Raises BadStampsError for time stamps
+        that need repair.
         """
         previous: av.VideoFrame | None = None
-        start = 0.0
+        first = start = 0.0
         frames = 0
         for frame, seconds in self._timed():
             if previous is not None:
-                if not 0 < seconds - start <= MAX_GAP_S:
+                if self._times is None and not 0 < seconds - start <= MAX_GAP_S:
                     raise BadStampsError
                 yield previous, start, seconds
+            else:
+                first = seconds
             previous = frame
             start = seconds
             frames += 1
+            if start > first:
+                self.rate = (frames - 1) / (start - first)
         if previous is None:
             reason = "decode_error" if self.errors else "no_frames"
             raise DecodeError(reason, f"{self.errors} damaged packets")
-        duration = start / (frames - 1) if frames > 1 else 1 / self.rate
+        duration = (start - first) / (frames - 1) if frames > 1 else 1 / self.rate
         yield previous, start, start + max(duration, MIN_FRAME_S)
 
     def _timed(self) -> Iterator[tuple[av.VideoFrame, float]]:
-        """Yields each frame with its time in seconds since the first frame."""
-        first = 0.0
+        """Yields each frame with its time in seconds of the file's clock."""
+        first = 0
+        delay = 0.0
         for i, frame in enumerate(self.decode()):
-            if self._count:
-                yield frame, i / self.rate
+            if self._times is not None:
+                if i < len(self._times):
+                    yield frame, float(self._times[i])
                 continue
             if frame.pts is None:
                 raise BadStampsError
-            seconds = frame.pts * self._stream.time_base
             if i == 0:
-                first = seconds
-            yield frame, seconds - first
+                first = frame.pts
+                delay = self._stream.delay(first * self._stream.time_base)
+            yield frame, delay + (frame.pts - first) * self._stream.time_base
 
 
 class Picture:

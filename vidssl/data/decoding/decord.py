@@ -11,6 +11,7 @@ from decord._ffi.base import DECORDError, DECORDLimitReachedError
 
 from vidssl.core.errors import DecodeError
 from vidssl.data.decoding.base import Video, check_length, check_size, error_line
+from vidssl.data.decoding.time_stamps import repair_times
 from vidssl.data.decoding.video_stream import check_container
 
 decord.logging.set_level(decord.logging.QUIET)
@@ -37,6 +38,7 @@ class DecordVideo(Video):
             frames = len(self._reader)
             check_length(frames)
             times = self._reader.get_frame_timestamp(np.arange(frames))[:, 0].astype(np.float64)
+            rate = self._reader.get_avg_fps() or 25.0
             self._key_frames = np.array(self._reader.get_key_indices(), dtype=np.int64)
             self.size = (meta["height"], meta["width"]) if "height" in meta else self._reader[0].shape[:2]
         except ERRORS as e:
@@ -45,7 +47,7 @@ class DecordVideo(Video):
             raise DecodeError("decode_error", f"decord counts {frames} frames, packed were {meta['frames']}")
         height, width = self.size
         check_size(width, height)
-        self.times = times - times[0]
+        self.times = repair_times(times - times[0], rate).seconds
 
     def close(self) -> None:
         self._reader = None

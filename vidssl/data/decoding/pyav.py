@@ -1,9 +1,8 @@
 """Frames by PyAV, the decoder that is right for any file."""
 
 import io
-import math
-from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 
 import av
 import numpy as np
@@ -26,6 +25,8 @@ class PyAVVideo(Video):
 
     decoder = "pyav"
     packets_match = False
+    # reason: number of frames; known after a full decode
+    time_repairs: Mapping[str, int] = MappingProxyType({})
 
     def __init__(self, data: bytes, meta: dict | None = None):
         self._stream = VideoStream(io.BytesIO(data))
@@ -55,7 +56,7 @@ class PyAVVideo(Video):
         if len(packets) != meta["frames"]:  # not the file that was packed
             self._decode_all()
             return
-        self.times = self._seconds(packets)
+        self.times = self._stream.frame_times(packets).seconds
         if meta.get("decoder") == "pyav" and len(set(packets)) == len(packets):
             self._pts = packets
 
@@ -81,17 +82,9 @@ class PyAVVideo(Video):
         if not pts:
             reason = "decode_error" if self.errors else "no_frames"
             raise DecodeError(reason, f"{self.errors} damaged packets")
-        self.times = self._seconds(pts)
-        self.packets_match = pts == packets and not self.errors
-
-    def _seconds(self, pts: Sequence[int | None]) -> np.ndarray:
-        """Time stamps -> seconds from 0, f64 [n]; by the average rate if any is missing or not increasing."""
-        known = [p for p in pts if p is not None]
-        if len(known) == len(pts) and all(a < b for a, b in pairwise(known)):
-            seconds = (np.array(known, dtype=np.float64) - known[0]) * self._stream.time_base
-            if math.isfinite(seconds[-1]):
-                return seconds
-        return np.arange(len(pts)) / (self.rate or 25.0)
+        times, self.time_repairs = self._stream.frame_times(pts)
+        self.times = times - times[0]
+        self.packets_match = pts == packets and not self.errors and not self.time_repairs
 
     def _decode_frames(self, indices: np.ndarray) -> Iterator[np.ndarray]:
         if self._pts is None:

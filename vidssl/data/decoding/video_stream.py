@@ -3,15 +3,17 @@
 import errno
 import gc
 import io
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Sequence
 from itertools import islice
 from typing import Any, BinaryIO
 
 import av
+import numpy as np
 from av.stream import Disposition
 
 from vidssl.core.errors import DecodeError
 from vidssl.data.decoding.base import MAX_FRAMES, VIDEO_EXTENSIONS, check_length, check_size, error_line
+from vidssl.data.decoding.time_stamps import MAX_GAP_S, RepairedTimes, repair_times
 
 # FFmpeg recognises a file by its content, and some formats (playlists, concat scripts) open further files or
 # addresses that their content names. Only the containers of VIDEO_EXTENSIONS are opened, and no protocol.
@@ -22,12 +24,16 @@ CONTAINERS = (
 OPEN_OPTIONS = {"format_whitelist": ",".join(CONTAINERS), "protocol_whitelist": "none"}
 
 ERRORS = (av.FFmpegError, OSError, ValueError)  # ValueError: a seek before the start of a file in memory
+RATES = (0.01, 1000.0)  # frames per second that a file may name
+DEFAULT_RATE = 25.0  # frames per second of a file that names no rate, or none in that range
+SAME_START_S = 2e-3  # seconds; some containers keep time stamps in milliseconds
 
 
 class VideoStream:
     """The best video stream of a file, decoded on one thread. Damaged packets are skipped and counted.
 
-    rate: average frames per second, 0 if unknown. time_base: seconds per unit of a time stamp.
+    rate: average frames per second that the file names, 0 if it names none. time_base: seconds per unit of a
+    time stamp.
     """
 
     def __init__(self, file: BinaryIO):
@@ -85,6 +91,28 @@ class VideoStream:
         self.codec = context.codec.canonical_name
         self.rate = float(stream.average_rate or stream.guessed_rate or 0)
         self.time_base = float(stream.time_base or 0)
+
+    @property
+    def usual_rate(self) -> float:
+        """Frames per second for frames without time stamps."""
+        return self.rate if RATES[0] <= self.rate <= RATES[1] else DEFAULT_RATE
+
+    def frame_times(self, pts: Sequence[int | None]) -> RepairedTimes:
+        """Time stamps of all frames in the order of display -> seconds since the first stamp."""
+        origin = first_stamp(pts)
+        # Subtracted as integers, so that the first frame is at exactly 0 seconds.
+        seconds = np.array([np.nan if p is None else float(p - origin) for p in pts]) * self.time_base
+        return repair_times(seconds, self.usual_rate)
+
+    def delay(self, seconds: float) -> float:
+        """Seconds from the start of the file's clock to the first frame; seconds: its time stamp.
+
+        The clock that players show starts with the earliest stream: sound may begin before the picture.
+        FFmpeg's `-ss` counts from there. 0 if what the file says of its start cannot be.
+        """
+        start = self._container.start_time
+        delay = 0.0 if start is None else seconds - start / av.time_base
+        return delay if SAME_START_S < delay <= MAX_GAP_S else 0.0
 
     def rewind(self) -> None:
         """Goes back to the first packet. Opens the file again: not every container seeks to its start."""
@@ -152,6 +180,11 @@ def check_container(data: bytes) -> None:
     """Raises DecodeError unless `data` is of one of CONTAINERS; for decoders whose formats cannot be
     restricted."""
     VideoStream(io.BytesIO(data)).close()
+
+
+def first_stamp(pts: Sequence[int | None]) -> int:
+    """The first of the time stamps that is not missing, 0 if all are."""
+    return next((p for p in pts if p is not None), 0)
 
 
 def is_disk_error(e: Exception) -> bool:
