@@ -3,6 +3,9 @@
 import argparse
 import json
 import re
+import sys
+import zipfile
+from _compat_pickle import IMPORT_MAPPING
 from collections import OrderedDict
 from pathlib import Path, PosixPath
 from pickle import UnpicklingError
@@ -59,15 +62,17 @@ def load_state_file(path: Path) -> dict[str, Any]:
         if path.suffix == ".safetensors":
             return load_file(path)
         with torch.serialization.safe_globals(_harmless_globals()):
+            placeholders = _placeholders(path)
+        with torch.serialization.safe_globals(_harmless_globals() + placeholders):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError as e:
         if code := re.search(r"GLOBAL (\S+)", str(e)):
             raise UserError(
                 f"{path}: refused, it would run code ({code[1]}); save it again as plain tensors"
             ) from None
-        raise UserError(
-            f"{path}: not a readable checkpoint (no weights in a form that torch knows)"
-        ) from None
+        reason = re.search(r"[Ee]rror: (.{1,200})", str(e))
+        cause = reason[1] if reason else "torch cannot read it safely; save its weights alone"
+        raise UserError(f"{path}: not a readable checkpoint ({cause})") from None
     except (RuntimeError, EOFError, OSError, LookupError, ValueError, AttributeError, SafetensorError) as e:
         raise UserError(f"{path}: not a readable checkpoint ({' '.join(str(e).split())[:200]})") from None
     if not isinstance(content, dict):
@@ -80,30 +85,100 @@ def _harmless_globals() -> list[Any]:
     arrays."""
     scalar = np.float64(0).__reduce__()[0]
     array = np.zeros(0).__reduce__()[0]
-    harmless: list[Any] = [argparse.Namespace, OrderedDict, PosixPath, np.dtype, np.ndarray]
-    harmless += [type(np.dtype(t)) for t in ("float32", "float64", "int64", "bool")]
+    harmless: list[Any] = [
+        argparse.Namespace,
+        OrderedDict,
+        PosixPath,
+        np.dtype,
+        np.ndarray,
+    ]
+    harmless += [value for name, value in vars(np.dtypes).items() if name.endswith("DType")]
     for package in ("numpy.core", "numpy._core"):  # their names in NumPy 1 and 2
         harmless += [(scalar, f"{package}.multiarray.scalar"), (array, f"{package}.multiarray._reconstruct")]
     return harmless
 
 
+class Placeholder:
+    """Stands for an object of a class that is not ours: it accepts what pickle gives it and does nothing."""
+
+    def __init__(self, *_: Any):
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+# Of the standard library, only data; os.system and its like are refused, not read as placeholders.
+DATA_MODULES = {"argparse", "collections", "datetime", "decimal", "enum", "fractions", "pathlib", "random"}
+DATA_MODULES |= {"types", "typing", "uuid", "zoneinfo"}
+DATA_BUILTINS = {"list", "dict", "set", "frozenset", "tuple", "slice", "range", "complex", "object"}
+DATA_BUILTINS |= {"int", "float", "str", "bool", "bytes", "bytearray"}
+
+
+def _placeholders(path: Path) -> list[Any]:
+    """A Placeholder for each class of data and of packages other than the standard library in a torch file,
+    so that configurations, meters or random states beside the weights do not keep them from being read."""
+    if not zipfile.is_zipfile(path):  # the format before torch 1.6, which torch cannot list
+        return []
+    names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    inert = []
+    for name in names:
+        module, _, attribute = name.rpartition(".")
+        # Protocol 2 writes Python 2's names: commands for subprocess.
+        module = IMPORT_MAPPING.get(module, module)
+        if module == "builtins":
+            is_inert = attribute in DATA_BUILTINS
+        else:
+            package = module.split(".")[0]
+            is_inert = package not in sys.stdlib_module_names or package in DATA_MODULES
+        if is_inert:
+            inert.append((type(attribute, (Placeholder,), {}), name))
+    return inert
+
+
+# Parts of a name that DataParallel, DDP, torch.compile, FSDP and checkpointing put anywhere into it.
+WRAPPERS = r"(?<![^.])(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\."
+# Attributes that hold the whole network; removed where every key begins with it.
+HOLDERS = ("backbone", "model", "net", "network", "trunk", "ema_model", "teacher", "student", "online", "ema")
+# Entries that hold a state dict; the first that a file contains is read.
+CONTAINERS = ("model", "module", "model_state", "model_state_dict", "state_dict", "network", "net", "weights")
+CONTAINERS += ("teacher", "ema_state_dict", "model_ema", "state_dict_ema", "student")
+
+
 def unwrap_state_dict(content: dict[str, Any], source: str) -> dict[str, Tensor]:
     """The state dict inside a file as one flat dictionary; the JEPA family's networks get the prefixes
-    `encoder.`, `predictor.`, `target_encoder.` and `ema_encoder.`."""
+    `encoder.`, `predictor.`, `target_encoder.` and `ema_encoder.`.
+
+    Names of wrappers and of attributes that hold the whole network are removed, in any order and number.
+    Raises UserError if that makes two keys one, or if there are no weights.
+    """
     networks = [n for n in (*JEPA_ENCODERS, "predictor") if isinstance(content.get(n), dict)]
     if networks:
         return {
-            f"{network}.{re.sub(r'^(module[.])?(backbone[.])?', '', key)}": value
+            f"{network}.{key}": value
             for network in networks
-            for key, value in content[network].items()
+            for key, value in strip_wrappers(content[network], source).items()
         }
-    for name in ("model", "module", "model_state", "state_dict"):
+    for name in CONTAINERS:
         if isinstance(content.get(name), dict):
             return unwrap_state_dict(content[name], source)
     tensors = {k: v for k, v in content.items() if isinstance(v, Tensor)}
     if not tensors:
         raise UserError(f"{source}: no weights in it; its keys are {', '.join(map(str, list(content)[:6]))}")
-    return {re.sub(r"^module[.]", "", k): v for k, v in tensors.items()}
+    return strip_wrappers(tensors, source)
+
+
+def strip_wrappers(state: dict[str, Any], source: str) -> dict[str, Any]:
+    """The same values under the names of the bare network, whatever it was wrapped in."""
+    names = {key: re.sub(WRAPPERS, "", key) for key in state}
+    while len(first := {name.partition(".")[0] for name in names.values()}) == 1 and first <= {*HOLDERS}:
+        names = {key: name.partition(".")[2] for key, name in names.items()}
+    origin: dict[str, str] = {}
+    for key, name in names.items():
+        if name in origin:
+            raise UserError(f"{source}: '{key}' and '{origin[name]}' are the same weight; which is right?")
+        origin[name] = key
+    return {name: state[key] for name, key in origin.items()}
 
 
 def checkpoint_from_state(state: dict[str, Tensor], source: str, overrides: dict[str, Any]) -> Checkpoint:
