@@ -141,7 +141,16 @@ WRAPPERS = r"(?<![^.])(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapp
 # Attributes that hold the whole network; removed where every key begins with it.
 HOLDERS = ("backbone", "model", "net", "network", "trunk", "ema_model", "teacher", "student", "online", "ema")
 # Entries that hold a state dict; the first that a file contains is read.
-CONTAINERS = ("model", "module", "model_state", "model_state_dict", "state_dict", "network", "net", "weights")
+CONTAINERS: tuple[str, ...] = (
+    "model",
+    "module",
+    "model_state",
+    "model_state_dict",
+    "state_dict",
+    "network",
+    "net",
+    "weights",
+)
 CONTAINERS += ("teacher", "ema_state_dict", "model_ema", "state_dict_ema", "student")
 
 
