@@ -99,7 +99,9 @@ def make_locally(
 
         def submit(path: str, items: list[SourceItem]) -> tuple[int, Future]:
             spans = [item.span for item in items]
-            return len(items), pool.submit(inspector, plan.source / path, items[0].ext, spans)
+            return len(items), pool.submit(
+                inspector, plan.source / path, items[0].ext, spans, items[0].frame_rate
+            )
 
         def results(futures: list[tuple[int, Future]]) -> Iterator[Inspected]:
             while futures:
@@ -167,7 +169,7 @@ def make_on_node(plan: Plan, shard: ShardPlan, timeout: float) -> None:
         return
     inspector = _inspector_of_worker(plan.options["decoder"], timeout, plan.recipe, plan.filters)
     inspected = (
-        inspector(plan.source / path, items[0].ext, [item.span for item in items])
+        inspector(plan.source / path, items[0].ext, [item.span for item in items], items[0].frame_rate)
         for path, items in shard.files()
     )
     write_shard(shard, inspected, plan, suffix=f".{node}-{os.getpid()}")

@@ -16,6 +16,7 @@ import numpy as np
 
 from data_prep.encode import EncodedSample, Recipe, Span, encode_clips
 from data_prep.filters import NO_FILTERS, Filters, Rejected, evenly_spaced_indices, thumbnail
+from data_prep.frame_folder import folder_as_video
 from data_prep.reader import Reader
 from data_prep.workers import WorkerPool
 from vidssl.core.errors import DecodeError
@@ -145,8 +146,15 @@ def inspect_job(
     path: str,
     ext: str,
     spans: Sequence[Span],
+    frame_rate: str | None = None,
 ) -> Inspected | Rejected:
-    """In a child process: inspects or re-encodes a file. Returns its samples, or why it has none."""
+    """In a child process: inspects or re-encodes a file. Returns its samples, or why it has none.
+
+    frame_rate: frames per second of a folder of frames, which is always encoded; None: a file.
+    """
+    if frame_rate is not None:
+        video = folder_as_video(Path(path), frame_rate, report.progress)
+        return encode_clips(video, spans, recipe or Recipe(), filters, report.progress)
     if recipe and ext not in IMAGE_EXTENSIONS:
         with open(path, "rb") as file:
             if not file.read(1):
@@ -207,9 +215,15 @@ class FileInspector:
     ):
         self._pool = WorkerPool(partial(job, decoder, recipe, filters), timeout_s)
 
-    def __call__(self, path: Path, ext: str, spans: Sequence[Span] = ((None, None),)) -> Inspected:
+    def __call__(
+        self,
+        path: Path,
+        ext: str,
+        spans: Sequence[Span] = ((None, None),),
+        frame_rate: str | None = None,
+    ) -> Inspected:
         """Returns the samples of a file, or a rejection for each of `spans` if the file is rejected."""
-        result = self._pool.run(str(path), ext, spans)
+        result = self._pool.run(str(path), ext, spans, *([] if frame_rate is None else [frame_rate]))
         if isinstance(result, Rejected):
             return [result._replace(item=i, start=start, end=end) for i, (start, end) in enumerate(spans)]
         return result

@@ -21,7 +21,7 @@ from data_prep.filters import Filters
 from data_prep.index import read_lines, write_lines
 from data_prep.plan import NEAR_PREFIX, Plan, make_plan
 from data_prep.report import write_dataset_report
-from data_prep.sources import SOURCES, SourceListing, read_source
+from data_prep.sources import SOURCES, FolderOptions, SourceListing, read_source
 from data_prep.summary import Tally, left_out_lines, make_summary, summary_lines, write_summary
 from vidssl.core.errors import UserError, run_cli
 from vidssl.core.io import check_writable, make_folder
@@ -98,6 +98,8 @@ def summarise(plan: Plan, source: SourceListing) -> None:
     ignored = Tally()
     ignored.merge(source.ignored)
     print(f"{plan.source}: {len(source.items)} items in {len(plan.datasets)} data sets")
+    for note in source.notes:
+        print(f"  {note}")
     print(*left_out_lines(ignored.entries()), sep="\n", end="\n" if ignored else "")
     for folder in plan.datasets:
         index = read_index(folder)
@@ -108,7 +110,7 @@ def summarise(plan: Plan, source: SourceListing) -> None:
         shards = [(folder / entry["name"]).with_suffix(".jsonl") for entry in index["shards"]]
         records = (json.loads(line) for shard in shards for line in read_lines(shard))
         summary = make_summary(records, index["classes"], left_out)
-        write_summary(folder, {**summary, "ignored": ignored.entries()})
+        write_summary(folder, {**summary, "notes": list(source.notes), "ignored": ignored.entries()})
         megabytes = sum(entry["bytes"] for entry in index["shards"]) / 1e6
         counts = ", ".join(f"{n} {reason}" for reason, n in sorted(left_out.items()))
         rejected = (
@@ -170,6 +172,7 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="annotation files of the source",
     )
+    add_folder_options(parser)
     add("--workers", type=int, default=os.cpu_count() or 1, help="decoding processes of the local engine")
     add("--engine", choices=("local", "ray"), default="local", help="ray: a Ray cluster, one task per shard")
     add(
@@ -192,6 +195,19 @@ def make_parser() -> argparse.ArgumentParser:
     add_encoding_options(parser)
     add_filter_options(parser)
     return parser
+
+
+def add_folder_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group(
+        "layout: answers to what folders and lists do not say themselves (docs/data.md)"
+    ).add_argument
+    splits = "folders or lists called train, val, test are splits (folders) or not (none); default: auto"
+    add("--splits", choices=("auto", "folders", "none"), default="auto", help=splits)
+    rate = "folders of numbered images are videos of this many frames per second"
+    add("--frame-rate", metavar="RATE", help=rate)
+    add("--frames", choices=("images",), help="numbered images are images, not the frames of a video")
+    thumbnails = "images beside the video that they show; default: leave-out"
+    add("--thumbnails", choices=("leave-out", "keep"), default="leave-out", help=thumbnails)
 
 
 def add_encoding_options(parser: argparse.ArgumentParser) -> None:
@@ -236,11 +252,25 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         raise UserError(
             "--workers and --timeout must be positive, --samples-per-shard >= 0, --test-fraction in [0,1)"
         )
+    if args.frame_rate is not None:
+        check_rate_option("--frame-rate", args.frame_rate)
+        if args.frames:
+            raise UserError("--frame-rate or --frames images, not both")
+    args.folder_options = FolderOptions(args.splits, args.thumbnails, args.frames, args.frame_rate)
     args.recipe = make_recipe(args)
     args.filters = Filters(args.min_seconds, args.min_side, args.drop_dark, args.drop_static)
     if min(args.filters) < 0:
         raise UserError("--min-seconds, --min-side, --drop-dark and --drop-static must be >= 0")
     return args
+
+
+def check_rate_option(option: str, rate: str) -> None:
+    """Raises UserError unless `rate` is a number of frames per second."""
+    try:
+        if not 0 < Fraction(rate) <= 1000:
+            raise ValueError
+    except (ValueError, ZeroDivisionError):
+        raise UserError(f"{option} {rate}: expected a rate such as 8, 12.5 or 30000/1001") from None
 
 
 def make_recipe(args: argparse.Namespace) -> Recipe | None:
@@ -252,11 +282,8 @@ def make_recipe(args: argparse.Namespace) -> Recipe | None:
         raise UserError("--short-side must be at least 2 pixels, --keyframe-every at least 1 frame")
     if not 1 <= recipe.crf <= 51:
         raise UserError(f"--crf {recipe.crf}: expected 1 to 51")
-    try:
-        if recipe.fps is not None and not 0 < Fraction(recipe.fps) <= 1000:
-            raise ValueError
-    except (ValueError, ZeroDivisionError):
-        raise UserError(f"--fps {recipe.fps}: expected a rate such as 8, 12.5 or 30000/1001") from None
+    if recipe.fps is not None:
+        check_rate_option("--fps", recipe.fps)
     is_short = any(seconds is not None and seconds < 0.01 for seconds in (recipe.window, recipe.hop))
     if is_short or (recipe.hop and not recipe.window):
         raise UserError("--window and --hop must be at least 0.01 s, and --hop needs --window")
@@ -271,7 +298,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f"{args.out}: lies inside {args.src}; choose a folder outside the source")
     check_writable(args.out)
     check_out_is_free(args.out)
-    source = read_source(args.src, args.source, args.annotations)
+    source = read_source(args.src, args.source, args.annotations, args.folder_options)
     plan = make_plan(source, args.src, args.out, args)
     if open_out(args.out, plan):
         print(f"{args.out}: already complete")

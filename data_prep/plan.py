@@ -18,6 +18,7 @@ import av
 from data_prep.dedup import cached_near_duplicates, find_near_duplicates
 from data_prep.encode import Recipe
 from data_prep.filters import Filters, find_identical_files
+from data_prep.frame_folder import folder_bytes
 from data_prep.index import class_lists, sample_key
 from data_prep.sources import SourceItem, SourceListing
 from vidssl.core.errors import UserError
@@ -124,9 +125,9 @@ def make_plan(source: SourceListing, root: Path, out: Path, args: argparse.Names
     main_label_set = source.label_sets[0] if source.label_sets else None
     datasets = assign_datasets(source, root, out, args)
     recipe = choose_recipe(source.items, root, args)
-    sizes = {item.path: (root / item.path).stat().st_size for item in source.items}
+    sizes = {item.path: item_bytes(root, item) for item in source.items}
     options = bytes_options(args, recipe)
-    digest = hashlib.sha256(dumps({"version": 3, **options}).encode())
+    digest = hashlib.sha256(dumps({"version": 4, **options}).encode())
     for item in source.items:
         digest.update(dumps([*item, sizes[item.path]]).encode())
     digest.update(dumps(source.rejected).encode())
@@ -135,10 +136,13 @@ def make_plan(source: SourceListing, root: Path, out: Path, args: argparse.Names
         for folder, items in datasets.items()
     }
     rejected: dict[Path, list[dict]] = defaultdict(list)
-    # The splits of files that the source rejects are not known; the first data set lists them.
-    rejected[min(datasets)] = [
-        {"path": path, "reason": reason, "detail": ""} for path, reason in source.rejected.items()
-    ]
+    # A file of which no split is known, or of a split without any file, is listed in the first data set.
+    for path, reason in source.rejected.items():
+        folder = out / source.rejected_splits.get(path, "")
+        detail = "" if folder in datasets or folder == out else f"of the split {folder.name}"
+        rejected[folder if folder in datasets else min(datasets)].append(
+            {"path": path, "reason": reason, "detail": detail}
+        )
     for folder, items in datasets.items():
         if args.drop_duplicates:
             items, dropped = drop_duplicates(items, identical_files(items, root))
@@ -161,6 +165,12 @@ def make_plan(source: SourceListing, root: Path, out: Path, args: argparse.Names
         options=options,
         digest=digest.hexdigest(),
     )
+
+
+def item_bytes(root: Path, item: SourceItem) -> int:
+    """Returns the size of a file, or of the images of a folder of frames."""
+    path = root / item.path
+    return path.stat().st_size if item.frame_rate is None else folder_bytes(path)
 
 
 def assign_datasets(
@@ -188,6 +198,10 @@ def choose_recipe(items: list[SourceItem], root: Path, args: argparse.Namespace)
         raise UserError(
             f"{root}: two paths have the same key, or a file the same segment twice; rename or remove one"
         )
+    if any(item.frame_rate is not None for item in items):
+        if args.drop_duplicates:
+            raise UserError(f"{root}: folders of frames are not compared; leave out --drop-duplicates")
+        return args.recipe or Recipe()
     if all(item.span == (None, None) for item in items):
         return args.recipe
     if args.recipe and (args.recipe.window or args.recipe.scenes):

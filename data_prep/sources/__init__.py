@@ -3,10 +3,12 @@
 WebDataset shards need no source: `python -m data_prep.scan DIR` makes their index.
 """
 
+import os
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
-from data_prep.sources.common import EXTENSIONS, SourceItem, SourceListing
+from data_prep.sources.common import EXTENSIONS, FolderOptions, SourceItem, SourceListing
 from data_prep.sources.csv_list import read_csv_list
 from data_prep.sources.diving48 import read_diving48
 from data_prep.sources.epic_kitchens import read_epic_kitchens
@@ -16,12 +18,13 @@ from data_prep.sources.imagenet import read_imagenet
 from data_prep.sources.jester import read_jester
 from data_prep.sources.json_lines import read_json_lines
 from data_prep.sources.kinetics import read_kinetics
+from data_prep.sources.names import media_stem
 from data_prep.sources.ssv2 import read_ssv2
 from data_prep.sources.ucf101 import read_ucf101
 from data_prep.sources.unlabelled import read_unlabelled
 from vidssl.core.errors import UserError
 
-__all__ = ["EXTENSIONS", "SOURCES", "SourceItem", "SourceListing", "read_source"]
+__all__ = ["EXTENSIONS", "SOURCES", "FolderOptions", "SourceItem", "SourceListing", "read_source"]
 
 SOURCES = {  # --source -> reader(folder of files, annotation files)
     "folder": read_folder,
@@ -40,7 +43,15 @@ SOURCES = {  # --source -> reader(folder of files, annotation files)
 }
 
 
-def read_source(root: Path, kind: str = "folder", annotations: Sequence[Path] = ()) -> SourceListing:
+OWN_LAYOUTS = ("folder", "imagefolder", "csv", "jsonl", "unlabelled")  # their readers take FolderOptions
+
+
+def read_source(
+    root: Path,
+    kind: str = "folder",
+    annotations: Sequence[Path] = (),
+    options: FolderOptions = FolderOptions(),
+) -> SourceListing:
     """Lists the files below `root` by annotations in the format `kind`. Raises UserError if there is no
     file."""
     if kind == "webdataset":
@@ -51,9 +62,11 @@ def read_source(root: Path, kind: str = "folder", annotations: Sequence[Path] = 
         raise UserError(
             f"{root}: no such folder; expected FOLDER/<class>/<file>, or a folder with labels.csv"
         )
-    listing = SOURCES[kind](root, annotations)
+    if kind == "imagefolder" and options.frame_rate is None:
+        options = options._replace(frames="images")
+    listing = SOURCES[kind](root, annotations, *([options] if kind in OWN_LAYOUTS else []))
     if listing.items:
-        return listing
+        return group_related(root, listing)
     if listing.rejected:
         first = next(iter(listing.rejected))
         raise UserError(
@@ -62,3 +75,26 @@ def read_source(root: Path, kind: str = "folder", annotations: Sequence[Path] = 
         )
     others = ", ".join(f"{n} {ext}" for ext, n in listing.ignored.most_common(5))
     raise UserError(f"{root}: no video or image in it" + (f" (other files: {others})" if others else ""))
+
+
+def group_related(root: Path, listing: SourceListing) -> SourceListing:
+    """Groups the files of a folder that share a name without extension, and paths of one file, unless they
+    have groups."""
+    members: dict[tuple, list[str]] = defaultdict(list)
+    for path in {item.path: None for item in listing.items if item.group is None}:
+        folder, _, name = path.rpartition("/")
+        members["name", folder, media_stem(name)].append(path)
+        facts = os.stat(root / path)
+        members["file", facts.st_dev, facts.st_ino].append(path)
+    group_of: dict[str, str] = {}
+    for paths in members.values():
+        if len(paths) > 1:
+            known = {group_of[path] for path in paths if path in group_of}
+            group = min(known, default=media_stem(min(paths)))
+            group_of.update({p: group for p, other in group_of.items() if other in known})
+            group_of |= dict.fromkeys(paths, group)
+    if not group_of:
+        return listing
+    items = [item._replace(group=item.group or group_of.get(item.path)) for item in listing.items]
+    note = f"{len(group_of)} files are grouped by a common name or file, such as {min(group_of)}"
+    return listing._replace(items=items, notes=[*listing.notes, note])

@@ -9,24 +9,18 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from data_prep.summary import Tally
+from data_prep.sources.names import SYSTEM_FOLDERS, UNFINISHED, media_stem, parse_split
+from data_prep.summary import Tally, printable
 from vidssl.core.errors import UserError
 from vidssl.data.decoding.base import VIDEO_EXTENSIONS
 from vidssl.data.format import MEDIA_EXTENSIONS
 
 EXTENSIONS = MEDIA_EXTENSIONS
-SPLITS = {
-    "train": "train",
-    "val": "val",
-    "valid": "val",
-    "validate": "val",
-    "validation": "val",
-    "test": "test",
-}
+FRAMES_EXT = "frames"  # in place of the extension, of a folder of frames
 
 
 class SourceItem(NamedTuple):
@@ -42,9 +36,13 @@ class SourceItem(NamedTuple):
     split: str | None = None
     start: float | None = None
     end: float | None = None
+    frame_rate: str | None = None  # frames per second of a folder of frames; None: a file
 
     @property
     def ext(self) -> str:
+        """Lower case, without the dot; of a folder of frames FRAMES_EXT."""
+        if self.frame_rate is not None:
+            return FRAMES_EXT
         return PurePosixPath(self.path).suffix[1:].lower()
 
     @property
@@ -64,6 +62,17 @@ class SourceListing(NamedTuple):
     label_sets: list[str]
     rejected: dict[str, str]  # path (or the name in the annotations) -> reason that is known without decoding
     ignored: Counter[str]  # extension, or a reason in brackets -> number of files; a Tally has examples
+    notes: Sequence[str] = ()  # how the source was understood, where that is not plain
+    rejected_splits: Mapping[str, str] = {}  # path of a rejected file -> its split
+
+
+class FolderOptions(NamedTuple):
+    """Answers to what a folder does not say itself; see the options of pack."""
+
+    splits: str = "auto"  # auto, folders or none
+    thumbnails: str = "leave-out"  # leave-out or keep: images beside the videos that they show
+    frames: str | None = None  # images: numbered images are not the frames of a video
+    frame_rate: str | None = None  # frames per second of folders of numbered images
 
 
 class FileFinder:
@@ -75,14 +84,22 @@ class FileFinder:
         self.paths: dict[str, list[str]] = {}  # name -> sorted paths
         self._ignored = Tally()
         self._used: set[str] = set()
-        for path in sorted(list_files(root)):
-            name, ext = os.path.splitext(path.rpartition("/")[2])
+        self.notes: list[str] = []
+        for path in sorted(list_files(root, self._ignored, self.notes)):
+            name = path.rpartition("/")[2]
+            ext = os.path.splitext(name)[1]
             if os.fsencode(path).decode("utf-8", "replace") != path:
                 self._ignored.note("(not named in UTF-8)", path)
-            elif name.startswith(".") or ext[1:].lower() not in extensions or not os.path.isfile(root / path):
+            elif UNFINISHED.search(name):
+                self._ignored.note("(unfinished download)", path)
+            elif name.startswith("."):
+                self._ignored.note("(hidden)", path)
+            elif ext[1:].lower() not in extensions:
                 self._ignored.note(ext.lower() or "(no extension)", path)
+            elif not os.path.isfile(root / path):
+                self._ignored.note("(broken link)", path)
             else:
-                self.paths.setdefault(name, []).append(path)
+                self.paths.setdefault(media_stem(name), []).append(path)
 
     def find(self, name: str, folder: str | None = None) -> str | None:
         """Returns the path of `name`, or None. Prefers one inside a folder called `folder`, then the first by
@@ -150,7 +167,9 @@ class ListingBuilder:
         """Adds the file `name` of the annotations, which FileFinder found at `path` (None: it is missing)."""
         self.add(where, SourceItem(path or name, labels, group, split), None if path else "missing")
 
-    def build(self, label_sets: Iterable[str], ignored: Counter[str] | None = None) -> SourceListing:
+    def build(
+        self, label_sets: Iterable[str], ignored: Counter[str] | None = None, notes: Sequence[str] = ()
+    ) -> SourceListing:
         """Returns the listing. Raises UserError if only some items have a split, or one that cannot name a
         folder."""
         entries = [self._entries[key] for key in sorted(self._entries)]
@@ -165,25 +184,60 @@ class ListingBuilder:
         left_out.merge(ignored or {})
         if self._repeats:
             left_out.note("(named twice)", files=self._repeats)
-        return SourceListing([item for item, _ in accepted], list(label_sets), rejected, left_out)
+        splits = {item.path: item.split for item, _, reason in entries if reason is not None and item.split}
+        items = [item for item, _ in accepted]
+        return SourceListing(items, list(label_sets), rejected, left_out, notes, splits)
 
 
 def _describe(item: SourceItem) -> str:
     return " ".join([*item.labels.values(), f"({item.split})"])
 
 
-def list_files(root: Path) -> Iterator[str]:
-    """Yields the path of every file below `root`, relative and with "/"; hidden folders are left out."""
-    for folder, folders, files in os.walk(root):
-        folders[:] = sorted(f for f in folders if not f.startswith("."))
+def list_files(root: Path, ignored: Tally, notes: list[str]) -> Iterator[str]:
+    """Yields the path of every file below `root`, relative and with "/"; links are followed.
+
+    Left out and counted: hidden folders, folders of operating systems, and links to a folder that holds them.
+    notes: gets a line about links that lead out of the source.
+    """
+    resolved_root = root.resolve()
+    outside = []
+    for folder, folders, files in os.walk(root, followlinks=True):
+        entered = []
+        for name in sorted(folders):
+            path = Path(folder) / name
+            relative = path.relative_to(root).as_posix()
+            target = path.resolve() if path.is_symlink() else None
+            if name.startswith(".") or name in SYSTEM_FOLDERS:
+                ignored.note("(folder, hidden or of the system)", relative)
+            elif target is not None and _leads_back(root, Path(folder), target):
+                ignored.note("(link to a folder above it)", relative)
+            else:
+                entered.append(name)
+                if target is not None and not target.is_relative_to(resolved_root):
+                    outside.append(relative)
+        folders[:] = entered
         for name in files:
-            yield (Path(folder) / name).relative_to(root).as_posix()
+            path = Path(folder) / name
+            relative = path.relative_to(root).as_posix()
+            if path.is_symlink() and path.exists() and not path.resolve().is_relative_to(resolved_root):
+                outside.append(relative)
+            yield relative
+    if outside:
+        notes.append(
+            f"{len(outside)} links lead out of {root} and are followed, such as {printable(outside[0])}"
+        )
+
+
+def _leads_back(root: Path, folder: Path, target: Path) -> bool:
+    """Whether `target` holds a folder on the way from `root` to `folder`, so that a link would be a cycle."""
+    way = [folder, *(parent for parent in folder.parents if parent.is_relative_to(root))]
+    return any(place.resolve().is_relative_to(target) for place in way)
 
 
 def rejection_reason(root: Path, item: SourceItem) -> str | None:
     """Returns why an item is rejected without opening its file, or None."""
     if not os.path.isfile(root / item.path):  # False, too, for a path that is too long for any file
-        return "missing"
+        return "broken_link" if os.path.islink(root / item.path) else "missing"
     return None if item.ext in EXTENSIONS else "unknown_extension"
 
 
@@ -287,10 +341,33 @@ def json_objects(file: Path, required: Sequence[str]) -> Iterator[tuple[str, dic
 
 def split_from_name(file: Path) -> str:
     """Returns train, val or test, by the name of an annotation file."""
-    found = {SPLITS[w] for w in re.findall("train|validation|validate|val|test", file.stem.lower())}
-    if len(found) != 1:
+    found = parse_split(file.stem)
+    if found is None:
         raise UserError(f"{file}: its name must say whose list it is: train, validation or test")
-    return found.pop()
+    return found.split
+
+
+def splits_of_lists(files: Sequence[Path], options: FolderOptions) -> dict[Path, str | None]:
+    """Returns the split of each of several lists, by its name; none for a single list.
+
+    It is that of the entries that name no split themselves.
+    """
+    if len(files) < 2 or options.splits == "none":
+        return dict.fromkeys(files)
+    splits = {file: parse_split(file.stem) for file in files}
+    return {file: split.split if split else None for file, split in splits.items()}
+
+
+def check_splits_of_lists(
+    items: Iterable[SourceItem], splits: Mapping[Path, str | None], options: FolderOptions
+) -> None:
+    """Raises UserError if several lists name no splits, so that they could be two sets or one."""
+    if len(splits) > 1 and options.splits == "auto" and not any(item.split for item in items):
+        names = ", ".join(file.name for file in splits)
+        raise UserError(
+            f"{names}: are these lists splits, or one set? name them such as train.csv and val.csv, give a "
+            "column `split`, or answer with --splits none"
+        )
 
 
 def parse_span(where: str, start: Any, end: Any) -> tuple[float | None, float | None]:
@@ -313,8 +390,16 @@ def parse_span(where: str, start: Any, end: Any) -> tuple[float | None, float | 
 
 
 def parse_path(where: str, text: Any, root: Path) -> str:
-    """Returns a path of an annotation file. Raises UserError if it is not relative and inside the source."""
-    path = PurePosixPath(text.strip() if isinstance(text, str) else "")
-    if not path.parts or path.is_absolute() or ".." in path.parts or "\0" in str(path):
-        raise UserError(f"{where}: path {text!r}: expected a path inside {root}")
+    """Returns a path of an annotation file, relative to the source. Raises UserError unless it lies
+    inside."""
+    given = text
+    text = text.strip() if isinstance(text, str) else ""
+    normal = os.path.normpath(text.removeprefix("file://")) if text else ""
+    for base in (root.absolute(), root.resolve()) if os.path.isabs(normal) else ():
+        for place in (Path(normal), Path(normal).parent.resolve() / Path(normal).name):
+            if place.is_relative_to(base) and place != base:
+                return place.relative_to(base).as_posix()
+    path = PurePosixPath(normal)
+    if not path.parts or path.is_absolute() or ".." in path.parts or str(path) == "." or "\0" in text:
+        raise UserError(f"{where}: path {given!r}: expected a path inside {root.absolute()}")
     return str(path)

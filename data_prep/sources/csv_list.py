@@ -5,22 +5,28 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data_prep.sources.common import (
+    FolderOptions,
     ListingBuilder,
     SourceItem,
     SourceListing,
+    check_splits_of_lists,
     csv_rows,
     parse_path,
     parse_span,
     rejection_reason,
+    splits_of_lists,
 )
 from vidssl.core.errors import UserError
 
 
-def read_csv_list(root: Path, annotations: Sequence[Path]) -> SourceListing:
+def read_csv_list(
+    root: Path, annotations: Sequence[Path], options: FolderOptions = FolderOptions()
+) -> SourceListing:
     """Paths are relative to the source. Without an annotation file, its labels.csv is read."""
     listing = ListingBuilder(allow_repeats=False)
     label_sets: dict[str, None] = {}
-    for file in annotations or [root / "labels.csv"]:
+    splits = splits_of_lists(annotations or [root / "labels.csv"], options)
+    for file in splits:
         columns: dict[str, str] = {}
         for where, row in csv_rows(file, ["path"]):
             columns = columns or _label_columns(file, list(row))
@@ -29,11 +35,13 @@ def read_csv_list(root: Path, annotations: Sequence[Path]) -> SourceListing:
                 parse_path(where, row["path"], root),
                 {label_set: row[column] for label_set, column in columns.items() if row[column]},
                 row.get("group") or None,
-                row.get("split") or None,
+                row.get("split") or splits[file],
                 *parse_span(where, row.get("start"), row.get("end")),
             )
             listing.add(where, item, rejection_reason(root, item))
-    return listing.build(label_sets)
+    source = listing.build(label_sets)
+    check_splits_of_lists(source.items, splits, options)
+    return source
 
 
 def _label_columns(file: Path, columns: Sequence[str]) -> dict[str, str]:

@@ -49,4 +49,4 @@ def read_diving48(root: Path, annotations: Sequence[Path]) -> SourceListing:
             labels = {"label": vocabulary[label] if vocabulary else str(label)}
             group = name.rpartition("_")[0] or None
             listing.add_named(where, name, files.find(name), labels, group, split)
-    return listing.build(["label"], files.ignored_files())
+    return listing.build(["label"], files.ignored_files(), files.notes)

@@ -60,7 +60,7 @@ def read_epic_kitchens(root: Path, annotations: Sequence[Path]) -> SourceListing
             listing.add(where, item, None if path else "missing")
     ignored = files.ignored_files()
     ignored["(second narration of a segment)"] = second_narrations
-    return listing.build(["verb", "noun", "action"], ignored)
+    return listing.build(["verb", "noun", "action"], ignored, files.notes)
 
 
 def _segment(where: str, row: dict[str, str]) -> tuple[float, float]:

@@ -46,4 +46,4 @@ def read_hmdb51(root: Path, annotations: Sequence[Path]) -> SourceListing:
             listing.add_named(where, f"{label}/{name}", path, {"label": label}, group, split)
     ignored = files.ignored_files()
     ignored["(in neither part of the split)"] = unused
-    return listing.build(["label"], ignored)
+    return listing.build(["label"], ignored, files.notes)

@@ -48,7 +48,7 @@ def read_imagenet(root: Path, annotations: Sequence[Path]) -> SourceListing:
     for name in val_labels:
         if name not in files.paths:
             listing.add(str(ground_truth[0]), SourceItem(f"{name}.JPEG", {}, None, "val"), "missing")
-    return listing.build(["label"], files.ignored_files())
+    return listing.build(["label"], files.ignored_files(), files.notes)
 
 
 def _val_labels(ground_truth: Path, meta: Path) -> dict[str, str]:

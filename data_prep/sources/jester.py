@@ -45,7 +45,7 @@ def read_jester(root: Path, annotations: Sequence[Path]) -> SourceListing:
             if path is None:
                 _check_no_frame_folder(root, name)
             listing.add_named(where, name, path, {"label": label} if label else {}, None, split)
-    return listing.build(["label"], files.ignored_files())
+    return listing.build(["label"], files.ignored_files(), files.notes)
 
 
 def _check_no_frame_folder(root: Path, name: str) -> None:

@@ -9,13 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.sources.common import (
+    FolderOptions,
     ListingBuilder,
     SourceItem,
     SourceListing,
+    check_splits_of_lists,
     parse_path,
     parse_span,
     rejection_reason,
     require_annotations,
+    splits_of_lists,
     text_lines,
 )
 from vidssl.core.errors import UserError
@@ -23,12 +26,15 @@ from vidssl.core.errors import UserError
 KEYS = ("path", "label", "labels", "group", "split", "start", "end")
 
 
-def read_json_lines(root: Path, annotations: Sequence[Path]) -> SourceListing:
+def read_json_lines(
+    root: Path, annotations: Sequence[Path], options: FolderOptions = FolderOptions()
+) -> SourceListing:
     """Paths are relative to the source."""
     require_annotations(annotations, "jsonl", "files with one object a line")
     listing = ListingBuilder(allow_repeats=False)
     label_sets: dict[str, None] = {}
-    for file in annotations:
+    splits = splits_of_lists(annotations, options)
+    for file in splits:
         for number, line in enumerate(text_lines(file), 1):
             if not line.strip():
                 continue
@@ -40,11 +46,13 @@ def read_json_lines(root: Path, annotations: Sequence[Path]) -> SourceListing:
                 parse_path(where, entry.get("path"), root),
                 labels,
                 _name(where, "group", entry.get("group")),
-                _name(where, "split", entry.get("split")),
+                _name(where, "split", entry.get("split")) or splits[file],
                 *parse_span(where, entry.get("start"), entry.get("end")),
             )
             listing.add(where, item, rejection_reason(root, item))
-    return listing.build(label_sets)
+    source = listing.build(label_sets)
+    check_splits_of_lists(source.items, splits, options)
+    return source
 
 
 def _parse_entry(where: str, line: str) -> dict[str, Any]:

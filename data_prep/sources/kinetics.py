@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data_prep.sources.common import (
-    SPLITS,
     FileFinder,
     ListingBuilder,
     SourceItem,
@@ -20,6 +19,7 @@ from data_prep.sources.common import (
     require_annotations,
     split_from_name,
 )
+from data_prep.sources.names import SPLITS
 from vidssl.core.errors import UserError
 
 
@@ -30,7 +30,7 @@ def read_kinetics(root: Path, annotations: Sequence[Path]) -> SourceListing:
     listing = ListingBuilder()
     for file in annotations:
         for where, row in csv_rows(file, ["youtube_id", "time_start", "time_end"]):
-            split = SPLITS.get(row["split"]) if "split" in row else split_from_name(file)
+            split = SPLITS.get(row["split"].lower()) if "split" in row else split_from_name(file)
             if split is None:
                 raise UserError(f"{where}: split {row['split']!r}: expected train, val, validate or test")
             youtube_id = row["youtube_id"]
@@ -47,4 +47,4 @@ def read_kinetics(root: Path, annotations: Sequence[Path]) -> SourceListing:
                 listing.add(where, SourceItem(whole, labels, youtube_id, split, start, end))
             else:
                 listing.add_named(where, trimmed_name, trimmed, labels, youtube_id, split)
-    return listing.build(["label"], files.ignored_files())
+    return listing.build(["label"], files.ignored_files(), files.notes)

@@ -46,4 +46,4 @@ def read_ssv2(root: Path, annotations: Sequence[Path]) -> SourceListing:
                     )
                 labels["label"] = label
             listing.add_named(where, name, files.find(name), labels, None, split)
-    return listing.build(["label"], files.ignored_files())
+    return listing.build(["label"], files.ignored_files(), files.notes)

@@ -48,7 +48,7 @@ def read_ucf101(root: Path, annotations: Sequence[Path]) -> SourceListing:
                 )
             path = files.find(Path(name).stem, folder)
             listing.add_named(where, words[0], path, {"label": label}, match[1], split)
-    return listing.build(["label"], files.ignored_files())
+    return listing.build(["label"], files.ignored_files(), files.notes)
 
 
 def _read_classes(file: Path) -> dict[str, tuple[int, str]]:

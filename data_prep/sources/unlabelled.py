@@ -9,25 +9,31 @@ from pathlib import Path
 
 from data_prep.sources.common import (
     FileFinder,
+    FolderOptions,
     ListingBuilder,
     SourceItem,
     SourceListing,
+    check_splits_of_lists,
     csv_rows,
     parse_path,
     parse_span,
     rejection_reason,
     require_annotations,
+    splits_of_lists,
     text_lines,
 )
 from vidssl.core.errors import UserError
 
 
-def read_unlabelled(root: Path, annotations: Sequence[Path]) -> SourceListing:
+def read_unlabelled(
+    root: Path, annotations: Sequence[Path], options: FolderOptions = FolderOptions()
+) -> SourceListing:
     """Group, if a csv file names the video: the video."""
     require_annotations(annotations, "unlabelled", "a .txt of paths, or a .csv with video_id")
     listing = ListingBuilder()
     files: FileFinder | None = None
-    for file in annotations:
+    splits = splits_of_lists(annotations, options)
+    for file in splits:
         if file.suffix == ".csv":
             files = files or FileFinder(root)
             for where, row in csv_rows(file, ["video_id"]):
@@ -36,14 +42,16 @@ def read_unlabelled(root: Path, annotations: Sequence[Path]) -> SourceListing:
                     raise UserError(f"{where}: no video_id")
                 path = files.find(video_id)
                 span = parse_span(where, row.get("start"), row.get("end"))
-                item = SourceItem(path or video_id, {}, video_id, None, *span)
+                item = SourceItem(path or video_id, {}, video_id, splits[file], *span)
                 listing.add(where, item, None if path else "missing")
         elif file.suffix == ".txt":
             for number, line in enumerate(text_lines(file), 1):
                 if line.strip():
                     where = f"{file}:{number}"
-                    item = SourceItem(parse_path(where, line, root), {})
+                    item = SourceItem(parse_path(where, line, root), {}, None, splits[file])
                     listing.add(where, item, rejection_reason(root, item))
         else:
             raise UserError(f"{file}: expected a .txt of paths or a .csv with video_id")
-    return listing.build([], files.ignored_files() if files else None)
+    source = listing.build([], files.ignored_files() if files else None, files.notes if files else ())
+    check_splits_of_lists(source.items, splits, options)
+    return source

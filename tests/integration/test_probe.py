@@ -376,7 +376,8 @@ def test_an_image_is_a_still_clip_or_one_tubelet(run, tmp_path):
             picture = rng.integers(low, low + 120, (40, 56, 3)).astype(np.uint8)
             Image.fromarray(picture).save(tmp_path / "images" / name / f"{name} {i}.png")
     shards = tmp_path / "shards"
-    pack.main([str(tmp_path / "images"), str(shards), "--test-fraction", "0.4", "--workers", "1"])
+    options = ["--frames", "images", "--test-fraction", "0.4", "--workers", "1"]
+    pack.main([str(tmp_path / "images"), str(shards), *options])
     probe.main(arguments(run, shards, tmp_path / "a", "probe.controls=[none,still,single]"))
     report, lines = read(tmp_path / "a")
     none, still, single = (

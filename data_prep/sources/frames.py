@@ -1,0 +1,97 @@
+"""Folders of numbered images: the frames of a video each, or images of a class."""
+
+from collections import defaultdict
+from collections.abc import Iterable
+from itertools import islice
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+from PIL import Image
+
+from data_prep.sources.common import FolderOptions
+from data_prep.sources.names import are_frames, frame_number, is_frame_prefix
+from vidssl.core.errors import UserError
+from vidssl.data.decoding.base import IMAGE_EXTENSIONS
+
+SIZES_READ = 5  # images of a folder whose sizes are compared
+FOLDERS_READ = 200  # folders whose images are compared
+IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "WEBP")
+
+
+class Frames(NamedTuple):
+    """Folders that are a video each, the paths of their frames, and groups of images that stay images."""
+
+    folders: list[str]
+    paths: set[str]
+    grouped: dict[str, str]  # path -> group
+
+
+def find_frames(root: Path, paths: list[str], options: FolderOptions) -> Frames:
+    """Returns the folders of frames. Raises UserError if images can be read in two ways."""
+    candidates = frame_folders(paths)
+    if options.frame_rate is not None:
+        members = {path for names in candidates.values() for path in names}
+        return Frames(sorted(candidates), members, {})
+    if options.frames == "images":
+        deep = {folder: names for folder, names in candidates.items() if "/" in folder}
+        return Frames([], set(), {path: folder for folder, names in deep.items() for path in names})
+    for folder, names in islice(candidates.items(), FOLDERS_READ):
+        if have_one_size(root, names):
+            raise UserError(
+                f"{root}: are the {len(names)} numbered images of {folder} ({Path(names[0]).name}, ...) the "
+                "frames of a video, or images? answer with --frame-rate RATE (frames a second; each such "
+                "folder becomes one video) or --frames images"
+            )
+    return Frames([], set(), {})
+
+
+def frame_folders(paths: Iterable[str]) -> dict[str, list[str]]:
+    """Returns folder -> the paths of its images, of folders that may hold the frames of a video and nothing
+    else."""
+    members: dict[str, list[str]] = defaultdict(list)
+    for path in paths:
+        members[path.rpartition("/")[0]].append(path)
+    return {
+        folder: sorted(names, key=lambda path: (frame_number(PurePosixPath(path).name) or ("", 0))[1])
+        for folder, names in sorted(members.items())
+        if folder
+        and all(is_image(path) for path in names)
+        and are_frames(PurePosixPath(p).name for p in names)
+    }
+
+
+def is_image(path: str) -> bool:
+    return PurePosixPath(path).suffix[1:].lower() in IMAGE_EXTENSIONS
+
+
+def have_one_size(root: Path, paths: list[str]) -> bool:
+    """Whether images, of which a few are opened, have the same size, as the frames of a video have."""
+    sizes = set()
+    for path in paths[:: max(1, len(paths) // SIZES_READ)]:
+        try:
+            with Image.open(root / path, formats=IMAGE_FORMATS) as image:
+                sizes.add(image.size)
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+            continue
+    return len(sizes) < 2
+
+
+def numbered_recordings(paths: Iterable[str]) -> dict[str, str]:
+    """Returns path -> group of the images whose names are those of a recording and a number.
+
+    That is where a folder holds several series such as v_Run_g01_c01_0001.jpg, each of two or more images.
+    """
+    series: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for path in filter(is_image, paths):
+        folder, _, name = path.rpartition("/")
+        found = frame_number(name)
+        if found and found[0].strip("-_ .") and not is_frame_prefix(found[0]):
+            series[folder][found[0]].append(path)
+    return {
+        path: f"{folder}/{prefix}" if folder else prefix
+        for folder, by_prefix in series.items()
+        if len(by_prefix) > 1
+        for prefix, names in by_prefix.items()
+        if are_frames(PurePosixPath(path).name for path in names)
+        for path in names
+    }

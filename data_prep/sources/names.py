@@ -1,0 +1,116 @@
+"""What names of files and folders say: splits, numbered frames, thumbnails, unfinished downloads."""
+
+import re
+from collections.abc import Iterable
+from itertools import pairwise
+from typing import NamedTuple
+
+from vidssl.data.decoding.base import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
+
+SPLITS = {
+    **dict.fromkeys(("train", "training", "trn", "tr", "trainval"), "train"),
+    **dict.fromkeys(("val", "valid", "validate", "validation", "dev"), "val"),
+    **dict.fromkeys(("test", "testing", "tst", "eval", "evaluation"), "test"),
+}
+# Words beside the one of the split that say nothing about a class
+GENERIC = {
+    "video", "videos", "clip", "clips", "frame", "frames", "rawframes", "image", "images", "img", "imgs",
+    "jpg", "jpgs", "jpeg", "data", "dataset", "set", "split", "list", "part", "raw", "mini", "tiny", "full",
+    "files",
+}  # fmt: skip
+SUFFIX = r"(set|list|data|split|videos|clips|frames|images)?"
+FRAME_WORDS = ("img", "image", "frame", "frm", "f", "rgb", "im", "pic", "thumb")
+SYSTEM_FOLDERS = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found")
+UNFINISHED = re.compile(r"\.(part|ytdl|crdownload|download|temp|tmp|partial|aria2)(-frag\d+)?(\.|$)", re.I)
+THUMBNAIL = re.compile(r"[-_. ](thumb|thumbnail|poster|cover|preview|fanart|\d{2,4}x\d{2,4})s?$", re.I)
+THUMBNAILS = {"thumb", "thumbnail", "poster", "cover", "preview", "fanart", "folder"}
+FLOW = re.compile(r"flow[-_]?[xyuv]?[-_]?\d+", re.I)
+FLOW_FOLDERS = {"flow", "flow_x", "flow_y", "flow_u", "flow_v", "optical_flow", "opticalflow", "tvl1_flow"}
+
+
+class SplitName(NamedTuple):
+    """A name with a word for a split, and its other words."""
+
+    split: str  # train, val or test
+    others: tuple[str, ...]
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether nothing else in the name could be the name of a class."""
+        return all(word in GENERIC or any(c.isdigit() for c in word) for word in self.others)
+
+
+def parse_split(name: str) -> SplitName | None:
+    """Returns the split of a name such as Train, videos_val or k400_test_256; None if it names none or
+    two."""
+    words = [word for word in re.split(r"[\W_]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name)) if word]
+    splits = {}
+    for i, word in enumerate(words):
+        match = re.fullmatch(rf"({'|'.join(SPLITS)}){SUFFIX}\d*", word.lower())
+        if match:
+            splits[i] = SPLITS[match[1]]
+    if len(set(splits.values())) != 1:
+        return None
+    others = tuple(word.lower() for i, word in enumerate(words) if i not in splits)
+    return SplitName(next(iter(splits.values())), others)
+
+
+def are_splits(names: Iterable[str]) -> bool | None:
+    """Whether the folders of one level are splits rather than classes; None if both can be meant."""
+    names = set(names)
+    parsed = [found for name in names if (found := parse_split(name)) is not None]
+    plain = {found.split for found in parsed if found.is_plain}
+    if len(parsed) < len(names):
+        others = len(names) - len(parsed)
+        return False if not plain or (len(plain) == 1 and others >= 3) else None
+    share_words = len({found.others for found in parsed}) == 1 and len({found.split for found in parsed}) > 1
+    return True if all(found.is_plain for found in parsed) or share_words else None
+
+
+def split_folder(name: str) -> str:
+    """Returns the name of the data set of a split's folder, which may also be called extra."""
+    found = parse_split(name)
+    return found.split if found else re.sub(r"[^A-Za-z0-9_-]+", "-", name).strip("-")[:40] or "other"
+
+
+def media_stem(name: str) -> str:
+    """Returns a file name without its media extensions: ID of ID.mp4.mkv."""
+    extensions = (*VIDEO_EXTENSIONS, *IMAGE_EXTENSIONS)
+    while "." in name[1:] and name.rpartition(".")[2].lower() in extensions:
+        name = name.rpartition(".")[0]
+    return name
+
+
+def is_thumbnail(name: str, videos: set[str]) -> bool:
+    """Whether an image belongs to one of `videos`, lower-case stems of the same folder, or to all of them."""
+    stem = media_stem(name).lower()
+    return stem in videos or THUMBNAIL.sub("", stem) in videos or (stem in THUMBNAILS and bool(videos))
+
+
+def is_flow(path: str) -> bool:
+    """Whether an image is a field of optical flow, by its name or its folder."""
+    *folders, name = path.split("/")
+    return bool(FLOW.fullmatch(media_stem(name))) or any(folder.lower() in FLOW_FOLDERS for folder in folders)
+
+
+def frame_number(name: str) -> tuple[str, int] | None:
+    """Returns (prefix, number) of a numbered file, such as img_00001.jpg or 7.png."""
+    match = re.fullmatch(r"(.*?)(\d{1,12})", media_stem(name))
+    return (match[1], int(match[2])) if match else None
+
+
+def is_frame_prefix(prefix: str) -> bool:
+    return prefix.strip("-_ .").lower() in FRAME_WORDS
+
+
+def are_frames(names: Iterable[str]) -> bool:
+    """Whether images of one folder may be the frames of a video: one prefix and evenly spaced numbers."""
+    numbered = [frame_number(name) for name in names]
+    if len(numbered) < 2 or None in numbered:
+        return False
+    prefixes = {found[0] for found in numbered if found}
+    numbers = sorted(found[1] for found in numbered if found)
+    steps = {b - a for a, b in pairwise(numbers)}
+    if len(prefixes) > 1 or len(steps) > 1 or 0 in steps:
+        return False
+    return len(numbers) > 2 or is_frame_prefix(prefixes.pop())
