@@ -7,12 +7,13 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from timm.layers import DropPath, Mlp, SwiGLU
+from timm.layers import Mlp, SwiGLU
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vidssl.config import Fraction, NonNegativeInt, PositiveFloat, PositiveInt
 from vidssl.core.errors import UserError
+from vidssl.core.rng import KeyedRNG
 from vidssl.model.grid import Grid, gather_tokens, patchify
 from vidssl.model.positions import PositionEncoding, PositionKind, RotaryTable, apply_rope
 
@@ -77,13 +78,21 @@ class Block(nn.Module):
         self.attn = Attention(dim, heads)
         self.norm2 = nn.LayerNorm(dim, eps=eps)
         self.mlp = Mlp(dim, hidden_dim) if mlp == "gelu" else SwiGLU(dim, swiglu_dim(hidden_dim))
-        self.drop_path = DropPath()
 
-    def forward(self, x: Tensor, rope: RotaryTable | None = None, num_outputs: int | None = None) -> Tensor:
-        """With num_outputs, only the last num_outputs tokens are returned; the others are keys and values."""
+    def forward(
+        self,
+        x: Tensor,
+        rope: RotaryTable | None = None,
+        num_outputs: int | None = None,
+        path_scale: Tensor | None = None,
+    ) -> Tensor:
+        """With num_outputs, only the last num_outputs tokens are returned; the others are keys and values.
+        path_scale f32 [B, 2, 1, 1]: factors on the outputs of attention and MLP (stochastic depth)."""
         attended = self.attn(self.norm1(x), rope, num_outputs)
-        x = (x if num_outputs is None else x[:, -num_outputs:]) + self.drop_path(attended)
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        attended = attended if path_scale is None else attended * path_scale[:, 0]
+        x = (x if num_outputs is None else x[:, -num_outputs:]) + attended
+        hidden = self.mlp(self.norm2(x))
+        return x + (hidden if path_scale is None else hidden * path_scale[:, 1])
 
 
 def swiglu_dim(hidden_dim: int) -> int:
@@ -97,28 +106,42 @@ class TransformerStack(nn.ModuleList):
     stored."""
 
     activation_checkpointing = False
+    # Stochastic depth (Huang et al. 2016, arXiv 1603.09382): in training a sample skips each half of a block
+    # with a probability that rises linearly from 0 in the first block to this rate in the last.
+    drop_path = 0.0
 
     def forward(
-        self, x: Tensor, rope: RotaryTable | None, layers: Sequence[int], num_outputs: int | None = None
+        self,
+        x: Tensor,
+        rope: RotaryTable | None,
+        layers: Sequence[int],
+        num_outputs: int | None = None,
+        rng: KeyedRNG | None = None,
     ) -> list[Tensor]:
-        """Outputs of the given 0-based layers; the final layer returns only its last `num_outputs` tokens."""
+        """Outputs of the given 0-based layers; the final layer returns only its last `num_outputs` tokens.
+        rng: of stochastic depth; without one no sample skips a layer."""
+        scales = self._draw_path_scales(rng)
         outputs = []
-        for i, block in enumerate(self):
+        for i, (block, scale) in enumerate(zip(self, scales, strict=True)):
             block_outputs = num_outputs if i == len(self) - 1 else None
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, rope, block_outputs, use_reentrant=False)
+                x = checkpoint(block, x, rope, block_outputs, scale, use_reentrant=False)
             else:
-                x = block(x, rope, block_outputs)
+                x = block(x, rope, block_outputs, scale)
             if i in layers:
                 outputs.append(x)
         return outputs
 
-    def set_drop_path(self, rate: float) -> None:
-        """Stochastic depth (Huang et al. 2016, arXiv 1603.09382): in training a sample skips each half of a
-        block with a probability that rises linearly from 0 in the first block to `rate` in the last."""
-        for i, block in enumerate(self):
-            assert isinstance(block, Block)
-            block.drop_path.drop_prob = rate * i / max(1, len(self) - 1)
+    def _draw_path_scales(self, rng: KeyedRNG | None) -> Sequence[Tensor | None]:
+        """For each block the factors f32 [B, 2, 1, 1] on its halves: 0 for a sample that skips it, else 1 /
+        the probability that it does not."""
+        if rng is None or not self.training or not self.drop_path:
+            return [None] * len(self)
+        u = rng.rand(len(self), 2, 1, 1)
+        # float64 on the CPU, so that a rate of 1 in the last block is exact
+        keep = 1 - torch.linspace(0, self.drop_path, len(self), dtype=torch.float64)
+        keep = keep.to(u.device, torch.float32)[:, None, None, None]
+        return ((u < keep) / keep.clamp_min(torch.finfo(torch.float32).tiny)).unbind(1)
 
     def rescale(self) -> None:
         """Divides the two output weights of block i = 1, 2, ... by sqrt(2 i), to limit growth of the
@@ -196,7 +219,7 @@ class Encoder(nn.Module):
         embedding, and an added vector tells images from videos (V-JEPA 2.1). levels: 0-based layers whose
         normed outputs the predictor receives (V-JEPA 2.1); the last layer must be among them. final_norm:
         False in models fine-tuned on the mean of tokens (VideoMAE). depth_rescale: see
-        TransformerStack.rescale; drop_path: see TransformerStack.set_drop_path.
+        TransformerStack.rescale; drop_path: see TransformerStack.drop_path.
         """
         super().__init__()
         check_heads(dim, heads)
@@ -225,7 +248,7 @@ class Encoder(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=eps) if final_norm else nn.Identity()
         self.level_norms = nn.ModuleList(nn.LayerNorm(dim, eps=eps) for _ in self.levels[:-1])
         init_weights(self.blocks, init, init_std)
-        self.blocks.set_drop_path(drop_path)
+        self.blocks.drop_path = drop_path
         if depth_rescale:
             self.blocks.rescale()
 
@@ -245,9 +268,15 @@ class Encoder(nn.Module):
         """The token grid of a video [B, 3, T, H, W]."""
         return self._grid(*video.shape[2:])
 
-    def forward(self, video: Tensor, ids: Tensor | None = None, return_levels: bool = False) -> Tensor:
+    def forward(
+        self,
+        video: Tensor,
+        ids: Tensor | None = None,
+        return_levels: bool = False,
+        rng: KeyedRNG | None = None,
+    ) -> Tensor:
         """return_levels: returns the predictor's input [B, (1 +) Nc, levels * D], with the class token first
-        if there is one."""
+        if there is one. rng: of stochastic depth; without one no sample skips a layer."""
         grid = self.grid_of(video)
         is_image = self.patch_embed_img is not None and video.shape[2] == 1
         patches = patchify(video, video.shape[2] // grid.t, self.patch)
@@ -260,7 +289,7 @@ class Encoder(nn.Module):
         if self.class_token is not None:
             x = torch.cat([self.class_token.expand(len(x), 1, -1), x], 1)
         levels = self.levels if return_levels else self.levels[-1:]
-        *lower, last = self.blocks(x, self.positions.rope(grid, ids, x.device), levels)
+        *lower, last = self.blocks(x, self.positions.rope(grid, ids, x.device), levels, rng=rng)
         features = [norm(level) for norm, level in zip(self.level_norms, lower, strict=False)]
         x = torch.cat([*features, self.norm(last)], -1) if lower else self.norm(last)
         return x if return_levels or self.class_token is None else x[:, 1:]

@@ -81,7 +81,7 @@ class Objective(nn.Module):
         parts: dict[str, Tensor] = {}
         losses = []
         for i, mask in enumerate(masks):
-            z = self.encoder(video, mask.context, return_levels=True)  # [B, (1 +) Nc, levels * D]
+            z = self.encoder(video, mask.context, return_levels=True, rng=rng)  # [B, (1 +) Nc, levels * D]
             pred: Prediction = self.predictor(z, mask, self.query(i), grid)
             error = self.error(pred.target.float(), gather_tokens(target, mask.target).float())
             loss = parts[f"loss_{i}"] = self.weighted_mean(error, mask)

@@ -104,7 +104,6 @@ class Ema(Target):
     def __init__(self, encoder: Encoder, momentum: tuple[Fraction, Fraction] = (0.998, 1.0)):
         super().__init__(encoder.feature_width, momentum)
         self.encoder = copy.deepcopy(encoder).requires_grad_(False)
-        self.encoder.blocks.set_drop_path(0.0)
 
     @torch.no_grad()
     def forward(self, video: Tensor) -> Tensor:

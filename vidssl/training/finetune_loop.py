@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from vidssl.core.log import logger
 from vidssl.core.pixels import normalise
+from vidssl.core.rng import KeyedRNG
 from vidssl.data.dataset import MultiStreamDataset
 from vidssl.data.loader import Batch, train_steps
 from vidssl.data.schema import DataConfig
@@ -40,7 +41,7 @@ from vidssl.training.preemption import PreemptionHandler
 from vidssl.training.run_folder import RunFolder
 from vidssl.training.schema import OptimConfig
 from vidssl.training.state import RunState
-from vidssl.training.step import configure_blocks, seed_step
+from vidssl.training.step import configure_blocks
 
 
 class EpochSelection(nn.Module):
@@ -197,14 +198,12 @@ class Finetuner:
         whether any process got SIGTERM."""
         (batch,) = batches
         step = done - 1
-        seed_step(self.config.tune.seed, step, int(batch.position[0]))
-        hparams = schedule(self.optim_config, step, self.steps)
-        del hparams["ema"]
+        hparams = schedule(self.optim_config, step, self.steps, momentum=None)
         set_schedule(self.optimizer, hparams)
         self.optimizer.zero_grad()
         video = normalise(batch.video.to(self.strategy.device), self.pixels)
         with throughput.counting(video.shape):
-            loss = self.forward_backward(*mixer(video, batch, step))
+            loss = self.forward_backward(*mixer(video, batch, step), step)
         grad_norm = self.strategy.clip(self.model, self.optim_config, step)
         sums = count_samples(batches) | {"stop": float(preemption.requested)}
         metrics = self.strategy.all_reduce_metrics({"loss": loss, "grad_norm": grad_norm}, sums)
@@ -221,16 +220,17 @@ class Finetuner:
             self.selection.roll_back(saved)
         return row, bool(metrics["stop"])
 
-    def forward_backward(self, video: Tensor, target: Tensor) -> Tensor:
-        """Accumulates the gradients of this process's clips f32 [B, 3, T, H, W] and soft targets f32 [B, C].
-        Returns their mean loss."""
+    def forward_backward(self, video: Tensor, target: Tensor, position: Tensor, step: int) -> Tensor:
+        """Accumulates the gradients of this process's clips f32 [B, 3, T, H, W] with soft targets f32 [B, C]
+        and stream positions i64 [B]. Returns their mean loss."""
         parts = self.config.efficiency.micro_batches
         total = torch.zeros((), device=video.device)
-        micro_batches = zip(video.chunk(parts), target.chunk(parts), strict=True)
-        for i, (clips, targets) in enumerate(micro_batches, 1):
+        micro_batches = zip(video.chunk(parts), target.chunk(parts), position.chunk(parts), strict=True)
+        for i, (clips, targets, positions) in enumerate(micro_batches, 1):
+            rng = KeyedRNG(self.config.tune.seed, step, positions)
             with contextlib.nullcontext() if i == parts else self.strategy.no_sync(self.model):
                 with self.strategy.autocast():
-                    loss = F.cross_entropy(self.model(clips).float(), targets) / parts
+                    loss = F.cross_entropy(self.model(clips, rng).float(), targets) / parts
                 self.strategy.backward(loss)
             total += loss.detach()
         return total

@@ -13,6 +13,7 @@ from vidssl.config import (
 )
 from vidssl.core.errors import UserError
 from vidssl.core.log import logger
+from vidssl.core.rng import KeyedRNG
 from vidssl.core.splits import split_by_group
 from vidssl.data.dataset import TrainClips
 from vidssl.data.loader import Batch
@@ -39,8 +40,9 @@ class Classifier(nn.Module):
         self.head: MeanHead | AttentiveHead = head
         self.arguments = arguments
 
-    def forward(self, video: Tensor) -> Tensor:
-        return self.head(self.encoder(video))
+    def forward(self, video: Tensor, rng: KeyedRNG | None = None) -> Tensor:
+        """rng: of stochastic depth; without one no sample skips a layer."""
+        return self.head(self.encoder(video, rng=rng))
 
 
 def make_classifier(loaded: LoadedEncoder, head: Spec, classes: int, tune: TuneConfig) -> Classifier:
@@ -115,16 +117,17 @@ class Mixer:
         self.tune, self.classes = tune, classes
         self.mixup = Mixup(tune.mixup, tune.cutmix, label_smoothing=tune.label_smoothing, num_classes=classes)
 
-    def __call__(self, video: Tensor, batch: Batch, step: int) -> tuple[Tensor, Tensor]:
-        """Returns mixed clips and soft targets f32 [B, C]; video f32 [B, 3, T, H, W]. The order of rows
-        changes."""
+    def __call__(self, video: Tensor, batch: Batch, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns mixed clips, soft targets f32 [B, C] and stream positions i64 [B]; video f32 [B, 3, T, H,
+        W]. The order of rows changes."""
         label = batch.label.to(video.device)
+        position = batch.position.to(video.device)
         if not (self.tune.mixup or self.tune.cutmix):
-            return video, mixup_target(label, self.classes, 1.0, self.tune.label_smoothing)
+            return video, mixup_target(label, self.classes, 1.0, self.tune.label_smoothing), position
         order = pair_mixup_partners(batch.position, self.tune.lanes).to(video.device)
         np.random.seed((self.tune.seed, 7, step))  # Mixup draws from numpy's global generator
         mixed, target = self.mixup(rearrange(video[order], "b c t h w -> b (c t) h w"), label[order])
-        return mixed.view_as(video), target
+        return mixed.view_as(video), target, position[order]
 
 
 class FinetuneSplits(NamedTuple):

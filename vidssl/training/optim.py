@@ -10,11 +10,12 @@ from vidssl.training.schema import OptimConfig
 
 
 def schedule(
-    config: OptimConfig, step: int, steps: int, momentum: tuple[float, float] = (1.0, 1.0)
+    config: OptimConfig, step: int, steps: int, momentum: tuple[float, float] | None = (1.0, 1.0)
 ) -> dict[str, float]:
     """Learning rate, weight decay and EMA momentum (`ema`) at step 0..steps-1.
 
-    lr and weight decay use step + 1, the momentum uses step. momentum: at the first and the last step.
+    lr and weight decay use step + 1, the momentum uses step. momentum: at the first and the last step; None:
+    there is no EMA encoder, and no `ema` is returned.
     Source: V-JEPA, app/vjepa/{train,utils}.py and src/utils/schedulers.py; lr_decay: V-JEPA 2 (constant,
     linear when cooling down). Checked against a trace of its training loop.
     """
@@ -35,11 +36,8 @@ def schedule(
     final_weight_decay = (
         config.weight_decay if config.final_weight_decay is None else config.final_weight_decay
     )
-    return {
-        "lr": lr,
-        "weight_decay": cosine(config.weight_decay, final_weight_decay, count / total),
-        "ema": linear(*momentum, step / total),
-    }
+    hparams = {"lr": lr, "weight_decay": cosine(config.weight_decay, final_weight_decay, count / total)}
+    return hparams if momentum is None else {**hparams, "ema": linear(*momentum, step / total)}
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig, fused: bool = False) -> torch.optim.AdamW:
