@@ -11,12 +11,14 @@ if __name__ == "__main__":
     check_command_line(TrainConfig, __doc__, ("method", "model", "data", "run"))
 
 import contextlib
+from functools import partial
 from pathlib import Path
 
 from vidssl.config import load_config, to_tree
 from vidssl.core.errors import run_cli
 from vidssl.core.log import logger, set_log_level
 from vidssl.data.loader import open_shards
+from vidssl.objective.masks import count_cut_groups
 from vidssl.training.diagnostics import Diagnostics
 from vidssl.training.distributed import Strategy
 from vidssl.training.malloc import configure_process
@@ -27,7 +29,7 @@ from vidssl.training.preemption import PreemptionHandler, exit_on_lost_peer
 from vidssl.training.run_folder import RunFolder
 from vidssl.training.schema import check_batch, check_output
 from vidssl.training.state import make_train_state
-from vidssl.training.step import configure_blocks, forward_backward, load_steps, seed_step
+from vidssl.training.step import check_cut_groups, configure_blocks, forward_backward, load_steps
 
 
 @exit_on_lost_peer()
@@ -51,6 +53,8 @@ def main(argv: list[str]) -> None:
 
     # Model, optimizer and their state.
     objective = cfg.build_objective()
+    check_cut_groups(cfg, objective.mask, strategy.world)
+    cut_groups = partial(count_cut_groups, objective.mask)
     configure_blocks(objective, efficiency.activation_checkpointing, efficiency.compile)
     optim_config = cfg.optim.scaled(run.batch)
     model, optimizer = strategy.prepare(objective, build_optimizer(objective, optim_config, efficiency.fused))
@@ -75,12 +79,13 @@ def main(argv: list[str]) -> None:
     ):
         for step, batches in enumerate(throughput.timed(loader), start):
             done = step + 1
-            seed_step(run.seed, step, int(batches[0].position[0]))
-            hparams = schedule(optim_config, step, run.steps, cfg.momentum)
+            hparams = schedule(optim_config, step, run.steps, objective.target.momentum)
             set_schedule(optimizer, hparams)
             optimizer.zero_grad()
             with throughput.counting(tuple(b.video.shape for b in batches)):
-                losses = forward_backward(strategy, model, batches, run.seed, step, efficiency.micro_batches)
+                losses = forward_backward(
+                    strategy, model, batches, run.seed, step, efficiency.micro_batches, cut_groups
+                )
             norm = strategy.clip(model, optim_config, step)
             signals = {"stop": preemption.requested, "collapsed": diagnostics.should_stop}
             metrics = strategy.all_reduce_metrics(

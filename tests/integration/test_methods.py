@@ -47,18 +47,22 @@ def small(method: str, *more: str) -> TrainConfig:
     return load_config([str(ROOT / f"configs/method/{method}.yaml"), *RUN, *SMALL, *fit, *more], TrainConfig)
 
 
+def make_teacher(method: str, folder: Path) -> list[str]:
+    """Writes a small teacher into the folder if the method needs one. Returns the arguments that name it."""
+    if own(method)["method"]["target"]["kind"] != "teacher":
+        return []
+    larger = small("vjepa2_1", "model.dim=64", "model.heads=4", "run.seed=1")
+    objective = larger.build_objective()
+    predictor = larger.method.predictor
+    found = to_checkpoint(objective, larger.encoder_arguments(), predictor, objective.state_dict())
+    save_run_encoder(folder, found, {"config": to_tree(larger), "step": 0}, snapshot=False)
+    return [f"method.target.path={folder}"]
+
+
 def losses(method: str) -> list[float]:
     """Five steps of a tiny encoder on moving noise."""
     with tempfile.TemporaryDirectory() as folder:
-        given = []
-        if own(method)["method"]["target"]["kind"] == "teacher":
-            larger = small("vjepa2_1", "model.dim=64", "model.heads=4", "run.seed=1")
-            objective = larger.build_objective()
-            predictor = larger.method.predictor
-            found = to_checkpoint(objective, larger.encoder_arguments(), predictor, objective.state_dict())
-            save_run_encoder(Path(folder), found, {"config": to_tree(larger), "step": 0}, snapshot=False)
-            given = [f"method.target.path={folder}"]
-        cfg = small(method, *given)
+        cfg = small(method, *make_teacher(method, Path(folder)))
         objective = cfg.build_objective()
         optim = cfg.optim
     optimizer = build_optimizer(objective, optim)

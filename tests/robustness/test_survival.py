@@ -74,8 +74,8 @@ def spoil(monkeypatch, steps: set[int], factor: float = float("nan")) -> None:
     """Multiplies the loss and the gradients of some steps (1..)."""
     original = train.forward_backward
 
-    def spoiled(strategy, model, batches, seed, step, micro_batches):
-        got = original(strategy, model, batches, seed, step, micro_batches)
+    def spoiled(strategy, model, batches, seed, step, *rest):
+        got = original(strategy, model, batches, seed, step, *rest)
         if step + 1 in steps:
             got["loss"] = got["loss"] * factor
             for p in model.parameters():
@@ -332,8 +332,8 @@ import os, signal, sys
 from vidssl import train
 from vidssl.core.errors import run_cli
 original = train.forward_backward
-def spoiled(strategy, model, batches, seed, step, micro_batches):
-    got = original(strategy, model, batches, seed, step, micro_batches)
+def spoiled(strategy, model, batches, seed, step, *rest):
+    got = original(strategy, model, batches, seed, step, *rest)
     if strategy.rank == 1 and step == 2:
         got["loss"] = got["loss"] * float("nan")
     if strategy.rank == 1 and step == 6:

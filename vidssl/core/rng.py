@@ -6,6 +6,10 @@ numbers are a hash of (key, counter): the counter-based generators of Salmon et 
 as easy as 1, 2, 3" (2011), with the finaliser of splitmix64 (Steele et al. 2014) as the hash.
 """
 
+import copy
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -26,17 +30,51 @@ def splitmix64(x: Tensor) -> Tensor:
     return x ^ _shift(x, 31)
 
 
+class GlobalBatch(NamedTuple):
+    """The clips of a stream in one step, over all processes: the positions first .. first + clips - 1."""
+
+    first: int
+    clips: int
+
+
 class KeyedRNG:
     """Uniform numbers for a batch: `rand` per sample, `shared` the same for the whole global batch of a
     step."""
 
-    def __init__(self, seed: int, step: int, positions: Tensor):
-        """positions i64 [B]: positions of the samples in the training stream."""
+    def __init__(self, seed: int, step: int, positions: Tensor, batch: GlobalBatch | None = None):
+        """positions i64 [B]: positions of the samples in the training stream; batch: the global batch that
+        they are a part of; None: they are all of it."""
         self.step = step
+        self.positions = positions
+        self.batch = batch
         start = torch.tensor(seed, device=positions.device)
-        self.keys = splitmix64(splitmix64(start + GOLDEN_RATIO) + positions)
+        self.seed_key = splitmix64(start + GOLDEN_RATIO)
+        self.keys = splitmix64(self.seed_key + positions)
         self.step_key = splitmix64(splitmix64(start - GOLDEN_RATIO) + step)[None]
         self.used = {"rand": 0, "shared": 0}
+
+    def over_group(self, count_groups: Callable[[int], int]) -> tuple["KeyedRNG", Tensor]:
+        """Returns the generator of all samples of a group of the global batch, and where in it the samples
+        of this one are, i64 [B]. What the one draws counts as drawn by the other.
+
+        count_groups: maps the size of the global batch to the number of groups. Group g of n holds the
+        samples g, g + n, g + 2 n, ... of the batch, so that a process, which holds every W-th sample, has
+        whole groups or a part of one; it can compute the numbers of samples that another process holds.
+        Raises ValueError if the samples are of several groups (step.split_batch keeps them apart).
+        """
+        if self.batch is None:
+            return self, torch.arange(len(self.positions), device=self.positions.device)
+        groups = count_groups(self.batch.clips)
+        offset = self.positions - self.batch.first
+        place = offset // groups
+        group = offset % groups
+        if (group != group[0]).any():
+            raise ValueError("the samples belong to several groups")
+        members = torch.arange(self.batch.clips // groups, device=place.device) * groups
+        wide = copy.copy(self)
+        wide.positions = self.batch.first + group[0] + members
+        wide.keys = splitmix64(self.seed_key + wide.positions)
+        return wide, place
 
     def _draw(self, stream: str, keys: Tensor, shape: tuple[int, ...]) -> Tensor:
         n = torch.Size(shape).numel()

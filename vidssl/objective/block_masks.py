@@ -56,6 +56,25 @@ def rectangles(u: Tensor, size: tuple[int, int], grid: Grid, starts: tuple[int, 
     return rows[..., :, None] & columns[..., None, :]
 
 
+def cut_groups(over: int | None, clips: int) -> int:
+    """Number of groups of `over` clips in a global batch of `clips`, each cut to its smallest mask.
+
+    over: None, or more than there are: the whole batch is one group. Raises UserError if it does not divide
+    the batch.
+    """
+    if over is None or over >= clips:
+        return 1
+    if clips % over:
+        divisors = [n for n in range(1, clips + 1) if clips % n == 0]
+        below = max(n for n in divisors if n < over)
+        above = min(n for n in divisors if n > over)
+        raise UserError(
+            f"method.mask.truncate_over {over}: does not divide the {clips} clips of a step; "
+            f"give {below} or {above}"
+        )
+    return clips // over
+
+
 def indices_of(chosen: Tensor, count: int) -> Tensor:
     """i64 [..., count]: ascending ids of the True entries of chosen bool [..., N], `count` in each row."""
     return (~chosen).int().argsort(dim=-1, stable=True)[..., :count]
@@ -74,8 +93,13 @@ class MultiBlock3D:
       their distribution), surplus tokens are dropped at random over time and space; a sample with too few
       context tokens (that quantile of the samples) takes random hidden ones. Unbiased, and independent of the
       batch.
-    - "raster": a quirk of the published runs. Every sample is cut to the smallest of the per-process batch,
-      in time-major order. This drops the end of the clip, the more the larger the per-process batch.
+    - "raster": a quirk of the published runs. Every sample is cut to the smallest of `truncate_over` clips,
+      in time-major order. This drops the end of the clip, the more the larger that number, which was the
+      batch of a process.
+
+    truncate_over: clips that are cut to a common size, every (batch / truncate_over)-th of the global batch,
+    so that masks depend neither on the number of processes nor on micro-batches; it must divide the global
+    batch. None, or more than there are: all clips of a step.
     """
 
     groups: Annotated[tuple[BlockGroup, ...], Field(min_length=1)] = (BlockGroup(8, 0.15), BlockGroup(2, 0.7))
@@ -88,19 +112,26 @@ class MultiBlock3D:
         False  # predict every token that is not context, dropped ones too (V-JEPA 2: full_complement)
     )
     truncate: Literal["random", "raster"] = "random"
+    truncate_over: PositiveInt | None = None
     keep_quantile: LowQuantile = 0.05
 
     def __call__(self, video: Tensor, grid: Grid, rng: KeyedRNG) -> list[Mask]:
         return [self._mask(group, grid, rng) for group in self.groups]
 
+    def cut_groups(self, clips: int) -> int:
+        """Number of parts of a global batch of `clips` clips whose masks are cut together."""
+        return cut_groups(self.truncate_over, clips) if self.truncate == "raster" else 1
+
     def _mask(self, group: BlockGroup, grid: Grid, rng: KeyedRNG) -> Mask:
-        score = self.hidden(group, grid, rng).float()  # 1: hidden
         if self.truncate == "raster":
-            num_context = int((1 - score).sum(1).min())
-            num_targets = int(score.sum(1).min())
+            wide, own = rng.over_group(self.cut_groups)
+            hidden = self.hidden(group, grid, wide)
+            num_context = int((~hidden).sum(1).min())
+            num_targets = int(hidden.sum(1).min())
+            score = hidden[own].float()  # 1: hidden
         else:
             num_context, num_targets = kept_counts(self, group, grid)
-            score = score + rng.rand(grid.n)
+            score = self.hidden(group, grid, rng).float() + rng.rand(grid.n)
         beyond_context = (
             torch.arange(grid.n, device=score.device) >= self.context_slices(grid) * grid.h * grid.w
         )
@@ -168,8 +199,10 @@ class SingleBlock:
     aspect: Range = (0.75, 1.5)  # height over width
 
     def __call__(self, video: Tensor, grid: Grid, rng: KeyedRNG) -> list[Mask]:
-        # All boxes of a step have one size, so nothing is truncated.
-        return MultiBlock3D((BlockGroup(1, self.scale),), self.aspect, truncate="raster")(video, grid, rng)
+        group = BlockGroup(1, self.scale)
+        hidden = MultiBlock3D((group,), self.aspect).hidden(group, grid, rng)
+        count = int(hidden[0].sum())  # all boxes of a step have one size
+        return [Mask(indices_of(~hidden, grid.n - count), indices_of(hidden, count)[:, None])]
 
 
 @dataclass(frozen=True)
@@ -188,7 +221,7 @@ class MultiBlock2D:
 
     `reference_quirks` keeps three quirks of the reference: one uniform number gives both scale and aspect; no
     box begins in the last possible row or column, or is as long as a side; every context is cut, in raster
-    order, to the smallest of the per-process batch.
+    order, to the smallest of `truncate_over` clips (see MultiBlock3D), which was the batch of a process.
     """
 
     targets: PositiveInt = 4
@@ -198,6 +231,11 @@ class MultiBlock2D:
     min_keep: PositiveInt = 10  # contexts of min(min_keep, slice / 8) tokens or fewer, per slice, are redrawn
     keep_quantile: LowQuantile = 0.05
     reference_quirks: bool = False
+    truncate_over: PositiveInt | None = None
+
+    def cut_groups(self, clips: int) -> int:
+        """Number of parts of a global batch of `clips` clips whose masks are cut together."""
+        return cut_groups(self.truncate_over, clips) if self.reference_quirks else 1
 
     def __call__(self, video: Tensor, grid: Grid, rng: KeyedRNG) -> list[Mask]:
         slice_tokens = grid.h * grid.w
@@ -210,13 +248,17 @@ class MultiBlock2D:
             height, width = target_size
             target_size = (height - 1, width) if height > 1 else (height, width - 1)
         context_size = self._draw_size(self.context_scale, (1.0, 1.0), grid, rng)
-        contexts, targets = self.draw_blocks(target_size, context_size, grid, rng, BOX_DRAWS)
         if self.reference_quirks:
-            min_context = self.min_context(grid)
+            wide, own = rng.over_group(self.cut_groups)
+            contexts, targets = self.draw_blocks(target_size, context_size, grid, wide, BOX_DRAWS)
+            context, target = self._choose(contexts, targets, self.min_context(grid))
+            num_context = int(context.sum(1).min())
+            context = context[own]
+            target = target[own]
         else:
-            min_context = kept_context(self, target_size, context_size, grid)
-        context, target = self._choose(contexts, targets, min_context)
-        num_context = int(context.sum(1).min()) if self.reference_quirks else min_context
+            num_context = kept_context(self, target_size, context_size, grid)
+            contexts, targets = self.draw_blocks(target_size, context_size, grid, rng, BOX_DRAWS)
+            context, target = self._choose(contexts, targets, num_context)
         score = repeat(~context, "b n -> b (t n)", t=grid.t).float()
         if not self.reference_quirks:
             score = score + rng.rand(grid.n)

@@ -2,10 +2,11 @@
 
 A masker is called with (video f32 [B, 3, T, H, W], grid, rng) and returns a list of masks; a method with two
 kinds of masks (V-JEPA) returns two. All samples of a batch have the same numbers of tokens. A sample's mask
-is a function of its own key and pixels alone, except where a docstring states otherwise. An image is a grid
-of one time slice.
+is a function of its own key and pixels alone; a masker whose `cut_groups` divides the global batch looks at
+the keys of a group. An image is a grid of one time slice.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +28,16 @@ def mask_from_scores(score: Tensor, num_context: int) -> Mask:
     """
     order = score.argsort(dim=1, stable=True)
     return Mask(order[:, :num_context].sort(1)[0], order[:, num_context:].sort(1)[0][:, None])
+
+
+Masker = Callable[[Tensor, Grid, KeyedRNG], list[Mask]]
+
+
+def count_cut_groups(mask: Masker, clips: int) -> int:
+    """Number of groups of a global batch of `clips` clips that a masker cuts to common numbers of tokens; one
+    forward pass takes clips of one group. Raises UserError if they cannot be divided so."""
+    cut_groups: Callable[[int], int] | None = getattr(mask, "cut_groups", None)
+    return 1 if cut_groups is None else cut_groups(clips)
 
 
 def hidden_count(n: int, ratio: float, unit: str) -> int:

@@ -1,17 +1,20 @@
-"""One training step: the random seed, and forward and backward passes over micro-batches and streams."""
+"""One training step: forward and backward passes over micro-batches and streams."""
 
 import contextlib
-from collections.abc import Generator
+from collections.abc import Callable, Generator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from vidssl.core.errors import UserError
 from vidssl.core.pixels import normalise
-from vidssl.core.rng import GOLDEN_RATIO, KeyedRNG, splitmix64
+from vidssl.core.rng import GlobalBatch, KeyedRNG
 from vidssl.data.loader import Batch, make_streams, train_steps
 from vidssl.data.shards import Shards
 from vidssl.data.stream import ShardUrls
 from vidssl.model.vit import TransformerStack
+from vidssl.objective.masks import Masker, count_cut_groups
 from vidssl.training.distributed import Strategy
 from vidssl.training.schema import TrainConfig
 
@@ -46,43 +49,81 @@ def load_steps(
     )
 
 
-def seed_step(seed: int, step: int, position: int) -> None:
-    """Seeds torch's global generator, from which stochastic depth draws, by a hash of (seed, step, position).
+def check_cut_groups(cfg: TrainConfig, mask: Masker, world: int) -> None:
+    """Raises UserError if the processes cannot share the groups of clips that `mask` cuts together evenly."""
+    lanes = cfg.run.lanes
+    for clips in cfg.data.clips(cfg.run.batch):
+        groups = count_cut_groups(mask, clips)
+        if groups % world and world % groups:
+            shares = [n for n in range(1, lanes + 1) if groups % n == 0 or n % groups == 0]
+            works = ", ".join(str(n) for n in shares if lanes % n == 0)
+            raise UserError(
+                f"method.mask.truncate_over {clips // groups} makes {groups} groups of {clips} clips, which "
+                f"{world} processes cannot share: give {works} processes"
+            )
 
-    position: of the first sample of this process in the stream. Runs with other seeds share no draws. Data
-    order, frames, augmentation and masks do not use this generator and do not depend on the number of
-    processes. Stochastic depth does: a process draws for all of its samples in turn, so another number of
-    processes draws other depths.
-    """
-    key = torch.tensor(seed) + 2 * torch.tensor(GOLDEN_RATIO)
-    for value in (step, position):
-        key = splitmix64(key) + value
-    torch.manual_seed(int(splitmix64(key)))
+
+class MicroBatch(NamedTuple):
+    """Clips that one forward pass takes."""
+
+    video: Tensor  # u8 [B, 3, T, S, S]
+    position: Tensor  # i64 [B]
+    batch: GlobalBatch  # that they are a part of
+
+
+def split_batch(batch: Batch, micro_batches: int, groups: int, rank: int, world: int) -> list[MicroBatch]:
+    """Splits process `rank`'s clips of a stream in `micro_batches` equal parts, and these where they hold
+    clips of several of the `groups` of the global batch (KeyedRNG.over_group)."""
+    whole = GlobalBatch(int(batch.position.min()) - rank, len(batch.position) * world)
+    group = (batch.position - whole.first) % groups
+    order = group.argsort(stable=True)
+    video = batch.video if groups == 1 else batch.video[order]
+    position = batch.position[order]
+    chunks = zip(
+        video.chunk(micro_batches),
+        position.chunk(micro_batches),
+        group[order].chunk(micro_batches),
+        strict=True,
+    )
+    parts = []
+    for clips, positions, of_group in chunks:
+        sizes = of_group.unique_consecutive(return_counts=True)[1].tolist()
+        pieces = zip(clips.split(sizes), positions.split(sizes), strict=True)
+        parts += [MicroBatch(*piece, whole) for piece in pieces]
+    return parts
 
 
 def forward_backward(
-    strategy: Strategy, model: nn.Module, batches: list[Batch], seed: int, step: int, micro_batches: int
+    strategy: Strategy,
+    model: nn.Module,
+    batches: list[Batch],
+    seed: int,
+    step: int,
+    micro_batches: int,
+    cut_groups: Callable[[int], int] = lambda clips: 1,
 ) -> dict[str, Tensor]:
     """Accumulates the gradients of this process's clips. Returns the loss and its parts, averaged over the
     clips.
 
-    batches: one of each stream, of which each is computed in `micro_batches` equal parts. With several
-    streams the loss of each is returned, too, as loss_stream_0, loss_stream_1, ...
+    batches: one of each stream, of which each is computed in at least `micro_batches` parts; cut_groups: maps
+    the clips of a global batch to the number of its groups (see split_batch). With several streams the loss
+    of each is returned, too, as loss_stream_0, loss_stream_1, ...
     """
-    parts: list[tuple[int, Tensor, Tensor]] = []
+    parts: list[tuple[int, Tensor, Tensor, GlobalBatch]] = []
     for stream, batch in enumerate(batches):
-        videos = batch.video.to(strategy.device).chunk(micro_batches)
-        positions = batch.position.to(strategy.device).chunk(micro_batches)
-        parts += [(stream, v, p) for v, p in zip(videos, positions, strict=True)]
-    clips = sum(len(position) for _, _, position in parts)
+        groups = cut_groups(len(batch.position) * strategy.world)
+        on_device = batch._replace(video=batch.video.to(strategy.device))
+        for part in split_batch(on_device, micro_batches, groups, strategy.rank, strategy.world):
+            parts.append((stream, part.video, part.position.to(strategy.device), part.batch))
+    clips = sum(len(position) for _, _, position, _ in parts)
     total: dict[str, Tensor] = {}
     weights: dict[str, float] = {}
-    for i, (stream, video, position) in enumerate(parts):
+    for i, (stream, video, position, whole) in enumerate(parts):
         share = len(position) / clips
         is_last = i == len(parts) - 1
         with contextlib.nullcontext() if is_last else strategy.no_sync(model):
             with strategy.autocast():
-                losses = model(normalise(video), KeyedRNG(seed, step, position))
+                losses = model(normalise(video), KeyedRNG(seed, step, position, whole))
             strategy.backward(losses["loss"] * share)
         if len(batches) > 1:
             losses[f"loss_stream_{stream}"] = losses["loss"]

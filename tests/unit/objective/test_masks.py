@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from vidssl import config
 from vidssl.core.errors import UserError
-from vidssl.core.rng import KeyedRNG
+from vidssl.core.rng import GlobalBatch, KeyedRNG
 from vidssl.model.grid import Grid, Mask
 from vidssl.objective.block_masks import (
     MultiBlock2D,
@@ -28,6 +28,7 @@ from vidssl.objective.masks import (
     Random,
     RunningCell,
     Tube,
+    count_cut_groups,
     dual_mask,
     running_cell_maps,
 )
@@ -67,7 +68,7 @@ OWN = {  # masks of which every sample's is a function of its own key alone
     "multiblock": MultiBlock2D(),
     "multiblock-large": MultiBlock2D(targets=6, scale=(0.2, 2.0), context_scale=(0.1, 0.3), min_keep=100),
 }
-SHARED = {  # as published: cut to the per-process batch
+SHARED = {  # as published: cut to the smallest of a batch
     "blocks-raster": MultiBlock3D(truncate="raster"),
     "blocks-raster large": MultiBlock3D((BlockGroup(8, 0.5),), truncate="raster", complement=True),
     "blocks-raster causal": MultiBlock3D(truncate="raster", max_temporal_keep=0.3, temporal_scale=(0.2, 0.9)),
@@ -612,3 +613,52 @@ def test_published_multiblock_is_cut_in_raster_order_to_the_smallest_of_the_batc
         kept = min(len(ids) for ids in alone)
         assert together.context.equal(torch.stack([ids[:kept] for ids in alone]))
         assert kept < max(len(ids) for ids in alone)
+
+
+CUT = {
+    "blocks": MultiBlock3D(truncate="raster", truncate_over=4),
+    "blocks short in time": MultiBlock3D(temporal_scale=(0.25, 0.75), truncate="raster", truncate_over=4),
+    "blocks complement": MultiBlock3D(truncate="raster", complement=True, truncate_over=4),
+    "multiblock": MultiBlock2D(reference_quirks=True, truncate_over=4),
+}
+
+
+@pytest.mark.parametrize("name", CUT)
+@pytest.mark.parametrize("first", [0, 48, 10**9 + 16])
+def test_a_cut_is_over_the_declared_clips_whatever_is_at_hand(name, first):
+    """Of 16 clips in 4 groups: any part of a group has the masks of the whole group computed together."""
+    grid = Grid(4, 8, 8)
+    masker = CUT[name]
+    sizes = set()
+    for group in range(4):
+        members = first + torch.arange(group, 16, 4)
+        whole = masker(None, grid, KeyedRNG(3, 7, members))
+        sizes.add(tuple(mask.context.shape[1] for mask in whole))
+        for rows in ([0], [3], [1, 2], [2, 0, 3], [0, 1, 2, 3]):
+            rng = KeyedRNG(3, 7, members[rows], GlobalBatch(first, 16))
+            for mask, part in zip(whole, masker(None, grid, rng), strict=True):
+                assert part.context.equal(mask.context[rows]) and part.target.equal(mask.target[rows])
+    assert len(sizes) > 1
+    with pytest.raises(ValueError, match="several groups"):
+        masker(None, grid, KeyedRNG(3, 7, first + torch.arange(2), GlobalBatch(first, 16)))
+
+
+def test_without_a_number_or_with_a_larger_one_all_clips_of_a_step_are_cut_together():
+    grid = Grid(4, 8, 8)
+    for over in (None, 16, 1000):
+        masker = MultiBlock3D(truncate="raster", truncate_over=over)
+        whole = masker(None, grid, draws(0, 16))
+        rng = KeyedRNG(0, 0, torch.tensor([5, 1]), GlobalBatch(0, 16))
+        for mask, part in zip(whole, masker(None, grid, rng), strict=True):
+            assert part.context.equal(mask.context[[5, 1]])
+
+
+@pytest.mark.parametrize("over, clips, words", [(24, 64, "16 or 32"), (5, 16, "4 or 8"), (7, 11, "1 or 11")])
+def test_a_number_that_does_not_divide_the_batch_is_refused(over, clips, words):
+    for masker in (
+        MultiBlock3D(truncate="raster", truncate_over=over),
+        MultiBlock2D(reference_quirks=True, truncate_over=over),
+    ):
+        with pytest.raises(UserError, match=f"truncate_over {over}: does not divide the {clips}.*{words}$"):
+            count_cut_groups(masker, clips)
+    assert count_cut_groups(MultiBlock3D(truncate_over=over), clips) == 1  # random: nothing is cut

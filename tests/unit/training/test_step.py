@@ -1,31 +1,40 @@
-"""training/step.py and the measurements of a step: seeds, hash of the samples, waiting time."""
+"""training/step.py and the measurements of a step: parts of a batch, hash of the samples, waiting time."""
 
 import time
 
+import pytest
 import torch
 
+from vidssl.data.dataset import STREAM_STRIDE
 from vidssl.data.loader import Batch
 from vidssl.training.metrics_log import count_samples, samples_hash
 from vidssl.training.perf import Throughput
-from vidssl.training.step import seed_step
-
-
-def draws(seed: int, step: int, position: int) -> list[float]:
-    seed_step(seed, step, position)
-    return torch.rand(3).tolist()
-
-
-def test_seed_step_is_a_function_of_its_arguments():
-    assert draws(0, 3, 16) == draws(0, 3, 16)
-    runs = [[draws(seed, step, 8 * step) for step in range(50)] for seed in range(4)]
-    values = [tuple(d) for run in runs for d in run]
-    assert len(set(values)) == len(values)  # no step of a run repeats one of another seed
-    assert draws(0, 3, 16) != draws(0, 3, 20)
+from vidssl.training.step import split_batch
 
 
 def batch(positions: list[int], keys: list[str]) -> Batch:
     n = len(keys)
     return Batch(torch.empty(n, 3, 1, 1, 1), torch.zeros(n), torch.tensor(positions), keys, [])
+
+
+@pytest.mark.parametrize("first", [0, 48, STREAM_STRIDE + 48])
+@pytest.mark.parametrize("groups", [1, 2, 4, 8])
+@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("micro_batches", [1, 2, 3, 6])
+def test_the_parts_of_a_batch_hold_each_clip_once_and_no_two_groups(micro_batches, world, groups, first):
+    seen = []
+    for rank in range(world):
+        own = [first + j for j in range(24) if j % world == rank]
+        held = batch(own, [str(p) for p in own])._replace(video=torch.tensor(own)[:, None, None, None, None])
+        parts = split_batch(held, micro_batches, groups, rank, world)
+        for part in parts:
+            assert part.video.flatten().equal(part.position) and part.batch == (first, 24)
+            assert len(part.position) <= len(own) // micro_batches
+            assert len({(p - first) % groups for p in part.position.tolist()}) == 1
+            seen += part.position.tolist()
+        if groups == 1:
+            assert len(parts) == micro_batches and torch.cat([p.position for p in parts]).tolist() == own
+    assert sorted(seen) == [first + j for j in range(24)]
 
 
 def test_samples_hash_depends_on_the_samples_only():
