@@ -18,6 +18,19 @@ class Grid(NamedTuple):
     def n(self) -> int:
         return self.t * self.h * self.w
 
+    @property
+    def image(self) -> bool:
+        """Whether the clip is a single frame. A grid of one time slice may also be a video of one tubelet."""
+        return False
+
+
+class ImageGrid(Grid):
+    """The grid of a single frame. Encoder.grid_of decides it for all parts of a model."""
+
+    @property
+    def image(self) -> bool:
+        return True
+
 
 class Mask(NamedTuple):
     """Token ids of the encoder's input and of the prediction targets. M target groups share one context."""

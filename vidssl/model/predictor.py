@@ -125,7 +125,7 @@ class JointPredictor(nn.Module):
             [repeat(context, "b n d -> (b m) n d", m=groups), rearrange(queries, "b m n d -> (b m) n d")], 1
         )
         if self.modality is not None:
-            x = x + self.modality[int(grid.t == 1)]
+            x = x + self.modality[int(grid.image)]
         context_ids = repeat(mask.context, "b n -> (b m) n", m=groups)
         ids = torch.cat([context_ids, rearrange(mask.target, "b m n -> (b m) n")], 1)
         num_outputs = num_targets + (num_context if include_context else 0)

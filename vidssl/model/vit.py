@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from vidssl.config import Fraction, NonNegativeInt, PositiveFloat, PositiveInt
 from vidssl.core.errors import UserError
 from vidssl.core.rng import KeyedRNG
-from vidssl.model.grid import Grid, gather_tokens, patchify
+from vidssl.model.grid import Grid, ImageGrid, gather_tokens, patchify
 from vidssl.model.positions import PositionEncoding, PositionKind, RotaryTable, apply_rope
 
 Init = Literal["trunc_normal", "xavier"]
@@ -262,7 +262,8 @@ class Encoder(nn.Module):
         for name, size, option, unit in sizes:
             if size % unit or size < unit:
                 raise UserError(f"clip {name} {size} is not a multiple of model.{option} {unit}")
-        return Grid(frames // tubelet, height // self.patch, width // self.patch)
+        kind = ImageGrid if frames == 1 else Grid
+        return kind(frames // tubelet, height // self.patch, width // self.patch)
 
     def grid_of(self, video: Tensor) -> Grid:
         """The token grid of a video [B, 3, T, H, W]."""
@@ -278,14 +279,15 @@ class Encoder(nn.Module):
         """return_levels: returns the predictor's input [B, (1 +) Nc, levels * D], with the class token first
         if there is one. rng: of stochastic depth; without one no sample skips a layer."""
         grid = self.grid_of(video)
-        is_image = self.patch_embed_img is not None and video.shape[2] == 1
         patches = patchify(video, video.shape[2] // grid.t, self.patch)
         if ids is not None:
             patches = gather_tokens(patches, ids)
-        embed = self.patch_embed_img if is_image else self.patch_embed
-        x = embed(patches) + self.positions.embedding(grid, ids)  # type: ignore[misc]
+        embed = self.patch_embed
+        if self.patch_embed_img is not None and grid.image:
+            embed = self.patch_embed_img
+        x = embed(patches) + self.positions.embedding(grid, ids)
         if self.patch_embed_img is not None:
-            x = x + (self.img_mod_embed if is_image else self.video_mod_embed)
+            x = x + (self.img_mod_embed if grid.image else self.video_mod_embed)
         if self.class_token is not None:
             x = torch.cat([self.class_token.expand(len(x), 1, -1), x], 1)
         levels = self.levels if return_levels else self.levels[-1:]

@@ -265,3 +265,33 @@ def test_deep_attentive_head():
     alone = AttentiveHead(24, 3, 5)
     alone.load_state_dict({k: v for k, v in head.state_dict().items() if not k.startswith("blocks.")})
     assert torch.allclose(head(tokens), alone(after), atol=1e-5)
+
+
+# Facts that are decided once, and precision
+
+
+def build(positions: str = "sincos_uniform", image_tokenizer: bool = True) -> tuple[Encoder, JointPredictor]:
+    torch.manual_seed(0)
+    encoder = Encoder(
+        4, 16, 16, dim=24, depth=2, heads=2, patch=8, positions=positions, image_tokenizer=image_tokenizer
+    )
+    predictor = JointPredictor(
+        encoder, 5, width=24, depth=1, heads=2, positions=positions, modality=image_tokenizer
+    )
+    return encoder, predictor
+
+
+@pytest.mark.parametrize("frames, image", [(1, True), (2, False), (4, False)])
+@pytest.mark.parametrize("positions", ["sincos_uniform", "rope_interleaved"])
+def test_encoder_and_predictor_agree_on_what_is_an_image(positions, frames, image):
+    """A clip of one tubelet is a video, though its grid has one time slice as that of an image has."""
+    encoder, predictor = build(positions)
+    video = torch.randn(2, 3, frames, 16, 16)
+    grid = encoder.grid_of(video)
+    assert grid.image is image and grid.t == max(1, frames // 2)
+    mask = Mask(torch.tensor([[0, 1], [2, 3]]), torch.tensor([[[2]], [[0]]]))
+    predictor(encoder(video, mask.context), mask, torch.zeros(24), grid).target.sum().backward()
+    assert predictor.modality.grad.any(1).tolist() == [not image, image]
+    assert (encoder.img_mod_embed.grad is not None) is image
+    assert (encoder.video_mod_embed.grad is None) is image
+    assert (encoder.patch_embed_img.proj.weight.grad is not None) is image
