@@ -114,13 +114,15 @@ class JointPredictor(nn.Module):
         first. Without, context tokens serve as keys and values only in the last block."""
         groups, num_targets = mask.target.shape[1:]
         num_context = mask.context.shape[1]
-        z = self.embed(z[:, int(self.drop_encoder_token) :])
+        # The residual stream is f32 under autocast, too: a young mask token is smaller than the
+        # rounding of bf16 beside it.
+        z = self.embed(z[:, int(self.drop_encoder_token) :]).float()
         class_tokens, z = z[:, :-num_context], z[:, -num_context:]
         if self.class_token is not None:
-            class_tokens = self.class_token.expand(len(z), 1, -1).to(z.dtype)
+            class_tokens = self.class_token.expand(len(z), 1, -1)
         context = torch.cat([class_tokens, z + self.positions.embedding(grid, mask.context)], 1)
         queries = query + self.positions.embedding(grid, mask.target)
-        queries = queries.expand(*mask.target.shape, -1).to(z.dtype)
+        queries = queries.expand(*mask.target.shape, -1)
         x = torch.cat(
             [repeat(context, "b n d -> (b m) n d", m=groups), rearrange(queries, "b m n d -> (b m) n d")], 1
         )

@@ -285,7 +285,8 @@ class Encoder(nn.Module):
         embed = self.patch_embed
         if self.patch_embed_img is not None and grid.image:
             embed = self.patch_embed_img
-        x = embed(patches) + self.positions.embedding(grid, ids)
+        # The residual stream is f32 under autocast, too, whatever kind of positions is added.
+        x = embed(patches).float() + self.positions.embedding(grid, ids)
         if self.patch_embed_img is not None:
             x = x + (self.img_mod_embed if grid.image else self.video_mod_embed)
         if self.class_token is not None:

@@ -295,3 +295,25 @@ def test_encoder_and_predictor_agree_on_what_is_an_image(positions, frames, imag
     assert (encoder.img_mod_embed.grad is not None) is image
     assert (encoder.video_mod_embed.grad is None) is image
     assert (encoder.patch_embed_img.proj.weight.grad is not None) is image
+
+
+@pytest.mark.parametrize("image_tokenizer", [False, True])
+@pytest.mark.parametrize("positions", ["sincos_uniform", "learned", "rope"])
+def test_small_values_are_not_rounded_under_autocast(positions, image_tokenizer):
+    """Tokens enter the blocks of encoder and predictor in f32: a query or a modality vector is not lost."""
+    encoder, predictor = build(positions, image_tokenizer)
+    inputs: dict[str, torch.Tensor] = {}
+    for name, net in (("encoder", encoder), ("predictor", predictor)):
+        net.blocks.register_forward_pre_hook(lambda _, args, name=name: inputs.update({name: args[0]}))
+    video = torch.randn(2, 3, 4, 16, 16)
+    grid = encoder.grid_of(video)
+    mask = Mask(torch.tensor([[0, 1], [2, 3]]), torch.tensor([[[4, 5]], [[6, 7]]]))
+    query = 1 + 1e-4 * torch.randn(24)  # bf16 has steps of 8e-3 at 1
+    with torch.autocast("cpu", torch.bfloat16):
+        z = encoder(video, mask.context)
+        predictor(z, mask, query, grid)
+    assert {x.dtype for x in inputs.values()} == {torch.float32}
+    want = query + predictor.positions.embedding(grid, mask.target[:, 0])
+    if image_tokenizer:
+        want = want + predictor.modality[0]
+    assert torch.allclose(inputs["predictor"][:, 2:], want.expand(2, 2, 24), atol=1e-6, rtol=0)
