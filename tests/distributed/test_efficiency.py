@@ -1,0 +1,168 @@
+"""Nothing in `efficiency:` changes a result: every method takes the same steps in any number of parts, on any
+number of processes, and with recomputed activations.
+
+`python tests/distributed/test_efficiency.py WORLD FOLDER` takes the steps of all methods in WORLD forked
+processes; the folder gets a file of losses, gradients and weights for each.
+"""
+
+import os
+import socket
+import subprocess
+import sys
+import traceback
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import PartialState
+from safetensors.torch import load_file, save_file
+
+from vidssl.data.loader import Batch
+from vidssl.objective.masks import count_cut_groups
+from vidssl.training.distributed import Strategy
+from vidssl.training.optim import build_optimizer, schedule, set_schedule
+from vidssl.training.schema import TrainConfig, check_batch
+from vidssl.training.step import configure_blocks, forward_backward
+
+ROOT = Path(__file__).parents[2]
+METHODS = sorted(p.stem for p in (ROOT / "configs/method").glob("*.yaml"))
+CUT = [m for m in METHODS if "truncate_over" in (ROOT / f"configs/method/{m}.yaml").read_text()]
+# of methods whose masks are cut over N clips METHOD/N: over four, and over all of a step
+RUNS = [r for m in METHODS for r in ([m] if m not in CUT else [f"{m}/4", f"{m}/16"])]
+CLIPS, STEPS = 16, 2
+PARTS = {1: (1, 2, 4), 2: (1, 2, 4), 4: (1, 4)}  # processes: micro-batches
+RECOMPUTED = "recomputed"
+TOLERANCE = 1e-5  # of a tensor's largest entry; 2e-6 was measured
+VARIANTS = [f"{world}x{parts}" for world in PARTS for parts in PARTS[world]] + [f"1x1-{RECOMPUTED}"]
+
+
+def configure(run: str, folder: Path) -> TrainConfig:
+    """The method's file with tiny sizes, and stochastic depth."""
+    from test_methods import make_teacher, small  # of tests/integration
+
+    method, _, over = run.partition("/")
+    more = ["model.drop_path=0.3", f"run.batch={CLIPS}", "optim.eps=1e-4", *make_teacher(method, folder)]
+    return small(method, *more, *([f"method.mask.truncate_over={over}"] if over else []))
+
+
+def batch_at(step: int, frames: int, rank: int, world: int) -> Batch:
+    """A process's clips of noise, which is a function of the position."""
+    positions = [step * CLIPS + j for j in range(CLIPS) if j % world == rank]
+    clips = [
+        torch.randint(0, 256, (3, frames, 32, 32), generator=torch.Generator().manual_seed(p)).byte()
+        for p in positions
+    ]
+    return Batch(torch.stack(clips), torch.zeros(len(clips)), torch.tensor(positions), [""] * len(clips), [])
+
+
+def take_steps(cfg: TrainConfig, parts: int, recomputed: bool) -> dict[str, torch.Tensor]:
+    """Losses, gradients of the first step, and the weights after all steps."""
+    strategy = Strategy.from_env(cfg.efficiency, unused_parameters=cfg.model.arguments["image_tokenizer"])
+    check_batch(cfg, strategy.world)
+    objective = cfg.build_objective()
+    configure_blocks(objective, activation_checkpointing=recomputed)
+    model, optimizer = strategy.prepare(objective, build_optimizer(objective, cfg.optim))
+    found = {}
+    for step in range(STEPS):
+        hparams = schedule(cfg.optim, step, STEPS, objective.target.momentum)
+        set_schedule(optimizer, hparams)
+        optimizer.zero_grad()
+        batches = [batch_at(step, cfg.data.frames, strategy.rank, strategy.world)]
+        losses = forward_backward(
+            strategy, model, batches, 0, step, parts, lambda clips: count_cut_groups(objective.mask, clips)
+        )
+        if step == 0:
+            named = objective.named_parameters()
+            found |= {f"gradient {n}": p.grad.clone() for n, p in named if p.grad is not None}
+        norm = strategy.clip(model, cfg.optim, step)
+        metrics = strategy.all_reduce_metrics({**losses, "grad_norm": norm}, {})
+        found |= {f"{name} {step}": torch.tensor(value) for name, value in metrics.items()}
+        strategy.step(optimizer)
+        objective.target.update(objective.encoder, hparams["ema"])
+    return found | {f"weight {n}": p.detach().clone() for n, p in objective.named_parameters()}
+
+
+def one_process(world: int, rank: int, port: int, out: Path) -> None:
+    variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+    if world > 1:
+        os.environ |= {k: str(v) for k, v in variables.items()}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    PartialState.destroy_process_group = lambda *_: None  # type: ignore[method-assign]
+    torch.set_num_threads(1)
+    teacher = out / f"teacher-{world}-{rank}"
+    teacher.mkdir(exist_ok=True)
+    for run in RUNS:
+        cfg = configure(run, teacher)
+        for variant in VARIANTS:
+            if not variant.startswith(f"{world}x"):
+                continue
+            parts = int(variant.partition("x")[2][0])
+            found = take_steps(cfg, parts, variant.endswith(RECOMPUTED))
+            if rank == 0:
+                save_file(found, out / f"{run.replace('/', '-')}-{variant}.safetensors")
+
+
+def fork_processes(world: int, out: Path) -> None:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    children = []
+    for rank in range(world):
+        if (child := os.fork()) == 0:
+            status = 1
+            try:
+                one_process(world, rank, port, out)
+                status = 0
+            finally:  # it must not go on as its parent
+                if status:
+                    traceback.print_exc()
+                os._exit(status)
+        children.append(child)
+    statuses = [os.waitpid(child, 0)[1] for child in children]
+    if any(statuses):
+        sys.exit(f"a process of {world} failed")
+
+
+@pytest.fixture(scope="module")
+def steps(tmp_path_factory) -> Path:
+    """A folder with the file RUN-WORLDxPARTS of each run and variant."""
+    out = tmp_path_factory.mktemp("steps")
+    env = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}:{ROOT / 'tests/integration'}"}
+    for world in PARTS:
+        command = [sys.executable, __file__, str(world), out]
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    return out
+
+
+def deviation(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> float:
+    """Largest difference, relative to the largest entry of its tensor or a thousandth of the largest
+    gradient."""
+    assert got.keys() == want.keys()
+    gradients = [float(t.abs().max()) for name, t in want.items() if name.startswith("gradient ")]
+    least = 1e-3 * max(gradients)
+    return max(
+        float((got[name] - t).abs().max()) / max(least, float(t.abs().max())) for name, t in want.items()
+    )
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_neither_parts_nor_processes_nor_recomputation_change_a_step(run, steps):
+    name = run.replace("/", "-")
+    want = load_file(steps / f"{name}-1x1.safetensors")
+    for variant in VARIANTS[1:]:
+        got = load_file(steps / f"{name}-{variant}.safetensors")
+        assert deviation(got, want) < TOLERANCE, variant
+
+
+@pytest.mark.parametrize("method", CUT)
+def test_the_clips_that_are_cut_together_do_change_a_step(method, steps):
+    """So that the equalities above are not of masks that are never cut."""
+    four, all_clips = (
+        load_file(steps / f"{name}-1x1.safetensors") for name in (f"{method}-4", f"{method}-16")
+    )
+    assert deviation(four, all_clips) > 0.01
+
+
+if __name__ == "__main__":
+    fork_processes(int(sys.argv[1]), Path(sys.argv[2]))
