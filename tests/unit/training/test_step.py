@@ -1,15 +1,19 @@
 """training/step.py and the measurements of a step: parts of a batch, hash of the samples, waiting time."""
 
+import itertools
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from vidssl.core.errors import UserError
 from vidssl.data.dataset import STREAM_STRIDE
 from vidssl.data.loader import Batch
+from vidssl.objective.block_masks import MultiBlock3D
 from vidssl.training.metrics_log import count_samples, samples_hash
 from vidssl.training.perf import Throughput
-from vidssl.training.step import split_batch
+from vidssl.training.step import check_cut_groups, split_batch
 
 
 def batch(positions: list[int], keys: list[str]) -> Batch:
@@ -17,11 +21,13 @@ def batch(positions: list[int], keys: list[str]) -> Batch:
     return Batch(torch.empty(n, 3, 1, 1, 1), torch.zeros(n), torch.tensor(positions), keys, [])
 
 
-@pytest.mark.parametrize("first", [0, 48, STREAM_STRIDE + 48])
 @pytest.mark.parametrize("groups", [1, 2, 4, 8])
-@pytest.mark.parametrize("world", [1, 2, 4])
-@pytest.mark.parametrize("micro_batches", [1, 2, 3, 6])
-def test_the_parts_of_a_batch_hold_each_clip_once_and_no_two_groups(micro_batches, world, groups, first):
+def test_the_parts_of_a_batch_hold_each_clip_once_and_no_two_groups(groups):
+    for micro_batches, world, first in itertools.product((1, 2, 3, 6), (1, 2, 4), (0, STREAM_STRIDE + 48)):
+        check_parts(micro_batches, world, groups, first)
+
+
+def check_parts(micro_batches: int, world: int, groups: int, first: int) -> None:
     seen = []
     for rank in range(world):
         own = [first + j for j in range(24) if j % world == rank]
@@ -35,6 +41,23 @@ def test_the_parts_of_a_batch_hold_each_clip_once_and_no_two_groups(micro_batche
         if groups == 1:
             assert len(parts) == micro_batches and torch.cat([p.position for p in parts]).tolist() == own
     assert sorted(seen) == [first + j for j in range(24)]
+
+
+@pytest.mark.parametrize("stream", ["first", "extra"])
+def test_processes_that_cannot_share_the_groups_are_refused_with_those_that_can(stream):
+    """24 clips, cut over 4 clips, are 6 groups."""
+    data = SimpleNamespace(clips=lambda batch: [24] if stream == "first" else [4, 24])
+    cfg = SimpleNamespace(run=SimpleNamespace(batch=24, lanes=24), data=data)
+    mask = MultiBlock3D(truncate="raster", truncate_over=4)
+    for world in (1, 2, 3, 6, 12, 24):
+        check_cut_groups(cfg, mask, world)
+    for world in (4, 8):
+        words = (
+            rf"truncate_over 4 makes 6 groups .* {world} processes .* 1, 2, 3, 6, 12, 24 processes$"
+        )
+        with pytest.raises(UserError, match=words):
+            check_cut_groups(cfg, mask, world)
+        check_cut_groups(cfg, MultiBlock3D(truncate_over=4), world)
 
 
 def test_samples_hash_depends_on_the_samples_only():
