@@ -52,9 +52,7 @@ def test_processes_that_cannot_share_the_groups_are_refused_with_those_that_can(
     for world in (1, 2, 3, 6, 12, 24):
         check_cut_groups(cfg, mask, world)
     for world in (4, 8):
-        words = (
-            rf"truncate_over 4 makes 6 groups .* {world} processes .* 1, 2, 3, 6, 12, 24 processes$"
-        )
+        words = rf"truncate_over 4 makes 6 groups .* {world} processes .* 1, 2, 3, 6, 12, 24 processes$"
         with pytest.raises(UserError, match=words):
             check_cut_groups(cfg, mask, world)
         check_cut_groups(cfg, MultiBlock3D(truncate_over=4), world)
