@@ -11,14 +11,12 @@ if __name__ == "__main__":
     check_command_line(TrainConfig, __doc__, ("method", "model", "data", "run"))
 
 import contextlib
-from functools import partial
 from pathlib import Path
 
 from vidssl.config import load_config, to_tree
 from vidssl.core.errors import run_cli
 from vidssl.core.log import logger, set_log_level
 from vidssl.data.loader import open_shards
-from vidssl.objective.masks import count_cut_groups
 from vidssl.training.diagnostics import Diagnostics
 from vidssl.training.distributed import Strategy
 from vidssl.training.malloc import configure_process
@@ -29,7 +27,7 @@ from vidssl.training.preemption import PreemptionHandler, exit_on_lost_peer
 from vidssl.training.run_folder import RunFolder
 from vidssl.training.schema import check_batch, check_output
 from vidssl.training.state import make_train_state
-from vidssl.training.step import check_cut_groups, configure_blocks, forward_backward, load_steps
+from vidssl.training.step import configure_blocks, forward_backward, load_steps, make_cut_groups
 
 
 @exit_on_lost_peer()
@@ -53,8 +51,7 @@ def main(argv: list[str]) -> None:
 
     # Model, optimizer and their state.
     objective = cfg.build_objective()
-    check_cut_groups(cfg, objective.mask, strategy.world)
-    cut_groups = partial(count_cut_groups, objective.mask)
+    cut_groups = make_cut_groups(cfg, objective.mask, strategy.world)
     configure_blocks(objective, efficiency.activation_checkpointing, efficiency.compile)
     optim_config = cfg.optim.scaled(run.batch)
     model, optimizer = strategy.prepare(objective, build_optimizer(objective, optim_config, efficiency.fused))
@@ -88,9 +85,8 @@ def main(argv: list[str]) -> None:
                 )
             norm = strategy.clip(model, optim_config, step)
             signals = {"stop": preemption.requested, "collapsed": diagnostics.should_stop}
-            metrics = strategy.all_reduce_metrics(
-                {**losses, "grad_norm": norm}, count_samples(batches) | signals
-            )
+            sums = count_samples(batches) | signals
+            metrics = strategy.all_reduce_metrics({**losses, "grad_norm": norm}, sums)
 
             if skip_reason := state.guard.check_step(metrics):
                 strategy.skip_step(optimizer)

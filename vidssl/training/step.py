@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Generator
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -49,8 +50,11 @@ def load_steps(
     )
 
 
-def check_cut_groups(cfg: TrainConfig, mask: Masker, world: int) -> None:
-    """Raises UserError if the processes cannot share the groups of clips that `mask` cuts together evenly."""
+def make_cut_groups(cfg: TrainConfig, mask: Masker, world: int) -> Callable[[int], int]:
+    """Returns what maps the clips of a global batch to the number of groups that `mask` cuts together.
+
+    Raises UserError if they do not divide the batch, or the processes cannot share them evenly.
+    """
     lanes = cfg.run.lanes
     for clips in cfg.data.clips(cfg.run.batch):
         groups = count_cut_groups(mask, clips)
@@ -61,6 +65,7 @@ def check_cut_groups(cfg: TrainConfig, mask: Masker, world: int) -> None:
                 f"method.mask.truncate_over {clips // groups} makes {groups} groups of {clips} clips, which "
                 f"{world} processes cannot share: give {works} processes"
             )
+    return partial(count_cut_groups, mask)
 
 
 class MicroBatch(NamedTuple):

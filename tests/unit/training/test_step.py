@@ -13,7 +13,7 @@ from vidssl.data.loader import Batch
 from vidssl.objective.block_masks import MultiBlock3D
 from vidssl.training.metrics_log import count_samples, samples_hash
 from vidssl.training.perf import Throughput
-from vidssl.training.step import check_cut_groups, split_batch
+from vidssl.training.step import make_cut_groups, split_batch
 
 
 def batch(positions: list[int], keys: list[str]) -> Batch:
@@ -50,12 +50,12 @@ def test_processes_that_cannot_share_the_groups_are_refused_with_those_that_can(
     cfg = SimpleNamespace(run=SimpleNamespace(batch=24, lanes=24), data=data)
     mask = MultiBlock3D(truncate="raster", truncate_over=4)
     for world in (1, 2, 3, 6, 12, 24):
-        check_cut_groups(cfg, mask, world)
+        make_cut_groups(cfg, mask, world)
     for world in (4, 8):
         words = rf"truncate_over 4 makes 6 groups .* {world} processes .* 1, 2, 3, 6, 12, 24 processes$"
         with pytest.raises(UserError, match=words):
-            check_cut_groups(cfg, mask, world)
-        check_cut_groups(cfg, MultiBlock3D(truncate_over=4), world)
+            make_cut_groups(cfg, mask, world)
+        make_cut_groups(cfg, MultiBlock3D(truncate_over=4), world)
 
 
 def test_samples_hash_depends_on_the_samples_only():
