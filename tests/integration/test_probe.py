@@ -22,6 +22,7 @@ from data_prep.synthetic import SHAPES, SIDE
 from vidssl import probe
 from vidssl.core.errors import UserError
 from vidssl.data.shards import Shards
+from vidssl.evaluation import extractor
 from vidssl.evaluation.features import StoredFeatures
 from vidssl.evaluation.metrics import accuracy, bootstrap_ci
 from vidssl.evaluation.neighbours import Knn
@@ -170,7 +171,13 @@ def test_an_unreadable_test_video_is_an_error_or_counts_as_wrong(run, synthetic_
         (["probe.memory_gb=0.0001", "probe.recompute=never"], "probe.memory_gb"),
         (["data.numbers=[motion]"], "label 'motion' is not numeric"),
         (["data.train_fractions=2"], "less than 1"),
-        (["probe.heads=5"], "5 heads"),
+        (["probe.heads=5"], "probe.heads: 5 heads do not divide"),
+        (["probe.head_memory_gb=1e-6"], "probe.head_memory_gb is 1e-06"),
+        (["probe.controls=[none,pixels]", "probe.heads=16", "data.size=36"], "data.size: 36 is not"),
+        (["data.frames=7"], "data.frames: 7 is not a multiple of the encoder's tubelet of 2; give 6 or 8"),
+        (["data.train_fractions=0.01"], "data.train_fractions: 0.01 of the 60 samples of"),
+        (["data.tags=[colour]"], "data.tags: 'colour' is not probed"),
+        (["data.numbers=[colour]"], "data.numbers: 'colour' is not probed"),
         (["probe.controls=[none,Shuffled]"], "'none', 'shuffled'"),
         (["probe.val_fraction=0"], "greater than 0"),
         (["data.stride=-1"], "greater than or equal to 1"),
@@ -180,7 +187,9 @@ def test_an_unreadable_test_video_is_an_error_or_counts_as_wrong(run, synthetic_
     ],
 )
 def test_wrong_calls(wrong, words, run, synthetic_shards, tmp_path, monkeypatch):
+    """They are found before a feature is computed."""
     monkeypatch.chdir(ROOT)
+    monkeypatch.delattr(extractor, "compute_features")
     with pytest.raises(UserError) as e:
         probe.main(arguments(run, synthetic_shards, tmp_path / "out", *wrong))
     assert words in str(e.value) and "\n" not in str(e.value)

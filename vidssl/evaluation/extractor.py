@@ -12,14 +12,16 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from vidssl.core.pixels import normalise
+from vidssl.data.dataset import do_nothing
 from vidssl.data.shards import Sample, Shards
 from vidssl.evaluation.evaluate import check_readable
-from vidssl.evaluation.feature_cache import FeatureStore
+from vidssl.evaluation.feature_cache import FeatureShape, FeatureStore, check_disk
 from vidssl.evaluation.features import (
     CACHE_DTYPES,
     Encode,
     FeatureLoader,
     Features,
+    Location,
     choose_storage,
     compute_features,
 )
@@ -116,23 +118,38 @@ def _version(library: str) -> str | None:
         return None
 
 
-def extract_features(
+class FeaturePlan(NamedTuple):
+    """Features of train and test under a control: what is computed, and where it is kept."""
+
+    control: Control
+    protocol: ProbeProtocol  # fitted to the features
+    loaders: dict[str, FeatureLoader]  # of train and test
+    shapes: dict[str, FeatureShape]
+    stores: dict[str, FeatureStore]  # empty without a cache
+    where: Location
+    line: str  # for the log
+
+
+def plan_features(
     protocol: ProbeProtocol,
     extractor: FeatureExtractor,
     view: View,
     splits: dict[str, Split],
     accelerator: Accelerator,
     control: Control,
-) -> tuple[dict[str, Features], dict[str, float]]:
-    """Returns, on the first process, the features of train and test as heads see them, and the label-free
-    scores of train; nothing on the other processes."""
+    encoder_heads: int | None,
+    wait: Callable[[], None] = do_nothing,
+) -> FeaturePlan:
+    """Raises UserError if the features do not suit the protocol, or do not fit where they are kept. Decodes
+    nothing. wait: see FeatureLoader."""
     loaders = {
         name: FeatureLoader(
-            extractor.encode, *split, view, accelerator, protocol, f"features {name} ({control})"
+            extractor.encode, *split, view, accelerator, protocol, f"features {name} ({control})", wait
         )
         for name, split in splits.items()
     }
     shape = loaders["train"].shape()
+    protocol = protocol.fitted_to(shape.width, shape.tokens, encoder_heads)
     shapes = {name: shape._replace(samples=len(split.samples)) for name, split in splits.items()}
     stores: dict[str, FeatureStore] = {}
     if protocol.cache is not None:
@@ -146,15 +163,23 @@ def extract_features(
     where, line = choose_storage(
         list(shapes.values()), protocol, accelerator.num_processes, list(stores.values())
     )
-    accelerator.print(f"{control}: {line}")
+    if where == "disk":
+        check_disk(Path(str(protocol.cache)), list(stores.values()))
+    return FeaturePlan(control, protocol, loaders, shapes, stores, where, line)
+
+
+def extract_features(plan: FeaturePlan) -> tuple[dict[str, Features], dict[str, float]]:
+    """Returns, on the first process, the features of train and test as heads see them, and the label-free
+    scores of train; nothing on the other processes."""
+    protocol = plan.protocol
     features: dict[str, Features] = {}
     scores: dict[str, float] = {}
-    for name, split in splits.items():
-        source, unreadable = compute_features(loaders[name], shapes[name], where, stores.get(name))
-        check_readable(unreadable, split.samples, protocol.allow_unreadable, name)
-        if accelerator.is_main_process:
-            indices = [index for index in range(len(split.samples)) if index not in unreadable]
-            prepared = protocol.prepare(source, indices, accelerator.device)
+    for name, loader in plan.loaders.items():
+        source, unreadable = compute_features(loader, plan.shapes[name], plan.where, plan.stores.get(name))
+        check_readable(unreadable, loader.samples, protocol.allow_unreadable, name)
+        if loader.accelerator.is_main_process:
+            indices = [index for index in range(len(loader.samples)) if index not in unreadable]
+            prepared = protocol.prepare(source, indices, loader.accelerator.device)
             features[name] = Features(prepared, unreadable)
             if name == "train":
                 scores = label_free_scores(source, indices, protocol)

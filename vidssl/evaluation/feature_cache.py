@@ -11,6 +11,7 @@ this user's own are written beside them."""
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 from vidssl.core.errors import UserError
-from vidssl.core.io import atomic_write, exclusive_lock, make_folder
+from vidssl.core.io import atomic_write, check_writable, exclusive_lock, make_folder
 from vidssl.evaluation.isolated_clips import FAILURES_OF_A_PROCESS
 
 ROWS_PER_BLOCK = 64  # samples
@@ -65,6 +66,11 @@ class FeatureStore:
         """Whether the features do not exist yet, or this user may write all their files."""
         paths = (self.folder, self.folder / "blocks", self.file)
         return all(os.access(path, os.W_OK) for path in paths if path.exists())
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all blocks are recorded."""
+        return all(self.record_path(block).exists() for block in range(self.num_blocks))
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -144,6 +150,24 @@ class FeatureStore:
         size = self.shape.samples * self.row_bytes // self.dtype.itemsize
         rows = torch.from_file(str(self.file), shared=False, size=size, dtype=self.dtype)
         return rows.view(self.shape), unreadable
+
+
+def check_disk(folder: Path, stores: Sequence[FeatureStore]) -> None:
+    """Raises UserError if the rows of these stores that are not written yet do not fit on the disk of the
+    cache folder, or cannot be written there."""
+    missing = [store for store in stores if not store.is_complete]
+    if not missing:
+        return
+    check_writable(folder)
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free / 1e9
+    written = sum(store.file.stat().st_blocks * 512 for store in missing if store.file.exists()) / 1e9
+    needed = sum(store.shape.gigabytes(store.dtype) for store in missing) - written
+    if needed > free:
+        raise UserError(
+            f"probe.cache: {needed:.3g} GB of features are to be written to {folder}, whose disk has "
+            f"{free:.3g} GB left; free some, choose another folder, or set probe.cache_dtype=bf16"
+        )
 
 
 def used_gb(folder: Path, excluded: Sequence[FeatureStore]) -> float:

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from vidssl.config import NonNegativeInt, PositiveFloat, PositiveInt
 from vidssl.core.errors import UserError
+from vidssl.data.dataset import do_nothing
 from vidssl.data.shards import Sample, Shards
 from vidssl.evaluation.feature_cache import FeatureShape, FeatureStore, used_gb
 from vidssl.evaluation.isolated_clips import IsolatedEvalClips
@@ -149,6 +150,8 @@ class FeatureLoader(NamedTuple):
     accelerator: Accelerator
     storage: FeatureStorage
     name: str  # of the progress bar
+    # called by every process before it meets the others in a collective, after work of any length
+    wait: Callable[[], None] = do_nothing
 
     @torch.no_grad()
     def examples(
@@ -266,6 +269,7 @@ def compute_features(
         features = _compute_on_disk(loader, store)
     else:
         features = _compute_in_memory(loader, shape)
+    loader.wait()
     (unreadable,) = broadcast_object_list([features.unreadable])
     if len(unreadable) == len(loader.samples):
         reason = next(iter(unreadable.values()))
@@ -278,7 +282,7 @@ def compute_features(
 def _compute_in_memory(loader: FeatureLoader, shape: FeatureShape) -> Features:
     accelerator = loader.accelerator
     share = range(accelerator.process_index, len(loader.samples), accelerator.num_processes)
-    rows = _gather(accelerator, loader.rows(list(share), shape))
+    rows = _gather(loader, loader.rows(list(share), shape))
     if rows is None:
         return Features(UngatheredFeatures(shape), {})
     tokens = torch.zeros(shape)
@@ -291,12 +295,15 @@ def _compute_in_memory(loader: FeatureLoader, shape: FeatureShape) -> Features:
     return Features(StoredFeatures(tokens, accelerator.device), dict(sorted(unreadable.items())))
 
 
-def _gather(accelerator: Accelerator, rows: Iterator[Any]) -> Any:
+def _gather(loader: FeatureLoader, rows: Iterator[Any]) -> Any:
     """The rows of all processes, on the first process; None on the others."""
+    accelerator = loader.accelerator
     if accelerator.num_processes == 1:
         return rows
     gathered: Any = [None] * accelerator.num_processes if accelerator.is_main_process else None
-    torch.distributed.gather_object(list(rows), gathered, dst=0)
+    own = list(rows)
+    loader.wait()
+    torch.distributed.gather_object(own, gathered, dst=0)
     return None if gathered is None else chain.from_iterable(gathered)
 
 
@@ -305,11 +312,13 @@ def _compute_on_disk(loader: FeatureLoader, store: FeatureStore) -> Features:
     accelerator = loader.accelerator
 
     def fill() -> None:
-        accelerator.wait_for_everyone()  # the first process holds the lock and has created the file
+        loader.wait()  # the first process holds the lock and has created the file
+        accelerator.wait_for_everyone()
         blocks = range(accelerator.process_index, store.num_blocks, accelerator.num_processes)
         missing = [block for block in blocks if not store.is_valid(block)]
         if missing:
             store.write(loader.rows([n for block in missing for n in store.block_rows(block)], store.shape))
+        loader.wait()
         accelerator.wait_for_everyone()
 
     if accelerator.is_main_process:

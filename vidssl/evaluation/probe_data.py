@@ -63,6 +63,14 @@ def make_view(data: ProbeData, protocol: ProbeProtocol, loaded: LoadedEncoder, c
     )
 
 
+def check_multiple(key: str, value: int, unit: int, part: str) -> None:
+    """Raises UserError if the encoder's patches do not divide a clip."""
+    if value % unit:
+        below = value // unit * unit
+        nearest = " or ".join(str(n) for n in (below, below + unit) if n)
+        raise UserError(f"{key}: {value} is not a multiple of the encoder's {part} of {unit}; give {nearest}")
+
+
 def encoder_view(
     loaded: LoadedEncoder,
     segments: int,
@@ -82,6 +90,9 @@ def encoder_view(
             f"encoder: its clips are {model['height']} x {model['width']} px; a probe's are square"
         )
     frames = frames or model["frames"]
+    size = size or model["height"]
+    check_multiple("data.frames", frames, model["tubelet"], "tubelet")
+    check_multiple("data.size", size, model["patch"], "patch")
     if stride is None and fps is None:
         trained = loaded.metadata.get("config")
         if frames == 1:
@@ -102,4 +113,4 @@ def encoder_view(
         first_frames = 1 if model.get("image_tokenizer") else model["tubelet"]
     elif control != "random_init" and control != "pixels":
         order = control
-    return View(frames, stride, fps, segments, crops, size or model["height"], order, first_frames)
+    return View(frames, stride, fps, segments, crops, size, order, first_frames)

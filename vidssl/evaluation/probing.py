@@ -10,10 +10,10 @@ import torch
 from vidssl import config
 from vidssl.core.io import make_folder
 from vidssl.evaluation.evaluate import LabelledFeatures, evaluate
+from vidssl.evaluation.extractor import FeaturePlan
 from vidssl.evaluation.features import Features
 from vidssl.evaluation.probe_config import ProbeConfig
 from vidssl.evaluation.probe_data import LabelSet, ProbeSplits
-from vidssl.evaluation.protocol import ProbeProtocol
 from vidssl.evaluation.report import (
     PredictionRow,
     low_shot_summary,
@@ -22,7 +22,6 @@ from vidssl.evaluation.report import (
     write_tables,
 )
 from vidssl.evaluation.splits import list_text, low_shot
-from vidssl.evaluation.views import Control
 from vidssl.pretrained.load import LoadedEncoder
 
 
@@ -58,14 +57,14 @@ def low_shot_lists(cfg: ProbeConfig, label_set: LabelSet, keys: list[str]) -> li
 def evaluate_control(
     results: ProbeResults,
     cfg: ProbeConfig,
-    protocol: ProbeProtocol,
+    plan: FeaturePlan,
     probe_splits: ProbeSplits,
     features: dict[str, Features],
-    control: Control,
     device: torch.device,
 ) -> None:
     """Adds the rows and predictions of every label set and low-shot list to `results`, and prints a line for
     each."""
+    control = plan.control
     keys = [sample.key for sample in probe_splits.splits["train"].samples]
     for name, label_set in probe_splits.label_sets.items():
         train, test = (
@@ -91,7 +90,7 @@ def evaluate_control(
                     "list_sha256": hashlib.sha256(subset.text.encode()).hexdigest(),
                 }
             row, predictions = evaluate(
-                protocol, label_set.task, train, test, subset and subset.indices, device
+                plan.protocol, label_set.task, train, test, subset and subset.indices, device
             )
             results.rows.append({**facts, **row})
             results.predictions += [PredictionRow(*run, *prediction) for prediction in predictions]
