@@ -6,7 +6,8 @@ test.
 
 encoder: a run folder, a file of ours, a public checkpoint, timm:NAME or hf:FOLDER_OR_NAME (see
 pretrained/external.py). Writes DIR/probe.json, predictions.csv, per_class.csv, confusion.csv and the low-shot
-lists. """
+lists. Until then finished rows are in DIR/finished.jsonl, from which the same command goes on after SIGTERM
+(exit status 75), Ctrl-C (130), a full disk (2) or a kill. """
 
 from vidssl.config.command_line import check_command_line
 from vidssl.evaluation.probe_config import ProbeConfig
@@ -15,61 +16,90 @@ if __name__ == "__main__":
     # Importing torch takes seconds: --help and mistakes in the configuration are answered before.
     check_command_line(ProbeConfig, __doc__, ("probe",))
 
+import contextlib
+from collections.abc import Iterator
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.utils import broadcast_object_list
 
 from vidssl.config import load_config
-from vidssl.core.errors import run_cli
+from vidssl.core.errors import Interrupted, Preempted, run_cli
+from vidssl.core.log import set_log_level
 from vidssl.evaluation.extractor import OpenEncoder, extract_features, make_extractor, plan_features
+from vidssl.evaluation.finished_rows import FinishedRows
 from vidssl.evaluation.probe_checks import check_label_sets
 from vidssl.evaluation.probe_data import make_view, open_probe_splits
-from vidssl.evaluation.probing import ProbeResults, evaluate_control, write_probe_results
+from vidssl.evaluation.probing import evaluate_run, probe_fingerprint, probe_runs, write_probe_results
 from vidssl.evaluation.report import new_report_folder
 from vidssl.pretrained.external import open_encoder
 from vidssl.training.malloc import tune_malloc
+from vidssl.training.peers import Peers
+from vidssl.training.preemption import TerminationHandler, exit_on_lost_peer
 
-HEADS_TIMEOUT = timedelta(days=1)  # the other processes wait while the first one trains heads
+# Seconds that a process waits for another one in a collective; longer waits are those of Peers.
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 
 
+@exit_on_lost_peer()
 def main(argv: list[str]) -> None:
     # Everything that can be known is checked before any video is decoded.
     cfg = load_config(argv, ProbeConfig)
     data = cfg.data
     protocol = cfg.probe.build()
     out = new_report_folder(Path(cfg.out), "probe.json")
-    probe_splits = open_probe_splits(data)
-    check_label_sets(data, protocol, probe_splits)
+    splits = open_probe_splits(data)
+    check_label_sets(data, protocol, splits)
     open_with_seed: OpenEncoder = partial(
         open_encoder, cfg.encoder, file=cfg.encoder_file, frames=data.frames, size=data.size
     )
     loaded = open_with_seed(protocol.seed if cfg.random_init else None)
     views = {control: make_view(data, protocol, loaded, control) for control in protocol.controls}
+    runs = probe_runs(cfg, splits, protocol.controls)
+    finished = FinishedRows(out, probe_fingerprint(cfg, splits, loaded))
     tune_malloc()
     accelerator = Accelerator(
-        cpu=not torch.cuda.is_available(), kwargs_handlers=[InitProcessGroupKwargs(timeout=HEADS_TIMEOUT)]
+        cpu=not torch.cuda.is_available(),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT)],
     )
-    heads = loaded.metadata["model"].get("heads")
-    plans = []
-    for control, view in views.items():
-        extractor = make_extractor(open_with_seed, loaded, control, protocol.seed, accelerator)
-        plans.append(
-            plan_features(protocol, extractor, view, probe_splits.splits, accelerator, control, heads)
-        )
-    results = ProbeResults()
-    for plan in plans:
-        accelerator.print(f"{plan.control}: {plan.line}")
-        features, scores = extract_features(plan)
+    set_log_level(accelerator.is_main_process)
+    # The first process alone writes to the folder, and decides what is left to do.
+    (missing,) = broadcast_object_list([[run for run in runs if run.key not in finished.rows]])
+    with keeps(finished, protocol.cache), TerminationHandler(), Peers(accelerator) as peers:
+        plans = []
+        for control in dict.fromkeys(run.control for run in missing):
+            extractor = make_extractor(open_with_seed, loaded, control, protocol.seed, accelerator)
+            arguments = (protocol, extractor, views[control], splits.splits, accelerator, control)
+            plans.append(plan_features(*arguments, loaded.metadata["model"].get("heads"), peers.wait))
+        for plan in plans:
+            accelerator.print(f"{plan.control}: {plan.line}")
+            features, scores = extract_features(plan)
+            if accelerator.is_main_process:
+                finished.add_scores(plan.control, scores)
+                for run in missing:
+                    if run.control == plan.control:
+                        evaluate_run(run, plan.protocol, splits, features, finished, accelerator.device)
+            peers.wait()
         if accelerator.is_main_process:
-            results.label_free[plan.control] = scores
-            evaluate_control(results, cfg, plan, probe_splits, features, accelerator.device)
-    if accelerator.is_main_process:
-        write_probe_results(out, results, cfg, probe_splits, loaded, protocol.seed)
+            write_probe_results(out, runs, finished, cfg, splits, loaded, protocol.seed)
     accelerator.wait_for_everyone()
     accelerator.end_training()
+
+
+@contextlib.contextmanager
+def keeps(finished: FinishedRows, cache: str | None) -> Iterator[None]:
+    """Says, where a probe ends early, what is kept of it."""
+    try:
+        yield
+    except (Preempted, KeyboardInterrupt) as e:
+        kept = f"{len(finished.rows)} finished rows are in {finished.path}" if finished.rows else "no row"
+        features = f"computed features in {cache}" if cache else "no features (probe.cache=DIR keeps them)"
+        reason = "interrupted" if isinstance(e, KeyboardInterrupt) else str(e)
+        line = f"{reason}: kept: {kept}; {features}; the same command goes on"
+        raise (Interrupted(line) if isinstance(e, KeyboardInterrupt) else Preempted(line)) from e
 
 
 if __name__ == "__main__":

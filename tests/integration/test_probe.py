@@ -2,10 +2,13 @@
 errors."""
 
 import csv
+import errno
 import hashlib
 import importlib
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -20,9 +23,9 @@ from server import serving
 from data_prep import pack
 from data_prep.synthetic import SHAPES, SIDE
 from vidssl import probe
-from vidssl.core.errors import UserError
+from vidssl.core.errors import Interrupted, Preempted, UserError
 from vidssl.data.shards import Shards
-from vidssl.evaluation import extractor
+from vidssl.evaluation import extractor, probing
 from vidssl.evaluation.features import StoredFeatures
 from vidssl.evaluation.metrics import accuracy, bootstrap_ci
 from vidssl.evaluation.neighbours import Knn
@@ -123,6 +126,56 @@ def test_report_contains_encoder_data_seed_and_selection(probed, run, synthetic_
         assert [t["lr"] for t in tried] == [1e-3, 1e-4]
         assert row["chosen"]["lr"] == max(tried, key=lambda t: t["held_out_accuracy"])["lr"]
         assert 0 < row["chosen"]["n_held_out"] < row["n_train"]
+
+
+def sigterm() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def ctrl_c() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def disk_full() -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize(
+    ("end", "error", "words"),
+    [
+        (sigterm, Preempted, "SIGTERM: kept: 3 finished rows are in"),
+        (ctrl_c, Interrupted, "interrupted: kept: 3 finished rows are in"),
+        (disk_full, OSError, "No space left"),
+    ],
+)
+def test_an_early_end_keeps_rows_and_the_same_command_goes_on(
+    end, error, words, probed, run, synthetic_shards, tmp_path, monkeypatch
+):
+    """It ends in the fourth row, of the second control; then only that control is computed again."""
+    call = arguments(run, synthetic_shards, tmp_path / "out", "probe.segments=2", "probe.lr=[1e-3,1e-4]")
+    calls = []
+    original = probing.evaluate
+
+    def evaluate(*args):
+        calls.append(args)
+        if len(calls) == 4:
+            end()
+        return original(*args)
+
+    monkeypatch.setattr(probing, "evaluate", evaluate)
+    with pytest.raises(error, match=words):
+        probe.main(call)
+    assert len((tmp_path / "out" / "finished.jsonl").read_text().splitlines()) == 1 + 2 + 3
+    assert not (tmp_path / "out" / "probe.json").exists()
+    with pytest.raises(UserError, match="of another probe"):
+        probe.main([*call, "probe.epochs=3"])
+    probe.main([*call, "probe.encode_batch=8"])
+    assert len(calls) == 5
+    assert not (tmp_path / "out" / "finished.jsonl").exists()
+    report, predictions = read(tmp_path / "out")
+    expected, expected_predictions = read(probed)
+    assert predictions == expected_predictions
+    assert report["results"] == expected["results"] and report["label_free"] == expected["label_free"]
 
 
 def test_an_existing_report_is_not_overwritten(probed, run, synthetic_shards):
@@ -426,7 +479,7 @@ def test_another_clip_size_than_the_encoders(run, synthetic_shards, tmp_path):
     stored = [json.loads(p.read_text()) for p in (tmp_path / "c").glob("*/provenance.json")]
     assert [s["view"]["frames"] for s in stored] == [4, 4]
     assert {tuple(s["shape"][1:]) for s in stored} == {(1, 2 * 2 * 2, 128)}
-    with pytest.raises(UserError, match=r"not a multiple of model\.tubelet"):
+    with pytest.raises(UserError, match=r"data.frames: 3 is not a multiple"):
         probe.main([*arguments(run, synthetic_shards, tmp_path / "b", *more[1:], "data.frames=3")])
 
 

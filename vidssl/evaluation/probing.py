@@ -1,7 +1,8 @@
 """Runs a probe under a control for every label set and low-shot list, and writes the results."""
 
 import hashlib
-from dataclasses import dataclass, field
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,18 +11,22 @@ import torch
 from vidssl import config
 from vidssl.core.io import make_folder
 from vidssl.evaluation.evaluate import LabelledFeatures, evaluate
-from vidssl.evaluation.extractor import FeaturePlan
 from vidssl.evaluation.features import Features
+from vidssl.evaluation.finished_rows import FinishedRows
 from vidssl.evaluation.probe_config import ProbeConfig
 from vidssl.evaluation.probe_data import LabelSet, ProbeSplits
+from vidssl.evaluation.protocol import ProbeProtocol
 from vidssl.evaluation.report import (
     PredictionRow,
+    code_hash,
     low_shot_summary,
+    weights_hash,
     write_json_report,
     write_lists,
     write_tables,
 )
 from vidssl.evaluation.splits import list_text, low_shot
+from vidssl.evaluation.views import Control
 from vidssl.pretrained.load import LoadedEncoder
 
 
@@ -34,14 +39,69 @@ class LowShotList(NamedTuple):
     text: str
 
 
-@dataclass
-class ProbeResults:
-    """Everything that a probe writes, in the order in which it was computed."""
+class ProbeRun(NamedTuple):
+    """One row of the results."""
 
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    predictions: list[PredictionRow] = field(default_factory=list)
-    lists: dict[str, str] = field(default_factory=dict)  # name -> text of each low-shot list
-    label_free: dict[str, dict[str, float]] = field(default_factory=dict)  # control -> scores of train
+    label: str  # label set
+    control: Control
+    subset: LowShotList | None  # None: all of train
+    protocol: str  # kind
+
+    @property
+    def key(self) -> tuple[str, str, str, str]:
+        """Label set, control, fraction and seed, as in predictions.csv."""
+        if self.subset is None:
+            return (self.label, self.control, "", "")
+        return (self.label, self.control, f"{self.subset.fraction:g}", str(self.subset.seed))
+
+    @property
+    def list_name(self) -> str:
+        assert self.subset is not None
+        return f"{self.label}-{self.subset.fraction:g}-seed{self.subset.seed}.txt"
+
+    def facts(self) -> dict[str, Any]:
+        """What a row says about its condition."""
+        condition = {"control": self.control, "protocol": self.protocol}
+        if self.subset is None:
+            return condition
+        return {
+            **condition,
+            "train_fraction": self.subset.fraction,
+            "list_seed": self.subset.seed,
+            "list": f"lists/{self.list_name}",
+            "list_sha256": hashlib.sha256(self.subset.text.encode()).hexdigest(),
+        }
+
+
+def probe_runs(cfg: ProbeConfig, splits: ProbeSplits, controls: Sequence[Control]) -> list[ProbeRun]:
+    """The rows of a probe, in the order in which they are computed."""
+    keys = [sample.key for sample in splits.splits["train"].samples]
+    lists = {name: low_shot_lists(cfg, label_set, keys) for name, label_set in splits.label_sets.items()}
+    return [
+        ProbeRun(name, control, subset, str(cfg.probe.kind))
+        for control in controls
+        for name, subsets in lists.items()
+        for subset in subsets
+    ]
+
+
+# Options of the `probe` section that change no row.
+RESUME_MUTABLE = {
+    *("cache", "cache_gb", "memory_gb", "recompute", "encode_batch", "workers"),
+    *("decode_timeout_s", "decode_memory_mb", "head_memory_gb"),
+}
+
+
+def probe_fingerprint(cfg: ProbeConfig, splits: ProbeSplits, loaded: LoadedEncoder) -> str:
+    """SHA-256 of everything that decides the rows of a probe."""
+    tree = config.to_tree(cfg)
+    tree.pop("out")
+    for name in ("cache_dir", "cache_gb"):
+        tree["data"].pop(name)
+    tree["probe"] = {name: value for name, value in tree["probe"].items() if name not in RESUME_MUTABLE}
+    hashes = [split.shards.hash for split in splits.splits.values()]
+    facts = [tree, hashes, weights_hash(loaded.encoder), code_hash()]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def low_shot_lists(cfg: ProbeConfig, label_set: LabelSet, keys: list[str]) -> list[LowShotList | None]:
@@ -54,53 +114,39 @@ def low_shot_lists(cfg: ProbeConfig, label_set: LabelSet, keys: list[str]) -> li
     return lists or [None]
 
 
-def evaluate_control(
-    results: ProbeResults,
-    cfg: ProbeConfig,
-    plan: FeaturePlan,
+def evaluate_run(
+    run: ProbeRun,
+    protocol: ProbeProtocol,
     probe_splits: ProbeSplits,
     features: dict[str, Features],
+    finished: FinishedRows,
     device: torch.device,
 ) -> None:
-    """Adds the rows and predictions of every label set and low-shot list to `results`, and prints a line for
-    each."""
-    control = plan.control
-    keys = [sample.key for sample in probe_splits.splits["train"].samples]
-    for name, label_set in probe_splits.label_sets.items():
-        train, test = (
-            LabelledFeatures(
-                features[split].source,
-                probe_splits.splits[split].samples,
-                label_set.labels[split],
-                features[split].unreadable,
-            )
-            for split in ("train", "test")
+    """Trains and tests the head of a row, and adds the row and its predictions to `finished`. Prints a line.
+
+    protocol: fitted to the features."""
+    label_set = probe_splits.label_sets[run.label]
+    train, test = (
+        LabelledFeatures(
+            features[split].source,
+            probe_splits.splits[split].samples,
+            label_set.labels[split],
+            features[split].unreadable,
         )
-        for subset in low_shot_lists(cfg, label_set, keys):
-            facts: dict[str, Any] = {"control": control, "protocol": cfg.probe.kind}
-            run = (name, control, "", "")
-            if subset is not None:
-                file = f"{name}-{subset.fraction:g}-seed{subset.seed}.txt"
-                results.lists[file] = subset.text
-                run = (name, control, f"{subset.fraction:g}", str(subset.seed))
-                facts |= {
-                    "train_fraction": subset.fraction,
-                    "list_seed": subset.seed,
-                    "list": f"lists/{file}",
-                    "list_sha256": hashlib.sha256(subset.text.encode()).hexdigest(),
-                }
-            row, predictions = evaluate(
-                plan.protocol, label_set.task, train, test, subset and subset.indices, device
-            )
-            results.rows.append({**facts, **row})
-            results.predictions += [PredictionRow(*run, *prediction) for prediction in predictions]
-            low, high = row["ci95"]
-            print(f"{' '.join(run):22s} {row['metric']} {row['value']:6.2f}  [{low}, {high}]", flush=True)
+        for split in ("train", "test")
+    )
+    subset = None if run.subset is None else run.subset.indices
+    row, predictions = evaluate(protocol, label_set.task, train, test, subset, device)
+    rows = [PredictionRow(*run.key, *prediction) for prediction in predictions]
+    finished.add(run.key, {**run.facts(), **row}, rows)
+    low, high = row["ci95"]
+    print(f"{' '.join(run.key):22s} {row['metric']} {row['value']:6.2f}  [{low}, {high}]", flush=True)
 
 
 def write_probe_results(
     out: Path,
-    results: ProbeResults,
+    runs: list[ProbeRun],
+    finished: FinishedRows,
     cfg: ProbeConfig,
     probe_splits: ProbeSplits,
     loaded: LoadedEncoder,
@@ -108,15 +154,18 @@ def write_probe_results(
 ) -> None:
     """Writes probe.json and the tables and lists beside it."""
     make_folder(out)
-    write_lists(out, results.lists)
+    rows = [finished.rows[run.key] for run in runs]
+    predictions = [prediction for run in runs for prediction in finished.predictions[run.key]]
+    write_lists(out, {run.list_name: run.subset.text for run in runs if run.subset is not None})
     classes = {name for name, label_set in probe_splits.label_sets.items() if label_set.task.kind == "class"}
-    write_tables(out, results.predictions, classes)
+    write_tables(out, predictions, classes)
     report = {
-        "results": results.rows,
-        "low_shot": low_shot_summary(results.rows),
-        "label_free": results.label_free,
+        "results": rows,
+        "low_shot": low_shot_summary(rows),
+        "label_free": finished.scores,
         "data": {name: split.shards.hash for name, split in probe_splits.splits.items()},
         "test_samples_of_train_groups": probe_splits.shared_groups,
         "seed": seed,
     }
     write_json_report(out / "probe.json", config.to_tree(cfg), loaded, report)
+    finished.remove()

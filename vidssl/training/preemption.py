@@ -9,7 +9,7 @@ import torch
 
 from vidssl.core.errors import EXIT_REQUEUE, Preempted
 
-__all__ = ["EXIT_REQUEUE", "PreemptionHandler", "exit_on_lost_peer"]
+__all__ = ["EXIT_REQUEUE", "PreemptionHandler", "TerminationHandler", "exit_on_lost_peer"]
 # folders of gloo's source, whose names occur in its untyped errors (RuntimeError) of a lost connection or a
 # timeout
 GLOO_SOURCES = ("gloo/transport/", "gloo/rendezvous/")
@@ -46,6 +46,15 @@ class PreemptionHandler:
         # a launcher sends SIGTERM again when it ends the other processes: ignored from now on
         if not self.requested:
             signal.signal(signal.SIGTERM, self.previous)
+
+
+class TerminationHandler(PreemptionHandler):
+    """Context in which SIGTERM raises Preempted: for programs without steps, which keep what is finished."""
+
+    def _request(self, *_: object) -> None:
+        if not self.requested:
+            self.requested = True
+            raise Preempted("SIGTERM")
 
 
 def _block_sigterm_in_child() -> None:

@@ -15,7 +15,8 @@ from vidssl.evaluation.feature_cache import FeatureShape, FeatureStore, check_di
 from vidssl.evaluation.heads import Linear
 from vidssl.evaluation.neighbours import Knn
 from vidssl.evaluation.probe_checks import check_label_sets
-from vidssl.evaluation.probe_data import LabelSet, ProbeData, ProbeSplits
+from vidssl.evaluation.probe_config import ProbeData
+from vidssl.evaluation.probe_data import LabelSet, ProbeSplits
 from vidssl.evaluation.tasks import Task
 
 
