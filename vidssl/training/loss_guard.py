@@ -7,6 +7,9 @@ from typing import Any
 
 HISTORY = 128  # accepted steps whose mean and deviation define a spike
 MIN_HISTORY = 32  # accepted steps before a spike can be detected
+# Skipped steps in a row with which a GradScaler of fp16 takes its scale from 2^16, its first one, to 1. If
+# gradients still are not finite, the scale is not why.
+SCALER_SKIPS = 16
 
 
 class LossGuard:
@@ -17,8 +20,8 @@ class LossGuard:
     and optimizer are rolled back to the last checkpoint while the data go on, so that the batches since then
     are left out (as in PaLM, arXiv 2204.02311, section 5.1); after `max_rollbacks` of these the run stops.
     Every decision is a function of the losses and norms, which are the same in every process; the state is
-    part of the checkpoints. In fp16 a step with a non-finite gradient norm is skipped by the GradScaler
-    itself and not counted.
+    part of the checkpoints. In fp16 a gradient that is not finite may only mean that the GradScaler's scale
+    is too large: such steps count as skipped, but SCALER_SKIPS more of them in a row are tolerated.
     """
 
     def __init__(
@@ -29,12 +32,13 @@ class LossGuard:
         has_grad_scaler: bool = False,
     ):
         """loss_spike_std: deviations above the mean; None: only non-finite values are skipped.
-        has_grad_scaler: gradients are fp16, whose GradScaler skips steps with non-finite gradients itself."""
+        has_grad_scaler: gradients are scaled (fp16), and each skipped step halves the scale."""
         self.max_consecutive_skips = max_consecutive_skips
         self.max_rollbacks = max_rollbacks
         self.loss_spike_std = loss_spike_std
         self.has_grad_scaler = has_grad_scaler
         self.consecutive_skips = 0
+        self.consecutive_overflows = 0  # those of finite loss and scaled gradients that are not
         self.skipped = 0  # in the whole run
         self.rollbacks = 0
         self.history: dict[str, deque[float]] = {
@@ -47,9 +51,11 @@ class LossGuard:
         reason = next((r for r in reasons if r), None)
         if reason is not None:
             self.consecutive_skips += 1
+            is_overflow = math.isfinite(metrics["loss"]) and not math.isfinite(metrics["grad_norm"])
+            self.consecutive_overflows += self.has_grad_scaler and is_overflow
             self.skipped += 1
             return reason
-        self.consecutive_skips = 0
+        self.end_skips()
         for name, values in self.history.items():
             if math.isfinite(metrics[name]):
                 values.append(metrics[name])
@@ -57,7 +63,7 @@ class LossGuard:
 
     def _reason(self, name: str, value: float) -> str | None:
         if not math.isfinite(value):
-            return None if self.has_grad_scaler and name == "grad_norm" else f"{name} {value}"
+            return f"{name} {value}"
         values = self.history[name]
         if self.loss_spike_std is not None and len(values) >= MIN_HISTORY:
             limit = statistics.fmean(values) + self.loss_spike_std * statistics.pstdev(values)
@@ -68,12 +74,19 @@ class LossGuard:
 
     @property
     def should_rollback(self) -> bool:
-        return self.consecutive_skips > self.max_consecutive_skips
+        tolerated = self.max_consecutive_skips + min(self.consecutive_overflows, SCALER_SKIPS)
+        return self.consecutive_skips > tolerated
+
+    def end_skips(self) -> None:
+        """Called when a step is taken or the run has been rolled back: the next skip is a first one."""
+        self.consecutive_skips = 0
+        self.consecutive_overflows = 0
 
     def state(self) -> dict[str, Any]:
         """Plain data for the checkpoint."""
         return {
             "consecutive_skips": self.consecutive_skips,
+            "consecutive_overflows": self.consecutive_overflows,
             "skipped": self.skipped,
             "rollbacks": self.rollbacks,
             "history": {name: list(values) for name, values in self.history.items()},
@@ -82,6 +95,7 @@ class LossGuard:
     def load(self, state: dict[str, Any]) -> None:
         """Restores what `state` returned."""
         self.consecutive_skips = state["consecutive_skips"]
+        self.consecutive_overflows = state.get("consecutive_overflows", 0)
         self.skipped = state["skipped"]
         self.rollbacks = state["rollbacks"]
         for name, values in self.history.items():

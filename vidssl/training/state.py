@@ -105,7 +105,7 @@ class RunState:
             )
         self.strategy.load_state(self.model, self.optimizer, checkpoint)
         guard.rollbacks += 1
-        guard.consecutive_skips = 0
+        guard.end_skips()
         saved = plain["step"]
         logger.info(
             f"restored the checkpoint of step {saved}; data and schedule continue from step {step + 1}"
@@ -126,6 +126,7 @@ class RunState:
         checkpoint |= {name: part.state() for name, part in self.parts.items()}
 
         def write() -> None:
+            check_finite(checkpoint["model"])
             self.export(step, checkpoint["model"])
             save_checkpoint(self.out / "checkpoints", step, checkpoint, self.keep_last, self.keep_every)
 
@@ -150,6 +151,14 @@ class RunState:
 
         plain = self.strategy.run_on_main(read)
         return (found[0] if found else None), plain
+
+
+def check_finite(weights: dict[str, Tensor]) -> None:
+    """Raises OSError, as a file that cannot be written does, if a weight is not finite: the run would roll
+    back to it."""
+    for name, weight in weights.items():
+        if weight.is_floating_point() and not weight.isfinite().all():
+            raise OSError(f"{name} is not finite; earlier checkpoints are kept")
 
 
 class TrainState(RunState):
