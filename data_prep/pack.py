@@ -24,15 +24,13 @@ from data_prep.report import write_dataset_report
 from data_prep.sources import SOURCES, FolderOptions, SourceListing, read_source
 from data_prep.summary import Tally, left_out_lines, make_summary, summary_lines, write_summary
 from vidssl.core.errors import UserError, run_cli
-from vidssl.core.io import check_writable, make_folder
+from vidssl.core.io import LOCK_FILE, check_writable, claim_folder, make_folder
 from vidssl.core.log import logger
 from vidssl.data.format import dumps, dumps_index, read_index, shard_entry
 
 PRESETS = ("ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow")
-WRITTEN_BEFORE_PLAN = (
-    "plan.json.tmp",
-    NEAR_PREFIX,
-)  # prefixes of file names in OUT before it has a plan.json
+# Prefixes of file names in OUT before it has a plan.json
+WRITTEN_BEFORE_PLAN = ("plan.json.tmp", NEAR_PREFIX, LOCK_FILE)
 
 
 def check_out_is_free(out: Path) -> None:
@@ -298,6 +296,12 @@ def main(argv: list[str]) -> None:
         raise UserError(f"{args.out}: lies inside {args.src}; choose a folder outside the source")
     check_writable(args.out)
     check_out_is_free(args.out)
+    with claim_folder(args.out, "pack"):
+        pack_source(args)
+
+
+def pack_source(args: argparse.Namespace) -> None:
+    """Packs the source into OUT, or continues that."""
     source = read_source(args.src, args.source, args.annotations, args.folder_options)
     plan = make_plan(source, args.src, args.out, args)
     if open_out(args.out, plan):

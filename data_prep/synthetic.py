@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from data_prep.x264 import x264_options
 from vidssl.core.errors import UserError, run_cli
-from vidssl.core.io import atomic_write, check_writable, make_folder
+from vidssl.core.io import atomic_write, check_writable, claim_folder, make_folder
 
 SIDE = 48  # pixels, of a frame
 FRAMES = 24
@@ -256,7 +256,8 @@ def make_corpus(
         raise UserError(f"{out} already holds a corpus: give another folder, or remove it")
     for name in ("videos", "truth"):
         make_folder(out / name)
-    rows, jobs = [], []
+    rows: list[tuple[str, ...]] = []
+    jobs = []
     for split_number, (split, count) in enumerate((("train", train), ("test", test))):
         for i in range(count):
             motion = MOTIONS[i % len(MOTIONS)]
@@ -287,7 +288,10 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--labelled", type=int, help="number of training videos with labels; default: all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2, help="number of processes")
-    make_corpus(**vars(parser.parse_args(argv)))
+    args = parser.parse_args(argv)
+    check_writable(args.out)
+    with claim_folder(args.out, "synthetic"):
+        make_corpus(**vars(args))
 
 
 if __name__ == "__main__":

@@ -4,13 +4,17 @@ folders."""
 import contextlib
 import fcntl
 import hashlib
+import json
 import os
+import socket
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from vidssl.core.errors import UserError
+
+LOCK_FILE = ".lock"
 
 
 def atomic_write(path: Path, write: Callable[[Path], Any]) -> None:
@@ -72,6 +76,65 @@ def exclusive_lock(path: Path) -> Iterator[None]:
         # Closing is not enough: a child forked meanwhile has the file open, too.
         fcntl.flock(descriptor, fcntl.LOCK_UN)
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def claim_folder(out: Path, program: str) -> Iterator[None]:
+    """Makes a folder and holds it while this process writes into it.
+
+    Raises UserError with the holder's process and host if another process holds it. The lock of a process
+    that has ended is free, whatever its file says. It is not shared with children.
+    """
+    is_new = not out.exists()
+    make_folder(out)
+    path = out / LOCK_FILE
+    try:
+        descriptor = _open_locked(path)
+        try:
+            holder = {"program": program, "pid": os.getpid(), "host": socket.gethostname()}
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, json.dumps(holder).encode(), 0)
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+            os.close(descriptor)
+    finally:
+        if is_new:
+            # A folder that nothing was written to does not stay
+            with contextlib.suppress(OSError):
+                out.rmdir()
+
+
+def _open_locked(path: Path) -> int:
+    """Returns the descriptor of a lock file of which this process has the lock."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            # A lock of the process: a child that outlives it does not hold it, as it would with flock.
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.exists(path) and os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                return descriptor
+        except (BlockingIOError, PermissionError):
+            text = os.pread(descriptor, 1000, 0).decode("utf-8", "replace")
+            os.close(descriptor)
+            raise UserError(
+                f"{path.parent}: {_holder(text)}; wait for it, or choose another folder"
+            ) from None
+        except OSError:
+            os.close(descriptor)
+            raise
+        # The holder has removed the file in between
+        os.close(descriptor)
+
+
+def _holder(text: str) -> str:
+    """Says who holds a lock, by the contents of its file."""
+    try:
+        holder = json.loads(text)
+        who = f"{holder['program']}, process {holder['pid']} on {holder['host']},"
+    except (ValueError, KeyError, TypeError):
+        who = "another process"
+    return f"{who} writes into this folder"
 
 
 def check_writable(out: Path) -> None:

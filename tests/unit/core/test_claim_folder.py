@@ -1,0 +1,80 @@
+"""Two processes, one folder: core.io.claim_folder, and the programs of data_prep that use it."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from data_prep import pack, synthetic
+from vidssl.core.errors import UserError
+from vidssl.core.io import LOCK_FILE, claim_folder
+
+HOLD = """
+import os, sys
+from pathlib import Path
+from vidssl.core.io import claim_folder
+with claim_folder(Path(sys.argv[1]), "pack"):
+    if os.fork() == 0:  # a child does not hold the lock when its parent has been killed
+        sys.stdin.readline()
+        os._exit(0)
+    print("held", flush=True)
+    sys.stdin.readline()
+"""
+
+
+@pytest.fixture
+def holder(tmp_path) -> Iterator[subprocess.Popen]:
+    """A process that holds tmp_path / "out" until it is killed or gets a line."""
+    command = [sys.executable, "-c", HOLD, str(tmp_path / "out")]
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[3]
+    )
+    assert process.stdout is not None and process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def test_the_second_process_says_who_holds_the_folder(holder, tmp_path):
+    with (
+        pytest.raises(UserError, match=rf"out: pack, process {holder.pid} on \S+, writes into this folder"),
+        claim_folder(tmp_path / "out", "pack"),
+    ):
+        pass
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src/a.mp4").write_bytes(b"x")
+    with pytest.raises(UserError, match=f"process {holder.pid}"):
+        pack.main([str(tmp_path / "src"), str(tmp_path / "out")])
+    with pytest.raises(UserError, match=f"process {holder.pid}"):
+        synthetic.main([str(tmp_path / "out"), "--train", "1"])
+    assert (tmp_path / "out" / LOCK_FILE).exists()
+
+
+def test_the_lock_of_a_killed_process_is_taken_over(holder, tmp_path):
+    holder.kill()
+    holder.wait()
+    assert json.loads((tmp_path / "out" / LOCK_FILE).read_text())["pid"] == holder.pid
+    with claim_folder(tmp_path / "out", "pack"):
+        assert json.loads((tmp_path / "out" / LOCK_FILE).read_text())["pid"] == os.getpid()
+    assert not (tmp_path / "out").exists() or list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize("text", ["", "no json", "[1]", '{"pid": 1}', "\xff" * 5000])
+def test_a_lock_file_of_any_content_is_taken_over(tmp_path, text):
+    (tmp_path / LOCK_FILE).write_text(text)
+    with claim_folder(tmp_path, "pack"):
+        assert json.loads((tmp_path / LOCK_FILE).read_text())["program"] == "pack"
+    assert not (tmp_path / LOCK_FILE).exists()
+
+
+def test_a_folder_that_nothing_was_written_to_does_not_stay(tmp_path):
+    with pytest.raises(UserError, match="no input"), claim_folder(tmp_path / "out", "pack"):
+        raise UserError("no input")
+    assert not (tmp_path / "out").exists()
+    with claim_folder(tmp_path / "out", "pack"):
+        (tmp_path / "out/file").write_text("x")
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["file"]
