@@ -5,6 +5,7 @@ On Ray, source and OUT must be on a file system that all nodes see under the sam
 or node is lost before it is finished is made again on another.
 """
 
+import contextlib
 import os
 import socket
 from collections.abc import Callable, Iterable, Iterator
@@ -24,7 +25,7 @@ from data_prep.inspect_file import FileInspector
 from data_prep.plan import Plan, ShardPlan
 from data_prep.sources import SourceItem
 from vidssl.core.errors import UserError
-from vidssl.core.io import make_folder
+from vidssl.core.io import make_folder, os_errors_as_user_errors
 from vidssl.data.format import dumps, sample_record, select_media
 from vidssl.data.metadata import packed_mark
 
@@ -41,6 +42,17 @@ def write_shard(shard: ShardPlan, inspected: Iterable[Inspected], plan: Plan, su
     unique.
     """
     unfinished = shard.tar.with_name(f"{shard.tar.name}{suffix}.tmp")
+    try:
+        with os_errors_as_user_errors(unfinished):
+            _write_shard(shard, inspected, plan, unfinished)
+    except BaseException:
+        # Half a shard holds no space on a full disk
+        with contextlib.suppress(OSError):
+            unfinished.unlink(missing_ok=True)
+        raise
+
+
+def _write_shard(shard: ShardPlan, inspected: Iterable[Inspected], plan: Plan, unfinished: Path) -> None:
     metas: dict[str, dict] = {}
     rejected = []
     with open(unfinished, "wb") as file, TarWriter(file, encoder=False, **TAR_HEADER) as tar:
@@ -51,7 +63,7 @@ def write_shard(shard: ShardPlan, inspected: Iterable[Inspected], plan: Plan, su
                     continue
                 item = items[result.item]
                 key = sample_key(path, result.start, result.end)
-                data = (plan.source / path).read_bytes() if result.data is None else result.data
+                data = read_original(plan.source / path) if result.data is None else result.data
                 ext = item.ext if result.data is None else "mp4"
                 metas[key] = sample_meta(item, result, plan) | {"packed": packed_mark(len(data))}
                 # TarWriter sorts the members of one call; two calls put the media file first, whatever its
@@ -61,6 +73,16 @@ def write_shard(shard: ShardPlan, inspected: Iterable[Inspected], plan: Plan, su
     write_lines(shard.tar.with_suffix(".jsonl"), map(dumps, _records(unfinished, metas)))
     write_lines(shard.rejections, map(dumps, rejected))
     os.replace(unfinished, shard.tar)
+
+
+def read_original(path: Path) -> bytes:
+    """Returns the bytes of a source file that was inspected before."""
+    try:
+        return path.read_bytes()
+    except OSError as e:
+        raise UserError(
+            f"{path}: cannot be read any more: {e.strerror} (call again: finished shards stay)"
+        ) from e
 
 
 def _records(tar: Path, metas: dict[str, dict]) -> Iterator[dict]:

@@ -1,5 +1,7 @@
 """Child processes that decode files: a file that hangs or crashes its process is rejected, nothing else."""
 
+import errno
+import tempfile
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -7,9 +9,11 @@ from typing import Any
 from tqdm import tqdm
 
 from data_prep.filters import Rejected
-from vidssl.core.errors import DecodeError
+from vidssl.core.errors import DecodeError, UserError
 from vidssl.data.isolation import Failure, Reporter, SandboxPool
 
+# Of the machine and not of the file, which is not rejected for them
+MACHINE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE, errno.ENFILE)
 REASONS = {"hang": "timeout", "crash": "decoder_crash", "memory": "too_large"}  # Failure -> Rejected
 
 
@@ -52,6 +56,8 @@ def reject_on_error(work: Callable[..., Any], report: Reporter, *job: Any) -> An
     except DecodeError as e:
         return Rejected(e.reason, str(e).removeprefix(e.reason).removeprefix(": "))
     except OSError as e:
+        if e.errno in MACHINE_ERRORS:
+            raise UserError(f"{e.filename or tempfile.gettempdir()}: {e.strerror or e}") from e
         return Rejected("unreadable", e.strerror or "")
     except MemoryError:
         return Rejected("too_large", "out of memory")
