@@ -38,7 +38,7 @@ from vidssl.training.preemption import EXIT_REQUEUE
 ROOT = Path(__file__).resolve().parents[1]
 SAVE_EVERY = 8  # steps between checkpoints
 HANG_S = 120  # seconds without a step that count as a hang
-VOLATILE = ("clips_per_s", "wait", "memory", "matmul_utilization")
+VOLATILE = ("clips_per_s", "wait", "memory", "mfu", "matmul_utilization", "diagnostics_s", "save_s")
 FILES = [
     f"configs/{name}.yaml"
     for name in ("method/vjepa_tiny", "model/vit_micro", "data/quickstart", "run/smoke")

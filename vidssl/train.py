@@ -67,7 +67,7 @@ def main(argv: list[str]) -> None:
 
     # The training loop.
     loader = load_steps(cfg, shards, start, strategy)
-    throughput = Throughput(strategy.device, efficiency.precision, run.batch, counts_flops=strategy.is_main)
+    throughput = Throughput(strategy, efficiency.precision, run.batch, objective)
     with (
         RunFolder(out, to_tree(cfg), start, run.steps, strategy, bool(run.trackers)) as folder,
         PreemptionHandler() as preemption,
@@ -79,7 +79,7 @@ def main(argv: list[str]) -> None:
             hparams = schedule(optim_config, step, run.steps, objective.target.momentum)
             set_schedule(optimizer, hparams)
             optimizer.zero_grad()
-            with throughput.counting(tuple(b.video.shape for b in batches)):
+            with throughput.counting():
                 losses = forward_backward(
                     strategy, model, batches, run.seed, step, efficiency.micro_batches, cut_groups
                 )
@@ -106,7 +106,8 @@ def main(argv: list[str]) -> None:
             must_stop = bool(metrics["stop"] or metrics["collapsed"])
             is_due = done % run.save_every == 0 and not state.guard.consecutive_skips
             if strategy.participates_in_save and (is_due or must_stop or done == run.steps):
-                state.save(done, folder.sync_log)
+                with throughput.beside("save"):
+                    state.save(done, folder.sync_log)
             if must_stop:
                 break
     strategy.close()

@@ -257,9 +257,8 @@ def test_the_same_run_on_any_number_of_processes_whole_or_in_shards(name, runs):
     one = rows(runs / f"{'videomae' if 'videomae' in name else 'vjepa'}-1")
     many = rows(runs / name)
     assert [r["samples_hash"] for r in many] == [r["samples_hash"] for r in one] and len(one) == STEPS
-    assert [r.keys() - {"matmul_utilization"} for r in many] == [
-        r.keys() - {"matmul_utilization"} for r in one
-    ]
+    # the time of a checkpoint is in the row of the next step, so not in the first row of a continued run
+    assert [r.keys() - {"save_s"} for r in many] == [r.keys() - {"save_s"} for r in one]
     for key in ("loss", "grad_norm"):
         assert [r[key] for r in many] == pytest.approx([r[key] for r in one], rel=1e-5, nan_ok=True)
 

@@ -411,10 +411,7 @@ def test_online_probe_and_trackers(run, tmp_path, synthetic_shards):
         if "online_probe_knn" in r
         for k in ("online_probe_knn", "online_probe_linear")
     )
-    assert (
-        all(0 < r["matmul_utilization"] < 2 and r["memory"] > 1e8 for r in got[1:])
-        and "matmul_utilization" not in got[0]
-    )
+    assert all(0 < r["matmul_utilization"] < 2 and r["memory"] > 1e8 for r in got)
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(tmp_path / "run" / "vidssl")).Reload()

@@ -1,6 +1,7 @@
 """Measurements of the features during training: statistics that show a collapse, and an online probe."""
 
 import contextlib
+import time
 
 import torch
 
@@ -42,18 +43,19 @@ class Diagnostics:
         return self.strategy.is_main and self.run.stop_on_collapse and self.stats.collapsed
 
     def measure_if_due(self, step: int, batches: list[Batch]) -> dict[str, float]:
-        """The measurements that are due after `step` steps, for the log; batches: those of the last step."""
+        """The measurements that are due after `step` steps, for the log, and the seconds that they took;
+        batches: those of the last step."""
         if not self.strategy.runs_diagnostics:
             return {}
+        start_s = time.perf_counter()
         self.stats.add_clips(batches[0].video)
         metrics: dict[str, float] = {}
         with torch.compiler.set_stance("force_eager") if self.compiled else contextlib.nullcontext():
-            is_due = step % self.run.feature_stats_every == 0 or step in (1, self.run.steps)
-            if is_due or self.stats.can_start:
+            if step % self.run.feature_stats_every == 0 or step in (1, self.run.steps):
                 metrics |= self.stats.measure(self.objective)
                 warning = self.stats.detector.warning()
                 if warning and self.strategy.is_main:
                     logger.warning(f"step {step}: {warning}")
             if self.probe and (step % self.every == 0 or step == self.run.steps):
                 metrics |= self.probe.measure(self.objective)
-        return metrics
+        return {**metrics, "diagnostics_s": time.perf_counter() - start_s} if metrics else {}

@@ -135,11 +135,6 @@ class FeatureStats:
         return {"feature_clips": len(clips), **{f"feature_{k}": v for k, v in stats.items()}}
 
     @property
-    def can_start(self) -> bool:
-        """Whether there are enough clips for the first measurement that later ones are compared with."""
-        return not self.detector.best and sum(map(len, self.clips)) >= MIN_CLIPS
-
-    @property
     def collapsed(self) -> bool:
         """Whether the latest measurements look collapsed."""
         return self.detector.collapsed

@@ -1,6 +1,7 @@
 """The loop of fine-tuning: steps, evaluation of held-out train after each epoch, selection of the epoch."""
 
 import contextlib
+import time
 from collections.abc import Generator
 from copy import deepcopy
 from dataclasses import dataclass
@@ -130,7 +131,7 @@ class Finetuner:
         loader = self.train_loader(start)
         mixer = Mixer(tune, len(self.splits.task.names))
         clips = tune.batch * tune.repeat
-        throughput = Throughput(self.strategy.device, efficiency.precision, clips, self.strategy.is_main)
+        throughput = Throughput(self.strategy, efficiency.precision, clips, self.selection.now)
         tree = state.provenance["config"]
         done = start
         self.model.train()
@@ -151,7 +152,8 @@ class Finetuner:
                 is_due = ends_epoch and not state.guard.consecutive_skips
                 is_due |= must_stop or done == self.steps
                 if self.strategy.participates_in_save and is_due:
-                    state.save(done, folder.sync_log)
+                    with throughput.beside("save"):
+                        state.save(done, folder.sync_log)
                 if must_stop:
                     break
         self.strategy.barrier()
@@ -202,7 +204,7 @@ class Finetuner:
         set_schedule(self.optimizer, hparams)
         self.optimizer.zero_grad()
         video = normalise(batch.video.to(self.strategy.device), self.pixels)
-        with throughput.counting(video.shape):
+        with throughput.counting():
             loss = self.forward_backward(*mixer(video, batch, step), step)
         grad_norm = self.strategy.clip(self.model, self.optim_config, step)
         sums = count_samples(batches) | {"stop": float(preemption.requested)}
@@ -238,6 +240,7 @@ class Finetuner:
     def end_epoch(self, step: int) -> dict[str, Any]:
         """Evaluates held-out train on the middle clip of each video, and records the epoch. Returns its part
         of the row of the log."""
+        start_s = time.perf_counter()
         samples, labels = self.splits.held_out
         accuracy = None
         if samples:
@@ -252,7 +255,8 @@ class Finetuner:
             accuracy = self.strategy.run_on_main(score)
         record = self.selection.end_epoch(step // self.steps_per_epoch, step, accuracy)
         logger.info(", ".join(f"{name} {value}" for name, value in record.items()))
-        return {("epoch_loss" if k == "loss" else k): v for k, v in record.items() if k != "step"}
+        row = {("epoch_loss" if k == "loss" else k): v for k, v in record.items() if k != "step"}
+        return row | {"evaluation_s": time.perf_counter() - start_s}
 
     def predict(
         self, shards: Shards, samples: list[Sample], labels: list[Any], view: View, name: str

@@ -1,14 +1,18 @@
-"""How much of the machine a run uses: FLOPs relative to the rate of a matrix product, time and memory."""
+"""How much of the machine a run uses: arithmetic, time and memory."""
 
 import contextlib
 import resource
 import sys
 import time
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+
+from vidssl.training.distributed import Strategy
+from vidssl.training.flops import ModelFlops, published_peak
 
 TensorShape = tuple[int, ...]
 T = TypeVar("T")
@@ -45,48 +49,41 @@ def count_flops() -> Iterator[Callable[[], int]]:
         yield counter.get_total_flops
 
 
-class StepMeter:
-    """Counts the arithmetic of a step once for each shape of a batch, and holds it against this device's own
-    rate.
+class Utilization:
+    """Holds the model FLOPs of a step (flops.py) against what the device can compute.
 
-    What `efficiency.activation_checkpointing` does twice counts twice. The rate is that of the fastest of a
-    few square products in the precision of the run, measured when the meter is made.
+    Where its published dense peak is known, the share of it is `mfu`, the model FLOPs utilization (Chowdhery
+    et al. 2022, arXiv 2204.02311). Elsewhere it is `matmul_utilization`: the share of the fastest of a few
+    square products of random numbers in the precision of the run, measured here.
     """
 
-    def __init__(self, device: torch.device, precision: str):
-        self.device = device
-        self.counted: dict[Hashable, int] = {}  # FLOPs of this process's part of a step
+    def __init__(self, device: torch.device, precision: str, model: nn.Module):
+        self.flops = ModelFlops(model)
+        peak = None
+        if device.type == "cuda":
+            uses_tf32 = precision == "fp32" and torch.get_float32_matmul_precision() != "highest"
+            peak = published_peak(torch.cuda.get_device_name(device), "tf32" if uses_tf32 else precision)
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-        self.rate = matmul_rate(device, dtype)  # FLOP a second
+        self.name = "mfu" if peak else "matmul_utilization"
+        self.rate = peak or matmul_rate(device, dtype)  # FLOP a second
 
-    @contextlib.contextmanager
-    def counting(self, shape: Hashable) -> Iterator[bool]:
-        """Counts the FLOPs computed in this context the first time that `shape` is seen; yields whether it
-        was known."""
-        if shape in self.counted:
-            yield True
-            return
-        with count_flops() as total:
-            yield False
-        self.counted[shape] = total()
-
-    def used(self, shape: Hashable, seconds: float) -> float:
-        """Share of the rate that a step of this shape reached in so many seconds."""
-        return self.counted[shape] / seconds / self.rate
+    def row(self, seconds: float) -> dict[str, float]:
+        return {self.name: self.flops.total / seconds / self.rate}
 
 
 class Throughput:
-    """Measures the training steps: clips per second, time spent waiting for data, memory and arithmetic."""
+    """Measures the training steps: clips per second, time spent waiting for data, memory and arithmetic; and
+    what is done beside the steps."""
 
-    def __init__(self, device: torch.device, precision: str, clips: int, counts_flops: bool):
-        """clips: of a step, over all processes; counts_flops: also report the arithmetic of this process."""
-        self.device = device
+    def __init__(self, strategy: Strategy, precision: str, clips: int, model: nn.Module):
+        """clips: of a step, over all processes; model: whose arithmetic the first process reports of its own
+        part."""
+        self.device = strategy.device
         self.clips = clips
-        self.meter = StepMeter(device, precision) if counts_flops else None
-        self.shape: Hashable = None
-        self.is_counted = False
+        self.utilization = Utilization(self.device, precision, model) if strategy.is_main else None
         self.start_s = 0.0
         self.wait_s = 0.0
+        self.beside_s: dict[str, float] = {}
 
     def timed(self, loader: Iterable[T]) -> Iterator[T]:
         """Yields what the loader yields. A step starts when the next batches are requested."""
@@ -96,25 +93,30 @@ class Throughput:
             yield batches
             self.start_s = time.perf_counter()
 
+    def counting(self) -> contextlib.AbstractContextManager[None]:
+        """Context of the forward and backward passes of a step."""
+        return self.utilization.flops.counting() if self.utilization else contextlib.nullcontext()
+
     @contextlib.contextmanager
-    def counting(self, shape: Hashable) -> Iterator[None]:
-        """Context of the forward and backward passes of a step. shape: of its batches."""
-        self.shape = shape
-        with self.meter.counting(shape) if self.meter else contextlib.nullcontext(False) as self.is_counted:
-            yield
+    def beside(self, name: str) -> Iterator[None]:
+        """Context of work after a step's row is written; its seconds are NAME_s in the next row."""
+        start_s = time.perf_counter()
+        yield
+        self.beside_s[f"{name}_s"] = time.perf_counter() - start_s
 
     def row(self) -> dict[str, float]:
         """Call after the optimizer step, before measurements and checkpoints, which are not part of the step.
 
-        clips_per_s; wait: fraction of the step spent waiting for the loader; memory: peak, bytes;
-        matmul_utilization: arithmetic per second over the rate of a large matrix product (StepMeter), except
-        in the first step of a shape, in which the arithmetic is counted.
+        clips_per_s; wait: fraction of the step spent waiting for the loader; memory: peak, bytes; mfu or
+        matmul_utilization: see Utilization; save_s: seconds that a checkpoint took after the previous step.
         """
         seconds = time.perf_counter() - self.start_s
         row = {"clips_per_s": self.clips / seconds, "wait": self.wait_s / seconds}
         row["memory"] = peak_memory(self.device)
-        if self.meter and self.is_counted:
-            row["matmul_utilization"] = self.meter.used(self.shape, seconds)
+        if self.utilization:
+            row |= self.utilization.row(seconds)
+        row |= self.beside_s
+        self.beside_s = {}
         return row
 
 
@@ -130,7 +132,8 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, repeats: int = 4) -> f
     """FLOP per second of a square matrix product, 1024 a side on a CPU, 8192 elsewhere; the best of
     `repeats`."""
     side = 1024 if device.type == "cpu" else 8192
-    a = torch.ones(side, side, device=device, dtype=dtype)
+    # The power that a product of constants draws, and so the clock, is not that of a real one.
+    a = torch.randn(side, side, device=device).to(dtype)
     best = float("inf")
     for _ in range(repeats):
         if device.type == "cuda":

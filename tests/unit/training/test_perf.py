@@ -1,14 +1,23 @@
-"""FLOP counts of a step, and the allocator's memory."""
+"""FLOPs and utilization of a step, and the allocator's memory."""
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from vidssl.model.vit import Attention, Block
+from vidssl.config import load_config
+from vidssl.core.rng import KeyedRNG
+from vidssl.model.heads import AttentiveHead
+from vidssl.model.vit import Attention, Block, Encoder
 from vidssl.training import perf
+from vidssl.training.flops import ModelFlops, patch_flops, published_peak
+from vidssl.training.schema import TrainConfig
+from vidssl.training.step import configure_blocks
+
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.mark.parametrize("backward", [False, True])
@@ -35,6 +44,106 @@ def test_flops_do_not_depend_on_the_kernel_of_attention():
             layer(x)
         counted.append(total())
     assert counted[0] == counted[1] > 0
+
+
+SMALL = ["run.out=x", "data.train=x", "augment.kind=center_crop", "augment.size=32"]
+SMALL += ["data.stride=1", "model.patch=8", "run.steps=9", "run.batch=4", "optim.warmup=0"]
+SMALL += ["model.kind=vit", "model.dim=48", "model.depth=2", "model.heads=3"]
+SMALL += ["method.predictor.width=24", "method.predictor.depth=2", "method.predictor.heads=2"]
+METHODS = {
+    "videomae": ["data.frames=8"],
+    "mae": ["data.frames=1"],
+    "vjepa": ["data.frames=8"],
+    "ijepa": ["data.frames=1"],
+    "vjepa2_1": ["data.frames=8", "model.levels=[0,1]"],
+}
+
+
+def objective_of(method: str) -> nn.Module:
+    file = str(ROOT / f"configs/method/{method}.yaml")
+    return load_config([file, *SMALL, *METHODS[method]], TrainConfig).build_objective()
+
+
+def counted(objective: nn.Module, frames: int, step: int) -> tuple[int, int]:
+    """Returns our count and torch's of a step's forward pass, without gradients."""
+    video = torch.rand(4, 3, frames, 32, 32)
+    meter = ModelFlops(objective)
+    objective.requires_grad_(False)
+    with meter.counting(), perf.count_flops() as total:
+        objective(video, KeyedRNG(0, step, torch.arange(4) + step * 4))
+    return meter.total, total()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_model_flops_of_the_masks_drawn_are_those_that_torch_counts(method):
+    """Batches have one shape; the block masks keep other numbers of tokens in each step."""
+    objective = objective_of(method)
+    frames = 1 if "data.frames=1" in METHODS[method] else 8
+    totals = {counted(objective, frames, step) for step in range(4)}
+    assert all(ours == torchs > 0 for ours, torchs in totals)
+    assert len(totals) > 1 or "mae" in method
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_count_twice_and_what_is_computed_again_does_not(checkpointing):
+    encoder = Encoder(8, 32, 32, tubelet=2, patch=8, dim=32, depth=2, heads=2)
+    configure_blocks(encoder, activation_checkpointing=checkpointing)
+    video = torch.rand(2, 3, 8, 32, 32)
+    meter = ModelFlops(encoder)
+    with meter.counting(), torch.no_grad():
+        encoder(video)
+    forward = meter.total
+    with meter.counting():
+        encoder(video).sum().backward()
+    embedding = patch_flops(encoder.patch_embed, torch.empty(2, 64, 3, 2, 8, 8))
+    assert meter.total == 3 * forward - embedding  # of the pixels there is no gradient
+    encoder(video)
+    assert meter.total == 3 * forward - embedding  # outside of the context nothing counts
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_flops_of_an_attentive_head(depth):
+    head = AttentiveHead(32, 4, 5, depth)
+    tokens = torch.randn(2, 96, 32)
+    meter = ModelFlops(head)
+    head.requires_grad_(False)
+    with meter.counting(), perf.count_flops() as total:
+        head(tokens)
+    assert meter.total == total()
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "tflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", "bf16", 989.4),
+        ("NVIDIA H100 PCIe", "bf16", 756.5),
+        ("NVIDIA H200", "fp16", 989.4),
+        ("NVIDIA GH200 480GB", "bf16", 989.4),
+        ("NVIDIA A100-SXM4-80GB", "bf16", 312),
+        ("NVIDIA A100-PCIE-40GB", "tf32", 156),
+        ("Tesla V100-SXM2-32GB", "fp16", 125),
+        ("NVIDIA L4", "fp32", 30.3),
+        ("NVIDIA L40S", "bf16", 362),
+        ("Tesla V100-SXM2-32GB", "bf16", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "bf16", None),
+        ("NVIDIA GeForce RTX 4090 D", "bf16", None),
+        ("NVIDIA A1000", "bf16", None),
+        ("Some Device 3", "bf16", None),
+    ],
+)
+def test_published_peaks_are_found_by_the_device_name(name, precision, tflops):
+    peak = published_peak(name, precision)
+    assert peak == (tflops and pytest.approx(tflops * 1e12))
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_utilization_of_an_unknown_device_is_not_called_mfu(known, monkeypatch):
+    monkeypatch.setattr(perf, "published_peak", lambda *_: 1e12 if known else None)
+    monkeypatch.setattr(perf.torch.cuda, "get_device_name", lambda _: "A device")
+    monkeypatch.setattr(perf, "matmul_rate", lambda *_: 5e11)
+    utilization = perf.Utilization(torch.device("cuda"), "bf16", nn.Linear(10, 10))
+    utilization.flops.total = 10**11
+    assert utilization.row(seconds=0.5) == {"mfu": 0.2} if known else {"matmul_utilization": 0.4}
 
 
 FAULTS = """

@@ -1,7 +1,6 @@
 """training/step.py and the measurements of a step: parts of a batch, hash of the samples, waiting time."""
 
 import itertools
-import time
 from types import SimpleNamespace
 
 import pytest
@@ -11,8 +10,8 @@ from vidssl.core.errors import UserError
 from vidssl.data.dataset import STREAM_STRIDE
 from vidssl.data.loader import Batch
 from vidssl.objective.block_masks import MultiBlock3D
+from vidssl.training import perf
 from vidssl.training.metrics_log import count_samples, samples_hash
-from vidssl.training.perf import Throughput
 from vidssl.training.step import make_cut_groups, split_batch
 
 
@@ -67,17 +66,35 @@ def test_samples_hash_depends_on_the_samples_only():
     assert samples_hash(exchanged) != samples_hash(whole)
 
 
-def test_wait_is_only_the_time_in_the_loader():
-    def loader():
-        for _ in range(3):
-            time.sleep(0.02)
-            yield None
+class Clock:
+    """Time that passes when it is told to."""
 
-    throughput = Throughput(torch.device("cpu"), "fp32", clips=8, counts_flops=False)
+    def __init__(self, monkeypatch):
+        self.now_s = 0.0
+        monkeypatch.setattr(perf.time, "perf_counter", lambda: self.now_s)
+
+    def passes(self, seconds: float) -> None:
+        self.now_s += seconds
+
+
+def test_wait_is_only_the_time_in_the_loader(monkeypatch):
+    clock = Clock(monkeypatch)
+
+    def loader():
+        for seconds in (1, 3, 0, 1):
+            clock.passes(seconds)
+            yield seconds
+
+    strategy = SimpleNamespace(device=torch.device("cpu"), is_main=False)
+    throughput = perf.Throughput(strategy, "fp32", clips=8, model=torch.nn.Identity())
     rows = []
-    for _ in throughput.timed(loader()):
-        time.sleep(0.02)  # the step
-        rows.append(throughput.row())
-        time.sleep(0.2)  # diagnostics and checkpoints
-    assert all(0.2 < row["wait"] < 0.8 for row in rows)
-    assert all(8 / 0.2 < row["clips_per_s"] < 8 / 0.04 for row in rows)
+    for wait_s in throughput.timed(loader()):
+        clock.passes(1)  # the step
+        rows.append((wait_s, throughput.row()))
+        clock.passes(20)  # diagnostics and logging
+        if wait_s == 3:
+            with throughput.beside("save"):
+                clock.passes(7)
+    for wait_s, row in rows:
+        assert row["wait"] == wait_s / (wait_s + 1) and row["clips_per_s"] == 8 / (wait_s + 1)
+    assert [row.get("save_s") for _, row in rows] == [None, None, 7, None]
