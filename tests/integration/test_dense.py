@@ -348,6 +348,13 @@ def test_depth_head_learns_and_lr_is_selected_on_held_out_train():
     assert summary["ci95"][0] <= summary["value"] <= summary["ci95"][1]
 
 
+def test_depth_is_averaged_over_frames_not_over_sequences():
+    """Of sequences of one and of three frames each frame counts the same."""
+    rows = [np.array([[4.0, 0.4, 0.0]]), np.array([[1.0, 0.1, 1.0]] * 3)]
+    summary = Depth().summarise(rows, ["a", "b"])
+    assert (summary["value"], summary["abs_rel"], summary["delta_1.25"]) == (1.75, 0.175, 75.0)
+
+
 def test_depth_bins_cover_the_range():
     head = DepthHead(3, 5, 4.0)
     torch.nn.init.zeros_(head.linear.weight)

@@ -103,8 +103,16 @@ class Objective(nn.Module):
 
     @staticmethod
     def weighted_mean(error: Tensor, mask: Mask) -> Tensor:
-        """Returns the mean of errors [B, M, Nt], a scalar. All target errors are averaged here."""
-        return error.mean() if mask.weight is None else (error * mask.weight).sum() / mask.weight.sum()
+        """Returns the mean over clips of the weighted mean of a clip's errors; error [B, M, Nt]. All target
+        errors are averaged here.
+
+        A clip counts the same however many targets it has, so the loss of a batch does not depend on how it
+        is divided into micro-batches and processes.
+        """
+        if mask.weight is None:
+            return error.mean()
+        total = (error * mask.weight).sum((1, 2))
+        return (total / mask.weight.sum((1, 2)).clamp_min(torch.finfo(total.dtype).tiny)).mean()
 
 
 def mask_ratios(mask: Mask, grid: Grid) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from vidssl.model.heads import AttentiveHead
 from vidssl.model.positions import sincos_3d, sincos_flat
 from vidssl.model.predictor import JointPredictor, MaskToken
 from vidssl.model.vit import Encoder
+from vidssl.objective.masks import RunningCell
 from vidssl.objective.objective import ERRORS, Objective
 from vidssl.objective.targets import Ema, Pixels
 
@@ -169,10 +170,26 @@ def test_last_block_computes_only_outputs(positions):
 def test_weighted_reduction():
     error = torch.rand(2, 1, 4)
     weight = torch.tensor([[[1.0, 0, 0, 1]], [[0, 0, 0, 2]]])
-    want = (error[0, 0, 0] + error[0, 0, 3] + 2 * error[1, 0, 3]) / 4
+    want = ((error[0, 0, 0] + error[0, 0, 3]) / 2 + error[1, 0, 3]) / 2  # each clip counts the same
     empty = torch.empty(0)
     assert torch.allclose(Objective.weighted_mean(error, Mask(empty, empty, weight)), want)
     assert torch.allclose(Objective.weighted_mean(error, Mask(empty, empty)), error.mean())
+
+
+@pytest.mark.parametrize("grid", [Grid(2, 4, 4), Grid(3, 4, 4), Grid(5, 6, 3), Grid(1, 7, 5)], ids=str)
+@pytest.mark.parametrize("ratio", [0.5, 0.9])
+def test_the_loss_of_a_batch_is_the_mean_of_that_of_its_parts(grid, ratio):
+    """Also where clips have different numbers of targets: slices that are no multiple of the cell's turn."""
+    clips = 12
+    mask = RunningCell(ratio)(torch.empty(clips, 0), grid, KeyedRNG(0, 0, torch.arange(clips)))[0]
+    error = torch.rand(mask.target.shape)
+    whole = Objective.weighted_mean(error, mask)
+    for part in (1, 3, 4):
+        losses = [
+            Objective.weighted_mean(e, Mask(mask.context, mask.target, w))
+            for e, w in zip(error.split(part), mask.weight.split(part), strict=True)
+        ]
+        torch.testing.assert_close(torch.stack(losses).mean(), whole)
 
 
 def test_ema_update():

@@ -64,7 +64,7 @@ class Depth(DenseProtocol):
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2  # of the sequences of train
 
     label: ClassVar[LabelKind] = "depth"
-    columns = ("rmse", "abs_rel", "delta_1.25")  # one row per sequence
+    columns = ("rmse", "abs_rel", "delta_1.25")  # one row per frame with a known depth
 
     def select_model(
         self, encoder: FrameEncoder, train: list[DenseSample]
@@ -152,22 +152,25 @@ class Depth(DenseProtocol):
         return np.concatenate(rows)
 
     def evaluate(self, encoder: FrameEncoder, model: DepthHead, sample: DenseSample) -> np.ndarray:
-        """[1, 3]: means over the frames of a sequence; see `columns`."""
+        """f64 [n, 3] of the n frames of a sequence with a known depth; see `columns`."""
         frames, depth = sample.load()
         rows = self.head_errors(encoder, model, encoder(frames), torch.from_numpy(depth))
-        if np.isnan(rows).all():
+        is_known = ~np.isnan(rows).any(1)
+        if not is_known.any():
             raise UserError(
                 f"{sample.name}: no pixel has a known depth of at most task.max_depth {self.max_depth:g}"
             )
-        return np.nanmean(rows, 0, keepdims=True)
+        return rows[is_known]
 
     def summarise(self, rows: list[np.ndarray], groups: list[str]) -> dict[str, Any]:
+        """Means over all frames, whatever the lengths of the sequences."""
         errors = np.concatenate(rows)
+        frame_groups = [group for part, group in zip(rows, groups, strict=True) for _ in part]
         rmse, abs_rel, close = errors.mean(0)
         return {
             "metric": "rmse",
             "value": round(float(rmse), 4),
-            "ci95": bootstrap_metric_ci(lambda i: float(errors[i, 0].mean()), groups, self.seed),
+            "ci95": bootstrap_metric_ci(lambda i: float(errors[i, 0].mean()), frame_groups, self.seed),
             "abs_rel": round(float(abs_rel), 4),
             "delta_1.25": round(100 * float(close), 4),
         }
