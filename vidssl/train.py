@@ -106,8 +106,7 @@ def main(argv: list[str]) -> None:
             must_stop = bool(metrics["stop"] or metrics["collapsed"])
             is_due = done % run.save_every == 0 and not state.guard.consecutive_skips
             if strategy.participates_in_save and (is_due or must_stop or done == run.steps):
-                with throughput.beside("save"):
-                    state.save(done, folder.sync_log)
+                throughput.beside("save", state.save, done, folder.sync_log)
             if must_stop:
                 break
     strategy.close()

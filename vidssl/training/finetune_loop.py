@@ -152,8 +152,7 @@ class Finetuner:
                 is_due = ends_epoch and not state.guard.consecutive_skips
                 is_due |= must_stop or done == self.steps
                 if self.strategy.participates_in_save and is_due:
-                    with throughput.beside("save"):
-                        state.save(done, folder.sync_log)
+                    throughput.beside("save", state.save, done, folder.sync_log)
                 if must_stop:
                     break
         self.strategy.barrier()

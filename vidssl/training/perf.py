@@ -5,7 +5,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -97,11 +97,10 @@ class Throughput:
         """Context of the forward and backward passes of a step."""
         return self.utilization.flops.counting() if self.utilization else contextlib.nullcontext()
 
-    @contextlib.contextmanager
-    def beside(self, name: str) -> Iterator[None]:
-        """Context of work after a step's row is written; its seconds are NAME_s in the next row."""
+    def beside(self, name: str, action: Callable[..., None], *args: Any) -> None:
+        """Calls action(*args) after a step's row is written; its seconds are NAME_s in the next row."""
         start_s = time.perf_counter()
-        yield
+        action(*args)
         self.beside_s[f"{name}_s"] = time.perf_counter() - start_s
 
     def row(self) -> dict[str, float]:

@@ -93,8 +93,7 @@ def test_wait_is_only_the_time_in_the_loader(monkeypatch):
         rows.append((wait_s, throughput.row()))
         clock.passes(20)  # diagnostics and logging
         if wait_s == 3:
-            with throughput.beside("save"):
-                clock.passes(7)
+            throughput.beside("save", clock.passes, 7)
     for wait_s, row in rows:
         assert row["wait"] == wait_s / (wait_s + 1) and row["clips_per_s"] == 8 / (wait_s + 1)
     assert [row.get("save_s") for _, row in rows] == [None, None, 7, None]
