@@ -23,7 +23,7 @@ from vidssl.core.io import stream_sha256
 from vidssl.data.decoding import open_video
 from vidssl.data.decoding.image import ImageVideo
 from vidssl.data.decoding.pyav import PyAVVideo
-from vidssl.data.format import MAX_RECORDS_BYTES, dumps, read_index, select_media, shard_table
+from vidssl.data.format import MAX_RECORDS_BYTES, believed_meta, dumps, read_index, select_media, shard_table
 from vidssl.data.remote import ShardError, canonical_address, fetch, is_url, join, without_query
 from vidssl.data.tar_files import is_system_file
 
@@ -76,13 +76,15 @@ def check_shard(folder: str, entry: dict, strict: bool, decode: list[int]) -> It
             problems.append(f"{where}: {len(records)} samples in its jsonl, {entry['samples']} in index.json")
         yield from problems
         for i in decode if not problems else []:
-            yield from check_sample(where, tar, records[i])
+            yield from check_sample(where, tar, records[i], believed_meta(records[i], strict))
 
 
 def check_records(where: str, tar: BinaryIO, records: list[dict], strict: bool) -> Iterator[str]:
     """Yields the records whose media file or metadata is not where, or not what, the tar has."""
     samples = tar_samples(Path(where), tar).samples
     for record in records:
+        # Raises an error for metadata of another kind.
+        believed_meta(record, strict)
         members = samples.get(record["key"], {})
         media = select_media(members)
         if media is None or (media[0], *media[1]) != (record["ext"], record["offset"], record["size"]):
@@ -95,10 +97,11 @@ def check_records(where: str, tar: BinaryIO, records: list[dict], strict: bool) 
                 yield f"{where}: {record['key']}: its .json differs from its jsonl line"
 
 
-def check_sample(tar_name: str, tar: BinaryIO, record: dict) -> Iterator[str]:
-    """Yields the problems of one sample, decoded completely and by the decoder that training uses."""
+def check_sample(tar_name: str, tar: BinaryIO, record: dict, meta: dict) -> Iterator[str]:
+    """Yields the problems of one sample, decoded completely and by the decoder that training uses. meta: its
+    metadata as a reader of shards takes them.
+    """
     where = f"{tar_name}: {record['key']}"
-    meta = record["meta"]
     tar.seek(record["offset"])
     data = tar.read(record["size"])
     try:

@@ -80,10 +80,20 @@ def parse_sample(line: bytes, shard: int, packed: bool) -> Sample:
     packed: whether pack wrote the index; else facts about frames count only where a sample has pack's mark.
     """
     r = json.loads(line)
-    meta = r["meta"]
-    if not packed and not is_packed(meta, r["size"]):
-        meta = without_claims(meta)
-    return Sample(r["key"], r["ext"], shard, r["offset"], r["size"], meta)
+    sample = Sample(r["key"], r["ext"], shard, r["offset"], r["size"], believed_meta(r, packed))
+    if not isinstance(sample.key, str) or not isinstance(sample.ext, str):
+        raise TypeError("key or ext is not text")
+    if min(sample.offset, sample.size) < 0:
+        raise ValueError("offset or size is negative")
+    return sample
+
+
+def believed_meta(record: dict[str, Any], packed: bool) -> dict[str, Any]:
+    """Returns the metadata of a record of a .jsonl. packed: as for `parse_sample`."""
+    meta = record["meta"]
+    if not isinstance(meta, dict):
+        raise TypeError(f"meta is {type(meta).__name__}, not an object")
+    return meta if packed or is_packed(meta, record["size"]) else without_claims(meta)
 
 
 def shard_entry(tar: Path, samples: int) -> dict[str, Any]:

@@ -237,13 +237,14 @@ class Shards:
         expected = self.sizes[sample.shard]
         try:
             found = os.fstat(file.fileno()).st_size
+            if found != expected:
+                raise ShardError(f"{path}: has {found} bytes, index.json says {expected}", "shard_changed")
+            # Checked before: a size that is not true would be allocated.
+            if sample.offset + sample.size > found:
+                raise ShardError(f"{path}: ends before the sample {sample.key}", "shard_changed")
             data = os.pread(file.fileno(), sample.size, sample.offset)
         except OSError as e:
             raise ShardError(f"{path}: {e.strerror}") from e
-        if found != expected:
-            raise ShardError(f"{path}: has {found} bytes, index.json says {expected}", "shard_changed")
-        if len(data) < sample.size:
-            raise ShardError(f"{path}: ends before the sample {sample.key}", "shard_changed")
         return data
 
     def _shard_records(self, shard: int) -> ShardRecords:

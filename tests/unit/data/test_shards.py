@@ -122,6 +122,34 @@ def test_samples_of_a_skipped_shard_count_as_failures(pictures, damage):
         list(train_batches(clips(0.2), 0, 60, 4, 0, 1, 0))
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"offset": -1},
+        {"size": -1},
+        {"size": 1 << 60},
+        {"offset": "0"},
+        {"key": 3},
+        {"ext": None},
+        {"meta": []},
+    ],
+)
+def test_records_with_wrong_fields(wrong, pictures, capsys):
+    lines = pictures / "part-0.jsonl"
+    first, *others = lines.read_text().splitlines(keepends=True)
+    lines.write_text(json.dumps(json.loads(first) | wrong) + "\n" + "".join(others))
+    index = json.loads((pictures / "index.json").read_text())
+    del index["checksum"]
+    index["shards"][0] = scan.shard_entry(pictures / "part-0.tar", 5)
+    (pictures / "index.json").write_text(json.dumps(index))
+    shards = Shards([str(pictures)])
+    with pytest.raises(UserError, match=r"part-0\.(jsonl: line 1 is not a sample|tar: ends before)"):
+        shards.read(shards.sample(0, 0))
+    with pytest.raises(SystemExit):
+        verify.main([str(pictures)])
+    assert capsys.readouterr().out.splitlines()[-1] == "1 data set: 1 problem"
+
+
 def test_damaged_record_and_offset_beyond_the_end(tmp_path):
     good = line(0, 0)
     lines = ShardRecords((good + "{}\n" + "no\n" + good).encode(), 7, "x.jsonl")
