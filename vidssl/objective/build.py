@@ -34,7 +34,8 @@ def build_objective(
     predictor = method.predictor.build(encoder=encoder, out=target.width)
     query = method.query.build(width=predictor.width)
     mask = method.mask.build()
-    for count in frames:  # raises UserError if the grid of a stream is too small for the mask
+    for count in frames:  # raises UserError if a stream's clip does not suit the target or the mask
+        target.check_clip(count, size)
         blank = torch.zeros(1, 3, count, size, size)
         mask(blank, encoder.grid_of(blank), KeyedRNG(0, 0, torch.zeros(1, dtype=torch.int64)))
     return Objective(encoder, mask, target, query, predictor, method.error.build(), method.context)

@@ -29,6 +29,9 @@ class Target(nn.Module):
         self.width = width
         self.momentum = momentum
 
+    def check_clip(self, frames: int, size: int) -> None:
+        """Raises UserError if the target cannot be made of a clip of so many frames of size x size pixels."""
+
     def update(self, encoder: Encoder, momentum: float) -> None:
         """Called after every optimizer step; a target without an EMA encoder does nothing."""
 
@@ -59,6 +62,13 @@ class Pixels(Target):
         self.frames = frames
         self.norm = norm
         self.space = space
+
+    def check_clip(self, frames: int, size: int) -> None:
+        if frames % self.tubelet:
+            raise UserError(
+                f"method.target.kind pixels: a token is {self.tubelet} frames, so it cannot be predicted of "
+                f"a stream of {frames}; give its frames a multiple of {self.tubelet}, or the target kind ema"
+            )
 
     @torch.no_grad()
     def forward(self, video: Tensor) -> Tensor:
@@ -132,6 +142,14 @@ class Teacher(Target):
                 f"the model's {encoder.tubelet} x {encoder.patch} x {encoder.patch}; they must be equal"
             )
         self._teacher = [teacher]  # in a list, so that it is not registered as a submodule
+        self._path = path
+
+    def check_clip(self, frames: int, size: int) -> None:
+        if frames == 1 and self._teacher[0].patch_embed_img is None and self._teacher[0].tubelet > 1:
+            raise UserError(
+                f"method.target.path: the teacher ({self._path}) has no image tokenizer, so it cannot see "
+                "a stream of one frame; give another teacher, or streams of videos"
+            )
 
     @torch.no_grad()
     def forward(self, video: Tensor) -> Tensor:

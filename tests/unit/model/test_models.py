@@ -317,3 +317,13 @@ def test_small_values_are_not_rounded_under_autocast(positions, image_tokenizer)
     if image_tokenizer:
         want = want + predictor.modality[0]
     assert torch.allclose(inputs["predictor"][:, 2:], want.expand(2, 2, 24), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("per_tubelet", [None, 1])
+@pytest.mark.parametrize("frames", [1, 3])
+def test_a_clip_that_pixels_cannot_be_predicted_of_is_refused_in_a_line(frames, per_tubelet):
+    target = Pixels(build()[0], per_tubelet=per_tubelet)
+    target.check_clip(4, 16)
+    with pytest.raises(UserError, match=f"kind pixels: a token is 2 frames.* stream of {frames};") as refused:
+        target.check_clip(frames, 16)
+    assert len(str(refused.value).splitlines()) == 1
