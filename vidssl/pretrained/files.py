@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vidssl.core.errors import UserError
 from vidssl.core.io import atomic_write
+from vidssl.pretrained.content import HASH_KEY, check_content, check_matrices, content_hash
 from vidssl.pretrained.infer_config import Checkpoint
 
 HEADER_KEY = "vidssl"  # of the safetensors metadata entry that holds our header
@@ -81,9 +82,9 @@ def read_native(path: Path) -> tuple[Checkpoint, dict[str, Any]]:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Writes a safetensors file; raises OSError if it cannot be written."""
+    """Writes a safetensors file with a hash of its content; raises OSError if it cannot be written."""
     try:
-        save_file(tensors, path, metadata)
+        save_file(tensors, path, {**(metadata or {}), HASH_KEY: content_hash(tensors)})
     except SafetensorError as e:
         raise OSError(f"{path.name}: {e}") from None
 
@@ -100,12 +101,16 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Returns (weights, header) of one of our files; raises UserError if a weight is not finite."""
     try:
         with safe_open(path, "pt") as f:
-            header = (f.metadata() or {}).get(HEADER_KEY)
+            metadata = f.metadata() or {}
             weights = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as e:
         raise UserError(f"{path}: not a readable safetensors file ({e})") from None
+    header = metadata.get(HEADER_KEY)
     if header is None:
         raise UserError(f"{path}: not an encoder written by vidssl (no description in its header)")
+    check_content(path, weights, metadata)
     if not all(w.isfinite().all() for w in weights.values()):
         raise UserError(f"{path}: some of its weights are not finite: the run that wrote it had diverged")
+    if HASH_KEY not in metadata:
+        check_matrices(weights, str(path))
     return weights, json.loads(header)

@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vidssl.core.errors import UserError
 from vidssl.model.heads import HEAD_EPS, AttentiveHead
+from vidssl.pretrained.content import check_content
 from vidssl.pretrained.infer_config import (
     Checkpoint,
     build_head,
@@ -55,12 +55,20 @@ def read_public(source: str, **overrides: Any) -> Checkpoint:
     return checkpoint_from_state(state, str(path), overrides)
 
 
+def load_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file; raises UserError if they do not have the hash in its header."""
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        check_content(path, tensors, file.metadata())
+    return tensors
+
+
 def load_state_file(path: Path) -> dict[str, Any]:
     """The content of a weight file; torch files are read weights-only, so that nothing in them is
     executed."""
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
+            return load_safetensors(path)
         with torch.serialization.safe_globals(_harmless_globals()):
             placeholders = _placeholders(path)
         with torch.serialization.safe_globals(_harmless_globals() + placeholders):
