@@ -4,6 +4,7 @@ import errno
 import os
 import re
 import sys
+import threading
 from collections.abc import Callable
 
 from vidssl.core.log import configure_logging, logger
@@ -81,16 +82,27 @@ def run_cli(main: Callable[[list[str]], None], about: str | None = None) -> None
     """Runs main(argv) and ends the process with the exit status of its outcome (docs/training.md lists them).
 
     UserError and errors of the disk: one line on stderr, EXIT_USER_ERROR. Preempted: EXIT_REQUEUE. Ctrl-C:
-    EXIT_INTERRUPTED. Any other exception is a fault of the program: a traceback and 1.
+    EXIT_INTERRUPTED. Any other exception, in any thread, is a fault of the program: a traceback and 1.
     about: printed for --help.
     """
     if about and asks_for_help(sys.argv[1:]):
         print(about)
         return
     configure_logging()
+    failed_threads: list[str] = []
+    report = threading.excepthook
+
+    def record(failure: threading.ExceptHookArgs) -> None:
+        failed_threads.append(failure.thread.name if failure.thread else "a thread")
+        report(failure)
+
+    threading.excepthook = record
     try:
         main(sys.argv[1:])
         sys.stdout.flush()
+        if failed_threads:
+            print(f"error: {failed_threads[0]} has failed: its traceback is above", file=sys.stderr)
+            sys.exit(1)
     except UserError as e:
         # Raised in a loader worker, the message ends with the worker's traceback.
         last = str(e).strip().splitlines()[-1]
@@ -112,3 +124,5 @@ def run_cli(main: Callable[[list[str]], None], about: str | None = None) -> None
     except KeyboardInterrupt as e:
         print(str(e) or "interrupted", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
+    finally:
+        threading.excepthook = report

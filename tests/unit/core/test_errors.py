@@ -7,6 +7,7 @@ import re
 import resource
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,22 @@ def test_a_fault_of_the_program_is_raised(error, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["program"])
     with pytest.raises(type(error)):
         run_cli(raise_error(error))
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("fault"), MemoryError(), OSError(errno.ENOSPC, "full"), UserError("x")]
+)
+def test_a_failed_thread_does_not_end_with_status_0(error, monkeypatch, capsys):
+    def main(_: list[str]) -> None:
+        thread = threading.Thread(target=raise_error(error), args=([],), name="metrics")
+        thread.start()
+        thread.join()
+
+    monkeypatch.setattr(sys, "argv", ["program"])
+    monkeypatch.setattr(threading, "excepthook", lambda failure: None)
+    with pytest.raises(SystemExit) as exit_:
+        run_cli(main)
+    assert exit_.value.code == 1 and "error: metrics has failed" in capsys.readouterr().err
 
 
 class FullDisk(torch.utils.data.Dataset):
