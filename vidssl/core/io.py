@@ -6,6 +6,8 @@ import fcntl
 import hashlib
 import json
 import os
+import resource
+import shutil
 import socket
 import stat
 from collections.abc import Callable, Iterator
@@ -145,6 +147,30 @@ def check_writable(out: Path) -> None:
         raise UserError(f"{out}: {existing} is not a folder; choose another place")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise UserError(f"{out}: {existing} cannot be written to; choose another place")
+
+
+def check_no_shards(out: Path, option: str) -> None:
+    """Raises UserError if the output folder is one of packed shards."""
+    if (out / "index.json").exists() or any(out.glob("*.tar")):
+        raise UserError(f"{option} {out}: is a folder of shards; give the run a folder of its own")
+
+
+def check_free_space(out: Path, needed: int, what: str, correction: str) -> None:
+    """Raises UserError unless the disk of the folder, which may not exist yet, has `needed` bytes free."""
+    existing = next(p for p in (out.absolute(), *out.absolute().parents) if p.is_dir())
+    free = shutil.disk_usage(existing).free
+    if needed > free:
+        raise UserError(
+            f"{out}: {what} take {needed / 1e9:.3g} GB, the disk has {free / 1e9:.3g} GB free; {correction}"
+        )
+
+
+def raise_open_file_limit() -> None:
+    """Raises the soft limit of open files to the hard one: shards and waiting batches hold many."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def make_folder(folder: Path) -> None:

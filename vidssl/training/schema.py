@@ -20,7 +20,7 @@ from vidssl.config import (
     Text,
 )
 from vidssl.core.errors import UserError
-from vidssl.core.io import check_writable
+from vidssl.core.io import check_no_shards, check_writable
 from vidssl.data.order import check_split
 from vidssl.data.schema import AUGMENT_PARTS, DataConfig
 from vidssl.model.schema import MODEL_PARTS, NATIVE_SIZE_KEYS
@@ -277,8 +277,9 @@ def check_trackers(names: tuple[Tracker, ...], option: str = "run.trackers") -> 
 
 
 def check_output(run: RunConfig) -> None:
-    """Raises UserError if the run's folder cannot be written or a tracker is not installed."""
+    """Raises UserError if the folder cannot be written or holds shards, or a tracker is not installed."""
     check_writable(Path(run.out))
+    check_no_shards(Path(run.out), "run.out")
     check_trackers(run.trackers)
 
 
