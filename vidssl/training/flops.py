@@ -102,9 +102,14 @@ def passes(module: nn.Module, x: Tensor) -> int:
 
 
 def stack_flops(
-    stack: nn.Module, x: Tensor, rope: object, layers: object, num_outputs: int | None = None
+    stack: nn.Module,
+    x: Tensor,
+    rope: object,
+    layers: object,
+    num_outputs: int | None = None,
+    rng: object = None,
 ) -> int:
-    """Of x [B, n, D]; the last block has num_outputs queries."""
+    """Of x [B, n, D]; the last block has num_outputs queries. The arguments are those of TransformerStack."""
     assert isinstance(stack, TransformerStack)
     b, n, dim = x.shape
     total = 0
