@@ -6,7 +6,8 @@ r"""Compares probes: a table, differences with paired intervals, and a plot.
 The folder of each probe.json holds its predictions.csv. A difference is to the first probe's row of the same
 label, control and fraction of train, sample by sample: groups of test samples are resampled for both
 together, so that what is hard for both does not widen the interval. Rows of numbers or tags have no hits and
-get no difference.
+get no difference. What else than the encoder differs between the probes is listed below the table and the
+plot; rows of different conditions share no bar.
 
 --rank: Spearman's correlation, over the probes, of each label-free score (RankMe, alpha-ReQ of the mean
 tokens of train) with the metric on test; p: two-sided, by all permutations of up to 7 probes, of more by
@@ -14,8 +15,11 @@ tokens of train) with the metric on test; p: two-sided, by all permutations of u
 
 import argparse
 import csv
+import dataclasses
 import json
+import textwrap
 from collections import Counter
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -24,31 +28,60 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.backend_bases import FigureCanvasBase
 
 from vidssl.core.errors import UserError, run_cli
+from vidssl.core.io import check_writable, make_folder
+from vidssl.evaluation.features import FeatureStorage
 from vidssl.evaluation.metrics import bootstrap_ci
 from vidssl.evaluation.views import CONTROLS
 
 RUN_KEYS = ("label", "control", "train_fraction", "seed")
 SCORES = ("rankme", "alpha")
+CONDITION_SECTIONS = ("data", "probe", "head", "optim", "tune", "augment")
+# Encoders of other clips can be ranked: an image model has no frames of its own.
+CLIP_KEYS = ("data.frames", "data.size", "data.stride", "data.fps")
+# The data are compared by hash and the rows name fraction and list; how features are kept changes nothing.
+NO_CONDITIONS = {f"data.{key}" for key in ("train", "test", "label", "labels", "cache_dir", "cache_gb")}
+NO_CONDITIONS |= {"data.train_fractions", "data.seeds", "probe.controls", "tune.trackers", "tune.lanes"}
+NO_CONDITIONS |= {f"probe.{f.name}" for f in dataclasses.fields(FeatureStorage)} - {"probe.cache_dtype"}
 COLUMNS = ("name", "label", "control", "protocol", "train_fraction", "seed", "metric", "value", "low", "high")
 COLUMNS = (*COLUMNS, "chance", "n_test", "difference", "difference_low", "difference_high", *SCORES)
+COLUMNS = (*COLUMNS, "conditions")
 Row = dict[str, Any]
 
 
-def read_probe(path: Path, name: str) -> tuple[str, list[Row]]:
-    """Returns the hash of the test data, and the rows of the report; see `make_row`."""
+def read_probe(path: Path, name: str) -> tuple[str, list[Row], Row]:
+    """Returns the hash of the test data, the rows of the report (see `make_row`) and its conditions."""
     try:
         report = json.loads(path.read_text())
         with open(path.with_name("predictions.csv"), newline="") as f:
             predictions = list(csv.DictReader(f))
         rows = [make_row(name, result, predictions) for result in report["results"]]
         scores = report.get("label_free", {})
-        return report["data"]["test"], [row | scores.get(row["control"], {}) for row in rows]
+        rows = [row | scores.get(row["control"], {}) for row in rows]
+        return report["data"]["test"], rows, conditions_of(report)
     except OSError as e:
         raise UserError(f"{e.filename}: {e.strerror}; give the probe.json of a probe's folder") from None
     except (ValueError, KeyError) as e:
         raise UserError(f"{path}: not a probe.json of this version ({e})") from None
+
+
+def conditions_of(report: Row) -> Row:
+    """Everything beside the encoder that decides the figures of a report, as dotted keys."""
+    found = {"train data": report["data"].get("train", "")[:8]}
+    for section in CONDITION_SECTIONS:
+        for key, value in report.get("config", {}).get(section, {}).items():
+            if f"{section}.{key}" not in NO_CONDITIONS:
+                found[f"{section}.{key}"] = value
+    return found
+
+
+def differing_conditions(conditions: dict[str, Row]) -> dict[str, Row]:
+    """Key -> name of a probe -> value, of the conditions that the probes do not share."""
+    keys = list(dict.fromkeys(key for found in conditions.values() for key in found))
+    values = {key: {name: found.get(key, "-") for name, found in conditions.items()} for key in keys}
+    return {key: row for key, row in values.items() if len({repr(value) for value in row.values()}) > 1}
 
 
 def make_row(name: str, result: Row, predictions: list[dict[str, str]]) -> Row:
@@ -91,7 +124,8 @@ def format_table(rows: list[Row]) -> str:
     for r in rows:
         train = f"{r['train_fraction']}/{r['seed']}" if r["train_fraction"] else "all"
         interval = f"[{r['low']:.2f}, {r['high']:.2f}]"
-        run = f"{r['label']:12s} {r['control']:11s} {train:>6s} {r['metric']:5s}"
+        control = "" if r["control"] == "none" else r["control"]
+        run = f"{r['label']:12s} {control:11s} {train:>6s} {r['metric']:5s}"
         line = f"{r['name']:{width}s}  {run} {r['value']:7.2f} {interval:>17s}"
         if "difference" in r:
             line += f"   {r['difference']:+.2f} [{r['difference_low']:+.2f}, {r['difference_high']:+.2f}]"
@@ -147,67 +181,146 @@ def rank_lines(rows: list[Row]) -> list[str]:
     return lines
 
 
+def merge_lists(members: list[Row]) -> dict[str, float]:
+    """Value and interval of a result; of several low-shot lists of one probe, mean and sample deviation."""
+    if len(members) == 1:
+        return {key: float(members[0][key]) for key in ("value", "low", "high")}
+    values = np.array([row["value"] for row in members])
+    mean = float(values.mean())
+    deviation = float(values.std(ddof=1))
+    return {"value": mean, "low": mean - deviation, "high": mean + deviation}
+
+
+def common_lists(rows: list[Row]) -> list[Row]:
+    """Rows of the low-shot lists that every probe has; all rows if there is none."""
+    seeds = [{r["seed"] for r in rows if r["name"] == name} for name in {r["name"] for r in rows}]
+    common = set.intersection(*seeds)
+    return [r for r in rows if r["seed"] in common] or rows
+
+
 def draw_bars(axis: Any, rows: list[Row], names: list[str], controls: list[str]) -> None:
-    """For each probe a bar per control (of several low-shot lists the mean)."""
+    """For each probe a bar per control, of rows of one label, metric and fraction of train."""
+    rows = common_lists(rows)
     width = 0.8 / len(controls)
+    lists = 1
     for k, control in enumerate(controls):
         places, bars = [], []
         for i, name in enumerate(names):
             members = [r for r in rows if (r["control"], r["name"]) == (control, name)]
             if members:
-                bars.append([float(np.mean([r[key] for r in members])) for key in ("value", "low", "high")])
+                lists = max(lists, len(members))
+                bars.append([merge_lists(members)[key] for key in ("value", "low", "high")])
                 places.append(i + width * (k - (len(controls) - 1) / 2))
         if bars:
             value, low, high = np.array(bars).T
             errors = np.stack([value - low, high - value]).clip(min=0)
-            axis.bar(places, value, 0.94 * width, yerr=errors, capsize=2, color=f"C{k}", label=control)
-    axis.axhline(rows[0]["chance"], color="k", ls=":", lw=1)
+            text = "unchanged clips" if control == "none" else control
+            axis.bar(places, value, 0.94 * width, yerr=errors, capsize=2, color=f"C{k}", label=text)
+    for chance in {r["chance"] for r in rows}:
+        axis.axhline(chance, color="k", ls=":", lw=1)
     axis.set_xticks(range(len(names)), names, rotation=20, ha="right")
-    axis.set_title(f"{rows[0]['label']}: {rows[0]['metric']}, 95 % interval", fontsize=9)
+    first = rows[0]
+    axis.set_ylabel(first["metric"] if first["metric"] == "R2" else f"{first['metric']}, %")
+    train = f"{first['train_fraction']} of train" if first["train_fraction"] else "all of train"
+    shown = f"mean and deviation of {lists} lists" if lists > 1 else "95 % interval"
+    axis.set_title(f"{first['label']}, {train}\n{shown}; dotted: chance", fontsize=9)
 
 
-def plot(rows: list[Row], path: Path) -> None:
-    """A panel per label."""
-    labels, names = (list(dict.fromkeys(r[k] for r in rows)) for k in ("label", "name"))
+def plot(rows: list[Row], path: Path, conditions: str) -> None:
+    """A panel for each label, metric and fraction of train: rows of different conditions share no bar.
+    conditions: what differs between the probes, written below."""
+    panels: dict[tuple, list[Row]] = {}
+    for row in rows:
+        panels.setdefault((row["label"], row["metric"], row["train_fraction"]), []).append(row)
+    names = list(dict.fromkeys(r["name"] for r in rows))
     controls = [c for c in CONTROLS if any(r["control"] == c for r in rows)]
-    size = (2 + 1.1 * len(names) * len(labels), 3.6)
-    figure, axes = plt.subplots(1, len(labels), figsize=size, squeeze=False)
-    for axis, label in zip(axes[0], labels, strict=True):
-        draw_bars(axis, [r for r in rows if r["label"] == label], names, controls)
-    figure.tight_layout(rect=(0, 0, 1, 0.9))
-    legend = axes[0][0].get_legend_handles_labels()
-    figure.legend(*legend, loc="upper center", ncols=3, fontsize=7, frameon=False)
+    columns = min(len(panels), 3)
+    lines = -(-len(panels) // columns)
+    width = max(3.2, 1.2 + 0.25 * len(names) * (1 + len(controls)))
+    figure, axes = plt.subplots(
+        lines, columns, figsize=(width * columns, 3.6 * lines + 0.8), squeeze=False, layout="constrained"
+    )
+    for axis in axes.flat[len(panels) :]:
+        axis.remove()
+    for axis, members in zip(axes.flat, panels.values(), strict=False):
+        draw_bars(axis, members, names, controls)
+    handles = {
+        text: handle
+        for axis in figure.axes
+        for handle, text in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=4, frameon=False)
+    if conditions:
+        figure.supxlabel("\n".join(textwrap.wrap(conditions, int(16 * width * columns))), fontsize=7)
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def short_names(paths: list[Path]) -> list[str]:
+    """For each folder of a probe.json the fewest parts of its path, in order, that tell it from the others:
+    the part in which all differ, else what is left without the parts that all share."""
+    parts = [path.resolve().parent.parts for path in paths]
+    if len({len(p) for p in parts}) == 1:
+        for column in reversed(list(zip(*parts, strict=True))):
+            if len(set(column)) == len(column):
+                return list(column)
+        columns = [c for c in zip(*parts, strict=True) if len(set(c)) > 1]
+        return ["/".join(row) for row in zip(*columns, strict=True)] if columns else [p[-1] for p in parts]
+    start = shared_parts(parts)
+    end = shared_parts([p[start:][::-1] for p in parts])
+    return ["/".join(p[start : len(p) - end] or p[-1:]) for p in parts]
+
+
+def shared_parts(paths: list[tuple[str, ...]]) -> int:
+    """Number of leading parts that all paths share."""
+    return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, zip(*paths, strict=False)))
 
 
 def main(argv: list[str]) -> None:
     p = argparse.ArgumentParser(prog="compare", description=__doc__.split("\n")[0])
     p.add_argument("probes", nargs="+", type=Path)
-    p.add_argument("--names", nargs="+", help="default: the folders' names")
+    p.add_argument("--names", nargs="+", help="default: the parts of the paths that differ")
     p.add_argument("--csv", type=Path)
     p.add_argument("--plot", type=Path)
     p.add_argument("--rank", action="store_true", help="correlate label-free scores with the metric on test")
     a = p.parse_args(argv)
     paths = [path / "probe.json" if path.is_dir() else path for path in a.probes]
-    names = a.names or [path.resolve().parent.name for path in paths]
+    names = a.names or short_names(paths)
     if len(names) != len(paths) or len(set(names)) < len(names):
         raise UserError(f"{len(paths)} probes need as many different --names, not {names}")
+    for file in (a.csv, a.plot):
+        if file:
+            check_writable(file.parent)
+            make_folder(file.parent)
+    if a.plot and a.plot.suffix.lstrip(".") not in FigureCanvasBase.filetypes:
+        raise UserError(f"--plot {a.plot}: give a file name that ends in .png, .pdf or .svg")
     probes = [read_probe(path, name) for path, name in zip(paths, names, strict=True)]
-    if len({data for data, _ in probes}) > 1:
+    if len({data for data, *_ in probes}) > 1:
         raise UserError("these probes were tested on different data (data.test differs): nothing to compare")
-    rows = [row for _, probe_rows in probes for row in probe_rows]
+    differing = differing_conditions(dict(zip(names, (found for *_, found in probes), strict=True)))
+    rows = [row for _, probe_rows, _ in probes for row in probe_rows]
+    for row in rows:
+        row["conditions"] = ", ".join(f"{key} {values[row['name']]}" for key, values in differing.items())
     rows.sort(key=lambda r: (r["label"], r["train_fraction"], r["seed"], CONTROLS.index(r["control"])))
     add_differences(rows)
     print(format_table(rows))
+    conditions = "; ".join(
+        f"{key}: {', '.join(f'{name} {value}' for name, value in values.items())}"
+        for key, values in differing.items()
+    )
+    if conditions:
+        conditions = f"These probes differ in more than the encoder: {conditions}"
+        print("\n" + conditions)
     if a.csv:
         with open(a.csv, "w", newline="") as f:
             writer = csv.DictWriter(f, COLUMNS, extrasaction="ignore")
             writer.writeheader()
             writer.writerows(rows)
     if a.plot:
-        plot(rows, a.plot)
+        plot(rows, a.plot, conditions)
     if a.rank:
+        if heads := [key for key in differing if key not in CLIP_KEYS]:
+            raise UserError(f"--rank: these probes differ in {', '.join(heads)}: no ranking of encoders")
         print("\n" + "\n".join(rank_lines(rows)))
 
 

@@ -181,7 +181,8 @@ def accuracy_over_steps(out: Path, method: str, last: int) -> list[tuple[int, fl
 def draw(out: Path, rows: list[dict]) -> None:
     """Draws curves.png (losses, feature statistics, probes of snapshots) and accuracy.png (the table as
     bars)."""
-    figure, axes = plt.subplots(1, 5, figsize=(18, 3.2))
+    figure, grid = plt.subplots(2, 3, figsize=(13, 7), layout="constrained")
+    axes = grid.flat
     for i, m in enumerate(METHODS):
         log = [json.loads(line) for line in (out / m / "log.jsonl").read_text().splitlines()]
         axes[i].plot([r["step"] for r in log], [r["loss"] for r in log], lw=0.7, color=f"C{i}")
@@ -193,23 +194,27 @@ def draw(out: Path, rows: list[dict]) -> None:
         axes[3].plot([r["step"] for r in health], [r["feature_rank"] for r in health], "o-", ms=3, label=m)
         way = accuracy_over_steps(out, m, log[-1]["step"])
         axes[4].plot(*zip(*way, strict=True), "o-", ms=3, label=m)
-    axes[4].set_title("frozen probe of snapshots, %")
-    axes[2].set_title("features: deviation over time / rms")
-    axes[3].set_title("features: effective rank")
-    for i, axis in enumerate(axes):
+    axes[2].set_title("features: deviation over time")
+    axes[3].set_title("features: effective rank (RankMe)")
+    axes[4].set_title("frozen probe of snapshots")
+    units = ("loss", "loss", "deviation / root mean square", "directions", "accuracy on test, %")
+    for i, (axis, unit) in enumerate(zip(axes, units, strict=False)):
         axis.set_xlabel("step")
+        axis.set_ylabel(unit)
         if i < 2:
             axis.set_yscale("log")
         else:
             axis.set_ylim(bottom=0)
-    axes[3].legend()
-    figure.tight_layout()
+    handles, names = axes[4].get_legend_handles_labels()
+    axes[5].axis("off")
+    axes[5].legend(handles, names, loc="center", fontsize=12)
     figure.savefig(out / "curves.png", dpi=110)
     plt.close(figure)
 
     labels = list(dict.fromkeys(r["label"] for r in rows))
     encoders = list(dict.fromkeys(r["encoder"] for r in rows))
-    figure, axes = plt.subplots(1, len(labels), figsize=(5 * len(labels), 3.6), squeeze=False)
+    size = (5 * len(labels), 4)
+    figure, axes = plt.subplots(1, len(labels), figsize=size, squeeze=False, layout="constrained")
     for axis, label in zip(axes[0], labels, strict=True):
         for k, (control, colour) in enumerate((("none", "C0"), ("shuffled", "0.75"))):
             mine = [r for r in rows if r["label"] == label and r["control"] == control]
@@ -223,10 +228,11 @@ def draw(out: Path, rows: list[dict]) -> None:
             axis.bar(places, height, 0.38, yerr=error, color=colour, capsize=3, label=name)
         axis.axhline(mine[0]["chance"], color="k", ls=":", lw=1, label="chance")
         axis.set_xticks(range(len(encoders)), encoders)
-        axis.set_title(f"{label}: frozen attentive probe, % (95 % interval)")
+        axis.set_title(f"{label}: frozen attentive probe (95 % interval)")
+        axis.set_ylabel("accuracy on test, %")
         axis.set_ylim(0, 100)
-    axes[0][0].legend(fontsize=8)
-    figure.tight_layout()
+    handles, names = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside upper center", ncols=3, frameon=False)
     figure.savefig(out / "accuracy.png", dpi=110)
     plt.close(figure)
 

@@ -1,0 +1,138 @@
+"""tools/compare.py on written reports: names, conditions that differ, bars and files."""
+
+import csv
+import importlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from vidssl.core.errors import UserError
+
+ROOT = Path(__file__).parents[3]
+LISTS = (0, 1)  # seeds of the low-shot lists
+
+
+@pytest.fixture
+def compare(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    return importlib.import_module("compare")
+
+
+def write_probe(folder: Path, base: float, fractions=(None, 0.2, 0.5), seeds=LISTS, **conditions) -> Path:
+    """A report of values base + 10 * fraction + seed; conditions: of the configuration, or train_hash."""
+    folder.mkdir(parents=True)
+    runs = [(None, None)] if None in fractions else []
+    runs += [(f, seed) for f in fractions if f for seed in seeds]
+    results = []
+    for fraction, seed in runs:
+        value = base + 10 * (fraction or 1) + (seed or 0)
+        facts = {"train_fraction": fraction, "list_seed": seed} if fraction else {}
+        result = {"label": "x", "control": "none", "protocol": "knn", "metric": "top1", "value": value}
+        results.append({**result, "ci95": [value - 5, value + 5], "chance": 10.0, "n_test": 2, **facts})
+    columns = ("label", "control", "train_fraction", "seed", "key", "group", "truth", "predicted", "outputs")
+    with open(folder / "predictions.csv", "w", newline="") as f:
+        writer = csv.writer(f)
+        writer.writerow(columns)
+        for fraction, seed in runs:
+            run = ("x", "none", f"{fraction:g}" if fraction else "", "" if seed is None else seed)
+            writer.writerows((*run, key, "", "a", "a", "") for key in ("k0", "k1"))
+    train_hash = conditions.pop("train_hash", "same")
+    config = {"encoder": str(folder), "out": str(folder), "data": {"train": [str(folder)], "frames": None}}
+    config["probe"] = {"segments": 1, "k": [5], "workers": 2}
+    for key, value in conditions.items():
+        section, name = key.split("__")
+        config[section][name] = value
+    scores = {"none": {"rankme": base, "alpha": 1.0, "samples": 9}}
+    report = {"results": results, "data": {"train": train_hash, "test": "t"}, "label_free": scores}
+    (folder / "probe.json").write_text(json.dumps({**report, "config": config}))
+    return folder / "probe.json"
+
+
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        (["A/probe", "B/probe"], ["A", "B"]),
+        (["A", "B"], ["A", "B"]),
+        (["run/A/p1", "run/B/p2"], ["p1", "p2"]),
+        (["A/x/probe", "A/y/probe", "B/x/probe"], ["A/x", "A/y", "B/x"]),
+        (["A/probe", "C/deep/probe"], ["A", "C/deep"]),
+        (["A", "A/probe"], ["A", "probe"]),
+    ],
+)
+def test_names_are_the_parts_of_the_paths_that_differ(compare, tmp_path, paths, names):
+    assert compare.short_names([tmp_path / path / "probe.json" for path in paths]) == names
+
+
+def test_bars_hold_rows_of_one_condition(compare, tmp_path, monkeypatch):
+    """Fractions have panels of their own; only lists of one fraction and one probe are averaged."""
+    drawn: dict[str, list[float]] = {}
+    bar = compare.plt.Axes.bar
+
+    def recording(axis, places, heights, *args, **kwargs):
+        drawn[axis] = np.asarray(heights).tolist()
+        return bar(axis, places, heights, *args, **kwargs)
+
+    monkeypatch.setattr(compare.plt.Axes, "bar", recording)
+    probes = [write_probe(tmp_path / n / "probe", base) for n, base in (("A", 20), ("B", 40))]
+    compare.main([*map(str, probes), f"--plot={tmp_path / 'no' / 'folder' / 'c.png'}"])
+    assert (tmp_path / "no/folder/c.png").stat().st_size > 5000
+    panels = {axis.get_title().split("\n")[0]: heights for axis, heights in drawn.items()}
+    assert panels == {
+        "x, all of train": [30, 50],
+        "x, 0.2 of train": [22.5, 42.5],
+        "x, 0.5 of train": [25.5, 45.5],
+    }
+    assert all("none" not in text for axis in drawn for text in axis.get_legend_handles_labels()[1])
+
+
+def test_lists_that_a_probe_lacks_are_not_averaged_in_the_others(compare, tmp_path):
+    rows = [
+        row
+        for name, seeds in (("A", (0, 1, 2)), ("B", (1, 2)))
+        for row in compare.read_probe(write_probe(tmp_path / name, 20, (0.2,), seeds), name)[1]
+    ]
+    assert sorted((r["name"], r["seed"]) for r in compare.common_lists(rows)) == [
+        ("A", "1"), ("A", "2"), ("B", "1"), ("B", "2"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("condition", "said"),
+    [
+        ({"probe__segments": 2}, "probe.segments: A 1, B 2"),
+        ({"probe__k": [1]}, "probe.k: A [5], B [1]"),
+        ({"data__frames": 8}, "data.frames: A None, B 8"),
+        ({"data__fps": 8.0}, "data.fps: A -, B 8.0"),
+        ({"train_hash": "other"}, "train data: A same, B other"),
+        ({"probe__workers": 9}, None),  # changes no figure
+        ({}, None),
+    ],
+)
+def test_what_differs_beside_the_encoder_is_said(compare, tmp_path, capsys, condition, said):
+    probes = [write_probe(tmp_path / "A", 20), write_probe(tmp_path / "B", 30, **condition)]
+    probes.append(write_probe(tmp_path / "C", 40))
+    table = tmp_path / "c.csv"
+    compare.main([*map(str, probes[:2]), f"--csv={table}"])
+    out = capsys.readouterr().out
+    assert ("differ in more than the encoder" in out) == bool(said) and (said or "") in out
+    with open(table, newline="") as f:
+        conditions = {(row["name"], row["conditions"]) for row in csv.DictReader(f)}
+    assert all(bool(text) == bool(said) for _, text in conditions) and len(conditions) == 2
+    if said and "data." not in said:
+        with pytest.raises(UserError, match="these probes differ in"):
+            compare.main([*map(str, probes), "--rank"])
+
+
+@pytest.mark.parametrize("option", ["--plot", "--csv"])
+def test_a_place_that_cannot_be_written_is_said_in_one_line(compare, tmp_path, option):
+    probe = write_probe(tmp_path / "A", 20)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="is not a folder"):
+        compare.main([str(probe), option, str(tmp_path / "file" / "x.png")])
+
+
+def test_an_unknown_kind_of_picture_is_said(compare, tmp_path):
+    with pytest.raises(UserError, match=r"ends in \.png"):
+        compare.main([str(write_probe(tmp_path / "A", 20)), f"--plot={tmp_path / 'x.nope'}"])
