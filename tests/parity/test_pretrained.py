@@ -759,7 +759,7 @@ WRONG = {
         lambda s, g: (g.pop("predictor_heads"), g.update(positions="rope", height=24, width=24)),
         "predictor of width 32 has: give predictor_heads=",
     ),
-    "7 heads": (lambda s, g: g.update(heads=7), "48 cannot be divided among 7 heads"),
+    "7 heads": (lambda s, g: g.update(heads=7), "7 heads do not divide the width 48: give 6 or 8"),
     "unknown": (lambda s, g: g.update(head=4), "head= is no property of a model; known are heads,"),
     "no number": (lambda s, g: g.update(heads="many"), "heads=many: input should be a valid integer"),
     "frames": (lambda s, g: g.update(frames=1), "frames=1 are fewer than the tubelet of 2"),

@@ -1,6 +1,7 @@
 """The command line of a program with a configuration: --help and mistakes are answered without torch."""
 
 import dataclasses
+import os
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence
@@ -13,6 +14,7 @@ import vidssl
 from vidssl.config import Arguments, Choice, choice_of, declarations, describe, load_config
 from vidssl.config.signatures import Declaration, Part, meanings
 from vidssl.core.errors import asks_for_help, run_cli
+from vidssl.core.log import logger
 
 WIDTH = 110
 CONFIGS = Path(vidssl.__file__).parents[1] / "configs"
@@ -32,8 +34,10 @@ def check_command_line(cls: type, about: str, folders: Sequence[str]) -> None:
 def check_configuration(argv: Sequence[str], cls: type) -> None:
     """Raises UserError if the configuration is wrong, or names a local file that does not exist."""
     cfg: Any = load_config(argv, cls)
-    if hasattr(cfg, "check_before_work"):
-        cfg.check_before_work()
+    cfg.check_before_work()
+    notes = cfg.notes() if hasattr(cfg, "notes") and os.environ.get("RANK", "0") == "0" else []
+    for note in notes:
+        logger.warning(note)
 
 
 def help_lines(cls: type, folders: Sequence[str]) -> Iterator[str]:

@@ -21,6 +21,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from vidssl.core.errors import UserError
+from vidssl.core.suggestions import multiples_near
 
 
 class EpochLayout(NamedTuple):
@@ -224,7 +225,8 @@ def check_split(batch: int, lanes: int, world: int, what: str = "run.batch", rep
     """Raises UserError unless lanes * repeat divides the global batch, and `world` the lanes."""
     if batch % (lanes * repeat) or batch < 1:
         times = f" x data.repeat {repeat}" if repeat > 1 else ""
-        raise UserError(f"{what} {batch} is not a multiple of run.lanes {lanes}{times}")
+        near = multiples_near(batch, lanes * repeat)
+        raise UserError(f"{what} {batch} is not a multiple of run.lanes {lanes}{times}: give {near}")
     if lanes % world:
         raise UserError(
             f"run.lanes {lanes} is not a multiple of the {world} processes: choose a common multiple"

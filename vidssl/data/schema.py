@@ -1,7 +1,9 @@
 """The `data` section, and other configuration of this package, without torch."""
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import ConfigDict, Field
@@ -84,6 +86,13 @@ class DataConfig:
         """Clips of each stream in a global batch."""
         extra = [s.clips for s in self.extra_streams]
         return [batch - sum(extra), *extra]
+
+
+def check_local_folders(key: str, paths: Sequence[str]) -> None:
+    """Raises UserError if a local path of a data set does not exist."""
+    for path in paths:
+        if "://" not in path and not Path(path).exists():
+            raise UserError(f"{key}: {path}: no such folder")
 
 
 def check_rate(where: str, stride: int | None, fps: float | None) -> None:

@@ -8,6 +8,7 @@ from pydantic import Field
 from vidssl.config import Choice, Names, NonNegativeInt, PositiveFloat, PositiveInt, Spec, Text
 from vidssl.config.signatures import PartTable
 from vidssl.core.errors import UserError
+from vidssl.data.schema import check_local_folders
 
 PROTOCOLS = PartTable("vidssl.evaluation.protocols", "PROTOCOLS")
 OpenFraction = Annotated[float, Field(gt=0, lt=1)]
@@ -48,3 +49,8 @@ class ProbeConfig:
     random_init: bool = False  # the same encoder untrained, for comparison
     data: ProbeData
     probe: Annotated[Spec, Choice(PROTOCOLS)]
+
+    def check_before_work(self) -> None:
+        """Raises UserError for what can be known before torch is imported and data are opened."""
+        check_local_folders("data.train", self.data.train)
+        check_local_folders("data.test", self.data.test)

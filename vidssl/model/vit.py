@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from vidssl.config import Fraction, NonNegativeInt, PositiveFloat, PositiveInt
 from vidssl.core.errors import UserError
 from vidssl.core.rng import KeyedRNG
+from vidssl.core.suggestions import divisors_near, multiples_near
 from vidssl.model.grid import Grid, ImageGrid, gather_tokens, patchify
 from vidssl.model.positions import PositionEncoding, PositionKind, RotaryTable, apply_rope
 
@@ -175,7 +176,7 @@ class PatchEmbed(nn.Module):
 
 def check_heads(dim: int, heads: int) -> None:
     if dim % heads:
-        raise UserError(f"width {dim} cannot be divided among {heads} heads: give a multiple of {heads}")
+        raise UserError(f"{heads} heads do not divide the width {dim}: give {divisors_near(dim, heads)}")
 
 
 class Encoder(nn.Module):
@@ -261,7 +262,8 @@ class Encoder(nn.Module):
         )
         for name, size, option, unit in sizes:
             if size % unit or size < unit:
-                raise UserError(f"clip {name} {size} is not a multiple of model.{option} {unit}")
+                near = multiples_near(size, unit)
+                raise UserError(f"clip {name} {size} is not a multiple of model.{option} {unit}: give {near}")
         kind = ImageGrid if frames == 1 else Grid
         return kind(frames // tubelet, height // self.patch, width // self.patch)
 

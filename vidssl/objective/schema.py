@@ -5,6 +5,7 @@ from typing import Annotated, NamedTuple
 
 from vidssl.config import Choice, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Spec
 from vidssl.config.signatures import PartTable
+from vidssl.core.errors import UserError
 
 MASK_PARTS = PartTable("vidssl.objective.masks", "MASKS")
 TARGET_PARTS = PartTable("vidssl.objective.targets", "TARGETS")
@@ -36,6 +37,12 @@ class ContextLoss:
         if last <= first:
             return self.weight
         return self.weight * min(1.0, max(0.0, (step - first) / (last - first)))
+
+    def __post_init__(self) -> None:
+        if self.warmup[0] > self.warmup[1]:
+            raise UserError(
+                f"method.context.warmup {list(self.warmup)}: the first step must not be the later one"
+            )
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """The configuration of vidssl/finetune.py."""
 
+import os
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -19,8 +20,8 @@ from vidssl.config import (
 )
 from vidssl.config.signatures import PartTable
 from vidssl.core.errors import UserError
-from vidssl.data.schema import AUGMENT_PARTS
-from vidssl.training.schema import EfficiencyConfig, OptimConfig, Tracker
+from vidssl.data.schema import AUGMENT_PARTS, check_local_folders
+from vidssl.training.schema import EfficiencyConfig, OptimConfig, Tracker, check_trackers
 
 HEAD_PARTS = PartTable("vidssl.training.finetuning", "FINETUNE_HEADS")
 
@@ -84,6 +85,23 @@ class FinetuneConfig:
     optim: Annotated[Spec, Arguments(OptimConfig, supplied=("warmup",))]
     tune: TuneConfig
     efficiency: EfficiencyConfig
+
+    def check_before_work(self) -> None:
+        """Raises UserError for what can be known before torch is imported and data are opened."""
+        check_local_folders("data.train", self.data.train)
+        check_local_folders("data.test", self.data.test)
+        check_divisible(self.tune, self.efficiency, int(os.environ.get("WORLD_SIZE", "1")))
+        check_trackers(self.tune.trackers, "tune.trackers")
+
+    def notes(self) -> list[str]:
+        """A line for each pair of keys that has another effect than it seems to."""
+        tune = self.tune
+        if tune.warmup < tune.epochs:
+            return []
+        return [
+            f"tune.warmup {tune.warmup:g} is not shorter than tune.epochs {tune.epochs}: "
+            "the rate only rises, and never decays"
+        ]
 
 
 # Keys that may change when a run is continued. Of data the hashes are compared.

@@ -191,8 +191,9 @@ def test_masks_are_drawn_on_the_grid_of_each_stream(kind):
 
 def test_unsuitable_streams_are_refused_before_training():
     image = "[{train: x, frames: 1, stride: 1, clips: 8}]"
-    with pytest.raises(UserError, match="clip frames 1 is not a multiple"):
-        tiny(image, "model.image_tokenizer=false").build_objective()
+    refused = r"data.extra_streams\[0\].frames 1 is not a multiple of model.tubelet 2"
+    with pytest.raises(UserError, match=refused):
+        tiny(image, "model.image_tokenizer=false")
     tree = to_tree(tiny(image))
     tree["method"]["mask"] = {"kind": "future", "visible": 0.5, "past": 2}
     with pytest.raises(UserError, match="two or more time slices, not an image"):

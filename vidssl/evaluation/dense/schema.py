@@ -5,6 +5,7 @@ from typing import Annotated
 
 from vidssl.config import Choice, PositiveInt, Spec, Text
 from vidssl.config.signatures import PartTable
+from vidssl.data.schema import check_local_folders
 
 TASKS = PartTable("vidssl.evaluation.dense.tasks", "TASKS")
 
@@ -28,3 +29,8 @@ class DenseConfig:
     out: Text  # folder
     data: DenseData
     task: Annotated[Spec, Choice(TASKS)]
+
+    def check_before_work(self) -> None:
+        """Raises UserError for what can be known before torch is imported and data are opened."""
+        check_local_folders("data.test", [self.data.test])
+        check_local_folders("data.train", [self.data.train] if self.data.train else [])
