@@ -149,7 +149,7 @@ def test_a_folder_holds_one_run(whole, synthetic_shards):
         (["run.stepz=3"], "'run.stepz=3': unknown key 'run.stepz'; did you mean run.steps?"),
         (["method.mask.kind=tubes"], "no kind 'tubes'; allowed: random, tube, "),
         (["optim.lr=fast"], "'fast'"),
-        (["data.train=nowhere"], "data.train: nowhere: no such folder"),
+        (["data.train=nowhere"], "nowhere: no such folder"),
         (["run.batch=12"], "run.batch 12 is not a multiple of run.lanes 8"),
         (["augment.size=30"], "augment.size 30 is not a multiple of model.patch 8: give 24 or 32"),
         (["model.heads=5"], "model.heads 5 does not divide model.dim 128: give 4 or 8"),
