@@ -48,7 +48,9 @@ def read_public(source: str, **overrides: Any) -> Checkpoint:
     """
     path = Path(source)
     if not path.exists():
-        raise UserError(f"{path}: no such file or folder")
+        is_hub_name = re.fullmatch(r"[\w-]+/[\w.-]+", source) and not path.parent.exists()
+        hint = f"; hf:{source} reads it from the Hugging Face hub" if is_hub_name else ""
+        raise UserError(f"{path}: no such file or folder{hint}")
     if path.is_dir():
         return read_hf_folder(path, overrides)
     state = unwrap_state_dict(load_state_file(path), str(path))

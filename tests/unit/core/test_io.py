@@ -30,7 +30,9 @@ def replace_by_a_private_file(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "write", [write_text, write_safetensors, write_torch, replace_by_a_private_file, None], ids=str
+    "write",
+    [write_text, write_safetensors, write_torch, replace_by_a_private_file, None],
+    ids=lambda write: write.__name__ if write else "save_weights",
 )
 @pytest.mark.parametrize("umask", [0o022, 0o002, 0o077])
 def test_modes_follow_the_umask(write, umask, tmp_path):
