@@ -115,7 +115,9 @@ def go(
 
 def launcher_variables(name: str) -> dict[str, str]:
     """What `accelerate launch --config_file` tells the processes."""
-    args = launch_command_parser().parse_args(["--config_file", str(LAUNCH[name]), "vidssl/train.py"])
+    args = launch_command_parser().parse_args(
+        ["--config_file", str(LAUNCH[name]), "--num_processes", "8", "vidssl/train.py"]
+    )
     args, defaults, _ = _validate_launch_command(args)
     args.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
     env = prepare_deepspeed_cmd_env(args)[1] if args.use_deepspeed else prepare_multi_gpu_env(args)

@@ -289,7 +289,8 @@ def test_names_with_unicode_line_separators(tmp_path, make_image, capsys):
         (src / name).mkdir(parents=True)
         (src / name / f"{name}.png").write_bytes(make_image("png"))
         (src / name / f"{name}.mp4").write_bytes(b"")
-    pack.main([str(src), str(out), "--workers", "1", "--samples-per-shard", "2"])
+    options = ["--workers", "1", "--samples-per-shard", "2", "--thumbnails", "keep"]
+    pack.main([str(src), str(out), *options])
     index = json.loads((out / "index.json").read_text(encoding="utf-8"))
     assert (index["samples"], index["rejected"], index["classes"]) == (3, 3, {"label": sorted(odd)})
     assert "3 rejected (3 empty)" in capsys.readouterr().out

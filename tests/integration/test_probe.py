@@ -219,7 +219,7 @@ def test_an_unreadable_test_video_is_an_error_or_counts_as_wrong(run, synthetic_
     [
         (["encoder=nowhere"], "nowhere: no such"),
         (["data.labels=colour"], "no label 'colour'"),
-        (["data.test=nowhere"], "data.test: nowhere: no such folder"),
+        (["data.test=nowhere"], "nowhere: no such folder"),
         (["probe.kind=linearr"], "no kind 'linearr'"),
         (["probe.memory_gb=0.0001", "probe.recompute=never"], "probe.memory_gb"),
         (["data.numbers=[motion]"], "label 'motion' is not numeric"),

@@ -87,7 +87,7 @@ def claim_folder(out: Path, program: str) -> Iterator[None]:
     Raises UserError with the holder's process and host if another process holds it. The lock of a process
     that has ended is free, whatever its file says. It is not shared with children.
     """
-    is_new = not out.exists()
+    is_new = not os.path.exists(out)
     make_folder(out)
     path = out / LOCK_FILE
     try:
