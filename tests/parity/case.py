@@ -1,6 +1,7 @@
 """One parity case: the tensors of a reference implementation, and what has been compared with them so far."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -119,7 +120,13 @@ class Case:
         """to_our_names: converts a state dict of the reference; ours: gradients by our names."""
         if not self.is_compact:
             reference = self.subtree("grad")
-            for key, gradient in to_our_names(reference).tensors.items():
+            # Names come from the state: some of them are told by tensors beside, which may have no gradient.
+            beside = [k for k in self.state if not re.search(r"^(target|ema)_encoder\.|mask_tokens", k)]
+            zeros = {k: torch.zeros_like(self.state[k]) for k in beside}
+            renamed = to_our_names(zeros | reference)
+            for key, gradient in renamed.tensors.items():
+                if renamed.origin[key] not in reference:
+                    continue
                 expected, found = align(key, gradient, ours)
                 error = (found.reshape(expected.shape) - expected).abs().max() / expected.abs().max()
                 self.record("gradient", error.item(), key)

@@ -460,7 +460,7 @@ def test_image_is_a_clip_of_one_repeated_frame(make_image, tmp_path):
         (tmp_path / "src" / name).mkdir(parents=True)
         for i in range(3):
             (tmp_path / "src" / name / f"{i}.jpg").write_bytes(make_image("jpeg"))
-    pack.main([str(tmp_path / "src"), str(tmp_path / "out"), "--workers", "1"])
+    pack.main([str(tmp_path / "src"), str(tmp_path / "out"), "--workers", "1", "--frames", "images"])
     for settings in ({"stride": 2}, {"stride": None, "fps": 5.0}):
         clips = make_clips(tmp_path / "out", **settings)
         items = [clips[g] for g in range(6)]
