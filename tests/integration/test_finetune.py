@@ -447,7 +447,7 @@ def test_recipes_are_valid(path):
         (["head.kind=linear"], "no kind 'linear'; allowed: mean, attentive"),
         (["data.label=shape"], "no label 'shape' in both data sets"),
         (["data.label=null"], "data.label: give one of ['anything', 'colour']"),
-        (["optim.warmup=5"], "unknown key; allowed: lr"),
+        (["optim.warmup=5"], "unknown key 'optim.warmup'; did you mean"),
         (["data.stride=2", "data.fps=3"], "give stride (in frames) or fps"),
         (["optim.lr=1e30", "optim.layer_lr_decay=1", "optim.clip_grad=null"], "loss nan (4 steps in a row"),
     ],
