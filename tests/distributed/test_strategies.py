@@ -274,7 +274,7 @@ def test_feature_stats_and_online_probe_are_the_same_in_shards(runs):
         ]
         for name in LAUNCH
     )
-    assert [len(r) for r in whole] == [13, 0, 15, 0, 0, 15]
+    assert [len(r) for r in whole] == [16, 0, 18, 0, 0, 18]
     for shards in others:
         assert all(a == pytest.approx(b, rel=1e-3) for a, b in zip(shards, whole, strict=True))
 

@@ -158,11 +158,11 @@ def check_no_shards(out: Path, option: str) -> None:
 def check_free_space(out: Path, needed: int, what: str, correction: str) -> None:
     """Raises UserError unless the disk of the folder, which may not exist yet, has `needed` bytes free."""
     existing = next(p for p in (out.absolute(), *out.absolute().parents) if p.is_dir())
-    free = shutil.disk_usage(existing).free
-    if needed > free:
-        raise UserError(
-            f"{out}: {what} take {needed / 1e9:.3g} GB, the disk has {free / 1e9:.3g} GB free; {correction}"
-        )
+    disk = shutil.disk_usage(existing)
+    # Some file systems do not count their space.
+    if disk.total and needed > disk.free:
+        free = f"{disk.free / 1e9:.3g} GB free"
+        raise UserError(f"{out}: {what} take {needed / 1e9:.3g} GB, the disk has {free}; {correction}")
 
 
 def raise_open_file_limit() -> None:

@@ -265,7 +265,7 @@ def test_every_option_is_known_to_change_the_key_or_to_be_of_heads():
 
 @pytest.mark.parametrize("name", VIEW_OPTIONS)
 def test_an_option_of_the_view_changes_it(name):
-    model = {"frames": 16, "height": 32, "width": 32, "tubelet": 2}
+    model = {"frames": 16, "height": 32, "width": 32, "tubelet": 2, "patch": 16}
     loaded = LoadedEncoder(None, {"model": model, "config": {"data": {"stride": 4, "fps": None}}})
     section, _, field = name.partition(".")
     changed: dict[str, dict[str, Any]] = {"data": {}, "probe": {}}
