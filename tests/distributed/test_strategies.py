@@ -335,7 +335,9 @@ def test_the_files_have_one_layout(runs):
         heads = []
         for name in ("model", "optimizer"):
             data = (place / f"{name}.safetensors").read_bytes()
-            heads.append(data[8 : 8 + int.from_bytes(data[:8], "little")])
+            header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+            assert header.pop("__metadata__").keys() == {"content_sha256"}
+            heads.append(header)
         plain = json.loads((place / "state.json").read_text())
         return [*heads, plain["groups"], sorted(plain), plain["guard"].keys(), plain["feature_stats"].keys()]
 

@@ -79,7 +79,7 @@ def asks_for_help(argv: list[str]) -> bool:
 
 
 def run_cli(main: Callable[[list[str]], None], about: str | None = None) -> None:
-    """Runs main(argv) and ends the process with the exit status of its outcome (docs/training.md lists them).
+    """Runs main(argv) and ends the process with the exit status of its outcome.
 
     UserError and errors of the disk: one line on stderr, EXIT_USER_ERROR. Preempted: EXIT_REQUEUE. Ctrl-C:
     EXIT_INTERRUPTED. Any other exception, in any thread, is a fault of the program: a traceback and 1.
