@@ -1,6 +1,7 @@
 """Robustness of a run: damaged checkpoints, full disks, skipped steps, signals, lost processes."""
 
 import errno
+import importlib.util
 import json
 import os
 import signal
@@ -419,7 +420,10 @@ def test_online_probe_and_trackers(run, tmp_path, synthetic_shards):
 
 
 def test_a_tracker_that_is_not_installed(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(metrics_log.importlib.util, "find_spec", lambda name: None)
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "wandb" else find_spec(name)
+    )
     with pytest.raises(UserError, match=r"run\.trackers: wandb is not installed: pip install wandb"):
         run(tmp_path / "run", "run.trackers=[wandb]")
     assert not (tmp_path / "run").exists()
