@@ -33,6 +33,9 @@ CLIPS, STEPS = 16, 2
 PARTS = {1: (1, 2, 4), 2: (1, 2, 4), 4: (1, 4)}  # processes: micro-batches
 RECOMPUTED = "recomputed"
 TOLERANCE = 1e-5  # of a tensor's largest entry; 2e-6 was measured
+# Adam divides a gradient by its own size, so an entry that is nearly zero moves by its rounding:
+# the worst, among the modality vectors, differed by 1.1e-5.
+WEIGHT_TOLERANCE = 5e-5
 VARIANTS = [f"{world}x{parts}" for world in PARTS for parts in PARTS[world]] + [f"1x1-{RECOMPUTED}"]
 
 
@@ -135,14 +138,16 @@ def steps(tmp_path_factory) -> Path:
     return out
 
 
-def deviation(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> float:
+def deviation(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor], of_weights: bool) -> float:
     """Largest difference, relative to the largest entry of its tensor or a thousandth of the largest
-    gradient."""
+    gradient; of the weights, or of all else."""
     assert got.keys() == want.keys()
     gradients = [float(t.abs().max()) for name, t in want.items() if name.startswith("gradient ")]
     least = 1e-3 * max(gradients)
     return max(
-        float((got[name] - t).abs().max()) / max(least, float(t.abs().max())) for name, t in want.items()
+        float((got[name] - t).abs().max()) / max(least, float(t.abs().max()))
+        for name, t in want.items()
+        if name.startswith("weight ") == of_weights
     )
 
 
@@ -152,7 +157,8 @@ def test_neither_parts_nor_processes_nor_recomputation_change_a_step(run, steps)
     want = load_file(steps / f"{name}-1x1.safetensors")
     for variant in VARIANTS[1:]:
         got = load_file(steps / f"{name}-{variant}.safetensors")
-        assert deviation(got, want) < TOLERANCE, variant
+        assert deviation(got, want, of_weights=False) < TOLERANCE, variant
+        assert deviation(got, want, of_weights=True) < WEIGHT_TOLERANCE, variant
 
 
 @pytest.mark.parametrize("method", CUT)
@@ -161,7 +167,7 @@ def test_the_clips_that_are_cut_together_do_change_a_step(method, steps):
     four, all_clips = (
         load_file(steps / f"{name}-1x1.safetensors") for name in (f"{method}-4", f"{method}-16")
     )
-    assert deviation(four, all_clips) > 0.01
+    assert deviation(four, all_clips, of_weights=False) > 0.01
 
 
 if __name__ == "__main__":
