@@ -1,6 +1,7 @@
 """The commands of the README, as they stand there, at the smallest scale."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -93,8 +94,10 @@ def test_a_folder_that_is_not_there(tmp_path):
 
 def test_launched_by_accelerate_as_the_readme_says(synthetic_shards, tmp_path):
     readme = (ROOT / "README.md").read_text()
-    block = readme[readme.index("accelerate launch vidssl/train.py configs") :].split("```")[0]
-    train, probe = (part.replace("\\\n", " ").split() for part in block.split("accelerate launch ")[1:])
+    block = readme[readme.index("vidssl/train.py configs/method/vjepa_tiny.yaml") :].split("```")[0]
+    commands = re.sub(r" +#.*", "", block).replace("\\\n", " ").split("accelerate launch ")
+    given = ("data.", "run.out=", "encoder=", "out=")
+    train, probe = ([w for w in c.split() if not w.startswith(given)] for c in commands)
     small = ["model.depth=1", "method.predictor.depth=1", "augment.size=32", "run.steps=2", "run.batch=8"]
     shards = [f"data.train={synthetic_shards / 'train'}"]
     done = call(*LAUNCH, *train, *shards, f"run.out={tmp_path / 'run'}", *small)
