@@ -178,9 +178,13 @@ def test_times(packed, truth):
     for name, p in packed.items():
         times = open_video(p.data, p.ext, p.meta).times
         assert times[0] == 0 and (np.diff(times) > 0).all(), name
-        want = truth[name].seconds
-        if None not in want and (np.diff(want) > 0).all():
-            assert np.abs(times - (np.array(want) - want[0])).max() < 2e-3, name
-        else:  # its time stamps decrease or are missing: evenly spaced
+        want = np.array(truth[name].seconds, float)
+        stamps = want[np.isfinite(want)]
+        if (np.diff(want) > 0).all():
+            assert np.abs(times - (want - want[0])).max() < 2e-3, name
+        elif len(stamps) > 1:  # some are missing or out of order: the others are kept
+            off = np.abs(times[:, None] - (stamps - stamps.min())).min(1)
+            assert (off < 2e-3).mean() > 0.5, (name, (off < 2e-3).mean())
+        else:
             assert np.abs(np.diff(times, 2)).max() < 1e-5, name
         assert p.meta["duration"] >= times[-1], name
