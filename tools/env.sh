@@ -2,8 +2,8 @@
 # Uses the active virtual environment, or makes and reuses .venv; installs only when pyproject.toml or the extras change.
 if [ -z "${VIRTUAL_ENV:-}" ] && [ -z "${CONDA_PREFIX:-}" ]; then
   if [ ! -x .venv/bin/python ]; then
-    "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
-      { echo "error: Python 3.10 or newer is needed; name one with PYTHON=/path/to/python3" >&2; exit 2; }
+    "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+      { echo "error: Python 3.11 or newer is needed; name one with PYTHON=/path/to/python3" >&2; exit 2; }
     "${PYTHON:-python3}" -m venv .venv ||
       { echo "error: cannot make .venv (on Debian and Ubuntu: apt install python3-venv)" >&2; exit 2; }
   fi
