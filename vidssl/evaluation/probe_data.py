@@ -4,6 +4,7 @@ encoder give."""
 from typing import Any, NamedTuple
 
 from vidssl.core.errors import UserError
+from vidssl.core.suggestions import multiples_near
 from vidssl.data.shards import Shards
 from vidssl.evaluation.evaluate import check_disjoint
 from vidssl.evaluation.extractor import Split
@@ -66,9 +67,8 @@ def make_view(data: ProbeData, protocol: ProbeProtocol, loaded: LoadedEncoder, c
 def check_multiple(key: str, value: int, unit: int, part: str) -> None:
     """Raises UserError if the encoder's patches do not divide a clip."""
     if value % unit:
-        below = value // unit * unit
-        nearest = " or ".join(str(n) for n in (below, below + unit) if n)
-        raise UserError(f"{key}: {value} is not a multiple of the encoder's {part} of {unit}; give {nearest}")
+        near = multiples_near(value, unit)
+        raise UserError(f"{key}: {value} is not a multiple of the encoder's {part} of {unit}; give {near}")
 
 
 def encoder_view(

@@ -13,6 +13,7 @@ from torch import Tensor
 from vidssl.config import Fraction, PositiveFloat, PositiveInt, Range
 from vidssl.core.errors import UserError
 from vidssl.core.rng import KeyedRNG
+from vidssl.core.suggestions import divisors_near
 from vidssl.model.grid import Grid, Mask
 from vidssl.objective.schema import BlockGroup
 
@@ -65,12 +66,9 @@ def cut_groups(over: int | None, clips: int) -> int:
     if over is None or over >= clips:
         return 1
     if clips % over:
-        divisors = [n for n in range(1, clips + 1) if clips % n == 0]
-        below = max(n for n in divisors if n < over)
-        above = min(n for n in divisors if n > over)
         raise UserError(
             f"method.mask.truncate_over {over}: does not divide the {clips} clips of a step; "
-            f"give {below} or {above}"
+            f"give {divisors_near(clips, over)}"
         )
     return clips // over
 
