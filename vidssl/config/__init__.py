@@ -391,7 +391,7 @@ def _section(node: Any, cls: type[Config], key_path: str, origin: Origin) -> Con
             elif dataclasses.is_dataclass(hint):
                 values[f.name] = _section(node.get(f.name, {}), hint, key, origin)  # type: ignore[arg-type]
             else:
-                values[f.name] = _value(node.get(f.name, _default_of(f)), hint, key, origin)
+                values[f.name] = _value(node.get(f.name, default_of(f)), hint, key, origin)
         except MissingKeyError as e:
             missing.append(e)
     if missing:
@@ -406,7 +406,8 @@ def choice_of(hint: Any) -> Choice | Arguments | None:
     return next((m for m in hint.__metadata__ if isinstance(m, Choice | Arguments)), None)
 
 
-def _default_of(f: dataclasses.Field) -> Any:
+def default_of(f: dataclasses.Field) -> Any:
+    """The default of a field; Parameter.empty: none."""
     if f.default_factory is not dataclasses.MISSING:
         return f.default_factory()
     return inspect.Parameter.empty if f.default is dataclasses.MISSING else f.default

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import vidssl
-from vidssl.config import Arguments, Choice, choice_of, declarations, describe, load_config
+from vidssl.config import Arguments, Choice, choice_of, declarations, default_of, describe, load_config
 from vidssl.config.signatures import Declaration, Part, meanings
 from vidssl.core.errors import asks_for_help, run_cli
 from vidssl.core.log import logger
@@ -69,12 +69,7 @@ def _section_lines(cls: type, key_path: str) -> Iterator[str]:
             yield from textwrap.wrap(f"{key}: {' '.join(about.split())}", WIDTH)
             yield from _section_lines(hint, key)  # type: ignore[arg-type]
         else:
-            default = field.default
-            if field.default_factory is not dataclasses.MISSING:
-                default = field.default_factory()
-            elif default is dataclasses.MISSING:
-                default = Parameter.empty
-            yield from _key_lines(key, Declaration(hint, default, texts.get(field.name, "")))
+            yield from _key_lines(key, Declaration(hint, default_of(field), texts.get(field.name, "")))
 
 
 def _choice_lines(choice: Choice | Arguments, key: str) -> Iterator[str]:
