@@ -1,4 +1,4 @@
-"""Parts of fine-tuning: configuration, classifier, train/held-out/test splits, labelled clips, mixup."""
+"""Parts of fine-tuning: classifier, train/held-out/test splits, labelled clips, mixup."""
 
 from typing import Any, NamedTuple
 
@@ -8,9 +8,7 @@ from einops import rearrange
 from timm.data.mixup import Mixup, mixup_target
 from torch import Tensor, nn
 
-from vidssl.config import (
-    Spec,
-)
+from vidssl.config import Spec
 from vidssl.core.errors import UserError
 from vidssl.core.log import logger
 from vidssl.core.rng import KeyedRNG
