@@ -22,7 +22,14 @@ from data_prep.index import read_lines, write_lines
 from data_prep.plan import NEAR_PREFIX, Plan, make_plan
 from data_prep.report import write_dataset_report
 from data_prep.sources import SOURCES, FolderOptions, SourceListing, read_source
-from data_prep.summary import Tally, left_out_lines, make_summary, summary_lines, write_summary
+from data_prep.summary import (
+    Tally,
+    left_out_lines,
+    make_summary,
+    read_rejections,
+    summary_lines,
+    write_summary,
+)
 from vidssl.core.errors import UserError, run_cli
 from vidssl.core.io import LOCK_FILE, check_writable, claim_folder, make_folder
 from vidssl.core.log import logger
@@ -101,10 +108,7 @@ def summarise(plan: Plan, source: SourceListing) -> None:
     print(*left_out_lines(ignored.entries()), sep="\n", end="\n" if ignored else "")
     for folder in plan.datasets:
         index = read_index(folder)
-        left_out = Tally()
-        for line in read_lines(folder / "rejected.jsonl"):
-            record = json.loads(line)
-            left_out.note(record["reason"], record["path"])
+        left_out = read_rejections(folder)
         shards = [(folder / entry["name"]).with_suffix(".jsonl") for entry in index["shards"]]
         records = (json.loads(line) for shard in shards for line in read_lines(shard))
         summary = make_summary(records, index["classes"], left_out)
@@ -132,8 +136,7 @@ def _causes(folders: list[Path], plan: Plan) -> str:
     """Says which filters dropped how many files or clips, and what else was left out."""
     reasons = Tally()
     for folder in folders:
-        for line in read_lines(folder / "rejected.jsonl"):
-            reasons.note(json.loads(line)["reason"])
+        reasons.merge(read_rejections(folder))
     options = filter_options(plan)
     return ", ".join(
         f"{options[reason]} drops {n} ({reason})" if reason in options else f"{n} {reason}"

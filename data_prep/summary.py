@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from data_prep.index import write_lines
+from data_prep.index import read_lines, write_lines
 from vidssl.data.decoding.base import IMAGE_EXTENSIONS
 from vidssl.data.format import MEDIA_EXTENSIONS
 
@@ -56,6 +56,15 @@ class Tally(Counter[str]):
         """Returns reason -> count and examples, the most frequent first."""
         ordered = sorted(self.items(), key=lambda item: (-item[1], item[0]))
         return {reason: {"files": n, "examples": self.examples.get(reason, [])} for reason, n in ordered if n}
+
+
+def read_rejections(folder: Path) -> Tally:
+    """Counts the rejected.jsonl of a data set by reason, with examples of paths."""
+    tally = Tally()
+    for line in read_lines(folder / "rejected.jsonl"):
+        record = json.loads(line)
+        tally.note(record["reason"], record["path"])
+    return tally
 
 
 def printable(name: str) -> str:
