@@ -223,7 +223,7 @@ class FileInspector:
         frame_rate: str | None = None,
     ) -> Inspected:
         """Returns the samples of a file, or a rejection for each of `spans` if the file is rejected."""
-        result = self._pool.run(str(path), ext, spans, *([] if frame_rate is None else [frame_rate]))
+        result = self._pool.run(str(path), ext, spans, frame_rate)
         if isinstance(result, Rejected):
             return [result._replace(item=i, start=start, end=end) for i, (start, end) in enumerate(spans)]
         return result

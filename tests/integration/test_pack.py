@@ -171,7 +171,7 @@ def test_source_without_decodable_files(odd_corpus, tmp_path):
 KNOWN = {"frames": 1, "height": 2, "width": 2, "duration": 1.0, "decoder": "pyav"}
 
 
-def faulty_inspection(decoder, recipe, filters, report, path, ext, spans):
+def faulty_inspection(decoder, recipe, filters, report, path, ext, spans, frame_rate):
     """Crashes at once, or after the first report, or hangs, as the content of the file names it."""
     fault = Path(path).read_bytes()
     if fault == b"later":

@@ -389,7 +389,7 @@ def test_pack_of_windows_and_its_report(tmp_path, make_video):
     assert json.loads((out / "report.json").read_text()) == summary
 
 
-def faulty_encoding(decoder, recipe, filters, report, path, ext, spans):
+def faulty_encoding(decoder, recipe, filters, report, path, ext, spans, frame_rate):
     """Crashes on the file `die`; encodes others slowly, with progress."""
     if Path(path).read_bytes() == b"die":
         os.kill(os.getpid(), signal.SIGSEGV)
