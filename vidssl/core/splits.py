@@ -36,6 +36,32 @@ class GroupSplit(NamedTuple):
     is_far: bool  # the share is not within TOLERANCE of what was asked
 
 
+class _GroupCounts(NamedTuple):
+    """Samples of each group and class. Classes have numbers from 1; ALL stands for all samples."""
+
+    counts: dict[str, list[tuple[int, int]]]  # group -> (class, samples), ALL first
+    classes: int  # without ALL
+    samples: int
+
+
+def _count_groups(groups: Sequence[str], classes: Sequence[Iterable[Hashable]]) -> _GroupCounts:
+    """groups, classes: the group and the classes of each sample."""
+    found: dict[str, dict[Hashable, int]] = {}
+    sizes: dict[str, int] = defaultdict(int)
+    for group, labels in zip(groups, classes, strict=True):
+        counts = found.setdefault(group, {})
+        sizes[group] += 1
+        for label in set(labels):
+            counts[label] = counts.get(label, 0) + 1
+    names = sorted({label for counts in found.values() for label in counts}, key=str)
+    number = {label: i for i, label in enumerate(names, ALL + 1)}
+    numbered = {
+        group: [(ALL, sizes[group]), *sorted((number[label], n) for label, n in counts.items())]
+        for group, counts in found.items()
+    }
+    return _GroupCounts(numbered, len(names), len(groups))
+
+
 class _Partition:
     """Groups in train and held out, with running totals for each class. Moving a group costs as many steps as
     it has classes.
@@ -44,35 +70,16 @@ class _Partition:
     class of which nothing is held out. All samples together are a class, too, with the weight of all others.
     """
 
-    def __init__(
-        self,
-        groups: Sequence[str],
-        classes: Sequence[Iterable[Hashable]],
-        fraction: float,
-        seed: int,
-        attempt: int = 0,
-    ):
-        """groups, classes: the group and the classes of each sample. attempt: decides the order of the
-        groups; even ones never hold out a group that alone exceeds the share."""
-        found: dict[str, dict[Hashable, int]] = {}
-        sizes: dict[str, int] = defaultdict(int)
-        for group, labels in zip(groups, classes, strict=True):
-            counts = found.setdefault(group, {})
-            sizes[group] += 1
-            for label in set(labels):
-                counts[label] = counts.get(label, 0) + 1
+    def __init__(self, found: _GroupCounts, fraction: float, seed: int, attempt: int = 0):
+        """attempt: decides the order of the groups; even ones never hold out a group that alone exceeds the
+        share."""
         self.fraction = fraction
-        self.size_limit = math.inf if attempt % 2 else (fraction + TOLERANCE) * len(groups)
+        self.size_limit = math.inf if attempt % 2 else (fraction + TOLERANCE) * found.samples
         salt = str(attempt or "")
-        self.names = sorted(found, key=lambda group: shuffle_key(seed, salt + group))
-        labels = sorted({label for counts in found.values() for label in counts}, key=str)
-        number = {label: i for i, label in enumerate(labels, ALL + 1)}
-        self.sizes = [sizes[name] for name in self.names]
-        self.counts = [
-            [(ALL, sizes[name]), *sorted((number[label], n) for label, n in found[name].items())]
-            for name in self.names
-        ]
-        self.members: list[list[int]] = [[] for _ in range(len(labels) + 1)]  # groups of each class
+        self.names = sorted(found.counts, key=lambda group: shuffle_key(seed, salt + group))
+        self.counts = [found.counts[name] for name in self.names]
+        self.sizes = [counts[0][1] for counts in self.counts]
+        self.members: list[list[int]] = [[] for _ in range(found.classes + 1)]  # groups of each class
         self.samples = [0] * len(self.members)
         for place, counts_of in enumerate(self.counts):
             for c, n in counts_of:
@@ -82,7 +89,7 @@ class _Partition:
         self.excess = [-fraction * n for n in self.samples]  # held-out samples less those wanted
         self.held_out_groups = [0] * len(self.members)
         self.weight = [1 / max(1, n) for n in self.samples]
-        self.weight[ALL] *= max(1, len(labels))
+        self.weight[ALL] *= max(1, found.classes)
 
     def may_hold_out(self, group: int) -> bool:
         """Whether another group of each of its classes stays in train."""
@@ -140,7 +147,8 @@ def split_by_group(
 def _best_partition(
     groups: Sequence[str], classes: Sequence[Iterable[Hashable]], fraction: float, seed: int
 ) -> _Partition:
-    best = _Partition(groups, classes, fraction, seed)
+    found = _count_groups(groups, classes)
+    best = _Partition(found, fraction, seed)
     divisions = 1 << len(best.names)
     if len(best.names) <= MAX_EXHAUSTIVE and divisions * len(best.members) <= MAX_TABLE:
         _compare_all(best)
@@ -149,7 +157,7 @@ def _best_partition(
     for attempt in range(1, MAX_ATTEMPTS if len(best.names) <= SWAP_GROUPS else 2):
         if best.is_near():
             break
-        other = _Partition(groups, classes, fraction, seed, attempt)
+        other = _Partition(found, fraction, seed, attempt)
         if attempt > 1:
             _fill_at_random(other)
         _search(other)
