@@ -13,11 +13,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from data_prep.sources.names import SYSTEM_FOLDERS, UNFINISHED, media_stem, parse_split
+from data_prep.sources.names import UNFINISHED, media_stem, parse_split
 from data_prep.summary import Tally, printable
 from vidssl.core.errors import UserError
 from vidssl.data.decoding.base import VIDEO_EXTENSIONS
 from vidssl.data.format import MEDIA_EXTENSIONS
+from vidssl.data.tar_files import SYSTEM_FOLDERS
 
 EXTENSIONS = MEDIA_EXTENSIONS
 FRAMES_EXT = "frames"  # in place of the extension, of a folder of frames

@@ -20,7 +20,6 @@ GENERIC = {
 }  # fmt: skip
 SUFFIX = r"(set|list|data|split|videos|clips|frames|images)?"
 FRAME_WORDS = ("img", "image", "frame", "frm", "f", "rgb", "im", "pic", "thumb")
-SYSTEM_FOLDERS = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found")
 UNFINISHED = re.compile(r"\.(part|ytdl|crdownload|download|temp|tmp|partial|aria2)(-frag\d+)?(\.|$)", re.I)
 THUMBNAIL = re.compile(r"[-_. ](thumb|thumbnail|poster|cover|preview|fanart|\d{2,4}x\d{2,4})s?$", re.I)
 THUMBNAILS = {"thumb", "thumbnail", "poster", "cover", "preview", "fanart", "folder"}

@@ -9,9 +9,10 @@ from typing import Any
 
 BLOCK = 512  # bytes
 # Names that operating systems and archivers add beside a user's files, or as folders around copies of them.
+SYSTEM_FOLDERS = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found")
 SYSTEM_FOLDER = re.compile(
-    r"__.*__|__MACOSX|PaxHeaders?(\..*)?|\.AppleDouble|\.Trashes|\.Spotlight-V100|\.fseventsd|@eaDir|"
-    r"\$RECYCLE\.BIN|System Volume Information|lost\+found"
+    r"__.*__|PaxHeaders?(\..*)?|\.AppleDouble|\.Trashes|\.Spotlight-V100|\.fseventsd|"
+    + "|".join(map(re.escape, SYSTEM_FOLDERS))
 )
 SYSTEM_FILE = re.compile(r"\._.*|\.DS_Store|(eh)?thumbs\.db|desktop\.ini|\.directory|Icon\r", re.IGNORECASE)
 
