@@ -2,7 +2,7 @@
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -79,15 +79,16 @@ class ModelFlops:
 
     def _hook(self, module: nn.Module) -> None:
         """Hooks the parts whose products are known as a whole, and every other linear layer."""
-        flops = next((f for kind, f in COUNTED.items() if isinstance(module, kind)), None)
-        if flops is None:
+        counter_of = next((make for kind, make in COUNTED.items() if isinstance(module, kind)), None)
+        if counter_of is None:
             for child in module.children():
                 self._hook(child)
             return
+        count = counter_of(module)
 
         def add(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             if self.is_counting:
-                self.total += flops(module, *args, **kwargs) * passes(module, args[0])
+                self.total += count(*args, **kwargs) * passes(module, args[0])
 
         module.register_forward_pre_hook(add, with_kwargs=True)
 
@@ -101,25 +102,28 @@ def passes(module: nn.Module, x: Tensor) -> int:
     return 1 + has_weight_gradients + (x.requires_grad or (is_deep and has_weight_gradients))
 
 
-def stack_flops(
-    stack: nn.Module,
-    x: Tensor,
-    rope: object,
-    layers: object,
-    num_outputs: int | None = None,
-    rng: object = None,
-) -> int:
-    """Of x [B, n, D]; the last block has num_outputs queries. The arguments are those of TransformerStack."""
+# Each of the following returns the counter of a module: a function of the arguments of its forward pass.
+
+
+def stack_flops(stack: nn.Module) -> Callable[..., int]:
     assert isinstance(stack, TransformerStack)
-    b, n, dim = x.shape
-    total = 0
-    for i, block in enumerate(stack):
+    weights = []  # (of queries, keys and values; of the projection; of the MLP) in each block
+    for block in stack:
         assert isinstance(block, Block)
-        queries = num_outputs if num_outputs is not None and i == len(stack) - 1 else n
-        attention = n * weights_of(block.attn.qkv) + queries * weights_of(block.attn.proj)
-        products = 2 * queries * n * dim
-        total += 2 * b * (attention + products + queries * weights_of(block.mlp))
-    return total
+        weights.append((weights_of(block.attn.qkv), weights_of(block.attn.proj), weights_of(block.mlp)))
+
+    def count(
+        x: Tensor, rope: object, layers: object, num_outputs: int | None = None, rng: object = None
+    ) -> int:
+        """Of x [B, n, D]; the last block has num_outputs queries."""
+        b, n, dim = x.shape
+        total = 0
+        for i, (qkv, proj, mlp) in enumerate(weights):
+            queries = num_outputs if num_outputs is not None and i == len(weights) - 1 else n
+            total += 2 * b * (n * qkv + queries * proj + 2 * queries * n * dim + queries * mlp)
+        return total
+
+    return count
 
 
 def weights_of(module: nn.Module) -> int:
@@ -128,25 +132,32 @@ def weights_of(module: nn.Module) -> int:
     return sum(layer.in_features * layer.out_features for layer in layers)
 
 
-def linear_flops(layer: nn.Module, x: Tensor) -> int:
+def linear_flops(layer: nn.Module) -> Callable[[Tensor], int]:
     assert isinstance(layer, nn.Linear)
-    return 2 * x.numel() * layer.out_features
+    outputs = layer.out_features
+    return lambda x: 2 * x.numel() * outputs
 
 
-def patch_flops(embed: nn.Module, patches: Tensor) -> int:
+def patch_flops(embed: nn.Module) -> Callable[[Tensor], int]:
     assert isinstance(embed, PatchEmbed)
-    return 2 * patches.numel() * embed.proj.out_channels
+    outputs = embed.proj.out_channels
+    return lambda patches: 2 * patches.numel() * outputs
 
 
-def cross_attention_flops(attention: nn.Module, query: Tensor, tokens: Tensor) -> int:
-    """Of one query per sample and tokens [B, N, D]: products with the query's, key's and value's weights, and
-    twice with the tokens."""
+def cross_attention_flops(attention: nn.Module) -> Callable[[Tensor, Tensor], int]:
     assert isinstance(attention, CrossAttention)
-    b, n, dim = tokens.shape
-    return 2 * b * (3 * dim * dim + 2 * attention.heads * n * dim)
+    heads = attention.heads
+
+    def count(query: Tensor, tokens: Tensor) -> int:
+        """Of one query per sample and tokens [B, N, D]: products with the query's, key's and value's weights,
+        and twice with the tokens."""
+        b, n, dim = tokens.shape
+        return 2 * b * (3 * dim * dim + 2 * heads * n * dim)
+
+    return count
 
 
-COUNTED: dict[type[nn.Module], Any] = {
+COUNTED: dict[type[nn.Module], Callable[[nn.Module], Callable[..., int]]] = {
     TransformerStack: stack_flops,
     PatchEmbed: patch_flops,
     CrossAttention: cross_attention_flops,

@@ -95,7 +95,7 @@ def test_gradients_count_twice_and_what_is_computed_again_does_not(checkpointing
     forward = meter.total
     with meter.counting():
         encoder(video).sum().backward()
-    embedding = patch_flops(encoder.patch_embed, torch.empty(2, 64, 3, 2, 8, 8))
+    embedding = patch_flops(encoder.patch_embed)(torch.empty(2, 64, 3, 2, 8, 8))
     assert meter.total == 3 * forward - embedding  # of the pixels there is no gradient
     encoder(video)
     assert meter.total == 3 * forward - embedding  # outside of the context nothing counts
