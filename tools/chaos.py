@@ -31,9 +31,8 @@ from safetensors.torch import load_file
 from data_prep import pack
 from data_prep.synthetic import make_corpus
 from vidssl import train
-from vidssl.core.errors import run_cli
+from vidssl.core.errors import EXIT_REQUEUE, run_cli
 from vidssl.training.checkpoint import list_checkpoints
-from vidssl.training.preemption import EXIT_REQUEUE
 
 ROOT = Path(__file__).resolve().parents[1]
 SAVE_EVERY = 8  # steps between checkpoints

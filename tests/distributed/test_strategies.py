@@ -35,12 +35,11 @@ from torch.distributed.tensor import DTensor
 
 from vidssl import train
 from vidssl.config import load_config
-from vidssl.core.errors import UserError
+from vidssl.core.errors import EXIT_REQUEUE, UserError
 from vidssl.model.vit import Block
 from vidssl.training import checkpoint, deepspeed
 from vidssl.training.deepspeed import gradient_fragment
 from vidssl.training.distributed import Strategy
-from vidssl.training.preemption import EXIT_REQUEUE
 from vidssl.training.schema import TrainConfig
 
 ROOT = Path(__file__).parents[2]

@@ -13,11 +13,10 @@ import torch
 from safetensors.torch import load_file
 from signal_at import signalled
 
-from vidssl.core.errors import UserError
+from vidssl.core.errors import EXIT_REQUEUE, UserError
 from vidssl.data.shards import Shards
 from vidssl.pretrained.files import load_weights
 from vidssl.training.checkpoint import load_checkpoint
-from vidssl.training.preemption import EXIT_REQUEUE
 from vidssl.training.run_folder import lock_folder
 
 ROOT = Path(__file__).parents[2]

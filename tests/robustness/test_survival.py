@@ -18,10 +18,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from vidssl import train
-from vidssl.core.errors import Preempted, UserError, run_cli
+from vidssl.core.errors import EXIT_REQUEUE, Preempted, UserError, run_cli
 from vidssl.core.log import configure_logging
 from vidssl.pretrained import files as native_files
-from vidssl.training import checkpoint, collapse, feature_stats, metrics_log, preemption
+from vidssl.training import checkpoint, collapse, feature_stats, metrics_log
 from vidssl.training.distributed import Strategy, copy_to_cpu
 from vidssl.training.loss_guard import MIN_HISTORY, LossGuard
 
@@ -325,7 +325,7 @@ def test_preempted_has_the_exit_status_of_a_requeue(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train"])
     with pytest.raises(SystemExit) as ended:
         run_cli(main)
-    assert ended.value.code == preemption.EXIT_REQUEUE == 75
+    assert ended.value.code == EXIT_REQUEUE == 75
 
 
 PEER = """
@@ -367,7 +367,7 @@ def test_bad_step_and_lost_peer_with_two_processes(number, synthetic_shards, tmp
     finally:
         both[1].kill()
         both[1].communicate()
-    assert both[0].returncode == preemption.EXIT_REQUEUE, said
+    assert both[0].returncode == EXIT_REQUEUE, said
     assert "another process of this run is gone or does not answer" in said[-1]
     assert "step 3: skipped: loss nan" in "".join(said)
     assert [r["skipped"] for r in rows(tmp_path / "run")] == [0, 0, 1, 1, 1, 1]

@@ -7,9 +7,8 @@ from collections.abc import Iterator
 
 import torch
 
-from vidssl.core.errors import EXIT_REQUEUE, Preempted
+from vidssl.core.errors import Preempted
 
-__all__ = ["EXIT_REQUEUE", "PreemptionHandler", "TerminationHandler", "exit_on_lost_peer"]
 # folders of gloo's source, whose names occur in its untyped errors (RuntimeError) of a lost connection or a
 # timeout
 GLOO_SOURCES = ("gloo/transport/", "gloo/rendezvous/")
