@@ -238,9 +238,6 @@ class Cache:
         check_writable(self.folder)
         make_folder(self.folder)
 
-    def has(self, sha256: str) -> bool:
-        return (self.folder / f"{sha256}.tar").exists()
-
     @contextmanager
     def open(self, url: str, sha256: str, size: int | None, ext: str = ".tar") -> Iterator[BinaryIO]:
         """Yields the file, open for reading, after it was fetched if it is not in the cache.
