@@ -45,11 +45,10 @@ def write_shard(shard: ShardPlan, inspected: Iterable[Inspected], plan: Plan, su
     try:
         with os_errors_as_user_errors(unfinished):
             _write_shard(shard, inspected, plan, unfinished)
-    except BaseException:
-        # Half a shard holds no space on a full disk
+    finally:
+        # Half a shard holds no space on a full disk; a whole one has been renamed
         with contextlib.suppress(OSError):
             unfinished.unlink(missing_ok=True)
-        raise
 
 
 def _write_shard(shard: ShardPlan, inspected: Iterable[Inspected], plan: Plan, unfinished: Path) -> None:
