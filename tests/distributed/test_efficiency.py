@@ -6,15 +6,15 @@ processes; the folder gets a file of losses, gradients and weights for each.
 """
 
 import os
-import socket
 import subprocess
 import sys
-import traceback
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate.state import PartialState
+from forked_world import fork_world, set_rank
 from safetensors.torch import load_file, save_file
 
 from vidssl.data.loader import Batch
@@ -85,11 +85,9 @@ def take_steps(cfg: TrainConfig, parts: int, recomputed: bool) -> dict[str, torc
     return found | {f"weight {n}": p.detach().clone() for n, p in objective.named_parameters()}
 
 
-def one_process(world: int, rank: int, port: int, out: Path) -> None:
-    variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+def one_process(world: int, out: Path, rank: int, port: int) -> None:
     if world > 1:
-        os.environ |= {k: str(v) for k, v in variables.items()}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        set_rank(world, rank, port)
     PartialState.destroy_process_group = lambda *_: None  # type: ignore[method-assign]
     torch.set_num_threads(1)
     teacher = out / f"teacher-{world}-{rank}"
@@ -103,27 +101,6 @@ def one_process(world: int, rank: int, port: int, out: Path) -> None:
             found = take_steps(cfg, parts, variant.endswith(RECOMPUTED))
             if rank == 0:
                 save_file(found, out / f"{run.replace('/', '-')}-{variant}.safetensors")
-
-
-def fork_processes(world: int, out: Path) -> None:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    children = []
-    for rank in range(world):
-        if (child := os.fork()) == 0:
-            status = 1
-            try:
-                one_process(world, rank, port, out)
-                status = 0
-            finally:  # it must not go on as its parent
-                if status:
-                    traceback.print_exc()
-                os._exit(status)
-        children.append(child)
-    statuses = [os.waitpid(child, 0)[1] for child in children]
-    if any(statuses):
-        sys.exit(f"a process of {world} failed")
 
 
 @pytest.fixture(scope="module")
@@ -171,4 +148,4 @@ def test_the_clips_that_are_cut_together_do_change_a_step(method, steps):
 
 
 if __name__ == "__main__":
-    fork_processes(int(sys.argv[1]), Path(sys.argv[2]))
+    fork_world(int(sys.argv[1]), partial(one_process, int(sys.argv[1]), Path(sys.argv[2])))

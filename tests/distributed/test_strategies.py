@@ -8,12 +8,9 @@ started, since the imports take longer than the jobs: {"shards": ..., "groups": 
 import json
 import math
 import os
-import signal
-import socket
 import subprocess
 import sys
 import time
-import traceback
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -27,6 +24,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from cpu_topologies import enable_cpu_sharding
+from forked_world import fork_world, set_rank
 from safetensors.torch import load_file
 from torch import nn
 from torch._dynamo.utils import counters
@@ -153,15 +151,8 @@ def forbidden_read(path: Path) -> None:
     raise AssertionError(f"{path}: only the first process may read a checkpoint")
 
 
-def one_process(plan: dict, world: int, rank: int, port: int, jobs: list) -> None:
-    here = {
-        "RANK": rank,
-        "LOCAL_RANK": rank,
-        "WORLD_SIZE": world,
-        "LOCAL_WORLD_SIZE": world,
-        "MASTER_PORT": port,
-    }
-    os.environ |= {k: str(v) for k, v in here.items()} | {"MASTER_ADDR": "127.0.0.1"}
+def one_process(plan: dict, world: int, jobs: list, rank: int, port: int) -> None:
+    set_rank(world, rank, port)
     PartialState.destroy_process_group = lambda *_: None  # type: ignore[method-assign]
     enable_cpu_sharding()
     if rank:
@@ -178,28 +169,7 @@ def one_process(plan: dict, world: int, rank: int, port: int, jobs: list) -> Non
 
 def run_plan(plan: dict) -> None:
     for world, jobs in plan["groups"]:
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
-        children = []
-        for rank in range(world):
-            if (child := os.fork()) == 0:
-                status = 1
-                try:
-                    one_process(plan, world, rank, port, jobs)
-                    status = 0
-                finally:  # it must not go on as its parent
-                    if status:
-                        traceback.print_exc()
-                    os._exit(status)
-            children.append(child)
-        while children:
-            child, status = os.wait()
-            children.remove(child)
-            if status:
-                for other in children:
-                    os.kill(other, signal.SIGKILL)
-                sys.exit(f"a process of {world} failed")
+        fork_world(world, partial(one_process, plan, world, jobs))
 
 
 MANY = ["videomae-ddp-2", "videomae-fsdp2-2", "videomae-zero1-2", "videomae-fsdp2-4"]
