@@ -2,16 +2,18 @@
 
 A clip goes through crop, flip, RandAugment, colour jitter and erasing, in this order. Each step that is
 switched on draws one number or seed from the clip's generator, independently of pixel content, so that steps
-do not affect each other's draws.
+do not affect each other's draws. `draw` makes the draws of a clip, `apply` changes its frames by them on the
+host; `device_augment.py` does so on a device.
 """
 
 import random
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -32,6 +34,35 @@ from vidssl.data.schema import ColorJitter
 SideFraction = Annotated[float, Field(gt=0, le=1)]
 # timm's names of RandAugment; timm itself ignores a part that it cannot parse
 RAND_AUGMENT = r"rand(-(m|n|mmax)\d+|-(p|mstd)\d+(\.\d+)?|-inc[01])*"
+
+# in the order in which torchvision numbers them
+COLOR_CHANGES = ("brightness", "contrast", "saturation", "hue")
+
+
+class Box(NamedTuple):
+    """A part of a frame, in pixels."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+
+class ColorDraws(NamedTuple):
+    """Changes of colour, in the order in which they are made."""
+
+    changes: tuple[tuple[str, float], ...]  # (one of COLOR_CHANGES, its factor or, of the hue, its shift)
+    grayscale: bool
+
+
+class ClipDraws(NamedTuple):
+    """What augmentation has drawn for a clip."""
+
+    box: Box
+    flip: bool = False
+    randaugment_seed: int | None = None  # None: switched off
+    color: ColorDraws | None = None
+    erase_seed: int | None = None  # None: nothing is erased
 
 
 def draw_seed(rng: np.random.Generator) -> int:
@@ -55,10 +86,11 @@ def seeded(seed: int) -> Iterator[None]:
         torch.set_rng_state(states[2])
 
 
-def _resized_crop(frames: np.ndarray, top: int, left: int, height: int, width: int, size: int) -> np.ndarray:
-    """u8 [T, H, W, 3] -> u8 [T, size, size, 3]: a box (pixels), resized bilinearly with antialiasing."""
-    box = torch.from_numpy(frames[:, top : top + height, left : left + width])
-    resized = TF.resize(rearrange(box, "t h w c -> t c h w"), [size, size], antialias=True)
+def _resized_crop(frames: np.ndarray, box: Box, size: int) -> np.ndarray:
+    """u8 [T, H, W, 3] -> u8 [T, size, size, 3]: a box, resized bilinearly with antialiasing."""
+    top, left, height, width = box
+    part = torch.from_numpy(frames[:, top : top + height, left : left + width])
+    resized = TF.resize(rearrange(part, "t h w c -> t c h w"), [size, size], antialias=True)
     return rearrange(resized, "t c h w -> t h w c").numpy()
 
 
@@ -78,11 +110,28 @@ def downscale(frames: np.ndarray, short_side: int | None) -> np.ndarray:
     return np.ascontiguousarray(rearrange(scaled, "t c h w -> t h w c").numpy())
 
 
-def jitter_color(clip: Tensor, jitter: ColorJitter) -> Tensor:
-    """u8 [3, T, H, W] -> the same; draws from torch's global generator."""
-    color = v2.ColorJitter(jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue)
-    transform = v2.Compose([v2.RandomApply([color], jitter.p), v2.RandomGrayscale(jitter.grayscale_p)])
-    return rearrange(transform(rearrange(clip, "c t h w -> t c h w")), "t c h w -> c t h w").contiguous()
+def draw_color(jitter: ColorJitter) -> ColorDraws:
+    """Draws from torch's global generator, as torchvision's ColorJitter and RandomGrayscale do."""
+    params = None
+    if torch.rand(1) < jitter.p:
+        color = v2.ColorJitter(jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue)
+        params = color.make_params([])
+    grayscale = bool(torch.rand(1) < jitter.grayscale_p)
+    if params is None:
+        return ColorDraws((), grayscale)
+    factors = [params[f"{name}_factor"] for name in COLOR_CHANGES]
+    drawn = [(COLOR_CHANGES[i], factors[i]) for i in params["fn_idx"].tolist() if factors[i] is not None]
+    return ColorDraws(tuple(drawn), grayscale)
+
+
+def change_color(clip: Tensor, draws: ColorDraws) -> Tensor:
+    """u8 [3, T, H, W] -> the same."""
+    frames = rearrange(clip, "c t h w -> t c h w")
+    for name, factor in draws.changes:
+        frames = getattr(TF, f"adjust_{name}")(frames, factor)
+    if draws.grayscale:
+        frames = TF.rgb_to_grayscale(frames, num_output_channels=3)
+    return rearrange(frames, "t c h w -> c t h w").contiguous()
 
 
 @lru_cache
@@ -101,18 +150,25 @@ def _rand_augment(frames: np.ndarray, name: str, seed: int) -> np.ndarray:
     return out
 
 
-def _erase(clip: Tensor, mode: str) -> Tensor:
+def erase_canvas(seed: int, size: int, frames: int, mode: str) -> Tensor:
+    """f32 [3, frames, size, size]: what timm's RandomErasing writes into a normalised clip, NaN elsewhere.
+
+    frames: of noise in the mode "pixel"; 1 for a colour, which is the same in all frames.
+    """
+    canvas = torch.full((3 * frames, size, size), torch.nan)
+    with seeded(seed):
+        RandomErasing(1.0, mode=mode, device="cpu")(canvas)
+    return rearrange(canvas, "(c t) h w -> c t h w", c=3)
+
+
+def _erase(clip: Tensor, seed: int, mode: str) -> Tensor:
     """u8 [3, T, S, S] -> the same with one box overwritten in all frames, by timm's RandomErasing.
 
     Its area is 2 % to a third of the frame's and its ratio 0.3 to 1 / 0.3. timm erases normalised clips: 0 is
     the mean colour, and noise has the standard deviation of the pixels; in uint8 it is clipped at black and
     white.
     """
-    size = clip.shape[-1]
-    frames = clip.shape[1] if mode == "pixel" else 1  # of noise; a colour is the same in all frames
-    canvas = torch.full((3 * frames, size, size), torch.nan)
-    RandomErasing(1.0, mode=mode, device="cpu")(canvas)
-    noise = rearrange(canvas, "(c t) h w -> c t h w", c=3)
+    noise = erase_canvas(seed, clip.shape[-1], clip.shape[1] if mode == "pixel" else 1, mode)
     mean, std = channel_statistics(noise)
     fill = (255 * (mean + std * noise)).round().clamp(0, 255)
     return torch.where(noise.isnan(), clip, fill.nan_to_num().to(torch.uint8))
@@ -136,42 +192,71 @@ class Augmentations:
                 "give its name, such as rand-m7-n4-mstd0.5-inc1"
             )
 
-    def after_crop(self, frames: np.ndarray, rng: np.random.Generator) -> Tensor:
-        """u8 [T, S, S, 3] -> u8 [3, T, S, S]."""
-        if rng.uniform() < self.flip:
-            frames = frames[:, :, ::-1]
-        if self.randaugment is not None:
-            frames = _rand_augment(frames, self.randaugment, draw_seed(rng))
-        clip = _channels_first(frames)
+    def draw_after_box(self, box: Box, rng: np.random.Generator) -> ClipDraws:
+        flip = bool(rng.uniform() < self.flip)
+        randaugment_seed = draw_seed(rng) if self.randaugment is not None else None
+        color = None
         if self.color_jitter is not None:
             with seeded(draw_seed(rng)):
-                clip = jitter_color(clip, self.color_jitter)
-        if self.random_erasing and rng.uniform() < self.random_erasing:
-            with seeded(draw_seed(rng)):
-                clip = _erase(clip, self.random_erasing_mode)
+                color = draw_color(self.color_jitter)
+        erases = bool(self.random_erasing) and rng.uniform() < self.random_erasing
+        return ClipDraws(box, flip, randaugment_seed, color, draw_seed(rng) if erases else None)
+
+    def apply_after_crop(self, frames: np.ndarray, draws: ClipDraws) -> Tensor:
+        """u8 [T, S, S, 3] -> u8 [3, T, S, S]."""
+        if draws.flip:
+            frames = frames[:, :, ::-1]
+        if self.randaugment is not None and draws.randaugment_seed is not None:
+            frames = _rand_augment(frames, self.randaugment, draws.randaugment_seed)
+        clip = _channels_first(frames)
+        if draws.color is not None:
+            clip = change_color(clip, draws.color)
+        if draws.erase_seed is not None:
+            clip = _erase(clip, draws.erase_seed, self.random_erasing_mode)
         return clip
 
 
 @dataclass(frozen=True)
-class RandomCrop(Augmentations):
+class TrainingCrop(Augmentations, ABC):
+    """A random box of the frame, resized to a square of `size` pixels, and what follows."""
+
+    size: PositiveInt  # pixels, height and width of the clip
+
+    @abstractmethod
+    def draw_box(self, height: int, width: int, rng: np.random.Generator) -> Box:
+        """Draws a box within a frame of height x width pixels."""
+
+    def draw(self, height: int, width: int, rng: np.random.Generator) -> ClipDraws:
+        """Makes all draws of a clip whose frames have height x width pixels."""
+        return self.draw_after_box(self.draw_box(height, width, rng), rng)
+
+    def apply(self, frames: np.ndarray, draws: ClipDraws) -> Tensor:
+        """u8 [T, H, W, 3] -> u8 [3, T, size, size]."""
+        return self.apply_after_crop(_resized_crop(frames, draws.box, self.size), draws)
+
+    def __call__(self, frames: np.ndarray, rng: np.random.Generator) -> Tensor:
+        """u8 [T, H, W, 3] -> u8 [3, T, size, size]."""
+        height, width = frames.shape[1:3]
+        return self.apply(frames, self.draw(height, width, rng))
+
+
+@dataclass(frozen=True)
+class RandomCrop(TrainingCrop):
     """torchvision's RandomResizedCrop (Inception's crop), one box per clip; V-JEPA,
     app/vjepa/transforms.py.
     """
 
-    size: PositiveInt  # pixels, height and width of the clip
     scale: Range = (0.3, 1.0)  # fraction of the frame's area
     ratio: Range = (0.75, 1.35)  # width over height
 
-    def __call__(self, frames: np.ndarray, rng: np.random.Generator) -> Tensor:
-        """u8 [T, H, W, 3] -> u8 [3, T, size, size]."""
+    def draw_box(self, height: int, width: int, rng: np.random.Generator) -> Box:
         with seeded(draw_seed(rng)):
-            frame = torch.empty(frames.shape[1:3]).expand(3, -1, -1)  # only its size is read
-            top, left, h, w = RandomResizedCrop.get_params(frame, list(self.scale), list(self.ratio))
-        return self.after_crop(_resized_crop(frames, top, left, h, w, self.size), rng)
+            frame = torch.empty(1).expand(3, height, width)  # only its size is read
+            return Box(*RandomResizedCrop.get_params(frame, list(self.scale), list(self.ratio)))
 
 
 @dataclass(frozen=True)
-class MultiScaleCrop(Augmentations):
+class MultiScaleCrop(TrainingCrop):
     """A crop of one of a few sizes at one of 13 offsets, the same box for all frames.
 
     A side is a fraction of the frame's short side; the two sides of a box are neighbours in the list of
@@ -180,21 +265,16 @@ class MultiScaleCrop(Augmentations):
     pre-training, without a flip).
     """
 
-    size: PositiveInt  # pixels, height and width of the clip
     # of the short side
     scales: Annotated[tuple[SideFraction, ...], Field(min_length=1)] = (1.0, 0.875, 0.75, 0.66)
     max_distort: NonNegativeInt = 1  # largest distance in the list between the scales of width and height
 
-    def __call__(self, frames: np.ndarray, rng: np.random.Generator) -> Tensor:
-        """u8 [T, H, W, 3] -> u8 [3, T, size, size]."""
-        height, width = frames.shape[1:3]
+    def draw_box(self, height: int, width: int, rng: np.random.Generator) -> Box:
         boxes = self.box_sizes(min(height, width))
         u, v = rng.uniform(size=2)
         h, w = boxes[int(u * len(boxes))]
         right, down = BOX_OFFSETS[int(v * len(BOX_OFFSETS))]
-        top = down * ((height - h) // 4)
-        left = right * ((width - w) // 4)
-        return self.after_crop(_resized_crop(frames, top, left, h, w, self.size), rng)
+        return Box(down * ((height - h) // 4), right * ((width - w) // 4), h, w)
 
     def box_sizes(self, short_side: int) -> list[tuple[int, int]]:
         """(height, width) in pixels of every box; a side within 2 pixels of `size` becomes `size` if the
@@ -221,13 +301,18 @@ class CenterCrop:
 
     size: PositiveInt
 
+    def draw(self, height: int, width: int, rng: np.random.Generator | None = None) -> ClipDraws:
+        side = min(height, width)
+        return ClipDraws(Box((height - side) // 2, (width - side) // 2, side, side))
+
+    def apply(self, frames: np.ndarray, draws: ClipDraws) -> Tensor:
+        """u8 [T, H, W, 3] -> u8 [3, T, size, size]."""
+        return _channels_first(_resized_crop(frames, draws.box, self.size))
+
     def __call__(self, frames: np.ndarray, rng: np.random.Generator | None = None) -> Tensor:
         """u8 [T, H, W, 3] -> u8 [3, T, size, size]."""
         height, width = frames.shape[1:3]
-        side = min(height, width)
-        top = (height - side) // 2
-        left = (width - side) // 2
-        return _channels_first(_resized_crop(frames, top, left, side, side, self.size))
+        return self.apply(frames, self.draw(height, width, rng))
 
 
 AUGMENTS = {"random_crop": RandomCrop, "multi_scale_crop": MultiScaleCrop, "center_crop": CenterCrop}

@@ -12,11 +12,19 @@ import pytest
 import torch
 from PIL import Image
 from timm.data.auto_augment import NAME_TO_OP
+from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
 from vidssl.config import Choice, Spec, load_config
 from vidssl.core.errors import UserError
-from vidssl.data.augment import AUGMENTS, MultiScaleCrop, RandomCrop
+from vidssl.data.augment import (
+    AUGMENTS,
+    MultiScaleCrop,
+    RandomCrop,
+    change_color,
+    draw_color,
+    seeded,
+)
 from vidssl.data.schema import ColorJitter
 
 SIZE = 48
@@ -140,6 +148,19 @@ def test_color_jitter_probabilities():
     luma = Image.fromarray(photo(1)[0]).convert("L")
     assert np.abs(greys[is_grey.index(True)][0, 0].numpy().astype(int) - np.asarray(luma)).max() <= 1
     assert whole(color_jitter=ColorJitter())(photo(), rng()).equal(planes(photo()))
+
+
+def test_color_draws_are_those_of_torchvisions_transforms():
+    """The same numbers in the same order, so that a seed gives the clip that torchvision makes of it."""
+    amounts = (0.4, 0.0, 0.4, 0.1)
+    transform = v2.Compose([v2.RandomApply([v2.ColorJitter(*amounts)], 0.8), v2.RandomGrayscale(0.2)])
+    frames = planes(photo(1))[:, 0]
+    for seed in range(20):
+        with seeded(seed):
+            want = transform(frames)
+        with seeded(seed):
+            draws = draw_color(ColorJitter(*amounts, p=0.8, grayscale_p=0.2))
+        assert change_color(frames[:, None], draws)[:, 0].equal(want)
 
 
 def test_randaugment_applies_timms_operations():
