@@ -20,7 +20,7 @@ from pathlib import Path
 
 from vidssl.config import load_config, to_tree
 from vidssl.core.errors import run_cli
-from vidssl.core.io import os_errors_as_user_errors
+from vidssl.core.io import check_no_shards, os_errors_as_user_errors
 from vidssl.core.log import set_log_level
 from vidssl.evaluation.probe_data import encoder_view
 from vidssl.evaluation.report import new_report_folder, weights_hash
@@ -33,16 +33,21 @@ from vidssl.training.finetune_schema import RESUME_MUTABLE, check_divisible
 from vidssl.training.finetuning import open_splits
 from vidssl.training.loss_guard import LossGuard
 from vidssl.training.malloc import configure_process
-from vidssl.training.preemption import exit_on_lost_peer
+from vidssl.training.preemption import exit_on_lost_peer, exit_on_sigterm, limited_requeues
 from vidssl.training.schema import check_trackers
 from vidssl.training.state import RunState
 
 
-@exit_on_lost_peer()
 def main(argv: list[str]) -> None:
     cfg = load_config(argv, FinetuneConfig)
+    with limited_requeues(Path(cfg.out)), exit_on_lost_peer(), exit_on_sigterm():
+        finetune(cfg)
+
+
+def finetune(cfg: FinetuneConfig) -> None:
     tune = cfg.tune
     out = Path(cfg.out)
+    check_no_shards(out, "out")
     new_report_folder(out, "probe.json")
     check_trackers(tune.trackers, "tune.trackers")
     configure_process(cfg.efficiency.threads, cfg.efficiency.tune_malloc)

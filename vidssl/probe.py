@@ -38,7 +38,7 @@ from vidssl.evaluation.report import new_report_folder
 from vidssl.pretrained.external import open_encoder
 from vidssl.training.malloc import tune_malloc
 from vidssl.training.peers import Peers
-from vidssl.training.preemption import TerminationHandler, exit_on_lost_peer
+from vidssl.training.preemption import exit_on_lost_peer, exit_on_sigterm
 
 # Seconds that a process waits for another one in a collective; longer waits are those of Peers.
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
@@ -68,7 +68,7 @@ def main(argv: list[str]) -> None:
     set_log_level(accelerator.is_main_process)
     # The first process alone writes to the folder, and decides what is left to do.
     (missing,) = broadcast_object_list([[run for run in runs if run.key not in finished.rows]])
-    with keeps(finished, protocol.cache), TerminationHandler(), Peers(accelerator) as peers:
+    with keeps(finished, protocol.cache), exit_on_sigterm("SIGTERM"), Peers(accelerator) as peers:
         plans = []
         for control in dict.fromkeys(run.control for run in missing):
             extractor = make_extractor(open_with_seed, loaded, control, protocol.seed, accelerator)

@@ -13,7 +13,7 @@ if __name__ == "__main__":
 import contextlib
 from pathlib import Path
 
-from vidssl.config import load_config, to_tree
+from vidssl.config import load_config
 from vidssl.core.errors import run_cli
 from vidssl.core.log import logger, set_log_level
 from vidssl.data.loader import open_shards
@@ -23,31 +23,32 @@ from vidssl.training.malloc import configure_process
 from vidssl.training.metrics_log import count_samples, step_row
 from vidssl.training.optim import build_optimizer, schedule, set_schedule
 from vidssl.training.perf import Throughput
-from vidssl.training.preemption import PreemptionHandler, exit_on_lost_peer
+from vidssl.training.preemption import (
+    PreemptionHandler,
+    exit_on_lost_peer,
+    exit_on_sigterm,
+    limited_requeues,
+)
 from vidssl.training.run_folder import RunFolder
 from vidssl.training.schema import check_batch, check_output
-from vidssl.training.state import make_train_state
+from vidssl.training.state import TrainState
 from vidssl.training.step import configure_blocks, forward_backward, load_steps, make_cut_groups
 
 
-@exit_on_lost_peer()
 def main(argv: list[str]) -> None:
-    # Mistakes in the configuration are reported before anything is written.
     cfg = load_config(argv, TrainConfig)
+    with limited_requeues(Path(cfg.run.out)), exit_on_lost_peer(), exit_on_sigterm():
+        pretrain(cfg)
+
+
+def pretrain(cfg: TrainConfig) -> None:
+    # Mistakes in the configuration are reported before anything is written.
     run, efficiency = cfg.run, cfg.efficiency
     out = Path(run.out)
     configure_process(efficiency.threads, efficiency.tune_malloc)
     shards, data_hash = open_shards(cfg.data)
     check_output(run)
-    strategy = Strategy.from_env(
-        efficiency,
-        # the image tokenizer gets no gradient from video batches
-        unused_parameters=cfg.model.arguments["image_tokenizer"],
-        log_with=list(run.trackers) or None,
-        project_dir=out,
-    )
-    set_log_level(strategy.is_main)
-    check_batch(cfg, strategy.world)
+    strategy = join_processes(cfg)
 
     # Model, optimizer and their state.
     objective = cfg.build_objective()
@@ -56,10 +57,11 @@ def main(argv: list[str]) -> None:
     optim_config = cfg.optim.scaled(run.batch)
     model, optimizer = strategy.prepare(objective, build_optimizer(objective, optim_config, efficiency.fused))
     diagnostics = Diagnostics(cfg, objective, strategy)
-    state = make_train_state(cfg, strategy, objective, optimizer, diagnostics.stats, data_hash)
+    state = TrainState(cfg, strategy, objective, optimizer, diagnostics.stats, data_hash)
+    state.check_space()
     start = state.restore()
     if run.init and not start:
-        state.init_from(run.init, cfg)
+        state.init_from(run.init)
     if start == run.steps:
         state.export_missing(start)
         strategy.accelerator.print(f"{out}: all {run.steps} steps are done")
@@ -68,13 +70,17 @@ def main(argv: list[str]) -> None:
     # The training loop.
     loader = load_steps(cfg, shards, start, strategy)
     throughput = Throughput(strategy, efficiency.precision, run.batch, objective)
+    collapsed = False
+    done = start
     with (
-        RunFolder(out, to_tree(cfg), start, run.steps, strategy, bool(run.trackers)) as folder,
+        RunFolder(out, state.provenance["config"], start, run.steps, strategy, bool(run.trackers)) as folder,
         PreemptionHandler() as preemption,
         state.writer,
         contextlib.closing(loader),
+        state.save_last_step(folder.sync_log),
     ):
-        for step, batches in enumerate(throughput.timed(loader), start):
+        batches_in_time = preemption.until_requested(loader, alone=strategy.world == 1)
+        for step, batches in enumerate(throughput.timed(batches_in_time), start):
             done = step + 1
             hparams = schedule(optim_config, step, run.steps, objective.target.momentum)
             set_schedule(optimizer, hparams)
@@ -88,6 +94,7 @@ def main(argv: list[str]) -> None:
             sums = count_samples(batches) | signals
             metrics = strategy.all_reduce_metrics({**losses, "grad_norm": norm}, sums)
 
+            state.whole_step = None
             if skip_reason := state.guard.check_step(metrics):
                 strategy.skip_step(optimizer)
                 logger.info(f"step {done}: skipped: {skip_reason}")
@@ -103,14 +110,30 @@ def main(argv: list[str]) -> None:
             for line in state.writer.pop_errors():
                 logger.warning(f"step {done}: {line}; the run goes on")
 
-            must_stop = bool(metrics["stop"] or metrics["collapsed"])
+            state.whole_step = done
+            collapsed = bool(metrics["collapsed"])
+            must_stop = bool(metrics["stop"]) or collapsed
             is_due = done % run.save_every == 0 and not state.guard.consecutive_skips
             if strategy.participates_in_save and (is_due or must_stop or done == run.steps):
                 throughput.beside("save", state.save, done, folder.sync_log)
             if must_stop:
                 break
     strategy.close()
-    folder.finish(done, bool(metrics["collapsed"]), state.writer)
+    folder.finish(done, collapsed, state.writer, preemption.signal)
+
+
+def join_processes(cfg: TrainConfig) -> Strategy:
+    """Returns the strategy of this run's processes, after the checks that need their number."""
+    strategy = Strategy.from_env(
+        cfg.efficiency,
+        # the image tokenizer gets no gradient from video batches
+        unused_parameters=cfg.model.arguments["image_tokenizer"],
+        log_with=list(cfg.run.trackers) or None,
+        project_dir=cfg.run.out,
+    )
+    set_log_level(strategy.is_main)
+    check_batch(cfg, strategy.world)
+    return strategy
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import torch.multiprocessing
 
 from vidssl.core.errors import Preempted
 from vidssl.training import peers
-from vidssl.training.preemption import TerminationHandler
+from vidssl.training.preemption import exit_on_sigterm
 
 WORLD = 2
 LOST, INTERRUPTED, FINISHED = 75, 76, 0
@@ -22,7 +22,7 @@ def run_process(rank: int, file: str, what: str, statuses) -> None:
     accelerator = SimpleNamespace(num_processes=WORLD, process_index=rank)
     status = FINISHED
     try:
-        with TerminationHandler(), peers.Peers(accelerator) as found:
+        with exit_on_sigterm("SIGTERM"), peers.Peers(accelerator) as found:
             found.wait()
             if rank == 1 and what == "dies":
                 os.kill(os.getpid(), signal.SIGKILL)

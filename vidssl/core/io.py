@@ -6,6 +6,8 @@ import fcntl
 import hashlib
 import json
 import os
+import resource
+import shutil
 import socket
 import stat
 from collections.abc import Callable, Iterator
@@ -151,6 +153,24 @@ def check_no_shards(out: Path, option: str) -> None:
     """Raises UserError if the output folder is one of packed shards."""
     if (out / "index.json").exists() or any(out.glob("*.tar")):
         raise UserError(f"{option} {out}: is a folder of shards; give the run a folder of its own")
+
+
+def check_free_space(out: Path, needed: int, what: str, correction: str) -> None:
+    """Raises UserError unless the disk of the folder, which may not exist yet, has `needed` bytes free."""
+    existing = next(p for p in (out.absolute(), *out.absolute().parents) if p.is_dir())
+    disk = shutil.disk_usage(existing)
+    # Some file systems do not count their space.
+    if disk.total and needed > disk.free:
+        free = f"{disk.free / 1e9:.3g} GB free"
+        raise UserError(f"{out}: {what} take {needed / 1e9:.3g} GB, the disk has {free}; {correction}")
+
+
+def raise_open_file_limit() -> None:
+    """Raises the soft limit of open files to the hard one: shards and waiting batches hold many."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def make_folder(folder: Path) -> None:

@@ -9,13 +9,13 @@ from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
-from vidssl.core.errors import UserError
+from vidssl.core.errors import Preempted, UserError
 from vidssl.core.log import logger
 from vidssl.data.dataset import (
     EXHAUSTED,
@@ -31,6 +31,7 @@ from vidssl.data.schema import DataConfig
 from vidssl.data.shards import Shards
 from vidssl.data.stream import ClipDecoder, ShardUrls, StreamingDataset, StreamSettings
 
+PREFETCHED = 4  # batches that a loader worker makes ahead
 MIN_SAMPLES_FOR_RATE = 200  # samples read before the rate of failures is judged
 
 
@@ -158,36 +159,54 @@ def train_steps(
     world: int = 1,
     workers: int = 0,
     isolate: bool = False,
+    patience_s: float = 0,
 ) -> Generator[list[Batch], None, None]:
     """Yields a batch of each stream for steps start..stop-1: the clips of process `rank` of `world`.
 
-    sizes: clips of each stream in a global batch. isolate: decode in a child process. With the indexed reader
-    the batches do not depend on `workers`.
+    sizes: clips of each stream in a global batch. isolate: decode in a child process. patience_s:
+    seconds to wait for a batch of the workers, then Preempted is raised; 0: without end. With the indexed
+    reader the batches do not depend on `workers`.
     """
     collate_fn = partial(collate_step, streams=len(sizes))
+    options: dict[str, Any] = {"num_workers": workers}
+    if workers:
+        options |= {"prefetch_factor": PREFETCHED, "timeout": patience_s}
     if isinstance(streams, StreamingDataset):
         data = streams.decoder.data
         settings = StreamSettings(start, stop, sizes[0], rank, world, isolate)
-        steps = _load_streamed(streams, settings, workers, collate_fn)
+        steps = _load_streamed(streams, settings, collate_fn, options)
     else:
         data = streams.clips[0].data
         positions = streams.positions(start, stop, sizes, rank, world)
-        steps = _load_indexed(streams, positions, workers, isolate, collate_fn)
+        steps = _load_indexed(streams, positions, isolate, collate_fn, options)
     monitor = DecodeErrorMonitor(data.max_decode_error_rate)
     with closing(steps):
-        for collated, exhausted in steps:
+        for collated, exhausted in give_up_after(patience_s, steps):
             batches = [batch.to_batch() for batch in collated]
             failures = [failure for batch in batches for failure in batch.failures]
             monitor.add(sum(len(batch.key) for batch in batches), failures, exhausted)
             yield batches
 
 
+def give_up_after(patience_s: float, steps: Iterator[CollatedStep]) -> Iterator[CollatedStep]:
+    """Yields from `steps`; raises Preempted if the DataLoader behind it has given up."""
+    try:
+        yield from steps
+    except RuntimeError as e:
+        if patience_s and "DataLoader timed out" in str(e):
+            raise Preempted(
+                f"error: no batch for {patience_s:g} s: reading or decoding is stuck; a process waits "
+                "for data half as long as the others wait for it (efficiency.peer_timeout_s)"
+            ) from None
+        raise
+
+
 def _load_indexed(
     streams: MultiStreamDataset,
     positions: Iterator[list[int]],
-    workers: int,
     isolate: bool,
     collate_fn: Callable[[list[Example]], CollatedStep],
+    options: dict[str, Any],
 ) -> Generator[CollatedStep, None, None]:
     data = streams.clips[0].data
     isolated = None
@@ -198,9 +217,8 @@ def _load_indexed(
         yield from DataLoader(
             isolated or streams,
             batch_sampler=positions,  # type: ignore[arg-type]
-            num_workers=workers,
             collate_fn=collate_fn,
-            prefetch_factor=4 if workers else None,
+            **options,
         )
     finally:
         if isolated:
@@ -210,16 +228,15 @@ def _load_indexed(
 def _load_streamed(
     streams: StreamingDataset,
     settings: StreamSettings,
-    workers: int,
     collate_fn: Callable[[list[Example]], CollatedStep],
+    options: dict[str, Any],
 ) -> Generator[CollatedStep, None, None]:
     streams.settings = settings
     if settings.rank == 0:
-        logger.info(streams.describe(workers))
+        logger.info(streams.describe(options["num_workers"]))
     yield from DataLoader(
         streams,
         batch_size=None,  # the data set yields whole batches
-        num_workers=workers,
         collate_fn=collate_fn,
-        prefetch_factor=4 if workers else None,
+        **options,
     )

@@ -64,6 +64,10 @@ class Zero(Strategy):
     def participates_in_save(self) -> bool:
         return True
 
+    @property
+    def saves_alone(self) -> bool:
+        return self.world == 1
+
     def _optimizer_state(self, model: nn.Module, optimizer: Any) -> dict[str, Any]:
         names = {p: name for name, p in model.named_parameters()}
         groups = [{**g, "params": [names[p] for p in g["params"]]} for g in self.optimizer.param_groups]

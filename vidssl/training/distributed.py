@@ -33,7 +33,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
-from vidssl.core.errors import UserError
+from vidssl.core.errors import UserError, disk_error_line
 
 if TYPE_CHECKING:
     from vidssl.training.schema import OptimConfig
@@ -59,8 +59,7 @@ class Strategy:
 
     The subclasses (Fsdp2, deepspeed.Zero) override what sharding changes. Collective methods must be called
     by all processes: prepare, backward, clip, step, skip_step, all_reduce_metrics, run_on_main, load_state,
-    barrier; of the processes with `participates_in_save` also full_state, of those with `runs_diagnostics`
-    also unsharded.
+    barrier; of the processes with `participates_in_save` also full_state.
     """
 
     def __init__(self, accelerator: Accelerator, timeout: timedelta = timedelta(minutes=10)):
@@ -115,6 +114,12 @@ class Strategy:
         if fsdp or zero:
             raise UserError("FSDP2 and DeepSpeed run on GPUs only: on CPUs use configs/accelerate/ddp.yaml")
         return Strategy(accelerator, timeout)
+
+    @property
+    def data_patience_s(self) -> float:
+        """Seconds that a process waits for data: half as long as the others wait for it, so that the one that
+        knows the cause ends first; 0, without end, where nobody waits."""
+        return self.timeout.total_seconds() / 2 if self.world > 1 else 0
 
     # Training steps
 
@@ -176,14 +181,18 @@ class Strategy:
         return dict(zip([*means, *sums], [*averages, *total[len(means) :]], strict=True))
 
     def run_on_main(self, function: Callable[[], T]) -> T:
-        """Calls `function` in the first process. Returns its (picklable) result, or raises its UserError, in
-        all."""
+        """Calls `function` in the first process. Returns its (picklable) result, or raises its UserError,
+        also for an error of the disk, in all: none waits for a first process that has ended."""
         result: list[Any] = [None, None]
         if self.is_main:
             try:
                 result[0] = function()
             except UserError as e:
                 result[1] = str(e)
+            except OSError as e:
+                result[1] = disk_error_line(e)
+                if result[1] is None:
+                    raise
         if self.world > 1:
             torch.distributed.broadcast_object_list(result, device=self.device)
         if result[1] is not None:
@@ -211,9 +220,10 @@ class Strategy:
         """Whether this process takes part in full_state."""
         return self.runs_diagnostics
 
-    def unsharded(self, model: nn.Module) -> AbstractContextManager[None]:
-        """Context in which submodules of `model` can be called directly, with all their parameters."""
-        return unsharded(model)
+    @property
+    def saves_alone(self) -> bool:
+        """Whether this process has the whole state, so that full_state needs no other one."""
+        return self.is_main
 
     def full_state(self, model: nn.Module, optimizer: Any) -> dict[str, Any]:
         """Copies the whole state into CPU memory of the first process: "model" (weights by name), "optimizer"
@@ -286,6 +296,10 @@ class Fsdp2(Strategy):
     @property
     def runs_diagnostics(self) -> bool:
         return True  # every forward pass gathers weights from all processes
+
+    @property
+    def saves_alone(self) -> bool:
+        return self.world == 1
 
 
 def fsdp_plugin(precision: str) -> FullyShardedDataParallelPlugin | None:

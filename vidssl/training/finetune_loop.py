@@ -127,6 +127,7 @@ class Finetuner:
         """Trains from the newest checkpoint to the end of the last epoch. Raises Preempted after SIGTERM,
         once the step is saved."""
         tune, efficiency = self.config.tune, self.config.efficiency
+        state.check_space()
         start = state.restore()
         loader = self.train_loader(start)
         mixer = Mixer(tune, len(self.splits.task.names))
@@ -140,8 +141,11 @@ class Finetuner:
             PreemptionHandler() as preemption,
             state.writer,
             contextlib.closing(loader),
+            state.save_last_step(folder.sync_log),
         ):
-            for done, batches in enumerate(throughput.timed(loader), start + 1):
+            alone = self.strategy.world == 1
+            waited_for = throughput.timed(preemption.until_requested(loader, alone))
+            for done, batches in enumerate(waited_for, start + 1):
                 row, must_stop = self.step(state, folder, batches, mixer, done, throughput, preemption)
                 ends_epoch = done % self.steps_per_epoch == 0
                 if ends_epoch:
@@ -149,6 +153,7 @@ class Finetuner:
                 folder.log(done, row, batches)
                 for line in state.writer.pop_errors():
                     logger.warning(f"step {done}: {line}; the run goes on")
+                state.whole_step = done
                 is_due = ends_epoch and not state.guard.consecutive_skips
                 is_due |= must_stop or done == self.steps
                 if self.strategy.participates_in_save and is_due:
@@ -156,7 +161,7 @@ class Finetuner:
                 if must_stop:
                     break
         self.strategy.barrier()
-        folder.finish(done, False, state.writer)
+        folder.finish(done, False, state.writer, preemption.signal)
 
     def train_loader(self, start: int) -> Generator[list[Batch], None, None]:
         """Yields a list of one Batch for each step from `start` to the last one."""
@@ -183,6 +188,7 @@ class Finetuner:
             self.strategy.world,
             cfg.efficiency.workers,
             cfg.efficiency.decode_in_subprocess,
+            self.strategy.data_patience_s,
         )
 
     def step(
@@ -208,6 +214,7 @@ class Finetuner:
         grad_norm = self.strategy.clip(self.model, self.optim_config, step)
         sums = count_samples(batches) | {"stop": float(preemption.requested)}
         metrics = self.strategy.all_reduce_metrics({"loss": loss, "grad_norm": grad_norm}, sums)
+        state.whole_step = None
         if skip_reason := state.guard.check_step(metrics):
             self.strategy.skip_step(self.optimizer)
             logger.info(f"step {done}: skipped: {skip_reason}")

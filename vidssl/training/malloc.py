@@ -5,6 +5,8 @@ import sys
 
 import torch
 
+from vidssl.core.io import raise_open_file_limit
+
 
 def tune_malloc() -> bool:
     """On a CPU, stops glibc from returning freed memory to the system. Returns whether it took effect.
@@ -22,7 +24,9 @@ def tune_malloc() -> bool:
 
 
 def configure_process(threads: int | None, keeps_freed_memory: bool) -> None:
-    """threads: of torch on the CPU; None: torch's own choice. keeps_freed_memory: see tune_malloc."""
+    """Sets limits of this process. threads: of torch on the CPU; None: torch's own choice.
+    keeps_freed_memory: see tune_malloc."""
+    raise_open_file_limit()
     if threads:
         torch.set_num_threads(threads)
     if keeps_freed_memory:

@@ -2,12 +2,13 @@
 
 import contextlib
 import fcntl
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from vidssl import config
-from vidssl.core.errors import Preempted, UserError
+from vidssl.core.errors import Interrupted, Preempted, UserError
 from vidssl.core.io import make_folder, os_errors_as_user_errors
 from vidssl.core.log import logger
 from vidssl.data.loader import Batch
@@ -74,8 +75,9 @@ class RunFolder:
             self.metrics_log.close()
             self.lock.close()
 
-    def finish(self, step: int, collapsed: bool, writer: AsyncWriter) -> None:
-        """Called after the last step. Raises UserError or Preempted unless the run is complete and saved."""
+    def finish(self, step: int, collapsed: bool, writer: AsyncWriter, signal_number: int | None) -> None:
+        """Called after the last step. Raises UserError, Preempted or Interrupted unless the run is complete
+        and saved. signal_number: the signal that ended it, if any."""
         for line in writer.pop_errors():
             logger.warning(f"step {step}: {line}")
         if writer.failed:
@@ -85,9 +87,10 @@ class RunFolder:
                 f"{self.out}: stopped at step {step}: the features have collapsed (run.stop_on_collapse)"
             )
         if step < self.steps:
-            raise Preempted(
-                f"{self.out}: SIGTERM: ended after step {step}; the same command continues the run"
-            )
+            ended = f"ended after step {step}, which is saved; the same command continues the run"
+            if signal_number == signal.SIGINT:
+                raise Interrupted(f"{self.out}: Ctrl-C: {ended}")
+            raise Preempted(f"{self.out}: SIGTERM: {ended}")
 
 
 def lock_folder(out: Path) -> Any:

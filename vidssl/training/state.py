@@ -1,7 +1,8 @@
 """Saves and restores the state of a training run; checkpoints are written in the background (files:
 checkpoint.py)."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from vidssl import config
 from vidssl.core.errors import UserError
+from vidssl.core.io import check_free_space
 from vidssl.core.log import logger
 from vidssl.objective.objective import Objective
 from vidssl.pretrained.init import pretrained_weights, save_run_encoder, to_checkpoint
@@ -16,6 +18,7 @@ from vidssl.pretrained.load import read_checkpoint_file
 from vidssl.training.checkpoint import (
     TENSOR_FILES,
     AsyncWriter,
+    list_checkpoints,
     load_checkpoint,
     provenance,
     read_checkpoint,
@@ -69,6 +72,9 @@ class RunState:
         self.keep_last = keep_last
         self.keep_every = keep_every
         self.writer = AsyncWriter()
+        self.saved_step = 0
+        # the step whose state is whole; None from the decision about a step until all of it has followed
+        self.whole_step: int | None = None
 
     def restore(self) -> int:
         """Loads the newest checkpoint of the run's folder. Returns its step; 0 if there is none. Collective.
@@ -81,7 +87,8 @@ class RunState:
         self.strategy.load_state(self.model, self.optimizer, checkpoint)
         for name, part in self.parts.items():
             part.load(plain[name])
-        return plain["step"]
+        self.saved_step = plain["step"]
+        return self.saved_step
 
     def rollback(self, step: int, reason: str | None) -> int:
         """Goes back to the last checkpoint; data and the guard's history go on. Returns its step. Collective.
@@ -94,15 +101,15 @@ class RunState:
             f"step {step}: {reason} ({guard.consecutive_skips} steps in a row, {guard.rollbacks} rollbacks)"
         )
         self.writer.wait()
-        self.strategy.barrier()
-        checkpoint, plain = self._read_newest()
-        if plain is None:
+        if not self.strategy.run_on_main(lambda: bool(list_checkpoints(self.out / "checkpoints"))):
             raise UserError(f"{stopped}; there is no checkpoint yet; {ADVICE}")
         if guard.rollbacks >= guard.max_rollbacks:  # the limit may have been lowered since
             raise UserError(
                 f"{stopped}; the limit max_rollbacks={guard.max_rollbacks} is reached; "
                 f"the last checkpoint is in {self.out}; {ADVICE}"
             )
+        checkpoint, plain = self._read_newest()
+        assert plain is not None
         self.strategy.load_state(self.model, self.optimizer, checkpoint)
         guard.rollbacks += 1
         guard.end_skips()
@@ -118,6 +125,7 @@ class RunState:
         All processes with strategy.participates_in_save must call it; the first one writes. before_write:
         called first, so that the log on the disk is never behind a checkpoint.
         """
+        self.saved_step = step
         self.writer.wait()  # so that there is never more than one copy
         checkpoint = self.strategy.full_state(self.model, self.optimizer)
         if not self.strategy.is_main:
@@ -131,6 +139,49 @@ class RunState:
             save_checkpoint(self.out / "checkpoints", step, checkpoint, self.keep_last, self.keep_every)
 
         self.writer.start(f"the checkpoint of step {step}", before_write, write)
+
+    def check_space(self) -> None:
+        """Raises UserError in all processes unless the disk has room for the checkpoints. Collective.
+
+        A new checkpoint is whole before the oldest is deleted, so one more than `keep_last` is needed.
+        """
+        weights = sum(v.numel() * v.element_size() for v in self.model.state_dict().values())
+        moments = sum(2 * p.numel() * p.element_size() for p in self.model.parameters() if p.requires_grad)
+
+        def check() -> None:
+            folder = self.out / "checkpoints"
+            held = sum(f.stat().st_size for c in list_checkpoints(folder) for f in c.iterdir())
+            needed = (self.keep_last + 1) * (weights + moments) + weights
+            what = f"{self.keep_last + 1} checkpoints (run.keep_last and a new one)"
+            check_free_space(self.out, needed - held, what, "free some, or choose another place")
+
+        self.strategy.run_on_main(check)
+
+    @contextlib.contextmanager
+    def save_last_step(self, before_write: Callable[[], None]) -> Iterator[None]:
+        """Context that saves the last whole step if it ends before that was done: by an exception, or by a
+        signal that ended the wait for data. Only where one process can save without the others.
+
+        before_write: see `save`.
+        """
+        try:
+            yield
+        except Exception:
+            if self._has_unsaved_step:
+                step = self.whole_step
+                try:
+                    self.save(step or 0, before_write)
+                    self.writer.wait()
+                    logger.warning(f"{self.out}: an error ends the run; step {step} is saved")
+                except (OSError, RuntimeError) as e:  # the GPU's state may be lost
+                    logger.warning(f"{self.out}: step {step} could not be saved: {e}")
+            raise
+        if self._has_unsaved_step:
+            self.save(self.whole_step or 0, before_write)
+
+    @property
+    def _has_unsaved_step(self) -> bool:
+        return (self.whole_step or 0) > self.saved_step and self.strategy.saves_alone
 
     def export(self, step: int, weights: dict[str, Tensor]) -> None:
         """Called with the whole state dict of the model before each checkpoint is written; hook for
@@ -166,18 +217,39 @@ class TrainState(RunState):
 
     def __init__(
         self,
+        cfg: TrainConfig,
         strategy: Strategy,
         objective: Objective,
-        *args: Any,
-        snapshots: bool = False,
-        **options: Any,
+        optimizer: Any,
+        feature_stats: Resumable,
+        data_hash: str,
     ):
-        """snapshots: keep the encoder of every checkpoint; the other arguments: see RunState."""
-        super().__init__(strategy, objective, *args, **options)
+        """The state of the run `cfg` before anything is restored."""
+        run = cfg.run
+        guard = LossGuard(
+            run.max_consecutive_skips,
+            run.max_rollbacks,
+            run.loss_spike_std,
+            has_grad_scaler=strategy.scaler is not None,
+        )
+        super().__init__(
+            strategy,
+            objective,
+            optimizer,
+            guard,
+            Path(run.out),
+            provenance(config.to_tree(cfg), data_hash),
+            TrainConfig,
+            run.steps,
+            resume_mutable(cfg),
+            run.keep_last,
+            run.keep_every,
+            feature_stats=feature_stats,
+        )
+        self.cfg = cfg
         self.objective = objective
-        self.snapshots = snapshots
 
-    def init_from(self, source: str, cfg: TrainConfig) -> None:
+    def init_from(self, source: str) -> None:
         """Loads the weights of `source` (see initial_weights) and, of a step checkpoint, the optimizer's
         moments.
 
@@ -187,7 +259,7 @@ class TrainState(RunState):
         optimizer: dict[str, Any] = {}
 
         def read() -> None:
-            found, saved = initial_weights(self.objective, cfg, source)
+            found, saved = initial_weights(self.objective, self.cfg, source)
             weights.update(found)
             if saved is not None:
                 self._check_same_groups(saved, source)
@@ -199,9 +271,9 @@ class TrainState(RunState):
 
     def export(self, step: int, weights: dict[str, Tensor]) -> None:
         """Writes encoder.safetensors and the files beside it. weights: the objective's whole state dict."""
-        cfg = config.from_tree(self.provenance["config"], TrainConfig, "provenance")
+        cfg = self.cfg
         found = to_checkpoint(self.objective, cfg.encoder_arguments(), cfg.method.predictor, weights)
-        save_run_encoder(self.out, found, {**self.provenance, "step": step}, self.snapshots)
+        save_run_encoder(self.out, found, {**self.provenance, "step": step}, cfg.run.snapshots)
 
     def export_missing(self, step: int) -> None:
         """Exports the restored weights of a finished run whose encoder.safetensors is gone. Collective."""
@@ -217,39 +289,6 @@ class TrainState(RunState):
             raise UserError(
                 f"run.init: {source}: its optimizer groups differ; give the run folder to load weights only"
             )
-
-
-def make_train_state(
-    cfg: TrainConfig,
-    strategy: Strategy,
-    objective: Objective,
-    optimizer: Any,
-    feature_stats: Resumable,
-    data_hash: str,
-) -> TrainState:
-    """The state of the pre-training run `cfg`, before anything is restored."""
-    run = cfg.run
-    guard = LossGuard(
-        run.max_consecutive_skips,
-        run.max_rollbacks,
-        run.loss_spike_std,
-        has_grad_scaler=strategy.scaler is not None,
-    )
-    return TrainState(
-        strategy,
-        objective,
-        optimizer,
-        guard,
-        Path(run.out),
-        provenance(config.to_tree(cfg), data_hash),
-        TrainConfig,
-        run.steps,
-        resume_mutable(cfg),
-        run.keep_last,
-        run.keep_every,
-        snapshots=run.snapshots,
-        feature_stats=feature_stats,
-    )
 
 
 def initial_weights(
@@ -303,17 +342,33 @@ def check_same_run(
         raise UserError(
             f"{out}: {checkpoint['step']} steps are done, more than the {steps} of this configuration"
         )
-    then = without_paths(config.to_tree(config.from_tree(before["config"], schema, str(out))))
+    completed = config.to_tree(config.from_tree(before["config"], schema, str(out)))
+    if added := missing_keys(before["config"], completed):
+        logger.info(f"{out}: options that are newer than this run have their defaults: {', '.join(added)}")
+    then = without_paths(completed)
     now = without_paths(provenance["config"])
-    differing = [
-        f"{key} is {old!r} there, {new!r} here"
-        for key, old, new in config.differences(then, now, mutable_keys)
-    ]
+    different = config.differences(then, now, mutable_keys)
+    differing = [f"{key} is {old!r} there, {new!r} here" for key, old, new in different]
+    if [key for key, _, _ in different] == ["run.steps"]:
+        raise UserError(
+            f"{out}: run.steps {differing[0].removeprefix('run.steps ')}, and the schedules end at it. "
+            "Train longer with run.init of this folder in a new one, or plan it from the start with "
+            "optim.schedule_steps (configs/run/infinite.yaml)"
+        )
     if differing:
         raise UserError(
             f"{out} holds another run: {'; '.join(differing[:3])}. "
             "Give another output folder, or the same values"
         )
+
+
+def missing_keys(stored: Any, full: Any, key: str = "") -> list[str]:
+    """Dotted keys of `full` that `stored` lacks."""
+    if not isinstance(stored, dict) or not isinstance(full, dict):
+        return []
+    paths = {name: f"{key}.{name}".lstrip(".") for name in full}
+    absent = [paths[name] for name in full if name not in stored]
+    return absent + [m for n in full if n in stored for m in missing_keys(stored[n], full[n], paths[n])]
 
 
 def without_paths(cfg: dict[str, Any]) -> dict[str, Any]:

@@ -47,6 +47,7 @@ def load_steps(
         strategy.world,
         efficiency.workers,
         efficiency.decode_in_subprocess,
+        strategy.data_patience_s,
     )
 
 

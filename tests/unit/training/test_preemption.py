@@ -1,9 +1,13 @@
-"""Which errors count as a lost peer."""
+"""Signals, lost peers and the limit of requeues."""
+
+import os
+import signal
 
 import pytest
 import torch
 
-from vidssl.training.preemption import is_lost_peer
+from vidssl.core.errors import Preempted, UserError
+from vidssl.training.preemption import PreemptionHandler, exit_on_sigterm, is_lost_peer, limited_requeues
 
 GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/"
 
@@ -23,3 +27,74 @@ GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/"
 )
 def test_only_lost_connections_and_timeouts_are_requeued(error, lost):
     assert is_lost_peer(error) is lost
+
+
+@pytest.fixture
+def handlers_restored():
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda n: n.name)
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_signal_ends_the_wait_for_data_of_a_process_that_is_alone(number, alone, handlers_restored):
+    def loader():
+        yield 0
+        os.kill(os.getpid(), number)  # comes while the loop waits for item 1
+        yield 1
+        yield 2
+
+    with PreemptionHandler() as preemption:
+        got = []
+        for item in preemption.until_requested(loader(), alone):
+            got.append((item, preemption.requested))
+    assert preemption.signal == number
+    assert got == ([(0, False)] if alone else [(0, False), (1, True), (2, True)])
+
+
+def test_a_signal_in_a_step_lets_the_step_end(handlers_restored):
+    with PreemptionHandler() as preemption:
+        for item in preemption.until_requested(iter(range(5)), alone=True):
+            if item == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+                os.kill(os.getpid(), signal.SIGTERM)
+            last = item
+    assert last == 2 and preemption.signal == signal.SIGTERM
+
+
+def test_sigterm_before_the_loop_asks_for_a_requeue(handlers_restored):
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Preempted, match="SIGTERM: saved steps stay"), exit_on_sigterm():
+        os.kill(os.getpid(), signal.SIGTERM)
+    with exit_on_sigterm():
+        pass
+    assert signal.getsignal(signal.SIGTERM) in (before, signal.SIG_IGN)
+
+
+def end_run(out, step: int, error: Exception) -> str:
+    (out / "checkpoints" / f"step-{step:08d}").mkdir(parents=True, exist_ok=True)
+    try:
+        with limited_requeues(out):
+            raise error
+    except (Preempted, UserError) as e:
+        return type(e).__name__
+
+
+def test_requeues_without_progress_are_bounded(tmp_path):
+    assert [end_run(tmp_path, 4, Preempted("SIGTERM")) for _ in range(3)] == ["Preempted"] * 2 + ["UserError"]
+    assert [end_run(tmp_path, s, Preempted("SIGTERM")) for s in (5, 6, 7, 8)] == ["Preempted"] * 4
+    assert end_run(tmp_path, 8, UserError("bad data")) == "UserError"
+    assert end_run(tmp_path, 8, Preempted("lost")) == "Preempted"
+    assert end_run(tmp_path, 8, Preempted("lost")) == "UserError"
+
+
+def test_an_unreadable_count_is_started_anew(tmp_path):
+    (tmp_path / "requeues.json").write_text("{")
+    assert end_run(tmp_path, 4, Preempted("SIGTERM")) == "Preempted"
+
+
+def test_a_run_that_wrote_nothing_is_not_counted(tmp_path):
+    with pytest.raises(Preempted), limited_requeues(tmp_path / "absent"):
+        raise Preempted("SIGTERM")

@@ -1,10 +1,14 @@
 """training/state.py: which runs may be continued, and the limit of rollbacks."""
 
+import contextlib
 import copy
+import logging
+import shutil
 from argparse import Namespace
 from pathlib import Path
 
 import pytest
+import torch
 
 from vidssl.config import load_config, to_tree
 from vidssl.core.errors import UserError
@@ -33,6 +37,63 @@ def test_options_added_since_the_checkpoint_have_their_defaults():
         check(stored, tree)
 
 
+def test_a_line_names_the_options_that_are_newer_than_the_run(caplog):
+    tree = to_tree(CONFIG)
+    stored = copy.deepcopy(tree)
+    del stored["optim"]["clip_start"]
+    del stored["efficiency"]["fused"]
+    logger = logging.getLogger("vidssl")
+    logger.addHandler(caplog.handler)
+    logger.setLevel(logging.INFO)
+    try:
+        check(stored, tree)
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert "newer than this run have their defaults: optim.clip_start, efficiency.fused" in caplog.text
+
+
+def test_a_longer_run_is_refused_with_the_way():
+    tree = to_tree(CONFIG)
+    tree["run"]["steps"] += 1
+    with pytest.raises(UserError, match=r"run\.init of this folder.*optim\.schedule_steps"):
+        check(to_tree(CONFIG), tree)
+
+
+class FakeStrategy:
+    """One process."""
+
+    saves_alone = True
+
+    def run_on_main(self, function):
+        return function()
+
+
+@pytest.mark.parametrize("whole, saved, saves", [(3, 2, True), (3, 3, False), (None, 2, False)])
+@pytest.mark.parametrize("error", [RuntimeError("fault"), UserError("bad data"), OSError("disk"), None])
+def test_the_last_whole_step_is_saved_at_any_end(whole, saved, saves, error, tmp_path, monkeypatch):
+    state = RunState(FakeStrategy(), None, None, LossGuard(1, 1, None), tmp_path, {}, TrainConfig, 10, ())
+    written = []
+    monkeypatch.setattr(state, "save", lambda step, before_write: written.append(step))
+    state.whole_step = whole
+    state.saved_step = saved
+    with contextlib.suppress(RuntimeError, UserError, OSError), state.save_last_step(lambda: None):
+        if error:
+            raise error
+    assert written == ([whole] if saves else [])
+
+
+def test_a_disk_without_room_for_the_checkpoints_is_an_error_before_the_first_step(tmp_path, monkeypatch):
+    model = torch.nn.Linear(1000, 1000)
+    state = RunState(FakeStrategy(), model, None, LossGuard(1, 1, None), tmp_path, {}, TrainConfig, 10, ())
+    needed = 3 * 3 * 4 * 1001 * 1000 + 4 * 1001 * 1000  # weights and two moments, f32, and the encoder
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed))
+    state.check_space()
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed - 1))
+    with pytest.raises(UserError, match=r"3 checkpoints .* GB free"):
+        state.check_space()
+
+
 def test_only_mutable_keys_may_change():
     tree = to_tree(CONFIG)
     tree["run"]["save_every"] = 7
@@ -44,11 +105,12 @@ def test_only_mutable_keys_may_change():
 
 
 @pytest.mark.parametrize("rollbacks", [1, 2])  # two: the limit was lowered when the run was continued
-def test_no_rollback_beyond_the_limit(rollbacks, tmp_path, monkeypatch):
+def test_no_rollback_beyond_the_limit(rollbacks, tmp_path):
     guard = LossGuard(1, 1, None)
     guard.rollbacks = rollbacks
-    strategy = Namespace(barrier=lambda: None)  # without load_state: nothing may be loaded
+    (tmp_path / "checkpoints" / "step-00000004").mkdir(parents=True)
+    # without load_state, and an empty checkpoint: nothing may be read or loaded
+    strategy = Namespace(run_on_main=lambda function: function())
     state = RunState(strategy, None, None, guard, tmp_path, {}, TrainConfig, 10, ())
-    monkeypatch.setattr(state, "_read_newest", lambda: ({}, {"step": 4}))
     with pytest.raises(UserError, match="the limit max_rollbacks=1 is reached"):
         state.rollback(9, "loss nan")
