@@ -37,7 +37,7 @@ from vidssl.data.format import dumps, dumps_index, read_index, shard_entry
 
 PRESETS = ("ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow")
 # Prefixes of file names in OUT before it has a plan.json
-WRITTEN_BEFORE_PLAN = ("plan.json.tmp", NEAR_PREFIX, LOCK_FILE)
+WRITTEN_BEFORE_PLAN = ("plan.json.", NEAR_PREFIX, LOCK_FILE)
 
 
 def check_out_is_free(out: Path) -> None:
@@ -94,7 +94,7 @@ def clean_up(plan: Plan) -> None:
     for folder, shards in plan.datasets.items():
         if not (folder / "report.json").exists():
             write_dataset_report(folder)
-        for file in [shard.rejections for shard in shards] + list(folder.glob("shard-*.tmp")):
+        for file in [shard.rejections for shard in shards] + list(folder.glob("*.tmp")):
             file.unlink(missing_ok=True)
 
 

@@ -24,6 +24,7 @@ from data_prep.summary import (
     write_summary,
 )
 from vidssl.core.errors import UserError, run_cli
+from vidssl.core.io import claim_folder
 from vidssl.data.format import dumps, dumps_index, read_index, sample_record, select_media, shard_entry
 from vidssl.data.metadata import (
     LABEL_EXTENSIONS,
@@ -189,6 +190,12 @@ def main(argv: list[str]) -> None:
     tars = find_tars(folder)
     if (folder / "index.json").exists() and read_index(folder).get("pack") != {"scan": True}:
         raise UserError(f"{folder}: has an index already, written by pack")
+    with claim_folder(folder, "scan"):
+        scan_shards(folder, tars)
+
+
+def scan_shards(folder: Path, tars: list[Path]) -> None:
+    """Indexes the shards of a folder, and prints what they hold."""
     findings = Findings()
     by_tar = {tar: read_shard(tar, findings) for tar in tars}
     records = [record for of_shard in by_tar.values() for record in of_shard]

@@ -13,34 +13,37 @@ from pathlib import Path
 
 from vidssl.config import merge
 from vidssl.core.errors import UserError, run_cli
-from vidssl.core.io import check_writable, make_folder
+from vidssl.core.io import LOCK_FILE, check_writable, claim_folder
 from vidssl.pretrained.export_hf import save_hf
 from vidssl.pretrained.files import save_native
 from vidssl.pretrained.load import inflate_to_video, read_checkpoint_file
 
 
 def main(argv: list[str]) -> None:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("src")
-    p.add_argument("dst", type=Path)
-    p.add_argument("--to", choices=("native", "hf"), default="native")
-    p.add_argument("--video", type=int, metavar="FRAMES")
-    p.add_argument("overrides", nargs="*", metavar="key=value")
-    a = p.parse_args(argv)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("src")
+    parser.add_argument("dst", type=Path)
+    parser.add_argument("--to", choices=("native", "hf"), default="native")
+    parser.add_argument("--video", type=int, metavar="FRAMES")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    a = parser.parse_args(argv)
     if bad := [item for item in a.overrides if "=" not in item]:
-        p.error(f"'{bad[0]}' is not key=value")
-    if a.dst.exists() and (not a.dst.is_dir() or any(a.dst.iterdir())):
+        parser.error(f"'{bad[0]}' is not key=value")
+    if a.dst.exists() and (not a.dst.is_dir() or any(p.name != LOCK_FILE for p in a.dst.iterdir())):
         raise UserError(f"{a.dst}: is there already; give a new folder")
     check_writable(a.dst)
-    checkpoint, metadata = read_checkpoint_file(a.src, **merge(a.overrides)[0])
-    if a.video:
-        checkpoint = inflate_to_video(checkpoint, a.video, tubelet=2)
-    if a.to == "hf":
-        print(f"{a.dst}: transformers.{save_hf(a.dst, checkpoint)}.from_pretrained('{a.dst}')")
-    else:
-        make_folder(a.dst)
-        save_native(a.dst, checkpoint, {**metadata, "source": checkpoint.format})
-        print(f"{a.dst}: {checkpoint.format}, " + ", ".join(f"{k} {v}" for k, v in checkpoint.model.items()))
+    with claim_folder(a.dst, "convert"):
+        checkpoint, metadata = read_checkpoint_file(a.src, **merge(a.overrides)[0])
+        if a.video:
+            checkpoint = inflate_to_video(checkpoint, a.video, tubelet=2)
+        if a.to == "hf":
+            print(f"{a.dst}: transformers.{save_hf(a.dst, checkpoint)}.from_pretrained('{a.dst}')")
+        else:
+            save_native(a.dst, checkpoint, {**metadata, "source": checkpoint.format})
+            facts = ", ".join(f"{k} {v}" for k, v in checkpoint.model.items())
+            print(f"{a.dst}: {checkpoint.format}, {facts}")
     if checkpoint.unused:
         print(f"not needed: {', '.join(checkpoint.unused)}")
 

@@ -34,6 +34,7 @@ from vidssl.training.finetuning import open_splits
 from vidssl.training.loss_guard import LossGuard
 from vidssl.training.malloc import configure_process
 from vidssl.training.preemption import exit_on_lost_peer, exit_on_sigterm, limited_requeues
+from vidssl.training.run_folder import claim_run
 from vidssl.training.schema import check_trackers
 from vidssl.training.state import RunState
 
@@ -88,15 +89,17 @@ def finetune(cfg: FinetuneConfig) -> None:
         keep_last=1,
         selection=finetuner.selection,
     )
-    finetuner.train(state)
+    with claim_run(out, "finetune", strategy):
+        finetuner.train(state)
 
-    chosen = finetuner.selection.select(len(splits.held_out[0]))
-    predictions = finetuner.predict(splits.shards["test"], *splits.test, view, "test")
-    if strategy.is_main:
-        with os_errors_as_user_errors(out):
-            metadata = {**run_provenance, "step": chosen["step"]}
-            export_classifier(out, finetuner.selection.now, loaded, metadata)
-            write_finetune_results(out, cfg, loaded, splits, predictions, chosen, run_provenance["libraries"])
+        chosen = finetuner.selection.select(len(splits.held_out[0]))
+        predictions = finetuner.predict(splits.shards["test"], *splits.test, view, "test")
+        if strategy.is_main:
+            with os_errors_as_user_errors(out):
+                metadata = {**run_provenance, "step": chosen["step"]}
+                export_classifier(out, finetuner.selection.now, loaded, metadata)
+                libraries = run_provenance["libraries"]
+                write_finetune_results(out, cfg, loaded, splits, predictions, chosen, libraries)
     strategy.close()
 
 

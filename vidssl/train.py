@@ -29,7 +29,7 @@ from vidssl.training.preemption import (
     exit_on_sigterm,
     limited_requeues,
 )
-from vidssl.training.run_folder import RunFolder
+from vidssl.training.run_folder import RunFolder, claim_run
 from vidssl.training.schema import check_batch, check_output
 from vidssl.training.state import TrainState
 from vidssl.training.step import configure_blocks, forward_backward, load_steps, make_cut_groups
@@ -73,6 +73,7 @@ def pretrain(cfg: TrainConfig) -> None:
     collapsed = False
     done = start
     with (
+        claim_run(out, "train", strategy),
         RunFolder(out, state.provenance["config"], start, run.steps, strategy, bool(run.trackers)) as folder,
         PreemptionHandler() as preemption,
         state.writer,

@@ -13,11 +13,10 @@ import torch
 from safetensors.torch import load_file
 from signal_at import signalled
 
-from vidssl.core.errors import EXIT_REQUEUE, UserError
+from vidssl.core.errors import EXIT_REQUEUE
 from vidssl.data.shards import Shards
 from vidssl.pretrained.files import load_weights
 from vidssl.training.checkpoint import load_checkpoint
-from vidssl.training.run_folder import lock_folder
 
 ROOT = Path(__file__).parents[2]
 FILES = ["configs/method/vjepa_tiny.yaml", "configs/model/vit_micro.yaml", "configs/data/quickstart.yaml"]
@@ -200,14 +199,6 @@ def test_a_diverged_run_keeps_its_last_checkpoint(synthetic_shards, tmp_path):
     )
     kept = load_file(tmp_path / "run" / "encoder.safetensors")
     assert all(w.isfinite().all() for w in kept.values())
-
-
-def test_two_runs_cannot_share_a_folder(tmp_path):
-    first = lock_folder(tmp_path)
-    with pytest.raises(UserError, match="another process is training"):
-        lock_folder(tmp_path)
-    first.close()
-    lock_folder(tmp_path).close()
 
 
 def test_a_mistake_from_the_shell(synthetic_shards, tmp_path):

@@ -6,7 +6,9 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import resource
+import secrets
 import shutil
 import socket
 import stat
@@ -17,25 +19,26 @@ from typing import Any, BinaryIO
 from vidssl.core.errors import UserError
 
 LOCK_FILE = ".lock"
+LEFTOVER = re.compile(r".*\.[0-9a-f]{8}\.tmp")  # names of atomic_write's temporary files
 
 
 def atomic_write(path: Path, write: Callable[[Path], Any]) -> None:
-    """Calls write(temporary path), syncs the file to the disk and renames it to `path`; an OSError leaves no
+    """Calls write(temporary path), syncs the file to the disk and renames it to `path`; a failure leaves no
     temporary file. The mode follows the umask, also where `write` replaces the file by one for its owner
-    alone."""
-    temporary = path.with_name(path.name + ".tmp")
+    alone. Of two processes that write a file at the same time, the last one wins."""
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with open(temporary, "wb") as f:
+        with open(temporary, "xb") as f:
             mode = os.fstat(f.fileno()).st_mode
         write(temporary)
         if temporary.stat().st_mode != mode:
             temporary.chmod(stat.S_IMODE(mode))
         fsync_path(temporary)
         os.replace(temporary, path)
-    except OSError:
+    finally:
+        # Once it is renamed, there is none
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise
     fsync_path(path.parent)
 
 
@@ -84,8 +87,9 @@ def exclusive_lock(path: Path) -> Iterator[None]:
 def claim_folder(out: Path, program: str) -> Iterator[None]:
     """Makes a folder and holds it while this process writes into it.
 
-    Raises UserError with the holder's process and host if another process holds it. The lock of a process
-    that has ended is free, whatever its file says. It is not shared with children.
+    Temporary files of killed writers are removed. Raises UserError with the holder's process and host if
+    another process holds it. The lock of a process that has ended is free, whatever its file says. It is not
+    shared with children.
     """
     is_new = not os.path.exists(out)
     make_folder(out)
@@ -96,6 +100,8 @@ def claim_folder(out: Path, program: str) -> Iterator[None]:
             holder = {"program": program, "pid": os.getpid(), "host": socket.gethostname()}
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, json.dumps(holder).encode(), 0)
+            for leftover in filter(LEFTOVER.fullmatch, os.listdir(out)):
+                (out / leftover).unlink()
             yield
         finally:
             path.unlink(missing_ok=True)

@@ -1,7 +1,6 @@
-"""The folder of a run: its lock, configuration, log, and the list of samples that could not be decoded."""
+"""The folder of a run: its claim, configuration, log, and the list of samples that could not be decoded."""
 
 import contextlib
-import fcntl
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 
 from vidssl import config
 from vidssl.core.errors import Interrupted, Preempted, UserError
-from vidssl.core.io import make_folder, os_errors_as_user_errors
+from vidssl.core.io import claim_folder, os_errors_as_user_errors
 from vidssl.core.log import logger
 from vidssl.data.loader import Batch
 from vidssl.training.checkpoint import AsyncWriter, quarantine
@@ -18,7 +17,8 @@ from vidssl.training.metrics_log import JsonlWriter, MetricsLog, drop_rows_after
 
 
 class RunFolder:
-    """Context of a run that writes into `out`; all processes enter it, the first one writes shared files."""
+    """Context of a run that writes into `out`, a folder that it has claimed; all processes enter it, the
+    first one writes shared files."""
 
     def __init__(
         self, out: Path, tree: dict[str, Any], start: int, steps: int, strategy: Strategy, tracks: bool
@@ -35,18 +35,18 @@ class RunFolder:
         self.bad_samples = JsonlWriter(out / "bad_samples.jsonl")
 
     def __enter__(self) -> "RunFolder":
-        if self.strategy.is_main:
-            make_folder(self.out)
-            with os_errors_as_user_errors(self.out):
-                self.lock = lock_folder(self.out)
-                for name in ("log.jsonl", "bad_samples.jsonl"):
-                    drop_rows_after(self.out / name, self.start)
-                quarantine(self.out / "checkpoints", self.start)
-                config.save(self.tree, self.out / "config.yaml")
-                track = start_trackers(self.strategy.accelerator, self.tree) if self.tracks else None
-                self.metrics_log = MetricsLog(self.out, self.start, self.steps, track)
+        self.strategy.run_on_main(self._open)
         self.strategy.barrier()
         return self
+
+    def _open(self) -> None:
+        with os_errors_as_user_errors(self.out):
+            for name in ("log.jsonl", "bad_samples.jsonl"):
+                drop_rows_after(self.out / name, self.start)
+            quarantine(self.out / "checkpoints", self.start)
+            config.save(self.tree, self.out / "config.yaml")
+            track = start_trackers(self.strategy.accelerator, self.tree) if self.tracks else None
+            self.metrics_log = MetricsLog(self.out, self.start, self.steps, track)
 
     def log(self, step: int, row: dict[str, Any], batches: list[Batch]) -> None:
         """Logs a step; every process lists the samples of its own batches that were replaced."""
@@ -73,7 +73,6 @@ class RunFolder:
         self.bad_samples.close()
         if self.metrics_log:
             self.metrics_log.close()
-            self.lock.close()
 
     def finish(self, step: int, collapsed: bool, writer: AsyncWriter, signal_number: int | None) -> None:
         """Called after the last step. Raises UserError, Preempted or Interrupted unless the run is complete
@@ -93,15 +92,14 @@ class RunFolder:
             raise Preempted(f"{self.out}: SIGTERM: {ended}")
 
 
-def lock_folder(out: Path) -> Any:
-    """Locks a run's folder until the returned file is closed. Raises UserError if another process holds the
-    lock."""
-    lock = open(out / ".lock", "w")  # noqa: SIM115
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        lock.close()
-        raise UserError(
-            f"{out}: another process is training in this folder; wait for it, or end it"
-        ) from None
-    return lock
+@contextlib.contextmanager
+def claim_run(out: Path, program: str, strategy: Strategy) -> Iterator[None]:
+    """Context in which no other process may claim the run's folder. Collective: if one has, all processes
+    raise UserError."""
+    with contextlib.ExitStack() as claims:
+
+        def claim() -> None:
+            claims.enter_context(claim_folder(out, program))
+
+        strategy.run_on_main(claim)
+        yield

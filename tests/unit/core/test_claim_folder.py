@@ -4,14 +4,17 @@ import json
 import os
 import subprocess
 import sys
+from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from data_prep import pack, synthetic
+from data_prep import pack, scan, synthetic
+from tools import convert
 from vidssl.core.errors import UserError
-from vidssl.core.io import LOCK_FILE, claim_folder
+from vidssl.core.io import LOCK_FILE, atomic_write, claim_folder
+from vidssl.training.run_folder import claim_run
 
 HOLD = """
 import os, sys
@@ -40,10 +43,9 @@ def holder(tmp_path) -> Iterator[subprocess.Popen]:
 
 
 def test_the_second_process_says_who_holds_the_folder(holder, tmp_path):
-    with (
-        pytest.raises(UserError, match=rf"out: pack, process {holder.pid} on \S+, writes into this folder"),
-        claim_folder(tmp_path / "out", "pack"),
-    ):
+    out = tmp_path / "out"
+    who = rf"out: pack, process {holder.pid} on \S+, writes into this folder"
+    with pytest.raises(UserError, match=who), claim_folder(out, "pack"):
         pass
     (tmp_path / "src").mkdir()
     (tmp_path / "src/a.mp4").write_bytes(b"x")
@@ -51,6 +53,14 @@ def test_the_second_process_says_who_holds_the_folder(holder, tmp_path):
         pack.main([str(tmp_path / "src"), str(tmp_path / "out")])
     with pytest.raises(UserError, match=f"process {holder.pid}"):
         synthetic.main([str(tmp_path / "out"), "--train", "1"])
+    with pytest.raises(UserError, match=f"process {holder.pid}"):
+        convert.main([str(tmp_path / "absent"), str(tmp_path / "out")])
+    (tmp_path / "out/a.tar").write_bytes(b"")
+    with pytest.raises(UserError, match=f"process {holder.pid}"):
+        scan.main([str(tmp_path / "out")])
+    one_process = Namespace(run_on_main=lambda function: function())
+    with pytest.raises(UserError, match=f"process {holder.pid}"), claim_run(out, "train", one_process):
+        pass
     assert (tmp_path / "out" / LOCK_FILE).exists()
 
 
@@ -78,3 +88,22 @@ def test_a_folder_that_nothing_was_written_to_does_not_stay(tmp_path):
     with claim_folder(tmp_path / "out", "pack"):
         (tmp_path / "out/file").write_text("x")
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["file"]
+
+
+def test_what_a_killed_writer_left_is_removed(tmp_path):
+    half = []
+
+    def write(temporary: Path) -> None:
+        temporary.write_text("half")
+        half.append(temporary.name)
+        (tmp_path / "killed" / temporary.name).write_text("half")
+
+    (tmp_path / "killed").mkdir()
+    atomic_write(tmp_path / "index.json", write)
+    kept = ["model.tmp", "index.json.tmp", "index.json"]
+    for name in kept:
+        (tmp_path / "killed" / name).write_text("x")
+    with claim_folder(tmp_path / "killed", "pack"):
+        pass
+    assert sorted(p.name for p in (tmp_path / "killed").iterdir()) == sorted(kept)
+    assert len(half) == 1

@@ -1,14 +1,18 @@
 """Files follow the umask; a lock can be shared by users who may only read its file."""
 
+import contextlib
 import os
+import shutil
 import stat
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from vidssl.core.io import atomic_write, exclusive_lock
+from vidssl.core.errors import UserError
+from vidssl.core.io import atomic_write, check_free_space, exclusive_lock
 from vidssl.pretrained.files import save_weights
 
 
@@ -47,6 +51,40 @@ def test_modes_follow_the_umask(write, umask, tmp_path):
         os.umask(previous)
     assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~umask
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_two_writers_of_a_file_do_not_share_a_temporary_one(tmp_path):
+    path = tmp_path / "file"
+
+    def write_first(temporary: Path) -> None:
+        temporary.write_text("first")
+        atomic_write(path, lambda other: other.write_text("second"))
+        assert path.read_text() == "second" and temporary.read_text() == "first"
+
+    atomic_write(path, write_first)
+    assert path.read_text() == "first" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("error", [OSError(28, "full"), UserError("no"), KeyboardInterrupt()])
+def test_a_failed_write_leaves_the_old_file_only(error, tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+
+    def write(temporary: Path) -> None:
+        temporary.write_text("half")
+        raise error
+
+    with pytest.raises(type(error)):
+        atomic_write(path, write)
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(("total", "free", "fits"), [(9, 7, True), (9, 6, False), (0, 0, True)])
+def test_room_on_a_disk_that_counts_it(total, free, fits, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Namespace(total=total, free=free))
+    expected = contextlib.nullcontext() if fits else pytest.raises(UserError, match=r"x take .* GB free; y")
+    with expected:
+        check_free_space(tmp_path / "not" / "yet", 7, "x", "y")
 
 
 def test_a_lock_needs_no_right_to_write(tmp_path, monkeypatch):
