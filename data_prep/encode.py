@@ -31,6 +31,7 @@ from av.video.reformatter import ColorRange
 
 from data_prep.filters import Filters, Rejected, evenly_spaced_indices
 from data_prep.reader import BadStampsError, Picture, Reader
+from data_prep.recipe import Recipe
 from data_prep.x264 import x264_options
 
 TIME_TOLERANCE = 2e-3  # seconds; some containers keep time stamps in milliseconds
@@ -41,19 +42,6 @@ MAX_THUMBNAILS = 1024  # kept per clip; beyond that every second one is dropped
 PROGRESS_EVERY = 32  # frames between two calls of `on_progress`
 
 Span = tuple[float | None, float | None]  # start and end in seconds; None: those of the file
-
-
-class Recipe(NamedTuple):
-    """How clips are cut and encoded. fps: frames per second, as the user wrote it; window, hop: seconds."""
-
-    short_side: int | None = None
-    fps: str | None = None
-    keyframe_every: int = 8
-    crf: int = 23
-    preset: str = "medium"
-    window: float | None = None
-    hop: float | None = None
-    scenes: bool = False
 
 
 class EncodedSample(NamedTuple):

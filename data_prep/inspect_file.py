@@ -14,15 +14,18 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.encode import EncodedSample, Recipe, Span, encode_clips
-from data_prep.filters import NO_FILTERS, Filters, Rejected, evenly_spaced_indices, thumbnail
+from data_prep.encode import EncodedSample, Span, encode_clips
+from data_prep.filters import NO_FILTERS, Filters, Rejected, evenly_spaced_indices
 from data_prep.frame_folder import folder_as_video
 from data_prep.reader import Reader
+from data_prep.recipe import Recipe
+from data_prep.thumbnails import thumbnail
 from data_prep.workers import WorkerPool
 from vidssl.core.errors import DecodeError
-from vidssl.data.decoding.base import IMAGE_EXTENSIONS, Video
+from vidssl.data.decoding.base import Video
 from vidssl.data.decoding.image import ImageVideo
 from vidssl.data.decoding.pyav import PyAVVideo
+from vidssl.data.extensions import IMAGE_EXTENSIONS
 from vidssl.data.isolation import Reporter
 
 MAX_DIFFERENCE = (

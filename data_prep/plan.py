@@ -16,17 +16,16 @@ from typing import NamedTuple
 import av
 
 from data_prep.dedup import cached_near_duplicates, find_near_duplicates
-from data_prep.encode import Recipe
-from data_prep.filters import Filters, find_identical_files
+from data_prep.filters import NEAR_PREFIX, Filters, find_identical_files
 from data_prep.frame_folder import folder_bytes
 from data_prep.index import class_lists, sample_key
+from data_prep.recipe import Recipe
 from data_prep.sources import SourceItem, SourceListing
 from vidssl.core.errors import UserError
 from vidssl.core.log import logger
 from vidssl.core.splits import shuffle_key, split_by_group
 from vidssl.data.format import dumps
 
-NEAR_PREFIX = "near-"  # of the names of the files that keep near duplicates
 MAX_SHARD_BYTES = 1_000_000_000  # of source files; a shard is closed before it exceeds this
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from av.video.frame import PictureType
 from av.video.reformatter import ColorRange, Interpolation
 
-from data_prep.filters import thumbnail
+from data_prep.thumbnails import thumbnail
 from vidssl.core.errors import DecodeError
 from vidssl.data.decoding.rotation import Rotation, rotation_of
 from vidssl.data.decoding.time_stamps import MAX_GAP_S

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.index import read_lines, write_lines
-from vidssl.data.decoding.base import IMAGE_EXTENSIONS
-from vidssl.data.format import MEDIA_EXTENSIONS
+from vidssl.data.extensions import IMAGE_EXTENSIONS, MEDIA_EXTENSIONS
 
 EXAMPLES = 3  # names that are kept of each reason
 NAME_LENGTH = 80  # characters of a name in a printed line

@@ -26,7 +26,6 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-import av
 import numpy as np
 from einops import rearrange
 from tqdm import tqdm
@@ -224,6 +223,8 @@ def object_coordinates(track: Track, i: int) -> tuple[np.ndarray, np.ndarray]:
 def write_video(path: Path, frames: np.ndarray, fps: int = FPS, crf: int = 18) -> None:
     """Writes frames u8 [T, H, W, 3] as an H.264 file, yuv420p; equal frames give equal bytes (see
     data_prep.x264)."""
+    import av  # imported here, so that mistakes are answered without it
+
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=fps, options=x264_options(crf, "veryfast"))
         stream.height, stream.width = frames.shape[1:3]

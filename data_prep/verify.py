@@ -20,11 +20,8 @@ import numpy as np
 from data_prep.index import tar_samples
 from vidssl.core.errors import DecodeError, UserError, run_cli
 from vidssl.core.io import stream_sha256
-from vidssl.data.decoding import open_video
-from vidssl.data.decoding.image import ImageVideo
-from vidssl.data.decoding.pyav import PyAVVideo
+from vidssl.data.addresses import ShardError, canonical_address, is_url, join, without_query
 from vidssl.data.format import MAX_RECORDS_BYTES, believed_meta, dumps, read_index, select_media, shard_table
-from vidssl.data.remote import ShardError, canonical_address, fetch, is_url, join, without_query
 from vidssl.data.tar_files import is_system_file
 
 FRAME_FACTS = ("frames", "height", "width")
@@ -38,6 +35,8 @@ def open_checked(where: str, size: int | None, sha256: str) -> Iterator[BinaryIO
         raise ShardError(f"{where}: missing")
     with tempfile.TemporaryFile() if is_url(where) else open(where, "rb") as file:
         if is_url(where):
+            from vidssl.data.remote import fetch  # aiohttp takes a third of a second
+
             fetch(where, file, size, MAX_RECORDS_BYTES)
         found = file.seek(0, os.SEEK_END)
         if size is not None and found != size:
@@ -101,6 +100,11 @@ def check_sample(tar_name: str, tar: BinaryIO, record: dict, meta: dict) -> Iter
     """Yields the problems of one sample, decoded completely and by the decoder that training uses. meta: its
     metadata as a reader of shards takes them.
     """
+    # imported here, so that --help and mistakes are answered without a decoder
+    from vidssl.data.decoding import open_video
+    from vidssl.data.decoding.image import ImageVideo
+    from vidssl.data.decoding.pyav import PyAVVideo
+
     where = f"{tar_name}: {record['key']}"
     tar.seek(record["offset"])
     data = tar.read(record["size"])

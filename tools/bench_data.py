@@ -40,9 +40,9 @@ from vidssl.core.errors import UserError, run_cli
 from vidssl.core.pixels import MEAN, STD
 from vidssl.data.augment import RandomCrop
 from vidssl.data.dataset import MultiStreamDataset, TrainClips
-from vidssl.data.decoding.base import VIDEO_EXTENSIONS
 from vidssl.data.decoding.decord import decord
 from vidssl.data.decoding.video_stream import open_container
+from vidssl.data.extensions import VIDEO_EXTENSIONS
 from vidssl.data.loader import train_steps
 from vidssl.data.order import Order
 from vidssl.data.sampling import sample_indices

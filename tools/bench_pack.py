@@ -20,7 +20,7 @@ from pathlib import Path
 
 from data_prep.x264 import x264_options
 from vidssl.core.errors import UserError, run_cli
-from vidssl.data.decoding.base import VIDEO_EXTENSIONS
+from vidssl.data.extensions import VIDEO_EXTENSIONS
 
 
 def measure(work: Callable[[], object]) -> tuple[float, float]:

@@ -15,7 +15,6 @@ tokens of train) with the metric on test; p: two-sided, by all permutations of u
 
 import argparse
 import csv
-import dataclasses
 import json
 import textwrap
 from collections import Counter
@@ -23,28 +22,27 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.backend_bases import FigureCanvasBase
 
+from vidssl.config.signatures import fields_in_source
 from vidssl.core.errors import UserError, run_cli
 from vidssl.core.io import check_writable, make_folder
-from vidssl.evaluation.features import FeatureStorage
+from vidssl.evaluation.controls import CONTROLS, control_name
 from vidssl.evaluation.metrics import bootstrap_ci
-from vidssl.evaluation.views import CONTROLS
 
 RUN_KEYS = ("label", "control", "train_fraction", "seed")
 SCORES = ("rankme", "alpha")
+PLOT_SUFFIXES = (".png", ".pdf", ".svg")
 CONDITION_SECTIONS = ("data", "probe", "head", "optim", "tune", "augment")
 # Encoders of other clips can be ranked: an image model has no frames of its own.
 CLIP_KEYS = ("data.frames", "data.size", "data.stride", "data.fps")
 # The data are compared by hash and the rows name fraction and list; how features are kept changes nothing.
 NO_CONDITIONS = {f"data.{key}" for key in ("train", "test", "label", "labels", "cache_dir", "cache_gb")}
 NO_CONDITIONS |= {"data.train_fractions", "data.seeds", "probe.controls", "tune.trackers", "tune.lanes"}
-NO_CONDITIONS |= {f"probe.{f.name}" for f in dataclasses.fields(FeatureStorage)} - {"probe.cache_dtype"}
+NO_CONDITIONS |= {
+    f"probe.{name}" for name in fields_in_source("vidssl.evaluation.features", "FeatureStorage")
+}
+NO_CONDITIONS -= {"probe.cache_dtype"}
 COLUMNS = ("name", "label", "control", "protocol", "train_fraction", "seed", "metric", "value", "low", "high")
 COLUMNS = (*COLUMNS, "chance", "n_test", "difference", "difference_low", "difference_high", *SCORES)
 COLUMNS = (*COLUMNS, "conditions")
@@ -214,8 +212,8 @@ def draw_bars(axis: Any, rows: list[Row], names: list[str], controls: list[str])
         if bars:
             value, low, high = np.array(bars).T
             errors = np.stack([value - low, high - value]).clip(min=0)
-            text = "unchanged clips" if control == "none" else control
-            axis.bar(places, value, 0.94 * width, yerr=errors, capsize=2, color=f"C{k}", label=text)
+            label = control_name(control)
+            axis.bar(places, value, 0.94 * width, yerr=errors, capsize=2, color=f"C{k}", label=label)
     for chance in {r["chance"] for r in rows}:
         axis.axhline(chance, color="k", ls=":", lw=1)
     axis.set_xticks(range(len(names)), names, rotation=20, ha="right")
@@ -229,6 +227,8 @@ def draw_bars(axis: Any, rows: list[Row], names: list[str], controls: list[str])
 def plot(rows: list[Row], path: Path, conditions: str) -> None:
     """A panel for each label, metric and fraction of train: rows of different conditions share no bar.
     conditions: what differs between the probes, written below."""
+    from matplotlib.figure import Figure  # imported late: it takes half a second
+
     panels: dict[tuple, list[Row]] = {}
     for row in rows:
         panels.setdefault((row["label"], row["metric"], row["train_fraction"]), []).append(row)
@@ -237,9 +237,8 @@ def plot(rows: list[Row], path: Path, conditions: str) -> None:
     columns = min(len(panels), 3)
     lines = -(-len(panels) // columns)
     width = max(3.2, 1.2 + 0.25 * len(names) * (1 + len(controls)))
-    figure, axes = plt.subplots(
-        lines, columns, figsize=(width * columns, 3.6 * lines + 0.8), squeeze=False, layout="constrained"
-    )
+    figure = Figure(figsize=(width * columns, 3.6 * lines + 0.8), layout="constrained")
+    axes = figure.subplots(lines, columns, squeeze=False)
     for axis in axes.flat[len(panels) :]:
         axis.remove()
     for axis, members in zip(axes.flat, panels.values(), strict=False):
@@ -253,7 +252,6 @@ def plot(rows: list[Row], path: Path, conditions: str) -> None:
     if conditions:
         figure.supxlabel("\n".join(textwrap.wrap(conditions, int(16 * width * columns))), fontsize=7)
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def short_names(paths: list[Path]) -> list[str]:
@@ -292,7 +290,7 @@ def main(argv: list[str]) -> None:
         if file:
             check_writable(file.parent)
             make_folder(file.parent)
-    if a.plot and a.plot.suffix.lstrip(".") not in FigureCanvasBase.filetypes:
+    if a.plot and a.plot.suffix not in PLOT_SUFFIXES:
         raise UserError(f"--plot {a.plot}: give a file name that ends in .png, .pdf or .svg")
     probes = [read_probe(path, name) for path, name in zip(paths, names, strict=True)]
     if len({data for data, *_ in probes}) > 1:

@@ -14,14 +14,12 @@ from pathlib import Path
 from vidssl.config import merge
 from vidssl.core.errors import UserError, run_cli
 from vidssl.core.io import LOCK_FILE, check_writable, claim_folder
-from vidssl.pretrained.export_hf import save_hf
-from vidssl.pretrained.files import save_native
-from vidssl.pretrained.load import inflate_to_video, read_checkpoint_file
+from vidssl.pretrained.sources import check_source
 
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("src")
     parser.add_argument("dst", type=Path)
@@ -33,7 +31,13 @@ def main(argv: list[str]) -> None:
         parser.error(f"'{bad[0]}' is not key=value")
     if a.dst.exists() and (not a.dst.is_dir() or any(p.name != LOCK_FILE for p in a.dst.iterdir())):
         raise UserError(f"{a.dst}: is there already; give a new folder")
+    check_source(a.src)
     check_writable(a.dst)
+    # Importing torch takes seconds: mistakes are answered before.
+    from vidssl.pretrained.export_hf import save_hf
+    from vidssl.pretrained.files import save_native
+    from vidssl.pretrained.load import inflate_to_video, read_checkpoint_file
+
     with claim_folder(a.dst, "convert"):
         checkpoint, metadata = read_checkpoint_file(a.src, **merge(a.overrides)[0])
         if a.video:

@@ -16,7 +16,7 @@ from data_prep.inspect_file import FileInspector
 from vidssl.core.errors import DecodeError, UserError, run_cli
 from vidssl.data.dataset import DecodeFailure, Example
 from vidssl.data.decoding import open_video
-from vidssl.data.decoding.base import VIDEO_EXTENSIONS
+from vidssl.data.extensions import VIDEO_EXTENSIONS
 from vidssl.data.isolated_dataset import IsolatedDataset
 from vidssl.data.sampling import sample_indices
 

@@ -16,12 +16,6 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-import torch
-from show_masks import show_runs
 from tqdm import tqdm
 
 from data_prep.sources import read_source
@@ -181,8 +175,10 @@ def accuracy_over_steps(out: Path, method: str, last: int) -> list[tuple[int, fl
 def draw(out: Path, rows: list[dict]) -> None:
     """Draws curves.png (losses, feature statistics, probes of snapshots) and accuracy.png (the table as
     bars)."""
-    figure, grid = plt.subplots(2, 3, figsize=(13, 7), layout="constrained")
-    axes = grid.flat
+    from matplotlib.figure import Figure  # imported late: it takes half a second
+
+    figure = Figure(figsize=(13, 7), layout="constrained")
+    axes = figure.subplots(2, 3).flat
     for i, m in enumerate(METHODS):
         log = [json.loads(line) for line in (out / m / "log.jsonl").read_text().splitlines()]
         axes[i].plot([r["step"] for r in log], [r["loss"] for r in log], lw=0.7, color=f"C{i}")
@@ -209,12 +205,12 @@ def draw(out: Path, rows: list[dict]) -> None:
     axes[5].axis("off")
     axes[5].legend(handles, names, loc="center", fontsize=12)
     figure.savefig(out / "curves.png", dpi=110)
-    plt.close(figure)
 
     labels = list(dict.fromkeys(r["label"] for r in rows))
     encoders = list(dict.fromkeys(r["encoder"] for r in rows))
     size = (5 * len(labels), 4)
-    figure, axes = plt.subplots(1, len(labels), figsize=size, squeeze=False, layout="constrained")
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(1, len(labels), squeeze=False)
     for axis, label in zip(axes[0], labels, strict=True):
         for k, (control, colour) in enumerate((("none", "C0"), ("shuffled", "0.75"))):
             mine = [r for r in rows if r["label"] == label and r["control"] == control]
@@ -234,7 +230,6 @@ def draw(out: Path, rows: list[dict]) -> None:
     handles, names = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside upper center", ncols=3, frameon=False)
     figure.savefig(out / "accuracy.png", dpi=110)
-    plt.close(figure)
 
 
 def main(argv: list[str]) -> None:
@@ -276,6 +271,10 @@ def main(argv: list[str]) -> None:
     for name in ("train", "test"):
         if not (out / "shards" / name / "index.json").exists():
             raise UserError(f"{source}: its splits must be called train and test")
+
+    # Importing torch takes seconds: mistakes are answered before.
+    import torch
+    from mask_pictures import show_runs
 
     at_once = (
         1 if torch.cuda.is_available() else min(2, cores)

@@ -16,8 +16,7 @@ from typing import Any, NamedTuple
 from data_prep.sources.names import UNFINISHED, media_stem, parse_split
 from data_prep.summary import Tally, printable
 from vidssl.core.errors import UserError
-from vidssl.data.decoding.base import VIDEO_EXTENSIONS
-from vidssl.data.format import MEDIA_EXTENSIONS
+from vidssl.data.extensions import MEDIA_EXTENSIONS, VIDEO_EXTENSIONS
 from vidssl.data.tar_files import SYSTEM_FOLDERS
 
 EXTENSIONS = MEDIA_EXTENSIONS

@@ -30,7 +30,7 @@ from data_prep.sources.names import (
 )
 from data_prep.summary import Tally, printable
 from vidssl.core.errors import UserError
-from vidssl.data.decoding.base import IMAGE_EXTENSIONS
+from vidssl.data.extensions import IMAGE_EXTENSIONS
 
 ASK_SPLITS = "answer with --splits folders or --splits none"
 THUMBNAIL_FOLDERS = ("thumbs", "thumbnails", "thumb", "previews", "covers", "posters")

@@ -11,7 +11,7 @@ from PIL import Image
 from data_prep.sources.common import FolderOptions
 from data_prep.sources.names import are_frames, frame_number, is_frame_prefix
 from vidssl.core.errors import UserError
-from vidssl.data.decoding.base import IMAGE_EXTENSIONS
+from vidssl.data.extensions import IMAGE_EXTENSIONS
 
 SIZES_READ = 5  # images of a folder whose sizes are compared
 FOLDERS_READ = 200  # folders whose images are compared

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from data_prep.sources.common import FileFinder, ListingBuilder, SourceItem, SourceListing, text_lines
 from vidssl.core.errors import UserError
-from vidssl.data.decoding.base import IMAGE_EXTENSIONS
+from vidssl.data.extensions import IMAGE_EXTENSIONS
 
 SYNSET = r"n\d{8}"
 

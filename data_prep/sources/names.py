@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from itertools import pairwise
 from typing import NamedTuple
 
-from vidssl.data.decoding.base import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
+from vidssl.data.extensions import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
 
 SPLITS = {
     **dict.fromkeys(("train", "training", "trn", "tr", "trainval"), "train"),

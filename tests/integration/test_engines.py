@@ -8,6 +8,7 @@ import pytest
 from packed_files import file_hashes
 
 from data_prep import engine, pack
+from data_prep.plan import make_plan
 from vidssl.core.errors import UserError
 
 
@@ -72,6 +73,6 @@ def test_without_ray(monkeypatch, corpus, tmp_path):
 
 def test_source_is_not_visible_on_a_node(corpus, tmp_path):
     args = pack.parse_arguments([str(corpus), str(tmp_path / "out"), *ARGS])
-    plan = pack.make_plan(pack.read_source(corpus), corpus, tmp_path / "out", args)
+    plan = make_plan(pack.read_source(corpus), corpus, tmp_path / "out", args)
     with pytest.raises(UserError, match=r"not there on node .*all nodes must see it"):
         engine.make_on_node(plan._replace(source=tmp_path / "elsewhere"), plan.shards()[0], 10.0)

@@ -22,10 +22,11 @@ from data_prep import scan, verify
 from vidssl.core.errors import DecodeError, UserError
 from vidssl.data import format as format_module
 from vidssl.data import remote
+from vidssl.data.addresses import ShardError, join
 from vidssl.data.augment import RandomCrop
 from vidssl.data.dataset import TrainClips
 from vidssl.data.order import Order
-from vidssl.data.remote import Cache, ShardError, join
+from vidssl.data.remote import Cache
 from vidssl.data.schema import DataConfig
 from vidssl.data.shards import Shards
 

@@ -1,6 +1,7 @@
 """Programs answer --help and mistakes in a configuration without torch; signatures are read right."""
 
 import importlib
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -23,20 +24,27 @@ TABLES = [
     *(value for value in vars(objective_schema).values() if isinstance(value, PartTable)),
 ]
 HEAVY = ("torch", "torchvision", "timm", "av", "decord", "accelerate", "matplotlib", "transformers")
-# Runs a file as a program, and writes which of the heavy modules it has imported when it ends.
-PROBE = f"""
-import runpy, sys
-sys.argv = sys.argv[1:]
-sys.path[0] = ""
-code = 0
-try:
-    if sys.argv[0].endswith(".py"):
-        runpy.run_path(sys.argv[0], run_name="__main__")
-    else:
-        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
-except SystemExit as e:
-    code = e.code or 0
-print("IMPORTED", code, *[m for m in {HEAVY!r} if m in sys.modules], file=sys.stderr)
+# Runs programs one after the other, and writes what each has answered and which of the modules it imported.
+RUN = f"""
+import contextlib, io, json, runpy, sys
+answers = []
+for argv in json.load(sys.stdin):
+    sys.argv, sys.path[0], status = list(argv), "", 0
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            if argv[0].endswith(".py"):
+                sys.path[0] = argv[0].rpartition("/")[0]
+                runpy.run_path(argv[0], run_name="__main__")
+            else:
+                runpy.run_module(argv[0], run_name="__main__", alter_sys=True)
+        except SystemExit as e:
+            status = e.code or 0
+    imported = [m for m in {HEAVY!r} if m in sys.modules]
+    for name in [m for m in sys.modules if m.partition(".")[0] in ("data_prep", "vidssl")]:
+        del sys.modules[name]
+    answers.append((status, imported, out.getvalue(), err.getvalue().strip()))
+print(json.dumps(answers))
 """
 TRAIN = [
     "vidssl/train.py",
@@ -45,14 +53,6 @@ TRAIN = [
     "configs/run/smoke.yaml",
 ]
 PROBE_ARGS = ["vidssl/probe.py", "configs/probe/linear.yaml", "encoder=x", "out=x"]
-
-
-def answer(*argv: str) -> tuple[int, list[str], str, str]:
-    """Returns (exit status, heavy modules that were imported, stdout, stderr)."""
-    run = subprocess.run([sys.executable, "-c", PROBE, *argv], cwd=ROOT, capture_output=True, text=True)
-    lines = run.stderr.splitlines()
-    status, *imported = lines[-1].split()[1:]
-    return int(status), imported, run.stdout, "\n".join(lines[:-1])
 
 
 @pytest.mark.parametrize("table", TABLES, ids=[t.name for t in TABLES])
@@ -82,34 +82,78 @@ def test_meanings_are_the_comments_of_the_source():
     assert found["loss_spike_std"].startswith("skip a step whose loss")
 
 
-@pytest.mark.parametrize("program", ["train", "probe", "finetune", "dense"])
-def test_help_lists_every_key_and_the_shipped_files_without_torch(program):
-    cls = {"train": TrainConfig, "probe": ProbeConfig, "finetune": FinetuneConfig, "dense": DenseConfig}[
-        program
-    ]
-    status, imported, out, _ = answer(f"vidssl/{program}.py", "--help")
-    assert (status, imported) == (0, [])
-    assert not [key for key in keys_of(cls) if key not in out]
+CONFIGURED = {"train": TrainConfig, "probe": ProbeConfig, "finetune": FinetuneConfig, "dense": DenseConfig}
+PROGRAMS = [
+    *(f"vidssl/{name}.py" for name in CONFIGURED),
+    *(f"data_prep.{name}" for name in ("pack", "scan", "verify", "leaks", "synthetic", "report")),
+    *(f"tools/{name}.py" for name in ("convert", "compare", "show_masks", "quickstart")),
+]
+MISTAKES = [
+    ([*TRAIN, "run.step=3"], "did you mean run.steps?"),
+    ([*TRAIN, "steps=3"], "did you mean run.steps?"),
+    ([*TRAIN, "method.mask.kind=multiblock_4d"], "multiblock_3d"),
+    ([*TRAIN, "optim.lr=high"], "optim.lr"),
+    ([*TRAIN, "configs/method/mae.yaml"], "give one of the two files"),
+    ([*TRAIN, "configs/method/vjep.yaml"], "did you mean configs/method/vjepa.yaml?"),
+    ([*PROBE_ARGS, "data.train=x"], "'data.test' is missing"),
+    ([*PROBE_ARGS, "data.trane=x"], "did you mean data.train?"),
+    (["vidssl/finetune.py", "configs/finetune/folder.yaml", "tune.epoch=3"], "did you mean tune.epochs?"),
+    (["vidssl/dense.py", "configs/dense/depth.yaml", "task.kind=dept"], "depth"),
+    (["data_prep.pack", "nowhere", "OUT"], "nowhere: no such folder"),
+    (["data_prep.pack", "tools", "tools/out"], "lies inside tools"),
+    (["data_prep.pack", "tools", "docs"], "holds something else already"),
+    (["data_prep.pack", "tools", "OUT", "--crf", "99"], "--crf 99: expected 1 to 51"),
+    (["data_prep.pack", "tools", "OUT", "--source", "ssv3"], "ssv2"),
+    (["data_prep.pack", "docs", "OUT"], "docs: no video or image"),
+    (["data_prep.scan", "docs"], "docs: no .tar file in it"),
+    (["data_prep.verify", "docs"], "docs: no index.json"),
+    (["data_prep.report", "docs"], "docs: no index.json"),
+    (["data_prep.leaks", "docs", "docs"], "docs: "),
+    (["data_prep.leaks", "a", "b", "--workers", "0"], "must be positive"),
+    (["data_prep.synthetic", "OUT", "--test", "-1"], "must be positive"),
+    (["data_prep.synthetic", "README.md"], "README.md is not a folder"),
+    (["tools/convert.py", "nowhere", "OUT"], "nowhere: no such file"),
+    (["tools/convert.py", "docs", "tools"], "is there already"),
+    (["tools/compare.py", "nowhere"], "nowhere"),
+    (["tools/compare.py", "docs", "docs"], "different --names"),
+    (["tools/show_masks.py", "docs", "OUT.png"], "docs: no run folder"),
+    (["tools/quickstart.py", "nowhere"], "nowhere: no such folder"),
+]
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory):
+    """(program, arguments) -> (exit status, heavy modules that were imported, stdout, stderr)."""
+    out = tmp_path_factory.mktemp("command_line")
+    commands = [[program, "--help"] for program in PROGRAMS] + [argv for argv, _ in MISTAKES]
+    filled = [[str(out / a) if a.startswith("OUT") else a for a in argv] for argv in commands]
+    run = subprocess.run(
+        [sys.executable, "-c", RUN], input=json.dumps(filled), cwd=ROOT, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    assert not list(out.iterdir())
+    return dict(zip(map(tuple, commands), json.loads(run.stdout), strict=True))
+
+
+@pytest.mark.parametrize("program", CONFIGURED)
+def test_help_lists_every_key_and_the_shipped_files(program, answers):
+    _, _, out, _ = answers[f"vidssl/{program}.py", "--help"]
+    assert not [key for key in keys_of(CONFIGURED[program]) if key not in out]
     folder = "method" if program == "train" else program
     assert not [path.name for path in (ROOT / f"configs/{folder}").glob("*.yaml") if path.name not in out]
 
 
-@pytest.mark.parametrize(
-    "argv, words",
-    [
-        ([*TRAIN, "run.step=3"], "did you mean run.steps?"),
-        ([*TRAIN, "steps=3"], "did you mean run.steps?"),
-        ([*TRAIN, "method.mask.kind=multiblock_4d"], "multiblock_3d"),
-        ([*TRAIN, "optim.lr=high"], "optim.lr"),
-        ([*TRAIN, "configs/method/mae.yaml"], "give one of the two files"),
-        ([*TRAIN, "configs/method/vjep.yaml"], "did you mean configs/method/vjepa.yaml?"),
-        ([*PROBE_ARGS, "data.train=x"], "'data.test' is missing"),
-        ([*PROBE_ARGS, "data.trane=x"], "did you mean data.train?"),
-        (["vidssl/finetune.py", "configs/finetune/folder.yaml", "tune.epoch=3"], "did you mean tune.epochs?"),
-        (["vidssl/dense.py", "configs/dense/depth.yaml", "task.kind=dept"], "depth"),
-    ],
-)
-def test_a_mistake_is_answered_in_one_line_without_torch(argv, words):
-    status, imported, _, err = answer(*argv)
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_help_is_answered_without_torch_and_decoders(program, answers):
+    status, imported, out, _ = answers[program, "--help"]
+    assert (status, imported) == (0, [])
+    assert program.removesuffix(".py").rpartition("/")[2].rpartition(".")[2] in out
+
+
+@pytest.mark.parametrize("argv, words", MISTAKES, ids=[" ".join(argv) for argv, _ in MISTAKES])
+def test_a_mistake_is_answered_in_one_line_without_torch(argv, words, answers):
+    status, imported, _, err = answers[tuple(argv)]
     assert (status, imported) == (2, [])
-    assert words in err and err.startswith("error: ") and "\n" not in err
+    assert words in err.splitlines()[-1] and "Traceback" not in err
+    # argparse writes the usage before its line
+    assert (err.startswith("error: ") and "\n" not in err) or err.startswith("usage: ")

@@ -186,6 +186,12 @@ def _parameters(node: Definition, module: str) -> dict[str, Declaration]:
     }
 
 
+def fields_in_source(module: str, name: str) -> list[str]:
+    """Names of the fields of the dataclass `name`."""
+    definition, home = _definition(name, module)
+    return list(_fields(definition, home))
+
+
 class Unresolved:
     """Stands for a name of a module that is not imported, such as Tensor."""
 

@@ -18,12 +18,11 @@ import numpy as np
 
 from vidssl.core.errors import UserError
 from vidssl.core.io import file_sha256
-from vidssl.data.decoding.base import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
+from vidssl.data.addresses import ShardError, is_url, join, read_bounded, without_query
+from vidssl.data.extensions import MEDIA_EXTENSIONS
 from vidssl.data.metadata import is_packed, without_claims
-from vidssl.data.remote import ShardError, fetch_small, is_url, join, read_bounded, without_query
 
 VERSION = 1
-MEDIA_EXTENSIONS = (*VIDEO_EXTENSIONS, *IMAGE_EXTENSIONS)
 MAX_INDEX_BYTES = 256 << 20  # of index.json; 100,000 shards take 30 MB
 MAX_RECORDS_BYTES = 512 << 20  # of one .jsonl
 NO_CHECKSUM = "0" * 64
@@ -142,6 +141,8 @@ def read_index_bytes(folder: str) -> bytes:
     """Returns the bytes of index.json; raises UserError with a hint if the folder or URL has none."""
     where = join(folder, "index.json")
     if is_url(folder):
+        from vidssl.data.remote import fetch_small  # aiohttp takes a third of a second
+
         try:
             return fetch_small(where, MAX_INDEX_BYTES)
         except ShardError as e:

@@ -17,7 +17,6 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, suppre
 from importlib import import_module
 from pathlib import Path
 from typing import Any, BinaryIO
-from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 import aiohttp
 from fsspec.asyn import sync
@@ -26,6 +25,7 @@ from fsspec.implementations.http import HTTPFileSystem
 
 from vidssl.core.errors import UserError
 from vidssl.core.io import check_writable, exclusive_lock, make_folder, stream_sha256
+from vidssl.data.addresses import ShardError, too_large, without_query
 
 REQUEST_TIMEOUT_S = 60.0  # seconds that one request may take
 MAX_BLOCK_BYTES = 8 << 20  # bytes of one request
@@ -33,44 +33,6 @@ MAX_BLOCK_BYTES = 8 << 20  # bytes of one request
 MIN_BLOCK_BYTES = 64 << 10
 RETRY_DELAYS_S = (0.5, 1.0, 2.0, 4.0, 8.0)  # seconds before each retry; a block that arrives resets the count
 RETRIED_STATUS = (408, 429)  # and 5xx: HTTP statuses worth a retry
-
-
-class ShardError(Exception):
-    """A file of a data set cannot be read, or its bytes are not those that the index lists.
-
-    reason: "shard_missing" (not there, or the server cannot be reached) or "shard_changed" (other bytes than
-    indexed).
-    """
-
-    def __init__(self, message: str, reason: str = "shard_missing"):
-        super().__init__(message)
-        self.reason = reason
-
-
-def is_url(folder: str) -> bool:
-    return "://" in folder
-
-
-def canonical_address(folder: str) -> str:
-    """Returns the path of a file:// address, the shortest form of a path, and other addresses as they are."""
-    if folder.startswith("file://"):
-        return unquote(urlsplit(folder).path)
-    return folder if is_url(folder) else str(Path(folder))
-
-
-def join(folder: str, name: str) -> str:
-    """Returns the address of a file in a folder; the query of a signed address stays at the end."""
-    if not is_url(folder):
-        return os.path.join(folder, name)
-    if folder.startswith("http"):
-        parts = urlsplit(folder)
-        return urlunsplit(parts._replace(path=f"{parts.path.rstrip('/')}/{quote(name)}"))
-    return f"{folder.rstrip('/')}/{name}"
-
-
-def without_query(url: str) -> str:
-    """Returns an address without its signature, for messages."""
-    return url.split("?")[0] if is_url(url) else url
 
 
 def filesystem(url: str) -> tuple[Any, str]:
@@ -81,14 +43,6 @@ def filesystem(url: str) -> tuple[Any, str]:
         return url_to_fs(url, **options)
     except (ImportError, ValueError) as e:  # its package is not installed, or there is no such protocol
         raise UserError(f"{without_query(url)}: {e}") from e
-
-
-def read_bounded(path: str, limit: int) -> bytes:
-    """Returns the contents of a local file; raises ShardError if it has more than `limit` bytes."""
-    with open(path, "rb") as file:
-        if os.fstat(file.fileno()).st_size > limit:
-            raise _too_large(path, limit)
-        return file.read()
 
 
 def fetch_small(url: str, limit: int) -> bytes:
@@ -152,7 +106,7 @@ def _request(url: str, start: int, end: int | None, limit: int) -> bytes:
         else:
             data = fs.cat_file(path, **limits)
         if len(data) > limit:
-            raise _too_large(url, limit)
+            raise too_large(url, limit)
         return data
     except (FileNotFoundError, PermissionError) as e:
         default = "not found" if isinstance(e, FileNotFoundError) else "permission denied"
@@ -178,12 +132,8 @@ async def _read_http(fs: HTTPFileSystem, url: str, start: int, end: int | None, 
         async for part in response.content.iter_any():
             data += part
             if len(data) > limit:
-                raise _too_large(url, limit)
+                raise too_large(url, limit)
         return bytes(data)
-
-
-def _too_large(where: str, limit: int) -> ShardError:
-    return ShardError(f"{without_query(where)}: has more than {limit} bytes, the limit", "shard_changed")
 
 
 def _description(e: Exception) -> str:

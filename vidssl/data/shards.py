@@ -15,6 +15,14 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 
 from vidssl.core.errors import DecodeError, UserError
+from vidssl.data.addresses import (
+    ShardError,
+    canonical_address,
+    is_url,
+    join,
+    read_bounded,
+    without_query,
+)
 from vidssl.data.format import (
     MAX_RECORDS_BYTES,
     Sample,
@@ -24,15 +32,7 @@ from vidssl.data.format import (
     read_index_bytes,
     shard_table,
 )
-from vidssl.data.remote import (
-    Cache,
-    ShardError,
-    canonical_address,
-    is_url,
-    join,
-    read_bounded,
-    without_query,
-)
+from vidssl.data.remote import Cache
 
 MAX_KEPT_BYTES = 64 << 20  # of .jsonl files kept in a process
 

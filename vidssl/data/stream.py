@@ -24,6 +24,7 @@ from webdataset.gopen import gopen
 from webdataset.shardlists import expand_urls
 
 from vidssl.core.errors import DecodeError, UserError
+from vidssl.data.addresses import is_url, without_query
 from vidssl.data.dataset import (
     MAX_ATTEMPTS,
     DecodeFailure,
@@ -34,11 +35,12 @@ from vidssl.data.dataset import (
     with_pyav_fallback,
 )
 from vidssl.data.decoding.base import MAX_BYTES
-from vidssl.data.format import MEDIA_EXTENSIONS, select_media
+from vidssl.data.extensions import MEDIA_EXTENSIONS
+from vidssl.data.format import select_media
 from vidssl.data.isolated_dataset import IsolatedDataset
 from vidssl.data.metadata import MAX_JSON_BYTES, parse_meta
 from vidssl.data.order import positions_per_step
-from vidssl.data.remote import filesystem, is_url, network_errors, without_query
+from vidssl.data.remote import filesystem, network_errors
 from vidssl.data.sampling import sample_indices
 from vidssl.data.schema import DataConfig
 from vidssl.data.tar_files import TarFiles, is_system_file, split_name

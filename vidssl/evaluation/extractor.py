@@ -14,6 +14,7 @@ from torch import Tensor
 from vidssl.core.pixels import normalise
 from vidssl.data.dataset import do_nothing
 from vidssl.data.shards import Sample, Shards
+from vidssl.evaluation.controls import Control
 from vidssl.evaluation.evaluate import check_readable
 from vidssl.evaluation.feature_cache import FeatureShape, FeatureStore, check_disk
 from vidssl.evaluation.features import (
@@ -27,7 +28,7 @@ from vidssl.evaluation.features import (
 )
 from vidssl.evaluation.protocol import ProbeProtocol, label_free_scores
 from vidssl.evaluation.report import code_hash, weights_hash
-from vidssl.evaluation.views import Control, PatchMeans, View
+from vidssl.evaluation.views import PatchMeans, View
 from vidssl.pretrained.load import LoadedEncoder
 
 OpenEncoder = Callable[[int | None], LoadedEncoder]  # of a seed: untrained; None: with its weights

@@ -9,6 +9,7 @@ from vidssl.config import Choice, Names, NonNegativeInt, PositiveFloat, Positive
 from vidssl.config.signatures import PartTable
 from vidssl.core.errors import UserError
 from vidssl.data.schema import check_local_folders
+from vidssl.pretrained.sources import check_source
 
 PROTOCOLS = PartTable("vidssl.evaluation.protocols", "PROTOCOLS")
 OpenFraction = Annotated[float, Field(gt=0, lt=1)]
@@ -52,5 +53,6 @@ class ProbeConfig:
 
     def check_before_work(self) -> None:
         """Raises UserError for what can be known before torch is imported and data are opened."""
+        check_source(self.encoder, "encoder", libraries=True)
         check_local_folders("data.train", self.data.train)
         check_local_folders("data.test", self.data.test)

@@ -6,13 +6,14 @@ from typing import Any, NamedTuple
 from vidssl.core.errors import UserError
 from vidssl.core.suggestions import multiples_near
 from vidssl.data.shards import Shards
+from vidssl.evaluation.controls import Control, FrameOrder
 from vidssl.evaluation.evaluate import check_disjoint
 from vidssl.evaluation.extractor import Split
 from vidssl.evaluation.probe_config import ProbeData
 from vidssl.evaluation.protocol import ProbeProtocol
 from vidssl.evaluation.splits import label_sets, labelled
 from vidssl.evaluation.tasks import Kind, Task, make_task
-from vidssl.evaluation.views import Control, FrameOrder, View
+from vidssl.evaluation.views import View
 from vidssl.pretrained.load import LoadedEncoder
 
 

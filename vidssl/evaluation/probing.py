@@ -10,6 +10,7 @@ import torch
 
 from vidssl import config
 from vidssl.core.io import make_folder
+from vidssl.evaluation.controls import Control
 from vidssl.evaluation.evaluate import LabelledFeatures, evaluate
 from vidssl.evaluation.features import Features
 from vidssl.evaluation.finished_rows import FinishedRows
@@ -26,7 +27,6 @@ from vidssl.evaluation.report import (
     write_tables,
 )
 from vidssl.evaluation.splits import list_text, low_shot
-from vidssl.evaluation.views import Control
 from vidssl.pretrained.load import LoadedEncoder
 
 

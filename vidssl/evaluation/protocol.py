@@ -16,6 +16,7 @@ from vidssl.core.errors import UserError
 from vidssl.core.log import logger
 from vidssl.core.spectrum import MAX_TOKENS, alpha_req, rankme, singular_values
 from vidssl.core.splits import split_by_group
+from vidssl.evaluation.controls import Control
 from vidssl.evaluation.features import (
     FeatureStorage,
     StandardisedFeatures,
@@ -25,7 +26,6 @@ from vidssl.evaluation.features import (
 )
 from vidssl.evaluation.splits import strata_of
 from vidssl.evaluation.tasks import Task
-from vidssl.evaluation.views import Control
 
 HyperparameterSettings = list[dict[str, Any]]  # candidates, one of which is selected
 POOL_BATCH = 64  # examples

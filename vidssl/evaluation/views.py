@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,11 +17,7 @@ from vidssl.data.dataset import do_nothing
 from vidssl.data.decoding import open_video
 from vidssl.data.sampling import sample_indices, segment_starts
 from vidssl.data.shards import Sample, Shards
-
-FrameOrder = Literal["none", "shuffled", "reversed", "still"]  # reordering of the frames of each clip
-EncoderControl = Literal["none", "random_init", "pixels"]  # untrained weights, or mean colours as features
-Control = Literal[FrameOrder, "single", EncoderControl]  # "single": the middle frame alone, as an image
-CONTROLS: tuple[Control, ...] = get_args(Control)
+from vidssl.evaluation.controls import FrameOrder
 
 
 class View(NamedTuple):

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from vidssl.core.errors import UserError
 from vidssl.pretrained.load import LoadedEncoder, load_encoder
 from vidssl.pretrained.public import load_json
+from vidssl.pretrained.sources import LIBRARIES
 
 VIDEO_MODELS = ("videomae", "vjepa2", "timesformer", "vivit", "videoprism_vision_model")
 ANY_LENGTH = ("vjepa2", "timesformer")  # video models that take other numbers of frames than the config's
@@ -97,7 +98,7 @@ def open_encoder(
     in place of the model's own. default_frames: of a clip of an image model, if `frames` is None.
     """
     library, _, name = source.partition(":")
-    if library not in ("timm", "hf"):
+    if library not in LIBRARIES:
         if file is not None:
             raise UserError("encoder_file is for encoder=timm:NAME")
         return load_encoder(source, random_init)

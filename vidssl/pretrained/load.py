@@ -13,6 +13,7 @@ from vidssl.model.vit import Encoder
 from vidssl.pretrained.files import encoder_file, is_native, read_native
 from vidssl.pretrained.infer_config import Checkpoint
 from vidssl.pretrained.public import read_public
+from vidssl.pretrained.step_checkpoint import is_step_checkpoint, read_step_checkpoint
 
 
 class LoadedEncoder(NamedTuple):
@@ -25,12 +26,14 @@ class LoadedEncoder(NamedTuple):
 
 
 def read_checkpoint_file(source: str, **overrides: Any) -> tuple[Checkpoint, dict[str, Any]]:
-    """Reads a run folder, one of our .safetensors files, or a published checkpoint. Returns (checkpoint,
-    metadata).
+    """Reads a run folder, a step checkpoint or .safetensors file of ours, or a published checkpoint. Returns
+    (checkpoint, metadata).
 
     overrides: facts that a published file does not contain, see public.read_public.
     """
     path = Path(source)
+    if is_step_checkpoint(path):
+        return read_step_checkpoint(path)
     if not is_native(path):
         checkpoint = read_public(source, **overrides)
         return checkpoint, {"source": checkpoint.format}
@@ -44,9 +47,10 @@ def read_checkpoint_file(source: str, **overrides: Any) -> tuple[Checkpoint, dic
 def load_encoder(source: str | Path, random_init: int | None = None) -> LoadedEncoder:
     """Loads an encoder for evaluation: in eval mode, without gradients, on the CPU.
 
-    source: a run folder, a .safetensors file of ours, or a published checkpoint (V-JEPA, VideoMAE, MAE-ST,
-    MAE, I-JEPA, a Hugging Face folder, a ViT of timm). random_init: a seed; the same architecture is returned
-    untrained. Clips are f32 [B, 3, T, H, W], normalised with metadata["pixels"]; features are f32 [B, N, D].
+    source: a run folder, a step checkpoint or .safetensors file of ours, or a published checkpoint (V-JEPA,
+    VideoMAE, MAE-ST, MAE, I-JEPA, a Hugging Face folder, a ViT of timm). random_init: a seed; the same
+    architecture is returned untrained. Clips are f32 [B, 3, T, H, W], normalised with metadata["pixels"];
+    features are f32 [B, N, D].
     """
     checkpoint, metadata = read_checkpoint_file(str(source))
     if random_init is not None:

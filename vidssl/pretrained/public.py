@@ -37,6 +37,7 @@ from vidssl.pretrained.key_maps import (
     Rules,
     rename,
 )
+from vidssl.pretrained.sources import check_source
 
 JEPA_ENCODERS = ("ema_encoder", "target_encoder", "encoder")  # the first that a file contains is evaluated
 
@@ -47,10 +48,7 @@ def read_public(source: str, **overrides: Any) -> Checkpoint:
     overrides: arguments of Encoder that the file does not contain, and predictor_heads, head_eps, mean, std.
     """
     path = Path(source)
-    if not path.exists():
-        is_hub_name = re.fullmatch(r"[\w-]+/[\w.-]+", source) and not path.parent.exists()
-        hint = f"; hf:{source} reads it from the Hugging Face hub" if is_hub_name else ""
-        raise UserError(f"{path}: no such file or folder{hint}")
+    check_source(source)
     if path.is_dir():
         return read_hf_folder(path, overrides)
     state = unwrap_state_dict(load_state_file(path), str(path))

@@ -21,6 +21,7 @@ from vidssl.config import (
 from vidssl.config.signatures import PartTable
 from vidssl.core.errors import UserError
 from vidssl.data.schema import AUGMENT_PARTS, check_local_folders
+from vidssl.pretrained.sources import check_source
 from vidssl.training.schema import EfficiencyConfig, OptimConfig, Tracker, check_trackers
 
 HEAD_PARTS = PartTable("vidssl.training.finetuning", "FINETUNE_HEADS")
@@ -88,6 +89,7 @@ class FinetuneConfig:
 
     def check_before_work(self) -> None:
         """Raises UserError for what can be known before torch is imported and data are opened."""
+        check_source(self.encoder, "encoder")
         check_local_folders("data.train", self.data.train)
         check_local_folders("data.test", self.data.test)
         check_divisible(self.tune, self.efficiency, int(os.environ.get("WORLD_SIZE", "1")))

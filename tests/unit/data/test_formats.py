@@ -12,9 +12,9 @@ from PIL import Image
 from data_prep.inspect_file import inspect_file
 from vidssl.core.errors import DecodeError
 from vidssl.data.decoding import open_video
-from vidssl.data.decoding.base import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
 from vidssl.data.decoding.image import FORMATS, open_image
 from vidssl.data.decoding.video_stream import CONTAINERS, check_container, open_container
+from vidssl.data.extensions import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
 
 Image.init()  # fills Image.OPEN and Image.SAVE
 HLS = "#EXTM3U\n#EXT-X-VERSION:3\n#EXT-X-TARGETDURATION:2\n#EXTINF:2.0,\n{}\n#EXT-X-ENDLIST\n"

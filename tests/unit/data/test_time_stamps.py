@@ -8,8 +8,9 @@ import av
 import numpy as np
 import pytest
 
-from data_prep.encode import Recipe, encode_clips
+from data_prep.encode import encode_clips
 from data_prep.filters import NO_FILTERS
+from data_prep.recipe import Recipe
 from vidssl.data.decoding.pyav import PyAVVideo
 from vidssl.data.decoding.time_stamps import repair_times
 

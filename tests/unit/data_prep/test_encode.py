@@ -16,11 +16,13 @@ from PIL import Image
 from signal_at import signalled
 
 from data_prep import pack, report
-from data_prep.encode import EncodedSample, Recipe, encode_clips
-from data_prep.filters import NO_FILTERS, Filters, Rejected, block_means, thumbnail
+from data_prep.encode import EncodedSample, encode_clips
+from data_prep.filters import NO_FILTERS, Filters, Rejected
 from data_prep.index import read_lines, sample_key
 from data_prep.inspect_file import FileInspector
 from data_prep.reader import even_size
+from data_prep.recipe import Recipe
+from data_prep.thumbnails import block_means, thumbnail
 from vidssl.core.errors import UserError
 from vidssl.data.decoding import open_video
 from vidssl.data.decoding.pyav import PyAVVideo

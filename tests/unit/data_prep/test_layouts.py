@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep.encode import Recipe, encode_clips
+from data_prep.encode import encode_clips
 from data_prep.filters import NO_FILTERS
 from data_prep.frame_folder import folder_as_video, folder_bytes
 from data_prep.plan import make_plan
+from data_prep.recipe import Recipe
 from data_prep.sources import FolderOptions, SourceItem, SourceListing, read_source
 from data_prep.sources.names import are_frames, media_stem, parse_split
 from vidssl.core.errors import DecodeError, UserError

@@ -23,8 +23,10 @@ from data_prep.fingerprint import (
     hamming_distance,
     phash,
 )
+from data_prep.leak_search import ShardFiles, find_leaks
 from data_prep.matching import align, compare, matching_job
 from vidssl.core.errors import UserError
+from vidssl.data.shards import Shards
 
 pytestmark = pytest.mark.slow
 
@@ -130,7 +132,7 @@ def test_shift_and_overlap_of_copies(found):
 def test_another_take_of_a_scene_is_no_leak(found):
     """The backgrounds are equal, what moves is not."""
     _, _, (train, test) = found
-    sets = leaks.Shards([train]), leaks.Shards([test])
+    sets = Shards([train]), Shards([test])
     samples = [s.list_samples() for s in sets]
     seen = [
         [fingerprint(MediaFile(d.read(x), x.ext, x.meta)) for x in s]
@@ -142,7 +144,7 @@ def test_another_take_of_a_scene_is_no_leak(found):
     )
     far = [hamming_distance(seen[0][x].hashes, seen[1][j].hashes).mean() for x in (i, i - 1)]
     assert far[0] < far[1] / 1.5  # the scene is the same
-    read = leaks.ShardFiles(dict(zip(("train", "test"), sets, strict=True)))
+    read = ShardFiles(dict(zip(("train", "test"), sets, strict=True)))
     files = read(("test", samples[1][j])), read(("train", samples[0][i]))
     assert compare(Candidate(j, i, 32, 2.0, 0.0, far[0]), *files) is None
 
@@ -167,9 +169,9 @@ def faulty_job(read, report, task, location, *rest):
 
 def test_hanging_and_crashing_videos_are_reported(tmp_path):
     copy = encode(film(1, 1.0))
-    train = leaks.Shards([packed(tmp_path, "train", {"a.mp4": copy})])
-    test = leaks.Shards([packed(tmp_path, "test", {"b.mp4": copy, "crash.mp4": copy, "hang.mp4": copy})])
-    lines = list(leaks.find_leaks(train, test, workers=2, timeout_s=5.0, job=faulty_job))
+    train = Shards([packed(tmp_path, "train", {"a.mp4": copy})])
+    test = Shards([packed(tmp_path, "test", {"b.mp4": copy, "crash.mp4": copy, "hang.mp4": copy})])
+    lines = list(find_leaks(train, test, workers=2, timeout_s=5.0, job=faulty_job))
     found = {line["test"].rsplit("-", 1)[0]: line.get("error", line.get("match")) for line in lines}
     assert found == {"b": "bytes", "crash": "decoder_crash", "hang": "timeout"}
 
@@ -246,7 +248,7 @@ def test_pack_drops_near_duplicates_and_caches_them(tmp_path, monkeypatch):
         (tmp_path / "videos" / name).write_bytes(data)
     command = [str(tmp_path / "videos"), str(tmp_path / "out"), "--workers", "1", "--drop-duplicates", "near"]
     with monkeypatch.context() as cut_off, pytest.raises(KeyboardInterrupt):
-        cut_off.setattr(pack.engine, "make", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        cut_off.setattr("data_prep.engine.make", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         pack.main(command)
     monkeypatch.setattr("data_prep.plan.find_near_duplicates", lambda *_: pytest.fail("searched again"))
     pack.main(command)
@@ -260,7 +262,7 @@ def test_pack_drops_near_duplicates_and_caches_them(tmp_path, monkeypatch):
     seen = [json.loads(line) for line in (tmp_path / "out" / "near-out.jsonl").read_text().splitlines()[1:]]
     assert {line["path"] for line in seen if "error" in line} == {"b_broken.mp4"}
     assert [r["path"] for r in rejected if r["reason"] != "duplicate"] == ["b_broken.mp4"]
-    kept = [s.meta["source"] for s in leaks.Shards([str(tmp_path / "out")]).list_samples()]
+    kept = [s.meta["source"] for s in Shards([str(tmp_path / "out")]).list_samples()]
     assert sorted(kept) == ["a0.mp4", "a1.mp4", "a2.mp4", "b8_whole.mp4", "b_take.mp4"]
     (tmp_path / "videos" / "more.mp4").write_bytes(encode(film(60)))
     with pytest.raises(UserError, match="is of other files; choose another folder, or remove it"):

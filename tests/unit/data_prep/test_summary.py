@@ -8,7 +8,7 @@ from data_prep import pack
 from data_prep.sources import read_source
 from data_prep.summary import UNREAD_IMAGES, UNREAD_VIDEOS, Tally, left_out_lines, make_summary, summary_lines
 from vidssl.core.errors import UserError
-from vidssl.data.format import MEDIA_EXTENSIONS
+from vidssl.data.extensions import MEDIA_EXTENSIONS
 
 CLASSES = {"verb": ["close", "open", "push"], "noun": ["7", "8"]}
 

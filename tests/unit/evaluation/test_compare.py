@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 
 from vidssl.core.errors import UserError
 
@@ -68,13 +69,13 @@ def test_names_are_the_parts_of_the_paths_that_differ(compare, tmp_path, paths, 
 def test_bars_hold_rows_of_one_condition(compare, tmp_path, monkeypatch):
     """Fractions have panels of their own; only lists of one fraction and one probe are averaged."""
     drawn: dict[str, list[float]] = {}
-    bar = compare.plt.Axes.bar
+    bar = Axes.bar
 
     def recording(axis, places, heights, *args, **kwargs):
         drawn[axis] = np.asarray(heights).tolist()
         return bar(axis, places, heights, *args, **kwargs)
 
-    monkeypatch.setattr(compare.plt.Axes, "bar", recording)
+    monkeypatch.setattr(Axes, "bar", recording)
     probes = [write_probe(tmp_path / n / "probe", base) for n, base in (("A", 20), ("B", 40))]
     compare.main([*map(str, probes), f"--plot={tmp_path / 'no' / 'folder' / 'c.png'}"])
     assert (tmp_path / "no/folder/c.png").stat().st_size > 5000

@@ -26,6 +26,7 @@ from vidssl.data.decoding import open_video
 from vidssl.data.shards import Shards
 from vidssl.evaluation import extractor as extractor_module
 from vidssl.evaluation import feature_cache
+from vidssl.evaluation.controls import CONTROLS
 from vidssl.evaluation.extractor import FeatureExtractor, Split, cache_provenance, make_extractor
 from vidssl.evaluation.feature_cache import FeatureShape, FeatureStore, used_gb
 from vidssl.evaluation.features import (
@@ -43,7 +44,7 @@ from vidssl.evaluation.probe_data import make_view
 from vidssl.evaluation.protocol import TrainingSet, select_and_train
 from vidssl.evaluation.protocols import PROTOCOLS
 from vidssl.evaluation.tasks import Task
-from vidssl.evaluation.views import CONTROLS, EvalClips, PatchMeans, View, reorder_frames, square_crop
+from vidssl.evaluation.views import EvalClips, PatchMeans, View, reorder_frames, square_crop
 from vidssl.pretrained.load import LoadedEncoder
 
 VIEW = View(frames=4, stride=2, fps=None, segments=2, crops=3, size=16)

@@ -11,9 +11,10 @@ import importlib
 from typing import get_args
 
 from vidssl.core.errors import DecodeError
-from vidssl.data.decoding.base import IMAGE_EXTENSIONS, MAX_BYTES, Video
+from vidssl.data.decoding.base import MAX_BYTES, Video
 from vidssl.data.decoding.image import ImageVideo
 from vidssl.data.decoding.pyav import PyAVVideo
+from vidssl.data.extensions import IMAGE_EXTENSIONS
 from vidssl.data.schema import Decoder
 
 

@@ -7,12 +7,6 @@ import numpy as np
 
 from vidssl.core.errors import DecodeError
 
-VIDEO_EXTENSIONS = (
-    *("mp4", "avi", "webm", "mkv", "mov", "m4v", "mpg", "mpeg", "wmv"),
-    *("flv", "3gp", "ts", "mts", "m2ts", "ogv", "asf", "vob", "gif"),
-)
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "bmp", "webp")
-
 # A file beyond these limits is damaged or hostile ("too_large", "too_long"), or pack must cut it into clips.
 MAX_PIXELS = 8192 * 8192  # of one frame
 MAX_FRAMES = 2_000_000  # of one file: 18 hours at 30 frames per second

@@ -12,8 +12,9 @@ import numpy as np
 from av.stream import Disposition
 
 from vidssl.core.errors import DecodeError
-from vidssl.data.decoding.base import MAX_FRAMES, VIDEO_EXTENSIONS, check_length, check_size, error_line
+from vidssl.data.decoding.base import MAX_FRAMES, check_length, check_size, error_line
 from vidssl.data.decoding.time_stamps import MAX_GAP_S, RepairedTimes, repair_times
+from vidssl.data.extensions import VIDEO_EXTENSIONS
 
 # FFmpeg recognises a file by its content, and some formats (playlists, concat scripts) open further files or
 # addresses that their content names. Only the containers of VIDEO_EXTENSIONS are opened, and no protocol.

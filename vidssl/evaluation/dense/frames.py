@@ -20,8 +20,9 @@ from torch import Tensor
 from vidssl.config import NonNegativeInt, PositiveInt
 from vidssl.core.errors import UserError
 from vidssl.core.pixels import normalise
+from vidssl.evaluation.controls import EncoderControl
 from vidssl.evaluation.report import weights_hash
-from vidssl.evaluation.views import EncoderControl, PatchMeans
+from vidssl.evaluation.views import PatchMeans
 from vidssl.model.vit import Encoder
 from vidssl.pretrained.load import LoadedEncoder
 

@@ -6,6 +6,7 @@ from typing import Annotated
 from vidssl.config import Choice, PositiveInt, Spec, Text
 from vidssl.config.signatures import PartTable
 from vidssl.data.schema import check_local_folders
+from vidssl.pretrained.sources import check_source
 
 TASKS = PartTable("vidssl.evaluation.dense.tasks", "TASKS")
 
@@ -32,5 +33,6 @@ class DenseConfig:
 
     def check_before_work(self) -> None:
         """Raises UserError for what can be known before torch is imported and data are opened."""
+        check_source(self.encoder, "encoder", libraries=True)
         check_local_folders("data.test", [self.data.test])
         check_local_folders("data.train", [self.data.train] if self.data.train else [])

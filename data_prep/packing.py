@@ -1,0 +1,147 @@
+"""Packs a source that has been read: plan, shards, indexes, reports."""
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+from tqdm import tqdm
+
+from data_prep import engine
+from data_prep.index import read_lines, write_lines
+from data_prep.plan import Plan, make_plan
+from data_prep.report import write_dataset_report
+from data_prep.sources import SourceListing
+from data_prep.summary import (
+    Tally,
+    left_out_lines,
+    make_summary,
+    read_rejections,
+    summary_lines,
+    write_summary,
+)
+from vidssl.core.errors import UserError
+from vidssl.core.io import make_folder
+from vidssl.core.log import logger
+from vidssl.data.format import dumps, dumps_index, read_index, shard_entry
+
+
+def pack_source(source: SourceListing, args: argparse.Namespace) -> None:
+    """Packs the files of a source into OUT, or continues that."""
+    plan = make_plan(source, args.src, args.out, args)
+    if open_out(args.out, plan):
+        print(f"{args.out}: already complete")
+    else:
+        write_shards(plan, args)
+        write_indexes(plan)
+    clean_up(plan)
+    summarise(plan, source)
+    check_not_empty(plan, args.out)
+
+
+def open_out(out: Path, plan: Plan) -> bool:
+    """Makes OUT with its plan.json, or checks that it has the same plan. Returns whether all data sets are
+    finished."""
+    plan_file = out / "plan.json"
+    if os.path.exists(plan_file):
+        try:
+            stored = json.loads(plan_file.read_text(encoding="utf-8")).get("plan")
+        except (ValueError, AttributeError):
+            stored = None
+        if stored != plan.digest:
+            raise UserError(
+                f"{out}: holds a pack of other files or with other options; choose another folder"
+            )
+        return all((folder / "index.json").exists() for folder in plan.datasets)
+    make_folder(out)
+    write_lines(plan_file, [dumps({"version": 1, "plan": plan.digest, "options": plan.options})])
+    return False
+
+
+def write_shards(plan: Plan, args: argparse.Namespace) -> None:
+    """Writes every shard that is not finished."""
+    total = sum(len(shard.items) for shard in plan.shards())
+    with tqdm(desc="pack", unit=" files", total=total) as bar:
+        engine.make(plan, args.engine, args.workers, args.timeout, bar.update)
+
+
+def write_indexes(plan: Plan) -> None:
+    """Writes rejected.jsonl and, last, index.json of every data set."""
+    for folder, shards in plan.datasets.items():
+        rejected = list(plan.rejected.get(folder, []))
+        for shard in shards:
+            rejected += [json.loads(line) for line in read_lines(shard.rejections)]
+        rejected.sort(key=lambda record: (record["path"], record.get("start", 0.0), record.get("end", 0.0)))
+        write_lines(folder / "rejected.jsonl", map(dumps, rejected))
+        samples = {shard.tar: len(read_lines(shard.tar.with_suffix(".jsonl"))) for shard in shards}
+        entries = [shard_entry(tar, n) for tar, n in samples.items() if n]
+        made_by = {**plan.options, "plan": plan.digest, "bytes_in": plan.bytes_in[folder]}
+        write_lines(folder / "index.json", [dumps_index(plan.classes, entries, len(rejected), made_by)])
+
+
+def clean_up(plan: Plan) -> None:
+    """Writes the reports and removes the files that only a resumed run needs. Also run if all is finished
+    already."""
+    for folder, shards in plan.datasets.items():
+        if not (folder / "report.json").exists():
+            write_dataset_report(folder)
+        for file in [shard.rejections for shard in shards] + list(folder.glob("*.tmp")):
+            file.unlink(missing_ok=True)
+
+
+def summarise(plan: Plan, source: SourceListing) -> None:
+    """Writes summary.json of each data set, and prints what the source and each data set hold."""
+    ignored = Tally()
+    ignored.merge(source.ignored)
+    print(f"{plan.source}: {len(source.items)} items in {len(plan.datasets)} data sets")
+    for note in source.notes:
+        print(f"  {note}")
+    print(*left_out_lines(ignored.entries()), sep="\n", end="\n" if ignored else "")
+    for folder in plan.datasets:
+        index = read_index(folder)
+        left_out = read_rejections(folder)
+        shards = [(folder / entry["name"]).with_suffix(".jsonl") for entry in index["shards"]]
+        records = (json.loads(line) for shard in shards for line in read_lines(shard))
+        summary = make_summary(records, index["classes"], left_out)
+        write_summary(folder, {**summary, "notes": list(source.notes), "ignored": ignored.entries()})
+        megabytes = sum(entry["bytes"] for entry in index["shards"]) / 1e6
+        counts = ", ".join(f"{n} {reason}" for reason, n in sorted(left_out.items()))
+        rejected = (
+            f"{left_out.total()} rejected ({counts}): see rejected.jsonl" if counts else "none rejected"
+        )
+        shards_line = f"{index['samples']} samples in {len(shards)} shards, {megabytes:.1f} MB"
+        print(f"{folder}: {shards_line}; {rejected}")
+        print(*summary_lines(summary), sep="\n")
+
+
+def check_not_empty(plan: Plan, out: Path) -> None:
+    """Raises UserError if no data set has a sample; warns of each that has none."""
+    empty = [folder for folder in plan.datasets if not read_index(folder)["samples"]]
+    for folder in empty if len(empty) < len(plan.datasets) else ():
+        logger.warning(f"{folder}: holds no sample: {_causes([folder], plan)}")
+    if len(empty) == len(plan.datasets):
+        raise UserError(f"{plan.source}: no sample is left: {_causes(empty, plan)}; see {out}/rejected.jsonl")
+
+
+def _causes(folders: list[Path], plan: Plan) -> str:
+    """Says which filters dropped how many files or clips, and what else was left out."""
+    reasons = Tally()
+    for folder in folders:
+        reasons.merge(read_rejections(folder))
+    options = filter_options(plan)
+    return ", ".join(
+        f"{options[reason]} drops {n} ({reason})" if reason in options else f"{n} {reason}"
+        for reason, n in reasons.most_common()
+    )
+
+
+def filter_options(plan: Plan) -> dict[str, str]:
+    """Returns the reason of a rejection -> the option with its value, of the filters."""
+    filters = plan.filters
+    return {
+        "too_short": f"--min-seconds {filters.min_seconds:g}",
+        "too_small": f"--min-side {filters.min_side}",
+        "too_dark": f"--drop-dark {filters.dark:g}",
+        "static": f"--drop-static {filters.static:g}",
+        "duplicate": f"--drop-duplicates {plan.options['drop_duplicates']}",
+    }
