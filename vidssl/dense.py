@@ -4,7 +4,8 @@ on test.
     python vidssl/dense.py configs/dense/propagation.yaml encoder=RUN data.test=DAVIS out=DIR
 
 encoder: as in vidssl/probe.py. data.test: the folder of a data set, with its lists of train and test. Writes
-DIR/dense.json and sequences.csv.
+DIR/dense.json and sequences.csv. Finished controls are in DIR/finished.jsonl until then: after a kill the
+same command goes on.
 """
 
 from vidssl.config.command_line import check_command_line
@@ -14,6 +15,8 @@ if __name__ == "__main__":
     # Importing torch takes seconds: --help and mistakes in the configuration are answered before.
     check_command_line(DenseConfig, __doc__, ("dense",))
 
+import hashlib
+import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,47 +26,92 @@ from tqdm import tqdm
 
 from vidssl.config import load_config, to_tree
 from vidssl.core.errors import run_cli
-from vidssl.core.io import make_folder
-from vidssl.evaluation.dense.frames import make_frame_encoder
+from vidssl.core.io import check_no_shards, claim_folder
+from vidssl.evaluation.dense.frames import check_fits, make_frame_encoder
+from vidssl.evaluation.dense.isolated_samples import Splits, isolated
 from vidssl.evaluation.dense.splits import read_sequences, split_hashes
-from vidssl.evaluation.report import new_report_folder, write_csv, write_json_report
+from vidssl.evaluation.finished_rows import FinishedRows, keeps
+from vidssl.evaluation.report import code_hash, new_report_folder, weights_hash, write_csv, write_json_report
 from vidssl.pretrained.external import open_encoder
+from vidssl.pretrained.load import LoadedEncoder
 from vidssl.training.malloc import tune_malloc
+from vidssl.training.preemption import exit_on_sigterm
 
 
 def main(argv: list[str]) -> None:
+    # Everything that can be known is checked before any sequence is decoded.
     cfg = load_config(argv, DenseConfig)
+    data = cfg.data
+    out = new_report_folder(Path(cfg.out), "dense.json")
+    check_no_shards(out, "out")
     task = cfg.task.build()
+    listed = read_sequences(data, task.label)
+    task.check_train([sample.group for sample in listed["train"]])
+    with (
+        claim_folder(out, "dense"),
+        exit_on_sigterm("SIGTERM"),
+        # before the encoder starts threads
+        isolated(listed, data.decode_timeout_s, data.decode_memory_mb) as splits,
+    ):
+        evaluate_controls(cfg, task, splits, out)
+
+
+def evaluate_controls(cfg: DenseConfig, task: Any, splits: Splits, out: Path) -> None:
+    """Evaluates the encoder under each control that has not been yet, and writes the report."""
     open_with_seed = partial(
         open_encoder, cfg.encoder, file=cfg.encoder_file, frames=task.frames, size=task.size, default_frames=1
     )
     loaded = open_with_seed(None)
-    splits = read_sequences(cfg.data, task.label)
-    train, test = splits["train"], splits["test"]
-    out = new_report_folder(Path(cfg.out), "dense.json")
+    check_fits(loaded, task)
     tune_malloc()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     hashes = split_hashes(cfg.data, splits)
-
+    finished = FinishedRows(out, dense_fingerprint(cfg, hashes, loaded))
     results: list[dict[str, Any]] = []
-    table: list[tuple[Any, ...]] = []
-    for control in task.controls:
-        encoder, encoder_name = make_frame_encoder(open_with_seed, loaded, control, task, device)
-        model, selection = task.select_model(encoder, train)
-        rows = [task.evaluate(encoder, model, sample) for sample in tqdm(test, desc=f"test ({control})")]
-        result = task.summarise(rows, [sample.group for sample in test])
-        facts = {"n_test": len(test), "n_train": len(train), "chosen": selection, "encoder": encoder_name}
-        results.append({"control": control, "task": cfg.task.kind, **result, **facts})
-        for sample, sample_rows in zip(test, rows, strict=True):
-            for number, row in enumerate(sample_rows):
-                figures = [f"{value:.6g}" for value in row]
-                table.append((control, sample.name, sample.group, number, *figures))
-        print(f"{control:12s} {result['metric']} {result['value']:.4g}  {result['ci95']}")
+    table: list[list[Any]] = []
+    with keeps(finished):
+        for control in task.controls:
+            if (control,) not in finished.rows:
+                encoder, name = make_frame_encoder(open_with_seed, loaded, control, task, device)
+                result, rows = evaluate_control(task, encoder, splits, control)
+                result |= {"control": control, "task": cfg.task.kind, "encoder": name}
+                finished.add((control,), {"result": result, "table": rows}, [])
+            row = finished.rows[(control,)]
+            result = row["result"]
+            results.append(result)
+            table += row["table"]
+            print(f"{control:12s} {result['metric']} {result['value']:.4g}  {result['ci95']}")
+        write_csv(out / "sequences.csv", ("control", "sequence", "group", "row", *task.columns), table)
+        report = {"results": results, "data": hashes, "seed": task.seed}
+        write_json_report(out / "dense.json", to_tree(cfg), loaded, report)
+    finished.remove()
 
-    make_folder(out)
-    write_csv(out / "sequences.csv", ("control", "sequence", "group", "row", *task.columns), table)
-    report = {"results": results, "data": hashes, "seed": task.seed}
-    write_json_report(out / "dense.json", to_tree(cfg), loaded, report)
+
+def evaluate_control(
+    task: Any, encoder: Any, splits: Splits, control: str
+) -> tuple[dict[str, Any], list[list[Any]]]:
+    """Selects a model on train and evaluates it on test. Returns the result, and the rows of the table of
+    sequences."""
+    train, test = splits["train"], splits["test"]
+    model, selection = task.select_model(encoder, train)
+    rows = [task.evaluate(encoder, model, sample) for sample in tqdm(test, desc=f"test ({control})")]
+    result = task.summarise(rows, [sample.group for sample in test])
+    table = [
+        [control, sample.name, sample.group, number, *(f"{value:.6g}" for value in row)]
+        for sample, sample_rows in zip(test, rows, strict=True)
+        for number, row in enumerate(sample_rows)
+    ]
+    return {**result, "n_test": len(test), "n_train": len(train), "chosen": selection}, table
+
+
+def dense_fingerprint(cfg: DenseConfig, data: dict[str, str], loaded: LoadedEncoder) -> str:
+    """SHA-256 of everything that decides the rows of a dense evaluation. data: hashes of train and test."""
+    tree = to_tree(cfg)
+    tree.pop("out")
+    for name in ("decode_timeout_s", "decode_memory_mb"):
+        tree["data"].pop(name)
+    facts = [tree, data, weights_hash(loaded.encoder), code_hash()]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 if __name__ == "__main__":

@@ -16,8 +16,6 @@ if __name__ == "__main__":
     # Importing torch takes seconds: --help and mistakes in the configuration are answered before.
     check_command_line(ProbeConfig, __doc__, ("probe",))
 
-import contextlib
-from collections.abc import Iterator
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -27,10 +25,10 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import broadcast_object_list
 
 from vidssl.config import load_config
-from vidssl.core.errors import Interrupted, Preempted, run_cli
+from vidssl.core.errors import run_cli
 from vidssl.core.log import set_log_level
 from vidssl.evaluation.extractor import OpenEncoder, extract_features, make_extractor, plan_features
-from vidssl.evaluation.finished_rows import FinishedRows
+from vidssl.evaluation.finished_rows import FinishedRows, keeps
 from vidssl.evaluation.probe_checks import check_label_sets
 from vidssl.evaluation.probe_data import make_view, open_probe_splits
 from vidssl.evaluation.probing import evaluate_run, probe_fingerprint, probe_runs, write_probe_results
@@ -68,7 +66,9 @@ def main(argv: list[str]) -> None:
     set_log_level(accelerator.is_main_process)
     # The first process alone writes to the folder, and decides what is left to do.
     (missing,) = broadcast_object_list([[run for run in runs if run.key not in finished.rows]])
-    with keeps(finished, protocol.cache), exit_on_sigterm("SIGTERM"), Peers(accelerator) as peers:
+    cached = f"computed features in {protocol.cache}"
+    also = cached if protocol.cache else "no features (probe.cache=DIR keeps them)"
+    with keeps(finished, f"; {also}"), exit_on_sigterm("SIGTERM"), Peers(accelerator) as peers:
         plans = []
         for control in dict.fromkeys(run.control for run in missing):
             extractor = make_extractor(open_with_seed, loaded, control, protocol.seed, accelerator)
@@ -87,19 +87,6 @@ def main(argv: list[str]) -> None:
             write_probe_results(out, runs, finished, cfg, splits, loaded, protocol.seed)
     accelerator.wait_for_everyone()
     accelerator.end_training()
-
-
-@contextlib.contextmanager
-def keeps(finished: FinishedRows, cache: str | None) -> Iterator[None]:
-    """Says, where a probe ends early, what is kept of it."""
-    try:
-        yield
-    except (Preempted, KeyboardInterrupt) as e:
-        kept = f"{len(finished.rows)} finished rows are in {finished.path}" if finished.rows else "no row"
-        features = f"computed features in {cache}" if cache else "no features (probe.cache=DIR keeps them)"
-        reason = "interrupted" if isinstance(e, KeyboardInterrupt) else str(e)
-        line = f"{reason}: kept: {kept}; {features}; the same command goes on"
-        raise (Interrupted(line) if isinstance(e, KeyboardInterrupt) else Preempted(line)) from e
 
 
 if __name__ == "__main__":

@@ -1,8 +1,11 @@
 """Dense frozen evaluation: figures against brute force, known motion, readers of the published formats."""
 
 import csv
+import errno
 import json
 import math
+import os
+import signal
 from pathlib import Path
 from typing import ClassVar
 
@@ -13,10 +16,13 @@ from PIL import Image
 
 from vidssl import dense
 from vidssl.config import load_config
-from vidssl.core.errors import UserError
+from vidssl.core.errors import Interrupted, Preempted, UserError
+from vidssl.core.log import configure_logging
+from vidssl.data import isolation
 from vidssl.evaluation.dense.datasets import NYU_SIZE, READERS, DenseSample, KeypointLabels, data_hash
 from vidssl.evaluation.dense.depth import Depth, depth_errors, log_loss
 from vidssl.evaluation.dense.frames import DenseProtocol, FrameEncoder, encode_layers, make_frame_encoder
+from vidssl.evaluation.dense.isolated_samples import isolated
 from vidssl.evaluation.dense.propagation import (
     Keypoints,
     Masks,
@@ -606,6 +612,7 @@ def test_keypoints_and_depth_end_to_end(kind, run, synthetic_corpus, tmp_path):
         (["task.kind=flow"], "no kind 'flow'"),
         (["task.topk=[]"], "at least 1 item"),
         (["out=README.md/x"], "README.md is not a folder"),
+        (["data.decode_timeout_s=0"], "greater than 0"),
     ],
 )
 def test_wrong_calls(wrong, words, run, davis_folder, tmp_path, monkeypatch):
@@ -613,6 +620,118 @@ def test_wrong_calls(wrong, words, run, davis_folder, tmp_path, monkeypatch):
     with pytest.raises(UserError) as e:
         dense.main(arguments(run, davis_folder, tmp_path / "out", "task.size=24", *wrong))
     assert words in str(e.value) and "\n" not in str(e.value)
+    assert not (tmp_path / "out").exists()
+
+
+def sigterm() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def ctrl_c() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def disk_full() -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize(
+    ("end", "error", "words"),
+    [
+        (sigterm, Preempted, "SIGTERM: kept: 1 finished rows are in"),
+        (ctrl_c, Interrupted, "interrupted: kept: 1 finished rows are in"),
+        (disk_full, OSError, "No space left"),
+    ],
+)
+def test_an_early_end_keeps_rows_and_the_same_command_goes_on(
+    end, error, words, run, davis_folder, tmp_path, monkeypatch, capfd
+):
+    """It ends at a sequence of the second control; then only that control is computed again."""
+    single = ["task.topk=[1]", "task.temperature=[0.1]", "task.radius=[1]", "task.controls=[none,pixels]"]
+    call = arguments(run, davis_folder, tmp_path / "out", "task.size=48", *single)
+    calls = []
+    original = Masks.evaluate
+
+    def evaluate(*args):
+        calls.append(args)
+        if len(calls) == 4:
+            end()
+        return original(*args)
+
+    monkeypatch.setattr(Masks, "evaluate", evaluate)
+    configure_logging()
+    with pytest.raises(error, match=words):
+        dense.main(call)
+    assert (end is disk_full) == ("kept: 1 finished rows are in" in capfd.readouterr().err)
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"finished.jsonl"}
+    with pytest.raises(UserError, match="of another evaluation"):
+        dense.main([*call, "task.seed=3"])
+    dense.main([*call, "data.decode_timeout_s=99"])
+    assert len(calls) == 4 + 2
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"dense.json", "sequences.csv"}
+    report = json.loads((tmp_path / "out/dense.json").read_text())
+    assert [r["control"] for r in report["results"]] == ["none", "pixels"]
+    assert [r["n_test"] for r in report["results"]] == [2, 2]
+
+
+def kill_process() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def out_of_memory() -> None:
+    raise MemoryError
+
+
+def broken_file() -> None:
+    raise ValueError("no image")
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        (kill_process, r"b\.png: it or its labels cannot be read: .* ended with -9"),
+        (out_of_memory, r"b\.png: .* out of memory"),
+        (broken_file, r"b\.png: it or its labels cannot be read: no image$"),
+        (signal.pause, r"b\.png: .* no answer in 0\.3 s"),
+    ],
+)
+def test_a_file_that_ends_its_decoder_is_an_error_with_its_name(fault, words):
+    def read() -> tuple[np.ndarray, KeypointLabels]:
+        return np.ones((2, 3), np.uint8), KeypointLabels(*np.arange(3.0)[:, None])
+
+    def fail() -> tuple[np.ndarray, None]:
+        fault()
+        raise AssertionError
+
+    samples = [DenseSample(n, n, (Path(f"{n}.png"),), f) for n, f in (("a", read), ("b", fail))]
+    with isolated({"train": [], "test": samples}, 0.3 if fault is signal.pause else 60, 100) as splits:
+        good, bad = splits["test"]
+        with pytest.raises(UserError, match=words):
+            bad.load()
+        frames, points = good.load()
+        assert frames.tolist() == [[1, 1, 1]] * 2 and points.scale.tolist() == [2]
+
+
+def test_the_child_that_decodes_is_started_before_the_encoder_is_opened(
+    run, davis_folder, tmp_path, monkeypatch
+):
+    order = []
+    start_child, open_encoder = isolation.start_child, dense.open_encoder
+    monkeypatch.setattr(isolation, "start_child", lambda *a: order.append("child") or start_child(*a))
+    monkeypatch.setattr(
+        dense, "open_encoder", lambda *a, **k: order.append("encoder") or open_encoder(*a, **k)
+    )
+    with pytest.raises(UserError, match="is not a multiple of the encoder's patch: give 24 or 32"):
+        dense.main(arguments(run, davis_folder, tmp_path / "out", "task.size=30"))
+    assert order == ["child", "encoder"]
+
+
+def test_learning_rates_without_groups_to_hold_out_are_an_error_before_the_work(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(dense, "open_encoder", None)
+    samples = [make_sample(f"{n}", np.zeros((1, 8, 8, 3)), None)._replace(group="one") for n in range(4)]
+    monkeypatch.setattr(dense, "read_sequences", lambda *a: {"train": samples, "test": samples})
+    with pytest.raises(UserError, match=r"no group of train can be held out to select task\.lr"):
+        dense.main(arguments(run, tmp_path, tmp_path / "out", "data.format=nyu", file="depth"))
     assert not (tmp_path / "out").exists()
 
 

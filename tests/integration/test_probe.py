@@ -167,7 +167,7 @@ def test_an_early_end_keeps_rows_and_the_same_command_goes_on(
         probe.main(call)
     assert len((tmp_path / "out" / "finished.jsonl").read_text().splitlines()) == 1 + 2 + 3
     assert not (tmp_path / "out" / "probe.json").exists()
-    with pytest.raises(UserError, match="of another probe"):
+    with pytest.raises(UserError, match="of another evaluation"):
         probe.main([*call, "probe.epochs=3"])
     probe.main([*call, "probe.encode_batch=8"])
     assert len(calls) == 5

@@ -116,6 +116,10 @@ class Sandbox:
         """Process id of the child, if there is one."""
         return None if self._child is None else self._child.process.pid
 
+    def start(self) -> None:
+        """Starts the child before its first job: a process that forks should not have threads yet."""
+        self._ready_child()
+
     def run(self, *job: Any) -> Any:
         """Returns the result of the job, or a Failure. Raises the job's UserError."""
         result = self._supervise(self._ready_child(), job)

@@ -1,14 +1,16 @@
-"""Finished rows of a probe on disk, so that a run which ends early loses none and the same command goes on.
+"""Finished rows of an evaluation on disk, so that an early end loses none and the same command goes on.
 
-OUT/finished.jsonl: a line with the fingerprint of the probe, then one for each finished row with its
+OUT/finished.jsonl: a line with the fingerprint of the evaluation, then one for each finished row with its
 predictions, or for the label-free scores of a control. It is removed when the report is written."""
 
+import contextlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from vidssl.core.errors import UserError
+from vidssl.core.errors import Interrupted, Preempted, UserError
 from vidssl.core.io import make_folder
 from vidssl.core.log import logger
 from vidssl.evaluation.report import PredictionRow
@@ -17,14 +19,15 @@ FILE = "finished.jsonl"
 
 
 class FinishedRows:
-    """The rows that a probe has finished, in the order in which they were computed."""
+    """The rows that an evaluation has finished, in the order in which they were computed."""
 
     def __init__(self, out: Path, fingerprint: str):
         """fingerprint: of everything that decides the rows. Raises UserError if the file in `out` is of
-        another probe."""
+        another evaluation."""
         self.path = out / FILE
         self.fingerprint = fingerprint
-        self.rows: dict[tuple[str, ...], dict[str, Any]] = {}  # (label, control, fraction, seed) -> row
+        # keys of a probe: (label, control, fraction, seed)
+        self.rows: dict[tuple[str, ...], dict[str, Any]] = {}
         self.predictions: dict[tuple[str, ...], list[PredictionRow]] = {}
         self.scores: dict[str, dict[str, float]] = {}  # control -> label-free scores of train
         if self.path.exists():
@@ -36,8 +39,8 @@ class FinishedRows:
         first = json.loads(lines[0]) if lines else {}
         if lines and first.get("fingerprint") != self.fingerprint:
             raise UserError(
-                f"{self.path}: holds {len(lines) - 1} finished rows of another probe (its configuration, "
-                "encoder, data or code differ); choose another out=, or remove the file"
+                f"{self.path}: holds {len(lines) - 1} finished rows of another evaluation (its "
+                "configuration, encoder, data or code differ); choose another out=, or remove the file"
             )
         if rest:
             os.truncate(self.path, self.path.stat().st_size - len(rest))
@@ -78,3 +81,22 @@ class FinishedRows:
     def remove(self) -> None:
         """Called when the report holds the rows."""
         self.path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def keeps(finished: FinishedRows, also: str = "") -> Iterator[None]:
+    """Says, where an evaluation ends early, what is kept of it. also: what is kept beside the rows."""
+    try:
+        yield
+    except (Preempted, KeyboardInterrupt) as e:
+        reason = "interrupted" if isinstance(e, KeyboardInterrupt) else str(e)
+        line = f"{reason}: kept: {_describe(finished)}{also}; the same command goes on"
+        raise (Interrupted(line) if isinstance(e, KeyboardInterrupt) else Preempted(line)) from e
+    except (UserError, OSError):
+        if finished.rows:
+            logger.warning(f"kept: {_describe(finished)}{also}")
+        raise
+
+
+def _describe(finished: FinishedRows) -> str:
+    return f"{len(finished.rows)} finished rows are in {finished.path}" if finished.rows else "no row"

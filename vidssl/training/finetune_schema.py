@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field
@@ -20,6 +21,7 @@ from vidssl.config import (
 )
 from vidssl.config.signatures import PartTable
 from vidssl.core.errors import UserError
+from vidssl.core.io import check_no_shards, check_writable
 from vidssl.data.schema import AUGMENT_PARTS, check_local_folders
 from vidssl.pretrained.sources import check_source
 from vidssl.training.schema import EfficiencyConfig, OptimConfig, Tracker, check_trackers
@@ -94,6 +96,8 @@ class FinetuneConfig:
         check_local_folders("data.test", self.data.test)
         check_divisible(self.tune, self.efficiency, int(os.environ.get("WORLD_SIZE", "1")))
         check_trackers(self.tune.trackers, "tune.trackers")
+        check_writable(Path(self.out))
+        check_no_shards(Path(self.out), "out")
 
     def notes(self) -> list[str]:
         """A line for each pair of keys that has another effect than it seems to."""

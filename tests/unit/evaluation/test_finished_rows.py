@@ -59,7 +59,7 @@ def test_a_half_written_fingerprint_is_no_row(kept, tmp_path):
 def test_rows_of_another_probe_are_not_touched(tmp_path):
     write(tmp_path)
     data = (tmp_path / FILE).read_bytes()
-    with pytest.raises(UserError, match=r"finished.jsonl: holds 3 finished rows of another probe"):
+    with pytest.raises(UserError, match=r"finished.jsonl: holds 3 finished rows of another evaluation"):
         FinishedRows(tmp_path, "g")
     assert (tmp_path / FILE).read_bytes() == data
 

@@ -7,12 +7,14 @@ import pytest
 from vidssl.config import load_config
 from vidssl.core.errors import UserError
 from vidssl.core.suggestions import divisors_near, multiples_near
+from vidssl.evaluation.dense.schema import DenseConfig
 from vidssl.training.finetune_schema import FinetuneConfig
 from vidssl.training.schema import TrainConfig
 
 ROOT = Path(__file__).parents[3]
 FILES = ("method/vjepa_tiny", "model/vit_micro", "data/quickstart", "run/smoke")
 TRAIN = [*(str(ROOT / f"configs/{name}.yaml") for name in FILES), "data.train=/", "run.out=x"]
+DENSE = [str(ROOT / "configs/dense/propagation.yaml"), "encoder=x", "out=x", "data.test=/"]
 TUNE = [str(ROOT / "configs/finetune/folder.yaml"), *("encoder=x", "out=x", "data.train=/", "data.test=/")]
 
 
@@ -74,6 +76,18 @@ def test_a_warm_up_beyond_the_epochs_gives_a_line():
     assert (
         "tune.warmup 5" in load_config([*TUNE, "tune.epochs=3", "tune.warmup=5"], FinetuneConfig).notes()[0]
     )
+
+
+@pytest.mark.parametrize(
+    "argv, schema", [(TUNE, FinetuneConfig), (DENSE, DenseConfig)], ids=["tune", "dense"]
+)
+def test_an_output_that_cannot_be_written_is_named_before_any_work(argv, schema, tmp_path):
+    load_config([*argv, f"out={tmp_path}"], schema).check_before_work()
+    (tmp_path / "index.json").touch()
+    with pytest.raises(UserError, match=f"out {tmp_path}: is a folder of shards"):
+        load_config([*argv, f"out={tmp_path}"], schema).check_before_work()
+    with pytest.raises(UserError, match=r"index\.json is not a folder"):
+        load_config([*argv, f"out={tmp_path}/index.json/run"], schema).check_before_work()
 
 
 def test_values_nearby():

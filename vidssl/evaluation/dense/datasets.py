@@ -7,6 +7,7 @@ import csv
 import hashlib
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -119,6 +120,8 @@ def jhmdb(folder: Path, split: str) -> list[DenseSample]:
     """JHMDB, split 1: Rename_Images/CLASS/VIDEO/*.png, joint_positions/CLASS/VIDEO/joint_positions.mat, and
     splits/CLASS_test_split1.txt with lines of VIDEO.avi and 1 (train) or 2 (test).
     http://jhmdb.is.tue.mpg.de"""
+    if find_spec("scipy") is None:
+        raise UserError(f"{folder}: reading joint_positions.mat needs scipy: pip install scipy")
     suffix = "_test_split1.txt"
     lists = sorted(folder.glob(f"splits/*{suffix}"))
     if not lists:
@@ -141,10 +144,8 @@ def jhmdb(folder: Path, split: str) -> list[DenseSample]:
 def _read_jhmdb(images: list[Path], joints: Path) -> tuple[np.ndarray, KeypointLabels]:
     """The scale is 0.6 x the diagonal of the box around the joints, as published (eval_pck.py of videowalk,
     arXiv 2006.14613); joints outside an image are not visible."""
-    try:
-        from scipy.io import loadmat
-    except ModuleNotFoundError as e:
-        raise UserError(f"{joints}: reading it needs scipy: pip install scipy") from e
+    from scipy.io import loadmat
+
     xy = rearrange(loadmat(joints)["pos_img"].astype(float), "xy j t -> t j xy") - 1  # Matlab counts from 1
     count = min(len(xy), len(images))
     frames = read_images(images[:count])

@@ -66,6 +66,14 @@ class Depth(DenseProtocol):
     label: ClassVar[LabelKind] = "depth"
     columns = ("rmse", "abs_rel", "delta_1.25")  # one row per frame with a known depth
 
+    def check_train(self, groups: list[str]) -> None:
+        if len(self.lr) > 1 and not self._held_out(groups).any():
+            raise UserError("no group of train can be held out to select task.lr; give one value")
+
+    def _held_out(self, groups: list[str]) -> np.ndarray:
+        """bool [n]: which train sequences are held out to select the learning rate."""
+        return split_by_group(groups, [()] * len(groups), self.val_fraction, self.seed).held_out
+
     def select_model(
         self, encoder: FrameEncoder, train: list[DenseSample]
     ) -> tuple[DepthHead, dict[str, Any]]:
@@ -74,12 +82,7 @@ class Depth(DenseProtocol):
         lr = self.lr[0]
         tried = []
         if len(self.lr) > 1:
-            groups = [sample.group for sample in train]
-            held_out = split_by_group(groups, [()] * len(train), self.val_fraction, self.seed).held_out[
-                sequence
-            ]
-            if not held_out.any():
-                raise UserError("no group of train can be held out to select task.lr; give one value")
+            held_out = self._held_out([sample.group for sample in train])[sequence]
             rows, held_out_rows = (torch.from_numpy(np.flatnonzero(mask)) for mask in (~held_out, held_out))
             heads = self.train_heads(encoder, tokens, depth, rows, self.lr)
             errors = [

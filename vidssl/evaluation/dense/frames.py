@@ -20,6 +20,7 @@ from torch import Tensor
 from vidssl.config import NonNegativeInt, PositiveInt
 from vidssl.core.errors import UserError
 from vidssl.core.pixels import normalise
+from vidssl.core.suggestions import multiples_near
 from vidssl.evaluation.controls import EncoderControl
 from vidssl.evaluation.report import weights_hash
 from vidssl.evaluation.views import PatchMeans
@@ -43,6 +44,9 @@ class DenseProtocol:
     encode_batch: PositiveInt = 4  # clips
     controls: Annotated[tuple[EncoderControl, ...], Field(min_length=1)] = ("none", "random_init", "pixels")
     seed: NonNegativeInt = 0
+
+    def check_train(self, groups: list[str]) -> None:
+        """Raises UserError if nothing can be selected on train sequences of these groups."""
 
 
 class FrameEncoder(NamedTuple):
@@ -99,6 +103,26 @@ def encode_layers(encoder: Encoder, video: Tensor, layers: tuple[int, ...]) -> T
     return torch.cat([encoder.norm(x)[:, first:] for x in outputs], -1)
 
 
+def check_fits(loaded: LoadedEncoder, options: DenseProtocol) -> None:
+    """Raises UserError unless the options fit the encoder."""
+    model = loaded.metadata["model"]
+    depth = len(loaded.encoder.blocks) if isinstance(loaded.encoder, Encoder) else 0
+    layers = options.layers
+    size = options.size or model["height"]
+    frames = options.frames or model["frames"]
+    for name, value, unit in (("size", size, "patch"), ("frames", frames, "tubelet")):
+        if value % model[unit]:
+            raise UserError(
+                f"task.{name}: {value} is not a multiple of the encoder's {unit}: "
+                f"give {multiples_near(value, model[unit])}"
+            )
+    if list(layers) != sorted(set(layers)) or (layers and layers[-1] >= depth):
+        raise UserError(
+            f"task.layers {list(layers)}: give blocks of an encoder of ours in ascending order, "
+            f"from 0 and below {depth}"
+        )
+
+
 def make_frame_encoder(
     open_untrained: Callable[[int], LoadedEncoder],
     loaded: LoadedEncoder,
@@ -117,15 +141,7 @@ def make_frame_encoder(
     clip = options.frames or model["frames"]
     layers = options.layers
     native = isinstance(loaded.encoder, Encoder)
-    depth = len(loaded.encoder.blocks) if native else 0
-    for name, value, unit in (("size", size, model["patch"]), ("frames", clip, model["tubelet"])):
-        if value % unit:
-            raise UserError(f"task.{name}: {value} is not a multiple of the encoder's patch of {unit}")
-    if list(layers) != sorted(set(layers)) or (layers and layers[-1] >= depth):
-        raise UserError(
-            f"task.layers {list(layers)}: give blocks of an encoder of ours in ascending order, "
-            f"from 0 and below {depth}"
-        )
+    check_fits(loaded, options)
     encode: Callable[[Tensor], Tensor]
     if control == "pixels":
         encode = PatchMeans(model["tubelet"], model["patch"])
