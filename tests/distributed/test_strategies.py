@@ -463,7 +463,14 @@ def cluster(tmp_path, monkeypatch) -> Path:
 
 @pytest.mark.parametrize(
     "each, status",
-    [("0 0 0 0", 0), ("75 75 75 75", 75), ("0 75 0 75", 75), ("75 2 75 75", 2), ("75 75 1 75", 1)],
+    [
+        ("0 0 0 0", 0),
+        ("75 75 75 75", 75),
+        ("0 75 0 75", 75),
+        ("134 75 134 134", 75),
+        ("75 2 75 75", 2),
+        ("75 75 1 134", 1),
+    ],
 )
 def test_the_status_that_asks_for_more_reaches_the_scheduler_and_no_failure_hides_behind_it(
     each, status, cluster
@@ -477,6 +484,16 @@ def test_the_status_that_asks_for_more_reaches_the_scheduler_and_no_failure_hide
     told = [f"{i} {i % 2} 4 n0 20007 vidssl/train.py a.yaml run.out=with space" for i in range(4)]
     assert sorted(lines[:4]) == told
     assert lines[4:] == (["requeue 7"] if status == 75 else [])
+
+
+@pytest.mark.parametrize(("restarts", "again"), [("99", True), ("100", False)])
+def test_a_job_is_queued_again_a_limited_number_of_times(restarts, again, cluster):
+    done = subprocess.run(
+        ["bash", ROOT / "tools/launch/slurm.sh", "a.yaml"],
+        env={**os.environ, "STATUS": "75 75 75 75", "SLURM_RESTART_COUNT": restarts},
+    )
+    assert done.returncode == 75
+    assert ("requeue 7" in (cluster / "told").read_text()) is again
 
 
 def test_sigterm_to_the_first_process_of_a_node_reaches_all(cluster):
@@ -503,8 +520,11 @@ def test_the_commands_of_the_launch_examples_compose(monkeypatch):
         (by_slurm.replace("\\", "").replace("#", "").split(), 2 * 8),
         (container["args"], int(env["NODES"]) * int(env["GPUS"])),
     ):
-        run = load_config(argv, TrainConfig).run
+        cfg = load_config(argv, TrainConfig)
+        run = cfg.run
         assert run.batch % run.lanes == 0 == run.lanes % world
+        clips = run.batch // world // cfg.efficiency.micro_batches
+        assert clips == cfg.method.mask.arguments["truncate_over"] == 24
     assert job["spec"]["completions"] == job["spec"]["parallelism"] == int(env["NODES"])
     assert env["MASTER_ADDR"] == f"{job['metadata']['name']}-0.{service['metadata']['name']}"
     assert pod["subdomain"] == service["metadata"]["name"] and pod["restartPolicy"] == "Never"
@@ -517,7 +537,7 @@ def test_the_commands_of_the_launch_examples_compose(monkeypatch):
         rules == {"FailJob": [2], "Ignore": [EXIT_REQUEUE]}
         and f"--signal=TERM@{pod['terminationGracePeriodSeconds']}" in text
     )
-    assert f"status == {EXIT_REQUEUE}" in text
+    assert f"status == {EXIT_REQUEUE}" in text and job["spec"]["activeDeadlineSeconds"]
 
 
 if __name__ == "__main__":
