@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fork_threads import threads_at_forks
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -118,7 +119,9 @@ def report(out: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def tuned(encoder, shards, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("tuned") / "run"
-    finetune.main(call(encoder, shards, out, *MIXED))
+    with threads_at_forks() as threads:
+        finetune.main(call(encoder, shards, out, *MIXED))
+    assert len(threads) > 6 and not any(threads), threads
     return out
 
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from fork_threads import threads_at_forks
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -438,6 +439,12 @@ def test_a_collapse_can_stop_the_run(run, tmp_path, monkeypatch, capfd):
     assert checkpoint.load_checkpoint(tmp_path / "run" / "checkpoints")["step"] == 4
 
 
+def test_no_thread_of_a_run_is_there_when_it_forks(run, tmp_path):
+    with threads_at_forks() as threads:
+        run(tmp_path / "run", "run.steps=2", "run.save_every=1", "efficiency.workers=2")
+    assert threads == [[]] * 2
+
+
 def test_checkpoints_are_written_in_the_background():
     writer = checkpoint.AsyncWriter()
     order = []
@@ -452,6 +459,7 @@ def test_checkpoints_are_written_in_the_background():
     started_second.set()
     writer.wait()
     assert order == ["going on", "written"] and not writer.pop_errors()
+    assert not [t for t in threading.enumerate() if t.name.startswith("checkpoint")]
 
 
 def test_reduce_in_one_process():

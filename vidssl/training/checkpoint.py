@@ -165,13 +165,14 @@ def quarantine(folder: Path, step: int) -> None:
 class AsyncWriter:
     """Writes one checkpoint at a time in a background thread; leaving the context waits for it.
 
+    The thread ends with the write, so that after `wait` this process can fork.
     An OSError (a full disk) does not end the run: `failed` holds its reason until the next write starts, and
     pop_errors returns a line about it. The next method call raises any other exception, which ends the run.
     """
 
     def __init__(self) -> None:
         self.failed: str | None = None  # why the last write failed
-        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._pool: ThreadPoolExecutor | None = None
         self._pending: Future[None] | None = None
         self._name = ""
         self._errors: list[str] = []
@@ -189,13 +190,15 @@ class AsyncWriter:
         except OSError as e:
             self._record(e)
         else:
+            self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
             self._pending = self._pool.submit(write)
 
     def wait(self) -> None:
         """Returns when nothing is being written."""
-        if self._pending is None:
+        if self._pending is None or self._pool is None:
             return
         pending, self._pending = self._pending, None
+        self._pool.shutdown()
         try:
             pending.result()
         except OSError as e:
@@ -217,4 +220,3 @@ class AsyncWriter:
 
     def __exit__(self, *_: object) -> None:
         self.wait()
-        self._pool.shutdown()

@@ -149,6 +149,8 @@ class Finetuner:
                 row, must_stop = self.step(state, folder, batches, mixer, done, throughput, preemption)
                 ends_epoch = done % self.steps_per_epoch == 0
                 if ends_epoch:
+                    # Its loader forks
+                    state.writer.wait()
                     row |= self.end_epoch(done)
                 folder.log(done, row, batches)
                 for line in state.writer.pop_errors():
