@@ -3,10 +3,12 @@ restarts without progress. docs/training.md has the whole table."""
 
 import contextlib
 import json
+import multiprocessing
 import os
 import signal
 import sys
 from collections.abc import Iterator
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,7 +36,8 @@ class PreemptionHandler:
 
     A second Ctrl-C ends the process at once; what is on the disk stays whole. Schedulers send SIGTERM, and
     terminals SIGINT, to all processes: those forked here block both, since one that ended would lose its
-    clips.
+    clips. multiprocessing ends its processes by SIGTERM, too, and waits for them: one that is still there at
+    the end, stuck in a read, is killed.
     """
 
     is_open = False
@@ -44,6 +47,7 @@ class PreemptionHandler:
         self.signal: int | None = None  # the first that came
         self._is_waiting = False
         self._previous: dict[int, Any] = {}
+        self._children_before: set[BaseProcess] = set()
 
     @property
     def requested(self) -> bool:
@@ -55,6 +59,7 @@ class PreemptionHandler:
             os.register_at_fork(after_in_child=_block_signals_in_child)
             PreemptionHandler.has_fork_hook = True
         PreemptionHandler.is_open = True
+        self._children_before = set(multiprocessing.active_children())
         for number in (signal.SIGTERM, signal.SIGINT):
             self._previous[number] = signal.signal(number, self._request)
         return self
@@ -86,6 +91,8 @@ class PreemptionHandler:
 
     def __exit__(self, *_: object) -> None:
         PreemptionHandler.is_open = False
+        for child in set(multiprocessing.active_children()) - self._children_before:
+            child.kill()
         signal.signal(signal.SIGINT, self._previous[signal.SIGINT])
         # a launcher sends SIGTERM again when it ends the other processes: ignored from now on
         if not self.requested:

@@ -4,20 +4,23 @@ else."""
 import hashlib
 import json
 import multiprocessing
+import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader
 from training_clips import copy_with_damage, make_clips, train_batches
 
 from data_prep import pack
-from vidssl.core.errors import DecodeError, UserError
+from vidssl.core.errors import DecodeError, Preempted, UserError
 from vidssl.data.augment import BOX_OFFSETS, CenterCrop, MultiScaleCrop, RandomCrop, downscale
 from vidssl.data.dataset import EXHAUSTED, ClipReader, DecodeFailure, Example, TrainClips
 from vidssl.data.decoding import check_decoder, open_video, select_decoder
-from vidssl.data.loader import DecodeErrorMonitor
+from vidssl.data.loader import CollatedStep, DecodeErrorMonitor, give_up_after
 from vidssl.data.schema import DataConfig
 from vidssl.data.shards import Shards
 
@@ -600,3 +603,33 @@ def test_pyav_decodes_what_decord_cannot(proven, monkeypatch):
     for cache in (0, 1 << 30):
         assert same(make_clips(proven, cache=cache, decoder="decord")[3], want)
     assert len(opened) == 2
+
+
+class StuckDataset(torch.utils.data.Dataset):
+    """Waits until a byte is written to the pipe."""
+
+    def __init__(self, descriptor: int):
+        self.descriptor = descriptor
+
+    def __getitem__(self, number: int) -> bytes:
+        return os.read(self.descriptor, 1)
+
+    def __len__(self) -> int:
+        return 1
+
+
+def test_a_batch_that_does_not_come_ends_the_process_before_the_others_give_up():
+    read, write = os.pipe()
+    steps = iter(DataLoader(StuckDataset(read), num_workers=1, timeout=0.1, collate_fn=list))
+    with pytest.raises(Preempted, match=r"no batch for 0\.1 s"):
+        next(give_up_after(0.1, steps))
+    os.write(write, b"x")
+
+
+def test_other_errors_of_a_loader_are_raised_as_they_are():
+    def fail() -> Iterator[CollatedStep]:
+        raise RuntimeError("DataLoader worker (pid 1) is killed")
+        yield
+
+    with pytest.raises(RuntimeError, match="is killed"):
+        next(give_up_after(0.1, fail()))

@@ -1,5 +1,6 @@
 """Signals, lost peers and the limit of requeues."""
 
+import multiprocessing
 import os
 import signal
 
@@ -62,6 +63,24 @@ def test_a_signal_in_a_step_lets_the_step_end(handlers_restored):
                 os.kill(os.getpid(), signal.SIGTERM)
             last = item
     assert last == 2 and preemption.signal == signal.SIGTERM
+
+
+def test_a_child_that_is_stuck_outlives_signals_and_not_the_run(handlers_restored):
+    context = multiprocessing.get_context("fork")
+    started = context.Event()
+
+    def get_stuck() -> None:
+        started.set()
+        signal.pause()
+
+    with PreemptionHandler():
+        child = context.Process(target=get_stuck, daemon=True)
+        child.start()
+        assert started.wait(60)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            os.kill(child.pid, number)
+    child.join(60)
+    assert child.exitcode == -signal.SIGKILL
 
 
 def test_sigterm_before_the_loop_asks_for_a_requeue(handlers_restored):
