@@ -200,7 +200,7 @@ def half_written(training: RunningTraining, rng: random.Random) -> None:
     training.end(signal.SIGKILL)
     with open(training.out / "log.jsonl", "a") as f:
         f.write('{"step": 11, "los')
-    (training.out / "encoder.safetensors.tmp").write_bytes(b"half")
+    (training.out / "encoder.safetensors.0123abcd.tmp").write_bytes(b"half")
     half = training.out / "checkpoints" / f"step-{SAVE_EVERY:08d}.tmp"
     half.mkdir(parents=True, exist_ok=True)
     (half / "model.safetensors").write_bytes(b"half")

@@ -152,7 +152,7 @@ class RunState:
             folder = self.out / "checkpoints"
             held = sum(f.stat().st_size for c in list_checkpoints(folder) for f in c.iterdir())
             needed = (self.keep_last + 1) * (weights + moments) + weights
-            what = f"{self.keep_last + 1} checkpoints (run.keep_last and a new one)"
+            what = f"{self.keep_last + 1} checkpoints (one more than are kept)"
             check_free_space(self.out, needed - held, what, "free some, or choose another place")
 
         self.strategy.run_on_main(check)
