@@ -54,7 +54,7 @@ def test_the_second_process_says_who_holds_the_folder(holder, tmp_path):
     with pytest.raises(UserError, match=f"process {holder.pid}"):
         synthetic.main([str(tmp_path / "out"), "--train", "1"])
     with pytest.raises(UserError, match=f"process {holder.pid}"):
-        convert.main([str(tmp_path / "absent"), str(tmp_path / "out")])
+        convert.main([str(tmp_path / "src"), str(tmp_path / "out")])
     (tmp_path / "out/a.tar").write_bytes(b"")
     with pytest.raises(UserError, match=f"process {holder.pid}"):
         scan.main([str(tmp_path / "out")])

@@ -82,12 +82,12 @@ def test_a_warm_up_beyond_the_epochs_gives_a_line():
     "argv, schema", [(TUNE, FinetuneConfig), (DENSE, DenseConfig)], ids=["tune", "dense"]
 )
 def test_an_output_that_cannot_be_written_is_named_before_any_work(argv, schema, tmp_path):
-    load_config([*argv, f"out={tmp_path}"], schema).check_before_work()
+    load_config([*argv, "encoder=/", f"out={tmp_path}"], schema).check_before_work()
     (tmp_path / "index.json").touch()
     with pytest.raises(UserError, match=f"out {tmp_path}: is a folder of shards"):
-        load_config([*argv, f"out={tmp_path}"], schema).check_before_work()
+        load_config([*argv, "encoder=/", f"out={tmp_path}"], schema).check_before_work()
     with pytest.raises(UserError, match=r"index\.json is not a folder"):
-        load_config([*argv, f"out={tmp_path}/index.json/run"], schema).check_before_work()
+        load_config([*argv, "encoder=/", f"out={tmp_path}/index.json/run"], schema).check_before_work()
 
 
 def test_values_nearby():
