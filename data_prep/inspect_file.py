@@ -24,6 +24,7 @@ from data_prep.workers import WorkerPool
 from vidssl.core.errors import DecodeError
 from vidssl.data.decoding.base import Video
 from vidssl.data.decoding.image import ImageVideo
+from vidssl.data.decoding.presentation import display_facts
 from vidssl.data.decoding.pyav import PyAVVideo
 from vidssl.data.extensions import IMAGE_EXTENSIONS
 from vidssl.data.isolation import Reporter
@@ -91,6 +92,7 @@ def meta_of(video: Video) -> dict:
         "duration": round(last + (1 / fps if fps else 0.0), 6),
         "codec": video.codec,
         "rotation": video.rotation,
+        **display_facts(video.crop, video.not_applied),
         **({"damaged_packets": video.errors} if video.errors else {}),
         **({"time_repairs": dict(repairs)} if (repairs := getattr(video, "time_repairs", None)) else {}),
     }

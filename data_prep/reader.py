@@ -12,9 +12,11 @@ from av.video.reformatter import ColorRange, Interpolation
 
 from data_prep.thumbnails import thumbnail
 from vidssl.core.errors import DecodeError
+from vidssl.data.decoding.crop import NO_CROP, Crop
+from vidssl.data.decoding.presentation import Presentation, display_facts, presentation_of
 from vidssl.data.decoding.rotation import Rotation, rotation_of
 from vidssl.data.decoding.time_stamps import MAX_GAP_S
-from vidssl.data.decoding.video_stream import VideoStream, first_stamp
+from vidssl.data.decoding.video_stream import VideoStream
 
 MIN_FRAME_S = 1 / 240  # seconds that the last frame is displayed at least
 SCALING = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.BITEXACT
@@ -38,6 +40,8 @@ class Reader:
         self.rate = self._stream.usual_rate
         self._times: np.ndarray | None = None  # f64 [frames], seconds of the file's clock, repaired
         self._repairs: dict[str, int] = {}
+        self._shown: Presentation | None = None  # known after the first frame
+        self._crop_frame = FrameCropper(NO_CROP)
 
     def repair(self, on_progress: Callable[[], None]) -> None:
         """Decodes the file once and repairs its time stamps. on_progress: called for every frame."""
@@ -45,9 +49,8 @@ class Reader:
         for frame in self.decode():
             pts.append(frame.pts)
             on_progress()
-        times, self._repairs = self._stream.frame_times(pts)
-        first = first_stamp(pts) * self._stream.time_base + (times[0] if len(times) else 0.0)
-        self._times = times - times[:1] + self._stream.delay(first)
+        first, times, self._repairs = self._stream.frame_times(pts)
+        self._times = times + self._stream.delay(first)
         self._stream.rewind()
         self._stream.damaged_packets = 0
 
@@ -64,11 +67,17 @@ class Reader:
         height, width = first.shown
         size = {"height": height, "width": width, "rotation": first.rotation}
         repairs = {"time_repairs": self._repairs} if self._repairs else {}
-        return {"codec": self.codec, "fps": round(self.rate, 3), **size, **repairs}
+        assert self._shown is not None  # a picture was decoded
+        shown = display_facts(self._shown.crop, self._shown.not_applied)
+        return {"codec": self.codec, "fps": round(self.rate, 3), **size, **shown, **repairs}
 
     def decode(self) -> Iterator[av.VideoFrame]:
-        """Yields every frame that decodes."""
-        return self._stream.decode()
+        """Yields every frame that decodes, cropped as it is shown; not yet turned."""
+        for frame in self._stream.decode():
+            if self._shown is None:
+                self._shown = presentation_of(self._stream, frame)
+                self._crop_frame = FrameCropper(self._shown.stored_crop)
+            yield self._crop_frame(frame)
 
     def frames(self) -> Iterator[tuple[av.VideoFrame, float, float]]:
         """Yields (frame, start, end): seconds of the file's clock during which each frame is displayed.
@@ -112,6 +121,38 @@ class Reader:
                 first = frame.pts
                 delay = self._stream.delay(first * self._stream.time_base)
             yield frame, delay + (frame.pts - first) * self._stream.time_base
+
+
+class FrameCropper:
+    """Crops decoded frames by FFmpeg's filter. Where frames have half as many chroma as luma pixels, an odd
+    margin moves chroma by half a luma pixel."""
+
+    def __init__(self, crop: Crop):
+        self._crop = crop
+        self._kind: tuple | None = None  # of the frames that the graph takes
+        self._graph: Any = None
+
+    def __call__(self, frame: av.VideoFrame) -> av.VideoFrame:
+        if self._crop == NO_CROP or not self._crop.fits((frame.height, frame.width)):
+            return frame
+        kind = (frame.width, frame.height, frame.format.name, frame.time_base)
+        if kind != self._kind:
+            self._kind = kind
+            self._graph = self._make_graph(frame)
+        self._graph.push(frame)
+        return self._graph.pull()
+
+    def _make_graph(self, frame: av.VideoFrame) -> Any:
+        height, width = self._crop.shown_size((frame.height, frame.width))
+        graph: Any = av.filter.Graph()
+        source = graph.add_buffer(
+            width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base
+        )
+        crop = graph.add("crop", f"{width}:{height}:{self._crop.left}:{self._crop.top}:exact=1")
+        source.link_to(crop)
+        crop.link_to(graph.add("buffersink"))
+        graph.configure()
+        return graph
 
 
 class Picture:

@@ -85,6 +85,7 @@ def make_summary(
     groups: Counter[str] = Counter()
     unlabelled = Tally()
     repaired = Tally()
+    shown = Tally()
     for record in records:
         meta = record["meta"]
         name = str(meta.get("source") or record["key"])
@@ -103,6 +104,8 @@ def make_summary(
             groups[str(meta["group"])] += 1
         for reason, stamps in time_repairs(meta).items():
             repaired.note(reason, name, stamps)
+        for fact in display_notes(meta):
+            shown.note(fact, name)
     tally = left_out if isinstance(left_out, Tally) else Tally(left_out)
     samples = sum(kinds.values())
     return {
@@ -118,6 +121,7 @@ def make_summary(
         "largest_group": max(groups.values(), default=0),
         "without_group": samples - sum(groups.values()),
         "time_repairs": repaired.entries(),
+        "display": shown.entries(),
         "left_out": tally.entries(),
     }
 
@@ -126,6 +130,14 @@ def time_repairs(meta: Mapping[str, Any]) -> dict[str, int]:
     """Returns reason -> number of time stamps that were repaired in a sample's file."""
     repairs = meta.get("time_repairs") or (meta.get("original") or {}).get("time_repairs") or {}
     return {"repaired": repairs} if isinstance(repairs, int) else dict(repairs)
+
+
+def display_notes(meta: Mapping[str, Any]) -> Iterator[str]:
+    """Yields what a sample's file asks players to do beside turning and mirroring."""
+    facts = meta.get("original") or meta
+    if facts.get("crop"):
+        yield "cropped, as the file says"
+    yield from facts.get("not_applied") or {}
 
 
 def write_summary(folder: Path, summary: dict[str, Any]) -> None:
@@ -148,6 +160,8 @@ def summary_lines(summary: Mapping[str, Any]) -> Iterator[str]:
         yield f"  groups: {summary['groups']}, the largest of {summary['largest_group']} samples{without}"
     for reason, entry in summary["time_repairs"].items():
         yield f"  time stamps {reason}: {entry['files']}{_examples(entry)}"
+    for fact, entry in summary["display"].items():
+        yield f"  {fact}: {entry['files']}{_examples(entry)}"
     yield from left_out_lines(summary["left_out"])
 
 

@@ -22,7 +22,7 @@ MAX_NAME = 255  # characters of a class name; longer text is a caption
 # Facts that pack measures. Only its own count, since a clip is cut by them.
 MEASURED = (
     *("decoder", "decord", "frames", "height", "width", "fps", "duration", "codec", "rotation", "times"),
-    *("damaged_packets", "original", "packed", "time_repairs"),
+    *("crop", "not_applied", "damaged_packets", "original", "packed", "time_repairs"),
 )
 LABEL_FIELDS = ("label", "class", "labels")
 # Members that hold the label itself. A .txt is a caption.

@@ -5,6 +5,7 @@ import io
 import itertools
 from collections.abc import Iterator
 
+import decord
 import numpy as np
 import pytest
 from av.container import InputContainer
@@ -14,6 +15,7 @@ from PIL import Image
 from data_prep.inspect_file import inspect_file
 from vidssl.core.errors import DecodeError
 from vidssl.data.decoding import open_video
+from vidssl.data.decoding.video_stream import VideoStream
 from vidssl.data.sampling import sample_clips, sample_indices, segment_starts, split_repeat
 
 
@@ -208,6 +210,36 @@ def test_rotation_and_mirroring_as_players_display_them(make_video, frame_index,
         assert meta["decoder"] == "pyav"  # decord rotates but does not mirror
     else:
         assert meta["rotation"] == rotation
+
+
+@pytest.mark.parametrize("container", ["mp4", "matroska", "flv"])
+def test_the_first_frame_is_at_zero_seconds_whatever_its_time_stamp(make_video, container):
+    times = np.arange(20) * 40 + np.arange(20) % 3 * 5  # milliseconds
+    data = make_video(20, times=(700 + times).tolist(), container=container, bf="0")
+    meta = packed_meta(data) | {"decord": True}
+    for decoder in ("pyav", "decord"):
+        for known in (None, meta, meta | {"decoder": "decord"}):
+            with open_video(data, "mp4", known, decoder) as video:
+                assert video.times[0] == 0.0
+                assert np.abs(video.times - times / 1000).max() < 2e-3
+
+
+@pytest.mark.parametrize("first", [-5000.0, 900.0])
+def test_a_wrong_first_time_stamp_moves_no_other_frame(monkeypatch, make_video, first):
+    """first: seconds of the first frame as a decoder gives it, beside others at 0.1 s, 0.2 s, ..."""
+    data = make_video(20, times=list(range(0, 2000, 100)))
+    stamps = np.arange(20.0) / 10
+    stamps[0] = first
+    stream = VideoStream(io.BytesIO(data))
+    start, times, repairs = stream.frame_times(np.round(stamps / stream.time_base).astype(int).tolist())
+    assert (
+        np.abs(times - np.arange(20) / 10).max() < 1e-3 and abs(start) < 1e-3 and sum(repairs.values()) == 1
+    )
+    monkeypatch.setattr(
+        decord.VideoReader, "get_frame_timestamp", lambda self, indices: np.stack([stamps, stamps], 1)
+    )
+    with open_video(data, "mp4", None, "decord") as video:
+        assert np.abs(video.times - times).max() < 1e-3
 
 
 def test_short_and_single_frame(make_video):

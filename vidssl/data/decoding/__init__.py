@@ -3,8 +3,8 @@
 PyAV counts the frames that come out of the decoder, which is right for any file. decord and torchcodec count
 packets, which is wrong for some files, so they serve only files for which `data_prep.pack` has compared both.
 
-Frames are RGB, 8 bit, 0..255; alpha is dropped; non-square pixels stay as stored; HDR is converted without
-tone mapping.
+Frames are RGB, 8 bit, 0..255, as a player shows them: turned, mirrored and cropped as the file says. Alpha is
+dropped; pixels that are not square stay as stored; HDR is converted without tone mapping.
 """
 
 import importlib
@@ -13,6 +13,7 @@ from typing import get_args
 from vidssl.core.errors import DecodeError
 from vidssl.data.decoding.base import MAX_BYTES, Video
 from vidssl.data.decoding.image import ImageVideo
+from vidssl.data.decoding.presentation import is_plain
 from vidssl.data.decoding.pyav import PyAVVideo
 from vidssl.data.extensions import IMAGE_EXTENSIONS
 from vidssl.data.schema import Decoder
@@ -32,7 +33,7 @@ def select_decoder(ext: str, meta: dict | None, decoder: Decoder) -> str:
     decoder:
     - "auto": PyAV, unless pack found PyAV's seeking wrong and decord right;
     - "decord": decord for files that pack found it right for, and for files that pack has not measured; else
-      PyAV;
+      PyAV (`open_video` opens mirrored and cropped files by PyAV, too: decord shows neither);
     - "torchcodec": for files that pack found decord right for (neither of the two mirrors frames, or counts
       the frames that an edit list hides); else PyAV;
     - "pyav": PyAV.
@@ -62,7 +63,7 @@ def open_video(data: bytes, ext: str, meta: dict | None = None, decoder: Decoder
     if selected == "image":
         return ImageVideo(data)
     meta = meta if meta and "frames" in meta else None
-    if selected == "decord":
+    if selected == "decord" and (meta is not None or is_plain(data)):
         from vidssl.data.decoding.decord import DecordVideo  # imports torch, which takes seconds
 
         return DecordVideo(data, meta)

@@ -1,11 +1,13 @@
 """The interface of an open video, and the limits beyond which a file is refused."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import TypeVar
 
 import numpy as np
 
 from vidssl.core.errors import DecodeError
+from vidssl.data.decoding.crop import NO_CROP, Crop
 
 # A file beyond these limits is damaged or hostile ("too_large", "too_long"), or pack must cut it into clips.
 MAX_PIXELS = 8192 * 8192  # of one frame
@@ -19,7 +21,8 @@ V = TypeVar("V", bound="Video")
 class Video:
     """An open video.
 
-    times: f64 [n], seconds since the first frame. size: (height, width) as displayed.
+    times: f64 [n], seconds since the first frame. size: (height, width) as displayed. crop: what is cut off
+    the frames that the decoder gives, which are turned and mirrored already.
     """
 
     times: np.ndarray
@@ -27,6 +30,9 @@ class Video:
     decoder: str
     codec: str = ""
     rotation: int = 0  # degrees clockwise, already applied; known after a full decode
+    crop: Crop = NO_CROP
+    # What else the file asks players to do -> its value; known after a full decode.
+    not_applied: Mapping[str, str] = MappingProxyType({})
     errors: int = 0  # damaged packets skipped so far
 
     def __len__(self) -> int:
@@ -58,7 +64,8 @@ class Video:
     def iter_frames(self, indices: np.ndarray) -> Iterator[np.ndarray]:
         """Yields the frames u8 [H,W,3] at `indices` (i64 [k], ascending, unique) one at a time."""
         decoded = 0
-        for frame in self._decode_frames(indices):
+        for decoded_frame in self._decode_frames(indices):
+            frame = self.crop.apply(decoded_frame)
             if frame.shape != (*self.size, 3):
                 raise DecodeError("decode_error", f"frame of shape {frame.shape}, expected {(*self.size, 3)}")
             yield frame
@@ -67,7 +74,7 @@ class Video:
             raise DecodeError("decode_error", f"frame {indices[decoded]} of {len(self)} does not decode")
 
     def _decode_frames(self, indices: np.ndarray) -> Iterator[np.ndarray]:
-        """`iter_frames` of one decoder, without its checks."""
+        """`iter_frames` of one decoder, without its checks; whole frames, which `crop` is cut off."""
         raise NotImplementedError
 
 

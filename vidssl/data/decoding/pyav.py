@@ -10,6 +10,8 @@ from av.video.reformatter import VideoReformatter
 
 from vidssl.core.errors import DecodeError
 from vidssl.data.decoding.base import Video, check_length
+from vidssl.data.decoding.crop import Crop
+from vidssl.data.decoding.presentation import presentation_of
 from vidssl.data.decoding.rotation import Rotation, RotationReader
 from vidssl.data.decoding.video_stream import VideoStream
 
@@ -48,6 +50,7 @@ class PyAVVideo(Video):
             return
         check_length(meta["frames"])
         self.size = (meta["height"], meta["width"])
+        self.crop = Crop(*meta.get("crop", ()))
         if "times" in meta:
             even = np.arange(meta["frames"]) / (meta["fps"] or 1.0)
             self.times = even if meta["times"] is None else np.array(meta["times"], dtype=np.float64)
@@ -74,16 +77,17 @@ class PyAVVideo(Video):
         pts: list[int | None] = []
         for frame in self._stream.decode():
             if not pts:
-                rotation = self._read_rotation(frame)
-                self.rotation = rotation.degrees
-                self.size = rotation.displayed_size(frame)
+                shown = presentation_of(self._stream, frame)
+                self.rotation = shown.rotation.degrees
+                self.size = shown.size
+                self.crop = shown.crop
+                self.not_applied = shown.not_applied
             pts.append(frame.pts)
             check_length(len(pts))
         if not pts:
             reason = "decode_error" if self.errors else "no_frames"
             raise DecodeError(reason, f"{self.errors} damaged packets")
-        times, self.time_repairs = self._stream.frame_times(pts)
-        self.times = times - times[0]
+        _, self.times, self.time_repairs = self._stream.frame_times(pts)
         self.packets_match = pts == packets and not self.errors and not self.time_repairs
 
     def _decode_frames(self, indices: np.ndarray) -> Iterator[np.ndarray]:
@@ -115,7 +119,9 @@ class PyAVVideo(Video):
                     return
 
     def _to_rgb(self, frame: av.VideoFrame) -> np.ndarray:
-        """u8 [H,W,3] as displayed. Frames of another size are scaled to that of the first, as players do."""
+        """u8 [H,W,3] as displayed, before `crop`. Frames of another size are scaled to that of the first, as
+        players do."""
         rotation: Rotation = self._read_rotation(frame)
-        width, height = self.size if rotation.transpose else self.size[::-1]
+        whole = self.crop.whole_size(self.size)
+        width, height = whole if rotation.transpose else whole[::-1]
         return rotation.apply(self._reformat(frame, width, height, "rgb24", threads=1).to_ndarray())

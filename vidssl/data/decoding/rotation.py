@@ -7,6 +7,8 @@ import av
 import numpy as np
 from av.sidedata.sidedata import Type
 
+from vidssl.data.decoding.crop import Crop
+
 
 class Rotation(NamedTuple):
     """A display matrix with right angles: transpose, then reverse rows and columns."""
@@ -23,6 +25,15 @@ class Rotation(NamedTuple):
     def displayed_size(self, frame: av.VideoFrame) -> tuple[int, int]:
         """(height, width) of a stored frame as displayed."""
         return (frame.width, frame.height) if self.transpose else (frame.height, frame.width)
+
+    def turn_crop(self, crop: Crop) -> Crop:
+        """Crop of a frame as stored -> of the frame as displayed."""
+        top, bottom, left, right = crop
+        if self.transpose:
+            top, bottom, left, right = left, right, top, bottom
+        rows = (bottom, top) if self.flip_rows else (top, bottom)
+        columns = (right, left) if self.flip_columns else (left, right)
+        return Crop(*rows, *columns)
 
     @property
     def degrees(self) -> int:

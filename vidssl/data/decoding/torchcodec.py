@@ -32,6 +32,7 @@ class TorchCodecVideo(Video):
         with PyAVVideo(data, meta) as packets:
             self.times = packets.times
             self.size = packets.size
+            self.crop = packets.crop
             self.codec = packets.codec
         try:
             self._reader = VideoDecoder(data, num_ffmpeg_threads=1, dimension_order="NHWC", seek_mode="exact")

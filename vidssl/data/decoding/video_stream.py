@@ -4,8 +4,9 @@ import errno
 import gc
 import io
 from collections.abc import Container, Iterator, Sequence
+from fractions import Fraction
 from itertools import islice
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import av
 import numpy as np
@@ -13,7 +14,8 @@ from av.stream import Disposition
 
 from vidssl.core.errors import DecodeError
 from vidssl.data.decoding.base import MAX_FRAMES, check_length, check_size, error_line
-from vidssl.data.decoding.time_stamps import MAX_GAP_S, RepairedTimes, repair_times
+from vidssl.data.decoding.crop import Crop, read_crop
+from vidssl.data.decoding.time_stamps import MAX_GAP_S, repair_times
 from vidssl.data.extensions import VIDEO_EXTENSIONS
 
 # FFmpeg recognises a file by its content, and some formats (playlists, concat scripts) open further files or
@@ -28,6 +30,15 @@ ERRORS = (av.FFmpegError, OSError, ValueError)  # ValueError: a seek before the 
 RATES = (0.01, 1000.0)  # frames per second that a file may name
 DEFAULT_RATE = 25.0  # frames per second of a file that names no rate, or none in that range
 SAME_START_S = 2e-3  # seconds; some containers keep time stamps in milliseconds
+
+
+class FrameTimes(NamedTuple):
+    """first: seconds of the first frame by its stamp, repaired. seconds: f64 [n], since the first frame,
+    strictly increasing. repairs: reason -> number of frames whose stamp is not used."""
+
+    first: float
+    seconds: np.ndarray
+    repairs: dict[str, int]
 
 
 class VideoStream:
@@ -98,12 +109,26 @@ class VideoStream:
         """Frames per second for frames without time stamps."""
         return self.rate if RATES[0] <= self.rate <= RATES[1] else DEFAULT_RATE
 
-    def frame_times(self, pts: Sequence[int | None]) -> RepairedTimes:
-        """Time stamps of all frames in the order of display -> seconds since the first stamp."""
-        origin = first_stamp(pts)
+    @property
+    def pixel_aspect(self) -> Fraction:
+        """Width of a pixel divided by its height, as the container or the codec says; 1 if neither does."""
+        return self._stream.sample_aspect_ratio or Fraction(1)
+
+    def read_crop(self) -> Crop | None:
+        """What the container cuts off the frames as they are stored; None for a part beyond them."""
+        name = self._container.format.name
+        pictures = [stream.index for stream in self._container.streams.video]
+        track = self._stream.id if name.startswith("mov") else pictures.index(self._stream.index)
+        return read_crop(self._file, name, track)
+
+    def frame_times(self, pts: Sequence[int | None]) -> FrameTimes:
+        """Times of all frames from their time stamps, in the order of display."""
+        origin = next((p for p in pts if p is not None), 0)
         # Subtracted as integers, so that the first frame is at exactly 0 seconds.
         seconds = np.array([np.nan if p is None else float(p - origin) for p in pts]) * self.time_base
-        return repair_times(seconds, self.usual_rate)
+        times, repairs = repair_times(seconds, self.usual_rate)
+        first = float(times[0]) if len(times) else 0.0
+        return FrameTimes(origin * self.time_base + first, times - first, repairs)
 
     def delay(self, seconds: float) -> float:
         """Seconds from the start of the file's clock to the first frame; seconds: its time stamp.
@@ -181,11 +206,6 @@ def check_container(data: bytes) -> None:
     """Raises DecodeError unless `data` is of one of CONTAINERS; for decoders whose formats cannot be
     restricted."""
     VideoStream(io.BytesIO(data)).close()
-
-
-def first_stamp(pts: Sequence[int | None]) -> int:
-    """The first of the time stamps that is not missing, 0 if all are."""
-    return next((p for p in pts if p is not None), 0)
 
 
 def is_disk_error(e: Exception) -> bool:
