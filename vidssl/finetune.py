@@ -55,7 +55,8 @@ def finetune(cfg: FinetuneConfig) -> None:
     loaded = load_encoder(cfg.encoder, tune.seed if cfg.random_init else None)
     splits = open_splits(cfg.data, tune)
     view = encoder_view(loaded, tune.segments, tune.crops, stride=cfg.data.stride, fps=cfg.data.fps)
-    cfg = replace(cfg, data=replace(cfg.data, stride=view.stride, fps=view.fps))
+    data = replace(cfg.data, stride=view.stride, fps=view.fps)
+    cfg = replace(cfg, data=data, efficiency=cfg.efficiency.resolved())
     hashes = [shards.hash for shards in splits.shards.values()]
     hashes.append(weights_hash(loaded.encoder))
     run_provenance = provenance(to_tree(cfg), hashlib.sha256(" ".join(hashes).encode()).hexdigest())

@@ -36,7 +36,7 @@ from vidssl.training.step import configure_blocks, forward_backward, load_steps,
 
 
 def main(argv: list[str]) -> None:
-    cfg = load_config(argv, TrainConfig)
+    cfg = load_config(argv, TrainConfig).resolved()
     with limited_requeues(Path(cfg.run.out)), exit_on_lost_peer(), exit_on_sigterm():
         pretrain(cfg)
 
@@ -69,7 +69,7 @@ def pretrain(cfg: TrainConfig) -> None:
 
     # The training loop.
     loader = load_steps(cfg, shards, start, strategy)
-    throughput = Throughput(strategy, efficiency.precision, run.batch, objective)
+    throughput = Throughput(strategy, strategy.precision, run.batch, objective)
     collapsed = False
     done = start
     with (

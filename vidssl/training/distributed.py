@@ -34,6 +34,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
 from vidssl.core.errors import UserError, disk_error_line
+from vidssl.core.precision import Precision, ResolvedPrecision, resolve_precision, use_tf32
 
 if TYPE_CHECKING:
     from vidssl.training.schema import OptimConfig
@@ -48,7 +49,7 @@ class ProcessOptions(Protocol):
     """The part of the `efficiency` section that a Strategy reads."""
 
     @property
-    def precision(self) -> str: ...  # fp32, bf16 or fp16
+    def precision(self) -> Precision: ...  # of the forward pass
 
     @property
     def peer_timeout_s(self) -> int: ...  # seconds that a process waits for another one
@@ -62,10 +63,17 @@ class Strategy:
     barrier; of the processes with `participates_in_save` also full_state.
     """
 
-    def __init__(self, accelerator: Accelerator, timeout: timedelta = timedelta(minutes=10)):
-        """timeout: how long a process waits for another one in a collective."""
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        timeout: timedelta = timedelta(minutes=10),
+        precision: ResolvedPrecision = "fp32",
+    ):
+        """timeout: how long a process waits for another one in a collective; precision: of the forward
+        pass."""
         self.accelerator = accelerator
         self.timeout = timeout
+        self.precision = precision
         self.device: torch.device = accelerator.device
         self.rank: int = accelerator.process_index
         self.world: int = accelerator.num_processes
@@ -83,19 +91,21 @@ class Strategy:
         """Joins the processes of this run and returns the Strategy that `accelerate launch` chose.
 
         unused_parameters: some parameters get no gradient in some steps; options: passed on to Accelerator.
-        Raises UserError if the combination is not supported.
+        The precision `auto` is resolved here, once. Raises UserError if the combination is not supported.
         """
-        fsdp = fsdp_plugin(efficiency.precision)
+        use_tf32()
+        precision = resolve_precision(efficiency.precision)
+        fsdp = fsdp_plugin(precision)
         zero = None
         if env_flag("ACCELERATE_USE_DEEPSPEED"):
             from vidssl.training import deepspeed
 
-            zero = deepspeed.zero_plugin(efficiency.precision, unused_parameters)
+            zero = deepspeed.zero_plugin(precision, unused_parameters)
         if (fsdp or zero) and not allow_sharding:
             raise UserError("fine-tuning does not support sharded models: use configs/accelerate/ddp.yaml")
         timeout = timedelta(seconds=efficiency.peer_timeout_s)
         accelerator = Accelerator(
-            mixed_precision="no" if efficiency.precision == "fp32" or zero else efficiency.precision,
+            mixed_precision="no" if precision == "fp32" or zero else precision,
             cpu=not torch.cuda.is_available(),
             fsdp_plugin=fsdp,
             deepspeed_plugin=zero,
@@ -108,12 +118,12 @@ class Strategy:
             **options,
         )
         if accelerator.distributed_type == DistributedType.FSDP:
-            return Fsdp2(accelerator, timeout)
+            return Fsdp2(accelerator, timeout, precision)
         if accelerator.distributed_type == DistributedType.DEEPSPEED:
-            return deepspeed.Zero(accelerator, timeout)
+            return deepspeed.Zero(accelerator, timeout, precision)
         if fsdp or zero:
             raise UserError("FSDP2 and DeepSpeed run on GPUs only: on CPUs use configs/accelerate/ddp.yaml")
-        return Strategy(accelerator, timeout)
+        return Strategy(accelerator, timeout, precision)
 
     @property
     def data_patience_s(self) -> float:

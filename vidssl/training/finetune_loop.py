@@ -126,13 +126,13 @@ class Finetuner:
     def train(self, state: RunState) -> None:
         """Trains from the newest checkpoint to the end of the last epoch. Raises Preempted after SIGTERM,
         once the step is saved."""
-        tune, efficiency = self.config.tune, self.config.efficiency
+        tune = self.config.tune
         state.check_space()
         start = state.restore()
         loader = self.train_loader(start)
         mixer = Mixer(tune, len(self.splits.task.names))
         clips = tune.batch * tune.repeat
-        throughput = Throughput(self.strategy, efficiency.precision, clips, self.selection.now)
+        throughput = Throughput(self.strategy, self.strategy.precision, clips, self.selection.now)
         tree = state.provenance["config"]
         done = start
         self.model.train()

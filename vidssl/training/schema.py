@@ -73,7 +73,8 @@ class EfficiencyConfig:
     micro_batches: PositiveInt = (
         1  # parts in which a process computes its share of the batch (gradient accumulation)
     )
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the forward pass
+    # of the forward pass; auto: bf16 where the GPU has it in hardware, fp32 elsewhere
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     compile: bool = (
         False  # torch.compile the transformer blocks: needs a C++ compiler, and minutes at the start
     )
@@ -86,6 +87,13 @@ class EfficiencyConfig:
     )
     threads: PositiveInt | None = None  # of torch on the CPU, for each process; None: torch's own choice
     peer_timeout_s: PositiveInt = 600  # seconds that a process waits for another one before it gives up
+
+    def resolved(self) -> "EfficiencyConfig":
+        """This configuration with the precision that `auto` is on this machine."""
+        # imported here, so that a configuration is checked without torch
+        from vidssl.core.precision import resolve_precision
+
+        return replace(self, precision=resolve_precision(self.precision))
 
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -220,6 +228,10 @@ class TrainConfig:
                 "method.target.momentum: a momentum of 1 freezes the EMA encoder, while a run with "
                 "optim.schedule_steps goes on"
             )
+
+    def resolved(self) -> "TrainConfig":
+        """This configuration with what depends on the machine (see EfficiencyConfig.resolved)."""
+        return replace(self, efficiency=self.efficiency.resolved())
 
     def check_before_work(self) -> None:
         """Raises UserError for what can be known before torch is imported and data are opened."""
