@@ -23,7 +23,7 @@ PositionKind = Literal[
     "rope",
     "rope_interleaved",
 ]
-RotaryTable = tuple[Tensor, Tensor]  # cosines and sines, f32 [..., n, D / heads]
+RotaryTable = tuple[Tensor, Tensor]  # cosines, and sines with the signs of a rotation; [..., D / heads] each
 MIN_ROTARY_HEAD_DIM = 6  # one pair of entries for each of three axes
 
 
@@ -98,7 +98,8 @@ def resize_table(table: Tensor, old: Grid, new: Grid) -> Tensor:
 def rotary_table(
     grid: Grid, dim: int, interleaved: bool, rope_grid: int | None, device: torch.device
 ) -> RotaryTable:
-    """3-D rotary angles of every token as (cosines, sines), f32 [N, dim] each; dim is the width of a head.
+    """3-D rotary angles of every token as (cosines, signed sines), f32 [N, dim] each; dim is the width of a
+    head. The sine of the first entry of a pair has a minus: see apply_rope.
 
     Time, row and column rotate 2*(dim // 3 // 2) entries each, in pairs of neighbours; the other entries are
     left as they are. The frequencies are 10000^(-k / half) for k = 0 .. half-1, half = dim // 3 // 2.
@@ -116,15 +117,27 @@ def rotary_table(
         axes[1:] = [a * (rope_grid - 1) / max(1, len(a) - 1) for a in axes[1:]]
     angles = [p.flatten()[:, None] * omega for p in torch.meshgrid(*axes, indexing="ij")]
     angle = F.pad(torch.cat(angles, 1), (0, dim - 6 * half))
-    return angle.cos(), angle.sin()
+    sign = 2 * (torch.arange(dim, device=device) % 2) - 1
+    return angle.cos(), angle.sin() * sign
 
 
 def apply_rope(x: Tensor, rope: RotaryTable) -> Tensor:
-    """x [B, heads, n, D / heads]. Returns the same shape, every pair of neighbouring entries rotated by its
-    token's angle."""
-    cos, sin = rope
+    """x [..., D / heads] of any type, tables that broadcast to it. Returns x with every pair of neighbouring
+    entries rotated by its token's angle.
+
+    Computed in the type of x, which in bf16 moves an entry by less than 2^-6 of the larger of its pair.
+    """
+    cos, sin = (table.to(x.dtype) for table in rope)
     even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return (x * cos + torch.stack((-odd, even), -1).flatten(-2) * sin).to(x.dtype)
+    return torch.addcmul(x * cos, torch.stack((odd, even), -1).flatten(-2), sin)
+
+
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """Type of matrix products on a device: that of autocast, where it is on, else f32."""
+    kind = device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return torch.float32
 
 
 class PositionEncoding(nn.Module):
@@ -137,6 +150,7 @@ class PositionEncoding(nn.Module):
         self.grid = grid
         self.head_dim = dim // heads
         self.rope_grid = rope_grid
+        self._rotary: dict[tuple[Grid, torch.device, torch.dtype], RotaryTable] = {}
         if kind in FIXED_TABLES:
             self.register_buffer("table", FIXED_TABLES[kind](grid, dim), persistent=False)
         elif kind == "learned":
@@ -163,9 +177,19 @@ class PositionEncoding(nn.Module):
         return table if ids is None else table[ids]
 
     def rope(self, grid: Grid, ids: Tensor | None, device: torch.device) -> RotaryTable | None:
-        """Returns cosines and sines, [B, 1, n, D / heads] for ids i64 [B, n] and [N, D / heads] without; None
-        without rotary positions."""
+        """Returns cosines and signed sines in the type of matrix products, for x [B, n, parts, heads, D / heads]:
+        [B, n, 1, 1, D / heads] for ids i64 [B, n] and [N, 1, 1, D / heads] without; None without rotary
+        positions."""
         if self.kind not in ("rope", "rope_interleaved"):
             return None
-        cos, sin = rotary_table(grid, self.head_dim, self.kind == "rope_interleaved", self.rope_grid, device)
-        return (cos, sin) if ids is None else (cos[ids][:, None], sin[ids][:, None])
+        key = (grid, device, compute_dtype(device))
+        if key not in self._rotary:
+            self._rotary[key] = self._build_rotary(*key)
+        cos, sin = self._rotary[key]
+        return (cos, sin) if ids is None else (cos[ids], sin[ids])
+
+    @torch.inference_mode(False)  # a table made there could not be used in training later
+    def _build_rotary(self, grid: Grid, device: torch.device, dtype: torch.dtype) -> RotaryTable:
+        interleaved = self.kind == "rope_interleaved"
+        cos, sin = rotary_table(grid, self.head_dim, interleaved, self.rope_grid, device)
+        return cos.to(dtype)[:, None, None], sin.to(dtype)[:, None, None]

@@ -52,13 +52,17 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, rope: RotaryTable | None = None, num_outputs: int | None = None) -> Tensor:
-        q, k, v = rearrange(self.qkv(x), "b n (qkv h d) -> qkv b h n d", qkv=3, h=self.heads)
-        if rope is not None:
-            q = apply_rope(q, rope)
-            k = apply_rope(k, rope)
-            v = v.contiguous()  # then the backward pass need not keep the joint qkv
+        # Parted along a middle axis, so that the backward pass joins the gradients in one copy.
+        qkv = rearrange(self.qkv(x), "b n (qkv h d) -> b n qkv h d", qkv=3, h=self.heads)
+        if rope is None:
+            q, k, v = qkv.unbind(2)
+        else:
+            qk, v = qkv.split([2, 1], 2)
+            q, k = apply_rope(qk, rope).unbind(2)
+            v = v.squeeze(2).contiguous()  # then the backward pass need not keep the joint qkv
         if num_outputs is not None:
-            q = q[:, :, -num_outputs:]
+            q = q[:, -num_outputs:]
+        q, k, v = (rearrange(t, "b n h d -> b h n d") for t in (q, k, v))
         return self.proj(rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)"))
 
 
