@@ -177,9 +177,9 @@ class PositionEncoding(nn.Module):
         return table if ids is None else table[ids]
 
     def rope(self, grid: Grid, ids: Tensor | None, device: torch.device) -> RotaryTable | None:
-        """Returns cosines and signed sines in the type of matrix products, for x [B, n, parts, heads, D / heads]:
-        [B, n, 1, 1, D / heads] for ids i64 [B, n] and [N, 1, 1, D / heads] without; None without rotary
-        positions."""
+        """Returns cosines and signed sines for x [B, n, parts, heads, D / heads], in the type of matrix
+        products: [B, n, 1, 1, D / heads] for ids i64 [B, n] and [N, 1, 1, D / heads] without; None without
+        rotary positions."""
         if self.kind not in ("rope", "rope_interleaved"):
             return None
         key = (grid, device, compute_dtype(device))

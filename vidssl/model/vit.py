@@ -1,6 +1,7 @@
 """The encoder: a 3-D patch ViT that embeds and processes only the given tokens."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Literal
 
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from timm.layers import Mlp, SwiGLU
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from vidssl.config import Fraction, NonNegativeInt, PositiveFloat, PositiveInt
@@ -41,9 +43,15 @@ def init_weights(module: nn.Module, init: Init, std: float = 0.02) -> None:
                 nn.init.zeros_(layer.bias)
 
 
+# The kernels of attention without cuDNN's, which plans each new shape, for some 50 ms of the host's time.
+KERNELS_OF_ANY_SHAPE = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
 class Attention(nn.Module):
     """Multi-head self-attention of x [B, n, D]. Returns [B, n, D]; with num_outputs, only the last
     num_outputs tokens, which attend to all."""
+
+    counts_vary = False  # whether n differs from call to call, as it does with V-JEPA's masks
 
     def __init__(self, dim: int, heads: int):
         super().__init__()
@@ -63,7 +71,9 @@ class Attention(nn.Module):
         if num_outputs is not None:
             q = q[:, -num_outputs:]
         q, k, v = (rearrange(t, "b n h d -> b h n d") for t in (q, k, v))
-        return self.proj(rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)"))
+        with sdpa_kernel(KERNELS_OF_ANY_SHAPE) if self.counts_vary else nullcontext():
+            attended = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(rearrange(attended, "b h n d -> b n (h d)"))
 
 
 class Block(nn.Module):

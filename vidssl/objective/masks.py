@@ -3,7 +3,8 @@
 A masker is called with (video f32 [B, 3, T, H, W], grid, rng) and returns a list of masks; a method with two
 kinds of masks (V-JEPA) returns two. All samples of a batch have the same numbers of tokens. A sample's mask
 is a function of its own key and pixels alone; a masker whose `cut_groups` divides the global batch looks at
-the keys of a group. An image is a grid of one time slice.
+the keys of a group. One that keeps the same numbers of tokens in every step says `counts_vary = False`: what
+is compiled is then made for them. An image is a grid of one time slice.
 """
 
 from collections.abc import Callable
@@ -62,6 +63,8 @@ class Random:
 
     ratio: Fraction = 0.9  # fraction of tokens hidden
 
+    counts_vary = False
+
     def __call__(self, video: Tensor, grid: Grid, rng: KeyedRNG) -> list[Mask]:
         return [mask_from_scores(rng.rand(grid.n), grid.n - hidden_count(grid.n, self.ratio, "tokens"))]
 
@@ -71,6 +74,8 @@ class Tube:
     """The same places hidden in every time slice. Source: VideoMAE (arXiv 2203.12602), section 3.3."""
 
     ratio: Fraction = 0.9  # fraction of a slice's tokens hidden
+
+    counts_vary = False
 
     def __call__(self, video: Tensor, grid: Grid, rng: KeyedRNG) -> list[Mask]:
         slice_tokens = grid.h * grid.w
@@ -85,6 +90,8 @@ class Frame:
     slices."""
 
     ratio: Fraction = 0.875  # fraction of the slices hidden
+
+    counts_vary = False
 
     def __call__(self, video: Tensor, grid: Grid, rng: KeyedRNG) -> list[Mask]:
         slice_tokens = grid.h * grid.w
@@ -148,6 +155,8 @@ class Quadrants:
     out, so that the quarters have the same size.
     """
 
+    counts_vary = False
+
     def __call__(self, video: Tensor, grid: Grid, rng: KeyedRNG) -> list[Mask]:
         h, w = grid.h // 2, grid.w // 2
         if not h * w:
@@ -199,6 +208,8 @@ class RunningCell:
 
     ratio: Fraction = 0.9  # fraction of a slice's tokens hidden from the encoder
     decoder_drop_ratio: Fraction = 0.5  # fraction of a cell dropped from the decoder, in whole quarters
+
+    counts_vary = False
 
     def __call__(self, video: Tensor, grid: Grid, rng: KeyedRNG) -> list[Mask]:
         if int(4 * self.decoder_drop_ratio) == 4:

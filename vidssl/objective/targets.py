@@ -32,6 +32,11 @@ class Target(nn.Module):
     def check_clip(self, frames: int, size: int) -> None:
         """Raises UserError if the target cannot be made of a clip of so many frames of size x size pixels."""
 
+    @property
+    def teacher(self) -> Encoder | None:
+        """A frozen network that is no submodule, so that checkpoints do not hold it."""
+        return None
+
     def update(self, encoder: Encoder, momentum: float) -> None:
         """Called after every optimizer step; a target without an EMA encoder does nothing."""
 
@@ -144,8 +149,12 @@ class Teacher(Target):
         self._teacher = [teacher]  # in a list, so that it is not registered as a submodule
         self._path = path
 
+    @property
+    def teacher(self) -> Encoder:
+        return self._teacher[0]
+
     def check_clip(self, frames: int, size: int) -> None:
-        if frames == 1 and self._teacher[0].patch_embed_img is None and self._teacher[0].tubelet > 1:
+        if frames == 1 and self.teacher.patch_embed_img is None and self.teacher.tubelet > 1:
             raise UserError(
                 f"method.target.path: the teacher ({self._path}) has no image tokenizer, so it cannot see "
                 "a stream of one frame; give another teacher, or streams of videos"
@@ -154,7 +163,7 @@ class Teacher(Target):
     @torch.no_grad()
     def forward(self, video: Tensor) -> Tensor:
         self._teacher[0] = self._teacher[0].to(video.device)
-        return level_norm(self._teacher[0](video), self.width)
+        return level_norm(self.teacher(video), self.width)
 
 
 TARGETS = {"pixels": Pixels, "ema": Ema, "teacher": Teacher}

@@ -24,6 +24,7 @@ from vidssl.evaluation.feature_cache import FeatureShape
 from vidssl.evaluation.features import FeatureLoader, FeatureStorage, compute_features
 from vidssl.evaluation.views import View
 from vidssl.pretrained.load import LoadedEncoder
+from vidssl.training.blocks import configure_blocks
 from vidssl.training.distributed import Strategy
 from vidssl.training.finetune_report import mean_over_clips
 from vidssl.training.finetune_schema import FinetuneConfig
@@ -42,7 +43,6 @@ from vidssl.training.preemption import PreemptionHandler
 from vidssl.training.run_folder import RunFolder
 from vidssl.training.schema import OptimConfig
 from vidssl.training.state import RunState
-from vidssl.training.step import configure_blocks
 
 
 class EpochSelection(nn.Module):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from vidssl.model.heads import CrossAttention
 from vidssl.model.vit import Block, PatchEmbed, TransformerStack
+from vidssl.objective.targets import Target
 
 # Dense peaks in TFLOP/s by the vendors' data sheets (sparse figures halved), by words of the device's name:
 # bf16 and fp16 with fp32 accumulation, tf32, and fp32 without tensor cores. The first match counts.
@@ -81,7 +82,8 @@ class ModelFlops:
         """Hooks the parts whose products are known as a whole, and every other linear layer."""
         counter_of = next((make for kind, make in COUNTED.items() if isinstance(module, kind)), None)
         if counter_of is None:
-            for child in module.children():
+            teacher = module.teacher if isinstance(module, Target) else None
+            for child in (*module.children(), *([] if teacher is None else [teacher])):
                 self._hook(child)
             return
         count = counter_of(module)

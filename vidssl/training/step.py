@@ -14,20 +14,9 @@ from vidssl.core.rng import GlobalBatch, KeyedRNG
 from vidssl.data.loader import Batch, make_streams, train_steps
 from vidssl.data.shards import Shards
 from vidssl.data.stream import ShardUrls
-from vidssl.model.vit import TransformerStack
 from vidssl.objective.masks import Masker, count_cut_groups
 from vidssl.training.distributed import Strategy
 from vidssl.training.schema import TrainConfig
-
-
-def configure_blocks(module: nn.Module, activation_checkpointing: bool, compile: bool = False) -> None:
-    """Sets the options of every transformer stack in `module`."""
-    for stack in module.modules():
-        if isinstance(stack, TransformerStack):
-            stack.activation_checkpointing = activation_checkpointing
-            # dynamic: one graph for all numbers of tokens; the names of the weights do not change
-            for block in stack if compile else ():
-                block.compile(dynamic=True)
 
 
 def load_steps(

@@ -6,6 +6,7 @@ import torch
 
 from vidssl.core.errors import UserError
 from vidssl.core.rng import KeyedRNG
+from vidssl.model import positions
 from vidssl.model.grid import Grid, Mask, gather_tokens, patchify
 from vidssl.model.heads import AttentiveHead
 from vidssl.model.positions import (
@@ -327,3 +328,29 @@ def test_a_clip_that_pixels_cannot_be_predicted_of_is_refused_in_a_line(frames, 
     with pytest.raises(UserError, match=f"kind pixels: a token is 2 frames.* stream of {frames};") as refused:
         target.check_clip(frames, 16)
     assert len(str(refused.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("interleaved", [True, False])
+def test_rope_in_bf16_is_that_in_f32_up_to_rounding(interleaved):
+    x = torch.randn(2, 64, 2, 3, 24)
+    cos, sin = (t[:, None, None] for t in rotary_table(Grid(4, 4, 4), 24, interleaved, None, x.device))
+    pairs = x.unflatten(-1, (-1, 2)).abs().amax(-1).repeat_interleave(2, -1)
+    want = apply_rope(x.bfloat16().float(), (cos, sin))
+    got = apply_rope(x.bfloat16(), (cos, sin))
+    assert got.dtype == torch.bfloat16
+    assert ((got.float() - want).abs() <= 2**-6 * pairs).all()
+
+
+def test_rotary_tables_are_built_once(monkeypatch):
+    built = []
+    make = positions.rotary_table
+    monkeypatch.setattr(positions, "rotary_table", lambda *given: built.append(given) or make(*given))
+    encoder = small(positions="rope")
+    with torch.inference_mode():
+        encoder(torch.randn(1, 3, 8, 32, 32))
+    for _ in range(2):  # a table of inference mode could not be used here
+        encoder(torch.randn(1, 3, 8, 32, 32), ids(64, 9, 1)).sum().backward()
+        encoder(torch.randn(1, 3, 4, 32, 32))
+        with torch.autocast("cpu", torch.bfloat16):
+            encoder(torch.randn(1, 3, 8, 32, 32))
+    assert len(built) == 3 and "_rotary" not in str(encoder.state_dict().keys())
