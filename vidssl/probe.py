@@ -35,7 +35,7 @@ from vidssl.evaluation.probing import evaluate_run, probe_fingerprint, probe_run
 from vidssl.evaluation.report import new_report_folder
 from vidssl.pretrained.external import open_encoder
 from vidssl.training.malloc import tune_malloc
-from vidssl.training.peers import Peers
+from vidssl.training.peers import Peers, claim_for_all
 from vidssl.training.preemption import exit_on_lost_peer, exit_on_sigterm
 
 # Seconds that a process waits for another one in a collective; longer waits are those of Peers.
@@ -68,7 +68,12 @@ def main(argv: list[str]) -> None:
     (missing,) = broadcast_object_list([[run for run in runs if run.key not in finished.rows]])
     cached = f"computed features in {protocol.cache}"
     also = cached if protocol.cache else "no features (probe.cache=DIR keeps them)"
-    with keeps(finished, f"; {also}"), exit_on_sigterm("SIGTERM"), Peers(accelerator) as peers:
+    with (
+        claim_for_all(out, "probe", accelerator.is_main_process),
+        keeps(finished, f"; {also}"),
+        exit_on_sigterm("SIGTERM"),
+        Peers(accelerator) as peers,
+    ):
         plans = []
         for control in dict.fromkeys(run.control for run in missing):
             extractor = make_extractor(open_with_seed, loaded, control, protocol.seed, accelerator)

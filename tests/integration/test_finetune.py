@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from data_prep import pack
 from vidssl import finetune
 from vidssl.config import Spec, load_config, to_tree
-from vidssl.core.errors import Preempted, UserError
+from vidssl.core.errors import Interrupted, Preempted, UserError
 from vidssl.data.loader import Batch
 from vidssl.data.shards import Shards
 from vidssl.evaluation.evaluate import LabelledFeatures
@@ -251,6 +251,19 @@ def test_resume_after_a_kill_is_bitwise(tuned, encoder, shards, tmp_path, monkey
     check_same_results(tuned, tmp_path / "run")
     with pytest.raises(UserError, match="a test set is evaluated once"):
         finetune.main(again)
+
+
+def test_ctrl_c_in_the_last_step_leaves_the_evaluation_to_the_same_command(
+    tuned, encoder, shards, tmp_path, monkeypatch
+):
+    again = call(encoder, shards, tmp_path / "run", *MIXED)
+    steps = interrupt_at(monkeypatch, 12, lambda: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(Interrupted, match="Ctrl-C: ended after step 12, which is saved"):
+        finetune.main(again)
+    assert not (tmp_path / "run" / "probe.json").exists()
+    finetune.main(again)
+    assert len(steps) == 12
+    check_same_results(tuned, tmp_path / "run")
 
 
 def test_sigterm_ends_after_the_step_and_resume_is_bitwise(tuned, encoder, shards, tmp_path, monkeypatch):

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from vidssl import train
-from vidssl.core.errors import EXIT_REQUEUE, Preempted, UserError, run_cli
+from vidssl.core.errors import EXIT_REQUEUE, Interrupted, Preempted, UserError, run_cli
 from vidssl.core.log import configure_logging
 from vidssl.pretrained import files as native_files
 from vidssl.training import checkpoint, collapse, feature_stats, metrics_log
@@ -277,13 +277,13 @@ def test_spikes():
 # SIGTERM and lost processes
 
 
-def terminate_at(monkeypatch, step: int) -> None:
-    """Sends SIGTERM in a step (1..)."""
+def terminate_at(monkeypatch, step: int, number: int = signal.SIGTERM) -> None:
+    """Sends a signal in a step (1..)."""
     original = Strategy.clip
 
     def clip(self, model, config, index):
         if index + 1 == step:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
         return original(self, model, config, index)
 
     monkeypatch.setattr(Strategy, "clip", clip)
@@ -304,6 +304,13 @@ def test_sigterm_ends_the_run_after_its_step(run, tmp_path, monkeypatch, sigterm
     assert checkpoint.load_checkpoint(tmp_path / "run" / "checkpoints")["step"] == 6
     run(tmp_path / "run")
     assert same(tmp_path / "whole", tmp_path / "run")
+
+
+def test_ctrl_c_ends_the_run_after_its_step(run, tmp_path, monkeypatch):
+    terminate_at(monkeypatch, 2, signal.SIGINT)
+    with pytest.raises(Interrupted, match="Ctrl-C: ended after step 2, which is saved"):
+        run(tmp_path / "run", "run.save_every=100")
+    assert checkpoint.load_checkpoint(tmp_path / "run" / "checkpoints")["step"] == 2
 
 
 def test_sigterm_in_a_skipped_step_saves_the_accepted_weights(run, tmp_path, monkeypatch, sigterm_restored):

@@ -5,16 +5,21 @@ wait. A thread of each takes part in a small all-reduce twice a second. `wait` r
 a process that has died breaks the all-reduce of the others, which then end within TIMEOUT_S.
 """
 
+import contextlib
 import os
 import signal
 import threading
+from collections.abc import Iterator
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 
-from vidssl.core.errors import Preempted
+from vidssl.core.errors import Preempted, UserError
+from vidssl.core.io import claim_folder
 
 INTERVAL_S = 0.5  # seconds between two all-reduces
 TIMEOUT_S = 60  # seconds without an answer after which a process counts as lost
@@ -77,3 +82,20 @@ class Peers:
                 self._changed.notify_all()
             # The main thread may be at work; its handler of SIGTERM ends it.
             os.kill(os.getpid(), signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def claim_for_all(out: Path, program: str, is_main: bool) -> Iterator[None]:
+    """Context in which no other program may claim the folder. Collective: if one has, all processes raise
+    UserError."""
+    reason = None
+    with contextlib.ExitStack() as claims:
+        if is_main:
+            try:
+                claims.enter_context(claim_folder(out, program))
+            except UserError as e:
+                reason = str(e)
+        (reason,) = broadcast_object_list([reason])
+        if reason is not None:
+            raise UserError(reason)
+        yield

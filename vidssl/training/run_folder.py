@@ -74,9 +74,17 @@ class RunFolder:
         if self.metrics_log:
             self.metrics_log.close()
 
-    def finish(self, step: int, collapsed: bool, writer: AsyncWriter, signal_number: int | None) -> None:
+    def finish(
+        self,
+        step: int,
+        collapsed: bool,
+        writer: AsyncWriter,
+        signal_number: int | None,
+        work_follows: bool = False,
+    ) -> None:
         """Called after the last step. Raises UserError, Preempted or Interrupted unless the run is complete
-        and saved. signal_number: the signal that ended it, if any."""
+        and saved. signal_number: the signal that ended it, if any; work_follows: the run has more to do than
+        its steps."""
         for line in writer.pop_errors():
             logger.warning(f"step {step}: {line}")
         if writer.failed:
@@ -85,7 +93,7 @@ class RunFolder:
             raise UserError(
                 f"{self.out}: stopped at step {step}: the features have collapsed (run.stop_on_collapse)"
             )
-        if step < self.steps:
+        if step < self.steps or (work_follows and signal_number is not None):
             ended = f"ended after step {step}, which is saved; the same command continues the run"
             if signal_number == signal.SIGINT:
                 raise Interrupted(f"{self.out}: Ctrl-C: {ended}")

@@ -14,6 +14,7 @@ from data_prep import pack, scan, synthetic
 from tools import convert
 from vidssl.core.errors import UserError
 from vidssl.core.io import LOCK_FILE, atomic_write, claim_folder
+from vidssl.training.peers import claim_for_all
 from vidssl.training.run_folder import claim_run
 
 HOLD = """
@@ -60,6 +61,8 @@ def test_the_second_process_says_who_holds_the_folder(holder, tmp_path):
         scan.main([str(tmp_path / "out")])
     one_process = Namespace(run_on_main=lambda function: function())
     with pytest.raises(UserError, match=f"process {holder.pid}"), claim_run(out, "train", one_process):
+        pass
+    with pytest.raises(UserError, match=f"process {holder.pid}"), claim_for_all(out, "probe", is_main=True):
         pass
     assert (tmp_path / "out" / LOCK_FILE).exists()
 
