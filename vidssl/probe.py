@@ -84,9 +84,10 @@ def main(argv: list[str]) -> None:
             features, scores = extract_features(plan)
             if accelerator.is_main_process:
                 finished.add_scores(plan.control, scores)
+            if accelerator.is_main_process or plan.protocol.uses_all_processes:
                 for run in missing:
                     if run.control == plan.control:
-                        evaluate_run(run, plan.protocol, splits, features, finished, accelerator.device)
+                        evaluate_run(run, plan.protocol, splits, features, finished, accelerator)
             peers.wait()
         if accelerator.is_main_process:
             write_probe_results(out, runs, finished, cfg, splits, loaded, protocol.seed)

@@ -11,11 +11,14 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from accelerate.state import PartialState
+from forked_world import fork_world, set_rank
 from PIL import Image
 from scipy.stats import spearmanr
 from server import serving
@@ -395,38 +398,47 @@ def test_tag_and_number_metrics_equal_those_of_the_predictions(run, odd, tmp_pat
 
 
 def test_two_processes_and_the_cache_change_nothing(run, odd, tmp_path):
-    """One process without a cache; two processes in memory; two processes that write a cache; one process
-    that reads it. 25 train and 13 test samples, one of them broken."""
-    settings = ["probe.controls=[none]", "probe.allow_unreadable=true"]
+    """One process without a cache; two processes, each with a part of the features in memory, streamed, and
+    with a cache that they write; one process that reads it. 25 train and 13 test samples, one of them broken.
+    """
+    settings = ["probe.controls=[none]", "probe.allow_unreadable=true", "probe.lr=[1e-3,1e-2]"]
     settings += ["data.tags=[shapes]", "data.numbers=[count,distance]"]
     cache = f"probe.cache={tmp_path / 'cache'}"
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
-    def run_two_processes(out: str, *more: str) -> None:
-        call = [*launch, "vidssl/probe.py", *arguments(run, odd, tmp_path / out, *settings, *more)]
-        subprocess.run(call, cwd=ROOT, check=True, capture_output=True)
+    def call(out: str, *more: str) -> list[str]:
+        return arguments(run, odd, tmp_path / out, *settings, *more)
 
     def written() -> list[int]:
         return [p.stat().st_mtime_ns for p in sorted((tmp_path / "cache").glob("*/blocks/*"))]
 
-    probe.main(arguments(run, odd, tmp_path / "one", *settings))
-    run_two_processes("memory")
-    run_two_processes("cache_writer", cache)
+    probe.main(call("one"))
+    jobs = [call("memory"), call("streamed", "probe.recompute=always", "data.labels=[count]")]
+    jobs.append(call("cache_writer", cache))
+    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    world = [sys.executable, __file__, str(tmp_path / "jobs.json")]
+    done = subprocess.run(world, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     times = written()
-    probe.main(arguments(run, odd, tmp_path / "cache_reader", *settings, cache))
+    probe.main(call("cache_reader", cache))
     assert times and times == written()
     report, predictions = read(tmp_path / "one")
     assert len(predictions) == 3 * 13 and len({p["key"] for p in predictions}) == 13
-    _, from_cache = read(tmp_path / "cache_writer")
-    for out in ("memory", "cache_writer", "cache_reader"):
+    for out in ("memory", "streamed", "cache_writer", "cache_reader"):
         other, other_predictions = read(tmp_path / out)
-        for row, expected in zip(other["results"], report["results"], strict=True):
+        labels = {row["label"] for row in other["results"]}
+        assert len(labels) == (1 if out == "streamed" else 3)
+        expected_rows = [row for row in report["results"] if row["label"] in labels]
+        for row, expected in zip(other["results"], expected_rows, strict=True):
             assert row["n_test"] == 13 and row["unreadable"] == expected["unreadable"] != {}
             assert row["value"] == pytest.approx(expected["value"], abs=1e-2)
+            assert row["chosen"]["lr"] == expected["chosen"]["lr"]
         assert other["label_free"]["none"] == pytest.approx(report["label_free"]["none"], rel=1e-3)
-        assert [p["key"] for p in other_predictions] == [p["key"] for p in predictions]
-        if out != "memory":
-            assert [p["predicted"] for p in other_predictions] == [p["predicted"] for p in from_cache]
+        expected_lines = [p for p in predictions if p["label"] in labels]
+        assert [p["key"] for p in other_predictions] == [p["key"] for p in expected_lines]
+        for p, expected in zip(other_predictions, expected_lines, strict=True):
+            numbers = [[float(x) for x in line["outputs"].split()] for line in (p, expected)]
+            assert numbers[0] == pytest.approx(numbers[1], rel=2e-2, abs=2e-3)
 
 
 def test_an_image_is_a_still_clip_or_one_tubelet(run, tmp_path):
@@ -561,3 +573,14 @@ def test_spearman_p_is_exact(monkeypatch):
     rho, p = spearman(x, y)
     assert rho == pytest.approx(spearmanr(x, y).statistic) and abs(p - spearmanr(x, y).pvalue) < 0.1
     assert spearman([1, 2, 3], [5, 5, 5]) == (0, 1)
+
+
+def run_jobs(jobs: list[list[str]], rank: int, port: int) -> None:
+    set_rank(2, rank, port)
+    PartialState.destroy_process_group = lambda *_: None  # the next job goes on with it
+    for argv in jobs:
+        probe.main(argv)
+
+
+if __name__ == "__main__":
+    fork_world(2, partial(run_jobs, json.loads(Path(sys.argv[1]).read_text())))

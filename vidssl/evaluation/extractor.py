@@ -35,7 +35,7 @@ OpenEncoder = Callable[[int | None], LoadedEncoder]  # of a seed: untrained; Non
 FEATURE_CODE = (  # prefixes of modules; a change of their code computes features again
     *("core/pixels.py", "data/", "model/", "pretrained/"),
     *("evaluation/extractor.py", "evaluation/feature_cache.py", "evaluation/features.py"),
-    "evaluation/views.py",
+    *("evaluation/transfers.py", "evaluation/views.py"),
 )
 # Libraries that decode, resize, encode; a change of their version has the same effect.
 FEATURE_LIBRARIES = (
@@ -170,18 +170,17 @@ def plan_features(
 
 
 def extract_features(plan: FeaturePlan) -> tuple[dict[str, Features], dict[str, float]]:
-    """Returns, on the first process, the features of train and test as heads see them, and the label-free
-    scores of train; nothing on the other processes."""
+    """Returns the features of train and test as heads see them, and on the first process the label-free
+    scores of train. Every process must call it."""
     protocol = plan.protocol
     features: dict[str, Features] = {}
     scores: dict[str, float] = {}
     for name, loader in plan.loaders.items():
         source, unreadable = compute_features(loader, plan.shapes[name], plan.where, plan.stores.get(name))
         check_readable(unreadable, loader.samples, protocol.allow_unreadable, name)
-        if loader.accelerator.is_main_process:
-            indices = [index for index in range(len(loader.samples)) if index not in unreadable]
-            prepared = protocol.prepare(source, indices, loader.accelerator.device)
-            features[name] = Features(prepared, unreadable)
-            if name == "train":
-                scores = label_free_scores(source, indices, protocol)
+        indices = [index for index in range(len(loader.samples)) if index not in unreadable]
+        prepared = protocol.prepare(source, indices, loader.device)
+        features[name] = Features(prepared, unreadable)
+        if name == "train":
+            scores = label_free_scores(source, indices, protocol)
     return features, scores

@@ -1,16 +1,17 @@
 """Frozen features of a data set: kept in memory or on disk, or computed in every pass where they do not
 fit."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import ChainMap
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from einops import rearrange
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -22,6 +23,8 @@ from vidssl.data.dataset import do_nothing
 from vidssl.data.shards import Sample, Shards
 from vidssl.evaluation.feature_cache import FeatureShape, FeatureStore, used_gb
 from vidssl.evaluation.isolated_clips import IsolatedEvalClips
+from vidssl.evaluation.processes import ONE_PROCESS, Processes, processes_of
+from vidssl.evaluation.transfers import downloads, in_order, uploads
 from vidssl.evaluation.views import EvalClips, View
 
 Encode = Callable[[Tensor], Tensor]  # video u8 [B, 3, T, S, S] -> f32 [B, N, D]
@@ -36,7 +39,7 @@ class FeatureStorage:
     cache: str | None = None  # folder of features for other heads, protocols and runs; None: in memory
     cache_gb: PositiveFloat = 100.0  # size limit of the folder
     cache_dtype: Literal["fp32", "bf16"] = "fp32"  # on disk
-    memory_gb: PositiveFloat = 8.0  # size limit of features in memory
+    memory_gb: PositiveFloat = 8.0  # size limit of features in the memory of each process
     # decode and encode in every pass; auto: if the features are too large to keep
     recompute: Literal["auto", "never", "always"] = "auto"
     allow_unreadable: bool = False  # count test samples that cannot be decoded as wrong; false: an error
@@ -50,26 +53,65 @@ class TokenSource(Protocol):
     """Features of numbered examples. An example is `clips_per_example` clips of a sample, numbered as in
     EvalClips."""
 
-    shape: FeatureShape
+    shape: FeatureShape  # of all processes together
+    processes: Processes  # that share each batch
+
+    def positions(self, samples: Sequence[int]) -> list[int]:
+        """Positions in `samples` of this process's part. The parts of all processes make up the whole."""
 
     def batches(self, clips_per_example: int, batches: list[list[int]]) -> Iterator[Tensor]:
-        """Yields f32 [b, clips_per_example * N, D] on the device for each batch of examples. These are
-        copies; callers may modify them in place."""
+        """Yields f32 [b, clips_per_example * N, D] on the device for each batch of examples of this process's
+        part. These are copies; callers may modify them in place."""
 
 
 class StoredFeatures:
     """Features [n, C, N, D], in memory or mapped from the disk."""
 
-    def __init__(self, tokens: Tensor, device: torch.device):
+    def __init__(self, tokens: Tensor, device: torch.device, processes: Processes = ONE_PROCESS):
         self.tokens = tokens
         self.device = device
         self.shape = FeatureShape(*tokens.shape)
+        self.processes = processes
+
+    def positions(self, samples: Sequence[int]) -> list[int]:
+        return list(self.processes.share(len(samples)))
 
     def batches(self, clips_per_example: int, batches: list[list[int]]) -> Iterator[Tensor]:
         pattern = "n (e c) tokens d -> (n e) (c tokens) d"
         examples = rearrange(self.tokens, pattern, c=clips_per_example)  # a view
-        for numbers in batches:
-            yield examples[numbers].to(self.device).float()
+        for tokens in in_order((examples[numbers] for numbers in batches), self.device):
+            yield tokens.float()
+
+
+class ShardedFeatures:
+    """Features in memory: process r of n has those of samples r, r + n, r + 2 n, ..."""
+
+    def __init__(self, tokens: Tensor, shape: FeatureShape, processes: Processes):
+        """tokens [of this process's samples, C, N, D]; shape: of all samples."""
+        self.stored = StoredFeatures(tokens, processes.device)
+        self.shape = shape
+        self.processes = processes
+
+    def positions(self, samples: Sequence[int]) -> list[int]:
+        rank, number = self.processes.rank, self.processes.number
+        return [position for position, sample in enumerate(samples) if sample % number == rank]
+
+    def batches(self, clips_per_example: int, batches: list[list[int]]) -> Iterator[Tensor]:
+        per_sample = self.shape.clips // clips_per_example
+        number = self.processes.number
+
+        def local(example: int) -> int:
+            sample, part = divmod(example, per_sample)
+            return sample // number * per_sample + part
+
+        own = [[local(example) for example in batch] for batch in batches]
+        return self.stored.batches(clips_per_example, own)
+
+    def gathered(self) -> StoredFeatures:
+        """All features, on every process."""
+        whole = torch.zeros(self.shape)
+        whole[self.processes.rank :: self.processes.number] = self.stored.tokens
+        return StoredFeatures(self.processes.sum(whole), self.processes.device)
 
 
 class RecomputedFeatures:
@@ -78,6 +120,10 @@ class RecomputedFeatures:
     def __init__(self, loader: "FeatureLoader", shape: FeatureShape):
         self.loader = loader
         self.shape = shape
+        self.processes = loader.processes
+
+    def positions(self, samples: Sequence[int]) -> list[int]:
+        return list(self.processes.share(len(samples)))
 
     def batches(self, clips_per_example: int, batches: list[list[int]]) -> Iterator[Tensor]:
         tokens: list[Tensor] = []
@@ -91,16 +137,6 @@ class RecomputedFeatures:
                 yield torch.stack(tokens)
                 tokens = []
                 size = next(sizes, 0)
-
-
-class UngatheredFeatures:
-    """Placeholder on processes other than the first."""
-
-    def __init__(self, shape: FeatureShape):
-        self.shape = shape
-
-    def batches(self, clips_per_example: int, batches: list[list[int]]) -> Iterator[Tensor]:
-        raise RuntimeError("only the first process has the features")
 
 
 class StandardisedFeatures:
@@ -117,6 +153,8 @@ class StandardisedFeatures:
         self.mean = mean
         self.std = std
         self.shape = source.shape
+        self.processes = source.processes
+        self.positions = source.positions
 
     def batches(self, clips_per_example: int, batches: list[list[int]]) -> Iterator[Tensor]:
         for tokens in self.source.batches(clips_per_example, batches):
@@ -127,17 +165,35 @@ def token_statistics(
     source: TokenSource, clips_per_example: int, batches: list[list[int]]
 ) -> tuple[Tensor, Tensor]:
     """Mean f32 [clips_per_example * N, D] at each token, and standard deviation f32 [D] about those means,
-    over examples; summed in f64."""
-    total = torch.zeros((), dtype=torch.float64)
-    squares = torch.zeros((), dtype=torch.float64)
+    over the examples of all processes; summed in f64. batches: of this process's part."""
+    shape = (clips_per_example * source.shape.tokens, source.shape.width)
+    total = torch.zeros(shape, dtype=torch.float64)
+    squares = torch.zeros(shape, dtype=torch.float64)
     for batch in source.batches(clips_per_example, batches):
         tokens = batch.double()
         total = total.to(tokens.device) + tokens.sum(0)
         squares = squares.to(tokens.device) + tokens.square().sum(0)
-    count = sum(map(len, batches))
+    total, squares = source.processes.sum(torch.stack([total, squares]))
+    count = int(source.processes.sum(torch.tensor(sum(map(len, batches)))))
     mean = total / count
     variance = (squares / count - mean.square()).mean(0)
     return mean.float(), variance.clamp_min(0).sqrt().clamp_min(1e-6).float()
+
+
+class DecodedExamples(NamedTuple):
+    """A batch of examples as a decoding process returns it."""
+
+    numbers: list[int]
+    reasons: dict[int, str]  # number of an example that cannot be decoded -> reason
+    clips: Tensor  # u8 [b, clips_per_example, 3, T, S, S] of the others, in order
+
+
+def stack_examples(items: list[tuple[int, Tensor | str]], with_clips: bool = True) -> DecodedExamples:
+    """items: of EvalClips."""
+    clips = [value for _, value in items if with_clips and isinstance(value, Tensor)]
+    reasons = {number: value for number, value in items if isinstance(value, str)}
+    stacked = torch.stack(clips) if clips else torch.empty(0, dtype=torch.uint8)
+    return DecodedExamples([number for number, _ in items], reasons, stacked)
 
 
 class FeatureLoader(NamedTuple):
@@ -153,43 +209,67 @@ class FeatureLoader(NamedTuple):
     # called by every process before it meets the others in a collective, after work of any length
     wait: Callable[[], None] = do_nothing
 
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
+
+    @property
+    def processes(self) -> Processes:
+        return processes_of(self.accelerator, self.wait)
+
     @torch.no_grad()
     def examples(
         self, clips_per_example: int, numbers: list[int], to_cpu: bool = True
     ) -> Iterator[tuple[int, Tensor | str]]:
         """Yields (number of an example, f32 [clips_per_example * N, D] or reason why it cannot be decoded),
         in order. With to_cpu they are moved to the CPU, and the first process shows a progress bar."""
-        batch = self.storage.encode_batch * self.view.clips // clips_per_example  # of encode_batch videos
         quiet = not to_cpu or not self.accelerator.is_main_process
-        with self._decoded(clips_per_example, numbers, batch) as loader:
-            for items in tqdm(loader, desc=self.name, disable=quiet, mininterval=5):
-                decoded = [value for _, value in items if isinstance(value, Tensor)]
-                tokens = self._encode(decoded, to_cpu) if decoded else iter(())
-                for number, value in items:
-                    yield number, value if isinstance(value, str) else next(tokens)
+        with self._decoded(clips_per_example, numbers) as loader:
+            decoded = tqdm(loader, desc=self.name, disable=quiet, mininterval=5)
+            encoded = self._encoded(decoded)
+            batches = (
+                ((copy.label, copy.on_host()) for copy in downloads(encoded, self.device))
+                if to_cpu
+                else encoded
+            )
+            for batch, tokens in batches:
+                rows = iter(tokens)
+                for number in batch.numbers:
+                    yield number, batch.reasons.get(number) or next(rows)
 
     @contextmanager
-    def _decoded(self, clips_per_example: int, numbers: list[int], batch: int) -> Iterator[DataLoader]:
-        """A loader of examples, decoded in child processes: lists of items of EvalClips."""
+    def _decoded(
+        self, clips_per_example: int, numbers: list[int], with_clips: bool = True
+    ) -> Iterator[DataLoader]:
+        """A loader of batches of examples, decoded in child processes."""
         storage = self.storage
         clips = EvalClips(self.shards, self.samples, self.view, clips_per_example)
         isolated = IsolatedEvalClips(clips, storage.decode_timeout_s, storage.decode_memory_mb << 20)
         with closing(isolated):
-            yield DataLoader(isolated, batch, sampler=numbers, num_workers=storage.workers, collate_fn=list)
+            yield DataLoader(
+                isolated,
+                storage.encode_batch * self.view.clips // clips_per_example,  # of encode_batch videos
+                sampler=numbers,
+                num_workers=storage.workers,
+                collate_fn=partial(stack_examples, with_clips=with_clips),
+                pin_memory=with_clips and self.device.type == "cuda",
+            )
 
-    def _encode(self, decoded: list[Tensor], to_cpu: bool) -> Iterator[Tensor]:
-        """Clips u8 [clips_per_example, 3, T, S, S] of each example -> its f32 [clips_per_example * N, D]."""
-        video = torch.stack(decoded).to(self.accelerator.device)
-        encoded = self.encode(rearrange(video, "b clips c t h w -> (b clips) c t h w")).float()
-        encoded = rearrange(encoded, "(b clips) n d -> b (clips n) d", b=len(decoded))
-        return iter(encoded.cpu() if to_cpu else encoded)
+    def _encoded(self, batches: Iterable[DecodedExamples]) -> Iterator[tuple[DecodedExamples, Tensor]]:
+        """The batches, each with the f32 [b, clips_per_example * N, D] of its decoded examples."""
+        for copy in uploads(((batch, batch.clips) for batch in batches), self.device):
+            video = copy.on_device()
+            if len(video):
+                tokens = self.encode(rearrange(video, "b clips c t h w -> (b clips) c t h w")).float()
+                video = rearrange(tokens, "(b clips) n d -> b (clips n) d", b=len(video))
+            yield copy.label, video
 
     @torch.no_grad()
     def shape(self) -> FeatureShape:
         """The shape of the features, from one black clip."""
         view = self.view
         clip = torch.zeros(1, 3, view.first_frames or view.frames, view.size, view.size, dtype=torch.uint8)
-        tokens = self.encode(clip.to(self.accelerator.device))
+        tokens = self.encode(clip.to(self.device))
         return FeatureShape(len(self.samples), view.clips, *tokens.shape[1:])
 
     def rows(self, numbers: list[int], shape: FeatureShape) -> Iterator[tuple[int, Tensor | str]]:
@@ -198,11 +278,11 @@ class FeatureLoader(NamedTuple):
             yield number, value if isinstance(value, str) else value.view(shape[1:])
 
     def unreadable(self) -> dict[int, str]:
-        """Decodes every sample and encodes none. Returns number of a sample -> reason."""
-        numbers = list(range(len(self.samples)))
-        with self._decoded(self.view.clips, numbers, 1) as loader:
-            items = (item for batch in loader for item in batch)
-            return {number: value for number, value in items if isinstance(value, str)}
+        """Decodes this process's part of the samples and encodes none. Returns number of a sample ->
+        reason."""
+        numbers = list(self.processes.share(len(self.samples)))
+        with self._decoded(self.view.clips, numbers, with_clips=False) as loader:
+            return {number: reason for batch in loader for number, reason in batch.reasons.items()}
 
 
 class Features(NamedTuple):
@@ -232,12 +312,11 @@ def choose_storage(
         )
     else:
         where = "memory"
-        where_text = "in memory"
-        limit = storage.memory_gb
-        copies = 1 if processes == 1 else 3  # peak on rank 0: own rows + gathered rows + final tensor
-        needed = copies * sum(shape.gigabytes(torch.float32) for shape in shapes)
+        where_text = "in memory" if processes == 1 else f"in memory, a part in each of {processes} processes"
+        limit = storage.memory_gb * processes
+        needed = sum(shape.gigabytes(torch.float32) for shape in shapes)
         used = 0.0
-        option = f"probe.memory_gb is {limit:g}"
+        option = f"probe.memory_gb is {storage.memory_gb:g}"
     s = shapes[0]
     videos = " + ".join(str(shape.samples) for shape in shapes)
     line = f"{videos} videos x {s.clips} clips x {s.tokens} tokens x {s.width}: {needed:.3g} GB of features"
@@ -258,19 +337,17 @@ def compute_features(
     where: Location,
     store: FeatureStore | None = None,
 ) -> Features:
-    """Computes the features, each process its share. The first process gets all of them; each
-    process knows which samples cannot be decoded. store: for where="disk"."""
-    accelerator = loader.accelerator
+    """Computes the features, each process its share: in memory it keeps these, on disk it can read all of
+    them. Each process knows which samples cannot be decoded. store: for where="disk"."""
     if where == "recompute":
-        unreadable = loader.unreadable() if accelerator.is_main_process else {}
-        features = Features(RecomputedFeatures(loader, shape), unreadable)
+        features = Features(RecomputedFeatures(loader, shape), loader.unreadable())
     elif where == "disk":
         assert store is not None
         features = _compute_on_disk(loader, store)
     else:
         features = _compute_in_memory(loader, shape)
-    loader.wait()
-    (unreadable,) = broadcast_object_list([features.unreadable])
+    found = loader.processes.gather(features.unreadable)
+    unreadable = dict(sorted(ChainMap(*found).items()))
     if len(unreadable) == len(loader.samples):
         reason = next(iter(unreadable.values()))
         raise UserError(
@@ -280,31 +357,18 @@ def compute_features(
 
 
 def _compute_in_memory(loader: FeatureLoader, shape: FeatureShape) -> Features:
-    accelerator = loader.accelerator
-    share = range(accelerator.process_index, len(loader.samples), accelerator.num_processes)
-    rows = _gather(loader, loader.rows(list(share), shape))
-    if rows is None:
-        return Features(UngatheredFeatures(shape), {})
-    tokens = torch.zeros(shape)
+    processes = loader.processes
+    share = processes.share(shape.samples)
+    tokens = torch.zeros(len(share), *shape[1:])
     unreadable = {}
-    for number, value in rows:
+    for number, value in loader.rows(list(share), shape):
         if isinstance(value, str):
             unreadable[number] = value
         else:
-            tokens[number] = value
-    return Features(StoredFeatures(tokens, accelerator.device), dict(sorted(unreadable.items())))
-
-
-def _gather(loader: FeatureLoader, rows: Iterator[Any]) -> Any:
-    """The rows of all processes, on the first process; None on the others."""
-    accelerator = loader.accelerator
-    if accelerator.num_processes == 1:
-        return rows
-    gathered: Any = [None] * accelerator.num_processes if accelerator.is_main_process else None
-    own = list(rows)
-    loader.wait()
-    torch.distributed.gather_object(own, gathered, dst=0)
-    return None if gathered is None else chain.from_iterable(gathered)
+            tokens[share.index(number)] = value
+    if processes.number == 1:
+        return Features(StoredFeatures(tokens, loader.device), unreadable)
+    return Features(ShardedFeatures(tokens, shape, processes), unreadable)
 
 
 def _compute_on_disk(loader: FeatureLoader, store: FeatureStore) -> Features:
@@ -327,4 +391,4 @@ def _compute_on_disk(loader: FeatureLoader, store: FeatureStore) -> Features:
     else:
         fill()
     tokens, unreadable = store.read()
-    return Features(StoredFeatures(tokens, accelerator.device), unreadable)
+    return Features(StoredFeatures(tokens, loader.device, loader.processes), unreadable)

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -66,6 +66,14 @@ def all_logits(heads: Sequence[nn.Module], tokens: Tensor) -> Iterator[Tensor]:
     return (head(tokens) for head in heads)
 
 
+class BatchPart(NamedTuple):
+    """Examples of a batch that heads see at once."""
+
+    rows: Tensor  # i64 [b], of the training set
+    examples: list[int]
+    weight: float  # fraction of the batch of all processes
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainedHeadProtocol(ProbeProtocol):
     """Heads trained by AdamW with a cosine schedule from `lr` to zero."""
@@ -82,6 +90,10 @@ class TrainedHeadProtocol(ProbeProtocol):
     def hyperparameters(self) -> HyperparameterSettings:
         return [{"lr": lr, "weight_decay": decay} for lr in self.lr for decay in self.weight_decay]
 
+    @property
+    def uses_all_processes(self) -> bool:
+        return True
+
     def make_head(self, dim: int, outputs: int) -> nn.Module:
         raise NotImplementedError
 
@@ -91,9 +103,10 @@ class TrainedHeadProtocol(ProbeProtocol):
 
     def train(self, task: Task, data: TrainingSet, settings: HyperparameterSettings) -> list[nn.Module]:
         """One head per setting, all with the same initial weights and batches, in one pass. An epoch sees one
-        example of each sample, drawn at random."""
+        example of each sample, drawn at random. Each process takes its part of every batch."""
         torch.manual_seed(self.seed)
         device = data.label_tensor.device
+        processes = data.source.processes
         initial = self.make_head(data.source.shape.width, task.num_outputs)
         heads = [deepcopy(initial).to(device) for _ in settings]
         groups = [
@@ -102,28 +115,43 @@ class TrainedHeadProtocol(ProbeProtocol):
         ]
         optimizer = torch.optim.AdamW(groups, fused=True)
         epochs = [torch.randperm(len(data.indices)).split(self.batch) for _ in range(self.epochs)]
-        rows = [batch for batches in epochs for batch in batches]
-        examples = self._draw_examples(data.indices, rows)
-        at_once = self._examples_at_once(data.source)
-        parts = [part for batch in examples for part in chunks(batch, at_once)]
-        source = data.source.batches(self.clips_per_example(data.source), parts)
+        steps = self._plan_steps(data, [batch for batches in epochs for batch in batches])
+        source = data.source.batches(
+            self.clips_per_example(data.source), [part.examples for step in steps for part in step]
+        )
         # Deep heads are run one by one: their activations are large.
         groups_at_once = [heads] if only_cross_attend(heads) else [[head] for head in heads]
-        for step, batch in enumerate(rows):
+        for number, step in enumerate(steps):
             for group, setting in zip(optimizer.param_groups, settings, strict=True):
-                group["lr"] = cosine(setting["lr"], 0.0, step / len(rows))
+                group["lr"] = cosine(setting["lr"], 0.0, number / len(steps))
             optimizer.zero_grad()
-            for part in batch.split(at_once):
+            for part in step:
                 tokens = next(source)
-                labels = data.label_tensor[part.to(device)]
+                labels = data.label_tensor[part.rows.to(device, non_blocking=True)]
                 for some in groups_at_once:
                     losses = [task.loss(logits, labels) for logits in all_logits(some, tokens)]
-                    (torch.stack(losses).sum() * (len(part) / len(batch))).backward()
+                    (torch.stack(losses).sum() * part.weight).backward()
+            processes.sum_gradients(heads)
             if self.clip_grad is not None:
                 for head in heads:
                     torch.nn.utils.clip_grad_norm_(head.parameters(), self.clip_grad)
             optimizer.step()
         return [head.eval() for head in heads]
+
+    def _plan_steps(self, data: TrainingSet, batches: list[Tensor]) -> list[list["BatchPart"]]:
+        """This process's part of each batch (rows i64 [b] of `data`), divided into what heads see at once."""
+        at_once = self._examples_at_once(data.source)
+        examples = self._draw_examples(data.indices, batches)
+        steps = []
+        for rows, numbers in zip(batches, examples, strict=True):
+            own = data.source.positions([data.indices[row] for row in rows.tolist()])
+            steps.append(
+                [
+                    BatchPart(rows[part], [numbers[i] for i in part], len(part) / len(rows))
+                    for part in chunks(own, at_once)
+                ]
+            )
+        return steps
 
     def _examples_at_once(self, source: TokenSource) -> int:
         return self.examples_at_once(source.shape.width, source.shape.tokens * self.clips_per_example(source))
@@ -136,12 +164,15 @@ class TrainedHeadProtocol(ProbeProtocol):
 
     @torch.no_grad()
     def predict(self, models: list[nn.Module], source: TokenSource, indices: list[int], task: Task) -> Tensor:
-        batches = chunks(self.examples_of(indices), self._examples_at_once(source))
-        outputs = []
+        positions = source.positions(indices)
+        examples = self.examples_of([indices[position] for position in positions])
+        batches = chunks(examples, self._examples_at_once(source))
+        outputs = [torch.empty(len(models), 0, task.num_outputs)]
         for tokens in source.batches(self.clips_per_example(source), batches):
             logits = all_logits(models, tokens)
             outputs.append(torch.stack([task.probabilities(output).cpu() for output in logits]))
-        return reduce(torch.cat(outputs, 1), "g (n e) c -> g n c", "mean", e=self.examples_per_sample)
+        part = reduce(torch.cat(outputs, 1), "g (n e) c -> g n c", "mean", e=self.examples_per_sample)
+        return source.processes.assemble(part, positions, len(indices))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,6 +222,10 @@ class Linear(TrainedHeadProtocol):
     l2: Annotated[tuple[NonNegativeFloat, ...], Field(min_length=1)] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
     temporal_bins: PositiveInt = 1  # equal parts of a clip in time; their mean tokens are concatenated
     standardise: bool = True
+
+    @property
+    def uses_all_processes(self) -> bool:
+        return self.solver == "adamw"
 
     def hyperparameters(self) -> HyperparameterSettings:
         return [{"l2": l2} for l2 in self.l2] if self.solver == "lbfgs" else super().hyperparameters()

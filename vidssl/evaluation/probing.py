@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
+from accelerate import Accelerator
 
 from vidssl import config
 from vidssl.core.io import make_folder
@@ -120,9 +120,10 @@ def evaluate_run(
     probe_splits: ProbeSplits,
     features: dict[str, Features],
     finished: FinishedRows,
-    device: torch.device,
+    accelerator: Accelerator,
 ) -> None:
-    """Trains and tests the head of a row, and adds the row and its predictions to `finished`. Prints a line.
+    """Trains and tests the head of a row. The first process adds the row and its predictions to `finished`,
+    and prints a line.
 
     protocol: fitted to the features."""
     label_set = probe_splits.label_sets[run.label]
@@ -136,7 +137,9 @@ def evaluate_run(
         for split in ("train", "test")
     )
     subset = None if run.subset is None else run.subset.indices
-    row, predictions = evaluate(protocol, label_set.task, train, test, subset, device)
+    row, predictions = evaluate(protocol, label_set.task, train, test, subset, accelerator.device)
+    if not accelerator.is_main_process:
+        return
     rows = [PredictionRow(*run.key, *prediction) for prediction in predictions]
     finished.add(run.key, {**run.facts(), **row}, rows)
     low, high = row["ci95"]

@@ -24,6 +24,7 @@ from vidssl.evaluation.features import (
     TokenSource,
     token_statistics,
 )
+from vidssl.evaluation.processes import ONE_PROCESS
 from vidssl.evaluation.splits import strata_of
 from vidssl.evaluation.tasks import Task
 
@@ -69,6 +70,11 @@ class ProbeProtocol(FeatureStorage):
     standardise: bool = False  # subtract train's mean at each token, divide by its deviation in each channel
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2  # of train; settings are compared on it
     seed: NonNegativeInt = 0
+
+    @property
+    def uses_all_processes(self) -> bool:
+        """Whether the processes share the training of heads; else the first one trains them alone."""
+        return False
 
     @property
     def examples_per_sample(self) -> int:
@@ -134,25 +140,31 @@ def mean_pool(
     source: TokenSource, indices: list[int], protocol: ProbeProtocol, temporal_bins: int, device: torch.device
 ) -> StoredFeatures:
     """Mean over the tokens of an example, or over each of `temporal_bins` equal parts of its clips in time,
-    concatenated: features [n, examples per sample, 1, temporal_bins * D]; zeros for samples not in `indices`.
-    """
+    concatenated: features [n, examples per sample, 1, temporal_bins * D] on every process, which must all
+    call it; zeros for samples not in `indices`."""
     shape = source.shape
     clips = protocol.clips_per_example(source)
     check_temporal_bins(temporal_bins, shape.tokens)
     per_sample = protocol.examples_per_sample
     pooled = torch.zeros(shape.samples * per_sample, 1, temporal_bins * shape.width)
-    batches = chunks(protocol.examples_of(indices), POOL_BATCH)
+    own = [indices[position] for position in source.positions(indices)]
+    batches = chunks(protocol.examples_of(own), POOL_BATCH)
     for examples, tokens in zip(batches, source.batches(clips, batches), strict=True):
         pattern = "e (clips bins n) d -> e 1 (bins d)"
         pooled[examples] = reduce(tokens, pattern, "mean", clips=clips, bins=temporal_bins).cpu()
-    return StoredFeatures(rearrange(pooled, "(n e) 1 d -> n e 1 d", e=per_sample), device)
+    pooled = source.processes.sum(pooled)
+    processes = source.processes if protocol.uses_all_processes else ONE_PROCESS
+    return StoredFeatures(rearrange(pooled, "(n e) 1 d -> n e 1 d", e=per_sample), device, processes)
 
 
 def label_free_scores(source: TokenSource, indices: list[int], protocol: ProbeProtocol) -> dict[str, float]:
     """Scores that need no labels (core/spectrum.py): RankMe and alpha-ReQ of the samples' centered mean
-    tokens, of at most MAX_TOKENS samples, evenly spaced. Comparable only at equal `samples`."""
+    tokens, of at most MAX_TOKENS samples, evenly spaced. Comparable only at equal `samples`. Every process
+    must call it; the first one gets the scores, the others none."""
     indices = indices[:: -(-len(indices) // MAX_TOKENS)]
     pooled = mean_pool(source, indices, protocol, 1, torch.device("cpu"))
+    if not source.processes.is_main:
+        return {}
     means = pooled.tokens[indices].mean((1, 2))
     values = singular_values(means - means.mean(0))
     scores = {"rankme": rankme(values), "alpha": alpha_req(values)} if len(values) > 3 else {}
@@ -210,7 +222,8 @@ def _warn_once(line: str) -> None:
 def _make_standardisation(protocol: ProbeProtocol, data: TrainingSet) -> Callable[[TokenSource], TokenSource]:
     if not protocol.standardise:
         return lambda source: source
-    batches = chunks(protocol.examples_of(data.indices), POOL_BATCH)
+    own = [data.indices[position] for position in data.source.positions(data.indices)]
+    batches = chunks(protocol.examples_of(own), POOL_BATCH)
     mean, std = token_statistics(data.source, protocol.clips_per_example(data.source), batches)
     return lambda source: StandardisedFeatures(source, mean, std)
 

@@ -21,7 +21,7 @@ from vidssl.data.schema import DataConfig
 from vidssl.data.shards import Sample, Shards
 from vidssl.evaluation.evaluate import LabelledFeatures, check_readable
 from vidssl.evaluation.feature_cache import FeatureShape
-from vidssl.evaluation.features import FeatureLoader, FeatureStorage, compute_features
+from vidssl.evaluation.features import FeatureLoader, FeatureStorage, ShardedFeatures, compute_features
 from vidssl.evaluation.views import View
 from vidssl.pretrained.load import LoadedEncoder
 from vidssl.training.blocks import configure_blocks
@@ -292,7 +292,8 @@ class Finetuner:
         classifier.train()
         if name == "test":
             check_readable(found.unreadable, samples, cfg.tune.allow_unreadable, name, "tune")
-        return LabelledFeatures(found.source, samples, labels, found.unreadable)
+        source = found.source.gathered() if isinstance(found.source, ShardedFeatures) else found.source
+        return LabelledFeatures(source, samples, labels, found.unreadable)
 
 
 def build_finetuner(

@@ -386,7 +386,8 @@ def test_unreadable_samples_are_recorded(shards, tmp_path):
 def test_memory_limit():
     shape = FeatureShape(1000, 2, 500, 1000)  # 4 GB in fp32
     assert choose_storage([shape], FeatureStorage(memory_gb=4.1), 1)[0] == "memory"
-    assert choose_storage([shape], FeatureStorage(memory_gb=4.1), 2)[0] == "recompute"
+    assert choose_storage([shape], FeatureStorage(memory_gb=2.1), 2)[0] == "memory"  # of each process
+    assert choose_storage([shape], FeatureStorage(memory_gb=2.1), 1)[0] == "recompute"
     assert choose_storage([shape, shape], FeatureStorage(memory_gb=4.1), 1)[0] == "recompute"
     assert choose_storage([shape], FeatureStorage(memory_gb=4.1, recompute="always"), 1)[0] == "recompute"
     with pytest.raises(UserError, match=r"4 GB of features, probe.memory_gb is 3.9: raise it"):
