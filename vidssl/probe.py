@@ -7,7 +7,11 @@ test.
 encoder: a run folder, a file of ours, a public checkpoint, timm:NAME or hf:FOLDER_OR_NAME (see
 pretrained/external.py). Writes DIR/probe.json, predictions.csv, per_class.csv, confusion.csv and the low-shot
 lists. Until then finished rows are in DIR/finished.jsonl, from which the same command goes on after SIGTERM
-(exit status 75), Ctrl-C (130), a full disk (2) or a kill. """
+(exit status 75), Ctrl-C (130), a full disk (2) or a kill.
+
+With --dry-run it only prints what it would take: features, decoding, encoding, heads (FLOPs, and hours at the
+rate measured here), device memory and disk space.
+"""
 
 from vidssl.config.command_line import check_command_line
 from vidssl.evaluation.probe_config import ProbeConfig
@@ -16,6 +20,7 @@ if __name__ == "__main__":
     # Importing torch takes seconds: --help and mistakes in the configuration are answered before.
     check_command_line(ProbeConfig, __doc__, ("probe",))
 
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -29,6 +34,7 @@ from vidssl.core.errors import run_cli
 from vidssl.core.log import set_log_level
 from vidssl.evaluation.extractor import OpenEncoder, extract_features, make_extractor, plan_features
 from vidssl.evaluation.finished_rows import FinishedRows, keeps
+from vidssl.evaluation.plan import print_plans
 from vidssl.evaluation.probe_checks import check_label_sets
 from vidssl.evaluation.probe_data import make_view, open_probe_splits
 from vidssl.evaluation.probing import evaluate_run, probe_fingerprint, probe_runs, write_probe_results
@@ -48,6 +54,7 @@ def main(argv: list[str]) -> None:
     cfg = load_config(argv, ProbeConfig)
     data = cfg.data
     protocol = cfg.probe.build()
+    protocol = replace(protocol, precision=protocol.product_precision)
     out = new_report_folder(Path(cfg.out), "probe.json")
     splits = open_probe_splits(data)
     check_label_sets(data, protocol, splits)
@@ -57,9 +64,10 @@ def main(argv: list[str]) -> None:
     loaded = open_with_seed(protocol.seed if cfg.random_init else None)
     views = {control: make_view(data, protocol, loaded, control) for control in protocol.controls}
     runs = probe_runs(cfg, splits, protocol.controls)
-    finished = FinishedRows(out, probe_fingerprint(cfg, splits, loaded))
+    finished = FinishedRows(out, probe_fingerprint(cfg, splits, loaded, protocol.precision))
     tune_malloc()
     accelerator = Accelerator(
+        mixed_precision="bf16" if protocol.precision == "bf16" else "no",
         cpu=not torch.cuda.is_available(),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT)],
     )
@@ -79,6 +87,10 @@ def main(argv: list[str]) -> None:
             extractor = make_extractor(open_with_seed, loaded, control, protocol.seed, accelerator)
             arguments = (protocol, extractor, views[control], splits.splits, accelerator, control)
             plans.append(plan_features(*arguments, loaded.metadata["model"].get("heads"), peers.wait))
+        if cfg.dry_run:
+            if accelerator.is_main_process:
+                print_plans(plans, missing, splits)
+            plans = []
         for plan in plans:
             accelerator.print(f"{plan.control}: {plan.line}")
             features, scores = extract_features(plan)
@@ -89,8 +101,8 @@ def main(argv: list[str]) -> None:
                     if run.control == plan.control:
                         evaluate_run(run, plan.protocol, splits, features, finished, accelerator)
             peers.wait()
-        if accelerator.is_main_process:
-            write_probe_results(out, runs, finished, cfg, splits, loaded, protocol.seed)
+        if accelerator.is_main_process and not cfg.dry_run:
+            write_probe_results(out, runs, finished, cfg, splits, loaded, protocol)
     accelerator.wait_for_everyone()
     accelerator.end_training()
 

@@ -252,6 +252,28 @@ def test_wrong_calls(wrong, words, run, synthetic_shards, tmp_path, monkeypatch)
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("kind", ["folder", "knn"])
+def test_a_dry_run_says_what_a_probe_takes(kind, run, synthetic_shards, tmp_path, monkeypatch, capsys):
+    """And decodes and writes nothing. 60 + 30 videos of 2 clips are decoded in every pass: once to find
+    those that cannot be, once for the scores of train (60), and by the heads of two label sets."""
+    monkeypatch.delattr(extractor, "compute_features")
+    settings = ["--dry-run", "probe.recompute=always", "probe.controls=[none]", "probe.segments=2"]
+    data = [f"data.{part}={synthetic_shards / part}" for part in ("train", "test")]
+    if kind == "folder":
+        settings += ["probe.epochs=2", "probe.depth=2", "probe.standardise=false"]
+    out = tmp_path / "out"
+    probe.main([str(ROOT / f"configs/probe/{kind}.yaml"), f"encoder={run}", f"out={out}", *data, *settings])
+    text = capsys.readouterr().out
+    fit, held_out = 48, 12
+    clips = 2 * 2 * (fit * 2 + held_out + 60 * 2 + 30) if kind == "folder" else 2 * 90
+    assert f"encoding: {clips + 2 * 60} clips of" in text
+    assert f"decoding: {clips + 2 * 60 + 2 * 90} clips," in text
+    assert "computed in every epoch" in text and "in all: about" in text and "TFLOP/s as measured" in text
+    examples = 2 * (fit * 2 + 60 * 2) if kind == "folder" else 0
+    assert f"heads: {examples} examples in training" in text
+    assert not out.exists()
+
+
 def test_bootstrap_interval_covers_and_widens_with_groups():
     rng = np.random.default_rng(0)
     covered = 0
@@ -412,8 +434,8 @@ def test_two_processes_and_the_cache_change_nothing(run, odd, tmp_path):
         return [p.stat().st_mtime_ns for p in sorted((tmp_path / "cache").glob("*/blocks/*"))]
 
     probe.main(call("one"))
-    jobs = [call("memory"), call("streamed", "probe.recompute=always", "data.labels=[count]")]
-    jobs.append(call("cache_writer", cache))
+    count = ["data.labels=[count]", "data.tags=[]", "data.numbers=[count]"]
+    jobs = [call("memory"), call("streamed", "probe.recompute=always", *count), call("cache_writer", cache)]
     (tmp_path / "jobs.json").write_text(json.dumps(jobs))
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     world = [sys.executable, __file__, str(tmp_path / "jobs.json")]

@@ -56,6 +56,7 @@ class FeatureExtractor(NamedTuple):
 
     encode: Encode
     provenance: dict[str, Any]
+    weight_bytes: int = 0  # of the encoder
 
 
 def make_extractor(
@@ -81,7 +82,7 @@ def make_extractor(
         }
         return FeatureExtractor(lambda video: means(normalise(video, statistics)), provenance)
     encoder = open_encoder(seed).encoder if control == "random_init" else loaded.encoder
-    encoder.to(accelerator.device)
+    encoder.to(accelerator.device).requires_grad_(False)
 
     def encode(video: Tensor) -> Tensor:
         with accelerator.autocast():
@@ -94,7 +95,7 @@ def make_extractor(
         "pixels": pixels,
         **arithmetic,
     }
-    return FeatureExtractor(encode, provenance)
+    return FeatureExtractor(encode, provenance, sum(p.nbytes for p in encoder.parameters()))
 
 
 def cache_provenance(extractor: FeatureExtractor, view: View, split: Split) -> dict[str, Any]:
@@ -129,6 +130,7 @@ class FeaturePlan(NamedTuple):
     stores: dict[str, FeatureStore]  # empty without a cache
     where: Location
     line: str  # for the log
+    weight_bytes: int  # of the encoder
 
 
 def plan_features(
@@ -166,7 +168,7 @@ def plan_features(
     )
     if where == "disk":
         check_disk(Path(str(protocol.cache)), list(stores.values()))
-    return FeaturePlan(control, protocol, loaders, shapes, stores, where, line)
+    return FeaturePlan(control, protocol, loaders, shapes, stores, where, line, extractor.weight_bytes)
 
 
 def extract_features(plan: FeaturePlan) -> tuple[dict[str, Features], dict[str, float]]:

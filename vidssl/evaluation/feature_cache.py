@@ -159,15 +159,25 @@ def check_disk(folder: Path, stores: Sequence[FeatureStore]) -> None:
     if not missing:
         return
     check_writable(folder)
-    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    free = shutil.disk_usage(existing).free / 1e9
-    written = sum(store.file.stat().st_blocks * 512 for store in missing if store.file.exists()) / 1e9
-    needed = sum(store.shape.gigabytes(store.dtype) for store in missing) - written
+    free = free_gb(folder)
+    needed = missing_gb(missing)
     if needed > free:
         raise UserError(
             f"probe.cache: {needed:.3g} GB of features are to be written to {folder}, whose disk has "
             f"{free:.3g} GB left; free some, choose another folder, or set probe.cache_dtype=bf16"
         )
+
+
+def free_gb(folder: Path) -> float:
+    """Free space of the disk that holds the folder, or will hold it."""
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    return shutil.disk_usage(existing).free / 1e9
+
+
+def missing_gb(stores: Sequence[FeatureStore]) -> float:
+    """Size of the rows of these stores that are not written yet."""
+    written = sum(store.file.stat().st_blocks * 512 for store in stores if store.file.exists()) / 1e9
+    return sum(store.shape.gigabytes(store.dtype) for store in stores) - written
 
 
 def used_gb(folder: Path, excluded: Sequence[FeatureStore]) -> float:

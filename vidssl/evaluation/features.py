@@ -1,6 +1,7 @@
 """Frozen features of a data set: kept in memory or on disk, or computed in every pass where they do not
 fit."""
 
+import os
 from collections import ChainMap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -29,6 +30,11 @@ from vidssl.evaluation.views import EvalClips, View
 
 Encode = Callable[[Tensor], Tensor]  # video u8 [B, 3, T, S, S] -> f32 [B, N, D]
 Location = Literal["disk", "memory", "recompute"]
+CPU_BATCH = 16  # videos that are encoded at once
+# The same elsewhere: of so many pixels in all their frames (64 clips of 16 frames of 224 x 224)
+DEVICE_PIXELS = 64 * 16 * 224**2
+MAX_BATCH = 256
+MAX_WORKERS = 32
 CACHE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -43,8 +49,9 @@ class FeatureStorage:
     # decode and encode in every pass; auto: if the features are too large to keep
     recompute: Literal["auto", "never", "always"] = "auto"
     allow_unreadable: bool = False  # count test samples that cannot be decoded as wrong; false: an error
-    encode_batch: PositiveInt = 16  # videos
-    workers: NonNegativeInt = 2  # decoding processes
+    encode_batch: PositiveInt | None = None  # videos; None: 16 on a CPU, what fills the device elsewhere
+    # decoding processes; None: 2 on a CPU, elsewhere one for each core of a process but one
+    workers: NonNegativeInt | None = None
     decode_timeout_s: PositiveFloat = 60  # seconds; a sample that takes longer cannot be decoded
     decode_memory_mb: PositiveInt = 4096  # 2**20 bytes by which a sample may grow the decoding process
 
@@ -180,6 +187,15 @@ def token_statistics(
     return mean.float(), variance.clamp_min(0).sqrt().clamp_min(1e-6).float()
 
 
+def decoding_workers(device: torch.device) -> int:
+    """Decoding processes where none are given."""
+    if device.type == "cpu":
+        return 2
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return min(MAX_WORKERS, max(1, cores // processes - 1))
+
+
 class DecodedExamples(NamedTuple):
     """A batch of examples as a decoding process returns it."""
 
@@ -248,9 +264,9 @@ class FeatureLoader(NamedTuple):
         with closing(isolated):
             yield DataLoader(
                 isolated,
-                storage.encode_batch * self.view.clips // clips_per_example,  # of encode_batch videos
+                self.examples_per_batch(clips_per_example),
                 sampler=numbers,
-                num_workers=storage.workers,
+                num_workers=decoding_workers(self.device) if storage.workers is None else storage.workers,
                 collate_fn=partial(stack_examples, with_clips=with_clips),
                 pin_memory=with_clips and self.device.type == "cuda",
             )
@@ -264,12 +280,20 @@ class FeatureLoader(NamedTuple):
                 video = rearrange(tokens, "(b clips) n d -> b (clips n) d", b=len(video))
             yield copy.label, video
 
-    @torch.no_grad()
-    def shape(self) -> FeatureShape:
-        """The shape of the features, from one black clip."""
+    def examples_per_batch(self, clips_per_example: int) -> int:
+        """Examples that are encoded at once, of whole videos."""
         view = self.view
-        clip = torch.zeros(1, 3, view.first_frames or view.frames, view.size, view.size, dtype=torch.uint8)
-        tokens = self.encode(clip.to(self.device))
+        pixels = view.clips * view.frames * view.size**2
+        fitting = CPU_BATCH if self.device.type == "cpu" else min(MAX_BATCH, max(1, DEVICE_PIXELS // pixels))
+        return (self.storage.encode_batch or fitting) * view.clips // clips_per_example
+
+    @torch.no_grad()
+    def shape(self, clips: int = 1) -> FeatureShape:
+        """The shape of the features, from so many black clips."""
+        view = self.view
+        frames = view.first_frames or view.frames
+        video = torch.zeros(clips, 3, frames, view.size, view.size, dtype=torch.uint8)
+        tokens = self.encode(video.to(self.device))
         return FeatureShape(len(self.samples), view.clips, *tokens.shape[1:])
 
     def rows(self, numbers: list[int], shape: FeatureShape) -> Iterator[tuple[int, Tensor | str]]:
@@ -367,7 +391,7 @@ def _compute_in_memory(loader: FeatureLoader, shape: FeatureShape) -> Features:
         else:
             tokens[share.index(number)] = value
     if processes.number == 1:
-        return Features(StoredFeatures(tokens, loader.device), unreadable)
+        return Features(StoredFeatures(tokens, loader.device, processes), unreadable)
     return Features(ShardedFeatures(tokens, shape, processes), unreadable)
 
 

@@ -1,6 +1,8 @@
 """Heads trained on frozen tokens: attentive and linear. The heads of all settings share each batch."""
 
+import contextlib
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal, NamedTuple, Self
@@ -27,6 +29,7 @@ from vidssl.evaluation.protocol import (
 )
 from vidssl.evaluation.solvers import minimise, ridge_regression
 from vidssl.evaluation.tasks import Task
+from vidssl.evaluation.transfers import downloads
 from vidssl.model.heads import HEAD_EPS, AttentiveHead, LinearHead
 
 
@@ -84,7 +87,8 @@ class TrainedHeadProtocol(ProbeProtocol):
     lr: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (1e-3,)
     weight_decay: Annotated[tuple[NonNegativeFloat, ...], Field(min_length=1)] = (0.01,)
     clip_grad: PositiveFloat | None = 1.0  # maximum norm of a head's gradient (V-JEPA 2: null)
-    # device memory of the activations of heads in training; a batch is divided into parts that fit
+    # device memory of the activations of heads in training: a batch is divided into parts that fit, and where
+    # no example does, self-attention blocks are computed again in the backward pass
     head_memory_gb: PositiveFloat = 16.0
 
     def hyperparameters(self) -> HyperparameterSettings:
@@ -94,8 +98,13 @@ class TrainedHeadProtocol(ProbeProtocol):
     def uses_all_processes(self) -> bool:
         return True
 
-    def make_head(self, dim: int, outputs: int) -> nn.Module:
+    def make_head(self, source: TokenSource, outputs: int) -> nn.Module:
+        """A head for the features of `source`."""
         raise NotImplementedError
+
+    def autocast(self, device: torch.device) -> AbstractContextManager[None]:
+        """The precision of the heads' products; weights, gradients and moments are f32."""
+        return contextlib.nullcontext()
 
     def examples_at_once(self, width: int, tokens: int) -> int:
         """Examples of a batch that heads see at once. width, tokens: of an example."""
@@ -105,10 +114,16 @@ class TrainedHeadProtocol(ProbeProtocol):
         """One head per setting, all with the same initial weights and batches, in one pass. An epoch sees one
         example of each sample, drawn at random. Each process takes its part of every batch."""
         torch.manual_seed(self.seed)
+        initial = self.make_head(data.source, task.num_outputs)
+        heads = [deepcopy(initial).to(data.label_tensor.device) for _ in settings]
+        self.fit(heads, task, data, settings)
+        return [head.eval() for head in heads]
+
+    def fit(
+        self, heads: list[nn.Module], task: Task, data: TrainingSet, settings: HyperparameterSettings
+    ) -> None:
+        """Trains heads that are on the device of the labels, in place."""
         device = data.label_tensor.device
-        processes = data.source.processes
-        initial = self.make_head(data.source.shape.width, task.num_outputs)
-        heads = [deepcopy(initial).to(device) for _ in settings]
         groups = [
             {"params": list(head.parameters()), **setting}
             for head, setting in zip(heads, settings, strict=True)
@@ -129,14 +144,14 @@ class TrainedHeadProtocol(ProbeProtocol):
                 tokens = next(source)
                 labels = data.label_tensor[part.rows.to(device, non_blocking=True)]
                 for some in groups_at_once:
-                    losses = [task.loss(logits, labels) for logits in all_logits(some, tokens)]
+                    with self.autocast(device):
+                        losses = [task.loss(logits, labels) for logits in all_logits(some, tokens)]
                     (torch.stack(losses).sum() * part.weight).backward()
-            processes.sum_gradients(heads)
+            data.source.processes.sum_gradients(heads)
             if self.clip_grad is not None:
                 for head in heads:
                     torch.nn.utils.clip_grad_norm_(head.parameters(), self.clip_grad)
             optimizer.step()
-        return [head.eval() for head in heads]
 
     def _plan_steps(self, data: TrainingSet, batches: list[Tensor]) -> list[list["BatchPart"]]:
         """This process's part of each batch (rows i64 [b] of `data`), divided into what heads see at once."""
@@ -167,10 +182,16 @@ class TrainedHeadProtocol(ProbeProtocol):
         positions = source.positions(indices)
         examples = self.examples_of([indices[position] for position in positions])
         batches = chunks(examples, self._examples_at_once(source))
+        device = next(models[0].parameters()).device
+
+        def probabilities() -> Iterator[tuple[None, Tensor]]:
+            for tokens in source.batches(self.clips_per_example(source), batches):
+                with self.autocast(device):
+                    logits = list(all_logits(models, tokens))
+                yield None, torch.stack([task.probabilities(output.float()) for output in logits])
+
         outputs = [torch.empty(len(models), 0, task.num_outputs)]
-        for tokens in source.batches(self.clips_per_example(source), batches):
-            logits = all_logits(models, tokens)
-            outputs.append(torch.stack([task.probabilities(output).cpu() for output in logits]))
+        outputs += [copy.on_host() for copy in downloads(probabilities(), device)]
         part = reduce(torch.cat(outputs, 1), "g (n e) c -> g n c", "mean", e=self.examples_per_sample)
         return source.processes.assemble(part, positions, len(indices))
 
@@ -203,13 +224,24 @@ class Attentive(TrainedHeadProtocol):
     def head_size(self, width: int, tokens: int) -> HeadSize:
         """Of the heads in training. width, tokens: of an example."""
         heads = self.heads or attention_heads(width, None)
-        return HeadSize(width, tokens, heads, self.depth, len(self.hyperparameters()))
+        settings = len(self.hyperparameters())
+        size = HeadSize(width, tokens, heads, self.depth, settings, self.product_precision)
+        fits = size.examples_at_once(self.batch, 1e9 * self.head_memory_gb)
+        return size if fits or self.depth == 1 else size._replace(recompute=True)
 
     def examples_at_once(self, width: int, tokens: int) -> int:
         return self.head_size(width, tokens).examples_at_once(self.batch, 1e9 * self.head_memory_gb)
 
-    def make_head(self, dim: int, outputs: int) -> nn.Module:
-        return AttentiveHead(dim, self.heads or attention_heads(dim, None), outputs, self.depth)
+    def make_head(self, source: TokenSource, outputs: int) -> nn.Module:
+        width = source.shape.width
+        size = self.head_size(width, source.shape.tokens * self.clips_of_example)
+        head = AttentiveHead(width, size.heads, outputs, self.depth)
+        head.blocks.activation_checkpointing = size.recompute
+        return head
+
+    def autocast(self, device: torch.device) -> AbstractContextManager[None]:
+        """As V-JEPA trains its probes."""
+        return torch.autocast(device.type, torch.bfloat16, enabled=self.product_precision == "bf16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,8 +269,8 @@ class Linear(TrainedHeadProtocol):
     def prepare(self, source: TokenSource, indices: list[int], device: torch.device) -> TokenSource:
         return mean_pool(source, indices, self, self.temporal_bins, device)
 
-    def make_head(self, dim: int, outputs: int) -> nn.Module:
-        return LinearHead(dim, outputs)
+    def make_head(self, source: TokenSource, outputs: int) -> nn.Module:
+        return LinearHead(source.shape.width, outputs)
 
     def train(self, task: Task, data: TrainingSet, settings: HyperparameterSettings) -> list[nn.Module]:
         if self.solver == "adamw":

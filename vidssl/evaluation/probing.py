@@ -92,15 +92,15 @@ RESUME_MUTABLE = {
 }
 
 
-def probe_fingerprint(cfg: ProbeConfig, splits: ProbeSplits, loaded: LoadedEncoder) -> str:
-    """SHA-256 of everything that decides the rows of a probe."""
+def probe_fingerprint(cfg: ProbeConfig, splits: ProbeSplits, loaded: LoadedEncoder, precision: str) -> str:
+    """SHA-256 of everything that decides the rows of a probe. precision: resolved."""
     tree = config.to_tree(cfg)
     tree.pop("out")
     for name in ("cache_dir", "cache_gb"):
         tree["data"].pop(name)
     tree["probe"] = {name: value for name, value in tree["probe"].items() if name not in RESUME_MUTABLE}
     hashes = [split.shards.hash for split in splits.splits.values()]
-    facts = [tree, hashes, weights_hash(loaded.encoder), code_hash()]
+    facts = [tree, precision, hashes, weights_hash(loaded.encoder), code_hash()]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
@@ -153,7 +153,7 @@ def write_probe_results(
     cfg: ProbeConfig,
     probe_splits: ProbeSplits,
     loaded: LoadedEncoder,
-    seed: int,
+    protocol: ProbeProtocol,
 ) -> None:
     """Writes probe.json and the tables and lists beside it."""
     make_folder(out)
@@ -168,7 +168,8 @@ def write_probe_results(
         "label_free": finished.scores,
         "data": {name: split.shards.hash for name, split in probe_splits.splits.items()},
         "test_samples_of_train_groups": probe_splits.shared_groups,
-        "seed": seed,
+        "seed": protocol.seed,
+        "precision": protocol.precision,
     }
     write_json_report(out / "probe.json", config.to_tree(cfg), loaded, report)
     finished.remove()

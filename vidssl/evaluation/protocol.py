@@ -1,7 +1,7 @@
 """Base class of probe protocols: views of a sample, and hyperparameter selection on held-out train."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from vidssl.config import NonNegativeInt, PositiveInt
 from vidssl.core.errors import UserError
 from vidssl.core.log import logger
+from vidssl.core.precision import resolve_precision
 from vidssl.core.spectrum import MAX_TOKENS, alpha_req, rankme, singular_values
 from vidssl.core.splits import split_by_group
 from vidssl.evaluation.controls import Control
@@ -27,6 +28,7 @@ from vidssl.evaluation.features import (
 from vidssl.evaluation.processes import ONE_PROCESS
 from vidssl.evaluation.splits import strata_of
 from vidssl.evaluation.tasks import Task
+from vidssl.evaluation.transfers import downloads
 
 HyperparameterSettings = list[dict[str, Any]]  # candidates, one of which is selected
 POOL_BATCH = 64  # examples
@@ -68,8 +70,15 @@ class ProbeProtocol(FeatureStorage):
     aggregate: Literal["segments", "none"] = "segments"
     controls: Annotated[tuple[Control, ...], Field(min_length=1)] = ("none",)
     standardise: bool = False  # subtract train's mean at each token, divide by its deviation in each channel
+    # of encoder and attentive heads; auto: bf16 where every GPU computes it in hardware, else fp32
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2  # of train; settings are compared on it
     seed: NonNegativeInt = 0
+
+    @property
+    def product_precision(self) -> Literal["fp32", "bf16"]:
+        """Of matrix products."""
+        return "bf16" if resolve_precision(self.precision) == "bf16" else "fp32"
 
     @property
     def uses_all_processes(self) -> bool:
@@ -149,9 +158,14 @@ def mean_pool(
     pooled = torch.zeros(shape.samples * per_sample, 1, temporal_bins * shape.width)
     own = [indices[position] for position in source.positions(indices)]
     batches = chunks(protocol.examples_of(own), POOL_BATCH)
-    for examples, tokens in zip(batches, source.batches(clips, batches), strict=True):
+
+    def pooled_batches() -> Iterator[tuple[list[int], Tensor]]:
         pattern = "e (clips bins n) d -> e 1 (bins d)"
-        pooled[examples] = reduce(tokens, pattern, "mean", clips=clips, bins=temporal_bins).cpu()
+        for examples, tokens in zip(batches, source.batches(clips, batches), strict=True):
+            yield examples, reduce(tokens, pattern, "mean", clips=clips, bins=temporal_bins)
+
+    for copy in downloads(pooled_batches(), source.processes.device):
+        pooled[copy.label] = copy.on_host()
     pooled = source.processes.sum(pooled)
     processes = source.processes if protocol.uses_all_processes else ONE_PROCESS
     return StoredFeatures(rearrange(pooled, "(n e) 1 d -> n e 1 d", e=per_sample), device, processes)

@@ -1,8 +1,9 @@
 """Waiting for the other processes of an evaluation as long as they work, and not for those that are lost.
 
-Processes of a probe work for very different times: the first one trains heads for hours while the others
-wait. A thread of each takes part in a small all-reduce twice a second. `wait` returns when all have arrived;
-a process that has died breaks the all-reduce of the others, which then end within TIMEOUT_S.
+Processes of a probe work for very different times: their videos differ, and heads in closed form are
+fitted by the first one alone. A thread of each takes part in a small all-reduce twice a second. `wait`
+returns when all have arrived; a process that has died breaks the all-reduce of the others, which then end
+within TIMEOUT_S.
 """
 
 import contextlib
