@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from vidssl.data.augment import RandomCrop
+from vidssl.data.cache import cache_videos
 from vidssl.data.dataset import MultiStreamDataset, TrainClips
 from vidssl.data.loader import Batch, train_steps
 from vidssl.data.order import Order
@@ -12,12 +13,12 @@ from vidssl.data.schema import DataConfig
 from vidssl.data.shards import Shards
 
 
-def make_clips(folder: Path | str, seed: int = 3, cache: int = 0, **data) -> TrainClips:
+def make_clips(folder: Path | str, seed: int = 3, **data) -> TrainClips:
     shards = Shards([str(folder)])
-    settings = {"train": [str(folder)], "frames": 4, "stride": 2, **data}
-    return TrainClips(
-        shards, Order(shards.counts, seed, lanes=4, window=16), DataConfig(**settings), RandomCrop(32), cache
-    )
+    config = DataConfig(**{"train": [str(folder)], "frames": 4, "stride": 2, **data})
+    clips = TrainClips(shards, Order(shards.counts, seed, lanes=4, window=16), config, RandomCrop(32))
+    cache_videos([clips], workers=0, isolate=False, quiet=True)
+    return clips
 
 
 def copy_with_damage(folder: Path, out: Path, damaged: dict[tuple[int, int], float]) -> Path:

@@ -44,7 +44,7 @@ FILES = [
 ]
 SMALL = ["model.dim=32", "model.depth=1", "method.predictor.width=16", "augment.size=16"]
 SMALL += [f"run.save_every={SAVE_EVERY}", "run.feature_stats_every=20", "optim.warmup=10"]
-SMALL += ["efficiency.cache_mb=256", "efficiency.decode_in_subprocess=false", "efficiency.peer_timeout_s=6"]
+SMALL += ["data.cache=host", "efficiency.decode_in_subprocess=false", "efficiency.peer_timeout_s=6"]
 FORK = multiprocessing.get_context("fork")
 
 

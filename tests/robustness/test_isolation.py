@@ -180,7 +180,7 @@ class FaultyReader(ClipReader):
     """faults: key -> what goes wrong with this sample; without `real`, decoding fails with that reason."""
 
     def __init__(self, shards, faults: dict[str, str], real: bool):
-        super().__init__(shards, None, 0)
+        super().__init__(shards, None)
         self.faults = faults
         self.real = real
 

@@ -35,7 +35,7 @@ SMALL = ["model.dim=32", "model.depth=1", "method.predictor.width=16", "augment.
 SMALL += [
     "run.save_every=4",
     "optim.warmup=2",
-    "efficiency.cache_mb=64",
+    "data.cache=host",
     "efficiency.decode_in_subprocess=false",
 ]
 

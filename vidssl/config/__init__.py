@@ -110,6 +110,7 @@ RENAMED = {
     "data.max_bad": "data.max_decode_error_rate",
     "data.deadline": "data.decode_timeout_s",
     "data.share": "data.train_fractions",
+    "efficiency.cache_mb": "data.cache",
     "efficiency.recompute": "efficiency.activation_checkpointing",
     "efficiency.isolate": "efficiency.decode_in_subprocess",
     "efficiency.keep_memory": "efficiency.tune_malloc",

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,15 +13,16 @@ from torch.utils.data import Dataset
 from vidssl.core.errors import DecodeError
 from vidssl.data.augment import downscale
 from vidssl.data.decoding import check_decoder, open_video, select_decoder
-from vidssl.data.decoding.base import Video
 from vidssl.data.order import SampleOrder, positions_per_step
 from vidssl.data.sampling import repeated_positions, sample_clips, split_repeat
 from vidssl.data.schema import DataConfig, Decoder
 from vidssl.data.shards import Sample, Shards
 
+if TYPE_CHECKING:
+    from vidssl.data.cache import HostCache
+
 MAX_ATTEMPTS = 20  # samples tried at one position before the run stops
 STREAM_STRIDE = 1 << 48  # position i of stream s has the global position s * STREAM_STRIDE + i
-MAX_CACHED_VIDEO_BYTES = 256 << 20  # decoded; a larger video is decoded clip by clip, even with a cache
 EXHAUSTED = ""  # key of an Example whose attempts all failed; it has no video
 
 SelectFrames = Callable[[np.ndarray], np.ndarray]  # times f64 [n] in seconds -> frame indices i64 [T]
@@ -88,53 +89,28 @@ def do_nothing() -> None:
 
 
 class ClipReader:
-    """Reads and decodes clips. Keeps decoded videos until `limit` bytes are used; nothing is evicted."""
+    """Reads and decodes clips, or takes them from the cache of decoded videos, if there is one."""
 
-    def __init__(self, shards: Shards, short_side: int | None, limit: int, decoder: Decoder = "auto"):
+    def __init__(self, shards: Shards, short_side: int | None, decoder: Decoder = "auto"):
         check_decoder(decoder)
         self.shards = shards
         self.short_side = short_side
-        self.free_bytes = limit
         self.decoder = decoder
         self.on_decode: Callable[[], None] = do_nothing  # called when the bytes of a sample have been read
-        self.videos: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
+        self.cache: HostCache | None = None  # of all samples (cache.py)
 
     def read_clip(self, sample: Sample, select: SelectFrames) -> np.ndarray:
         """Returns the selected frames u8 [T, H, W, 3]."""
-        key = sample.shard, sample.offset
-        if key not in self.videos:
-            data = self.shards.read(sample)
-            self.on_decode()
-            return with_pyav_fallback(
-                lambda decoder: self._decode(sample, data, select, decoder),
-                sample.ext,
-                sample.meta,
-                self.decoder,
-            )
-        frames, times = self.videos[key]
-        return frames[select(times)]
-
-    def _decode(self, sample: Sample, data: bytes, select: SelectFrames, decoder: Decoder) -> np.ndarray:
-        with open_video(data, sample.ext, sample.meta, decoder) as video:
-            size = len(video) * video.size[0] * video.size[1] * 3
-            if self.free_bytes <= 0 or size > MAX_CACHED_VIDEO_BYTES:
-                return downscale(video.get(select(video.times)), self.short_side)
-            key = sample.shard, sample.offset
-            if self._store(key, video):
-                frames, times = self.videos[key]
-                return frames[select(times)]
-        # Opened anew, since a decoder that failed once may go on failing.
-        return decode_clip(data, sample.ext, sample.meta, select, decoder, self.short_side)
-
-    def _store(self, key: tuple[int, int], video: Video) -> bool:
-        """Returns False if some frame does not decode: clips of other frames may still decode."""
-        try:
-            frames = downscale(video.get(np.arange(len(video.times))), self.short_side)
-        except DecodeError:
-            return False
-        self.videos[key] = frames, video.times
-        self.free_bytes -= frames.nbytes
-        return True
+        if self.cache is not None:
+            return self.cache.read_clip(sample, select)
+        data = self.shards.read(sample)
+        self.on_decode()
+        return with_pyav_fallback(
+            lambda decoder: decode_clip(data, sample.ext, sample.meta, select, decoder, self.short_side),
+            sample.ext,
+            sample.meta,
+            self.decoder,
+        )
 
 
 class TrainClips(Dataset[Example]):
@@ -146,7 +122,6 @@ class TrainClips(Dataset[Example]):
         order: SampleOrder,
         data: DataConfig,
         augment: Callable,
-        cache_bytes: int = 0,
         stream: int = 0,
     ):
         """stream: number of this stream, if a run has several."""
@@ -155,7 +130,7 @@ class TrainClips(Dataset[Example]):
         self.data = data
         self.augment = augment
         self.stream = stream
-        self.clip_reader = ClipReader(shards, data.short_side, cache_bytes, data.decoder)
+        self.clip_reader = ClipReader(shards, data.short_side, data.decoder)
         # (positions, attempt) and clips u8 [repeat, T, H, W, 3] of the sample decoded last
         self._last_decoded: tuple[Any, np.ndarray] = (None, np.empty(0))
 

@@ -135,18 +135,15 @@ def make_streams(
     seed: int,
     lanes: int,
     window: int,
-    cache_bytes: int,
 ) -> MultiStreamDataset | StreamingDataset:
-    """shards: from `open_shards`; lanes, window: see `Order`; cache_bytes: of all streams' decoded frames."""
+    """shards: from `open_shards`; lanes, window: see `Order`."""
     if isinstance(shards, ShardUrls):
-        if cache_bytes:
-            raise UserError("efficiency.cache_mb needs an index: it cannot be used with data.reader stream")
         return StreamingDataset(shards, ClipDecoder(data, augment, seed), lanes)
     streams = []
     for i, (d, s) in enumerate(zip(data.streams(), shards, strict=True)):
         sizes = [s.counts[s.folder_of == f] for f in range(len(s.folders))]
         order = make_order(sizes, list(d.weights) if d.weights else None, seed, lanes, window, i)
-        streams.append(TrainClips(s, order, d, augment, cache_bytes // len(shards), i))
+        streams.append(TrainClips(s, order, d, augment, i))
     return MultiStreamDataset(streams)
 
 
@@ -210,9 +207,8 @@ def _load_indexed(
 ) -> Generator[CollatedStep, None, None]:
     data = streams.clips[0].data
     isolated = None
-    if isolate:
-        cache_limit_bytes = sum(c.clip_reader.free_bytes for c in streams.clips)
-        isolated = IsolatedDataset(streams, data.decode_timeout_s, data.memory_mb << 20, cache_limit_bytes)
+    if isolate and data.cache == "none":  # cached videos are decoded already
+        isolated = IsolatedDataset(streams, data.decode_timeout_s, data.memory_mb << 20)
     try:
         yield from DataLoader(
             isolated or streams,

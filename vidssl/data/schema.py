@@ -52,6 +52,8 @@ class DataConfig:
     extra_streams: tuple[ExtraStream, ...] = ()
     repeat: PositiveInt = 1  # clips per decoded video (repeated augmentation), all in the same batch
     short_side: PositiveInt | None = None  # pixels; larger frames are scaled down to it; None: as stored
+    # host, device: all videos are decoded once and kept in memory, at short_side
+    cache: Literal["none", "host"] = "none"
     decoder: Decoder = "auto"  # see decoding.select_decoder
     max_decode_error_rate: Fraction = 0.05  # fraction of samples that may fail to decode before the run stops
     # missing or changed shard; skip: its samples fail to decode
@@ -69,6 +71,7 @@ class DataConfig:
                 ("weights", self.weights),
                 ("repeat", self.repeat > 1),
                 ("extra_streams", self.extra_streams),
+                ("cache", self.cache != "none"),
             )
             if names := [f"data.{name}" for name, used in unusable if used]:
                 raise UserError(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from vidssl.core.log import logger
 from vidssl.core.pixels import normalise
 from vidssl.core.rng import KeyedRNG
+from vidssl.data.cache import cache_videos
 from vidssl.data.dataset import MultiStreamDataset
 from vidssl.data.loader import Batch, train_steps
 from vidssl.data.schema import DataConfig
@@ -175,12 +176,14 @@ class Finetuner:
             fps=view.fps,
             repeat=cfg.tune.repeat,
             max_decode_error_rate=cfg.data.max_decode_error_rate,
+            cache=cfg.data.cache,
         )
         order = SubsetOrder(self.splits.train_places, cfg.tune.seed, cfg.tune.lanes)
         augment = cfg.augment.build(size=view.size)
-        cache_bytes = cfg.efficiency.cache_mb << 20
         shards = self.splits.shards["train"]
-        clips = LabelledClips(self.splits.task.label, shards, order, clip, augment, cache_bytes)
+        clips = LabelledClips(self.splits.task.label, shards, order, clip, augment)
+        workers, isolate = cfg.efficiency.workers, cfg.efficiency.decode_in_subprocess
+        cache_videos([clips], workers, isolate, quiet=not self.strategy.is_main)
         return train_steps(
             MultiStreamDataset([clips]),
             start,
@@ -188,8 +191,8 @@ class Finetuner:
             [cfg.tune.batch * cfg.tune.repeat],
             self.strategy.rank,
             self.strategy.world,
-            cfg.efficiency.workers,
-            cfg.efficiency.decode_in_subprocess,
+            workers,
+            isolate,
             self.strategy.data_patience_s,
         )
 

@@ -3,7 +3,7 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -38,6 +38,8 @@ class FinetuneDataConfig:
     label: Text | None = None  # the label set; None: the only one
     stride: PositiveInt | None = None  # frames; None (and fps None): as in pre-training
     fps: PositiveFloat | None = None  # frames per second
+    # host: all training videos are decoded once and kept in memory, as stored
+    cache: Literal["none", "host"] = "none"
     max_decode_error_rate: Fraction = 0.05  # of training samples; the run stops above it
 
     def __post_init__(self) -> None:
@@ -115,6 +117,7 @@ RESUME_MUTABLE = (
     "out",
     "data.train",
     "data.test",
+    "data.cache",
     "data.max_decode_error_rate",
     "tune.allow_unreadable",
     "tune.max_consecutive_skips",

@@ -81,7 +81,6 @@ class EfficiencyConfig:
     fused: bool = True  # the optimizer's step is one kernel
     activation_checkpointing: bool = False  # recompute the blocks' activations in the backward pass
     decode_in_subprocess: bool = True  # a file that hangs or crashes a decoder then costs only itself
-    cache_mb: NonNegativeInt = 0  # decoded frames that each loader process may hold, in 2**20 bytes
     tune_malloc: bool = (
         True  # on CPUs, keep freed memory in the process instead of returning it to the system
     )
@@ -323,6 +322,7 @@ RESUME_MUTABLE = (
     "run.stop_on_collapse",
     "run.trackers",
     "data.train",
+    "data.cache",
     "data.cache_dir",
     "data.cache_gb",
     "data.decode_timeout_s",

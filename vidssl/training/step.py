@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from vidssl.core.errors import UserError
 from vidssl.core.pixels import normalise
 from vidssl.core.rng import GlobalBatch, KeyedRNG
+from vidssl.data.cache import cache_videos
+from vidssl.data.dataset import MultiStreamDataset
 from vidssl.data.loader import Batch, make_streams, train_steps
 from vidssl.data.shards import Shards
 from vidssl.data.stream import ShardUrls
@@ -24,9 +26,10 @@ def load_steps(
 ) -> Generator[list[Batch], None, None]:
     """This process's batches of steps start..run.steps-1, one of each stream."""
     run, efficiency = cfg.run, cfg.efficiency
-    cache_bytes = efficiency.cache_mb << 20
-    augment = cfg.augment.build()
-    streams = make_streams(cfg.data, shards, augment, run.seed, run.lanes, run.shuffle_window, cache_bytes)
+    workers, isolate = efficiency.workers, efficiency.decode_in_subprocess
+    streams = make_streams(cfg.data, shards, cfg.augment.build(), run.seed, run.lanes, run.shuffle_window)
+    if isinstance(streams, MultiStreamDataset):
+        cache_videos(streams.clips, workers, isolate, quiet=not strategy.is_main)
     return train_steps(
         streams,
         start,
@@ -34,8 +37,8 @@ def load_steps(
         cfg.data.clips(run.batch),
         strategy.rank,
         strategy.world,
-        efficiency.workers,
-        efficiency.decode_in_subprocess,
+        workers,
+        isolate,
         strategy.data_patience_s,
     )
 

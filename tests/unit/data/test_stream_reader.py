@@ -45,7 +45,7 @@ def stream_config(*train: str, **settings) -> DataConfig:
 
 def read(data: DataConfig, steps: int = 6, start: int = 0, batch: int = 4, seed: int = 0, **topology) -> list:
     shards, _ = open_shards(data)
-    streams = make_streams(data, shards, RandomCrop(16), seed, 4, 10, 0)
+    streams = make_streams(data, shards, RandomCrop(16), seed, 4, 10)
     return [batch for (batch,) in train_steps(streams, start, steps, [batch], **topology)]
 
 
@@ -190,9 +190,7 @@ def test_options_that_need_an_index_are_refused(pattern):
         ({"weights": (1.0,)}, r"data\.weights"),
         ({"repeat": 2}, r"data\.repeat"),
         ({"extra_streams": extra}, r"data\.extra_streams"),
+        ({"cache": "host"}, r"data\.cache"),
     ):
         with pytest.raises(UserError, match=rf"stream cannot serve {name}: it needs an index; run .*scan"):
             stream_config(pattern, **settings)
-    data = stream_config(pattern)
-    with pytest.raises(UserError, match=r"efficiency\.cache_mb needs an index"):
-        make_streams(data, open_shards(data)[0], RandomCrop(16), 0, 4, 10, 1 << 20)

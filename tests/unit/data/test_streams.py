@@ -42,7 +42,7 @@ def corpora(synthetic_shards) -> list[str]:
 
 
 def streams_of(data: DataConfig, seed: int = 0) -> MultiStreamDataset:
-    return make_streams(data, [Shards(d.train) for d in data.streams()], RandomCrop(16), seed, 4, 10, 0)
+    return make_streams(data, [Shards(d.train) for d in data.streams()], RandomCrop(16), seed, 4, 10)
 
 
 def also(corpora: list[str], **more) -> DataConfig:

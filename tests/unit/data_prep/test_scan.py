@@ -59,7 +59,7 @@ def scanned(tmp_path, capsys) -> Callable[[bytes], tuple[dict[str, int], str]]:
 def streamed(folder: Path, steps: int = 3, **more) -> list[tuple[str, int]]:
     """Key and label of the clips of steps of 4."""
     data = DataConfig([str(folder)], frames=1, stride=1, reader="stream", shuffle_buffer=2, **more)
-    streams = make_streams(data, open_shards(data)[0], RandomCrop(16), 0, 4, 10, 0)
+    streams = make_streams(data, open_shards(data)[0], RandomCrop(16), 0, 4, 10)
     batches = [batch for (batch,) in train_steps(streams, 0, steps, [4], workers=0, isolate=False)]
     return [pair for batch in batches for pair in zip(batch.key, batch.label.tolist(), strict=True)]
 
