@@ -1,36 +1,59 @@
 """Reports the contents of a data set and what was rejected: `python -m data_prep.report FOLDER`.
 
 Writes report.json and report.png: histograms of frame rate, duration, short side and bytes of the samples,
-their codecs, reasons of rejection, bytes in (of the source's files) and out (of the shards). If samples were
-re-encoded, "original" holds the same for the files from which they were cut.
+samples per class, codecs, reasons of rejection, bytes in (of the source's files) and out (of the shards). If
+samples were re-encoded, "original" holds the same for the files from which they were cut.
 """
 
 import argparse
 import json
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from data_prep.index import read_lines, write_lines
+from data_prep.summary import make_summary
 from vidssl.core.errors import UserError, run_cli
 from vidssl.core.io import atomic_write
 from vidssl.data.format import dumps, read_index
 
 BINS = 24
+OUTLIER_SPREADS = 3  # values beyond the quartiles by so many distances between 5 % and 95 % are outliers
+MAX_BARS = 16  # classes; of more a curve is drawn
+SHOWN_NAME = 24  # characters of a class name
 
 
 def histogram(values: list[float]) -> dict:
-    """Returns counts [n] between edges [n+1], minimum, median and maximum; one bin if all values are
-    equal."""
+    """Returns counts [n] between edges [n+1], minimum, median and maximum; one bin if all values are equal.
+
+    Outliers do not stretch the edges: they are counted in the first and the last bin, and as `outliers`.
+    """
     if not values:
-        return {"counts": [], "edges": []}
-    low, high = min(values), max(values)
+        return {"counts": [], "edges": [], "outliers": 0}
+    low, high = usual_range(np.array(values))
     edges = np.linspace(low, high, BINS + 1) if high > low else np.array([low - 0.5, low + 0.5])
-    counts = np.histogram(values, edges)[0]
-    summary = {"min": low, "median": float(np.median(values)), "max": high}
-    return {"counts": counts.tolist(), "edges": edges.round(6).tolist(), **summary}
+    inside = np.clip(values, edges[0], edges[-1])
+    counts = np.histogram(inside, edges)[0]
+    return {
+        "counts": counts.tolist(),
+        "edges": edges.round(6).tolist(),
+        "outliers": int((inside != values).sum()),
+        "min": min(values),
+        "median": float(np.median(values)),
+        "max": max(values),
+    }
+
+
+def usual_range(values: np.ndarray) -> tuple[float, float]:
+    """Returns the least and the greatest value that is no outlier. values: f64 [n]."""
+    lower, upper = np.quantile(values, [0.05, 0.95])
+    margin = OUTLIER_SPREADS * (upper - lower)
+    usual = values[(values >= lower - margin) & (values <= upper + margin)]
+    return float(usual.min()), float(usual.max())
 
 
 def make_report(folder: Path) -> dict:
@@ -43,6 +66,7 @@ def make_report(folder: Path) -> dict:
     ]
     metas = [record["meta"] for record in records]
     measured = [m for m in metas if "frames" in m]
+    videos = [m for m in measured if m["frames"] > 1]
     originals = [m["original"] for m in metas if "original" in m]
     rejected = folder / "rejected.jsonl"
     rejections = read_lines(rejected) if rejected.exists() else []
@@ -57,8 +81,9 @@ def make_report(folder: Path) -> dict:
         "bytes_out": sum(shard["bytes"] for shard in index["shards"]),
         "rejected": dict(reasons.most_common()),
         "codec": dict(Counter(m["codec"] for m in measured).most_common()),
-        "fps": histogram([m["fps"] for m in measured if m["frames"] > 1]),
-        "duration": histogram([m["duration"] for m in measured]),
+        "classes": make_summary(records, index["classes"], {})["classes"],
+        "fps": histogram([m["fps"] for m in videos]),
+        "duration": histogram([m["duration"] for m in videos]),
         "short_side": histogram([min(m["height"], m["width"]) for m in measured]),
         "bytes": histogram([record["size"] for record in records]),
         "original": {
@@ -69,38 +94,89 @@ def make_report(folder: Path) -> dict:
     }
 
 
+PANELS = {  # entry of the report -> (label, factor)
+    "fps": ("frames a second", 1.0),
+    "duration": ("seconds", 1.0),
+    "short_side": ("short side, pixels", 1.0),
+    "bytes": ("kilobytes a sample", 1e-3),
+}
+
+
 def draw(report: dict, file: Path) -> None:
     """Draws the report as a PNG file."""
+    make_figure(report).savefig(file, format="png", metadata={"Software": None})
+
+
+def make_figure(report: dict) -> Any:
+    """Returns a matplotlib figure with a panel for each fact that there is."""
     from matplotlib.figure import Figure  # imported late, because pack's child processes import this module
 
-    figure = Figure(figsize=(12, 7), dpi=80, layout="constrained")
-    axes = figure.subplots(2, 3)
-    panels = {
-        "fps": "frames a second",
-        "duration": "seconds",
-        "short_side": "short side, pixels",
-        "bytes": "kilobytes a sample",
-    }
-    packed_style: dict = {"fill": True, "edgecolor": "C0", "linewidth": 2, "label": "packed"}
-    original_style: dict = {"fill": False, "edgecolor": "black", "label": "original files"}
-    for ax, (name, label) in zip((*axes[0], axes[1, 0]), panels.items(), strict=True):
-        scale = 1e-3 if name == "bytes" else 1.0
-        for histograms, style in ((report, packed_style), (report["original"], original_style)):
-            if histograms.get(name, {}).get("counts"):
-                ax.stairs(histograms[name]["counts"], np.array(histograms[name]["edges"]) * scale, **style)
-        ax.set(xlabel=label, ylabel="samples")
-        if report["original"].get(name, {}).get("counts"):
-            ax.legend()
-    codecs = {f"{k} (original)": n for k, n in report["original"]["codec"].items()}
-    _bars(axes[1, 1], codecs | report["codec"], "codec")
-    _bars(axes[1, 2], report["rejected"], "rejected")
+    figure = Figure(figsize=(15, 7), dpi=80, layout="constrained")
+    panels: list[Callable[[Any], None]] = [
+        partial(_draw_histogram, report=report, name=name) for name in PANELS if report[name]["counts"]
+    ]
+    for label_set, sizes in report["classes"].items():
+        if any(sizes.values()):
+            panels.append(partial(_draw_classes, sizes=sizes, label_set=label_set))
+    codecs = {f"{k} (original)": n for k, n in report["original"]["codec"].items()} | report["codec"]
+    panels.append(partial(_bars, counts=codecs, label="codec"))
+    panels.append(partial(_bars, counts=report["rejected"], label="rejected"))
+    rows = 1 if len(panels) <= 3 else 2
+    axes = figure.subplots(rows, -(-len(panels) // rows), squeeze=False).ravel()
+    for ax, draw_panel in zip(axes, panels, strict=False):
+        draw_panel(ax)
+    for ax in axes[len(panels) :]:
+        ax.remove()
+    figure.suptitle(_title(report))
+    return figure
+
+
+def _title(report: dict) -> str:
     size_in = "" if report["bytes_in"] is None else f"{report['bytes_in'] / 1e6:,.1f} MB in, "
     size = f"{size_in}{report['bytes_out'] / 1e6:,.1f} MB out"
-    counts = (
-        f"{report['samples']:,} samples of {report['files']:,} files, {report['seconds'] / 3600:,.2f} hours"
+    hours = f", {report['seconds'] / 3600:,.2f} hours" if report["duration"]["counts"] else ""
+    counts = f"{report['samples']:,} samples of {report['files']:,} files{hours}"
+    return f"{counts}; {size}; {sum(report['rejected'].values()):,} rejected"
+
+
+def _draw_histogram(ax: Any, report: dict, name: str) -> None:
+    """Draws the histogram of an entry, over that of the original files if they were re-encoded."""
+    label, scale = PANELS[name]
+    packed_style: dict = {"fill": True, "edgecolor": "C0", "linewidth": 2, "label": "packed"}
+    original_style: dict = {"fill": False, "edgecolor": "black", "label": "original files"}
+    original = report["original"].get(name, {"counts": []})
+    for found, style in ((report[name], packed_style), (original, original_style)):
+        if found["counts"]:
+            ax.stairs(found["counts"], np.array(found["edges"]) * scale, **style)
+    if beyond := report[name]["outliers"]:
+        extremes = f"{report[name]['min'] * scale:.4g} to {report[name]['max'] * scale:.4g}"
+        label += f"\n{beyond} outliers at the ends ({extremes} in all)"
+    ax.set(xlabel=label, ylabel="samples")
+    if original["counts"]:
+        ax.legend()
+
+
+def _draw_classes(ax: Any, sizes: dict[str, int], label_set: str) -> None:
+    """Draws samples per class, the largest class first: bars, or a curve of many classes."""
+    ordered = sorted(sizes.items(), key=lambda item: -item[1])
+    shown = {_short(name): n for name, n in ordered}
+    label = f"samples per class ({label_set}, {len(ordered)} classes)"
+    if len(shown) == len(ordered) <= MAX_BARS:
+        _bars(ax, shown, label)
+        return
+    counts = [n for _, n in ordered]
+    ax.stairs(counts, np.arange(len(counts) + 1), fill=True)
+    ax.set(xlabel=f"{label}, the largest first", ylabel="samples", ylim=(0, None))
+    ends = (
+        f"largest: {_short(ordered[0][0])} ({counts[0]})\nsmallest: {_short(ordered[-1][0])} ({counts[-1]})"
     )
-    figure.suptitle(f"{counts}; {size}; {sum(report['rejected'].values()):,} rejected")
-    figure.savefig(file, format="png", metadata={"Software": None})
+    ax.text(0.97, 0.97, ends, transform=ax.transAxes, ha="right", va="top")
+
+
+def _short(name: str) -> str:
+    # a dollar sign would start a formula
+    text = name if len(name) <= SHOWN_NAME else name[: SHOWN_NAME - 3] + "..."
+    return text.replace("$", r"\$")
 
 
 def _bars(ax: Any, counts: dict[str, int], label: str) -> None:

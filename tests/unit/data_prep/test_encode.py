@@ -385,7 +385,7 @@ def test_pack_of_windows_and_its_report(tmp_path, make_video):
         and summary["duration"]["median"] == 0.5
     )
     assert summary["short_side"]["min"] == 48 and sum(summary["bytes"]["counts"]) == 4
-    assert Image.open(out / "report.png").size == (960, 560)
+    assert Image.open(out / "report.png").size == (1200, 560)
     (out / "report.json").unlink()
     report.main([str(tmp_path)])
     assert json.loads((out / "report.json").read_text()) == summary
