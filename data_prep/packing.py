@@ -5,8 +5,6 @@ import json
 import os
 from pathlib import Path
 
-from tqdm import tqdm
-
 from data_prep import engine
 from data_prep.index import read_lines, write_lines
 from data_prep.plan import Plan, make_plan
@@ -23,6 +21,7 @@ from data_prep.summary import (
 from vidssl.core.errors import UserError
 from vidssl.core.io import make_folder
 from vidssl.core.log import logger
+from vidssl.core.progress import Progress
 from vidssl.data.format import dumps, dumps_index, read_index, shard_entry
 
 
@@ -61,8 +60,8 @@ def open_out(out: Path, plan: Plan) -> bool:
 def write_shards(plan: Plan, args: argparse.Namespace) -> None:
     """Writes every shard that is not finished."""
     total = sum(len(shard.items) for shard in plan.shards())
-    with tqdm(desc="pack", unit=" files", total=total) as bar:
-        engine.make(plan, args.engine, args.workers, args.timeout, bar.update)
+    with Progress("pack", total, "files") as progress:
+        engine.make(plan, args.engine, args.workers, args.timeout, progress.update)
 
 
 def write_indexes(plan: Plan) -> None:

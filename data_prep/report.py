@@ -16,26 +16,29 @@ from typing import Any
 import numpy as np
 
 from data_prep.index import read_lines, write_lines
-from data_prep.summary import make_summary
+from data_prep.summary import counted, make_summary
 from vidssl.core.errors import UserError, run_cli
 from vidssl.core.io import atomic_write
 from vidssl.data.format import dumps, read_index
 
 BINS = 24
-OUTLIER_SPREADS = 3  # values beyond the quartiles by so many distances between 5 % and 95 % are outliers
+OUTLIER_SPREADS = 3  # outliers lie this many distances from the 5 % to the 95 % quantile beyond these
+SAME_VALUE = 0.01  # relative difference: rates such as 29.97 and 30 are rounded by containers
 MAX_BARS = 16  # classes; of more a curve is drawn
 SHOWN_NAME = 24  # characters of a class name
 
 
 def histogram(values: list[float]) -> dict:
-    """Returns counts [n] between edges [n+1], minimum, median and maximum; one bin if all values are equal.
+    """Returns counts [n] between edges [n+1], minimum, median and maximum; one bin if all values are equal
+    but for rounding.
 
     Outliers do not stretch the edges: they are counted in the first and the last bin, and as `outliers`.
     """
     if not values:
         return {"counts": [], "edges": [], "outliers": 0}
     low, high = usual_range(np.array(values))
-    edges = np.linspace(low, high, BINS + 1) if high > low else np.array([low - 0.5, low + 0.5])
+    is_one_value = high - low <= SAME_VALUE * abs(high)
+    edges = np.array([low - 0.5, high + 0.5]) if is_one_value else np.linspace(low, high, BINS + 1)
     inside = np.clip(values, edges[0], edges[-1])
     counts = np.histogram(inside, edges)[0]
     return {
@@ -51,7 +54,7 @@ def histogram(values: list[float]) -> dict:
 def usual_range(values: np.ndarray) -> tuple[float, float]:
     """Returns the least and the greatest value that is no outlier. values: f64 [n]."""
     lower, upper = np.quantile(values, [0.05, 0.95])
-    margin = OUTLIER_SPREADS * (upper - lower)
+    margin = OUTLIER_SPREADS * max(upper - lower, SAME_VALUE * abs(upper))
     usual = values[(values >= lower - margin) & (values <= upper + margin)]
     return float(usual.min()), float(usual.max())
 
@@ -119,8 +122,10 @@ def make_figure(report: dict) -> Any:
         if any(sizes.values()):
             panels.append(partial(_draw_classes, sizes=sizes, label_set=label_set))
     codecs = {f"{k} (original)": n for k, n in report["original"]["codec"].items()} | report["codec"]
-    panels.append(partial(_bars, counts=codecs, label="codec"))
-    panels.append(partial(_bars, counts=report["rejected"], label="rejected"))
+    if codecs:
+        panels.append(partial(_bars, counts=codecs, label="codec"))
+    if report["rejected"]:
+        panels.append(partial(_bars, counts=report["rejected"], label="rejected"))
     rows = 1 if len(panels) <= 3 else 2
     axes = figure.subplots(rows, -(-len(panels) // rows), squeeze=False).ravel()
     for ax, draw_panel in zip(axes, panels, strict=False):
@@ -150,7 +155,7 @@ def _draw_histogram(ax: Any, report: dict, name: str) -> None:
             ax.stairs(found["counts"], np.array(found["edges"]) * scale, **style)
     if beyond := report[name]["outliers"]:
         extremes = f"{report[name]['min'] * scale:.4g} to {report[name]['max'] * scale:.4g}"
-        label += f"\n{beyond} outliers at the ends ({extremes} in all)"
+        label += f"\n{counted(beyond, 'outlier')} at the ends ({extremes} in all)"
     ax.set(xlabel=label, ylabel="samples")
     if original["counts"]:
         ax.legend()
@@ -182,9 +187,6 @@ def _short(name: str) -> str:
 def _bars(ax: Any, counts: dict[str, int], label: str) -> None:
     """Draws horizontal bars with their counts."""
     ax.set(xlabel=label)
-    if not counts:
-        ax.text(0.5, 0.5, "none", ha="center", va="center")
-        return
     ax.bar_label(ax.barh(list(counts), list(counts.values()), alpha=0.8), padding=3)
     ax.invert_yaxis()
     ax.margins(x=0.2)

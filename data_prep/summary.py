@@ -198,8 +198,11 @@ def _class_line(sizes: Mapping[str, int]) -> str:
     largest = max(present, key=lambda name: present[name])
     smallest = min(present, key=lambda name: present[name])
     line = f"{len(sizes)} classes" if len(sizes) > 1 else "1 class"
-    line += f", largest {shortened(largest)} ({present[largest]})"
-    line += f", smallest {shortened(smallest)} ({present[smallest]})" if len(present) > 1 else ""
+    if present[largest] == present[smallest]:
+        line += f" of {counted(present[largest], 'sample')}{' each' * (len(present) > 1)}"
+    else:
+        line += f", largest {shortened(largest)} ({present[largest]})"
+        line += f", smallest {shortened(smallest)} ({present[smallest]})"
     return line + (f"; {len(empty)} without a sample, such as {shortened(empty[0])}" if empty else "")
 
 

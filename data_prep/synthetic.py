@@ -28,11 +28,11 @@ from typing import NamedTuple
 
 import numpy as np
 from einops import rearrange
-from tqdm import tqdm
 
 from data_prep.x264 import x264_options
 from vidssl.core.errors import UserError, run_cli
 from vidssl.core.io import atomic_write, check_writable, claim_folder, make_folder
+from vidssl.core.progress import track
 
 SIDE = 48  # pixels, of a frame
 FRAMES = 24
@@ -269,9 +269,7 @@ def make_corpus(
             rows.append((f"videos/{key}.mp4", *labels, split))
             jobs.append((out, key, motion, colour, (seed, split_number, i)))
     with ProcessPoolExecutor(workers) as pool:
-        list(
-            tqdm(pool.map(write_example, jobs, chunksize=32), total=len(jobs), desc="render", unit=" videos")
-        )
+        list(track(pool.map(write_example, jobs, chunksize=32), "render", "videos", len(jobs)))
     # last, and whole or not at all: a folder that has it is complete
     atomic_write(out / "labels.csv", lambda temporary: write_labels(temporary, rows))
 

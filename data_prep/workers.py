@@ -6,10 +6,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from tqdm import tqdm
-
 from data_prep.filters import Rejected
 from vidssl.core.errors import DecodeError, UserError
+from vidssl.core.progress import track
 from vidssl.data.isolation import Failure, Reporter, SandboxPool
 
 # Of the machine and not of the file, which is not rejected for them
@@ -34,10 +33,12 @@ class WorkerPool:
         return rejected_or_partial(result) if isinstance(result, Failure) else result
 
     def map(self, jobs: list[tuple], workers: int, title: str, unit: str) -> list[Any]:
-        """Runs the jobs in `workers` processes, with a progress bar. Returns the results in order."""
+        """Runs the jobs in `workers` processes, and shows how far they are. Returns the results in order."""
         results = self._pool.map(jobs, workers)
-        bar = tqdm(results, total=len(jobs), desc=title, unit=f" {unit}")
-        return [rejected_or_partial(r) if isinstance(r, Failure) else r for r in bar]
+        return [
+            rejected_or_partial(r) if isinstance(r, Failure) else r
+            for r in track(results, title, unit, len(jobs))
+        ]
 
     def close(self) -> None:
         self._pool.close()

@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from vidssl.config import load_config, to_tree
 from vidssl.core.errors import run_cli
 from vidssl.core.io import check_no_shards, claim_folder
+from vidssl.core.progress import track
 from vidssl.evaluation.dense.frames import check_fits, make_frame_encoder
 from vidssl.evaluation.dense.isolated_samples import Splits, isolated
 from vidssl.evaluation.dense.splits import read_sequences, split_hashes
@@ -94,7 +94,8 @@ def evaluate_control(
     sequences."""
     train, test = splits["train"], splits["test"]
     model, selection = task.select_model(encoder, train)
-    rows = [task.evaluate(encoder, model, sample) for sample in tqdm(test, desc=f"test ({control})")]
+    samples = track(test, f"test ({control})", "sequences")
+    rows = [task.evaluate(encoder, model, sample) for sample in samples]
     result = task.summarise(rows, [sample.group for sample in test])
     table = [
         [control, sample.name, sample.group, number, *(f"{value:.6g}" for value in row)]

@@ -16,10 +16,10 @@ from accelerate import Accelerator
 from einops import rearrange
 from torch import Tensor
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from vidssl.config import NonNegativeInt, PositiveFloat, PositiveInt
 from vidssl.core.errors import UserError
+from vidssl.core.progress import track
 from vidssl.data.dataset import do_nothing
 from vidssl.data.shards import Sample, Shards
 from vidssl.evaluation.feature_cache import FeatureShape, FeatureStore, used_gb
@@ -241,7 +241,7 @@ class FeatureLoader(NamedTuple):
         in order. With to_cpu they are moved to the CPU, and the first process shows a progress bar."""
         quiet = not to_cpu or not self.accelerator.is_main_process
         with self._decoded(clips_per_example, numbers) as loader:
-            decoded = tqdm(loader, desc=self.name, disable=quiet, mininterval=5)
+            decoded = track(loader, self.name, "batches", quiet=quiet)
             encoded = self._encoded(decoded)
             batches = (
                 ((copy.label, copy.on_host()) for copy in downloads(encoded, self.device))

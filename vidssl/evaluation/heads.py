@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from vidssl.config import NonNegativeFloat, PositiveFloat, PositiveInt
 from vidssl.core.errors import UserError
+from vidssl.core.progress import track
 from vidssl.core.schedules import cosine
 from vidssl.evaluation.features import TokenSource
 from vidssl.evaluation.head_memory import HeadSize, attention_heads
@@ -136,7 +137,7 @@ class TrainedHeadProtocol(ProbeProtocol):
         )
         # Deep heads are run one by one: their activations are large.
         groups_at_once = [heads] if only_cross_attend(heads) else [[head] for head in heads]
-        for number, step in enumerate(steps):
+        for number, step in enumerate(track(steps, f"{task.label}: {len(heads)} heads", "steps")):
             for group, setting in zip(optimizer.param_groups, settings, strict=True):
                 group["lr"] = cosine(setting["lr"], 0.0, number / len(steps))
             optimizer.zero_grad()

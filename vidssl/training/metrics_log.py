@@ -1,20 +1,18 @@
 """log.jsonl: one JSON object per step; a progress line; and the trackers that run.trackers names."""
 
-import contextlib
 import hashlib
 import json
 import math
 import os
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from tqdm import tqdm
 
 from vidssl.core.io import atomic_write
 from vidssl.core.log import logger
+from vidssl.core.progress import Progress
 from vidssl.data.loader import Batch
 
 HASH_PARTS = 3  # of a 63-bit hash
@@ -149,17 +147,7 @@ class MetricsLog:
         self.track = track
         self.disk_full = False
         self.rows = JsonlWriter(out / "log.jsonl")
-        self.bar = tqdm(
-            total=steps,
-            initial=start,
-            desc=out.name,
-            unit="step",
-            mininterval=0.2 if sys.stderr.isatty() else 20,
-            delay=0.1,
-            dynamic_ncols=True,
-            bar_format="{desc} {n_fmt}/{total_fmt}{postfix} | "
-            "{elapsed}, {remaining} left, ends {eta:%d %b %H:%M}",
-        )
+        self.progress = Progress(out.name, steps, "steps", start)
 
     def write(self, row: dict[str, Any]) -> None:
         """row: step, loss, clips_per_s, wait, and more."""
@@ -181,11 +169,8 @@ class MetricsLog:
             shown["GB"] = f"{row['memory'] / 1e9:.1f}"
         if row.get("skipped"):
             shown["skipped"] = str(row["skipped"])
-        with contextlib.suppress(OSError):  # stderr may be a file on a full disk
-            self.bar.set_postfix(shown, refresh=False)
-            self.bar.update()
+        self.progress.update(shown=shown)
 
     def close(self) -> None:
         self.rows.close()
-        with contextlib.suppress(OSError):
-            self.bar.close()
+        self.progress.close()

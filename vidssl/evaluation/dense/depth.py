@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
-from tqdm import tqdm
 
 from vidssl.config import NonNegativeFloat, PositiveFloat, PositiveInt
 from vidssl.core.errors import UserError
+from vidssl.core.progress import track
 from vidssl.core.schedules import cosine
 from vidssl.core.splits import split_by_group
 from vidssl.evaluation.dense.datasets import DenseSample, LabelKind
@@ -105,7 +105,7 @@ class Depth(DenseProtocol):
         """Tokens f16 [n, h, w, D] and depths f32 [n, H, W] at the encoder's resolution of all n frames, in
         memory, and the sequence of each frame."""
         tokens, depths, sequence = [], [], []
-        for number, sample in enumerate(tqdm(train, desc="features", unit="sequence")):
+        for number, sample in enumerate(track(train, "features", "sequences")):
             frames, depth = sample.load()
             tokens.append(encoder(frames).half().cpu())
             size = encoder.resized(*depth.shape[1:])
@@ -130,7 +130,7 @@ class Depth(DenseProtocol):
         steps = self.epochs * -(-len(rows) // self.batch)
         epochs = (rows[torch.randperm(len(rows), generator=rng)] for _ in range(self.epochs))
         batches = (batch for epoch in epochs for batch in epoch.split(self.batch))
-        for step, batch in enumerate(tqdm(batches, desc="head", total=steps)):
+        for step, batch in enumerate(track(batches, "head", "steps", steps)):
             x = tokens[batch].to(encoder.device).float()
             target = depth[batch].to(encoder.device)
             if not ((target > 0) & (target <= self.max_depth)).any():

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from pydantic import Field
 from torch import Tensor
-from tqdm import tqdm
 
 from vidssl.config import NonNegativeInt, PositiveFloat, PositiveInt
 from vidssl.core.errors import UserError
+from vidssl.core.progress import track
 from vidssl.evaluation.dense.datasets import DenseSample, KeypointLabels, LabelKind
 from vidssl.evaluation.dense.frames import DenseProtocol, FrameEncoder
 from vidssl.evaluation.metrics import bootstrap_ci, bootstrap_metric_ci
@@ -118,7 +118,7 @@ class Propagation(DenseProtocol):
         if len(grid) == 1:
             return grid[0], {**grid[0]._asdict(), "tried": []}
         rows: list[list[np.ndarray]] = [[] for _ in grid]
-        for sample in tqdm(train, desc="select", unit="sequence"):
+        for sample in track(train, "select", "sequences"):
             frames, labels = sample.load()
             tokens = encoder(frames)
             for settings, sequences in zip(grid, rows, strict=True):
