@@ -26,6 +26,7 @@ from vidssl.evaluation.probe_data import encoder_view
 from vidssl.evaluation.report import new_report_folder, weights_hash
 from vidssl.pretrained.load import load_encoder
 from vidssl.training.checkpoint import provenance
+from vidssl.training.config_checks import check_trackers
 from vidssl.training.distributed import Strategy
 from vidssl.training.finetune_loop import build_finetuner
 from vidssl.training.finetune_report import export_classifier, write_finetune_results
@@ -35,7 +36,6 @@ from vidssl.training.loss_guard import LossGuard
 from vidssl.training.malloc import configure_process
 from vidssl.training.preemption import exit_on_lost_peer, exit_on_sigterm, limited_requeues
 from vidssl.training.run_folder import claim_run
-from vidssl.training.schema import check_trackers
 from vidssl.training.state import RunState
 
 

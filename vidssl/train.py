@@ -18,6 +18,7 @@ from vidssl.core.errors import run_cli
 from vidssl.core.log import logger, set_log_level
 from vidssl.data.loader import open_shards
 from vidssl.training.blocks import configure_blocks
+from vidssl.training.config_checks import check_batch, check_output
 from vidssl.training.diagnostics import Diagnostics
 from vidssl.training.distributed import Strategy
 from vidssl.training.malloc import configure_process
@@ -31,7 +32,6 @@ from vidssl.training.preemption import (
     limited_requeues,
 )
 from vidssl.training.run_folder import RunFolder, claim_run
-from vidssl.training.schema import check_batch, check_output
 from vidssl.training.state import TrainState
 from vidssl.training.step import forward_backward, load_steps, make_cut_groups
 

@@ -20,9 +20,10 @@ from safetensors.torch import load_file, save_file
 from vidssl.data.loader import Batch
 from vidssl.objective.masks import count_cut_groups
 from vidssl.training.blocks import configure_blocks
+from vidssl.training.config_checks import check_batch
 from vidssl.training.distributed import Strategy
 from vidssl.training.optim import build_optimizer, schedule, set_schedule
-from vidssl.training.schema import TrainConfig, check_batch
+from vidssl.training.schema import TrainConfig
 from vidssl.training.step import forward_backward
 
 ROOT = Path(__file__).parents[2]

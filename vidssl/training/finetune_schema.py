@@ -24,7 +24,8 @@ from vidssl.core.errors import UserError
 from vidssl.core.io import check_no_shards, check_writable
 from vidssl.data.schema import AUGMENT_PARTS, check_local_folders
 from vidssl.pretrained.sources import check_source
-from vidssl.training.schema import EfficiencyConfig, OptimConfig, Tracker, check_trackers
+from vidssl.training.config_checks import check_trackers
+from vidssl.training.schema import EfficiencyConfig, OptimConfig, Tracker
 
 HEAD_PARTS = PartTable("vidssl.training.finetuning", "FINETUNE_HEADS")
 

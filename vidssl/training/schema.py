@@ -1,6 +1,5 @@
 """The configuration of a pre-training run, without torch."""
 
-import importlib.util
 import math
 import os
 from dataclasses import dataclass, replace
@@ -21,12 +20,11 @@ from vidssl.config import (
     Text,
 )
 from vidssl.core.errors import UserError
-from vidssl.core.io import check_no_shards, check_writable
-from vidssl.core.suggestions import divisors_near, multiples_near
-from vidssl.data.order import check_split
 from vidssl.data.schema import AUGMENT_PARTS, DataConfig, check_local_folders
 from vidssl.model.schema import MODEL_PARTS, NATIVE_SIZE_KEYS
 from vidssl.objective.schema import MethodConfig
+from vidssl.pretrained.sources import check_source
+from vidssl.training import config_checks
 
 if TYPE_CHECKING:
     from vidssl.objective.objective import Objective
@@ -218,7 +216,7 @@ class TrainConfig:
     efficiency: EfficiencyConfig
 
     def __post_init__(self) -> None:
-        check_sizes(self)
+        config_checks.check_sizes(self)
         if self.run.init is not None and Path(self.run.init) == Path(self.run.out):
             raise UserError("run.init: give another folder than run.out, which the same command continues")
         target = self.method.target
@@ -237,47 +235,16 @@ class TrainConfig:
         if self.data.reader == "indexed":
             for stream in self.data.streams():
                 check_local_folders("data.train", stream.train)
+        if self.run.init is not None:
+            check_source(self.run.init, "run.init")
         check_local_folders("online_probe.train", self.online_probe.train or [])
         check_local_folders("online_probe.test", self.online_probe.test or [])
-        check_batch(self, int(os.environ.get("WORLD_SIZE", "1")))
-        check_output(self.run)
+        config_checks.check_batch(self, int(os.environ.get("WORLD_SIZE", "1")))
+        config_checks.check_output(self.run)
 
     def notes(self) -> list[str]:
         """A line for each pair of keys that has another effect than it seems to."""
-        run = self.run
-        optim = self.optim
-        cases = (
-            (
-                optim.warmup > run.steps,
-                f"optim.warmup {optim.warmup} is longer than run.steps {run.steps}: "
-                "the rate never reaches optim.lr",
-            ),
-            (optim.warmup_lr > optim.lr, "optim.warmup_lr is above optim.lr: the rate falls in the warm-up"),
-            (
-                optim.final_lr > optim.lr and optim.lr_decay != "constant",
-                "optim.final_lr is above optim.lr: the rate rises after the warm-up",
-            ),
-            (
-                optim.clip_grad is None and (optim.clip_per_module or optim.clip_start > 0),
-                "optim.clip_per_module and optim.clip_start do nothing without optim.clip_grad",
-            ),
-            (
-                run.keep_every % run.save_every > 0,
-                f"run.keep_every {run.keep_every} is no multiple of run.save_every {run.save_every}: "
-                "only checkpoints at multiples of both are kept",
-            ),
-            (
-                run.stop_on_collapse and run.feature_stats_every > run.steps,
-                f"run.stop_on_collapse: run.feature_stats_every {run.feature_stats_every} is beyond "
-                f"run.steps {run.steps}, so a collapse is not seen",
-            ),
-            (
-                self.online_probe.train is not None and self.online_probe.every > run.steps,
-                f"online_probe.every {self.online_probe.every} is beyond run.steps {run.steps}: "
-                "no online probe",
-            ),
-        )
-        return [text for is_so, text in cases if is_so]
+        return config_checks.surprising_keys(self)
 
     @property
     def momentum(self) -> tuple[float, float]:
@@ -333,59 +300,3 @@ RESUME_MUTABLE = (
 def resume_mutable(cfg: TrainConfig) -> tuple[str, ...]:
     """Keys that may change when the run `cfg` is continued."""
     return (*RESUME_MUTABLE, "run.steps") if cfg.is_open_ended else RESUME_MUTABLE
-
-
-def check_trackers(names: tuple[Tracker, ...], option: str = "run.trackers") -> None:
-    """Raises UserError if the package of a tracker is not installed. option: the key that names them."""
-    for name in names:
-        if not importlib.util.find_spec(name):
-            raise UserError(f"{option}: {name} is not installed: pip install {name}")
-
-
-def check_output(run: RunConfig) -> None:
-    """Raises UserError if the folder cannot be written or holds shards, or a tracker is not installed."""
-    check_writable(Path(run.out))
-    check_no_shards(Path(run.out), "run.out")
-    check_trackers(run.trackers)
-
-
-def check_sizes(cfg: TrainConfig) -> None:
-    """Raises UserError unless clips can be cut into tokens, and widths into heads."""
-    model = cfg.model.arguments
-    predictor = cfg.method.predictor.arguments
-    keys = ["data.frames", *(f"data.extra_streams[{i}].frames" for i in range(len(cfg.data.extra_streams)))]
-    units = [
-        (key, stream.frames, "model.tubelet", model["tubelet"])
-        for key, stream in zip(keys, cfg.data.streams(), strict=True)
-        if not (stream.frames == 1 and model["image_tokenizer"])
-    ]
-    units.append(("augment.size", cfg.augment.arguments["size"], "model.patch", model["patch"]))
-    for key, value, unit_key, unit in units:
-        if value % unit:
-            near = multiples_near(value, unit)
-            raise UserError(f"{key} {value} is not a multiple of {unit_key} {unit}: give {near}")
-    heads = [("model.heads", model.get("heads"), "model.dim", model.get("dim"))]
-    heads.append(
-        ("method.predictor.heads", predictor.get("heads"), "method.predictor.width", predictor.get("width"))
-    )
-    for key, count, width_key, width in heads:
-        if count and width and width % count:
-            near = divisors_near(width, count)
-            raise UserError(f"{key} {count} does not divide {width_key} {width}: give {near}")
-
-
-def check_batch(cfg: TrainConfig, world: int) -> None:
-    """Raises UserError if the clips of a step cannot be divided evenly over lanes, processes and
-    micro-batches."""
-    for stream, clips in enumerate(cfg.data.clips(cfg.run.batch)):
-        name = f"data.extra_streams[{stream - 1}].clips"
-        if stream == 0:
-            name = "run.batch" + (" less data.extra_streams's clips:" if cfg.data.extra_streams else "")
-        check_split(clips, cfg.run.lanes, world, name, cfg.data.repeat)
-        share = clips // world
-        if share % cfg.efficiency.micro_batches:
-            raise UserError(
-                f"efficiency.micro_batches {cfg.efficiency.micro_batches} "
-                f"does not divide {share} clips a process: "
-                f"give {divisors_near(share, cfg.efficiency.micro_batches)}"
-            )
