@@ -74,7 +74,8 @@ def compare_decoders(data: bytes, truth: PyAVVideo, decoder: str) -> Iterator[di
         yield meta
     if decoder != "auto" or truth.errors:
         return
-    from vidssl.data.decoding.decord import DecordVideo  # imports torch, which takes seconds
+    # Without torch, which takes seconds: this process has no other use for it.
+    from vidssl.data.decoding.decord import DecordVideo
 
     if decodes_right(DecordVideo, data, meta, truth, anchors, frames):
         yield {**meta, "decoder": "pyav" if seeks else "decord", "decord": True}

@@ -8,6 +8,7 @@ engine.
 
 import argparse
 import os
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from data_prep.recipe import add_encoding_options, check_rate_option, make_recip
 from data_prep.sources import SOURCES, FolderOptions, read_source
 from vidssl.core.errors import UserError, run_cli
 from vidssl.core.io import LOCK_FILE, check_writable, claim_folder
+from vidssl.core.log import logger
 
 # Prefixes of file names in OUT before it has a plan.json
 WRITTEN_BEFORE_PLAN = ("plan.json.", NEAR_PREFIX, LOCK_FILE)
@@ -122,6 +124,9 @@ def main(argv: list[str]) -> None:
     args = parse_arguments(argv)
     if args.out.resolve().is_relative_to(args.src.resolve()):
         raise UserError(f"{args.out}: lies inside {args.src}; choose a folder outside the source")
+    if args.decoder == "auto" and not find_spec("decord"):
+        logger.warning("decord is not installed: files are measured with PyAV alone (--decoder pyav)")
+        args.decoder = "pyav"
     check_writable(args.out)
     check_out_is_free(args.out)
     with claim_folder(args.out, "pack"):

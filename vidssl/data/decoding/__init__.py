@@ -23,8 +23,10 @@ def check_decoder(decoder: Decoder) -> None:
     """Raises ValueError for an unknown decoder, UserError for one that is not installed."""
     if decoder not in get_args(Decoder):
         raise ValueError(f"decoder {decoder!r}: expected auto, decord or pyav, or torchcodec")
-    if decoder == "torchcodec":
-        importlib.import_module("vidssl.data.decoding.torchcodec")  # its UserError names what is missing
+    if decoder in ("decord", "torchcodec"):
+        import torch  # noqa: F401  # before decord: see there
+
+        importlib.import_module(f"vidssl.data.decoding.{decoder}")  # its UserError names what is missing
 
 
 def select_decoder(ext: str, meta: dict | None, decoder: Decoder) -> str:
@@ -64,7 +66,9 @@ def open_video(data: bytes, ext: str, meta: dict | None = None, decoder: Decoder
         return ImageVideo(data)
     meta = meta if meta and "frames" in meta else None
     if selected == "decord" and (meta is not None or is_plain(data)):
-        from vidssl.data.decoding.decord import DecordVideo  # imports torch, which takes seconds
+        import torch  # noqa: F401  # before decord: see there
+
+        from vidssl.data.decoding.decord import DecordVideo  # a package that some platforms lack
 
         return DecordVideo(data, meta)
     if selected == "torchcodec" and meta is not None:

@@ -1,19 +1,28 @@
-"""Frames by decord: only for files that `data_prep.pack` found it right for, or has not measured."""
+"""Frames by decord: only for files that `data_prep.pack` found it right for, or has not measured.
+
+A process that also uses torch must import that first: after decord2, torch's matrix products on CPUs crash.
+"""
 
 import io
 from collections.abc import Iterator
 
-# torch before decord: imported after decord2, matrix products on the CPU crash.
-import torch  # noqa: F401  # isort: skip
-import decord
 import numpy as np
-from decord._ffi.base import DECORDError, DECORDLimitReachedError
 
-from vidssl.core.errors import DecodeError
+from vidssl.core.errors import DecodeError, UserError
 from vidssl.data.decoding.base import Video, check_length, check_size, error_line
 from vidssl.data.decoding.crop import Crop
 from vidssl.data.decoding.time_stamps import repair_times
 from vidssl.data.decoding.video_stream import check_container
+
+try:
+    import decord
+    from decord._ffi.base import DECORDError, DECORDLimitReachedError
+except (ImportError, OSError) as e:  # there is no package for every platform
+    reason = str(e).strip().splitlines()[0]
+    raise UserError(
+        f"decord cannot be loaded ({reason}): pip install decord2, if this platform has a package; "
+        "data.decoder=pyav needs none"
+    ) from None
 
 decord.logging.set_level(decord.logging.QUIET)
 
