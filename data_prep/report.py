@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 
 from data_prep.index import read_lines, write_lines
-from data_prep.summary import counted, make_summary
+from data_prep.summary import make_summary
 from vidssl.core.errors import UserError, run_cli
 from vidssl.core.io import atomic_write
+from vidssl.core.suggestions import counted
 from vidssl.data.format import dumps, read_index
 
 BINS = 24

@@ -16,7 +16,6 @@ from typing import Any, BinaryIO
 from data_prep.index import Member, class_lists, tar_samples, write_lines
 from data_prep.summary import (
     Tally,
-    counted,
     left_out_lines,
     make_summary,
     shortened,
@@ -25,6 +24,7 @@ from data_prep.summary import (
 )
 from vidssl.core.errors import UserError, run_cli
 from vidssl.core.io import claim_folder
+from vidssl.core.suggestions import counted
 from vidssl.data.format import dumps, dumps_index, read_index, sample_record, select_media, shard_entry
 from vidssl.data.metadata import (
     LABEL_EXTENSIONS,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.index import read_lines, write_lines
+from vidssl.core.suggestions import counted
 from vidssl.data.extensions import IMAGE_EXTENSIONS, MEDIA_EXTENSIONS
 
 EXAMPLES = 3  # names that are kept of each reason
@@ -183,11 +184,6 @@ def unread_hint(reason: str) -> str:
     if ext in UNREAD_IMAGES:
         return " (images that are not read; convert them to .jpg or .png)"
     return " (videos that are not read; convert them to .mp4)" if ext in UNREAD_VIDEOS else ""
-
-
-def counted(n: int, noun: str) -> str:
-    """Returns "1 video", "2 videos"."""
-    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
 
 
 def _class_line(sizes: Mapping[str, int]) -> str:

@@ -13,8 +13,10 @@ import torch
 from PIL import Image
 
 from data_prep import pack
+from data_prep.index import write_lines
 from data_prep.synthetic import make_corpus
 from vidssl.core.log import configure_logging
+from vidssl.data.format import dumps, dumps_index, shard_entry
 
 FRAMES, WIDTH, HEIGHT, RATE = 20, 64, 48, 10
 CLASSES = ("clap", "run", "wave")
@@ -118,6 +120,25 @@ def make_image() -> Callable[..., bytes]:
 @pytest.fixture(scope="session")
 def frame_index() -> Callable[[np.ndarray], int]:
     return index_of
+
+
+@pytest.fixture(scope="session")
+def write_index() -> Callable[..., Path]:
+    """Writes a data set of which only the index is read, from the metadata of its samples."""
+
+    def write(folder: Path, ext: str, metas: list[dict], classes: dict[str, list[str]]) -> Path:
+        folder.mkdir()
+        tar = folder / "shard-000000.tar"
+        tar.write_bytes(b"x")
+        records = [
+            {"key": f"{i}", "ext": ext, "offset": 0, "size": 9, "meta": m} for i, m in enumerate(metas)
+        ]
+        write_lines(tar.with_suffix(".jsonl"), map(dumps, records))
+        entries = [shard_entry(tar, len(records))]
+        write_lines(folder / "index.json", [dumps_index(classes, entries, 0, {"plan": "x"})])
+        return folder
+
+    return write
 
 
 @pytest.fixture(scope="session")

@@ -36,13 +36,17 @@ from vidssl.training.loss_guard import LossGuard
 from vidssl.training.malloc import configure_process
 from vidssl.training.preemption import exit_on_lost_peer, exit_on_sigterm, limited_requeues
 from vidssl.training.run_folder import claim_run
+from vidssl.training.run_summary import RunEnd, start_finetuning
 from vidssl.training.state import RunState
 
 
 def main(argv: list[str]) -> None:
     cfg = load_config(argv, FinetuneConfig)
-    with limited_requeues(Path(cfg.out)), exit_on_lost_peer(), exit_on_sigterm():
+    out = Path(cfg.out)
+    end = RunEnd(out)
+    with limited_requeues(out), exit_on_lost_peer(), exit_on_sigterm():
         finetune(cfg)
+    end.log_training(f"accuracy on test: {out / 'probe.json'}")
 
 
 def finetune(cfg: FinetuneConfig) -> None:
@@ -91,6 +95,7 @@ def finetune(cfg: FinetuneConfig) -> None:
         selection=finetuner.selection,
     )
     with claim_run(out, "finetune", strategy):
+        start_finetuning(cfg, finetuner)
         finetuner.train(state)
 
         chosen = finetuner.selection.select(len(splits.held_out[0]))

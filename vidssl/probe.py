@@ -32,6 +32,7 @@ from accelerate.utils import broadcast_object_list
 from vidssl.config import load_config
 from vidssl.core.errors import run_cli
 from vidssl.core.log import set_log_level
+from vidssl.evaluation.controls import control_name
 from vidssl.evaluation.extractor import OpenEncoder, extract_features, make_extractor, plan_features
 from vidssl.evaluation.finished_rows import FinishedRows, keeps
 from vidssl.evaluation.plan import print_plans
@@ -43,6 +44,7 @@ from vidssl.pretrained.external import open_encoder
 from vidssl.training.malloc import tune_malloc
 from vidssl.training.peers import Peers, claim_for_all
 from vidssl.training.preemption import exit_on_lost_peer, exit_on_sigterm
+from vidssl.training.run_summary import RunEnd, start_probe
 
 # Seconds that a process waits for another one in a collective; longer waits are those of Peers.
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
@@ -55,6 +57,7 @@ def main(argv: list[str]) -> None:
     data = cfg.data
     protocol = cfg.probe.build()
     protocol = replace(protocol, precision=protocol.product_precision)
+    end = RunEnd(Path(cfg.out))
     out = new_report_folder(Path(cfg.out), "probe.json")
     splits = open_probe_splits(data)
     check_label_sets(data, protocol, splits)
@@ -74,6 +77,7 @@ def main(argv: list[str]) -> None:
     set_log_level(accelerator.is_main_process)
     # The first process alone writes to the folder, and decides what is left to do.
     (missing,) = broadcast_object_list([[run for run in runs if run.key not in finished.rows]])
+    start_probe(cfg, accelerator, protocol.precision, splits, loaded.encoder, (len(missing), len(runs)))
     cached = f"computed features in {protocol.cache}"
     also = cached if protocol.cache else "no features (probe.cache=DIR keeps them)"
     with (
@@ -92,7 +96,7 @@ def main(argv: list[str]) -> None:
                 print_plans(plans, missing, splits)
             plans = []
         for plan in plans:
-            accelerator.print(f"{plan.control}: {plan.line}")
+            accelerator.print(f"{control_name(plan.control)}: {plan.line}")
             features, scores = extract_features(plan)
             if accelerator.is_main_process:
                 finished.add_scores(plan.control, scores)
@@ -105,6 +109,9 @@ def main(argv: list[str]) -> None:
             write_probe_results(out, runs, finished, cfg, splits, loaded, protocol)
     accelerator.wait_for_everyone()
     accelerator.end_training()
+    if not cfg.dry_run:
+        compare = f"python tools/compare.py {out} OTHER_PROBE --plot {out / 'compare.png'}"
+        end.log(f"{len(runs)} rows in probe.json", f"next: {compare}")
 
 
 if __name__ == "__main__":

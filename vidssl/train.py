@@ -32,14 +32,18 @@ from vidssl.training.preemption import (
     limited_requeues,
 )
 from vidssl.training.run_folder import RunFolder, claim_run
+from vidssl.training.run_summary import RunEnd, probe_command, start_pretraining
 from vidssl.training.state import TrainState
 from vidssl.training.step import forward_backward, load_steps, make_cut_groups
 
 
 def main(argv: list[str]) -> None:
     cfg = load_config(argv, TrainConfig).resolved()
-    with limited_requeues(Path(cfg.run.out)), exit_on_lost_peer(), exit_on_sigterm():
+    out = Path(cfg.run.out)
+    end = RunEnd(out)
+    with limited_requeues(out), exit_on_lost_peer(), exit_on_sigterm():
         pretrain(cfg)
+    end.log_training(f"encoder: {out / 'encoder.safetensors'}", probe_command(out, cfg.data.train))
 
 
 def pretrain(cfg: TrainConfig) -> None:
@@ -65,10 +69,10 @@ def pretrain(cfg: TrainConfig) -> None:
         state.init_from(run.init)
     if start == run.steps:
         state.export_missing(start)
-        strategy.accelerator.print(f"{out}: all {run.steps} steps are done")
         return
 
     # The training loop.
+    start_pretraining(cfg, strategy, objective, shards, start)
     loader = load_steps(cfg, shards, start, strategy)
     throughput = Throughput(strategy, strategy.precision, run.batch, objective)
     collapsed = False

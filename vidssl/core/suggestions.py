@@ -1,4 +1,9 @@
-"""Numbers near a wrong one that would be right, for messages."""
+"""Numbers in messages: counted things, and numbers near a wrong one that would be right."""
+
+
+def counted(n: int, noun: str, ending: str = "s") -> str:
+    """Returns "1 video", "2 videos"."""
+    return f"{n} {noun}{ending * (n != 1)}"
 
 
 def multiples_near(value: int, unit: int) -> str:

@@ -4,9 +4,7 @@ import json
 
 import pytest
 
-from data_prep.index import write_lines
 from data_prep.report import histogram, make_figure, make_report
-from vidssl.data.format import dumps, dumps_index, shard_entry
 
 
 @pytest.mark.parametrize("usual", [[25.0] * 200, [24.0, 25.0, 29.97, 30.0] * 50])
@@ -23,37 +21,15 @@ def test_a_wide_range_without_outliers_is_kept():
     assert found["outliers"] == 0 and (found["edges"][0], found["edges"][-1]) == (0.0, 99.0**2)
 
 
-def write_dataset(folder, frames, sizes):
-    """A data set of samples with `frames` frames, `sizes[i]` of class i."""
-    folder.mkdir()
-    ext = "mp4" if frames > 1 else "jpg"
-    records = []
-    for label, size in enumerate(sizes):
-        facts = {
-            "frames": frames,
-            "fps": 25.0,
-            "duration": frames / 25,
-            "codec": ext,
-            "height": 4,
-            "width": 6,
-        }
-        meta = {"label": label, "labels": {"label": label}, **facts}
-        records += [
-            {"key": f"{label}-{i}", "ext": ext, "offset": 0, "size": 9, "meta": meta} for i in range(size)
-        ]
-    (folder / "shard-000000.tar").write_bytes(b"x")
-    write_lines(folder / "shard-000000.jsonl", map(dumps, records))
-    names = {"label": [f"class_{i}" for i in range(len(sizes))]}
-    entries = [shard_entry(folder / "shard-000000.tar", len(records))]
-    write_lines(folder / "index.json", [dumps_index(names, entries, 0, {})])
-    return folder
-
-
 @pytest.mark.parametrize("frames, timed", [(1, []), (20, ["frames a second", "seconds"])])
 @pytest.mark.parametrize("classes", [3, 40])
-def test_panels_are_those_of_facts_that_there_are(tmp_path, frames, timed, classes):
+def test_panels_are_those_of_facts_that_there_are(tmp_path, write_index, frames, timed, classes):
     sizes = [5] + [2] * (classes - 2) + [1]
-    report = make_report(write_dataset(tmp_path / "a", frames, sizes))
+    ext = "mp4" if frames > 1 else "jpg"
+    facts = {"frames": frames, "fps": 25.0, "duration": frames / 25, "codec": ext, "height": 4, "width": 6}
+    metas = [{"labels": {"label": i}, **facts} for i, size in enumerate(sizes) for _ in range(size)]
+    names = {"label": [f"class_{i}" for i in range(classes)]}
+    report = make_report(write_index(tmp_path / "a", ext, metas, names))
     json.dumps(report, allow_nan=False)
     assert list(report["classes"]["label"].values()) == sizes
     figure = make_figure(report)
