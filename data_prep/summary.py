@@ -195,7 +195,8 @@ def _class_line(sizes: Mapping[str, int]) -> str:
     smallest = min(present, key=lambda name: present[name])
     line = f"{len(sizes)} classes" if len(sizes) > 1 else "1 class"
     if present[largest] == present[smallest]:
-        line += f" of {counted(present[largest], 'sample')}{' each' * (len(present) > 1)}"
+        equal = f", {len(present)} of them" if empty else ""
+        line += f"{equal} of {counted(present[largest], 'sample')}{' each' * (len(present) > 1)}"
     else:
         line += f", largest {shortened(largest)} ({present[largest]})"
         line += f", smallest {shortened(smallest)} ({present[smallest]})"

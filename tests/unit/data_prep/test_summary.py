@@ -108,3 +108,18 @@ def test_a_filter_that_drops_everything_is_named(tmp_path, make_video, options, 
         (tmp_path / f"src/{i}/v.mp4").write_bytes(make_video(2 + i))
     with pytest.raises(UserError, match=said):
         pack.main([str(tmp_path / "src"), str(tmp_path / "out"), "--workers", "1", *options])
+
+
+@pytest.mark.parametrize(
+    "labels, classes, line",
+    [
+        ([0, 1, 0, 1], 2, "2 classes of 2 samples each"),
+        ([0, 0], 1, "1 class of 2 samples"),
+        ([0, 1], 3, "3 classes, 2 of them of 1 sample each; 1 without a sample, such as 2"),
+        ([0, 0, 1], 2, "2 classes, largest 0 (2), smallest 1 (1)"),
+    ],
+)
+def test_classes_of_equal_size_are_said_so(labels, classes, line):
+    records = [{"key": "k", "ext": "mp4", "meta": {"labels": {"label": label}}} for label in labels]
+    summary = make_summary(records, {"label": [str(i) for i in range(classes)]}, {})
+    assert f"  label: {line}" in list(summary_lines(summary))
