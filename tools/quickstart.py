@@ -27,17 +27,6 @@ from vidssl.core.io import atomic_write, check_writable
 ROOT = Path(__file__).resolve().parents[1]
 METHODS = ("videomae", "vjepa")
 PYTHON = [sys.executable, "-u"]
-LAUNCH = [
-    *PYTHON,
-    "-m",
-    "accelerate.commands.launch",
-    "--quiet",
-    "--num_processes",
-    "1",
-    "--num_machines",
-    "1",
-]
-LAUNCH += ["--mixed_precision", "no", "--dynamo_backend", "no"]
 
 
 class Job(NamedTuple):
@@ -72,14 +61,14 @@ def make_jobs(
         place = out / "probes" / name
         log = out / "logs" / f"probe_{name}.txt"
         settings = [f"encoder={encoder}", f"out={place}", *shards, *extra_probe, *more]
-        command = [*LAUNCH, "vidssl/probe.py", f"configs/probe/{kind}.yaml", *settings]
+        command = [*PYTHON, "vidssl/probe.py", f"configs/probe/{kind}.yaml", *settings]
         jobs[f"probe {name}"] = Job(command, (trained,), place / "probe.json", log)
 
     for m in METHODS:
         names = (f"method/{m}_tiny", "model/vit_micro", f"data/{kind}", f"run/{kind}")
         files = [f"configs/{name}.yaml" for name in names]
         settings = [f"run.out={out / m}", shards[0], f"efficiency.threads={threads}", *extra]
-        jobs[m] = Job([*LAUNCH, "vidssl/train.py", *files, *settings], (), None, out / "logs" / f"{m}.txt")
+        jobs[m] = Job([*PYTHON, "vidssl/train.py", *files, *settings], (), None, out / "logs" / f"{m}.txt")
     for m in METHODS:
         probe(m, m, out / m)
     probe("random_init", METHODS[0], out / METHODS[0], "random_init=true")
@@ -121,7 +110,7 @@ def run_jobs(jobs: dict[str, Job], out: Path, at_once: int, threads: int) -> Non
                     del running[name]
                     if process.returncode:
                         raise UserError(f"{name} failed: {error_of(jobs[name].log)}")
-    finally:  # each job is a process group of its own: the launcher and what it launched
+    finally:  # each job is a process group of its own: a program and its workers
         for process in running.values():
             os.killpg(process.pid, signal.SIGTERM)
             process.wait()
