@@ -15,6 +15,7 @@ from PIL import Image
 from data_prep import pack
 from data_prep.index import write_lines
 from data_prep.synthetic import make_corpus
+from vidssl.core.io import exclusive_lock
 from vidssl.core.log import configure_logging
 from vidssl.data.format import dumps, dumps_index, shard_entry
 
@@ -107,6 +108,19 @@ def encode_image(kind: str, orientation: int = 1) -> bytes:
     return out.getvalue()
 
 
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """A folder that make(folder) fills, once for all processes of this session. Do not write into it."""
+    own = factory.getbasetemp()
+    root = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+    folder = root / name
+    done = root / f"{name}.made"
+    with exclusive_lock(root / f"{name}.lock"):
+        if not done.exists():
+            make(folder)
+            done.touch()
+    return folder
+
+
 @pytest.fixture(scope="session")
 def make_video() -> Callable[..., bytes]:
     return encode_video
@@ -182,14 +196,14 @@ def odd_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def synthetic_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """60 + 30 videos of data_prep.synthetic (seed 0), with truth and labels.csv. Do not write into it."""
-    root = tmp_path_factory.mktemp("synthetic") / "corpus"
-    make_corpus(root, train=60, test=30, workers=2)
-    return root
+    return made_once(tmp_path_factory, "corpus", lambda root: make_corpus(root, 60, 30, workers=2))
 
 
 @pytest.fixture(scope="session")
-def synthetic_shards(synthetic_corpus: Path) -> Path:
+def synthetic_shards(synthetic_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `train` and `test`, packed from the synthetic corpus. Do not write into it."""
-    out = synthetic_corpus.parent / "shards"
-    pack.main([str(synthetic_corpus), str(out), "--workers", "2"])
-    return out
+    return made_once(
+        tmp_path_factory,
+        "shards",
+        lambda out: pack.main([str(synthetic_corpus), str(out), "--workers", "2"]),
+    )

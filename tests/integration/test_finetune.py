@@ -6,8 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ import pytest
 import torch
 from fork_threads import threads_at_forks
 from PIL import Image
+from programs import run_world
 from safetensors.torch import load_file
 
 from data_prep import pack
@@ -301,17 +300,8 @@ def test_non_finite_steps_are_skipped(encoder, shards, tmp_path, monkeypatch):
 def test_two_processes_give_the_same_losses(encoder, shards, tmp_path):
     more = ["tune.epochs=3", "tune.mixup=0.8", "tune.cutmix=1.0", "tune.repeat=2"]
     finetune.main(call(encoder, shards, tmp_path / "one", *more))
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        "2",
-        "--master_port",
-        "29617",
-    ]
-    script = [*launch, "vidssl/finetune.py", *call(encoder, shards, tmp_path / "two", *more)]
-    subprocess.run(script, cwd=ROOT, check=True)
+    done = run_world(2, "vidssl.finetune", *call(encoder, shards, tmp_path / "two", *more))
+    assert done.returncode == 0, done.stderr
     one, two = (report(tmp_path / name)["results"][0] for name in ("one", "two"))
     losses = [[t["loss"] for t in r["chosen"]["tried"]] for r in (one, two)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-5) and len(losses[0]) == 3

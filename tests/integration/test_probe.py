@@ -20,12 +20,13 @@ import torch
 from accelerate.state import PartialState
 from forked_world import fork_world, set_rank
 from PIL import Image
+from programs import run_here
 from scipy.stats import spearmanr
 from server import serving
 
 from data_prep import pack
 from data_prep.synthetic import SHAPES, SIDE
-from vidssl import probe
+from vidssl import probe, train
 from vidssl.core.errors import Interrupted, Preempted, UserError
 from vidssl.data.shards import Shards
 from vidssl.evaluation import extractor, probing
@@ -83,8 +84,7 @@ def run(synthetic_shards, tmp_path_factory) -> Path:
         "configs/data/quickstart.yaml",
     ]
     settings = [f"data.train={synthetic_shards / 'train'}", f"run.out={out}", "run.steps=3", "model.depth=1"]
-    call = [sys.executable, "vidssl/train.py", *files, "configs/run/smoke.yaml", *settings]
-    subprocess.run(call, cwd=ROOT, check=True, capture_output=True)
+    assert run_here(train.main, *files, "configs/run/smoke.yaml", *settings) == 0
     return out
 
 

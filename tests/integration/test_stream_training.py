@@ -1,12 +1,11 @@
 """Training with data.reader: stream, from tars that webdataset wrote and nobody indexed."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import webdataset
+from programs import run_world
 
 ROOT = Path(__file__).parents[2]
 
@@ -29,13 +28,7 @@ def test_training_from_a_bucket_without_an_index(pattern, tmp_path, processes, w
     settings = [f"data.train={pattern}", "data.reader=stream", "data.frames=4", "data.stride=1"]
     settings += ["run.batch=8", "run.steps=3", f"efficiency.workers={workers}", f"run.out={tmp_path / 'run'}"]
     settings += ["method.predictor.width=96", "method.predictor.depth=1", "method.predictor.heads=4"]
-    launch = [sys.executable]
-    if processes > 1:
-        launch += ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29618"]
-    done = subprocess.run(
-        [*launch, "vidssl/train.py", *(str(ROOT / "configs" / f) for f in files), *settings],
-        cwd=ROOT, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+    done = run_world(processes, "vidssl.train", *(str(ROOT / "configs" / f) for f in files), *settings)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("data.reader stream: 4 shards") == 1
     rows = [json.loads(row) for row in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]

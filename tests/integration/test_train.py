@@ -2,7 +2,6 @@
 called."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -10,9 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from programs import run_here
 from safetensors.torch import load_file
 from signal_at import signalled
 
+from vidssl import train as train_program
 from vidssl.core.errors import EXIT_REQUEUE
 from vidssl.data.shards import Shards
 from vidssl.pretrained.files import load_weights
@@ -34,12 +35,19 @@ def command(shards: Path, out: Path, *more: str, processes: int = 1) -> list[str
         f"run.steps={STEPS}",
         "run.save_every=4",
         "model.depth=2",
+        # sums do not depend on the process in which they are computed
+        "efficiency.threads=1",
     ]
     return [*run, "vidssl/train.py", *FILES, *settings, *more]
 
 
 def train(*args, **kwargs) -> subprocess.CompletedProcess:
     return subprocess.run(command(*args, **kwargs), cwd=ROOT, capture_output=True, text=True, timeout=600)
+
+
+def train_here(*args, **kwargs) -> int:
+    """Trains in this process. Returns the exit status."""
+    return run_here(train_program.main, *command(*args, **kwargs)[2:])
 
 
 def log(out: Path) -> list[dict]:
@@ -52,7 +60,28 @@ def whole(synthetic_shards, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("whole") / "run"
     done = train(synthetic_shards / "train", out)
     assert done.returncode == 0, done.stderr
+    (out / "stderr.txt").write_text(done.stderr)
     return out
+
+
+def test_start_and_end_are_said(whole, synthetic_shards):
+    """In a file there is no progress bar; a run of seconds has no line of progress."""
+    lines = (whole / "stderr.txt").read_text().splitlines()
+    lines = [line for line in lines if not line.startswith("warning: ")]
+    assert [line.split(" ")[0] for line in lines] == [
+        "machine:",
+        "data:",
+        "model:",
+        "run:",
+        f"{whole}:",
+        "encoder:",
+        "next:",
+    ]
+    assert lines[0].startswith("machine: 1 process on cpu (") and ", fp32, " in lines[0]
+    assert lines[1] == f"data: 60 videos in 8 shards of {synthetic_shards / 'train'}"
+    assert lines[3].startswith(f"run: steps 1 to {STEPS}, each of 8 clips of 8 frames at 32 px; output ")
+    assert lines[4].startswith(f"{whole}: {STEPS} steps are done, loss {log(whole)[-1]['loss']:.4f} (")
+    assert lines[6].endswith(f"data.test={synthetic_shards / 'test'} out={whole / 'probe'}")
 
 
 def test_the_run_folder(whole, synthetic_shards):
@@ -97,8 +126,8 @@ def test_resume_is_bitwise(workers, kill_at, number, whole, synthetic_shards, tm
     assert status == (-signal.SIGKILL if number == "SIGKILL" else EXIT_REQUEUE)
     with open(tmp_path / "run" / "log.jsonl", "a") as f:
         f.write('{"step": 11, "los')  # an incomplete line, as a kill can leave it
-    done = subprocess.run(call, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    more = f"efficiency.workers={workers}"
+    assert train_here(synthetic_shards / "train", tmp_path / "run", more) == 0
     volatile = ("clips_per_s", "wait", "memory", "mfu", "matmul_utilization", "diagnostics_s", "save_s")
     for a, b in zip(log(whole), log(tmp_path / "run"), strict=True):
         assert {k: v for k, v in a.items() if k not in volatile} == {
@@ -120,25 +149,22 @@ def test_two_processes_equal_one(whole, synthetic_shards, tmp_path):
 
 
 def test_micro_batches(whole, synthetic_shards, tmp_path):
-    done = train(synthetic_shards / "train", tmp_path / "run", "efficiency.micro_batches=4")
-    assert done.returncode == 0, done.stderr
+    assert train_here(synthetic_shards / "train", tmp_path / "run", "efficiency.micro_batches=4") == 0
     assert [r["loss"] for r in log(tmp_path / "run")] == pytest.approx(
         [r["loss"] for r in log(whole)], rel=1e-5
     )
 
 
-def test_a_finished_run_is_left_alone(whole, synthetic_shards):
+def test_a_finished_run_is_left_alone(whole, synthetic_shards, capfd):
     before = (whole / "log.jsonl").read_bytes()
-    done = train(synthetic_shards / "train", whole)
-    assert done.returncode == 0
-    assert "are done" in done.stdout
+    assert train_here(synthetic_shards / "train", whole) == 0
+    assert f"{whole}: {STEPS} steps are done, loss " in capfd.readouterr().err
     assert (whole / "log.jsonl").read_bytes() == before
 
 
-def test_a_folder_holds_one_run(whole, synthetic_shards):
-    done = train(synthetic_shards / "train", whole, "optim.lr=0.5")
-    assert done.returncode == 2
-    assert "optim.lr is 0.003 there, 0.5 here" in done.stderr
+def test_a_folder_holds_one_run(whole, synthetic_shards, capfd):
+    assert train_here(synthetic_shards / "train", whole, "optim.lr=0.5") == 2
+    assert "optim.lr is 0.003 there, 0.5 here" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -169,30 +195,17 @@ def test_a_folder_holds_one_run(whole, synthetic_shards):
     ],
 )
 def test_a_mistake_is_one_line_and_writes_nothing(wrong, words, synthetic_shards, tmp_path, capfd):
-    """Runs in this process, which saves a dozen imports of torch."""
-    from vidssl import train as module
-    from vidssl.core.errors import run_cli
-
-    script = command(synthetic_shards / "train", tmp_path / "run", *wrong)
-    sys.argv, before = script[1:], sys.argv
-    os.chdir(ROOT)
-    try:
-        with pytest.raises(SystemExit) as stop:
-            run_cli(module.main)
-    finally:
-        sys.argv = before
+    assert train_here(synthetic_shards / "train", tmp_path / "run", *wrong) == 2
     message = capfd.readouterr().err
-    assert stop.value.code == 2
     assert words in message
     assert len(message.strip().splitlines()) == 1 and message.startswith("error: ")
     assert not (tmp_path / "run").exists()
 
 
-def test_a_diverged_run_keeps_its_last_checkpoint(synthetic_shards, tmp_path):
+def test_a_diverged_run_keeps_its_last_checkpoint(synthetic_shards, tmp_path, capfd):
     more = ["optim.lr=1e18", "optim.warmup=0", "run.save_every=1", "run.max_consecutive_skips=1"]
-    done = train(synthetic_shards / "train", tmp_path / "run", *more)
-    assert done.returncode == 2
-    message = done.stderr.splitlines()[-1]
+    assert train_here(synthetic_shards / "train", tmp_path / "run", *more) == 2
+    message = capfd.readouterr().err.splitlines()[-1]
     assert (
         "(2 steps in a row, 2 rollbacks); the limit max_rollbacks=2 is reached; the last checkpoint is in"
         in message

@@ -2,8 +2,6 @@
 them."""
 
 import json
-import subprocess
-import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from programs import run_here, run_world
 
+from vidssl import train as train_program
 from vidssl.config import from_tree, load_config, to_tree
 from vidssl.core.errors import UserError
 from vidssl.core.pixels import normalise
@@ -213,12 +213,11 @@ def run(corpora: list[str], out: Path, processes: int) -> list[dict]:
         "run.steps=3",
         *SMALL,
     ]
-    start = [sys.executable]
-    if processes > 1:
-        start += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "29617"]
-    call = [*start, "vidssl/train.py", *FILES, *settings]
-    done = subprocess.run(call, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    if processes == 1:
+        assert run_here(train_program.main, *FILES, *settings) == 0
+    else:
+        done = run_world(processes, "vidssl.train", *FILES, *settings)
+        assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
