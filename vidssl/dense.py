@@ -27,6 +27,7 @@ from vidssl.config import load_config, to_tree
 from vidssl.core.errors import run_cli
 from vidssl.core.io import check_no_shards, claim_folder
 from vidssl.core.progress import track
+from vidssl.evaluation.controls import control_name
 from vidssl.evaluation.dense.frames import check_fits, make_frame_encoder
 from vidssl.evaluation.dense.isolated_samples import Splits, isolated
 from vidssl.evaluation.dense.splits import read_sequences, split_hashes
@@ -80,7 +81,7 @@ def evaluate_controls(cfg: DenseConfig, task: Any, splits: Splits, out: Path) ->
             result = row["result"]
             results.append(result)
             table += row["table"]
-            print(f"{control:12s} {result['metric']} {result['value']:.4g}  {result['ci95']}")
+            print(f"{control_name(control):15s} {result['metric']} {result['value']:.4g}  {result['ci95']}")
         write_csv(out / "sequences.csv", ("control", "sequence", "group", "row", *task.columns), table)
         report = {"results": results, "data": hashes, "seed": task.seed}
         write_json_report(out / "dense.json", to_tree(cfg), loaded, report)

@@ -17,6 +17,7 @@ from vidssl import train as train_program
 from vidssl.core.errors import EXIT_REQUEUE
 from vidssl.data.shards import Shards
 from vidssl.pretrained.files import load_weights
+from vidssl.pretrained.load import load_encoder
 from vidssl.training.checkpoint import load_checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -108,6 +109,12 @@ def test_the_run_folder(whole, synthetic_shards):
     target, online = (load_file(whole / f"{n}.safetensors") for n in ("encoder", "encoder_online"))
     assert target.keys() == online.keys()
     assert not target["norm.weight"].equal(online["norm.weight"])
+    (last,) = (whole / "checkpoints").glob("step-00000012")
+    of_step = load_encoder(last)  # a step checkpoint is an encoder, too
+    assert all(of_step.encoder.state_dict()[name].equal(value) for name, value in target.items())
+    assert (
+        of_step.metadata["step"] == 12 and of_step.metadata["model"] == load_encoder(whole).metadata["model"]
+    )
     about = load_checkpoint(whole / "checkpoints")["provenance"]
     assert about["data"] == Shards([str(synthetic_shards / "train")]).hash
     assert about["config"]["run"]["steps"] == STEPS and about["libraries"]["torch"] == torch.__version__

@@ -52,6 +52,7 @@ TRAIN = [
     "configs/model/vit_micro.yaml",
     "configs/run/smoke.yaml",
 ]
+DATA = ["data.train=docs", "data.test=docs"]
 PROBE_ARGS = ["vidssl/probe.py", "configs/probe/linear.yaml", "encoder=x", "out=x"]
 
 
@@ -97,6 +98,14 @@ MISTAKES = [
     ([*TRAIN, "configs/method/vjep.yaml"], "did you mean configs/method/vjepa.yaml?"),
     ([*PROBE_ARGS, "data.train=x"], "'data.test' is missing"),
     ([*PROBE_ARGS, "data.trane=x"], "did you mean data.train?"),
+    (
+        ["vidssl/probe.py", "configs/probe/linear.yaml", "encoder=facebook/vjepa2", "out=x", *DATA],
+        "encoder: facebook/vjepa2: no such file or folder; hf:facebook/vjepa2 reads it from",
+    ),
+    (
+        [*TRAIN, "configs/data/quickstart.yaml", "data.train=docs", "run.init=nowhere", "run.out=OUT"],
+        "run.init: nowhere: no such file",
+    ),
     (["vidssl/finetune.py", "configs/finetune/folder.yaml", "tune.epoch=3"], "did you mean tune.epochs?"),
     (["vidssl/dense.py", "configs/dense/depth.yaml", "task.kind=dept"], "depth"),
     (["data_prep.pack", "nowhere", "OUT"], "nowhere: no such folder"),
@@ -126,7 +135,7 @@ def answers(tmp_path_factory):
     """(program, arguments) -> (exit status, heavy modules that were imported, stdout, stderr)."""
     out = tmp_path_factory.mktemp("command_line")
     commands = [[program, "--help"] for program in PROGRAMS] + [argv for argv, _ in MISTAKES]
-    filled = [[str(out / a) if a.startswith("OUT") else a for a in argv] for argv in commands]
+    filled = [[a.replace("OUT", str(out / "OUT")) for a in argv] for argv in commands]
     run = subprocess.run(
         [sys.executable, "-c", RUN], input=json.dumps(filled), cwd=ROOT, capture_output=True, text=True
     )

@@ -143,7 +143,8 @@ def evaluate_run(
     rows = [PredictionRow(*run.key, *prediction) for prediction in predictions]
     finished.add(run.key, {**run.facts(), **row}, rows)
     low, high = row["ci95"]
-    print(f"{' '.join(run.key):22s} {row['metric']} {row['value']:6.2f}  [{low}, {high}]", flush=True)
+    name = " ".join(part for part in run.key if part not in ("", "none"))
+    print(f"{name:22s} {row['metric']} {row['value']:6.2f}  [{low}, {high}]", flush=True)
 
 
 def write_probe_results(
