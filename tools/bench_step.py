@@ -1,22 +1,30 @@
 """Compares training steps with transformers' models and the published loop: clips per second.
 
-python tools/bench_step.py [--model vit_small] [--batch 8] [--rounds 8] [--precision fp32|bf16] [--compile]
-    [--tune-malloc ours|all|none]
+python tools/bench_step.py [--model vit_small] [--batch 8] [--rounds 8] [--precision fp32|bf16]
+    [--pairs videomae vjepa vjepa2] [--compile no|yes|both] [--tune-malloc ours|all|none] [--details]
+    [--cudnn] [--out FILE.json]
+On a GPU, within 100 s: --pairs videomae --model vit_large --batch 128 --precision bf16 --compile both
 
 One batch of noise (16 x 224 px), forward, backward and AdamW, each contender in a process of its own, ours
-with efficiency.tune_malloc as train.py has it. The two of a pair take turns step by step, so that whatever
-else the machine does hits both alike; the median counts. They have the same weights and masks, and their
-first losses (of V-JEPA 2 the features) must agree:
+with efficiency.tune_malloc as train.py has it. Those of a pair take turns, so that whatever else the machine
+does hits all alike; the median counts. They have the same weights and masks, and their first losses (of
+V-JEPA 2 the features) must agree:
 
 - vidssl's VideoMAE, and transformers' VideoMAEForPreTraining, read from our export;
 - vidssl's V-JEPA, and the published loop written plainly (plain_vjepa.py);
 - forward and backward through vidssl's V-JEPA 2 encoder and transformers' VJEPA2Model, the whole clip.
 
-FLOPs are those of matrix products, convolutions and attention. `share` is FLOPs a second over what the same
-machine reaches in a 4096 x 4096 product of the same precision, measured between the rounds. `kept` are the
-bytes that a forward pass keeps for the backward pass, each storage once, weights left out (not their casts);
-`peak` is what the process has held at most, torch and weights included. Then come, of both our methods, where
-a step's time goes, and of V-JEPA what is beyond encoder and predictor: its share of time and FLOPs.
+On a CPU a turn is a step, on a GPU a few of them in a row, as in training, up to a synchronisation; all masks
+that are timed are used once before, since kernels are planned for new shapes.
+
+GFLOP/clip are those of matrix products, convolutions and attention in the first step. `share` is, of all
+contenders of a pair, the model FLOPs of the masks drawn (training/flops.py) a second, over the device's
+published dense peak (then it is the MFU), or over what the machine reaches in a square product of the same
+precision, measured between the rounds. `kept` are the bytes that a forward pass keeps for the backward pass,
+each storage once, weights left out (not their casts); `peak` is what the process has held at most, torch and
+weights included (on a GPU: what is allocated there). With --details (on a CPU always) then come, of both our
+methods, where a step's time goes, and of V-JEPA what is beyond encoder and predictor: its share of time and
+FLOPs.
 """
 
 import argparse
@@ -33,13 +41,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from bench.contenders import DECODERS, MOMENTUM, PAIRS, Contender, make, rng_of
+from bench.contenders import COMPILED, DECODERS, MOMENTUM, PAIRS, Contender, make, rng_of
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from vidssl.core.errors import UserError, run_cli
 from vidssl.objective.objective import Objective
 from vidssl.training import perf
+from vidssl.training.flops import ModelFlops, published_peak
 from vidssl.training.malloc import tune_malloc
 
 KINDS = {  # of operations, by parts of their names
@@ -51,13 +60,19 @@ KINDS = {  # of operations, by parts of their names
 }
 
 
+STEPS_IN_A_TURN = {"cpu": 1, "cuda": 4}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+LOSS_TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}
+
+
 class Row(NamedTuple):
     """The measurements of one contender."""
 
-    seconds: list[float]  # of each round
+    seconds: list[float]  # a step, of each round
     flops: int  # of a step
     kept: int  # bytes, for the backward pass
     peak: float  # bytes of its process
+    model_flops: list[int]  # of the steps of each round, of those of the pair that are ours
 
 
 @contextlib.contextmanager
@@ -125,30 +140,51 @@ def count_flops(action: Callable[[], Any]) -> int:
     return total()
 
 
-def check_equal(first: str, second: str, losses: dict[str, float]) -> None:
-    a, b = losses[first], losses[second]
-    print(f"first losses of {first} and {second}: {a:.7f}, {b:.7f}")
-    if abs(a - b) > 1e-5 * max(1.0, abs(a)):
-        raise UserError(f"{first} and {second} do not compute the same: {a} and {b}")
+def check_equal(losses: dict[str, float], precision: str) -> None:
+    print("first losses: " + ", ".join(f"{name} {loss:.7f}" for name, loss in losses.items()))
+    first = next(iter(losses.values()))
+    for name, loss in losses.items():
+        if abs(loss - first) > LOSS_TOLERANCE[precision] * max(1.0, abs(first)):
+            raise UserError(f"{next(iter(losses))} and {name} do not compute the same: {first} and {loss}")
+
+
+def take_turn(contender: Contender, video: Tensor, meter: ModelFlops, number: int) -> tuple[float, int]:
+    """Takes the steps of a turn. Returns (seconds, model FLOPs) of a step, on average."""
+    device = video.device.type
+    steps = STEPS_IN_A_TURN[device]
+    total = 0
+
+    def turn() -> None:
+        nonlocal total
+        for step in range(number * steps, (number + 1) * steps):
+            with meter.counting():
+                contender.step(video, step)
+            total += meter.total
+
+    seconds = timed(turn, device)
+    return seconds / steps, total // steps
 
 
 def serve(pipe: Connection, name: str, a: argparse.Namespace, device: str) -> None:
     """Runs a contender in its own process: answers requests from the pipe until it receives None."""
     if a.tune_malloc == "all" or (a.tune_malloc == "ours" and name.startswith("vidssl")):
         tune_malloc()
-    contender, objective = make(name, a.model, device, a.compile)
+    contender, objective = make(name, a.model, device, a.cudnn)
     contender = contender._replace(bf16=a.precision == "bf16")
     video = torch.randn(a.batch, 3, 16, 224, 224, generator=torch.Generator().manual_seed(0)).to(device)
-    with keeping(contender.model) as storages:
+    compiled = name.endswith(COMPILED)
+    with contextlib.nullcontext({}) if compiled else keeping(contender.model) as storages:
         loss = float(contender.loss(video, 0).detach())
-    if name != PAIRS[1][0]:  # the one of which more is asked
+    if name != PAIRS["vjepa"][0]:  # the one of which more is asked
         del objective
-    for number in range(2):  # this warms up; in the second one there are moments, too
-        contender.step(video, number)
+    flops = 0 if compiled else count_flops(partial(contender.step, video, 0))
+    meter = ModelFlops(contender.model if name.startswith("vidssl") else nn.Identity())
+    for number in range(2 if device == "cpu" else a.rounds + 1):  # this warms up
+        take_turn(contender, video, meter, number)
     peak = perf.peak_memory(torch.device(device))
-    pipe.send((loss, count_flops(partial(contender.step, video, 0)), sum(storages.values()), peak))
+    pipe.send((loss, flops, sum(storages.values()), peak))
     does: dict[str, Callable[[int], Any]] = {
-        "step": lambda number: timed(partial(contender.step, video, number), device),
+        "step": lambda number: take_turn(contender, video, meter, number),
         "where": lambda _: where_time_goes(contender, video),
         "beyond": lambda rounds: beyond(objective, video, device, rounds),
     }
@@ -166,6 +202,9 @@ class ContenderProcess:
         self.process = context.Process(target=serve, args=(theirs, name, a, device), daemon=True)
         self.process.start()
         theirs.close()
+
+    def wait(self) -> None:
+        """Waits until it can take steps."""
         self.loss, self.flops, self.kept, self.peak = self.pipe.recv()
 
     def __call__(self, what: str, number: int = 0) -> Any:
@@ -177,98 +216,132 @@ class ContenderProcess:
         self.process.join()
 
 
-def print_table(
-    rows: dict[str, Row], pairs: list[tuple[str, str]], rate: float, batch: int
-) -> dict[str, Any]:
-    """Prints a line for each contender and each pair; returns the figures."""
+def names_of(pair: str, compile: str) -> list[str]:
+    """The contenders of a pair: ours, ours compiled, the other."""
+    ours, other = PAIRS[pair]
+    return [
+        *([ours] if compile != "yes" else []),
+        *([ours + COMPILED] if compile != "no" else []),
+        other,
+    ]
+
+
+def measure(
+    pair: str, a: argparse.Namespace, device: str, rates: list[float]
+) -> tuple[dict[str, Row], dict[str, Any]]:
+    """Returns the rows of the contenders of a pair, and its details."""
+    names = names_of(pair, a.compile)
+    servers = {name: ContenderProcess(name, a, device) for name in names}
+    for server in servers.values():
+        server.wait()
+    check_equal({name: s.loss for name, s in servers.items()}, a.precision)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    model_flops: list[int] = []
+    for number in range(1, a.rounds + 1):
+        if device == "cpu":
+            rates.append(perf.matmul_rate(torch.device(device), DTYPES[a.precision], repeats=1))
+        for name, server in servers.items():
+            took, flops = server("step", number)
+            seconds[name].append(took)
+            if name == names[0]:
+                model_flops.append(flops)
+    rows = {n: Row(seconds[n], s.flops, s.kept, s.peak, model_flops) for n, s in servers.items()}
+    details: dict[str, Any] = {}
+    if a.details and pair != "vjepa2":
+        details["where"] = servers[names[0]]("where")
+    if a.details and pair == "vjepa" and a.compile != "yes":
+        details["beyond"] = servers[names[0]]("beyond", a.rounds)
+    for server in servers.values():
+        server.end()
+    return rows, details
+
+
+def print_rows(rows: dict[str, Row], rate: float, batch: int) -> dict[str, Any]:
+    """Prints a line for each contender of a pair and how the first ones compare with the last; returns the
+    figures."""
     report: dict[str, Any] = {}
-    print(
-        f"{'':26s}{'clips/s':>9s}{'(spread)':>16s}{'GFLOP/clip':>12s}"
-        f"{'share':>8s}{'kept MB/clip':>14s}{'peak MB':>10s}"
-    )
     for name, r in rows.items():
         median = statistics.median(r.seconds)
         each = r.flops / batch
         low, high = batch / max(r.seconds), batch / min(r.seconds)
         row = {"clips_per_s": batch / median, "spread": [low, high], "gflop_per_clip": each / 1e9}
-        row |= {"share_of_matmul": r.flops / median / rate, "kept_mb_per_clip": r.kept / batch / 1e6}
+        row |= {"share": sum(r.model_flops) / sum(r.seconds) / rate, "kept_mb_per_clip": r.kept / batch / 1e6}
         report[name] = row | {"peak_mb": r.peak / 1e6}
         print(
-            f"{name:26s}{row['clips_per_s']:9.2f}{f'{low:.2f} .. {high:.2f}':>16s}{each / 1e9:12.1f}"
-            f"{row['share_of_matmul']:8.2f}{row['kept_mb_per_clip']:14.0f}{r.peak / 1e6:10.0f}"
+            f"{name:26s}{row['clips_per_s']:9.2f}{f'{low:.2f} .. {high:.2f}':>18s}{each / 1e9:12.1f}"
+            f"{row['share']:8.3f}{row['kept_mb_per_clip']:14.0f}{r.peak / 1e6:10.0f}"
         )
-    for first, second in pairs:
-        ratio = statistics.median(
-            b / a for a, b in zip(rows[first].seconds, rows[second].seconds, strict=True)
-        )
-        report[f"{first} / {second}"] = ratio
-        print(f"{first} over {second}: {ratio:.2f} x the clips/s (median of the rounds)")
+    *ours, other = rows
+    for name in ours:
+        ratio = statistics.median(b / a for a, b in zip(rows[name].seconds, rows[other].seconds, strict=True))
+        report[f"{name} / {other}"] = ratio
+        print(f"{name} over {other}: {ratio:.2f} x the clips/s (median of the rounds)", flush=True)
     return report
 
 
-def main(argv: list[str]) -> None:
+def parse(argv: list[str]) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model", choices=sorted(DECODERS), default="vit_small")
     p.add_argument("--batch", type=int, default=8)
     p.add_argument("--rounds", type=int, default=8)
     p.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
-    p.add_argument("--compile", action="store_true", help="our blocks by torch.compile")
+    p.add_argument("--pairs", choices=list(PAIRS), nargs="+", default=list(PAIRS))
+    p.add_argument(
+        "--compile", choices=("no", "yes", "both"), default="no", help="our blocks by torch.compile"
+    )
     p.add_argument(
         "--tune-malloc", choices=("ours", "all", "none"), default="ours", help="for which contenders"
     )
-    p.add_argument("--only", default="", help="pairs with these words in the name, such as VideoMAE")
+    p.add_argument("--details", action="store_true", default=not torch.cuda.is_available())
+    p.add_argument(
+        "--cudnn", action="store_true", help="ours may use cuDNN's attention where counts vary, too"
+    )
     p.add_argument("--out", type=Path)
-    a = p.parse_args(argv)
+    return p.parse_args(argv)
+
+
+def main(argv: list[str]) -> None:
+    a = parse(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if importlib.util.find_spec("transformers") is None:
         raise UserError("transformers is not installed: pip install 'vidssl[hf]'")
-    square = torch.randn(
-        4096, 4096, device=device, dtype=torch.float32 if a.precision == "fp32" else torch.bfloat16
-    )
-    products = []
-    shares = {}
-    rest = {}
-    rows: dict[str, Row] = {}
-    pairs = [pair for pair in PAIRS if a.only in " ".join(pair)]
-    for pair in pairs:
-        servers = {name: ContenderProcess(name, a, device) for name in pair}
-        if a.precision == "fp32":
-            check_equal(*pair, {name: s.loss for name, s in servers.items()})
-        seconds: dict[str, list[float]] = {name: [] for name in pair}
-        for number in range(1, a.rounds + 1):
-            products.append(timed(lambda: square @ square, device))
-            for name, server in servers.items():
-                seconds[name].append(server("step", number))
-        for name, s in servers.items():
-            rows[name] = Row(seconds[name], s.flops, s.kept, s.peak)
-        if pair != PAIRS[2]:
-            shares[pair[0]] = servers[pair[0]]("where")
-        if pair == PAIRS[1]:
-            rest = servers[pair[0]]("beyond", a.rounds)
-        for server in servers.values():
-            server.end()
-    rate = 2 * 4096**3 / statistics.median(products)
-    report: dict[str, Any] = {
-        "device": device,
-        "threads": torch.get_num_threads(),
-        "torch": str(torch.__version__),
-    }
+    rates: list[float] = []
+    if device == "cuda":
+        name = torch.cuda.get_device_name()
+        peak = published_peak(name, a.precision)
+        rates.append(peak or perf.matmul_rate(torch.device(device), DTYPES[a.precision]))
+        what = f"{name}; its {'published peak' if peak else 'square product'}"
+    else:
+        what = "cpu; its 1024 x 1024 product"
+    report: dict[str, Any] = {"device": device, "threads": torch.get_num_threads()}
+    report |= {"torch": str(torch.__version__)}
     report |= {k: getattr(a, k) for k in ("model", "batch", "precision", "compile", "tune_malloc")}
-    report |= {"matmul_gflops_per_s": rate / 1e9, "where_time_goes": shares}
-    print(
-        f"{a.model}, 16 x 224 px, batch {a.batch}, {a.precision}, {device}; 4096^2 product "
-        f"{rate / 1e9:.0f} GFLOP/s"
-    )
-    report |= print_table(rows, pairs, rate, a.batch)
-    for name, kinds in shares.items():
-        print(f"{name}: " + ", ".join(f"{kind} {share:.0%}" for kind, share in kinds.items()))
-    for name, (took, count) in rest.items():
-        step = rows["vidssl V-JEPA"]
-        report[name] = {"time": took / statistics.median(step.seconds), "flops": count / step.flops}
-        time_of, flops_of = report[name].values()
-        print(f"V-JEPA's {name}: {time_of:.1%} of the step's time, {flops_of:.1%} of its FLOPs")
-    if a.out:
-        a.out.write_text(json.dumps(report, indent=1))
+    print(f"{a.model}, 16 x 224 px, batch {a.batch}, {a.precision}, {what}")
+    for pair in a.pairs:
+        rows, details = measure(pair, a, device, rates)
+        print(
+            f"{'':26s}{'clips/s':>9s}{'(spread)':>18s}{'GFLOP/clip':>12s}"
+            f"{'share':>8s}{'kept MB/clip':>14s}{'peak MB':>10s}"
+        )
+        report[pair] = print_rows(rows, statistics.median(rates), a.batch) | print_details(rows, details)
+        report["gflops_per_s"] = statistics.median(rates) / 1e9
+        if a.out:
+            a.out.write_text(json.dumps(report, indent=1))
+    print(f"rate of the device: {statistics.median(rates) / 1e9:.0f} GFLOP/s")
+
+
+def print_details(rows: dict[str, Row], details: dict[str, Any]) -> dict[str, Any]:
+    """Prints where the time of the first contender goes; returns the figures."""
+    name, row = next(iter(rows.items()))
+    report: dict[str, Any] = {}
+    if "where" in details:
+        report["where_time_goes"] = details["where"]
+        print(f"{name}: " + ", ".join(f"{kind} {share:.0%}" for kind, share in details["where"].items()))
+    for part, (took, flops) in details.get("beyond", {}).items():
+        report[part] = {"time": took / statistics.median(row.seconds), "flops": flops / row.flops}
+        time_of, flops_of = report[part].values()
+        print(f"V-JEPA's {part}: {time_of:.1%} of the step's time, {flops_of:.1%} of its FLOPs")
+    return report
 
 
 if __name__ == "__main__":

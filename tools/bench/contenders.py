@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from bench.plain_vjepa import PlainLoop
 from vidssl.config import load_config
 from vidssl.core.rng import KeyedRNG
-from vidssl.model.vit import MODELS, TransformerStack
+from vidssl.model.vit import MODELS, Attention
 from vidssl.objective.objective import Objective
 from vidssl.pretrained.export_hf import save_hf
 from vidssl.pretrained.init import to_checkpoint
+from vidssl.training.blocks import configure_blocks
 from vidssl.training.optim import build_optimizer
 from vidssl.training.schema import TrainConfig
 
@@ -24,12 +25,14 @@ DECODERS = {
     "vit_small": (192, 4, 3),
     "vit_base": (384, 4, 6),
     "vit_large": (512, 12, 8),
+    "vit_huge": (640, 12, 8),
 }  # VideoMAE: width, depth, heads
-PAIRS = (
-    ("vidssl VideoMAE", "transformers VideoMAE"),
-    ("vidssl V-JEPA", "plain V-JEPA loop"),
-    ("vidssl V-JEPA 2 encoder", "transformers VJEPA2Model"),
-)
+PAIRS = {
+    "videomae": ("vidssl VideoMAE", "transformers VideoMAE"),
+    "vjepa": ("vidssl V-JEPA", "plain V-JEPA loop"),
+    "vjepa2": ("vidssl V-JEPA 2 encoder", "transformers VJEPA2Model"),
+}
+COMPILED = ", compiled"  # at the end of a contender's name
 MOMENTUM = 0.999
 
 
@@ -58,20 +61,19 @@ def rng_of(video: Tensor, number: int) -> KeyedRNG:
 
 def build(method: str, model: str, device: str, *options: str) -> tuple[Objective, TrainConfig]:
     """Returns the objective of a configuration in configs/, and the configuration."""
-    files = [
-        str(ROOT / f"configs/{name}.yaml")
-        for name in (f"method/{method}", f"model/{model}", "data/clips_16x4")
-    ]
-    cfg = load_config([*files, "run.out=x", "run.steps=1000", "run.batch=1", *options], TrainConfig)
+    files = [str(ROOT / f"configs/{name}.yaml") for name in (f"method/{method}", "data/clips_16x4")]
+    given = [f"model.kind={model}", "data.train=x", "run.out=x", "run.steps=1000", "run.batch=1"]
+    cfg = load_config([*files, *given, *options], TrainConfig)
     return cfg.build_objective().to(device), cfg
 
 
-def ours(objective: Objective, cfg: TrainConfig, compiled: bool) -> Contender:
-    """The step of train.py."""
+def ours(objective: Objective, cfg: TrainConfig, compiled: bool, with_cudnn: bool) -> Contender:
+    """The step of train.py. with_cudnn: cuDNN's attention may be used where numbers of tokens vary, too."""
     objective = copy.deepcopy(objective)
-    for module in objective.modules():
-        for block in module if isinstance(module, TransformerStack) and compiled else ():
-            block.compile(dynamic=True)
+    configure_blocks(objective, activation_checkpointing=False, compile=compiled)
+    for layer in objective.modules() if with_cudnn else ():
+        if isinstance(layer, Attention):
+            layer.counts_vary = False
     optimizer = build_optimizer(objective, cfg.optim, fused=True)
 
     def finish() -> None:
@@ -100,12 +102,13 @@ def from_transformers(kind: str, objective: Objective, cfg: TrainConfig, device:
         arguments = cfg.encoder_arguments()
         predictor = cfg.method.predictor
         save_hf(Path(folder), to_checkpoint(objective, arguments, predictor, objective.state_dict()))
-        return getattr(transformers, kind).from_pretrained(folder).to(device)
+        return getattr(transformers, kind).from_pretrained(folder, attn_implementation="sdpa").to(device)
 
 
 def their_videomae(objective: Objective, cfg: TrainConfig, device: str) -> Contender:
     model = from_transformers("VideoMAEForPreTraining", objective, cfg, device).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    # On a GPU as transformers' Trainer has it.
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=device == "cuda" or None)
 
     grid = objective.encoder.grid
     masks = objective.mask
@@ -119,9 +122,10 @@ def their_videomae(objective: Objective, cfg: TrainConfig, device: str) -> Conte
     return Contender(forward, optimizer.step, model)
 
 
-def encoder(objective: Objective) -> Contender:
+def encoder(objective: Objective, compiled: bool) -> Contender:
     """Forward and backward through V-JEPA 2's encoder."""
     model = objective.eval_encoder.requires_grad_(True)
+    configure_blocks(model, activation_checkpointing=False, compile=compiled)
     return Contender(lambda video, number: model(video).square().mean(), lambda: None, model)
 
 
@@ -134,8 +138,11 @@ def their_encoder(objective: Objective, cfg: TrainConfig, device: str) -> Conten
     return Contender(forward, lambda: None, model.encoder)
 
 
-def make(name: str, model: str, device: str, compiled: bool) -> tuple[Contender, Objective]:
-    """Returns a contender named in PAIRS, and the objective whose weights it starts from."""
+def make(name: str, model: str, device: str, with_cudnn: bool) -> tuple[Contender, Objective]:
+    """Returns a contender named in PAIRS, or such a one COMPILED, and the objective whose weights it starts
+    from. with_cudnn: see `ours`."""
+    compiled = name.endswith(COMPILED)
+    name = name.removesuffix(COMPILED)
     width, depth, heads = DECODERS[model]
     if "VideoMAE" in name:
         decoder = [
@@ -144,12 +151,12 @@ def make(name: str, model: str, device: str, compiled: bool) -> tuple[Contender,
         objective, cfg = build("videomae", model, device, *decoder)
     else:
         heads = MODELS[model].keywords["heads"]  # type: ignore[attr-defined]
-        method = "vjepa" if name in PAIRS[1] else "vjepa2"
+        method = "vjepa" if name in PAIRS["vjepa"] else "vjepa2"
         objective, cfg = build(method, model, device, f"method.predictor.heads={heads}")
     makers: dict[str, Callable[[], Contender]] = {
         "transformers VideoMAE": lambda: their_videomae(objective, cfg, device),
         "plain V-JEPA loop": lambda: plain_loop(objective),
-        "vidssl V-JEPA 2 encoder": lambda: encoder(objective),
+        "vidssl V-JEPA 2 encoder": lambda: encoder(objective, compiled),
         "transformers VJEPA2Model": lambda: their_encoder(objective, cfg, device),
     }
-    return makers.get(name, lambda: ours(objective, cfg, compiled))(), objective
+    return makers.get(name, lambda: ours(objective, cfg, compiled, with_cudnn))(), objective
