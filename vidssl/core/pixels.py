@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from vidssl.core.constants import constant
+
 MEAN = (0.485, 0.456, 0.406)  # ImageNet's, of pixels in [0, 1]
 STD = (0.229, 0.224, 0.225)
 
@@ -13,7 +15,7 @@ def channel_statistics(
     video: Tensor, pixels: Sequence[Sequence[float]] = (MEAN, STD)
 ) -> tuple[Tensor, Tensor]:
     """Mean and deviation, each f32 [3, 1, 1, 1], on the device of the video. pixels: (mean, std)."""
-    mean, std = (torch.tensor(values, device=video.device).view(3, 1, 1, 1) for values in pixels)
+    mean, std = (constant(tuple(values), video.device).view(3, 1, 1, 1) for values in pixels)
     return mean, std
 
 
@@ -21,4 +23,4 @@ def normalise(video: Tensor, pixels: Sequence[Sequence[float]] = (MEAN, STD)) ->
     """Maps u8 [B, 3, T, H, W] to f32, every channel minus its mean and divided by its deviation. pixels:
     (mean, std)."""
     mean, std = channel_statistics(video, pixels)
-    return (video.float() / 255 - mean) / std
+    return video.to(torch.float32, copy=True).div_(255).sub_(mean).div_(std)

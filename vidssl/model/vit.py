@@ -5,6 +5,7 @@ from contextlib import nullcontext
 from functools import partial
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -14,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from vidssl.config import Fraction, NonNegativeInt, PositiveFloat, PositiveInt
+from vidssl.core.constants import constant
 from vidssl.core.errors import UserError
 from vidssl.core.rng import KeyedRNG
 from vidssl.core.suggestions import divisors_near, multiples_near
@@ -153,9 +155,9 @@ class TransformerStack(nn.ModuleList):
         if rng is None or not self.training or not self.drop_path:
             return [None] * len(self)
         u = rng.rand(len(self), 2, 1, 1)
-        # float64 on the CPU, so that a rate of 1 in the last block is exact
-        keep = 1 - torch.linspace(0, self.drop_path, len(self), dtype=torch.float64)
-        keep = keep.to(u.device, torch.float32)[:, None, None, None]
+        # float64, so that a rate of 1 in the last block is exact
+        rates = np.linspace(0, self.drop_path, len(self))
+        keep = constant(tuple(1 - rates), u.device)[:, None, None, None]
         return ((u < keep) / keep.clamp_min(torch.finfo(torch.float32).tiny)).unbind(1)
 
     def rescale(self) -> None:

@@ -16,6 +16,7 @@ from vidssl.core.rng import KeyedRNG
 from vidssl.core.suggestions import divisors_near
 from vidssl.model.grid import Grid, Mask
 from vidssl.objective.schema import BlockGroup
+from vidssl.objective.selection import indices_of, lowest_ids
 
 # Draws of a sample's boxes; the first that leaves enough context is used. The number is fixed: every sample
 # consumes equally many random numbers.
@@ -73,11 +74,6 @@ def cut_groups(over: int | None, clips: int) -> int:
     return clips // over
 
 
-def indices_of(chosen: Tensor, count: int) -> Tensor:
-    """i64 [..., count]: ascending ids of the True entries of chosen bool [..., N], `count` in each row."""
-    return (~chosen).int().argsort(dim=-1, stable=True)[..., :count]
-
-
 @dataclass(frozen=True)
 class MultiBlock3D:
     """Multi-block masks: the union of boxes is the target, the rest the context; one mask for each group.
@@ -133,11 +129,11 @@ class MultiBlock3D:
         beyond_context = (
             torch.arange(grid.n, device=score.device) >= self.context_slices(grid) * grid.h * grid.w
         )
-        context = (score + beyond_context).argsort(dim=1, stable=True)[:, :num_context].sort(1)[0]
+        context = lowest_ids(score + beyond_context, num_context)
         score = score.scatter(1, context, -1.0)
         if self.complement:
             num_targets = grid.n - num_context
-        target = score.argsort(dim=1, stable=True, descending=True)[:, :num_targets].sort(1)[0]
+        target = lowest_ids(-score, num_targets)
         return Mask(context, target[:, None])
 
     def context_slices(self, grid: Grid) -> int:
@@ -150,22 +146,26 @@ class MultiBlock3D:
         duration = min(grid.t, max(1, int(grid.t * draw_uniform(self.temporal_scale, rng))))
         size = box_size(int(grid.h * grid.w * group.scale), draw_uniform(self.aspect, rng), grid)
         starts = (grid.h - size[0] + 1, grid.w - size[1] + 1)
-        boxes = rectangles(
-            rng.rand(BOX_DRAWS, group.blocks, 2), size, grid, starts
-        )  # [B, draws, blocks, h, w]
+        u = rng.rand(BOX_DRAWS, group.blocks, 2)
         slices = 1 if duration == grid.t else grid.t  # boxes as long as the clip are drawn for one slice
-        if slices > 1:
-            interval = interval_mask(
-                rng.rand(BOX_DRAWS, group.blocks), duration, slices, slices - duration + 1
-            )
-            boxes = interval[..., None, None] & boxes[..., None, :, :]
-        union = boxes.any(2).flatten(2)  # bool [B, draws, slices * h * w]
-        if union.shape[2] < 2:
-            raise UserError("method.mask.kind: blocks cannot split a picture of one token; use a larger one")
+        v = rng.rand(BOX_DRAWS, group.blocks) if slices > 1 else None
         first = min(slices, self.context_slices(grid)) * grid.h * grid.w
-        has_context = (~union[:, :, :first]).any(2).float()
-        chosen = has_context.argmax(1)[:, None, None].expand(-1, 1, union.shape[2])
-        hidden = union.gather(1, chosen)[:, 0]
+        if slices * grid.h * grid.w < 2:
+            raise UserError("method.mask.kind: blocks cannot split a picture of one token; use a larger one")
+
+        def union(draw: int) -> Tensor:
+            boxes = rectangles(u[:, draw], size, grid, starts)  # bool [B, blocks, h, w]
+            if v is None:
+                return boxes.any(1).flatten(1)  # bool [B, h * w]
+            interval = interval_mask(v[:, draw], duration, slices, slices - duration + 1)
+            return (interval[..., None, None] & boxes[:, :, None]).any(1).flatten(1)  # bool [B, N]
+
+        hidden = union(0)
+        for draw in range(1, BOX_DRAWS):
+            lacks_context = hidden[:, :first].all(1, keepdim=True)
+            if not lacks_context.any():
+                break
+            hidden = torch.where(lacks_context, union(draw), hidden)
         # If no draw leaves a context, one random token is the context.
         fallback_token = rng.rand(first).argmax(1, keepdim=True)
         lacks_context = hidden[:, :first].all(1, keepdim=True)
@@ -260,7 +260,7 @@ class MultiBlock2D:
         score = repeat(~context, "b n -> b (t n)", t=grid.t).float()
         if not self.reference_quirks:
             score = score + rng.rand(grid.n)
-        ids = score.argsort(dim=1, stable=True)[:, : num_context * grid.t].sort(1)[0]
+        ids = lowest_ids(score, num_context * grid.t)
         num_targets = target_size[0] * target_size[1] * grid.t
         return [Mask(ids, indices_of(repeat(target, "b m n -> b m (t n)", t=grid.t), num_targets))]
 

@@ -9,6 +9,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vidssl.config import Fraction, PositiveInt
+from vidssl.core.constants import constant
 from vidssl.core.errors import UserError
 from vidssl.core.pixels import channel_statistics
 from vidssl.model.grid import patchify
@@ -86,7 +87,8 @@ class Pixels(Target):
                 video = video.float() * std + mean
         if self.frames < self.tubelet:
             count = video.shape[2] // self.tubelet * self.frames
-            video = video[:, :, torch.linspace(0, video.shape[2] - 1, count).long()]
+            frames = torch.linspace(0, video.shape[2] - 1, count, device="cpu").long().tolist()
+            video = video.index_select(2, constant(tuple(frames), video.device, torch.int64))
         x = rearrange(patchify(video.float(), self.frames, self.patch), "b n c u p q -> b n c (u p q)")
         if self.norm != "none":
             x = self._normalise(x, eps)

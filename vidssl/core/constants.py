@@ -1,0 +1,22 @@
+"""Small constant tensors, uploaded to a device once."""
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+
+@lru_cache(maxsize=256)
+def constant(values: tuple[float, ...], device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    """`values` as a 1-D tensor on the device: the same one in each call, not to be written to."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, device=device, dtype=dtype)
+
+
+def upload(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copies a small tensor from the host without waiting for the device."""
+    if tensor.device == device:
+        return tensor
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
