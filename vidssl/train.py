@@ -19,6 +19,7 @@ from vidssl.core.log import logger, set_log_level
 from vidssl.data.loader import open_shards
 from vidssl.training.blocks import configure_blocks
 from vidssl.training.config_checks import check_batch, check_output
+from vidssl.training.device_batches import DeviceBatches
 from vidssl.training.diagnostics import Diagnostics
 from vidssl.training.distributed import Strategy
 from vidssl.training.malloc import configure_process
@@ -34,7 +35,7 @@ from vidssl.training.preemption import (
 from vidssl.training.run_folder import RunFolder, claim_run
 from vidssl.training.run_summary import RunEnd, probe_command, start_pretraining
 from vidssl.training.state import TrainState
-from vidssl.training.step import forward_backward, load_steps, make_cut_groups
+from vidssl.training.step import forward_backward, load_steps, make_part_maker
 
 
 def main(argv: list[str]) -> None:
@@ -57,7 +58,7 @@ def pretrain(cfg: TrainConfig) -> None:
 
     # Model, optimizer and their state.
     objective = cfg.build_objective()
-    cut_groups = make_cut_groups(cfg, objective.mask, strategy.world)
+    make_parts = make_part_maker(cfg, objective, strategy)
     configure_blocks(objective, efficiency.activation_checkpointing, efficiency.compile)
     optim_config = cfg.optim.scaled(run.batch)
     model, optimizer = strategy.prepare(objective, build_optimizer(objective, optim_config, efficiency.fused))
@@ -85,20 +86,21 @@ def pretrain(cfg: TrainConfig) -> None:
         contextlib.closing(loader),
         state.save_last_step(folder.sync_log),
     ):
-        batches_in_time = preemption.until_requested(loader, alone=strategy.world == 1)
-        for step, batches in enumerate(throughput.timed(batches_in_time), start):
+        in_time = preemption.until_requested(loader, alone=strategy.world == 1)
+        inputs = DeviceBatches(in_time, start, strategy.device, make_parts)
+        for step, (batches, parts) in enumerate(throughput.timed(inputs), start):
             done = step + 1
             hparams = schedule(optim_config, step, run.steps, objective.target.momentum)
             set_schedule(optimizer, hparams)
             optimizer.zero_grad()
             with throughput.counting():
-                losses = forward_backward(
-                    strategy, model, batches, run.seed, step, efficiency.micro_batches, cut_groups
-                )
+                losses = forward_backward(strategy, model, parts)
             norm = strategy.clip(model, optim_config, step)
+            throughput.overlap(inputs.prefetch)  # the host waits for the device below
             signals = {"stop": preemption.requested, "collapsed": diagnostics.should_stop}
-            sums = count_samples(batches) | signals
-            metrics = strategy.all_reduce_metrics({**losses, "grad_norm": norm}, sums)
+            metrics = strategy.all_reduce_metrics(
+                {**losses, "grad_norm": norm}, count_samples(batches) | signals
+            )
 
             state.whole_step = None
             if skip_reason := state.guard.check_step(metrics):
@@ -115,7 +117,6 @@ def pretrain(cfg: TrainConfig) -> None:
             folder.log(done, row | diagnostics.measure_if_due(done, batches), batches)
             for line in state.writer.pop_errors():
                 logger.warning(f"step {done}: {line}; the run goes on")
-
             state.whole_step = done
             collapsed = bool(metrics["collapsed"])
             must_stop = bool(metrics["stop"]) or collapsed

@@ -24,7 +24,7 @@ from vidssl.training.config_checks import check_batch
 from vidssl.training.distributed import Strategy
 from vidssl.training.optim import build_optimizer, schedule, set_schedule
 from vidssl.training.schema import TrainConfig
-from vidssl.training.step import forward_backward
+from vidssl.training.step import PartMaker, forward_backward
 
 ROOT = Path(__file__).parents[2]
 METHODS = sorted(p.stem for p in (ROOT / "configs/method").glob("*.yaml"))
@@ -67,15 +67,14 @@ def take_steps(cfg: TrainConfig, parts: int, recomputed: bool) -> dict[str, torc
     objective = cfg.build_objective()
     configure_blocks(objective, activation_checkpointing=recomputed)
     model, optimizer = strategy.prepare(objective, build_optimizer(objective, cfg.optim))
+    make_parts = PartMaker(objective, strategy, 0, parts, partial(count_cut_groups, objective.mask))
     found = {}
     for step in range(STEPS):
         hparams = schedule(cfg.optim, step, STEPS, objective.target.momentum)
         set_schedule(optimizer, hparams)
         optimizer.zero_grad()
         batches = [batch_at(step, cfg.data.frames, strategy.rank, strategy.world)]
-        losses = forward_backward(
-            strategy, model, batches, 0, step, parts, lambda clips: count_cut_groups(objective.mask, clips)
-        )
+        losses = forward_backward(strategy, model, make_parts(step, batches))
         if step == 0:
             named = objective.named_parameters()
             found |= {f"gradient {n}": p.grad.clone() for n, p in named if p.grad is not None}

@@ -76,9 +76,9 @@ def spoil(monkeypatch, steps: set[int], factor: float = float("nan")) -> None:
     """Multiplies the loss and the gradients of some steps (1..)."""
     original = train.forward_backward
 
-    def spoiled(strategy, model, batches, seed, step, *rest):
-        got = original(strategy, model, batches, seed, step, *rest)
-        if step + 1 in steps:
+    def spoiled(strategy, model, parts):
+        got = original(strategy, model, parts)
+        if parts[0].rng.step + 1 in steps:
             got["loss"] = got["loss"] * factor
             for p in model.parameters():
                 if p.grad is not None:
@@ -341,8 +341,9 @@ import os, signal, sys
 from vidssl import train
 from vidssl.core.errors import run_cli
 original = train.forward_backward
-def spoiled(strategy, model, batches, seed, step, *rest):
-    got = original(strategy, model, batches, seed, step, *rest)
+def spoiled(strategy, model, parts):
+    got = original(strategy, model, parts)
+    step = parts[0].rng.step
     if strategy.rank == 1 and step == 2:
         got["loss"] = got["loss"] * float("nan")
     if strategy.rank == 1 and step == 6:

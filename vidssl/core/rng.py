@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from vidssl.core.constants import upload
+
 GOLDEN_RATIO = -7046029254386353131  # 0x9E3779B97F4A7C15 as int64
 MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
 MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
@@ -42,16 +44,24 @@ class KeyedRNG:
     step."""
 
     def __init__(self, seed: int, step: int, positions: Tensor, batch: GlobalBatch | None = None):
-        """positions i64 [B]: positions of the samples in the training stream; batch: the global batch that
-        they are a part of; None: they are all of it."""
+        """positions i64 [B]: positions of the samples in the training stream, on the host where masks are
+        drawn there (see `to`); batch: the global batch that they are a part of; None: they are all of it."""
         self.step = step
         self.positions = positions
         self.batch = batch
-        start = torch.tensor(seed, device=positions.device)
+        start = torch.full((), seed, device=positions.device)
         self.seed_key = splitmix64(start + GOLDEN_RATIO)
         self.keys = splitmix64(self.seed_key + positions)
         self.step_key = splitmix64(splitmix64(start - GOLDEN_RATIO) + step)[None]
         self.used = {"rand": 0, "shared": 0}
+
+    def to(self, device: torch.device) -> "KeyedRNG":
+        """This generator on a device, where it goes on with the same numbers. The copies do not wait for the
+        device."""
+        moved = copy.copy(self)
+        names = ("positions", "seed_key", "keys", "step_key")
+        moved.__dict__ |= {name: upload(getattr(self, name), device) for name in names}
+        return moved
 
     def over_group(self, count_groups: Callable[[int], int]) -> tuple["KeyedRNG", Tensor]:
         """Returns the generator of all samples of a group of the global batch, and where in it the samples

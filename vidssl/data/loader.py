@@ -157,15 +157,16 @@ def train_steps(
     workers: int = 0,
     isolate: bool = False,
     patience_s: float = 0,
+    pin_memory: bool = False,
 ) -> Generator[list[Batch], None, None]:
     """Yields a batch of each stream for steps start..stop-1: the clips of process `rank` of `world`.
 
     sizes: clips of each stream in a global batch. isolate: decode in a child process. patience_s:
-    seconds to wait for a batch of the workers, then Preempted is raised; 0: without end. With the indexed
-    reader the batches do not depend on `workers`.
+    seconds to wait for a batch of the workers, then Preempted is raised; 0: without end. pin_memory: into
+    memory from which a GPU copies by itself. With the indexed reader the batches do not depend on `workers`.
     """
     collate_fn = partial(collate_step, streams=len(sizes))
-    options: dict[str, Any] = {"num_workers": workers}
+    options: dict[str, Any] = {"num_workers": workers, "pin_memory": pin_memory}
     if workers:
         options |= {"prefetch_factor": PREFETCHED, "timeout": patience_s}
     if isinstance(streams, StreamingDataset):

@@ -3,8 +3,11 @@ gather_tokens."""
 
 from typing import NamedTuple
 
+import torch
 from einops import rearrange
 from torch import Tensor
+
+from vidssl.core.constants import upload
 
 
 class Grid(NamedTuple):
@@ -38,6 +41,10 @@ class Mask(NamedTuple):
     context: Tensor  # i64 [B, Nc]
     target: Tensor  # i64 [B, M, Nt]
     weight: Tensor | None = None  # f32 [B, M, Nt], weight of each error in the loss; None: all 1
+
+    def to(self, device: torch.device) -> "Mask":
+        """This mask on a device, without waiting for it."""
+        return Mask(*(None if t is None else upload(t, device) for t in self))  # type: ignore[arg-type]
 
 
 def patchify(video: Tensor, tubelet: int, patch: int) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 from vidssl.config import Spec
 from vidssl.core.rng import KeyedRNG
 from vidssl.model.vit import Encoder
+from vidssl.objective.masks import needs_video
 from vidssl.objective.objective import Objective
 from vidssl.objective.schema import MethodConfig
 
@@ -36,6 +37,7 @@ def build_objective(
     mask = method.mask.build()
     for count in frames:  # raises UserError if a stream's clip does not suit the target or the mask
         target.check_clip(count, size)
-        blank = torch.zeros(1, 3, count, size, size)
+        device = "cpu" if needs_video(mask) else "meta"
+        blank = torch.zeros(1, 3, count, size, size, device=device)
         mask(blank, encoder.grid_of(blank), KeyedRNG(0, 0, torch.zeros(1, dtype=torch.int64)))
     return Objective(encoder, mask, target, query, predictor, method.error.build(), method.context)

@@ -11,14 +11,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from einops import repeat
+from einops import rearrange
 from torch import Tensor
 
 from vidssl.config import Fraction, PositiveInt
 from vidssl.core.errors import UserError
 from vidssl.core.rng import KeyedRNG
 from vidssl.model.grid import Grid, Mask
-from vidssl.objective.block_masks import MultiBlock2D, MultiBlock3D, SingleBlock, indices_of
+from vidssl.objective.block_masks import MultiBlock2D, MultiBlock3D, SingleBlock
+from vidssl.objective.selection import indices_of, lowest_ids, other_ids
 
 
 def mask_from_scores(score: Tensor, num_context: int) -> Mask:
@@ -27,11 +28,17 @@ def mask_from_scores(score: Tensor, num_context: int) -> Mask:
 
     Ids ascend.
     """
-    order = score.argsort(dim=1, stable=True)
-    return Mask(order[:, :num_context].sort(1)[0], order[:, num_context:].sort(1)[0][:, None])
+    context = lowest_ids(score, num_context)
+    return Mask(context, other_ids(context, score.shape[1])[:, None])
 
 
 Masker = Callable[[Tensor, Grid, KeyedRNG], list[Mask]]
+
+
+def needs_video(mask: Masker) -> bool:
+    """Whether a masker looks at the pixels. It then draws on the device, in the forward pass; otherwise it
+    gets a video without contents and draws on the host, while the device computes the step before."""
+    return getattr(mask, "needs_video", False)
 
 
 def count_cut_groups(mask: Masker, clips: int) -> int:
@@ -52,9 +59,11 @@ def hidden_count(n: int, ratio: float, unit: str) -> int:
     return hidden
 
 
-def random_ranks(rng: KeyedRNG, n: int) -> Tensor:
-    """i64 [B, n]: a random permutation for each sample."""
-    return rng.rand(n).argsort(dim=1, stable=True).argsort(dim=1, stable=True)
+def in_slices(slices: Tensor, places: Tensor, grid: Grid) -> Tensor:
+    """i64 [B, S * P]: ids of the tokens at `places` i64 [B or 1, P] of `slices` i64 [B or 1, S]; both
+    ascend."""
+    ids = slices[:, :, None] * (grid.h * grid.w) + places[:, None]
+    return rearrange(ids, "b s p -> b (s p)")
 
 
 @dataclass(frozen=True)
@@ -80,8 +89,10 @@ class Tube:
     def __call__(self, video: Tensor, grid: Grid, rng: KeyedRNG) -> list[Mask]:
         slice_tokens = grid.h * grid.w
         visible = slice_tokens - hidden_count(slice_tokens, self.ratio, "places")
-        ranks = repeat(random_ranks(rng, slice_tokens), "b n -> b (t n)", t=grid.t)
-        return [mask_from_scores(ranks, visible * grid.t)]
+        places = lowest_ids(rng.rand(slice_tokens), visible)
+        slices = torch.arange(grid.t, device=places.device)[None]
+        hidden = other_ids(places, slice_tokens)
+        return [Mask(in_slices(slices, places, grid), in_slices(slices, hidden, grid)[:, None])]
 
 
 @dataclass(frozen=True)
@@ -96,8 +107,10 @@ class Frame:
     def __call__(self, video: Tensor, grid: Grid, rng: KeyedRNG) -> list[Mask]:
         slice_tokens = grid.h * grid.w
         visible = grid.t - hidden_count(grid.t, self.ratio, "time slices")
-        ranks = repeat(random_ranks(rng, grid.t), "b t -> b (t n)", n=slice_tokens)
-        return [mask_from_scores(ranks, visible * slice_tokens)]
+        slices = lowest_ids(rng.rand(grid.t), visible)
+        places = torch.arange(slice_tokens, device=slices.device)[None]
+        hidden = other_ids(slices, grid.t)
+        return [Mask(in_slices(slices, places, grid), in_slices(hidden, places, grid)[:, None])]
 
 
 def draw_past(min_past: int, grid: Grid, rng: KeyedRNG) -> int:
@@ -125,7 +138,7 @@ class Future:
         slice_tokens = grid.h * grid.w
         past_tokens = draw_past(self.past, grid, rng) * slice_tokens
         num_context = max(1, round(self.visible * past_tokens))
-        context = rng.rand(past_tokens).argsort(1)[:, :num_context].sort(1)[0]
+        context = lowest_ids(rng.rand(past_tokens), num_context)
         target = torch.arange(past_tokens, past_tokens + slice_tokens, device=context.device)
         return [Mask(context, target.expand(len(context), 1, -1))]
 
@@ -225,9 +238,8 @@ class RunningCell:
         # On tiny grids a start may decode no hidden token: then the next start is used.
         has_loss = (hidden[:, None] & ~maps).any(2).gather(1, starts)
         dropped = maps[starts.gather(1, has_loss.int().argmax(1, keepdim=True))[:, 0]]
-        order = (2.0 * dropped + ~hidden + rng.rand(grid.n)).argsort(dim=1, stable=True)
         decoded = (~maps).sum(1)
-        kept = order[:, : int(decoded[decoded > 0].min())]
+        kept = lowest_ids(2.0 * dropped + ~hidden + rng.rand(grid.n), int(decoded[decoded > 0].min()))
         return [dual_mask(hidden, torch.ones_like(hidden).scatter(1, kept, False))]
 
 

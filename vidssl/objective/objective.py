@@ -15,6 +15,7 @@ from vidssl.core.rng import KeyedRNG
 from vidssl.model.grid import Grid, Mask, gather_tokens
 from vidssl.model.predictor import Prediction
 from vidssl.model.vit import Encoder
+from vidssl.objective.masks import Masker, needs_video
 from vidssl.objective.schema import ContextLoss
 from vidssl.objective.targets import Target
 
@@ -41,13 +42,13 @@ def inverse_sqrt_distance(mask: Mask, grid: Grid) -> Tensor:
 
 
 class Objective(nn.Module):
-    """Maps (video f32 [B, 3, T, H, W], rng) to {"loss": scalar, and parts for the log}. Accelerate prepares
-    this module."""
+    """Maps (video f32 [B, 3, T, H, W], rng, masks) to {"loss": scalar, and parts for the log}. Accelerate
+    prepares this module."""
 
     def __init__(
         self,
         encoder: Encoder,
-        mask: Callable[[Tensor, Grid, KeyedRNG], list[Mask]],
+        mask: Masker,
         target: Target,
         query: nn.Module,
         predictor: nn.Module,
@@ -73,10 +74,21 @@ class Objective(nn.Module):
         trained one."""
         return self.encoder if self.target.encoder is None else self.target.encoder
 
-    def forward(self, video: Tensor, rng: KeyedRNG) -> dict[str, Tensor]:
+    def draw_masks(self, shape: torch.Size, rng: KeyedRNG) -> list[Mask] | None:
+        """Draws the masks of clips of this shape on the device of `rng`: on the host, ahead of the forward
+        pass. None: the masker looks at the pixels, so it draws in the forward pass."""
+        if needs_video(self.mask):
+            return None
+        clips = torch.empty(shape, device="meta")  # only its shape may be read
+        return self.mask(clips, self.encoder.grid_of(clips), rng)
+
+    def forward(self, video: Tensor, rng: KeyedRNG, masks: list[Mask] | None = None) -> dict[str, Tensor]:
+        """masks: of draw_masks, on the device of the video; None: they are drawn here, on that of `rng`."""
         grid = self.encoder.grid_of(video)
         target = self.target(video)  # [B, N, K]
-        masks = self.mask(video, grid, rng)
+        if masks is None:
+            masks = [mask.to(video.device) for mask in self.mask(video, grid, rng)]
+            rng = rng.to(video.device)
         context_weight = self.context_loss.weight_at(rng.step)
         parts: dict[str, Tensor] = {}
         losses = []
@@ -91,9 +103,7 @@ class Objective(nn.Module):
                 )
                 loss = loss + context_weight * context_loss
             losses.append(loss)
-            parts |= {
-                f"{name}_{i}": value.to(video.device) for name, value in mask_ratios(mask, grid).items()
-            }
+            parts |= {f"{name}_{i}": value for name, value in mask_ratios(mask, grid).items()}
         return {"loss": torch.stack(losses).mean(), **parts}
 
     def context_error(self, pred: Tensor, target: Tensor, mask: Mask, grid: Grid) -> Tensor:
@@ -117,11 +127,9 @@ class Objective(nn.Module):
 
 def mask_ratios(mask: Mask, grid: Grid) -> dict[str, Tensor]:
     """Context tokens, and targets that carry loss, as fractions of all tokens; for the log."""
-    if mask.weight is None:
-        targets: float | Tensor = mask.target[0].numel()
-    else:
-        targets = (mask.weight > 0).float().sum() / len(mask.weight)
-    return {
-        "context_ratio": torch.as_tensor(mask.context.shape[1] / grid.n),
-        "target_ratio": torch.as_tensor(targets / grid.n),
-    }
+    weight = mask.weight
+    targets: float | Tensor = mask.target[0].numel()
+    if weight is not None:
+        targets = (weight > 0).float().sum() / len(weight)
+    context = torch.full((), mask.context.shape[1] / grid.n, device=mask.context.device)
+    return {"context_ratio": context, "target_ratio": torch.ones_like(context) * (targets / grid.n)}

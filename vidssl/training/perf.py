@@ -84,6 +84,7 @@ class Throughput:
         self.start_s = 0.0
         self.wait_s = 0.0
         self.beside_s: dict[str, float] = {}
+        self.prefetch_events: list[torch.cuda.Event] = []  # on the GPU, before and after a prefetch
 
     def timed(self, loader: Iterable[T]) -> Iterator[T]:
         """Yields what the loader yields. A step starts when the next batches are requested."""
@@ -92,6 +93,21 @@ class Throughput:
             self.wait_s = time.perf_counter() - self.start_s
             yield batches
             self.start_s = time.perf_counter()
+
+    def overlap(self, prefetch: Callable[[], None]) -> None:
+        """Makes the next step's input while a GPU computes. The time for which the GPU has nothing to compute
+        meanwhile counts as waiting."""
+        self.prefetch_events = self._mark()
+        prefetch()
+        self.prefetch_events += self._mark()
+
+    def _mark(self) -> list[torch.cuda.Event]:
+        """An event on the GPU that tells when its work up to here was done; none without a GPU."""
+        if self.device.type != "cuda":
+            return []
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self.device))
+        return [event]
 
     def counting(self) -> contextlib.AbstractContextManager[None]:
         """Context of the forward and backward passes of a step."""
@@ -104,12 +120,16 @@ class Throughput:
         self.beside_s[f"{name}_s"] = time.perf_counter() - start_s
 
     def row(self) -> dict[str, float]:
-        """Call after the optimizer step, before measurements and checkpoints, which are not part of the step.
+        """Call after the optimizer step, before measurements and checkpoints, which are not part of the step,
+        and after the step's metrics were read.
 
         clips_per_s; wait: fraction of the step spent waiting for the loader; memory: peak, bytes; mfu or
         matmul_utilization: see Utilization; save_s: seconds that a checkpoint took after the previous step.
         """
         seconds = time.perf_counter() - self.start_s
+        if self.prefetch_events:
+            before, after = self.prefetch_events
+            self.wait_s += before.elapsed_time(after) / 1000
         row = {"clips_per_s": self.clips / seconds, "wait": self.wait_s / seconds}
         row["memory"] = peak_memory(self.device)
         if self.utilization:

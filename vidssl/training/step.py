@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from vidssl.core.constants import upload
 from vidssl.core.errors import UserError
 from vidssl.core.pixels import normalise
 from vidssl.core.rng import GlobalBatch, KeyedRNG
@@ -16,7 +17,9 @@ from vidssl.data.dataset import MultiStreamDataset
 from vidssl.data.loader import Batch, make_streams, train_steps
 from vidssl.data.shards import Shards
 from vidssl.data.stream import ShardUrls
+from vidssl.model.grid import Mask
 from vidssl.objective.masks import Masker, count_cut_groups
+from vidssl.objective.objective import Objective
 from vidssl.training.distributed import Strategy
 from vidssl.training.schema import TrainConfig
 
@@ -40,6 +43,7 @@ def load_steps(
         workers,
         isolate,
         strategy.data_patience_s,
+        pin_memory=strategy.device.type == "cuda",
     )
 
 
@@ -64,18 +68,28 @@ def make_cut_groups(cfg: TrainConfig, mask: Masker, world: int) -> Callable[[int
 class MicroBatch(NamedTuple):
     """Clips that one forward pass takes."""
 
+    stream: int
     video: Tensor  # u8 [B, 3, T, S, S]
-    position: Tensor  # i64 [B]
+    rng: KeyedRNG  # of the clips, on the device of the video; it has drawn the masks
+    masks: list[Mask] | None  # None: drawn in the forward pass, since they depend on the pixels
+
+
+class BatchPart(NamedTuple):
+    """Clips of a batch that one forward pass takes."""
+
+    video: Tensor  # u8 [B, 3, T, S, S]
+    position: Tensor  # i64 [B], on the host
     batch: GlobalBatch  # that they are a part of
 
 
-def split_batch(batch: Batch, micro_batches: int, groups: int, rank: int, world: int) -> list[MicroBatch]:
+def split_batch(batch: Batch, micro_batches: int, groups: int, rank: int, world: int) -> list[BatchPart]:
     """Splits process `rank`'s clips of a stream in `micro_batches` equal parts, and these where they hold
-    clips of several of the `groups` of the global batch (KeyedRNG.over_group)."""
+    clips of several of the `groups` of the global batch (KeyedRNG.over_group). Reads positions on the
+    host."""
     whole = GlobalBatch(int(batch.position.min()) - rank, len(batch.position) * world)
     group = (batch.position - whole.first) % groups
     order = group.argsort(stable=True)
-    video = batch.video if groups == 1 else batch.video[order]
+    video = batch.video if groups == 1 else batch.video[upload(order, batch.video.device)]
     position = batch.position[order]
     chunks = zip(
         video.chunk(micro_batches),
@@ -87,47 +101,74 @@ def split_batch(batch: Batch, micro_batches: int, groups: int, rank: int, world:
     for clips, positions, of_group in chunks:
         sizes = of_group.unique_consecutive(return_counts=True)[1].tolist()
         pieces = zip(clips.split(sizes), positions.split(sizes), strict=True)
-        parts += [MicroBatch(*piece, whole) for piece in pieces]
+        parts += [BatchPart(*piece, whole) for piece in pieces]
     return parts
 
 
-def forward_backward(
-    strategy: Strategy,
-    model: nn.Module,
-    batches: list[Batch],
-    seed: int,
-    step: int,
-    micro_batches: int,
-    cut_groups: Callable[[int], int] = lambda clips: 1,
-) -> dict[str, Tensor]:
-    """Accumulates the gradients of this process's clips. Returns the loss and its parts, averaged over the
-    clips.
+class PartMaker:
+    """Divides the batches of a step into micro-batches and draws their masks, on the host."""
 
-    batches: one of each stream, of which each is computed in at least `micro_batches` parts; cut_groups: maps
-    the clips of a global batch to the number of its groups (see split_batch). With several streams the loss
-    of each is returned, too, as loss_stream_0, loss_stream_1, ...
+    def __init__(
+        self,
+        objective: Objective,
+        strategy: Strategy,
+        seed: int,
+        micro_batches: int = 1,
+        cut_groups: Callable[[int], int] = lambda clips: 1,
+    ):
+        """micro_batches: parts of a process's clips of a stream, at least; cut_groups: maps the clips of a
+        global batch to the number of its groups (see split_batch)."""
+        self.objective = objective
+        self.rank = strategy.rank
+        self.world = strategy.world
+        self.seed = seed
+        self.micro_batches = micro_batches
+        self.cut_groups = cut_groups
+
+    def __call__(self, step: int, batches: list[Batch]) -> list[MicroBatch]:
+        """batches: one of each stream, positions on the host."""
+        made = []
+        for stream, batch in enumerate(batches):
+            groups = self.cut_groups(len(batch.position) * self.world)
+            for part in split_batch(batch, self.micro_batches, groups, self.rank, self.world):
+                rng = KeyedRNG(self.seed, step, part.position, part.batch)
+                masks = self.objective.draw_masks(part.video.shape, rng)
+                device = part.video.device
+                if masks is not None:
+                    masks = [mask.to(device) for mask in masks]
+                made.append(MicroBatch(stream, part.video, rng.to(device), masks))
+        return made
+
+
+def make_part_maker(cfg: TrainConfig, objective: Objective, strategy: Strategy) -> PartMaker:
+    """The PartMaker of a run. Raises UserError if the processes cannot share the clips that are masked
+    together."""
+    cut_groups = make_cut_groups(cfg, objective.mask, strategy.world)
+    return PartMaker(objective, strategy, cfg.run.seed, cfg.efficiency.micro_batches, cut_groups)
+
+
+def forward_backward(strategy: Strategy, model: nn.Module, parts: list[MicroBatch]) -> dict[str, Tensor]:
+    """Accumulates the gradients of this process's clips. Returns the loss and its parts, averaged over the
+    clips, without waiting for the device.
+
+    With several streams the loss of each is returned, too, as loss_stream_0, loss_stream_1, ...
     """
-    parts: list[tuple[int, Tensor, Tensor, GlobalBatch]] = []
-    for stream, batch in enumerate(batches):
-        groups = cut_groups(len(batch.position) * strategy.world)
-        on_device = batch._replace(video=batch.video.to(strategy.device))
-        for part in split_batch(on_device, micro_batches, groups, strategy.rank, strategy.world):
-            parts.append((stream, part.video, part.position.to(strategy.device), part.batch))
-    clips = sum(len(position) for _, _, position, _ in parts)
+    clips = sum(len(part.video) for part in parts)
+    has_streams = len({part.stream for part in parts}) > 1
     total: dict[str, Tensor] = {}
     weights: dict[str, float] = {}
-    for i, (stream, video, position, whole) in enumerate(parts):
-        share = len(position) / clips
+    for i, part in enumerate(parts):
+        share = len(part.video) / clips
         is_last = i == len(parts) - 1
         with contextlib.nullcontext() if is_last else strategy.no_sync(model):
             with strategy.autocast():
-                losses = model(normalise(video), KeyedRNG(seed, step, position, whole))
+                losses = model(normalise(part.video), part.rng, part.masks)
             strategy.backward(losses["loss"] * share)
-        if len(batches) > 1:
-            losses[f"loss_stream_{stream}"] = losses["loss"]
+        if has_streams:
+            losses[f"loss_stream_{part.stream}"] = losses["loss"]
         for name, value in losses.items():
             total[name] = total.get(name, torch.zeros_like(value)) + value.detach() * share
             weights[name] = weights.get(name, 0.0) + share
-    if len(batches) > 1:  # a value that only some streams report is a mean over those
+    if has_streams:  # a value that only some streams report is a mean over those
         total = {name: value / weights[name] for name, value in total.items()}
     return total

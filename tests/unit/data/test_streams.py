@@ -25,7 +25,7 @@ from vidssl.data.shards import Shards
 from vidssl.objective.masks import MASKS
 from vidssl.training.distributed import Strategy
 from vidssl.training.schema import TrainConfig
-from vidssl.training.step import forward_backward
+from vidssl.training.step import PartMaker, forward_backward
 
 pytestmark = pytest.mark.slow
 
@@ -155,9 +155,8 @@ def test_gradients_are_weighted_over_streams(micro_batches):
     strategy = Strategy(Accelerator(cpu=True))
     objective = tiny().build_objective()
     batches = [batch_of(6, 8, 0), batch_of(2, 4, STREAM_STRIDE)]
-    losses_and_parts = forward_backward(
-        strategy, objective, batches, seed=0, step=3, micro_batches=micro_batches
-    )
+    make_parts = PartMaker(objective, strategy, seed=0, micro_batches=micro_batches)
+    losses_and_parts = forward_backward(strategy, objective, make_parts(3, batches))
     got = {name: p.grad.clone() for name, p in objective.named_parameters() if p.grad is not None}
     objective.zero_grad()
     losses = []
