@@ -33,6 +33,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
+from vidssl.core.constants import upload
 from vidssl.core.errors import UserError, disk_error_line
 from vidssl.core.precision import Precision, ResolvedPrecision, resolve_precision, use_tf32
 
@@ -185,8 +186,8 @@ class Strategy:
     def all_reduce_metrics(self, means: dict[str, Tensor], sums: dict[str, float]) -> dict[str, float]:
         """Averages and sums over the processes, the same in each of them, with one all-reduce."""
         values = [full_tensor(v.detach()).double().to(self.device) for v in means.values()]
-        counts = torch.tensor([*sums.values()], dtype=torch.float64, device=self.device)
-        total = self.accelerator.reduce(torch.stack([*values, *counts]), "sum").tolist()
+        counts = upload(torch.tensor([*sums.values()], dtype=torch.float64), self.device)
+        total = self.accelerator.reduce(torch.cat([torch.stack(values), counts]), "sum").tolist()
         averages = [value / self.world for value in total[: len(means)]]
         return dict(zip([*means, *sums], [*averages, *total[len(means) :]], strict=True))
 
