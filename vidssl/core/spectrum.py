@@ -8,12 +8,23 @@ MAX_TOKENS = 4096  # rows of which the singular values are computed, at most
 
 def singular_values(x: Tensor) -> Tensor:
     """f32 [min(n, D)], descending, of at most MAX_TOKENS evenly spaced rows of x [..., D]; nan if x is not
-    finite."""
+    finite or its eigenvalues are not found.
+
+    They are the roots of the eigenvalues of the smaller Gram matrix, in f64: exact to about 1e-8 of the
+    largest, and several times faster than a singular value decomposition.
+    """
     rows = x.flatten(0, -2)
-    rows = rows[:: -(-len(rows) // MAX_TOKENS)]
-    if not rows.isfinite().all():
-        return rows.new_full((min(rows.shape),), torch.nan)
-    return torch.linalg.svdvals(rows)
+    rows = rows[:: -(-len(rows) // MAX_TOKENS)].double()
+    tall = len(rows) >= rows.shape[1]
+    gram = rows.T @ rows if tall else rows @ rows.T
+    missing = rows.new_full((len(gram),), torch.nan, dtype=torch.float32)
+    if not gram.isfinite().all():
+        return missing
+    try:
+        eigenvalues = torch.linalg.eigvalsh(gram)
+    except torch.linalg.LinAlgError:
+        return missing
+    return eigenvalues.clamp_min(0).sqrt().flip(0).float()
 
 
 def rankme(values: Tensor) -> float:

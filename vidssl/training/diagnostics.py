@@ -1,6 +1,7 @@
 """Measurements of the features during training: statistics that show a collapse, and an online probe."""
 
 import contextlib
+import math
 import time
 
 import torch
@@ -31,7 +32,7 @@ class Diagnostics:
                 cfg.online_probe,
                 cfg.data,
                 cfg.augment.arguments["size"],
-                workers=cfg.efficiency.workers,
+                workers=cfg.efficiency.num_workers,
                 isolate=cfg.efficiency.decode_in_subprocess,
                 loads_clips=strategy.runs_diagnostics,
                 barrier=strategy.barrier,
@@ -52,10 +53,18 @@ class Diagnostics:
         metrics: dict[str, float] = {}
         with torch.compiler.set_stance("force_eager") if self.compiled else contextlib.nullcontext():
             if step % self.run.feature_stats_every == 0 or step in (1, self.run.steps):
-                metrics |= self.stats.measure(self.objective)
+                metrics |= self.stats.measure(self.objective, self.strategy.autocast)
+                self._warn_of_missing(step, metrics)
                 warning = self.stats.detector.warning()
                 if warning and self.strategy.is_main:
                     logger.warning(f"step {step}: {warning}")
             if self.probe and (step % self.every == 0 or step == self.run.steps):
-                metrics |= self.probe.measure(self.objective)
+                metrics |= self.probe.measure(self.objective, self.strategy.autocast)
         return {**metrics, "diagnostics_s": time.perf_counter() - start_s} if metrics else {}
+
+    def _warn_of_missing(self, step: int, metrics: dict[str, float]) -> None:
+        missing = [name for name, value in metrics.items() if not math.isfinite(value)]
+        if missing and self.strategy.is_main:
+            logger.warning(
+                f"step {step}: the features are not finite or have no spectrum: {', '.join(missing)}"
+            )

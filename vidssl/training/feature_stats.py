@@ -4,8 +4,10 @@ Computed without gradients on a few clips of the main process's batches (with sh
 takes part); tools/bench_feature_stats.py measures the cost.
 """
 
+import contextlib
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from vidssl.training.collapse import CollapseDetector
 from vidssl.training.distributed import full_tensor, unsharded
 
 MIN_CLIPS, MAX_CLIPS = 8, 32  # clips that one measurement uses
+Autocast = Callable[[], AbstractContextManager[None]]
 TARGET_CLIP_STRIDE = 4  # one clip in four also goes through the target and the online encoder
 
 
@@ -34,7 +37,7 @@ def feature_statistics(features: Tensor, time_slices: int) -> dict[str, float]:
     std_tokens: over the tokens of a clip.
     std_time: over time within a clip, after subtraction of the mean over clips (the part due to position).
     rank: RankMe (Garrido et al. 2023, arXiv 2210.02885) of the tokens, the exponential of the entropy of the
-    singular values; rank_slice: RankMe of each time slice, averaged.
+    singular values; rank_slice: mean RankMe of the first and the middle time slice.
     alpha: alpha-ReQ (Agrawal et al. 2022, arXiv 2202.05808), the exponent of the power law of the
     covariance's eigenvalues, fitted from the tenth to the middle one; large in a collapse.
     participation: participation ratio of the tokens, the squared sum of the covariance's eigenvalues over the
@@ -49,7 +52,8 @@ def feature_statistics(features: Tensor, time_slices: int) -> dict[str, float]:
     centred = x - x.mean(0)
     std_at_token = centred.square().mean((0, 3)).sqrt() / rms
     values = singular_values(centred)
-    values_per_slice = [singular_values(centred[:, t]) for t in range(time_slices)]
+    slices = sorted({0, time_slices // 2})
+    values_per_slice = [singular_values(centred[:, t]) for t in slices]
     channel_std = centred.square().mean((0, 1, 2)).sqrt()
     power = values.square()
     return {
@@ -59,7 +63,7 @@ def feature_statistics(features: Tensor, time_slices: int) -> dict[str, float]:
         "std_tokens": float((x - x.mean((1, 2), keepdim=True)).square().mean().sqrt() / rms),
         "std_time": float(centred.std(1).square().mean().sqrt() / rms) if time_slices > 1 else 0.0,
         "rank": rankme(values),
-        "rank_slice": sum(map(rankme, values_per_slice)) / time_slices,
+        "rank_slice": sum(map(rankme, values_per_slice)) / len(slices),
         "alpha": alpha_req(values),
         "participation": float(power.sum().square() / power.square().sum().clamp_min(1e-30)),
         "channel_evenness": float(channel_std.median() / channel_std.square().mean().sqrt().clamp_min(1e-12)),
@@ -76,14 +80,16 @@ def mean_cosine(vectors: Tensor) -> float:
 
 
 @torch.no_grad()
-def ema_drift(objective: Objective, video: Tensor, ema_features: Tensor) -> dict[str, float]:
+def ema_drift(
+    objective: Objective, video: Tensor, ema_features: Tensor, autocast: Autocast = contextlib.nullcontext
+) -> dict[str, float]:
     """Distance of the online encoder from the EMA encoder: relative L2 distance of the weights, and 1 -
     cosine similarity of the features. video f32 [b, 3, T, H, W]; ema_features [b, N, D]: the EMA encoder's of
     these clips."""
     online = list(objective.encoder.parameters())
     ema = list(objective.eval_encoder.parameters())
     distance = global_norm([a - b for a, b in zip(online, ema, strict=True)])
-    with unsharded(objective):
+    with unsharded(objective), autocast():
         similarity = F.cosine_similarity(objective.encoder(video).float(), ema_features.float(), dim=-1)
     return {
         "drift_weights": float(distance / global_norm(ema)),
@@ -113,22 +119,23 @@ class FeatureStats:
             self.clips.popleft()
 
     @torch.no_grad()
-    def measure(self, objective: Objective) -> dict[str, float]:
+    def measure(self, objective: Objective, autocast: Autocast = contextlib.nullcontext) -> dict[str, float]:
         """Statistics ("feature_...") of the encoder that will be evaluated, on the latest `feature_clips`
-        clips. With sharded weights (FSDP2) every process must call this."""
+        clips. With sharded weights (FSDP2) every process must call this. autocast: context of the forward
+        passes."""
         encoder = objective.eval_encoder
         clips = torch.cat(list(self.clips))[-MAX_CLIPS:]
         video = normalise(clips.to(next(encoder.parameters()).device))
         target_video = video[::TARGET_CLIP_STRIDE]
         was_training = objective.training
         objective.eval()
-        with unsharded(objective):
+        with unsharded(objective), autocast():
             features = encoder(video)
             target = objective.target(target_video)
         stats = feature_statistics(features, encoder.grid_of(video).t)
         stats["target_var"] = float(target.float().flatten(0, 1).var(0).mean())
         if objective.target.encoder is not None:
-            stats |= ema_drift(objective, target_video, features[::TARGET_CLIP_STRIDE])
+            stats |= ema_drift(objective, target_video, features[::TARGET_CLIP_STRIDE], autocast)
         objective.train(was_training)
         if len(clips) >= MIN_CLIPS:
             self.detector.add(stats)

@@ -1,5 +1,6 @@
 """Online probe: k-NN and ridge accuracy of the features on labelled clips, measured during training."""
 
+import contextlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from vidssl.evaluation.tasks import Task, make_task
 from vidssl.evaluation.views import EvalClips, View
 from vidssl.objective.objective import Objective
 from vidssl.training.distributed import unsharded
+from vidssl.training.feature_stats import Autocast
 from vidssl.training.schema import OnlineProbeConfig
 
 KNN_K = 20  # as DINO's k-NN (arXiv 2104.14294)
@@ -89,11 +91,13 @@ class OnlineProbe:
             self.parts[part] = decoded
 
     @torch.no_grad()
-    def measure(self, objective: Objective) -> dict[str, float]:
+    def measure(self, objective: Objective, autocast: Autocast = contextlib.nullcontext) -> dict[str, float]:
         """Percent of test clips that k-NN and ridge regression classify correctly (of several labels a clip:
         mAP).
-        With sharded weights (FSDP2) every process must call this."""
-        features = {part: self._features(objective, data.clips) for part, data in self.parts.items()}
+        With sharded weights (FSDP2) every process must call this. autocast: context of the forward passes."""
+        features = {
+            part: self._features(objective, data.clips, autocast) for part, data in self.parts.items()
+        }
         mean = features["train"].mean(0)
         std = features["train"].std(0).clamp_min(1e-6)
         train = (features["train"] - mean) / std
@@ -106,13 +110,13 @@ class OnlineProbe:
         labels = self.parts["test"].labels
         return {f"online_probe_{k}": self.task.score(p.numpy(), labels) for k, p in predictions.items()}
 
-    def _features(self, objective: Objective, clips: Tensor) -> Tensor:
+    def _features(self, objective: Objective, clips: Tensor, autocast: Autocast) -> Tensor:
         """Mean tokens f32 [n, D] on the CPU, by the encoder that will be evaluated."""
         encoder = objective.eval_encoder
         device = next(encoder.parameters()).device
         was_training = encoder.training
         encoder.eval()
-        with unsharded(objective):
+        with unsharded(objective), autocast():
             batches = (normalise(batch.to(device)) for batch in clips.split(ENCODE_BATCH))
             features = [encoder(batch).float().mean(1).cpu() for batch in batches]
         encoder.train(was_training)

@@ -31,3 +31,18 @@ def test_rankme():
 def test_alpha_req_is_the_exponent_of_a_power_law():
     eigenvalues = torch.arange(1, 101).float() ** -1.5
     assert alpha_req(eigenvalues.sqrt()) == pytest.approx(1.5, rel=1e-4)
+
+
+def test_singular_values_are_exact_and_never_raise(monkeypatch):
+    x = torch.randn(300, 40, generator=torch.Generator().manual_seed(0)) @ torch.diag(
+        torch.logspace(0, -5, 40)
+    )
+    exact = torch.linalg.svdvals(x.double()).float()
+    assert torch.allclose(singular_values(x), exact, atol=1e-7 * float(exact[0]))
+    assert torch.allclose(singular_values(x.T), exact, atol=1e-7 * float(exact[0]))
+
+    def fails(_: torch.Tensor) -> None:
+        raise torch.linalg.LinAlgError("it did not converge")
+
+    monkeypatch.setattr(torch.linalg, "eigvalsh", fails)
+    assert singular_values(x).isnan().all()
