@@ -75,7 +75,7 @@ def pretrain(cfg: TrainConfig) -> None:
     # The training loop.
     start_pretraining(cfg, strategy, objective, shards, start)
     loader = load_steps(cfg, shards, start, strategy)
-    throughput = Throughput(strategy, strategy.precision, run.batch, objective)
+    throughput = Throughput(strategy, strategy.precision, run.batch, objective, efficiency.wait_advice)
     collapsed = False
     done = start
     with (

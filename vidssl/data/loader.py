@@ -31,7 +31,7 @@ from vidssl.data.schema import DataConfig
 from vidssl.data.shards import Shards
 from vidssl.data.stream import ClipDecoder, ShardUrls, StreamingDataset, StreamSettings
 
-PREFETCHED = 4  # batches that a loader worker makes ahead
+PREFETCHED = 16  # batches that the loader workers together make ahead, each of them 2 to 4
 MIN_SAMPLES_FOR_RATE = 200  # samples read before the rate of failures is judged
 
 
@@ -168,7 +168,7 @@ def train_steps(
     collate_fn = partial(collate_step, streams=len(sizes))
     options: dict[str, Any] = {"num_workers": workers, "pin_memory": pin_memory}
     if workers:
-        options |= {"prefetch_factor": PREFETCHED, "timeout": patience_s}
+        options |= {"prefetch_factor": min(4, max(2, PREFETCHED // workers)), "timeout": patience_s}
     if isinstance(streams, StreamingDataset):
         data = streams.decoder.data
         settings = StreamSettings(start, stop, sizes[0], rank, world, isolate)

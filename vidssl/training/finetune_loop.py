@@ -182,7 +182,7 @@ class Finetuner:
         augment = cfg.augment.build(size=view.size)
         shards = self.splits.shards["train"]
         clips = LabelledClips(self.splits.task.label, shards, order, clip, augment)
-        workers, isolate = cfg.efficiency.workers, cfg.efficiency.decode_in_subprocess
+        workers, isolate = cfg.efficiency.num_workers, cfg.efficiency.decode_in_subprocess
         cache_videos([clips], workers, isolate, quiet=not self.strategy.is_main)
         return train_steps(
             MultiStreamDataset([clips]),
@@ -286,7 +286,7 @@ class Finetuner:
         clips_per_step = cfg.tune.batch * cfg.tune.repeat // self.strategy.world
         clips_per_pass = clips_per_step // cfg.efficiency.micro_batches
         storage = FeatureStorage(
-            encode_batch=max(1, clips_per_pass // view.clips), workers=cfg.efficiency.workers
+            encode_batch=max(1, clips_per_pass // view.clips), workers=cfg.efficiency.num_workers
         )
         loader = FeatureLoader(encode, shards, samples, view, self.strategy.accelerator, storage, name)
         classifier.eval()

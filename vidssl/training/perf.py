@@ -11,9 +11,12 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from vidssl.core.log import logger
 from vidssl.training.distributed import Strategy
 from vidssl.training.flops import ModelFlops, published_peak
 
+ADVISED_STEPS = 100  # after which a run that waits for data says so
+LONG_WAIT = 0.05  # fraction of a step
 TensorShape = tuple[int, ...]
 T = TypeVar("T")
 
@@ -75,15 +78,23 @@ class Throughput:
     """Measures the training steps: clips per second, time spent waiting for data, memory and arithmetic; and
     what is done beside the steps."""
 
-    def __init__(self, strategy: Strategy, precision: str, clips: int, model: nn.Module):
+    def __init__(
+        self, strategy: Strategy, precision: str, clips: int, model: nn.Module, wait_advice: str = ""
+    ):
         """clips: of a step, over all processes; model: whose arithmetic the first process reports of its own
-        part."""
+        part; wait_advice: what helps a run that waits for data."""
         self.device = strategy.device
         self.clips = clips
         self.utilization = Utilization(self.device, precision, model) if strategy.is_main else None
         self.start_s = 0.0
         self.wait_s = 0.0
         self.beside_s: dict[str, float] = {}
+        self.is_main = strategy.is_main
+        self.wait_advice = wait_advice
+        self.has_started = False
+        self.steps = 0  # whose time is in the sums, the first one left out: workers start in it
+        self.sum_s = 0.0
+        self.sum_wait_s = 0.0
         self.prefetch_events: list[torch.cuda.Event] = []  # on the GPU, before and after a prefetch
 
     def timed(self, loader: Iterable[T]) -> Iterator[T]:
@@ -93,6 +104,20 @@ class Throughput:
             self.wait_s = time.perf_counter() - self.start_s
             yield batches
             self.start_s = time.perf_counter()
+            if self.steps == ADVISED_STEPS and self.wait_share > LONG_WAIT:
+                self._log_wait()
+        if self.steps > ADVISED_STEPS:
+            self._log_wait()
+
+    @property
+    def wait_share(self) -> float:
+        """Fraction of the steps so far that was spent waiting for data."""
+        return self.sum_wait_s / self.sum_s if self.sum_s else 0.0
+
+    def _log_wait(self) -> None:
+        if self.is_main:
+            advice = f": {self.wait_advice}" if self.wait_share > LONG_WAIT and self.wait_advice else ""
+            logger.info(f"{self.wait_share:.0%} of {self.steps} steps went to waiting for data{advice}")
 
     def overlap(self, prefetch: Callable[[], None]) -> None:
         """Makes the next step's input while a GPU computes. The time for which the GPU has nothing to compute
@@ -130,6 +155,11 @@ class Throughput:
         if self.prefetch_events:
             before, after = self.prefetch_events
             self.wait_s += before.elapsed_time(after) / 1000
+        if self.has_started:
+            self.steps += 1
+            self.sum_s += seconds
+            self.sum_wait_s += self.wait_s
+        self.has_started = True
         row = {"clips_per_s": self.clips / seconds, "wait": self.wait_s / seconds}
         row["memory"] = peak_memory(self.device)
         if self.utilization:

@@ -94,7 +94,7 @@ def start_pretraining(
     """Says what is trained on what, and which videos are too short for a clip."""
     run = cfg.run
     precision = strategy.precision
-    lines = [machine_line(strategy.device, strategy.world, precision, cfg.efficiency.workers)]
+    lines = [machine_line(strategy.device, strategy.world, precision, cfg.efficiency.num_workers)]
     notes = []
     if isinstance(shards, ShardUrls):
         lines.append(f"data: a stream of {', '.join(cfg.data.train)}")
@@ -123,7 +123,7 @@ def start_finetuning(cfg: FinetuneConfig, finetuner: Finetuner) -> None:
     classes = f"{len(splits.task.names)} classes of '{splits.task.label}'"
     classifier = finetuner.selection.now
     lines = [
-        machine_line(strategy.device, strategy.world, precision, cfg.efficiency.workers),
+        machine_line(strategy.device, strategy.world, precision, cfg.efficiency.num_workers),
         f"data: {samples}, {len(splits.test[0]):,} of test; {classes}",
         model_line(classifier.encoder, classifier),
         f"run: {tune.epochs} epochs, {finetuner.steps} steps of {tune.batch} videos; output {cfg.out}",

@@ -62,12 +62,19 @@ class RunConfig:
     trackers: tuple[Tracker, ...] = ()  # besides log.jsonl
 
 
+def default_workers() -> int:
+    """Loader processes that the cores of this machine keep busy beside each training process on it."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(16, max(2, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1))
+
+
 @dataclass(frozen=True)
 class EfficiencyConfig:
     """The `efficiency` section: changes only the speed, up to rounding. With data.reader=stream `workers`
     also changes the order of the samples."""
 
-    workers: NonNegativeInt = 2  # loader processes for each training process
+    # loader processes for each training process; None: one fewer than its share of the cores, 2 to 16
+    workers: NonNegativeInt | None = None
     micro_batches: PositiveInt = (
         1  # parts in which a process computes its share of the batch (gradient accumulation)
     )
@@ -84,6 +91,19 @@ class EfficiencyConfig:
     )
     threads: PositiveInt | None = None  # of torch on the CPU, for each process; None: torch's own choice
     peer_timeout_s: PositiveInt = 600  # seconds that a process waits for another one before it gives up
+
+    @property
+    def num_workers(self) -> int:
+        return default_workers() if self.workers is None else self.workers
+
+    @property
+    def wait_advice(self) -> str:
+        """What helps a run that waits for data."""
+        most = default_workers()
+        more = (
+            f"efficiency.workers={most} uses the cores of this machine; " if self.num_workers < most else ""
+        )
+        return f"{more}data.cache=host keeps a small corpus decoded; videos packed with --short-side decode faster"
 
     def resolved(self) -> "EfficiencyConfig":
         """This configuration with the precision that `auto` is on this machine."""

@@ -29,7 +29,7 @@ def load_steps(
 ) -> Generator[list[Batch], None, None]:
     """This process's batches of steps start..run.steps-1, one of each stream."""
     run, efficiency = cfg.run, cfg.efficiency
-    workers, isolate = efficiency.workers, efficiency.decode_in_subprocess
+    workers, isolate = efficiency.num_workers, efficiency.decode_in_subprocess
     streams = make_streams(cfg.data, shards, cfg.augment.build(), run.seed, run.lanes, run.shuffle_window)
     if isinstance(streams, MultiStreamDataset):
         cache_videos(streams.clips, workers, isolate, quiet=not strategy.is_main)

@@ -1,6 +1,7 @@
 """training/step.py and the measurements of a step: parts of a batch, hash of the samples, waiting time."""
 
 import itertools
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,7 @@ from vidssl.data.loader import Batch
 from vidssl.objective.block_masks import MultiBlock3D
 from vidssl.training import perf
 from vidssl.training.metrics_log import count_samples, samples_hash
+from vidssl.training.schema import EfficiencyConfig
 from vidssl.training.step import make_cut_groups, split_batch
 
 
@@ -97,3 +99,30 @@ def test_wait_is_only_the_time_in_the_loader(monkeypatch):
     for wait_s, row in rows:
         assert row["wait"] == wait_s / (wait_s + 1) and row["clips_per_s"] == 8 / (wait_s + 1)
     assert [row.get("save_s") for _, row in rows] == [None, None, 7, None]
+
+
+def test_a_run_that_waits_for_data_says_so_after_100_steps_and_at_its_end(monkeypatch, caplog):
+    clock = Clock(monkeypatch)
+
+    def loader():
+        for _ in range(120):
+            clock.passes(1)
+            yield None
+
+    strategy = SimpleNamespace(device=torch.device("cpu"), is_main=True)
+    monkeypatch.setattr(perf, "Utilization", lambda *_: SimpleNamespace(row=lambda _: {}))
+    throughput = perf.Throughput(strategy, "fp32", 8, torch.nn.Identity(), "take more of it")
+    for _ in throughput.timed(loader()):
+        clock.passes(3)
+        throughput.row()
+    words = "{} steps went to waiting for data: take more of it"
+    assert [r.message for r in caplog.records] == ["25% of " + words.format(n) for n in (100, 119)]
+
+
+def test_workers_by_default_use_the_share_of_the_cores(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(64), raising=False)
+    for processes, workers in (("1", 16), ("4", 15), ("8", 7), ("64", 2)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+        assert EfficiencyConfig().num_workers == workers
+    assert EfficiencyConfig(workers=0).num_workers == 0
+    assert "efficiency.workers=2 " in EfficiencyConfig(workers=1).wait_advice
