@@ -100,10 +100,9 @@ class EfficiencyConfig:
     def wait_advice(self) -> str:
         """What helps a run that waits for data."""
         most = default_workers()
-        more = (
-            f"efficiency.workers={most} uses the cores of this machine; " if self.num_workers < most else ""
-        )
-        return f"{more}data.cache=host keeps a small corpus decoded; videos packed with --short-side decode faster"
+        more = f"efficiency.workers={most} uses all cores; " if self.num_workers < most else ""
+        cached = "data.cache=host keeps a small corpus decoded"
+        return f"{more}{cached}; videos packed with --short-side decode faster"
 
     def resolved(self) -> "EfficiencyConfig":
         """This configuration with the precision that `auto` is on this machine."""

@@ -74,7 +74,7 @@ class MicroBatch(NamedTuple):
     masks: list[Mask] | None  # None: drawn in the forward pass, since they depend on the pixels
 
 
-class BatchPart(NamedTuple):
+class BatchPiece(NamedTuple):
     """Clips of a batch that one forward pass takes."""
 
     video: Tensor  # u8 [B, 3, T, S, S]
@@ -82,7 +82,7 @@ class BatchPart(NamedTuple):
     batch: GlobalBatch  # that they are a part of
 
 
-def split_batch(batch: Batch, micro_batches: int, groups: int, rank: int, world: int) -> list[BatchPart]:
+def split_batch(batch: Batch, micro_batches: int, groups: int, rank: int, world: int) -> list[BatchPiece]:
     """Splits process `rank`'s clips of a stream in `micro_batches` equal parts, and these where they hold
     clips of several of the `groups` of the global batch (KeyedRNG.over_group). Reads positions on the
     host."""
@@ -101,7 +101,7 @@ def split_batch(batch: Batch, micro_batches: int, groups: int, rank: int, world:
     for clips, positions, of_group in chunks:
         sizes = of_group.unique_consecutive(return_counts=True)[1].tolist()
         pieces = zip(clips.split(sizes), positions.split(sizes), strict=True)
-        parts += [BatchPart(*piece, whole) for piece in pieces]
+        parts += [BatchPiece(*piece, whole) for piece in pieces]
     return parts
 
 
