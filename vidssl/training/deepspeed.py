@@ -51,11 +51,11 @@ class Zero(Strategy):
     def backward(self, loss: Tensor) -> None:
         self.optimizer.engine.backward(loss)
 
-    def _unscale_and_clip(self, parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
-        return self.optimizer.clip_grad_norm_(parameters, limit)
+    def _gradient_norm(self, parameters: list[nn.Parameter]) -> Tensor:
+        return self.optimizer.gradient_norm(parameters)
 
-    def _clip(self, parameters: Iterable[nn.Parameter], limit: float) -> None:
-        self.optimizer.clip_grad_norm_(parameters, limit)
+    def _scale_down(self, parameters: list[nn.Parameter], limit: float, norm: Tensor) -> None:
+        self.optimizer.scale_down(parameters, limit, norm)
 
     def skip_step(self, optimizer: Any) -> None:
         self.optimizer.skip_step()
@@ -101,16 +101,21 @@ class ZeroOptimizer:
     def zero_grad(self) -> None:
         """Does nothing: the engine frees the gradients after a step."""
 
-    def clip_grad_norm_(self, parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
-        """As torch.nn.utils.clip_grad_norm_; collective."""
+    def gradient_norm(self, parameters: Iterable[nn.Parameter]) -> Tensor:
+        """As torch.nn.utils.get_total_norm of the gradients; collective."""
         grads = [g for p in parameters if (g := gradient_fragment(p)) is not None]
         zero = torch.zeros((), device=self.engine.device)
-        square = torch.stack([zero, *(torch.linalg.vector_norm(g).square() for g in grads)]).sum()
+        square = torch.stack(
+            [zero, *(n.square() for n in (torch._foreach_norm(grads) if grads else ()))]
+        ).sum()
         dist.all_reduce(square)
-        norm = square.sqrt()
-        for g in grads if limit < torch.inf else ():
-            g.mul_((limit / (norm + 1e-6)).clamp(max=1.0))
-        return norm
+        return square.sqrt()
+
+    def scale_down(self, parameters: Iterable[nn.Parameter], limit: float, norm: Tensor) -> None:
+        """As torch.nn.utils.clip_grads_with_norm_."""
+        grads = [g for p in parameters if (g := gradient_fragment(p)) is not None]
+        if grads:
+            torch._foreach_mul_(grads, (limit / (norm + 1e-6)).clamp(max=1.0))
 
     def step(self) -> None:
         for own, group in zip(self.engine.optimizer.param_groups, self.param_groups, strict=True):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -158,20 +158,23 @@ class Strategy:
         its mask tokens) separately.
         """
         limit = config.clip_grad if config.clip_grad is not None and step >= config.clip_start else NO_LIMIT
-        norm = self._unscale_and_clip(model.parameters(), NO_LIMIT if config.clip_per_module else limit)
+        self.accelerator.unscale_gradients()
+        named = [(name.split("."), p) for name, p in model.named_parameters() if p.requires_grad]
+        parts = [[p for _, p in named]]
         if config.clip_per_module and limit < NO_LIMIT:
-            named = [
-                ("encoder" in name.split("."), p) for name, p in model.named_parameters() if p.requires_grad
-            ]
-            for in_encoder in (True, False):
-                self._clip([p for of_encoder, p in named if of_encoder == in_encoder], limit)
-        return norm
+            parts = [[p for name, p in named if ("encoder" in name) == inside] for inside in (True, False)]
+        norms = [self._gradient_norm(part) for part in parts]
+        if limit < NO_LIMIT:
+            for part, norm in zip(parts, norms, strict=True):
+                self._scale_down(part, limit, norm)
+        return torch.linalg.vector_norm(torch.stack([full_tensor(norm).to(self.device) for norm in norms]))
 
-    def _unscale_and_clip(self, parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
-        return self.accelerator.clip_grad_norm_(parameters, limit)
+    def _gradient_norm(self, parameters: list[nn.Parameter]) -> Tensor:
+        return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
-    def _clip(self, parameters: Iterable[nn.Parameter], limit: float) -> None:
-        nn.utils.clip_grad_norm_(parameters, limit)
+    def _scale_down(self, parameters: list[nn.Parameter], limit: float, norm: Tensor) -> None:
+        """Multiplies the gradients by limit / norm where that is below 1."""
+        nn.utils.clip_grads_with_norm_(parameters, limit, norm)
 
     def step(self, optimizer: Any) -> None:
         optimizer.step()

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import shutil
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vidssl import train
 from vidssl.config import from_tree, load_config
@@ -198,6 +200,30 @@ def test_clipping_of_a_wrapped_model(accelerator):
     wrapped = nn.ModuleDict({"module": model})
     Strategy(accelerator).clip(wrapped, OptimConfig(lr=1.0, clip_grad=10.0, clip_per_module=True), 0)
     assert gradients(model) == pytest.approx([6, 8, 4, 4, 2], rel=1e-5)
+
+
+class Operations(TorchDispatchMode):
+    """Counts torch's operations."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.counts[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("options", "parts_scaled"),
+    [({}, 0), ({"clip_grad": 9.0}, 1), ({"clip_grad": 9.0, "clip_per_module": True}, 2)],
+)
+def test_clipping_reads_a_gradient_once_and_the_host_reads_nothing(accelerator, options, parts_scaled):
+    with Operations() as seen:
+        Strategy(accelerator).clip(parts(*GIVEN), OptimConfig(lr=1.0, **options), 0)
+    assert seen.counts["_foreach_norm"] == max(1, parts_scaled)
+    assert seen.counts["_foreach_mul_"] == parts_scaled
+    assert not seen.counts["_local_scalar_dense"]
 
 
 @pytest.mark.parametrize("each", [False, True])
