@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import av
-from PIL import Image
 
-from data_prep.sources.frames import IMAGE_FORMATS, is_image
+from data_prep.sources.frames import is_image
 from data_prep.sources.names import frame_number, is_flow
 from vidssl.core.errors import DecodeError
 from vidssl.data.decoding.base import MAX_BYTES, check_size
+from vidssl.data.decoding.image import ERRORS, open_image
 
 CODECS = {"JPEG": "mjpeg", "PNG": "png"}  # formats that MOV holds; others are stored as PNG
 
@@ -78,12 +78,12 @@ def folder_as_video(folder: Path, rate: str, on_progress: Callable[[], None]) ->
 def read_frame(file: Path) -> tuple[str, tuple[int, int], bytes]:
     """Returns format, (width, height) and bytes of an image, as PNG if MOV does not hold its format."""
     try:
-        with Image.open(file, formats=IMAGE_FORMATS) as image:
+        with open_image(file) as image:
             check_size(*image.size)
             if image.format in CODECS:
                 return image.format, image.size, file.read_bytes()
             out = io.BytesIO()
             image.convert("RGB").save(out, "png", compress_level=1)
             return "PNG", image.size, out.getvalue()
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
+    except ERRORS as e:
         raise DecodeError("not_an_image", f"{file.name}: {type(e).__name__}") from e

@@ -66,6 +66,7 @@ def read_source(
         options = options._replace(frames="images")
     listing = SOURCES[kind](root, annotations, *([options] if kind in OWN_LAYOUTS else []))
     if listing.items:
+        listing = listing._replace(notes=[*listing.notes, *note_alike_classes(listing.items)])
         return group_related(root, listing)
     if listing.rejected:
         first = next(iter(listing.rejected))
@@ -75,6 +76,26 @@ def read_source(
         )
     others = ", ".join(f"{n} {ext}" for ext, n in listing.ignored.most_common(5))
     raise UserError(f"{root}: no video or image in it" + (f" (other files: {others})" if others else ""))
+
+
+def note_alike_classes(items: Sequence[SourceItem]) -> list[str]:
+    """Returns a line for each set of classes whose names differ in spelling only."""
+    alike: dict[tuple[str, str], set[str]] = defaultdict(set)
+    for label_set, name in {pair for item in items for pair in item.labels.items()}:
+        alike[label_set, spelling(name)].add(name)
+    return [
+        f"classes that differ in spelling only: {', '.join(map(repr, sorted(names)))}"
+        for _, names in sorted(alike.items())
+        if len(names) > 1
+    ]
+
+
+def spelling(name: str) -> str:
+    """What the spellings of a name share: case and spaces do not count; 1, 01 and 1.0 are one number."""
+    try:
+        return f"{float(name):g}"
+    except ValueError:
+        return "".join(name.casefold().split())
 
 
 def group_related(root: Path, listing: SourceListing) -> SourceListing:

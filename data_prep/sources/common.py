@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
@@ -17,6 +18,7 @@ from data_prep.sources.names import UNFINISHED, media_stem, parse_split
 from data_prep.summary import Tally, printable
 from vidssl.core.errors import UserError
 from vidssl.data.extensions import MEDIA_EXTENSIONS, VIDEO_EXTENSIONS
+from vidssl.data.metadata import is_no_label
 from vidssl.data.tar_files import SYSTEM_FOLDERS
 
 EXTENSIONS = MEDIA_EXTENSIONS
@@ -168,10 +170,17 @@ class ListingBuilder:
         self.add(where, SourceItem(path or name, labels, group, split), None if path else "missing")
 
     def build(
-        self, label_sets: Iterable[str], ignored: Counter[str] | None = None, notes: Sequence[str] = ()
+        self,
+        label_sets: Iterable[str],
+        ignored: Counter[str] | None = None,
+        notes: Sequence[str] = (),
+        root: Path | None = None,
     ) -> SourceListing:
         """Returns the listing. Raises UserError if only some items have a split, or one that cannot name a
-        folder."""
+        folder.
+
+        root: the videos and images below it that are not listed are counted.
+        """
         entries = [self._entries[key] for key in sorted(self._entries)]
         accepted = [(item, where) for item, where, reason in entries if reason is None]
         if any(item.split for item, _ in accepted):
@@ -179,14 +188,34 @@ class ListingBuilder:
                 if not re.fullmatch(r"[A-Za-z0-9_-]{1,40}", item.split or ""):
                     problem = f"{where}: split {item.split or ''!r}"
                     raise UserError(f"{problem}: expected a word of letters, digits, - and _")
+        check_spelling({item.split: where for item, where in accepted if item.split})
         rejected = {item.path: reason for item, _, reason in entries if reason is not None}
         left_out = Tally()
         left_out.merge(ignored or {})
         if self._repeats:
             left_out.note("(named twice)", files=self._repeats)
+        if root is not None:
+            note_unlisted(root, {item.path for item, _, _ in entries}, left_out)
         splits = {item.path: item.split for item, _, reason in entries if reason is not None and item.split}
         items = [item for item, _ in accepted]
         return SourceListing(items, list(label_sets), rejected, left_out, notes, splits)
+
+
+def check_spelling(splits: Mapping[str, str]) -> None:
+    """Raises UserError for splits that differ in case only. splits: name -> FILE:LINE."""
+    known: dict[str, str] = {}
+    for split, where in splits.items():
+        first = known.setdefault(split.casefold(), split)
+        if first != split:
+            raise UserError(f"{where}: split {split!r}, but {first!r} in {splits[first]}; write one of them")
+
+
+def note_unlisted(root: Path, listed: set[str], left_out: Tally) -> None:
+    """Counts the videos and images below `root` that are neither listed nor in a listed folder."""
+    for path in list_files(root, Tally(), []):
+        places = (path, *(parent.as_posix() for parent in PurePosixPath(path).parents))
+        if SourceItem(path, {}).ext in EXTENSIONS and not listed.intersection(places):
+            left_out.note("(not in the list)", path)
 
 
 def _describe(item: SourceItem) -> str:
@@ -234,8 +263,31 @@ def _leads_back(root: Path, folder: Path, target: Path) -> bool:
     return any(place.resolve().is_relative_to(target) for place in way)
 
 
+def class_name(text: str) -> str | None:
+    """Returns the name of a class in annotations, or None for a text that stands for no class.
+
+    Equal letters become equal characters (Unicode NFC): file systems differ in how they store accents.
+    """
+    return None if is_no_label(text) else unicodedata.normalize("NFC", text.strip())
+
+
+def listed_item(where: str, root: Path, item: SourceItem, options: FolderOptions) -> SourceItem:
+    """Returns an item of a list; a folder is that of the frames of a video. Raises UserError for a folder
+    without a frame rate."""
+    if not os.path.isdir(root / item.path):
+        return item
+    if options.frame_rate is None:
+        raise UserError(
+            f"{where}: {item.path} is a folder; give --frame-rate RATE (frames a second) if its numbered "
+            "images are the frames of a video"
+        )
+    return item._replace(frame_rate=options.frame_rate)
+
+
 def rejection_reason(root: Path, item: SourceItem) -> str | None:
     """Returns why an item is rejected without opening its file, or None."""
+    if item.frame_rate is not None:
+        return None
     if not os.path.isfile(root / item.path):  # False, too, for a path that is too long for any file
         return "broken_link" if os.path.islink(root / item.path) else "missing"
     return None if item.ext in EXTENSIONS else "unknown_extension"
@@ -277,6 +329,7 @@ def csv_rows(file: Path, required: Sequence[str]) -> Iterator[tuple[str, dict[st
     try:
         with open(file, encoding="utf-8-sig", newline="") as f:
             rows = csv.DictReader(f, strict=True)
+            rows.fieldnames = [name.strip() for name in rows.fieldnames or []]
             _check_header(file, list(rows.fieldnames or []), required)
             empty = True
             for row in rows:

@@ -5,6 +5,7 @@ docs/data.md lists the layouts and what is understood of each.
 """
 
 import os
+import unicodedata
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
@@ -121,8 +122,25 @@ def place(root: Path, items: list[SourceItem], options: FolderOptions, notes: li
         # One folder around the splits: classes are below them
         is_wrapped = depth == 1 and len({path[0] for path in levels.values()}) == 1
         folders = folders[1:] if is_wrapped and len(folders) > 1 else folders
-        placed.append(item._replace(labels={"label": folders[0]} if folders else {}, split=split))
+        # Never unlabelled: a folder may well be called "nan"
+        labels = {"label": unicodedata.normalize("NFC", folders[0])} if folders else {}
+        placed.append(item._replace(labels=labels, split=split))
+    if depth is None:
+        notes += note_single_folder(list(levels.values()))
     return placed
+
+
+def note_single_folder(folders: list[list[str]]) -> list[str]:
+    """Returns a line if all files are of one class, but in several folders of it. folders: those above each
+    file."""
+    tops = {tuple(levels[:1]) for levels in folders}
+    seconds = {tuple(levels[1:2]) for levels in folders}
+    if len(tops) != 1 or tops == {()} or () in seconds or len(seconds) < 2:
+        return []
+    return [
+        f"all files are in {folders[0][0]}, the only class; pack that folder to take the {len(seconds)} "
+        "folders in it for classes"
+    ]
 
 
 def split_depth(root: Path, folders: list[list[str]], options: FolderOptions, notes: list[str]) -> int | None:

@@ -6,8 +6,6 @@ from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from PIL import Image
-
 from data_prep.sources.common import FolderOptions
 from data_prep.sources.names import are_frames, frame_number, is_frame_prefix
 from vidssl.core.errors import UserError
@@ -15,7 +13,6 @@ from vidssl.data.extensions import IMAGE_EXTENSIONS
 
 SIZES_READ = 5  # images of a folder whose sizes are compared
 FOLDERS_READ = 200  # folders whose images are compared
-IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "WEBP")
 
 
 class Frames(NamedTuple):
@@ -66,12 +63,14 @@ def is_image(path: str) -> bool:
 
 def have_one_size(root: Path, paths: list[str]) -> bool:
     """Whether images, of which a few are opened, have the same size, as the frames of a video have."""
+    from vidssl.data.decoding.image import ERRORS, open_image  # imports Pillow
+
     sizes = set()
     for path in paths[:: max(1, len(paths) // SIZES_READ)]:
         try:
-            with Image.open(root / path, formats=IMAGE_FORMATS) as image:
+            with open_image(root / path) as image:
                 sizes.add(image.size)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        except ERRORS:
             continue
     return len(sizes) < 2
 

@@ -14,6 +14,8 @@ from data_prep.sources.common import (
     SourceItem,
     SourceListing,
     check_splits_of_lists,
+    class_name,
+    listed_item,
     parse_path,
     parse_span,
     rejection_reason,
@@ -49,8 +51,9 @@ def read_json_lines(
                 _name(where, "split", entry.get("split")) or splits[file],
                 *parse_span(where, entry.get("start"), entry.get("end")),
             )
+            item = listed_item(where, root, item, options)
             listing.add(where, item, rejection_reason(root, item))
-    source = listing.build(label_sets)
+    source = listing.build(label_sets, root=root)
     check_splits_of_lists(source.items, splits, options)
     return source
 
@@ -74,7 +77,8 @@ def _labels(where: str, entry: dict[str, Any]) -> dict[str, str]:
     if not isinstance(labels, dict):
         raise UserError(f"{where}: labels {labels!r}: expected an object, label set -> class")
     named = {str(s): _name(where, f"label {s}", value) for s, value in labels.items()}
-    return {s: name for s, name in named.items() if name is not None}
+    classes = {s: class_name(name) for s, name in named.items() if name is not None}
+    return {s: name for s, name in classes.items() if name is not None}
 
 
 def _name(where: str, key: str, value: Any) -> str | None:

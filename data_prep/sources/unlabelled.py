@@ -15,6 +15,7 @@ from data_prep.sources.common import (
     SourceListing,
     check_splits_of_lists,
     csv_rows,
+    listed_item,
     parse_path,
     parse_span,
     rejection_reason,
@@ -49,9 +50,13 @@ def read_unlabelled(
                 if line.strip():
                     where = f"{file}:{number}"
                     item = SourceItem(parse_path(where, line, root), {}, None, splits[file])
+                    item = listed_item(where, root, item, options)
                     listing.add(where, item, rejection_reason(root, item))
         else:
             raise UserError(f"{file}: expected a .txt of paths or a .csv with video_id")
-    source = listing.build([], files.ignored_files() if files else None, files.notes if files else ())
+    if files is not None:
+        source = listing.build([], files.ignored_files(), files.notes)
+    else:
+        source = listing.build([], root=root)
     check_splits_of_lists(source.items, splits, options)
     return source

@@ -141,6 +141,12 @@ def find_label(where: str, meta: Mapping[str, Any]) -> Label:
     return Label()
 
 
+def is_no_label(text: str) -> bool:
+    """Whether annotations say by a text that there is no class: blank, -1, null or NaN."""
+    text = text.strip()
+    return text in _NO_LABEL or re.fullmatch(r"-1(\.0*)?", text) is not None
+
+
 def as_label(where: str, value: Any) -> Label:
     """Returns the label that a value of any kind stands for; an empty one if it stands for none.
 

@@ -377,3 +377,73 @@ def test_source_items_of_files_have_no_frame_rate():
     assert (
         SourceItem("a/B.MP4", {}).ext == "mp4" and SourceItem("a/v.avi", {}, frame_rate="25").ext == "frames"
     )
+
+
+# Lists
+
+
+def listed(root: Path, text: str, **options: str) -> SourceListing:
+    fill(root, "a.mp4", "b.mp4", "c.mp4", "v/1.jpg", "v/2.jpg", "v/3.jpg")
+    (root / "labels.csv").write_text(text, encoding="utf-8")
+    return read_source(root, "folder", [], FolderOptions(**options))
+
+
+def test_files_and_columns_that_a_list_does_not_read_are_said(tmp_path):
+    source = listed(tmp_path, "\ufeffpath, label ,fold\r\na.mp4,x,1\r\n")
+    assert understood(source) == {"a.mp4": ("x", None)}
+    assert source.ignored == {"(not in the list)": 5}
+    assert source.notes == ["columns of labels.csv that are not read: fold"]
+
+
+@pytest.mark.parametrize("column", ["Group", "groups", " SPLIT", "Start", "end_"])
+def test_columns_with_nearly_the_name_of_another_are_refused(tmp_path, column):
+    with pytest.raises(UserError, match=r"labels.csv:1: column .*: call it '(group|split|start|end)'"):
+        listed(tmp_path, f"path,label,{column}\na.mp4,x,1\n")
+
+
+def test_texts_that_stand_for_no_class(tmp_path):
+    for label in ("-1", "-1.0", "nan", "NaN", "null", " "):
+        assert understood(listed(tmp_path, f"path,label\na.mp4,{label}\nb.mp4,0\n")) == {
+            "a.mp4": (None, None),
+            "b.mp4": ("0", None),
+        }
+    (tmp_path / "list.jsonl").write_text('{"path": "a.mp4", "label": -1}\n{"path": "b.mp4", "label": "x"}\n')
+    source = read_source(tmp_path, "jsonl", [tmp_path / "list.jsonl"])
+    assert understood(source) == {"a.mp4": (None, None), "b.mp4": ("x", None)}
+
+
+@pytest.mark.parametrize(
+    "first, second", [("Run", "run "), ("two words", "Two  Words"), ("1", "01"), ("2", "2.0")]
+)
+def test_classes_in_two_spellings_are_said(tmp_path, first, second):
+    source = listed(tmp_path, f"path,label\na.mp4,{first}\nb.mp4,{second}\nc.mp4,other\n")
+    names = sorted([first, second.strip()])
+    assert source.notes == [f"classes that differ in spelling only: {names[0]!r}, {names[1]!r}"]
+
+
+def test_one_name_in_two_unicode_forms_is_one_class(tmp_path):
+    source = read_source(fill(tmp_path / "folders", "caf\u00e9/a.mp4", "cafe\u0301/b.mp4"))
+    assert {item.labels["label"] for item in source.items} == {"caf\u00e9"}
+    source = listed(tmp_path / "list", "path,label\na.mp4,caf\u00e9\nb.mp4,cafe\u0301\n")
+    assert {item.labels["label"] for item in source.items} == {"caf\u00e9"}
+
+
+def test_splits_that_differ_in_case_are_refused(tmp_path):
+    with pytest.raises(UserError, match=r"labels.csv:3: split 'train', but 'Train' in .*labels.csv:2"):
+        listed(tmp_path, "path,label,split\na.mp4,x,Train\nb.mp4,x,train\n")
+
+
+def test_lists_name_folders_of_frames(tmp_path):
+    text = "path,label\nv,x\na.mp4,y\n"
+    with pytest.raises(UserError, match=r"labels.csv:2: v is a folder; give --frame-rate RATE"):
+        listed(tmp_path, text)
+    source = listed(tmp_path, text, frame_rate="10")
+    assert [(item.path, item.frame_rate) for item in source.items] == [("a.mp4", None), ("v", "10")]
+    assert source.ignored == {"(not in the list)": 2}
+
+
+def test_a_folder_around_the_classes_is_said(tmp_path):
+    source = read_source(fill(tmp_path, "data/run/a.mp4", "data/walk/b.mp4"))
+    assert source.notes == [
+        "all files are in data, the only class; pack that folder to take the 2 folders in it for classes"
+    ]
