@@ -20,6 +20,7 @@ from data_prep.fingerprint import Candidate, Fingerprint, HashTable, MediaFile
 from data_prep.index import read_lines, write_lines
 from data_prep.matching import matching_job
 from data_prep.sources.common import SourceItem
+from data_prep.summary import Tally, left_out_lines
 from data_prep.workers import WorkerPool
 from vidssl.core.errors import UserError
 from vidssl.core.io import make_folder
@@ -100,6 +101,11 @@ def cached_near_duplicates(
     write_lines(
         file, map(dumps, [header, *({"path": path, **record} for path, record in sorted(found.items()))])
     )
-    if failed := [path for path, record in found.items() if "error" in record]:
-        print(f"{len(failed)} files could not be compared, {failed[0]} first: {file} lists them")
+    failed = Tally()
+    for path, record in sorted(found.items()):
+        if "error" in record:
+            failed.note(record["error"], path)
+    if failed:
+        print(f"{failed.total()} files could not be compared, and are kept: {file} lists them")
+        print(*left_out_lines(failed.entries(), "not compared"), sep="\n")
     return found

@@ -10,13 +10,25 @@ common. Prints a line for each pair; exit status 1 if there is any.
 import argparse
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from data_prep.index import write_lines
+from data_prep.summary import Tally, left_out_lines
 from vidssl.core.errors import UserError, run_cli
 from vidssl.core.io import check_writable
 from vidssl.data.addresses import is_url
 from vidssl.data.format import dumps, read_index
+
+
+def not_compared_lines(records: list[dict]) -> Iterator[str]:
+    """Yields a line for each reason for which videos are not compared, with their names."""
+    tally = Tally()
+    for record in records:
+        if "error" in record:
+            names = (f"{record[split]} of {split}" for split in ("test", "train") if split in record)
+            tally.note(record["error"], " and ".join(names))
+    yield from left_out_lines(tally.entries(), "not compared")
 
 
 def main(argv: list[str]) -> None:
@@ -56,6 +68,8 @@ def main(argv: list[str]) -> None:
         f"{leaked} of {test.n} test videos are among the {train.n} of {args.train}; "
         f"{len(records) - len(leaks)} not decoded"
     )
+    for line in not_compared_lines(records):
+        print(line)
     if leaks:
         sys.exit(1)
 

@@ -166,14 +166,14 @@ def summary_lines(summary: Mapping[str, Any]) -> Iterator[str]:
     yield from left_out_lines(summary["left_out"])
 
 
-def left_out_lines(entries: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+def left_out_lines(entries: Mapping[str, Mapping[str, Any]], title: str = "left out") -> Iterator[str]:
     """Yields a line for each reason. entries: as `Tally.entries` returns them."""
     shown = [reason for i, reason in enumerate(entries) if i < MAX_LINES or unread_hint(reason)]
     for reason in shown:
         entry = entries[reason]
-        yield f"  left out, {reason}{unread_hint(reason)}: {entry['files']}{_examples(entry)}"
+        yield f"  {title}, {reason}{unread_hint(reason)}: {entry['files']}{_examples(entry)}"
     if len(shown) < len(entries):
-        yield f"  left out for {len(entries) - len(shown)} more reasons: see summary.json"
+        yield f"  {title} for {len(entries) - len(shown)} more reasons: see summary.json"
 
 
 def unread_hint(reason: str) -> str:

@@ -10,18 +10,21 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from itertools import accumulate
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
+from data_prep.filters import Rejected
 from data_prep.index import tar_samples
-from vidssl.core.errors import DecodeError, UserError, run_cli
+from data_prep.workers import WorkerPool
+from vidssl.core.errors import UserError, run_cli
 from vidssl.core.io import stream_sha256
 from vidssl.data.addresses import ShardError, canonical_address, is_url, join, without_query
 from vidssl.data.format import MAX_RECORDS_BYTES, believed_meta, dumps, read_index, select_media, shard_table
+from vidssl.data.isolation import Reporter
 from vidssl.data.tar_files import is_system_file
 
 FRAME_FACTS = ("frames", "height", "width")
@@ -48,11 +51,11 @@ def open_checked(where: str, size: int | None, sha256: str) -> Iterator[BinaryIO
         yield file
 
 
-def check_shard(folder: str, entry: dict, strict: bool, decode: list[int]) -> Iterator[str]:
+def check_shard(folder: str, entry: dict, strict: bool, decode: list[int], pool: WorkerPool) -> Iterator[str]:
     """Yields the problems of one shard: checksums, .jsonl against tar, and the samples with the indices
     `decode`.
 
-    strict: the .json members of the tar must equal the meta of the .jsonl.
+    strict: the .json members of the tar must equal the meta of the .jsonl. pool: does `decode_job`.
     """
     tar_path = join(folder, entry["name"])
     jsonl_path = join(folder, entry["name"].removesuffix(".tar") + ".jsonl")
@@ -75,7 +78,11 @@ def check_shard(folder: str, entry: dict, strict: bool, decode: list[int]) -> It
             problems.append(f"{where}: {len(records)} samples in its jsonl, {entry['samples']} in index.json")
         yield from problems
         for i in decode if not problems else []:
-            yield from check_sample(where, tar, records[i], believed_meta(records[i], strict))
+            tar.seek(records[i]["offset"])
+            data = tar.read(records[i]["size"])
+            found = pool.run(data, records[i]["ext"], believed_meta(records[i], strict))
+            problems = [f"{found.reason}: {found.detail}"] if isinstance(found, Rejected) else found
+            yield from (f"{where}: {records[i]['key']}: {problem}" for problem in problems)
 
 
 def check_records(where: str, tar: BinaryIO, records: list[dict], strict: bool) -> Iterator[str]:
@@ -96,30 +103,27 @@ def check_records(where: str, tar: BinaryIO, records: list[dict], strict: bool) 
                 yield f"{where}: {record['key']}: its .json differs from its jsonl line"
 
 
-def check_sample(tar_name: str, tar: BinaryIO, record: dict, meta: dict) -> Iterator[str]:
-    """Yields the problems of one sample, decoded completely and by the decoder that training uses. meta: its
-    metadata as a reader of shards takes them.
+def decode_job(report: Reporter, data: bytes, ext: str, meta: dict) -> list[str]:
+    """In a child process: returns the problems of one sample, decoded completely and by the decoder that
+    training uses. meta: its metadata as a reader of shards takes them.
     """
     # imported here, so that --help and mistakes are answered without a decoder
     from vidssl.data.decoding import open_video
     from vidssl.data.decoding.image import ImageVideo
     from vidssl.data.decoding.pyav import PyAVVideo
 
-    where = f"{tar_name}: {record['key']}"
-    tar.seek(record["offset"])
-    data = tar.read(record["size"])
-    try:
-        with open_video(data, record["ext"], meta) as video:
-            video.get([0, len(video) // 2, len(video) - 1])
-        with ImageVideo(data) if video.decoder == "image" else PyAVVideo(data) as complete:
-            decoded = dict(zip(FRAME_FACTS, (len(complete), *complete.size), strict=True))
-        if len(video) != len(complete):
-            yield f"{where}: {video.decoder} sees {len(video)} frames, a full decode {len(complete)}"
-        for fact in FRAME_FACTS:
-            if meta.get(fact, decoded[fact]) != decoded[fact]:
-                yield f"{where}: {fact} is {decoded[fact]}, meta says {meta[fact]}"
-    except DecodeError as e:
-        yield f"{where}: {e}"
+    problems = []
+    with open_video(data, ext, meta) as video:
+        video.get([0, len(video) // 2, len(video) - 1])
+    report.progress()
+    with ImageVideo(data) if video.decoder == "image" else PyAVVideo(data) as complete:
+        decoded = dict(zip(FRAME_FACTS, (len(complete), *complete.size), strict=True))
+    if len(video) != len(complete):
+        problems.append(f"{video.decoder} sees {len(video)} frames, a full decode {len(complete)}")
+    for fact in FRAME_FACTS:
+        if meta.get(fact, decoded[fact]) != decoded[fact]:
+            problems.append(f"{fact} is {decoded[fact]}, meta says {meta[fact]}")
+    return problems
 
 
 def find_unlisted(folder: Path, listed: set[str]) -> Iterator[str]:
@@ -131,8 +135,8 @@ def find_unlisted(folder: Path, listed: set[str]) -> Iterator[str]:
             yield f"{tar}: not in index.json"
 
 
-def check_dataset(folder: str, decode: int) -> Iterator[str]:
-    """Yields the problems of one data set; `decode` evenly spaced samples are decoded."""
+def check_dataset(folder: str, decode: int, pool: WorkerPool) -> Iterator[str]:
+    """Yields the problems of one data set; `decode` evenly spaced samples are decoded by `pool`."""
     index = read_index(folder)
     shard_table(index, folder)  # raises UserError if an entry is damaged
     ends = list(accumulate(entry["samples"] for entry in index["shards"]))
@@ -143,7 +147,9 @@ def check_dataset(folder: str, decode: int) -> Iterator[str]:
     is_packed = "plan" in index.get("pack", {})
     for entry, end in zip(index["shards"], ends, strict=True):
         begin = end - entry["samples"]
-        yield from check_shard(folder, entry, is_packed, [i - begin for i in chosen if begin <= i < end])
+        yield from check_shard(
+            folder, entry, is_packed, [i - begin for i in chosen if begin <= i < end], pool
+        )
 
 
 def main(argv: list[str]) -> None:
@@ -153,7 +159,12 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "--decode", type=int, default=32, help="number of samples per data set to decode (default 32)"
     )
+    parser.add_argument(
+        "--timeout", type=float, default=120.0, help="seconds until a sample counts as hanging"
+    )
     args = parser.parse_args(argv)
+    if args.timeout <= 0:
+        raise UserError("--timeout must be positive")
     folders = [args.out]
     if not is_url(args.out):
         folders = sorted(str(p.parent) for p in Path(args.out).rglob("index.json"))
@@ -162,10 +173,12 @@ def main(argv: list[str]) -> None:
             f"{args.out}: no index.json in it or below it; other WebDataset shards need data_prep.scan"
         )
     problems = 0
-    for folder in folders:
-        for problem in check_dataset(folder, args.decode):
-            print(problem)
-            problems += 1
+    # A sample that hangs or crashes its decoder is a problem of the data set, not the end of the check.
+    with closing(WorkerPool(decode_job, args.timeout)) as pool:
+        for folder in folders:
+            for problem in check_dataset(folder, args.decode, pool):
+                print(problem)
+                problems += 1
     counted = f"{problems or 'no'} problem{'s' * (problems != 1)}"
     print(f"{len(folders)} data set{'s' * (len(folders) > 1)}: {counted}")
     if problems:

@@ -13,6 +13,9 @@ from vidssl.data.isolation import Failure, Reporter, SandboxPool
 
 # Of the machine and not of the file, which is not rejected for them
 MACHINE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE, errno.ENFILE)
+# By which a job may grow its process: 8 GiB, the largest file that is decoded, and 4 GiB, the most frames of
+# one request (see data/decoding/base.py).
+MEMORY_BYTES = 12 << 30
 REASONS = {"hang": "timeout", "crash": "decoder_crash", "memory": "too_large"}  # Failure -> Rejected
 
 
@@ -21,11 +24,11 @@ class WorkerPool:
 
     work: module-level function or partial of one, work(reporter, *job) -> result. A DecodeError, OSError or
         MemoryError in it rejects the file.
-    timeout_s: seconds without progress.
+    timeout_s: seconds without progress. memory_bytes: by which a job may grow its process.
     """
 
-    def __init__(self, work: Callable[..., Any], timeout_s: float):
-        self._pool = SandboxPool(partial(reject_on_error, work), timeout_s)
+    def __init__(self, work: Callable[..., Any], timeout_s: float, memory_bytes: int = MEMORY_BYTES):
+        self._pool = SandboxPool(partial(reject_on_error, work), timeout_s, memory_bytes=memory_bytes)
 
     def run(self, *job: Any) -> Any:
         """Returns the result of the job, or its last report before it failed, or Rejected."""

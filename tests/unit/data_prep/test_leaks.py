@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import time
+from contextlib import closing
 from pathlib import Path
 
 import av
@@ -25,6 +26,7 @@ from data_prep.fingerprint import (
 )
 from data_prep.leak_search import ShardFiles, find_leaks
 from data_prep.matching import align, compare, matching_job
+from data_prep.workers import WorkerPool
 from vidssl.core.errors import UserError
 from vidssl.data.shards import Shards
 
@@ -174,6 +176,31 @@ def test_hanging_and_crashing_videos_are_reported(tmp_path):
     lines = list(find_leaks(train, test, workers=2, timeout_s=5.0, job=faulty_job))
     found = {line["test"].rsplit("-", 1)[0]: line.get("error", line.get("match")) for line in lines}
     assert found == {"b": "bytes", "crash": "decoder_crash", "hang": "timeout"}
+
+
+def greedy_job(report):
+    """Takes 300 MB, then waits for its end."""
+    taken = np.ones(300 << 20, np.uint8)
+    time.sleep(1000)
+    return len(taken)
+
+
+def test_a_job_that_takes_too_much_memory_is_rejected():
+    with closing(WorkerPool(greedy_job, 60.0, memory_bytes=100 << 20)) as pool:
+        rejected = pool.run()
+    assert rejected.reason == "too_large" and "grew by over" in rejected.detail
+
+
+def test_videos_that_are_not_compared_are_named(capsys):
+    records = [{"test": "a", "error": "timeout"}, {"train": "b", "error": "timeout"}]
+    records += [
+        {"test": "c", "train": "d", "error": "too_large"},
+        {"test": "a", "train": "b", "match": "bytes"},
+    ]
+    assert list(leaks.not_compared_lines(records)) == [
+        "  not compared, timeout: 2 (a of test, b of train)",
+        "  not compared, too_large: 1 (c of test and d of train)",
+    ]
 
 
 def test_phash_is_a_dct_and_ignores_brightness():
