@@ -5,16 +5,18 @@ The format itself is defined in vidssl/data/format.py.
 """
 
 import hashlib
+import json
 import os
 import re
 import tarfile
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from vidssl.core.errors import UserError
 from vidssl.core.io import atomic_write
+from vidssl.data.format import read_index
 from vidssl.data.tar_files import TarFiles, split_name
 
 
@@ -50,6 +52,26 @@ def read_lines(path: Path) -> list[str]:
     names.)
     """
     return path.read_text(encoding="utf-8").split("\n")[:-1]
+
+
+class Contents(NamedTuple):
+    """What the files of a data set say beside its tars."""
+
+    index: dict[str, Any]  # index.json
+    records: list[dict]  # of the .jsonl of all shards
+    rejected: list[dict]  # records of rejected.jsonl; none if scan made the index
+
+
+def read_contents(folder: Path) -> Contents:
+    """Reads index.json of a data set, the .jsonl of its shards and rejected.jsonl."""
+    index = read_index(folder)
+    shards = [(folder / entry["name"]).with_suffix(".jsonl") for entry in index["shards"]]
+    rejected = folder / "rejected.jsonl"
+    return Contents(
+        index,
+        [json.loads(line) for shard in shards for line in read_lines(shard)],
+        [json.loads(line) for line in read_lines(rejected)] if rejected.exists() else [],
+    )
 
 
 def class_lists(names: dict[str, set[str]]) -> dict[str, list[str]]:

@@ -3,18 +3,19 @@
 import argparse
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from data_prep import engine
-from data_prep.index import read_lines, write_lines
+from data_prep.index import Contents, read_contents, read_lines, write_lines
 from data_prep.plan import Plan, make_plan
 from data_prep.report import write_dataset_report
 from data_prep.sources import SourceListing
 from data_prep.summary import (
     Tally,
+    count_rejected,
     left_out_lines,
     make_summary,
-    read_rejections,
     summary_lines,
     write_summary,
 )
@@ -22,7 +23,7 @@ from vidssl.core.errors import UserError
 from vidssl.core.io import make_folder
 from vidssl.core.log import logger
 from vidssl.core.progress import Progress
-from vidssl.data.format import dumps, dumps_index, read_index, shard_entry
+from vidssl.data.format import dumps, dumps_index, shard_entry
 
 
 def pack_source(source: SourceListing, args: argparse.Namespace) -> None:
@@ -33,9 +34,10 @@ def pack_source(source: SourceListing, args: argparse.Namespace) -> None:
     else:
         write_shards(plan, args)
         write_indexes(plan)
-    clean_up(plan)
-    summarise(plan, source)
-    check_not_empty(plan, args.out)
+    contents = {folder: read_contents(folder) for folder in plan.datasets}
+    clean_up(plan, contents)
+    summarise(plan, source, contents)
+    check_not_empty(plan, args.out, contents)
 
 
 def open_out(out: Path, plan: Plan) -> bool:
@@ -78,17 +80,17 @@ def write_indexes(plan: Plan) -> None:
         write_lines(folder / "index.json", [dumps_index(plan.classes, entries, len(rejected), made_by)])
 
 
-def clean_up(plan: Plan) -> None:
+def clean_up(plan: Plan, contents: Mapping[Path, Contents]) -> None:
     """Writes the reports and removes the files that only a resumed run needs. Also run if all is finished
     already."""
     for folder, shards in plan.datasets.items():
         if not (folder / "report.json").exists():
-            write_dataset_report(folder)
+            write_dataset_report(folder, contents[folder])
         for file in [shard.rejections for shard in shards] + list(folder.glob("*.tmp")):
             file.unlink(missing_ok=True)
 
 
-def summarise(plan: Plan, source: SourceListing) -> None:
+def summarise(plan: Plan, source: SourceListing, contents: Mapping[Path, Contents]) -> None:
     """Writes summary.json of each data set, and prints what the source and each data set hold."""
     ignored = Tally()
     ignored.merge(source.ignored)
@@ -96,11 +98,8 @@ def summarise(plan: Plan, source: SourceListing) -> None:
     for note in source.notes:
         print(f"  {note}")
     print(*left_out_lines(ignored.entries()), sep="\n", end="\n" if ignored else "")
-    for folder in plan.datasets:
-        index = read_index(folder)
-        left_out = read_rejections(folder)
-        shards = [(folder / entry["name"]).with_suffix(".jsonl") for entry in index["shards"]]
-        records = (json.loads(line) for shard in shards for line in read_lines(shard))
+    for folder, (index, records, rejections) in contents.items():
+        left_out = count_rejected(rejections)
         summary = make_summary(records, index["classes"], left_out)
         write_summary(folder, {**summary, "notes": list(source.notes), "ignored": ignored.entries()})
         megabytes = sum(entry["bytes"] for entry in index["shards"]) / 1e6
@@ -108,25 +107,24 @@ def summarise(plan: Plan, source: SourceListing) -> None:
         rejected = (
             f"{left_out.total()} rejected ({counts}): see rejected.jsonl" if counts else "none rejected"
         )
-        shards_line = f"{index['samples']} samples in {len(shards)} shards, {megabytes:.1f} MB"
+        shards_line = f"{index['samples']} samples in {len(index['shards'])} shards, {megabytes:.1f} MB"
         print(f"{folder}: {shards_line}; {rejected}")
         print(*summary_lines(summary), sep="\n")
 
 
-def check_not_empty(plan: Plan, out: Path) -> None:
+def check_not_empty(plan: Plan, out: Path, contents: Mapping[Path, Contents]) -> None:
     """Raises UserError if no data set has a sample; warns of each that has none."""
-    empty = [folder for folder in plan.datasets if not read_index(folder)["samples"]]
-    for folder in empty if len(empty) < len(plan.datasets) else ():
-        logger.warning(f"{folder}: holds no sample: {_causes([folder], plan)}")
-    if len(empty) == len(plan.datasets):
-        raise UserError(f"{plan.source}: no sample is left: {_causes(empty, plan)}; see {out}/rejected.jsonl")
+    empty = {folder: found.rejected for folder, found in contents.items() if not found.records}
+    for folder, rejected in empty.items() if len(empty) < len(contents) else ():
+        logger.warning(f"{folder}: holds no sample: {_causes(rejected, plan)}")
+    if len(empty) == len(contents):
+        causes = _causes([record for rejected in empty.values() for record in rejected], plan)
+        raise UserError(f"{plan.source}: no sample is left: {causes}; see {out}/rejected.jsonl")
 
 
-def _causes(folders: list[Path], plan: Plan) -> str:
+def _causes(rejected: list[dict], plan: Plan) -> str:
     """Says which filters dropped how many files or clips, and what else was left out."""
-    reasons = Tally()
-    for folder in folders:
-        reasons.merge(read_rejections(folder))
+    reasons = count_rejected(rejected)
     options = filter_options(plan)
     return ", ".join(
         f"{options[reason]} drops {n} ({reason})" if reason in options else f"{n} {reason}"

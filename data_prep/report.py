@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.index import read_lines, write_lines
+from data_prep.index import Contents, read_contents, write_lines
 from data_prep.summary import make_summary
 from vidssl.core.errors import UserError, run_cli
 from vidssl.core.io import atomic_write
 from vidssl.core.suggestions import counted
-from vidssl.data.format import dumps, read_index
+from vidssl.data.format import dumps
 
 BINS = 24
 OUTLIER_SPREADS = 3  # outliers lie this many distances from the 5 % to the 95 % quantile beyond these
@@ -60,21 +60,14 @@ def usual_range(values: np.ndarray) -> tuple[float, float]:
     return float(usual.min()), float(usual.max())
 
 
-def make_report(folder: Path) -> dict:
-    """Returns the contents of report.json, from index.json, the shards' .jsonl and rejected.jsonl."""
-    index = read_index(folder)
-    records = [
-        json.loads(line)
-        for shard in index["shards"]
-        for line in read_lines((folder / shard["name"]).with_suffix(".jsonl"))
-    ]
+def make_report(contents: Contents) -> dict:
+    """Returns the contents of report.json."""
+    index, records, rejected = contents
     metas = [record["meta"] for record in records]
     measured = [m for m in metas if "frames" in m]
     videos = [m for m in measured if m["frames"] > 1]
     originals = [m["original"] for m in metas if "original" in m]
-    rejected = folder / "rejected.jsonl"
-    rejections = read_lines(rejected) if rejected.exists() else []
-    reasons = Counter(json.loads(line)["reason"] for line in rejections)
+    reasons = Counter(record["reason"] for record in rejected)
     return {
         "samples": len(records),
         "files": len({m.get("source", i) for i, m in enumerate(metas)}),
@@ -193,9 +186,9 @@ def _bars(ax: Any, counts: dict[str, int], label: str) -> None:
     ax.margins(x=0.2)
 
 
-def write_dataset_report(folder: Path) -> dict:
+def write_dataset_report(folder: Path, contents: Contents) -> dict:
     """Writes report.png and then report.json beside index.json. Returns the report."""
-    report = make_report(folder)
+    report = make_report(contents)
     atomic_write(folder / "report.png", lambda temporary: draw(report, temporary))
     write_lines(folder / "report.json", [json.dumps(report, indent=1)])
     return report
@@ -213,7 +206,7 @@ def main(argv: list[str]) -> None:
             f"{args.folder}: no index.json in it or below it; other WebDataset shards need data_prep.scan"
         )
     for folder in folders:
-        report = write_dataset_report(folder)
+        report = write_dataset_report(folder, read_contents(folder))
         print(f"{folder / 'report.png'}: {report['samples']} samples, {dumps(report['rejected'])} rejected")
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from data_prep.index import read_lines, write_lines
+from data_prep.index import write_lines
 from vidssl.core.suggestions import counted
 from vidssl.data.extensions import IMAGE_EXTENSIONS, MEDIA_EXTENSIONS
 
@@ -58,11 +58,10 @@ class Tally(Counter[str]):
         return {reason: {"files": n, "examples": self.examples.get(reason, [])} for reason, n in ordered if n}
 
 
-def read_rejections(folder: Path) -> Tally:
-    """Counts the rejected.jsonl of a data set by reason, with examples of paths."""
+def count_rejected(records: Iterable[dict]) -> Tally:
+    """Counts the records of rejected.jsonl by reason, with examples of paths."""
     tally = Tally()
-    for line in read_lines(folder / "rejected.jsonl"):
-        record = json.loads(line)
+    for record in records:
         tally.note(record["reason"], record["path"])
     return tally
 

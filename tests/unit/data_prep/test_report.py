@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from data_prep.index import read_contents
 from data_prep.report import histogram, make_figure, make_report
 
 
@@ -29,7 +30,7 @@ def test_panels_are_those_of_facts_that_there_are(tmp_path, write_index, frames,
     facts = {"frames": frames, "fps": 25.0, "duration": frames / 25, "codec": ext, "height": 4, "width": 6}
     metas = [{"labels": {"label": i}, **facts} for i, size in enumerate(sizes) for _ in range(size)]
     names = {"label": [f"class_{i}" for i in range(classes)]}
-    report = make_report(write_index(tmp_path / "a", ext, metas, names))
+    report = make_report(read_contents(write_index(tmp_path / "a", ext, metas, names)))
     json.dumps(report, allow_nan=False)
     assert list(report["classes"]["label"].values()) == sizes
     figure = make_figure(report)
