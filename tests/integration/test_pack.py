@@ -18,7 +18,7 @@ import pytest
 from packed_files import file_hashes, read_records
 from signal_at import signalled
 
-from data_prep import pack, scan, verify
+from data_prep import pack, packing, scan, verify
 from data_prep.encode import EncodedSample
 from data_prep.index import class_lists, sample_key
 from data_prep.inspect_file import FileInspector, Rejected
@@ -110,7 +110,7 @@ def test_incomplete_shards_are_written_again(packed, tiny_corpus, tmp_path, monk
     """A shard without its tar, or without its list of rejected files, is not finished."""
     args = [str(tiny_corpus), str(tmp_path / "out"), "--workers", "1", "--samples-per-shard", "3"]
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
-        m.setattr(pack, "write_indexes", lambda plan: (_ for _ in ()).throw(KeyboardInterrupt))
+        m.setattr(packing, "write_indexes", lambda plan: (_ for _ in ()).throw(KeyboardInterrupt))
         pack.main(args)
     (tmp_path / "out" / "shard-000001.tar").unlink()
     (tmp_path / "out" / "shard-000003.rejected").unlink()
