@@ -4,12 +4,12 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import torch
 from compact import expand, read_compact
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from vidssl.core.errors import UserError
 from vidssl.model.grid import Mask
@@ -17,11 +17,15 @@ from vidssl.objective.objective import Objective
 from vidssl.pretrained import public
 from vidssl.pretrained.key_maps import JEPA, RenamedTensors, rename
 
+Precision = Literal["fp32", "bf16"]
+AnyModule = TypeVar("AnyModule", bound=nn.Module)
 INPUTS = ("state.", "clips", "images", "mask", "decode_mask", "ids_restore", "context_ids", "target_ids.")
 # Largest errors that pass. Gradients are relative to the largest entry (full cases) or the norm (compact
 # cases).
 FULL_LIMITS = {"output": 1e-4, "gradient": 1e-3, "trace": 1e-4, "final": 1e-4}
 COMPACT_LIMITS = {"output": 1e-5, "gradient": 1e-3, "trace": 1e-4, "final": 2e-5}
+# bf16 keeps 8 bits: what the networks of the cases lose under autocast, with a margin of about two.
+BF16_LIMITS = {"output": 0.07, "gradient": 0.8, "trace": 0.0, "final": 0.0}
 MIN_RELATIVE_NORM = 1e-3  # of the case's largest gradient: smaller ones are compared with this norm
 SHARED_GRADIENTS = {
     "class_position": "class_token",
@@ -34,8 +38,11 @@ class Case:
     """A case in one of two forms. Full: every tensor of the reference is stored. Compact (see
     vectors/README.md): weights and inputs are recreated, and six numbers are stored of every gradient."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, device: str = "cpu", precision: Precision = "fp32"):
+        """device: where our modules compute; precision: of their forward passes, by autocast."""
         self.name = path.stem
+        self.device = torch.device(device)
+        self.precision = precision
         self.about = json.loads(path.with_suffix(".json").read_text())
         self.is_compact = "state" in self.about
         if self.is_compact:
@@ -43,6 +50,8 @@ class Case:
         else:
             self.tensors = load_file(path.with_suffix(".safetensors"))
         self.limits = COMPACT_LIMITS if self.is_compact else FULL_LIMITS
+        if precision == "bf16":
+            self.limits = BF16_LIMITS
         self.geometry = self.about.get("geometry", {})
         self.options = self.about.get("options", {})
         self.state = self.subtree("state")
@@ -53,7 +62,15 @@ class Case:
         return key in self.tensors
 
     def __getitem__(self, key: str) -> Tensor:
-        return self.tensors[key]
+        return self.tensors[key].to(self.device)
+
+    def place(self, module: AnyModule) -> AnyModule:
+        """Moves one of our modules to the device of the case."""
+        return module.to(self.device)
+
+    def autocast(self) -> torch.autocast:
+        """Context of the forward passes."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
     def subtree(self, name: str) -> dict[str, Tensor]:
         return {k.removeprefix(f"{name}."): v for k, v in self.tensors.items() if k.startswith(f"{name}.")}
@@ -72,10 +89,10 @@ class Case:
 
     def compare(self, key: str, ours: Tensor, kind: str = "output") -> None:
         """Compares one output of the reference with ours."""
-        reference = self[key].double()
+        reference = self.tensors[key].double()
         if ours.numel() != reference.numel():
             raise UserError(f"{self.name}: {key} is {list(reference.shape)}, ours {list(ours.shape)}")
-        error = (ours.double().reshape(reference.shape) - reference).abs().max().item()
+        error = (ours.cpu().double().reshape(reference.shape) - reference).abs().max().item()
         self.record(kind, error, key)
         self.not_compared.discard(key)
 
@@ -118,6 +135,7 @@ class Case:
         self, to_our_names: Callable[[dict[str, Tensor]], RenamedTensors], ours: dict[str, Tensor | None]
     ) -> None:
         """to_our_names: converts a state dict of the reference; ours: gradients by our names."""
+        ours = {name: None if gradient is None else gradient.cpu() for name, gradient in ours.items()}
         if not self.is_compact:
             reference = self.subtree("grad")
             # Names come from the state: some of them are told by tensors beside, which may have no gradient.

@@ -1,14 +1,16 @@
 """Compares our modules with tensors of the reference implementations.
 
-python tests/parity/check_parity.py DIR
+python tests/parity/check_parity.py DIR [--device cuda] [--precision bf16]
 
 Runs every case in DIR (NAME.json with its geometry and options, NAME.safetensors with the reference's state
 dict, inputs, outputs and gradients; or the compact form in tests/parity/vectors) and prints one line for
 each: the largest error of outputs and losses, absolute, and of gradients, relative. The kind of a case
 follows from its tensors. A tensor that was compared with nothing is a failure. Exit status 0 only if every
-case passes; cases of methods that are not implemented are listed and do not count.
+case passes; cases of methods that are not implemented are listed and do not count. bf16: forward passes under
+autocast, with the limits of BF16_LIMITS; training runs and mask statistics are left out.
 """
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -16,7 +18,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from case import Case
+from case import Case, Precision
 from torch import Tensor, nn
 
 from vidssl.core.errors import UserError, run_cli
@@ -55,6 +57,7 @@ NOT_IMPLEMENTED = frozenset(  # vectors of methods that this project does not ha
         "vicreg",
     ]
 )
+ONLY_FP32 = {"vjepa_run", "vjepa_mask_statistics"}  # training runs and draws of masks
 MAX_STANDARD_ERRORS = 5.0
 STATISTICS_DRAWS = 4000
 INIT_SEEDS = 8
@@ -95,8 +98,8 @@ def compare_loss_and_gradients(case: Case, objective: Objective, clips: Tensor) 
 def check_masked_pixels(case: Case) -> None:
     """VideoMAE, VideoMAE V2, MAE-ST and MAE."""
     checkpoint = public.checkpoint_from_state(case.state, case.name, case.overrides())
-    encoder = checkpoint.build_encoder()
-    predictor, query = checkpoint.build_predictor(encoder)
+    encoder = case.place(checkpoint.build_encoder())
+    predictor, query = map(case.place, checkpoint.build_predictor(encoder))
     clips = case.video
     grid = encoder.grid_of(clips)
     mask = pixel_mask(case)
@@ -156,8 +159,8 @@ def check_feature_prediction(case: Case) -> None:
         raise UserError(f"{case.name}: the reference's table of positions is none of ours")
     if "levels" in case.options and checkpoint.query is not None:
         checkpoint.query = checkpoint.query[:1]  # V-JEPA 2.1 uses its first mask token for every mask
-    encoder = checkpoint.build_encoder(checkpoint.online)
-    predictor, query = checkpoint.build_predictor(encoder)
+    encoder = case.place(checkpoint.build_encoder(checkpoint.online))
+    predictor, query = map(case.place, checkpoint.build_predictor(encoder))
     clips = case.video
     target = feature_target(case, checkpoint, encoder)
     masks = image_masks(case) if case.is_image else [case.mask(i) for i in range(case.count("context_ids."))]
@@ -190,14 +193,14 @@ def check_feature_prediction(case: Case) -> None:
 
 def feature_target(case: Case, checkpoint: Checkpoint, encoder: Encoder) -> Target:
     if "target_encoder.patch_embed.proj.weight" in case.state or case.is_image:
-        return Ema(checkpoint.build_encoder())
+        return Ema(case.place(checkpoint.build_encoder()))
     teacher_state = {k: v for k, v in case.state.items() if k.startswith("teacher.")}
     width = case.geometry["teacher_dim"]
     if not teacher_state:  # the full case of the distilled model stores only the teacher's features
         return FixedTarget(level_norm(case["target_full"], width))
     state = {k.replace("teacher.", "encoder.", 1): v for k, v in teacher_state.items()}
     overrides = {**case.overrides(), "heads": case.geometry["teacher_heads"]}
-    teacher = public.checkpoint_from_state(state, case.name, overrides).build_encoder()
+    teacher = case.place(public.checkpoint_from_state(state, case.name, overrides).build_encoder())
     return Teacher(encoder, teacher, case.name)
 
 
@@ -240,19 +243,19 @@ def check_initial_spread(case: Case, model: dict[str, Any]) -> None:
 def check_fine_tuned(case: Case) -> None:
     """VideoMAE's classifier on the mean of the tokens."""
     checkpoint = public.checkpoint_from_state(case.state, case.name, case.overrides())
-    head = checkpoint.build_head()
-    tokens = checkpoint.build_encoder()(case["clips"])
+    head = case.place(checkpoint.build_head())  # type: ignore[arg-type]
+    tokens = case.place(checkpoint.build_encoder())(case["clips"])
     case.compare("features", head.features(tokens))  # type: ignore[union-attr, operator]
     case.compare("logits", head(tokens))
 
 
 def check_attentive_head(case: Case) -> None:
     """A probe head: logits, cross-entropy with the labels 0, 1, 2, ..., gradients."""
-    head = public.read_attentive_head(case.state, case.about["num_heads"], case.name)
+    head = case.place(public.read_attentive_head(case.state, case.about["num_heads"], case.name))
     logits = head(case["features"])
     case.not_compared.discard("features")
     case.compare("logits", logits)
-    labels = torch.arange(len(logits)) % logits.shape[1]
+    labels = torch.arange(len(logits), device=logits.device) % logits.shape[1]
     loss = F.cross_entropy(logits, labels)
     case.compare("loss", loss)
     loss.backward()
@@ -264,9 +267,9 @@ def check_training_run(case: Case) -> None:
     """The reference's training loop: schedules, weight decay groups, EMA encoder, and the final weights."""
     overrides = case.overrides()
     checkpoint = public.checkpoint_from_state(case.state, case.name, overrides)
-    encoder = checkpoint.build_encoder(checkpoint.online)
-    predictor, query = checkpoint.build_predictor(encoder)
-    target = Ema(checkpoint.build_encoder())
+    encoder = case.place(checkpoint.build_encoder(checkpoint.online))
+    predictor, query = map(case.place, checkpoint.build_predictor(encoder))
+    target = Ema(case.place(checkpoint.build_encoder()))
     masks = FixedMasks([])
     objective = Objective(encoder, masks, target, query, predictor, ERRORS["l1"]())
     trace = train_as_reference(case, objective, masks)
@@ -291,7 +294,7 @@ def check_training_run(case: Case) -> None:
         ("query", query, {"tokens": reference.query}),
     ):
         for key, value in module.state_dict().items():
-            case.record("final", (value - weights[key]).abs().max().item(), f"{name}.{key}")
+            case.record("final", (value.cpu() - weights[key]).abs().max().item(), f"{name}.{key}")
     case.not_compared -= {f"final.{k}" for k in final}
 
 
@@ -373,14 +376,8 @@ def mask_deviation(path: Path) -> tuple[float, str]:
     return largest
 
 
-def check(path: Path) -> bool:
-    """Runs one case and prints its line. Returns whether it passes. path: NAME.json."""
-    if path.stem == "vjepa_mask_statistics":
-        deviation, what = mask_deviation(path)
-        passes = deviation < MAX_STANDARD_ERRORS
-        print(f"{path.stem:40s} {deviation:.1f} standard errors ({what}){'' if passes else '  FAILED'}")
-        return passes
-    case = Case(path)
+def compare_with_reference(case: Case) -> None:
+    """The comparison for the kind of the case, which its tensors tell."""
     if "trace.loss" in case:
         check_training_run(case)
     elif any("query_tokens" in k for k in case.state):
@@ -392,7 +389,19 @@ def check(path: Path) -> bool:
     elif "context_ids.0" in case or "context_ids" in case:
         check_feature_prediction(case)
     else:
-        raise UserError(f"{path}: not a case of a known kind")
+        raise UserError(f"{case.name}: not a case of a known kind")
+
+
+def check(path: Path, device: str = "cpu", precision: Precision = "fp32") -> bool:
+    """Runs one case and prints its line. Returns whether it passes. path: NAME.json."""
+    if path.stem == "vjepa_mask_statistics":
+        deviation, what = mask_deviation(path)
+        passes = deviation < MAX_STANDARD_ERRORS
+        print(f"{path.stem:40s} {deviation:.1f} standard errors ({what}){'' if passes else '  FAILED'}")
+        return passes
+    case = Case(path, device, precision)
+    with case.autocast():
+        compare_with_reference(case)
     errors = [
         f"{kind} {error:.1e} ({what})" for kind, (error, what) in case.largest_error.items() if what != "-"
     ]
@@ -410,10 +419,16 @@ def case_paths(folder: Path) -> list[Path]:
 
 
 def main(argv: list[str]) -> None:
-    if len(argv) != 1:
-        raise UserError("give one folder: python tests/parity/check_parity.py DIR")
-    folder = Path(argv[0])
-    results = [check(path) for path in case_paths(folder)]
+    p = argparse.ArgumentParser(prog="check_parity", description="Compares our modules with references.")
+    p.add_argument("folder", type=Path)
+    p.add_argument("--device", default="cpu")
+    p.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    a = p.parse_args(argv)
+    folder = a.folder
+    paths = case_paths(folder)
+    if a.precision == "bf16":
+        paths = [path for path in paths if path.stem not in ONLY_FP32]
+    results = [check(path, a.device, a.precision) for path in paths]
     if skipped := sorted(p.stem for p in folder.glob("*.json") if p.stem in NOT_IMPLEMENTED):
         print(f"not implemented: {', '.join(skipped)}")
     if not all(results):
