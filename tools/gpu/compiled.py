@@ -11,7 +11,7 @@ from torch._dynamo.utils import counters
 
 from vidssl.core.pixels import normalise
 from vidssl.core.rng import KeyedRNG
-from vidssl.training.step import configure_blocks
+from vidssl.training.blocks import configure_blocks
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests/integration"))
 from test_methods import small
