@@ -51,9 +51,14 @@ class Outcome(NamedTuple):
 def gpu_checks(out: Path, device: str) -> list[Check]:
     """The checks, the most important first."""
     on_gpu = device == "cuda"
-    size = ["--model", "vit_large", "--batch", "32"] if on_gpu else ["--model", "vit_tiny", "--batch", "2"]
-    rounds = ["--rounds", "8"] if on_gpu else ["--rounds", "2"]
-    steps = [script("bench_step.py"), *size, *rounds, "--precision", "bf16"]
+
+    def steps(name: str, pair: str, batch: int) -> list[str]:
+        """bench_step.py with the models of a pair."""
+        size = ["vit_large", str(batch), "both"] if on_gpu else ["vit_small", "1", "no"]
+        arguments = ["--pairs", pair, "--rounds", "8" if on_gpu else "1", "--precision", "bf16"]
+        for option, value in zip(("--model", "--batch", "--compile"), size, strict=True):
+            arguments += [option, value]
+        return [script("bench_step.py"), *arguments, "--out", str(out / f"{name}.json")]
 
     def gpu(name: str, *arguments: str) -> list[str]:
         figures = ["--figures", str(out / f"{name}.json")]
@@ -65,8 +70,8 @@ def gpu_checks(out: Path, device: str) -> list[Check]:
         "--device",
         device,
     ]
+    data = [script("bench_data.py"), str(out / "bench_data")]
     work = ["--work", str(out / "work")]
-    figures = [str(out / f"{name}.json") for name in ("steps", "steps_compiled", "data")]
     return [
         Check("environment", 1, 60, gpu("environment")),
         Check("methods", 15, 120, gpu("methods")),
@@ -75,9 +80,9 @@ def gpu_checks(out: Path, device: str) -> list[Check]:
         Check("runs", 30, 150, gpu("runs", *work)),
         Check("strategies", 30, 120, gpu("strategies", *work)),
         Check("compiled", 20, 120, gpu("compiled")),
-        Check("steps", 40, 150, [*steps, "--out", figures[0]]),
-        Check("steps_compiled", 60, 200, [*steps, "--compile", "--out", figures[1]]),
-        Check("data", 60, 150, [script("bench_data.py"), str(out / "bench_data"), "--out", figures[2]]),
+        Check("steps_videomae", 40, 150, steps("steps_videomae", "videomae", 128)),
+        Check("steps_vjepa", 40, 150, steps("steps_vjepa", "vjepa", 24)),
+        Check("data", 60, 150, [*data, "--out", str(out / "data.json")]),
         Check("learning", 120, 600, gpu("learning", *work)),
     ]
 
