@@ -29,6 +29,7 @@ from torchvision.transforms.v2 import functional as TF
 from vidssl.config import Fraction, NonNegativeInt, PositiveInt, Range
 from vidssl.core.errors import UserError
 from vidssl.core.pixels import channel_statistics
+from vidssl.data.decoding.planes import Box
 from vidssl.data.schema import ColorJitter
 
 SideFraction = Annotated[float, Field(gt=0, le=1)]
@@ -37,15 +38,6 @@ RAND_AUGMENT = r"rand(-(m|n|mmax)\d+|-(p|mstd)\d+(\.\d+)?|-inc[01])*"
 
 # in the order in which torchvision numbers them
 COLOR_CHANGES = ("brightness", "contrast", "saturation", "hue")
-
-
-class Box(NamedTuple):
-    """A part of a frame, in pixels."""
-
-    top: int
-    left: int
-    height: int
-    width: int
 
 
 class ColorDraws(NamedTuple):
@@ -99,14 +91,21 @@ def _channels_first(frames: np.ndarray) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(rearrange(frames, "t h w c -> c t h w")))
 
 
+def scaled_size(height: int, width: int, short_side: int | None) -> tuple[int, int]:
+    """Height and width of a frame scaled down so that its shorter side is `short_side` pixels, if it is
+    longer."""
+    if short_side is None or min(height, width) <= short_side:
+        return height, width
+    factor = short_side / min(height, width)
+    return round(height * factor), round(width * factor)
+
+
 def downscale(frames: np.ndarray, short_side: int | None) -> np.ndarray:
     """u8 [T, H, W, 3], scaled down so that the shorter side is `short_side` pixels, if it is longer."""
-    height, width = frames.shape[1:3]
-    if short_side is None or min(height, width) <= short_side:
+    size = scaled_size(*frames.shape[1:3], short_side)
+    if size == frames.shape[1:3]:
         return frames
-    factor = short_side / min(height, width)
-    size = [round(height * factor), round(width * factor)]
-    scaled = TF.resize(rearrange(torch.from_numpy(frames), "t h w c -> t c h w"), size, antialias=True)
+    scaled = TF.resize(rearrange(torch.from_numpy(frames), "t h w c -> t c h w"), list(size), antialias=True)
     return np.ascontiguousarray(rearrange(scaled, "t c h w -> t h w c").numpy())
 
 

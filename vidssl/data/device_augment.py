@@ -1,0 +1,361 @@
+"""The augmentation of `augment.py`, applied on a device to a batch of clips of unequal sizes.
+
+Crop, resize and flip of a clip are two matrices: the rows and the columns of its frames become those of the
+clip by weighted sums, with the triangle filter of torchvision's antialiased resize. Colour conversion is
+linear, so it comes after the resize. Planes of colour with half the rows or columns of the brightness are
+read as the host's conversion reads them: two pixels share a sample, so their weights are added.
+
+The result differs from the host's by the rounding between its steps, below half a grey level on average.
+Erased noise has the same box and distribution, but other numbers: the host's generator cannot run on a
+device.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from einops import rearrange
+from torch import Tensor
+from torch.nn import functional as F
+
+from vidssl.core.pixels import channel_statistics
+from vidssl.core.rng import KeyedRNG
+from vidssl.data.augment import COLOR_CHANGES, ClipDraws, ColorDraws, TrainingCrop, erase_canvas
+from vidssl.data.decoding.planes import RGB, Box, PixelFormat, plane_shapes, split_planes
+
+MAX_PASS = 1 << 28  # numbers of padded planes that are converted at once
+GREY = (0.2989, 0.587, 0.114)  # as torchvision weighs colours
+NUMBERS = 6 + 6 + 12 + len(COLOR_CHANGES)  # of a clip: its two axes, the matrix, the changes of colour
+
+
+class Axis(NamedTuple):
+    """Rows or columns of a clip, in pixels.
+
+    start, extent: the box, in frames of `scaled` pixels, to which those of `full` pixels are scaled down
+    before the crop. offset: first pixel of the full frame that the planes hold.
+    """
+
+    start: float
+    extent: float
+    offset: float
+    full: float
+    scaled: float
+    flip: float  # 1: reversed
+
+
+class Erase(NamedTuple):
+    """A box that is overwritten. color: in grey levels; None: noise that `seed` gives."""
+
+    box: Box
+    color: tuple[float, ...] | None
+    seed: int
+
+
+class ClipLayout(NamedTuple):
+    """What turns the planes of a clip into the clip.
+
+    size: (height, width) of what the planes hold of a frame.
+    """
+
+    frames: int
+    size: tuple[int, int]
+    rows: Axis
+    columns: Axis
+    format: PixelFormat
+    color: ColorDraws | None
+    erase: Erase | None
+
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        return plane_shapes(self.format.chroma, self.frames, *self.size)
+
+    def numbers(self) -> list[float]:
+        changes = dict(self.color.changes) if self.color else {}
+        factors = [changes.get(name, 1.0) for name in COLOR_CHANGES]
+        return [*self.rows, *self.columns, *self.format.matrix, *factors]
+
+
+class ClipPlanes(NamedTuple):
+    """A clip as decoded."""
+
+    pixels: Tensor  # u8 [n], plane after plane
+    layout: ClipLayout
+
+
+class PlaneBatch(NamedTuple):
+    """Clips as decoded, in one tensor: the numbers of the clips f32 [B, NUMBERS], then their planes."""
+
+    data: Tensor  # u8 [n]
+    layouts: list[ClipLayout]
+    size: int  # pixels, height and width of the clips to be made
+
+
+def layout_clip(
+    draws: ClipDraws,
+    augment: TrainingCrop,
+    frames: int,
+    full: tuple[int, int],
+    scaled: tuple[int, int],
+    region: Box,
+    format: PixelFormat,
+) -> ClipLayout:
+    """full: (height, width) of a frame as decoded; scaled: after data.short_side; region: what the planes
+    hold of it."""
+    box = draws.box
+    rows = Axis(box.top, box.height, region.top, full[0], scaled[0], 0)
+    columns = Axis(box.left, box.width, region.left, full[1], scaled[1], draws.flip)
+    erase = None if draws.erase_seed is None else find_erased(augment, draws.erase_seed)
+    return ClipLayout(frames, (region.height, region.width), rows, columns, format, draws.color, erase)
+
+
+def find_erased(augment: TrainingCrop, seed: int) -> Erase | None:
+    """The box (None: no box fitted) and colour that the host would erase."""
+    mode = augment.random_erasing_mode
+    is_noise = mode == "pixel"
+    canvas = erase_canvas(seed, augment.size, 1, "const" if is_noise else mode)[:, 0]
+    inside = ~canvas[0].isnan()
+    rows, columns = (inside.any(axis).nonzero()[:, 0].tolist() for axis in (1, 0))
+    if not rows:
+        return None
+    box = Box(rows[0], columns[0], len(rows), len(columns))
+    mean, std = channel_statistics(canvas)
+    color = 255 * (mean.flatten() + std.flatten() * canvas[:, rows[0], columns[0]])
+    return Erase(box, None if is_noise else tuple(color.round().clamp(0, 255).tolist()), seed)
+
+
+def collate_planes(clips: Sequence[ClipPlanes], size: int) -> PlaneBatch:
+    """One tensor of all clips; in a loader worker in the shared memory that the training process reads."""
+    numbers = np.array([clip.layout.numbers() for clip in clips], np.float32)
+    parts = [torch.from_numpy(numbers).flatten().view(torch.uint8), *(clip.pixels for clip in clips)]
+    total = sum(len(part) for part in parts)
+    data = torch.empty(0, dtype=torch.uint8)
+    if torch.utils.data.get_worker_info() is not None:
+        data = data.new(data.untyped_storage()._new_shared(total, device="cpu"))
+    data.resize_(total)
+    torch.cat(parts, out=data)
+    return PlaneBatch(data, [clip.layout for clip in clips], size)
+
+
+def make_clips(batch: PlaneBatch) -> Tensor:
+    """Makes the clips u8 [B, 3, T, S, S] on the device of the batch. Waits for nothing on the device."""
+    layouts = batch.layouts
+    head = 4 * NUMBERS * len(layouts)
+    numbers = batch.data[:head].view(torch.float32).view(-1, NUMBERS)
+    sizes = [sum(math.prod(shape) for shape in layout.shapes) for layout in layouts]
+    clips = [
+        split_planes(pixels, layout.shapes)
+        for pixels, layout in zip(batch.data[head:].split(sizes), layouts, strict=True)
+    ]
+    return _make(clips, layouts, numbers, batch.size)
+
+
+def _make(clips: Sequence[list[Tensor]], layouts: Sequence[ClipLayout], numbers: Tensor, size: int) -> Tensor:
+    largest = [max(layout.size[axis] for layout in layouts) for axis in (0, 1)]
+    at_once = max(1, MAX_PASS // (3 * layouts[0].frames * math.prod(largest)))
+    parts = [slice(i, i + at_once) for i in range(0, len(layouts), at_once)]
+    video = torch.cat([resize_planes(clips[p], layouts[p], numbers[p], size) for p in parts])
+    return change_pixels(video, layouts, numbers)
+
+
+def resize_crop(clips: Sequence[Tensor], draws: Sequence[ClipDraws], augment: TrainingCrop) -> Tensor:
+    """RGB frames u8 [T, H, W, 3] of unequal sizes on a device -> u8 [B, 3, T, S, S], augmented as drawn."""
+    layouts = []
+    planes = []
+    for clip, drawn in zip(clips, draws, strict=True):
+        top, left, height, width = drawn.box
+        size = tuple(clip.shape[1:3])
+        layouts.append(layout_clip(drawn, augment, len(clip), size, size, drawn.box, RGB))
+        planes.append([clip[:, top : top + height, left : left + width]])
+    numbers = torch.tensor([layout.numbers() for layout in layouts])
+    if clips[0].is_cuda:
+        numbers = numbers.pin_memory().to(clips[0].device, non_blocking=True)
+    return _make(planes, layouts, numbers, augment.size)
+
+
+def resize_planes(
+    clips: Sequence[list[Tensor]], layouts: Sequence[ClipLayout], numbers: Tensor, size: int
+) -> Tensor:
+    """Planes -> u8 [B, 3, T, size, size]: scaled, cropped, flipped and converted to RGB.
+
+    numbers: f32 [B, NUMBERS].
+    """
+    dtype = product_type(numbers)
+    height, width = (max(layout.size[axis] for layout in layouts) for axis in (0, 1))
+    rows = axis_weights(numbers[:, :6], [layout.rows for layout in layouts], size, height)
+    columns = axis_weights(numbers[:, 6:12], [layout.columns for layout in layouts], size, width)
+    if all(layout.format == RGB for layout in layouts):
+        whole = pad_planes([rearrange(clip[0], "t h w c -> c t h w") for clip in clips], dtype)
+        resized = apply_weights(whole, rows.to(dtype), columns.to(dtype))
+        return resized.float().round().clamp(0, 255).to(torch.uint8)
+    luma, chroma = zip(*(split_luma(clip) for clip in clips), strict=True)
+    y = apply_weights(pad_planes(luma, dtype), rows.to(dtype), columns.to(dtype))
+    uv = pad_planes(chroma, dtype)
+    factors = [[max(1, layout.format.chroma[axis]) for layout in layouts] for axis in (0, 1)]
+    rows = share_samples(rows, factors[0], uv.shape[-2])
+    columns = share_samples(columns, factors[1], uv.shape[-1])
+    return to_rgb(y, apply_weights(uv, rows.to(dtype), columns.to(dtype)), numbers[:, 12:24])
+
+
+def product_type(numbers: Tensor) -> torch.dtype:
+    """fp16 on GPUs: it holds grey levels exactly and weights to 2^-11, and products are summed in fp32."""
+    return torch.float16 if numbers.is_cuda else torch.float32
+
+
+def split_luma(planes: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Planes -> the first one u8 [1, T, H, W], the other two u8 [2, T, h, w]; (Y, UV) or (R, GB)."""
+    if len(planes) == 1:
+        channels = rearrange(planes[0], "t h w c -> c t h w")
+        return channels[:1], channels[1:]
+    return planes[0][None], torch.stack(planes[1:])
+
+
+def pad_planes(clips: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """u8 [C, T, h, w] of unequal sizes -> [B, C, T, H, W], zero beyond the clips."""
+    height, width = (max(clip.shape[axis] for clip in clips) for axis in (2, 3))
+    padded = clips[0].new_zeros((len(clips), *clips[0].shape[:2], height, width), dtype=dtype)
+    for row, clip in zip(padded, clips, strict=True):
+        row[..., : clip.shape[2], : clip.shape[3]] = clip
+    return padded
+
+
+def axis_weights(axes: Tensor, known: Sequence[Axis], size: int, length: int) -> Tensor:
+    """Weights f32 [B, size, length] of the pixels of the planes for those of the clip.
+
+    axes: f32 [B, 6], the same as `known`, which is on the host.
+    """
+    start, extent, offset, full, scaled, flip = axes.T[..., None, None]
+    place = torch.arange(size, device=axes.device, dtype=torch.float32)[:, None]
+    place = torch.where(flip > 0, size - 1 - place, place)
+    pixel = offset + torch.arange(length, device=axes.device, dtype=torch.float32)
+    outputs = torch.full_like(extent, size)
+    if all(axis.full == axis.scaled for axis in known):
+        return triangle_weights(start, extent, outputs, place, pixel)
+    middle = torch.arange(int(max(axis.scaled for axis in known)), device=axes.device, dtype=torch.float32)
+    crop = triangle_weights(start, extent, outputs, place, middle)
+    return crop @ triangle_weights(torch.zeros_like(full), full, scaled, middle[:, None], pixel)
+
+
+def triangle_weights(start: Tensor, extent: Tensor, outputs: Tensor, place: Tensor, pixel: Tensor) -> Tensor:
+    """Weights of the pixels start..start+extent-1, resized to `outputs`: [B, 1, 1] each.
+
+    place [B, n, 1]: which of the outputs; pixel [B, 1, m]: which pixels. Returns f32 [B, n, m].
+    """
+    step = extent / outputs
+    centre = start + (place + 0.5) * step
+    weights = (1 - (pixel + 0.5 - centre).abs() / step.clamp_min(1)).clamp_min(0)
+    weights = weights * ((pixel >= start) & (pixel < start + extent))
+    return weights / weights.sum(-1, keepdim=True).clamp_min(1e-6)
+
+
+def share_samples(weights: Tensor, factors: Sequence[int], length: int) -> Tensor:
+    """[B, S, L] -> [B, S, length]: weights for planes in which `factors` (1 or 2) pixels share a sample."""
+    count = weights.shape[-1]
+    added = F.pad(weights, (0, count % 2)).unflatten(-1, (-1, 2)).sum(-1)
+    if set(factors) == {2}:
+        return added[..., :length]
+    each = [(added if factor == 2 else weights)[i] for i, factor in enumerate(factors)]
+    return torch.stack([F.pad(w, (0, length - w.shape[-1])) for w in each])
+
+
+def apply_weights(planes: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """planes [B, C, T, H, W], rows [B, S, H], columns [B, S, W] -> [B, C, T, S, S]."""
+    channels, frames = planes.shape[1:3]
+    narrow = columns @ rearrange(planes, "b c t h w -> b w (c t h)")
+    small = rearrange(narrow, "b s (n h) -> b (s n) h", h=rows.shape[2]) @ rows.mT
+    return rearrange(small, "b (w c t) h -> b c t h w", c=channels, t=frames)
+
+
+def to_rgb(y: Tensor, uv: Tensor, matrix: Tensor) -> Tensor:
+    """y [B, 1, T, S, S], uv [B, 2, T, S, S], matrix f32 [B, 12] -> u8 [B, 3, T, S, S]."""
+    y, u, v = (plane.float() for plane in (y[:, 0], uv[:, 0], uv[:, 1]))
+    rows = rearrange(matrix, "b (i j) -> i j b 1 1 1", i=3)
+    channels = [(a * y + b * u + c * v + d).round_().clamp_(0, 255) for a, b, c, d in rows]
+    return torch.stack([channel.to(torch.uint8) for channel in channels], 1)
+
+
+def change_pixels(video: Tensor, layouts: Sequence[ClipLayout], numbers: Tensor) -> Tensor:
+    """u8 [B, 3, T, S, S] -> the same after jitter and erasing."""
+    video = change_colors(video, [layout.color for layout in layouts], numbers[:, 24:])
+    for clip, layout in zip(video, layouts, strict=True):
+        if layout.erase is not None:
+            erase_box(clip, layout.erase)
+    return video
+
+
+def change_colors(video: Tensor, draws: Sequence[ColorDraws | None], factors: Tensor) -> Tensor:
+    """Makes the drawn changes of colour: those that are first in their clips, then the second ones, ...
+
+    factors: f32 [B, 4], in the order of COLOR_CHANGES.
+    """
+    changes = [[name for name, _ in d.changes] if d else [] for d in draws]
+    rounds = range(max(map(len, changes)))
+    steps = [
+        (i, [b for b, names in enumerate(changes) if names[r : r + 1] == [name]])
+        for r in rounds
+        for i, name in enumerate(COLOR_CHANGES)
+    ]
+    steps.append((-1, [b for b, d in enumerate(draws) if d and d.grayscale]))
+    for i, chosen in steps:
+        if chosen:
+            index = torch.tensor(chosen)
+            if video.is_cuda:
+                index = index.pin_memory().to(video.device, non_blocking=True)
+            clips = video[index].float()
+            factor = factors[index, i].view(-1, 1, 1, 1, 1)
+            changed = (
+                change_color(clips, COLOR_CHANGES[i], factor) if i >= 0 else grey(clips).expand_as(clips)
+            )
+            # torchvision rounds down after each change
+            video[index] = changed.to(torch.uint8)
+    return video
+
+
+def grey(clips: Tensor) -> Tensor:
+    """f32 [B, 3, T, S, S] -> f32 [B, 1, T, S, S], rounded down."""
+    red, green, blue = clips.unbind(1)
+    return (GREY[0] * red + GREY[1] * green + GREY[2] * blue).floor()[:, None]
+
+
+def change_color(clips: Tensor, name: str, factor: Tensor) -> Tensor:
+    """Grey levels f32 [B, 3, T, S, S] -> the same; factor [B, 1, 1, 1, 1]. As torchvision's adjust_`name`."""
+    if name == "hue":
+        return shift_hue(clips / 255, factor) * 255.999
+    if name == "brightness":
+        other = torch.zeros((), device=clips.device)
+    else:
+        other = grey(clips)
+        if name == "contrast":
+            other = other.mean((-2, -1), keepdim=True)
+    return (factor * clips + (1 - factor) * other).clamp(0, 255)
+
+
+def shift_hue(clips: Tensor, shift: Tensor) -> Tensor:
+    """RGB in 0..1 [B, 3, T, S, S] -> the same, hues moved by `shift` of the circle."""
+    red, green, blue = clips.split(1, dim=1)
+    value = clips.amax(1, keepdim=True)
+    chroma = value - clips.amin(1, keepdim=True)
+    divisor = torch.where(chroma > 0, chroma, 1)
+    sixth = torch.where(
+        value == red,
+        (green - blue) / divisor,
+        torch.where(value == green, 2 + (blue - red) / divisor, 4 + (red - green) / divisor),
+    )
+    corner = 5 - 2 * torch.arange(3, device=clips.device).view(3, 1, 1, 1)
+    k = (corner + sixth + 6 * shift) % 6
+    return value - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
+
+
+def erase_box(clip: Tensor, erase: Erase) -> None:
+    """Overwrites a box in all frames of u8 [3, T, S, S]."""
+    top, left, height, width = erase.box
+    part = clip[:, :, top : top + height, left : left + width]
+    if erase.color is not None:
+        for channel, level in zip(part, erase.color, strict=True):
+            channel.fill_(level)
+        return
+    rng = KeyedRNG(erase.seed, 0, torch.zeros(1, dtype=torch.int64, device=clip.device))
+    noise = math.sqrt(2) * torch.erfinv(2 * rng.rand(*part.shape)[0] - 1)
+    mean, std = channel_statistics(noise)
+    part.copy_((255 * (mean + std * noise)).round().clamp(0, 255))
