@@ -102,8 +102,9 @@ def scaled_size(height: int, width: int, short_side: int | None) -> tuple[int, i
 
 def downscale(frames: np.ndarray, short_side: int | None) -> np.ndarray:
     """u8 [T, H, W, 3], scaled down so that the shorter side is `short_side` pixels, if it is longer."""
-    size = scaled_size(*frames.shape[1:3], short_side)
-    if size == frames.shape[1:3]:
+    height, width = frames.shape[1:3]
+    size = scaled_size(height, width, short_side)
+    if size == (height, width):
         return frames
     scaled = TF.resize(rearrange(torch.from_numpy(frames), "t h w c -> t c h w"), list(size), antialias=True)
     return np.ascontiguousarray(rearrange(scaled, "t c h w -> t h w c").numpy())

@@ -1,8 +1,8 @@
 """Training clips: the sample at a position of a training stream, decoded, cut and augmented."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -13,7 +13,10 @@ from torch.utils.data import Dataset
 from vidssl.core.errors import DecodeError
 from vidssl.data.augment import downscale
 from vidssl.data.decoding import check_decoder, open_video, select_decoder
+from vidssl.data.decoding.base import Video
+from vidssl.data.device_augment import ClipPlanes
 from vidssl.data.order import SampleOrder, positions_per_step
+from vidssl.data.planes import cut_clips
 from vidssl.data.sampling import repeated_positions, sample_clips, split_repeat
 from vidssl.data.schema import DataConfig, Decoder
 from vidssl.data.shards import Sample, Shards
@@ -25,6 +28,7 @@ MAX_ATTEMPTS = 20  # samples tried at one position before the run stops
 STREAM_STRIDE = 1 << 48  # position i of stream s has the global position s * STREAM_STRIDE + i
 EXHAUSTED = ""  # key of an Example whose attempts all failed; it has no video
 
+T = TypeVar("T")
 SelectFrames = Callable[[np.ndarray], np.ndarray]  # times f64 [n] in seconds -> frame indices i64 [T]
 
 
@@ -41,7 +45,7 @@ class Example(NamedTuple):
     position: int
     key: str
     label: int
-    video: Tensor  # u8 [3, T, H, W]
+    video: Tensor | ClipPlanes  # u8 [3, T, H, W]; planes with data.augment_on=device
     failures: list[DecodeFailure]  # samples that were tried at this position before
 
 
@@ -72,9 +76,7 @@ def decode_clip(
         return downscale(video.get(select(video.times)), short_side)
 
 
-def with_pyav_fallback(
-    decode: Callable[[Decoder], np.ndarray], ext: str, meta: dict[str, Any], decoder: Decoder
-) -> np.ndarray:
+def with_pyav_fallback(decode: Callable[[Decoder], T], ext: str, meta: dict[str, Any], decoder: Decoder) -> T:
     """Returns decode(decoder), or decode("pyav") if decord or torchcodec cannot decode the file."""
     try:
         return decode(decoder)
@@ -112,6 +114,17 @@ class ClipReader:
             self.decoder,
         )
 
+    def read_planes(self, sample: Sample, cut: Callable[[Video], list[ClipPlanes]]) -> list[ClipPlanes]:
+        """Returns cut(the open video). It is called again if another decoder must be tried."""
+        data = self.shards.read(sample)
+        self.on_decode()
+
+        def decode(decoder: Decoder) -> list[ClipPlanes]:
+            with open_video(data, sample.ext, sample.meta, decoder) as video:
+                return cut(video)
+
+        return with_pyav_fallback(decode, sample.ext, sample.meta, self.decoder)
+
 
 class TrainClips(Dataset[Example]):
     """The clips of one stream; clip, crop and replacement depend on (shards, seed, position)."""
@@ -128,11 +141,11 @@ class TrainClips(Dataset[Example]):
         self.shards = shards
         self.order = order
         self.data = data
-        self.augment = augment
+        self.augment: Any = augment  # with data.augment_on=device a TrainingCrop
         self.stream = stream
         self.clip_reader = ClipReader(shards, data.short_side, data.decoder)
-        # (positions, attempt) and clips u8 [repeat, T, H, W, 3] of the sample decoded last
-        self._last_decoded: tuple[Any, np.ndarray] = (None, np.empty(0))
+        # (positions, attempt) and clips of the sample decoded last
+        self._last_decoded: tuple[Any, Any] = (None, ())
 
     def __getitem__(self, position: int) -> Example:
         return first_decodable(position, self.try_position)
@@ -146,18 +159,41 @@ class TrainClips(Dataset[Example]):
         """Generator of the clip at `position`; its first number is the start of the clip within the video."""
         return np.random.default_rng((self.order.seed, 3, position + self.stream * STREAM_STRIDE))
 
-    def _decode_repeats(self, position: int, attempt: int, sample: Sample) -> np.ndarray:
-        """Returns all clips of the sample at `position`, decoded together: if one fails, all fail."""
+    def _augment_rng(self, position: int) -> np.random.Generator:
+        rng = self._rng(position)
+        rng.uniform()  # the start of the clip
+        return rng
+
+    def _decode_repeats(
+        self, position: int, attempt: int, sample: Sample
+    ) -> np.ndarray | Sequence[ClipPlanes]:
+        """Returns all clips of the sample at `position`, decoded together: if one fails, all fail.
+
+        u8 [repeat, T, H, W, 3], or with data.augment_on=device the planes of each clip.
+        """
         d = self.data
         positions = repeated_positions(position, d.repeat, self.order.lanes)
         if self._last_decoded[0] != (positions, attempt):
-            self._last_decoded = None, np.empty(0)  # frees the clips before the next are decoded
+            self._last_decoded = None, ()  # frees the clips before the next are decoded
             starts = [self._rng(p).uniform() for p in positions]
             rate = {"frames": d.frames, "stride": d.stride, "fps": d.fps, "rule": d.rule}
-            frames = self.clip_reader.read_clip(
-                sample, lambda times: sample_clips(times, starts, **rate).ravel()
-            )
-            clips = rearrange(frames, "(r t) h w c -> r t h w c", r=len(positions))
+            clips: np.ndarray | Sequence[ClipPlanes]
+            if d.augment_on == "device":
+                clips = self.clip_reader.read_planes(
+                    sample,
+                    lambda video: cut_clips(
+                        video,
+                        list(sample_clips(video.times, starts, **rate)),
+                        self.augment,
+                        [self._augment_rng(p) for p in positions],
+                        d.short_side,
+                    ),
+                )
+            else:
+                frames = self.clip_reader.read_clip(
+                    sample, lambda times: sample_clips(times, starts, **rate).ravel()
+                )
+                clips = rearrange(frames, "(r t) h w c -> r t h w c", r=len(positions))
             if d.repeat == 1:
                 return clips
             self._last_decoded = (positions, attempt), clips
@@ -166,13 +202,12 @@ class TrainClips(Dataset[Example]):
     def try_position(self, position: int, attempt: int) -> Example | DecodeFailure:
         sample = self.sample_at(position, attempt)
         _, repeat = split_repeat(position, self.data.repeat, self.order.lanes)
-        rng = self._rng(position)
-        rng.uniform()  # the start of the clip
         try:
-            frames = self._decode_repeats(position, attempt, sample)[repeat]
+            clip = self._decode_repeats(position, attempt, sample)[repeat]
         except DecodeError as e:
             return DecodeFailure(sample.key, e.reason)
-        video = self.augment(frames, rng)
+        is_decoded = isinstance(clip, ClipPlanes)
+        video = clip if is_decoded else self.augment(clip, self._augment_rng(position))
         label = sample.meta.get("label", -1)
         return Example(position + self.stream * STREAM_STRIDE, sample.key, label, video, [])
 

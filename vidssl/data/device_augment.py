@@ -56,9 +56,10 @@ class Erase(NamedTuple):
 class ClipLayout(NamedTuple):
     """What turns the planes of a clip into the clip.
 
-    size: (height, width) of what the planes hold of a frame.
+    side: pixels, height and width of the clip. size: (height, width) of what the planes hold of a frame.
     """
 
+    side: int
     frames: int
     size: tuple[int, int]
     rows: Axis
@@ -89,7 +90,10 @@ class PlaneBatch(NamedTuple):
 
     data: Tensor  # u8 [n]
     layouts: list[ClipLayout]
-    size: int  # pixels, height and width of the clips to be made
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> Tensor:
+        """Makes the clips u8 [B, 3, T, S, S] on a device, where finished clips would only be copied."""
+        return make_clips(self._replace(data=self.data.to(device, non_blocking=non_blocking)))
 
 
 def layout_clip(
@@ -107,7 +111,9 @@ def layout_clip(
     rows = Axis(box.top, box.height, region.top, full[0], scaled[0], 0)
     columns = Axis(box.left, box.width, region.left, full[1], scaled[1], draws.flip)
     erase = None if draws.erase_seed is None else find_erased(augment, draws.erase_seed)
-    return ClipLayout(frames, (region.height, region.width), rows, columns, format, draws.color, erase)
+    return ClipLayout(
+        augment.size, frames, (region.height, region.width), rows, columns, format, draws.color, erase
+    )
 
 
 def find_erased(augment: TrainingCrop, seed: int) -> Erase | None:
@@ -125,7 +131,7 @@ def find_erased(augment: TrainingCrop, seed: int) -> Erase | None:
     return Erase(box, None if is_noise else tuple(color.round().clamp(0, 255).tolist()), seed)
 
 
-def collate_planes(clips: Sequence[ClipPlanes], size: int) -> PlaneBatch:
+def collate_planes(clips: Sequence[ClipPlanes]) -> PlaneBatch:
     """One tensor of all clips; in a loader worker in the shared memory that the training process reads."""
     numbers = np.array([clip.layout.numbers() for clip in clips], np.float32)
     parts = [torch.from_numpy(numbers).flatten().view(torch.uint8), *(clip.pixels for clip in clips)]
@@ -135,7 +141,7 @@ def collate_planes(clips: Sequence[ClipPlanes], size: int) -> PlaneBatch:
         data = data.new(data.untyped_storage()._new_shared(total, device="cpu"))
     data.resize_(total)
     torch.cat(parts, out=data)
-    return PlaneBatch(data, [clip.layout for clip in clips], size)
+    return PlaneBatch(data, [clip.layout for clip in clips])
 
 
 def make_clips(batch: PlaneBatch) -> Tensor:
@@ -148,14 +154,14 @@ def make_clips(batch: PlaneBatch) -> Tensor:
         split_planes(pixels, layout.shapes)
         for pixels, layout in zip(batch.data[head:].split(sizes), layouts, strict=True)
     ]
-    return _make(clips, layouts, numbers, batch.size)
+    return _make(clips, layouts, numbers)
 
 
-def _make(clips: Sequence[list[Tensor]], layouts: Sequence[ClipLayout], numbers: Tensor, size: int) -> Tensor:
+def _make(clips: Sequence[list[Tensor]], layouts: Sequence[ClipLayout], numbers: Tensor) -> Tensor:
     largest = [max(layout.size[axis] for layout in layouts) for axis in (0, 1)]
     at_once = max(1, MAX_PASS // (3 * layouts[0].frames * math.prod(largest)))
     parts = [slice(i, i + at_once) for i in range(0, len(layouts), at_once)]
-    video = torch.cat([resize_planes(clips[p], layouts[p], numbers[p], size) for p in parts])
+    video = torch.cat([resize_planes(clips[p], layouts[p], numbers[p]) for p in parts])
     return change_pixels(video, layouts, numbers)
 
 
@@ -165,27 +171,26 @@ def resize_crop(clips: Sequence[Tensor], draws: Sequence[ClipDraws], augment: Tr
     planes = []
     for clip, drawn in zip(clips, draws, strict=True):
         top, left, height, width = drawn.box
-        size = tuple(clip.shape[1:3])
+        size = (clip.shape[1], clip.shape[2])
         layouts.append(layout_clip(drawn, augment, len(clip), size, size, drawn.box, RGB))
         planes.append([clip[:, top : top + height, left : left + width]])
     numbers = torch.tensor([layout.numbers() for layout in layouts])
     if clips[0].is_cuda:
         numbers = numbers.pin_memory().to(clips[0].device, non_blocking=True)
-    return _make(planes, layouts, numbers, augment.size)
+    return _make(planes, layouts, numbers)
 
 
-def resize_planes(
-    clips: Sequence[list[Tensor]], layouts: Sequence[ClipLayout], numbers: Tensor, size: int
-) -> Tensor:
-    """Planes -> u8 [B, 3, T, size, size]: scaled, cropped, flipped and converted to RGB.
+def resize_planes(clips: Sequence[list[Tensor]], layouts: Sequence[ClipLayout], numbers: Tensor) -> Tensor:
+    """Planes -> u8 [B, 3, T, S, S]: scaled, cropped, flipped and converted to RGB.
 
     numbers: f32 [B, NUMBERS].
     """
     dtype = product_type(numbers)
+    size = layouts[0].side
     height, width = (max(layout.size[axis] for layout in layouts) for axis in (0, 1))
     rows = axis_weights(numbers[:, :6], [layout.rows for layout in layouts], size, height)
     columns = axis_weights(numbers[:, 6:12], [layout.columns for layout in layouts], size, width)
-    if all(layout.format == RGB for layout in layouts):
+    if not any(any(layout.format.chroma) for layout in layouts):
         whole = pad_planes([rearrange(clip[0], "t h w c -> c t h w") for clip in clips], dtype)
         resized = apply_weights(whole, rows.to(dtype), columns.to(dtype))
         return resized.float().round().clamp(0, 255).to(torch.uint8)
@@ -305,7 +310,7 @@ def change_colors(video: Tensor, draws: Sequence[ColorDraws | None], factors: Te
             clips = video[index].float()
             factor = factors[index, i].view(-1, 1, 1, 1, 1)
             changed = (
-                change_color(clips, COLOR_CHANGES[i], factor) if i >= 0 else grey(clips).expand_as(clips)
+                adjust_color(clips, COLOR_CHANGES[i], factor) if i >= 0 else grey(clips).expand_as(clips)
             )
             # torchvision rounds down after each change
             video[index] = changed.to(torch.uint8)
@@ -318,7 +323,7 @@ def grey(clips: Tensor) -> Tensor:
     return (GREY[0] * red + GREY[1] * green + GREY[2] * blue).floor()[:, None]
 
 
-def change_color(clips: Tensor, name: str, factor: Tensor) -> Tensor:
+def adjust_color(clips: Tensor, name: str, factor: Tensor) -> Tensor:
     """Grey levels f32 [B, 3, T, S, S] -> the same; factor [B, 1, 1, 1, 1]. As torchvision's adjust_`name`."""
     if name == "hue":
         return shift_hue(clips / 255, factor) * 255.999

@@ -25,6 +25,7 @@ from vidssl.data.dataset import (
     MultiStreamDataset,
     TrainClips,
 )
+from vidssl.data.device_augment import ClipPlanes, PlaneBatch, collate_planes
 from vidssl.data.isolated_dataset import IsolatedDataset
 from vidssl.data.order import make_order
 from vidssl.data.schema import DataConfig
@@ -38,7 +39,7 @@ MIN_SAMPLES_FOR_RATE = 200  # samples read before the rate of failures is judged
 class Batch(NamedTuple):
     """Clips of one stream."""
 
-    video: Tensor  # u8 [B, 3, T, H, W]
+    video: Any  # u8 [B, 3, T, H, W]; as the loader yields it with data.augment_on=device a PlaneBatch
     label: Tensor  # i64 [B]
     position: Tensor  # i64 [B]
     key: list[str]
@@ -46,10 +47,10 @@ class Batch(NamedTuple):
 
 
 class CollatedBatch(NamedTuple):
-    """A Batch on its way from a loader worker: `video` is the only tensor, since each tensor that crosses
+    """A Batch on its way from a loader worker: `video` has the only tensor, since each tensor that crosses
     holds a file descriptor open until the batch is used."""
 
-    video: Tensor  # u8 [B, 3, T, H, W], in shared memory if a worker made it
+    video: Tensor | PlaneBatch  # u8 [B, 3, T, H, W], in shared memory if a worker made it
     labels: list[int]
     positions: list[int]
     keys: list[str]
@@ -79,12 +80,16 @@ def collate_step(examples: list[Example], streams: int) -> CollatedStep:
 def collate(examples: list[Example]) -> CollatedBatch:
     """Stacks clips; in a loader worker directly into the shared memory that the training process reads."""
     return CollatedBatch(
-        default_collate([e.video for e in examples]),
+        collate_clips([e.video for e in examples]),
         [e.label for e in examples],
         [e.position for e in examples],
         [e.key for e in examples],
         [failure for e in examples for failure in e.failures],
     )
+
+
+def collate_clips(clips: list[Any]) -> Tensor | PlaneBatch:
+    return collate_planes(clips) if isinstance(clips[0], ClipPlanes) else default_collate(clips)
 
 
 class DecodeErrorMonitor:

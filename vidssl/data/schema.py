@@ -55,6 +55,9 @@ class DataConfig:
     # host, device: all videos are decoded once and kept in memory, at short_side
     cache: Literal["none", "host"] = "none"
     decoder: Decoder = "auto"  # see decoding.select_decoder
+    # where clips are cropped, resized, converted to RGB and augmented: device leaves only the decoding to the
+    # CPU; auto: device on GPUs, host on CPUs. Equal to within rounding; RandAugment runs on the host
+    augment_on: Literal["auto", "host", "device"] = "auto"
     max_decode_error_rate: Fraction = 0.05  # fraction of samples that may fail to decode before the run stops
     # missing or changed shard; skip: its samples fail to decode
     on_missing: Literal["error", "skip"] = "error"

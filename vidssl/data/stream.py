@@ -19,6 +19,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import webdataset as wds
+from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 from webdataset.gopen import gopen
 from webdataset.shardlists import expand_urls
@@ -34,15 +35,18 @@ from vidssl.data.dataset import (
     first_decodable,
     with_pyav_fallback,
 )
+from vidssl.data.decoding import open_video
 from vidssl.data.decoding.base import MAX_BYTES
+from vidssl.data.device_augment import ClipPlanes
 from vidssl.data.extensions import MEDIA_EXTENSIONS
 from vidssl.data.format import select_media
 from vidssl.data.isolated_dataset import IsolatedDataset
 from vidssl.data.metadata import MAX_JSON_BYTES, parse_meta
 from vidssl.data.order import positions_per_step
+from vidssl.data.planes import cut_clips
 from vidssl.data.remote import filesystem, network_errors
 from vidssl.data.sampling import sample_indices
-from vidssl.data.schema import DataConfig
+from vidssl.data.schema import DataConfig, Decoder
 from vidssl.data.tar_files import TarFiles, is_system_file, split_name
 
 DAMAGED_TAR = (tarfile.TarError, EOFError, ValueError, zlib.error)
@@ -95,7 +99,7 @@ class ClipDecoder:
 
     def __init__(self, data: DataConfig, augment: Callable, seed: int):
         self.data = data
-        self.augment = augment
+        self.augment: Any = augment  # with data.augment_on=device a TrainingCrop
         self.seed = seed
         self.on_decode: Callable[[], None] = do_nothing
 
@@ -117,27 +121,27 @@ class ClipDecoder:
         ext, payload = media
         rng = np.random.default_rng((self.seed, 3, position))
         start = rng.uniform()
+        state = rng.bit_generator.state
+        select = partial(
+            sample_indices, frames=d.frames, stride=d.stride, fps=d.fps, start=start, rule=d.rule
+        )
+
+        def decode(decoder: Decoder) -> Tensor | ClipPlanes:
+            rng.bit_generator.state = state  # a second decoder makes the same draws
+            if d.augment_on != "device":
+                return self.augment(decode_clip(payload, ext, meta, select, decoder, d.short_side), rng)
+            with open_video(payload, ext, meta, decoder) as video:
+                return cut_clips(video, [select(video.times)], self.augment, [rng], d.short_side)[0]
+
         try:
             meta = parse_meta(key, small_members(sample, ext), len(payload))
-            frames = with_pyav_fallback(
-                lambda decoder: decode_clip(
-                    payload,
-                    ext,
-                    meta,
-                    lambda times: sample_indices(times, d.frames, d.stride, d.fps, start, d.rule),
-                    decoder,
-                    d.short_side,
-                ),
-                ext,
-                meta,
-                d.decoder,
-            )
+            clip = with_pyav_fallback(decode, ext, meta, d.decoder)
         except DecodeError as e:
             return DecodeFailure(key, e.reason)
         except UserError:  # of parse_meta
             return DecodeFailure(key, "bad_metadata")
         label = meta.get("label", -1)
-        return Example(position, key, label if isinstance(label, int) else -1, self.augment(frames, rng), [])
+        return Example(position, key, label if isinstance(label, int) else -1, clip, [])
 
 
 class StreamingDataset(IterableDataset[list[Example]]):

@@ -18,6 +18,7 @@ from vidssl.core.rng import KeyedRNG
 from vidssl.data.cache import cache_videos
 from vidssl.data.dataset import MultiStreamDataset
 from vidssl.data.loader import Batch, train_steps
+from vidssl.data.planes import place_augmentation
 from vidssl.data.schema import DataConfig
 from vidssl.data.shards import Sample, Shards
 from vidssl.evaluation.evaluate import LabelledFeatures, check_readable
@@ -180,6 +181,7 @@ class Finetuner:
         )
         order = SubsetOrder(self.splits.train_places, cfg.tune.seed, cfg.tune.lanes)
         augment = cfg.augment.build(size=view.size)
+        clip = place_augmentation(clip, augment, self.strategy.device.type == "cuda")
         shards = self.splits.shards["train"]
         clips = LabelledClips(self.splits.task.label, shards, order, clip, augment)
         workers, isolate = cfg.efficiency.num_workers, cfg.efficiency.decode_in_subprocess

@@ -309,6 +309,7 @@ RESUME_MUTABLE = (
     "run.trackers",
     "data.train",
     "data.cache",
+    "data.augment_on",
     "data.cache_dir",
     "data.cache_gb",
     "data.decode_timeout_s",

@@ -15,6 +15,7 @@ from vidssl.core.rng import GlobalBatch, KeyedRNG
 from vidssl.data.cache import cache_videos
 from vidssl.data.dataset import MultiStreamDataset
 from vidssl.data.loader import Batch, make_streams, train_steps
+from vidssl.data.planes import place_augmentation
 from vidssl.data.shards import Shards
 from vidssl.data.stream import ShardUrls
 from vidssl.model.grid import Mask
@@ -30,7 +31,9 @@ def load_steps(
     """This process's batches of steps start..run.steps-1, one of each stream."""
     run, efficiency = cfg.run, cfg.efficiency
     workers, isolate = efficiency.num_workers, efficiency.decode_in_subprocess
-    streams = make_streams(cfg.data, shards, cfg.augment.build(), run.seed, run.lanes, run.shuffle_window)
+    augment = cfg.augment.build()
+    data = place_augmentation(cfg.data, augment, strategy.device.type == "cuda")
+    streams = make_streams(data, shards, augment, run.seed, run.lanes, run.shuffle_window)
     if isinstance(streams, MultiStreamDataset):
         cache_videos(streams.clips, workers, isolate, quiet=not strategy.is_main)
     return train_steps(

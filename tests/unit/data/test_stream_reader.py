@@ -53,6 +53,13 @@ def keys(batches: list) -> list[str]:
     return [key for batch in batches for key in batch.key]
 
 
+def test_clips_augmented_on_a_device_are_those_of_the_host(pattern):
+    host, device = (read(stream_config(pattern, augment_on=place), 2) for place in ("host", "device"))
+    for a, b in zip(host, device, strict=True):
+        assert a.key == b.key
+        assert (b.video.to(torch.device("cpu")).float() - a.video.float()).abs().mean() < 2
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("isolate", [False, True])
 def test_an_epoch_holds_every_sample_once(pattern, workers, isolate):

@@ -1,6 +1,6 @@
 """The interface of an open video, and the limits beyond which a file is refused."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import TypeVar
 
@@ -8,6 +8,7 @@ import numpy as np
 
 from vidssl.core.errors import DecodeError
 from vidssl.data.decoding.crop import NO_CROP, Crop
+from vidssl.data.decoding.planes import RGB, Box, PixelFormat, PlaneBuffer
 
 # A file beyond these limits is damaged or hostile ("too_large", "too_long"), or pack must cut it into clips.
 MAX_PIXELS = 8192 * 8192  # of one frame
@@ -49,11 +50,9 @@ class Video:
 
     def get(self, indices: np.ndarray | list[int]) -> np.ndarray:
         """Returns the frames at `indices` ([k], any order, repeats allowed) as u8 [k,H,W,3]."""
-        unique, inverse = np.unique(np.asarray(indices, dtype=np.int64), return_inverse=True)
-        if not len(unique) or unique[0] < 0 or unique[-1] >= len(self):
-            raise IndexError(f"frame indices must be in 0..{len(self) - 1} and not empty")
-        if len(unique) * self.size[0] * self.size[1] * 3 > MAX_DECODED:
-            raise DecodeError("too_large", f"{len(unique)} frames of {self.size[1]}x{self.size[0]} pixels")
+        wanted = np.asarray(indices, dtype=np.int64)
+        unique = self._check_indices(wanted, self.size[0] * self.size[1])
+        inverse = np.searchsorted(unique, wanted)
         frames = np.empty((len(unique), *self.size, 3), np.uint8)
         for i, frame in enumerate(self.iter_frames(unique)):
             frames[i] = frame
@@ -61,17 +60,62 @@ class Video:
             return frames
         return frames[inverse]
 
+    def get_planes(
+        self, clips: Sequence[np.ndarray], regions: Sequence[Box]
+    ) -> tuple[PixelFormat, list[np.ndarray]]:
+        """Returns clips as the decoder gives them, cropped to a region each, converted only
+        where that must be.
+
+        clips: frame indices i64 [T] each, any order, repeats allowed. regions: corners are even. Returns a u8
+        [n] for each clip (see `PlaneBuffer`), all of one format.
+        """
+        unique = self._check_indices(np.concatenate(clips), sum(r.height * r.width for r in regions))
+        buffers: list[PlaneBuffer] = []
+        format = RGB
+        decoded = 0
+        for index, (format, planes) in zip(unique, self.iter_planes(unique), strict=False):
+            if not buffers:
+                pairs = zip(clips, regions, strict=True)
+                buffers = [PlaneBuffer(format.chroma, len(clip), region) for clip, region in pairs]
+            for clip, buffer in zip(clips, buffers, strict=True):
+                for place in np.flatnonzero(clip == index).tolist():
+                    buffer.write(place, planes)
+            decoded += 1
+        self._check_decoded(decoded, unique)
+        return format, [buffer.pixels for buffer in buffers]
+
+    def iter_planes(self, indices: np.ndarray) -> Iterator[tuple[PixelFormat, list[np.ndarray]]]:
+        """Yields the frames at `indices` (i64 [k], ascending, unique), all in one format."""
+        for frame in self.iter_frames(indices):
+            yield RGB, [frame]
+
     def iter_frames(self, indices: np.ndarray) -> Iterator[np.ndarray]:
         """Yields the frames u8 [H,W,3] at `indices` (i64 [k], ascending, unique) one at a time."""
+        yield from self._shown(self._decode_frames(indices), indices)
+
+    def _shown(self, frames: Iterable[np.ndarray], indices: np.ndarray) -> Iterator[np.ndarray]:
+        """Cuts `crop` off decoded frames; checks their size and number."""
         decoded = 0
-        for decoded_frame in self._decode_frames(indices):
+        for decoded_frame in frames:
             frame = self.crop.apply(decoded_frame)
             if frame.shape != (*self.size, 3):
                 raise DecodeError("decode_error", f"frame of shape {frame.shape}, expected {(*self.size, 3)}")
             yield frame
             decoded += 1
+        self._check_decoded(decoded, indices)
+
+    def _check_decoded(self, decoded: int, indices: np.ndarray) -> None:
         if decoded < len(indices):
             raise DecodeError("decode_error", f"frame {indices[decoded]} of {len(self)} does not decode")
+
+    def _check_indices(self, indices: np.ndarray, pixels: int) -> np.ndarray:
+        """Returns the unique ones of `indices`, ascending. pixels: of one frame each."""
+        unique = np.unique(indices)
+        if not len(unique) or unique[0] < 0 or unique[-1] >= len(self):
+            raise IndexError(f"frame indices must be in 0..{len(self) - 1} and not empty")
+        if len(unique) * pixels * 3 > MAX_DECODED:
+            raise DecodeError("too_large", f"{len(unique)} frames of {self.size[1]}x{self.size[0]} pixels")
+        return unique
 
     def _decode_frames(self, indices: np.ndarray) -> Iterator[np.ndarray]:
         """`iter_frames` of one decoder, without its checks; whole frames, which `crop` is cut off."""

@@ -6,8 +6,6 @@ from typing import NamedTuple
 import av
 import numpy as np
 
-from vidssl.data.decoding.rotation import Rotation
-
 
 class Box(NamedTuple):
     """A part of a frame, in pixels."""
@@ -46,7 +44,6 @@ def yuv_matrix(kr: float, kb: float, full: bool) -> tuple[float, ...]:
 
 RGB = PixelFormat((0, 0), (1.0, 0, 0, 0, 0, 1.0, 0, 0, 0, 0, 1.0, 0))
 CHROMA = {"yuv420p": (2, 2), "yuv422p": (1, 2), "yuv444p": (1, 1)}
-EIGHT_BIT = {f"{name}{bits}le": name for name in CHROMA for bits in (10, 12)}
 BT601 = (0.299, 0.114)
 # (kr, kb) by FFmpeg's number of a colour space, as swscale takes them: BT.601 for a file that names none
 LUMA_SHARES = {
@@ -59,24 +56,24 @@ LUMA_SHARES = {
 FULL_RANGE = 2  # FFmpeg's number
 
 
-def planar_name(frame: av.VideoFrame, rotation: Rotation) -> str | None:
-    """The name of the format in which the planes of a frame are taken; None: only RGB can be."""
-    name = EIGHT_BIT.get(frame.format.name, frame.format.name)
-    plain = name.replace("yuvj", "yuv")
-    known = plain in CHROMA and int(frame.colorspace) in LUMA_SHARES
-    return name if known and rotation == Rotation() else None
+def planar_format(frame: av.VideoFrame) -> PixelFormat | None:
+    """The format of a frame whose planes can be taken as they are; None: only as RGB.
 
-
-def pixel_format(frame: av.VideoFrame, name: str) -> PixelFormat:
-    """name: from `planar_name`."""
-    full = name.startswith("yuvj") or int(frame.color_range) == FULL_RANGE
-    shares = LUMA_SHARES[int(frame.colorspace)]
-    return PixelFormat(CHROMA[name.replace("yuvj", "yuv")], yuv_matrix(*shares, full))
+    swscale, which converts for the host, then repeats samples of colour over the pixels that share them. For
+    more than 8 bits and for odd numbers of rows it interpolates, so the host converts those.
+    """
+    name = frame.format.name.replace("yuvj", "yuv")
+    chroma = CHROMA.get(name, (0, 0))
+    space = int(frame.colorspace)
+    if name not in CHROMA or space not in LUMA_SHARES or (frame.height % 2 and chroma != (1, 1)):
+        return None
+    full = name != frame.format.name or int(frame.color_range) == FULL_RANGE
+    return PixelFormat(chroma, yuv_matrix(*LUMA_SHARES[space], full))
 
 
 def frame_planes(frame: av.VideoFrame) -> list[np.ndarray]:
     """The planes of a frame, each u8 [H, W], without a copy."""
-    rows = [np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size) for plane in frame.planes]
+    rows = [np.frombuffer(memoryview(plane), np.uint8).reshape(-1, plane.line_size) for plane in frame.planes]
     return [r[: p.height, : p.width] for r, p in zip(rows, frame.planes, strict=True)]
 
 

@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from types import MappingProxyType
 
 import av
@@ -10,7 +11,8 @@ from av.video.reformatter import VideoReformatter
 
 from vidssl.core.errors import DecodeError
 from vidssl.data.decoding.base import Video, check_length
-from vidssl.data.decoding.crop import Crop
+from vidssl.data.decoding.crop import NO_CROP, Crop
+from vidssl.data.decoding.planes import RGB, PixelFormat, frame_planes, planar_format
 from vidssl.data.decoding.presentation import presentation_of
 from vidssl.data.decoding.rotation import Rotation, RotationReader
 from vidssl.data.decoding.video_stream import VideoStream
@@ -90,7 +92,30 @@ class PyAVVideo(Video):
         _, self.times, self.time_repairs = self._stream.frame_times(pts)
         self.packets_match = pts == packets and not self.errors and not self.time_repairs
 
+    def iter_planes(self, indices: np.ndarray) -> Iterator[tuple[PixelFormat, list[np.ndarray]]]:
+        """Planes in the format of the first frame, to which a frame of another one is converted. RGB where
+        they cannot be taken, and for frames that are turned or cropped."""
+        frames = self._stored_frames(indices)
+        first = next(frames, None)
+        if first is None:
+            return
+        frames = chain([first], frames)
+        is_whole = self.crop == NO_CROP and (first.height, first.width) == self.size
+        is_plain = is_whole and self._read_rotation(first) == Rotation()
+        format = planar_format(first) if is_plain else None
+        if format is None:
+            for shown in self._shown(map(self._to_rgb, frames), indices):
+                yield RGB, [shown]
+            return
+        layout = first.width, first.height, first.format.name
+        for frame in frames:
+            yield format, frame_planes(self._reformat(frame, *layout, threads=1))
+
     def _decode_frames(self, indices: np.ndarray) -> Iterator[np.ndarray]:
+        yield from map(self._to_rgb, self._stored_frames(indices))
+
+    def _stored_frames(self, indices: np.ndarray) -> Iterator[av.VideoFrame]:
+        """The frames at `indices` as the decoder gives them."""
         if self._pts is None:
             yield from self._decode_counting(indices)
             return
@@ -99,21 +124,21 @@ class PyAVVideo(Video):
         self._stream.seek(wanted[0])
         for frame in self._stream.decode(only=set(wanted)):
             if frame.pts == wanted[found]:
-                yield self._to_rgb(frame)
+                yield frame
                 found += 1
             if found == len(wanted) or (not found and frame.pts is not None and frame.pts > wanted[0]):
                 break
         if found < len(wanted):  # the seek went past the frame, or the time stamps changed
             yield from self._decode_counting(indices[found:])
 
-    def _decode_counting(self, indices: np.ndarray) -> Iterator[np.ndarray]:
+    def _decode_counting(self, indices: np.ndarray) -> Iterator[av.VideoFrame]:
         """Decodes from the first frame and counts."""
         wanted = iter(indices.tolist())
         index = next(wanted)
         self._stream.rewind()
         for i, frame in enumerate(self._stream.decode()):
             if i == index:
-                yield self._to_rgb(frame)
+                yield frame
                 index = next(wanted, None)
                 if index is None:
                     return
