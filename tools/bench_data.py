@@ -13,6 +13,8 @@ the median of the rounds.
 workers
 - original: this loader on the same bytes, same clips and crops
 - clip-ready: this loader on `pack --short-side 256 --fps 8 --keyframe-every 8` of them, every frame
+- original-planes, clip-ready-planes: the same with data.augment_on=device. What the device would do is not in
+their CPU time; `rest` is its CPU time when this CPU does it.
 
 share: frames that have to be decoded for the clips (from the key frame before to the last) per CPU second,
 over the frames per CPU second that single-threaded FFmpeg decodes of the same files.
@@ -28,7 +30,7 @@ import subprocess
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -85,33 +87,52 @@ class Common(Dataset[torch.Tensor]):
         return video.sub_(mean).div_(std)
 
 
-def make_clips(folder: Path, stride: int, seed: int) -> TrainClips:
+PLANES = "-planes"
+
+
+def corpus_of(name: str) -> str:
+    """The folder that a contender reads."""
+    return "clip-ready" if name.startswith("clip-ready") else "original"
+
+
+def clips_of(name: str, folder: Path, seed: int) -> TrainClips:
+    """The clips of a contender."""
+    corpus = corpus_of(name)
+    return make_clips(folder / corpus, 1 if corpus == "clip-ready" else 4, seed, name.endswith(PLANES))
+
+
+def make_clips(folder: Path, stride: int, seed: int, on_device: bool = False) -> TrainClips:
     shards = Shards([str(folder)])
-    data = DataConfig([str(folder)], frames=16, stride=stride)
+    place: Literal["device", "host"] = "device" if on_device else "host"
+    data = DataConfig([str(folder)], frames=16, stride=stride, augment_on=place)
     return TrainClips(shards, Order(shards.counts, seed), data, CROP)
 
 
-def contender(name: str, folder: Path, clips: int, workers: int, seed: int) -> float:
+def contender(name: str, folder: Path, clips: int, workers: int, seed: int) -> tuple[float, float]:
     """Returns CPU seconds of this process and its workers for `clips` clips, without the start (measured by a
-    run of one batch)."""
+    run of one batch), and what is left to a device."""
     torch.set_num_threads(1)
-    is_packed = name == "clip-ready"
-    ours = make_clips(folder / ("clip-ready" if is_packed else "original"), 1 if is_packed else 4, seed)
+    ours = clips_of(name, folder, seed)
     marks = [cpu_seconds()]
+    batches: list[Any] = []
     for count in (BATCH, BATCH + clips):
         if name == "common":
             loader = DataLoader(Common(ours, CROP), BATCH, sampler=range(count), num_workers=workers)
             seen = sum(len(b) for b in loader)
         else:
-            seen = sum(
-                len(b.video)
-                for (b,) in train_steps(
-                    MultiStreamDataset([ours]), 0, count // BATCH, [BATCH], workers=workers
-                )
-            )
+            seen = 0
+            for (b,) in train_steps(MultiStreamDataset([ours]), 0, count // BATCH, [BATCH], workers=workers):
+                seen += len(b.key)
+                batches = [b.video]  # one of the last round, to be made
         assert seen == count
         marks.append(cpu_seconds())
-    return marks[2] - marks[1] - (marks[1] - marks[0])
+    rest = 0.0
+    for batch in batches if name.endswith(PLANES) else ():
+        batch.to(torch.device("cpu"))  # imports, caches
+        begun = cpu_seconds()
+        batch.to(torch.device("cpu"))
+        rest = (cpu_seconds() - begun) * clips / BATCH
+    return marks[2] - marks[1] - (marks[1] - marks[0]), rest
 
 
 def cpu_seconds() -> float:
@@ -245,26 +266,28 @@ def main(argv: list[str]) -> None:
     ffmpeg = ffmpeg_binary()
     files = {"original": make_files(a.folder, a.source, a.videos, ffmpeg, a.workers)}
     files["clip-ready"] = unpack(make_clips(a.folder / "clip-ready", 1, 0), a.folder / "clip-ready-files")
-    seconds: dict[str, list[float]] = {"common": [], "original": [], "clip-ready": []}
+    ours = ("original", "clip-ready")
+    names = ("common", *ours, *(name + PLANES for name in ours))
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    rest: dict[str, float] = {}
     rates: dict[str, list[float]] = {name: [] for name in files}
     for seed in range(a.rounds):
         for name, each in rates.items():
             each.append(decoding_rate(ffmpeg, files[name], a.folder / "files.txt"))
         for name, measured in seconds.items():
             with ProcessPoolExecutor(1, get_context("fork")) as fresh:
-                used = fresh.submit(contender, name, a.folder, a.clips, a.workers, seed).result()
+                used, left = fresh.submit(contender, name, a.folder, a.clips, a.workers, seed).result()
+            rest[name] = left / a.clips
             measured.append(used / a.clips)
     report: dict[str, Any] = {}
     print(f"{a.rounds} x {a.clips} clips, {a.workers} workers, {a.videos} videos")
     print(
-        f"{'':12s}{'CPU ms/clip':>12s}{'(spread)':>18s}{'of common':>11s}"
-        f"{'frames':>8s}{'ffmpeg f/s':>12s}{'share':>7s}"
+        f"{'':18s}{'CPU ms/clip':>12s}{'(spread)':>18s}{'of common':>11s}"
+        f"{'frames':>8s}{'ffmpeg f/s':>12s}{'share':>7s}{'rest':>7s}"
     )
     for name, measured in seconds.items():
-        kind = "clip-ready" if name == "clip-ready" else "original"
-        clips = [
-            make_clips(a.folder / kind, 1 if name == "clip-ready" else 4, seed) for seed in range(a.rounds)
-        ]
+        kind = corpus_of(name)
+        clips = [clips_of(name, a.folder, seed) for seed in range(a.rounds)]
         needed = statistics.mean(frames_to_decode(c, a.clips) for c in clips)
         median = statistics.median(measured)
         rate = statistics.median(rates[kind])
@@ -274,10 +297,11 @@ def main(argv: list[str]) -> None:
             "of_common": median / statistics.median(seconds["common"]),
         }
         row |= {"frames": needed, "ffmpeg_frames_per_s": rate, "share": needed / median / rate}
+        row["rest_cpu_s"] = rest[name]
         report[name] = row
         spread = f"{1e3 * min(measured):.1f} .. {1e3 * max(measured):.1f}"
-        print(f"{name:12s}{1e3 * median:12.1f}{spread:>18s}{row['of_common']:11.2f}", end="")
-        print(f"{needed:8.0f}{rate:12.0f}{row['share']:7.2f}")
+        print(f"{name:18s}{1e3 * median:12.1f}{spread:>18s}{row['of_common']:11.2f}", end="")
+        print(f"{needed:8.0f}{rate:12.0f}{row['share']:7.2f}{1e3 * rest[name]:7.1f}")
     if a.out:
         a.out.write_text(json.dumps(report, indent=1))
 

@@ -11,7 +11,7 @@ device.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -25,7 +25,7 @@ from vidssl.core.rng import KeyedRNG
 from vidssl.data.augment import COLOR_CHANGES, ClipDraws, ColorDraws, TrainingCrop, erase_canvas
 from vidssl.data.decoding.planes import RGB, Box, PixelFormat, plane_shapes, split_planes
 
-MAX_PASS = 1 << 28  # numbers of padded planes that are converted at once
+MAX_PASS = 1 << 27  # numbers of padded planes that are converted at once
 GREY = (0.2989, 0.587, 0.114)  # as torchvision weighs colours
 NUMBERS = 6 + 6 + 12 + len(COLOR_CHANGES)  # of a clip: its two axes, the matrix, the changes of colour
 
@@ -187,7 +187,7 @@ def resize_planes(clips: Sequence[list[Tensor]], layouts: Sequence[ClipLayout], 
     """
     dtype = product_type(numbers)
     size = layouts[0].side
-    height, width = (max(layout.size[axis] for layout in layouts) for axis in (0, 1))
+    height, width = (padded_length(layout.size[axis] for layout in layouts) for axis in (0, 1))
     rows = axis_weights(numbers[:, :6], [layout.rows for layout in layouts], size, height)
     columns = axis_weights(numbers[:, 6:12], [layout.columns for layout in layouts], size, width)
     if not any(any(layout.format.chroma) for layout in layouts):
@@ -216,9 +216,14 @@ def split_luma(planes: list[Tensor]) -> tuple[Tensor, Tensor]:
     return planes[0][None], torch.stack(planes[1:])
 
 
+def padded_length(lengths: Iterable[int]) -> int:
+    """The largest length, rounded up: tensor cores want rows of a multiple of 16 bytes."""
+    return -(-max(lengths) // 8) * 8
+
+
 def pad_planes(clips: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """u8 [C, T, h, w] of unequal sizes -> [B, C, T, H, W], zero beyond the clips."""
-    height, width = (max(clip.shape[axis] for clip in clips) for axis in (2, 3))
+    height, width = (padded_length(clip.shape[axis] for clip in clips) for axis in (2, 3))
     padded = clips[0].new_zeros((len(clips), *clips[0].shape[:2], height, width), dtype=dtype)
     for row, clip in zip(padded, clips, strict=True):
         row[..., : clip.shape[2], : clip.shape[3]] = clip
@@ -259,7 +264,7 @@ def share_samples(weights: Tensor, factors: Sequence[int], length: int) -> Tenso
     count = weights.shape[-1]
     added = F.pad(weights, (0, count % 2)).unflatten(-1, (-1, 2)).sum(-1)
     if set(factors) == {2}:
-        return added[..., :length]
+        return F.pad(added, (0, length - added.shape[-1]))
     each = [(added if factor == 2 else weights)[i] for i, factor in enumerate(factors)]
     return torch.stack([F.pad(w, (0, length - w.shape[-1])) for w in each])
 
