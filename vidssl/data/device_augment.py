@@ -12,6 +12,7 @@ device.
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -85,7 +86,8 @@ class ClipPlanes(NamedTuple):
     layout: ClipLayout
 
 
-class PlaneBatch(NamedTuple):
+@dataclass(frozen=True)
+class PlaneBatch:
     """Clips as decoded, in one tensor: the numbers of the clips f32 [B, NUMBERS], then their planes."""
 
     data: Tensor  # u8 [n]
@@ -93,7 +95,11 @@ class PlaneBatch(NamedTuple):
 
     def to(self, device: torch.device, non_blocking: bool = False) -> Tensor:
         """Makes the clips u8 [B, 3, T, S, S] on a device, where finished clips would only be copied."""
-        return make_clips(self._replace(data=self.data.to(device, non_blocking=non_blocking)))
+        return make_clips(replace(self, data=self.data.to(device, non_blocking=non_blocking)))
+
+    def pin_memory(self) -> "PlaneBatch":
+        """For the loader's thread that pins batches."""
+        return replace(self, data=self.data.pin_memory())
 
 
 def layout_clip(
