@@ -116,7 +116,7 @@ def main(argv: list[str]) -> None:
         files = [str(ROOT / "configs/probe/attentive_vjepa2.yaml"), "encoder=random", "out=unused"]
         data = [f"data.{part}={shards / part}" for part in ("train", "test")]
         cfg = load_config([*files, *data, *defaults, *a.settings], ProbeConfig)
-        protocol = cfg.probe.build()
+        protocol = cfg.probe.build().resolved()
         loaded = random_encoder(a.model, a.frames, a.size)
         splits = open_probe_splits(cfg.data)
         precision = "bf16" if protocol.product_precision == "bf16" else "no"

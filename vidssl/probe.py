@@ -20,7 +20,6 @@ if __name__ == "__main__":
     # Importing torch takes seconds: --help and mistakes in the configuration are answered before.
     check_command_line(ProbeConfig, __doc__, ("probe",))
 
-from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -55,8 +54,7 @@ def main(argv: list[str]) -> None:
     # Everything that can be known is checked before any video is decoded.
     cfg = load_config(argv, ProbeConfig)
     data = cfg.data
-    protocol = cfg.probe.build()
-    protocol = replace(protocol, precision=protocol.product_precision)
+    protocol = cfg.probe.build().resolved()
     end = RunEnd(Path(cfg.out))
     out = new_report_folder(Path(cfg.out), "probe.json")
     splits = open_probe_splits(data)

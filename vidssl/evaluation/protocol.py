@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import numpy as np
@@ -75,10 +75,15 @@ class ProbeProtocol(FeatureStorage):
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2  # of train; settings are compared on it
     seed: NonNegativeInt = 0
 
+    def resolved(self) -> Self:
+        """This protocol with the precision that `auto` means on this machine."""
+        in_bf16 = resolve_precision(self.precision) == "bf16"
+        return replace(self, precision="bf16" if in_bf16 else "fp32")
+
     @property
     def product_precision(self) -> Literal["fp32", "bf16"]:
-        """Of matrix products."""
-        return "bf16" if resolve_precision(self.precision) == "bf16" else "fp32"
+        """Of matrix products; fp32 until `auto` is resolved."""
+        return "bf16" if self.precision == "bf16" else "fp32"
 
     @property
     def uses_all_processes(self) -> bool:
