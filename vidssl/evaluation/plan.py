@@ -262,15 +262,23 @@ class ProbePlan(NamedTuple):
             f"{rate_text(encode_flops, self.encode_s)}",
             f"heads: {self.work.grid + self.work.single} examples in training: "
             f"{rate_text(self.head_flops, self.heads_s)}",
-            f"device memory of a process: {memory.peak / GIGA:.3g} GB (encoder {memory.encoder / GIGA:.3g}, "
-            f"heads with moments {memory.heads / GIGA:.3g}, activations of {memory.at_once} examples "
-            f"{memory.activations / GIGA:.3g}, or of encoding {memory.encoding / GIGA:.3g})",
+            f"device memory of a process: {memory.peak / GIGA:.3g} GB{of_device(loader.device)} "
+            f"(encoder {memory.encoder / GIGA:.3g}, heads with moments {memory.heads / GIGA:.3g}, "
+            f"activations of {memory.at_once} examples {memory.activations / GIGA:.3g}, "
+            f"or of encoding {memory.encoding / GIGA:.3g})",
         ]
         if self.features.where == "disk":
             folder = Path(str(self.features.protocol.cache))
             needed = missing_gb(list(self.features.stores.values()))
             lines.append(f"disk: {needed:.3g} GB to write to {folder}, {free_gb(folder):.3g} GB free")
         return [*lines, f"in all: about {hours(wall_s)} with {processes} process{'es' * (processes > 1)}"]
+
+
+def of_device(device: torch.device) -> str:
+    """How much memory there is."""
+    if device.type != "cuda":
+        return ""
+    return f" of {torch.cuda.get_device_properties(device).total_memory / GIGA:.3g}"
 
 
 def hours(seconds: float) -> str:
