@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from vidssl.core.spectrum import MAX_TOKENS
+from vidssl.evaluation.controls import control_name
 from vidssl.evaluation.extractor import FeaturePlan
 from vidssl.evaluation.feature_cache import FeatureShape, free_gb, missing_gb
 from vidssl.evaluation.features import FeatureLoader, decoding_workers
@@ -326,4 +327,5 @@ def plan_probe(plan: FeaturePlan, runs: Sequence[ProbeRun], splits: ProbeSplits)
 def print_plans(plans: Sequence[FeaturePlan], runs: Sequence[ProbeRun], splits: ProbeSplits) -> None:
     for plan in plans:
         own = [run for run in runs if run.control == plan.control]
-        print("\n  ".join([f"plan ({plan.control}):", *plan_probe(plan, own, splits).lines()]), flush=True)
+        lines = [f"plan of {control_name(plan.control)}:", *plan_probe(plan, own, splits).lines()]
+        print("\n  ".join(lines), flush=True)
