@@ -56,7 +56,8 @@ class Contender(NamedTuple):
 
 
 def rng_of(video: Tensor, number: int) -> KeyedRNG:
-    return KeyedRNG(0, number, torch.arange(len(video), device=video.device) + number * len(video))
+    """Of a step's masks, which are drawn on the host, as in training."""
+    return KeyedRNG(0, number, torch.arange(len(video)) + number * len(video))
 
 
 def build(method: str, model: str, device: str, *options: str) -> tuple[Objective, TrainConfig]:
@@ -114,7 +115,7 @@ def their_videomae(objective: Objective, cfg: TrainConfig, device: str) -> Conte
     masks = objective.mask
 
     def forward(video: Tensor, number: int) -> Tensor:
-        (mask,) = masks(video, grid, rng_of(video, number))
+        mask = masks(video, grid, rng_of(video, number))[0].to(video.device)
         hidden = torch.ones(len(video), grid.n, dtype=torch.bool, device=video.device)
         hidden.scatter_(1, mask.context, False)
         return model(video.transpose(1, 2), bool_masked_pos=hidden).loss

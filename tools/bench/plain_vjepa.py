@@ -42,7 +42,7 @@ class PlainLoop(nn.Module):
     def forward(self, video: Tensor, rng: KeyedRNG) -> Tensor:
         o: Any = self.objective
         grid = o.encoder.grid_of(video)
-        masks = o.mask(video, grid, rng)
+        masks = [mask.to(video.device) for mask in o.mask(video, grid, rng)]
         with torch.no_grad():
             features = encode(o.target.encoder, video, None)
             targets = [
