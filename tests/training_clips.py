@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from vidssl.data.augment import RandomCrop
-from vidssl.data.cache import cache_videos
+from vidssl.data.cache_fill import cache_videos
 from vidssl.data.dataset import MultiStreamDataset, TrainClips
 from vidssl.data.loader import Batch, train_steps
 from vidssl.data.order import Order

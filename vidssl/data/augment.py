@@ -62,20 +62,30 @@ def draw_seed(rng: np.random.Generator) -> int:
 
 
 @contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Seeds the global CPU generators that timm and torchvision draw from, and restores their states
-    afterwards.
-    """
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    random.seed(seed)
-    np.random.seed(seed)
+def seeded_torch(seed: int) -> Iterator[None]:
+    """Seeds torch's global CPU generator, and restores its state afterwards."""
+    state = torch.get_rng_state()
     torch.default_generator.manual_seed(seed)
     try:
         yield
     finally:
+        torch.set_rng_state(state)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seeds the global CPU generators that timm and torchvision draw from, and restores their states
+    afterwards.
+    """
+    states = random.getstate(), np.random.get_state()
+    random.seed(seed)
+    np.random.seed(seed)
+    try:
+        with seeded_torch(seed):
+            yield
+    finally:
         random.setstate(states[0])
         np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
 
 
 def _resized_crop(frames: np.ndarray, box: Box, size: int) -> np.ndarray:
@@ -197,7 +207,7 @@ class Augmentations:
         randaugment_seed = draw_seed(rng) if self.randaugment is not None else None
         color = None
         if self.color_jitter is not None:
-            with seeded(draw_seed(rng)):
+            with seeded_torch(draw_seed(rng)):
                 color = draw_color(self.color_jitter)
         erases = bool(self.random_erasing) and rng.uniform() < self.random_erasing
         return ClipDraws(box, flip, randaugment_seed, color, draw_seed(rng) if erases else None)
@@ -250,7 +260,7 @@ class RandomCrop(TrainingCrop):
     ratio: Range = (0.75, 1.35)  # width over height
 
     def draw_box(self, height: int, width: int, rng: np.random.Generator) -> Box:
-        with seeded(draw_seed(rng)):
+        with seeded_torch(draw_seed(rng)):
             frame = torch.empty(1).expand(3, height, width)  # only its size is read
             return Box(*RandomResizedCrop.get_params(frame, list(self.scale), list(self.ratio)))
 

@@ -1,5 +1,7 @@
 """Training clips: the sample at a position of a training stream, decoded, cut and augmented."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -23,6 +25,7 @@ from vidssl.data.shards import Sample, Shards
 
 if TYPE_CHECKING:
     from vidssl.data.cache import HostCache
+    from vidssl.data.device_cache import CachedClip, VideoIndex
 
 MAX_ATTEMPTS = 20  # samples tried at one position before the run stops
 STREAM_STRIDE = 1 << 48  # position i of stream s has the global position s * STREAM_STRIDE + i
@@ -45,7 +48,8 @@ class Example(NamedTuple):
     position: int
     key: str
     label: int
-    video: Tensor | ClipPlanes  # u8 [3, T, H, W]; planes with data.augment_on=device
+    # u8 [3, T, H, W]; planes with data.augment_on=device, the place of the frames with data.cache=device
+    video: Tensor | ClipPlanes | CachedClip
     failures: list[DecodeFailure]  # samples that were tried at this position before
 
 
@@ -144,6 +148,7 @@ class TrainClips(Dataset[Example]):
         self.augment: Any = augment  # with data.augment_on=device a TrainingCrop
         self.stream = stream
         self.clip_reader = ClipReader(shards, data.short_side, data.decoder)
+        self.index: VideoIndex | None = None  # of the videos on a device, with data.cache=device
         # (positions, attempt) and clips of the sample decoded last
         self._last_decoded: tuple[Any, Any] = (None, ())
 
@@ -166,10 +171,10 @@ class TrainClips(Dataset[Example]):
 
     def _decode_repeats(
         self, position: int, attempt: int, sample: Sample
-    ) -> np.ndarray | Sequence[ClipPlanes]:
+    ) -> np.ndarray | Sequence[ClipPlanes | CachedClip]:
         """Returns all clips of the sample at `position`, decoded together: if one fails, all fail.
 
-        u8 [repeat, T, H, W, 3], or with data.augment_on=device the planes of each clip.
+        u8 [repeat, T, H, W, 3], or for each clip what a device makes it of (see Example).
         """
         d = self.data
         positions = repeated_positions(position, d.repeat, self.order.lanes)
@@ -177,8 +182,15 @@ class TrainClips(Dataset[Example]):
             self._last_decoded = None, ()  # frees the clips before the next are decoded
             starts = [self._rng(p).uniform() for p in positions]
             rate = {"frames": d.frames, "stride": d.stride, "fps": d.fps, "rule": d.rule}
-            clips: np.ndarray | Sequence[ClipPlanes]
-            if d.augment_on == "device":
+            clips: np.ndarray | Sequence[ClipPlanes | CachedClip]
+            if self.index is not None:
+                clips = self.index.find_clips(
+                    sample,
+                    lambda times: sample_clips(times, starts, **rate),
+                    self.augment,
+                    [self._augment_rng(p) for p in positions],
+                )
+            elif d.augment_on == "device":
                 clips = self.clip_reader.read_planes(
                     sample,
                     lambda video: cut_clips(
@@ -206,8 +218,8 @@ class TrainClips(Dataset[Example]):
             clip = self._decode_repeats(position, attempt, sample)[repeat]
         except DecodeError as e:
             return DecodeFailure(sample.key, e.reason)
-        is_decoded = isinstance(clip, ClipPlanes)
-        video = clip if is_decoded else self.augment(clip, self._augment_rng(position))
+        is_decoded = isinstance(clip, np.ndarray)
+        video = self.augment(clip, self._augment_rng(position)) if is_decoded else clip
         label = sample.meta.get("label", -1)
         return Example(position + self.stream * STREAM_STRIDE, sample.key, label, video, [])
 

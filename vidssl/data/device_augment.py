@@ -193,13 +193,12 @@ def resize_planes(clips: Sequence[list[Tensor]], layouts: Sequence[ClipLayout], 
     """
     dtype = product_type(numbers)
     size = layouts[0].side
+    if not any(any(layout.format.chroma) for layout in layouts):
+        whole = pad_planes([rearrange(clip[0], "t h w c -> c t h w") for clip in clips], dtype)
+        return resize_padded(whole, layouts, numbers)
     height, width = (padded_length(layout.size[axis] for layout in layouts) for axis in (0, 1))
     rows = axis_weights(numbers[:, :6], [layout.rows for layout in layouts], size, height)
     columns = axis_weights(numbers[:, 6:12], [layout.columns for layout in layouts], size, width)
-    if not any(any(layout.format.chroma) for layout in layouts):
-        whole = pad_planes([rearrange(clip[0], "t h w c -> c t h w") for clip in clips], dtype)
-        resized = apply_weights(whole, rows.to(dtype), columns.to(dtype))
-        return resized.float().round().clamp(0, 255).to(torch.uint8)
     luma, chroma = zip(*(split_luma(clip) for clip in clips), strict=True)
     y = apply_weights(pad_planes(luma, dtype), rows.to(dtype), columns.to(dtype))
     uv = pad_planes(chroma, dtype)
@@ -207,6 +206,27 @@ def resize_planes(clips: Sequence[list[Tensor]], layouts: Sequence[ClipLayout], 
     rows = share_samples(rows, factors[0], uv.shape[-2])
     columns = share_samples(columns, factors[1], uv.shape[-1])
     return to_rgb(y, apply_weights(uv, rows.to(dtype), columns.to(dtype)), numbers[:, 12:24])
+
+
+def resize_padded(frames: Tensor, layouts: Sequence[ClipLayout], numbers: Tensor) -> Tensor:
+    """RGB frames [B, 3, T, H, W], zero beyond a smaller clip -> u8 [B, 3, T, S, S]. numbers: f32
+    [B, NUMBERS]."""
+    size = layouts[0].side
+    dtype = product_type(numbers)
+    height, width = frames.shape[-2:]
+    rows = axis_weights(numbers[:, :6], [layout.rows for layout in layouts], size, height)
+    columns = axis_weights(numbers[:, 6:12], [layout.columns for layout in layouts], size, width)
+    resized = apply_weights(frames.to(dtype), rows.to(dtype), columns.to(dtype))
+    return resized.float().round().clamp(0, 255).to(torch.uint8)
+
+
+def augment_padded(frames: Tensor, layouts: Sequence[ClipLayout], numbers: Tensor) -> Tensor:
+    """RGB frames u8 [B, 3, T, H, W], zero beyond a smaller clip -> u8 [B, 3, T, S, S], augmented as drawn.
+    numbers: f32 [B, NUMBERS]."""
+    at_once = max(1, MAX_PASS // frames[0].numel())
+    parts = [slice(i, i + at_once) for i in range(0, len(layouts), at_once)]
+    video = torch.cat([resize_padded(frames[p], layouts[p], numbers[p]) for p in parts])
+    return change_pixels(video, layouts, numbers)
 
 
 def product_type(numbers: Tensor) -> torch.dtype:

@@ -26,6 +26,7 @@ from vidssl.data.dataset import (
     TrainClips,
 )
 from vidssl.data.device_augment import ClipPlanes, PlaneBatch, collate_planes
+from vidssl.data.device_cache import CachedClip, CachedClips, collate_cached
 from vidssl.data.isolated_dataset import IsolatedDataset
 from vidssl.data.order import make_order
 from vidssl.data.schema import DataConfig
@@ -39,7 +40,8 @@ MIN_SAMPLES_FOR_RATE = 200  # samples read before the rate of failures is judged
 class Batch(NamedTuple):
     """Clips of one stream."""
 
-    video: Any  # u8 [B, 3, T, H, W]; as the loader yields it with data.augment_on=device a PlaneBatch
+    # u8 [B, 3, T, H, W], or what becomes it by `to(device)`: a PlaneBatch or CachedClips
+    video: Any
     label: Tensor  # i64 [B]
     position: Tensor  # i64 [B]
     key: list[str]
@@ -50,7 +52,7 @@ class CollatedBatch(NamedTuple):
     """A Batch on its way from a loader worker: `video` has the only tensor, since each tensor that crosses
     holds a file descriptor open until the batch is used."""
 
-    video: Tensor | PlaneBatch  # u8 [B, 3, T, H, W], in shared memory if a worker made it
+    video: Tensor | PlaneBatch | CachedClips  # u8 [B, 3, T, H, W], in shared memory if a worker made it
     labels: list[int]
     positions: list[int]
     keys: list[str]
@@ -88,7 +90,9 @@ def collate(examples: list[Example]) -> CollatedBatch:
     )
 
 
-def collate_clips(clips: list[Any]) -> Tensor | PlaneBatch:
+def collate_clips(clips: list[Any]) -> Tensor | PlaneBatch | CachedClips:
+    if isinstance(clips[0], CachedClip):
+        return collate_cached(clips)
     return collate_planes(clips) if isinstance(clips[0], ClipPlanes) else default_collate(clips)
 
 

@@ -52,8 +52,9 @@ class DataConfig:
     extra_streams: tuple[ExtraStream, ...] = ()
     repeat: PositiveInt = 1  # clips per decoded video (repeated augmentation), all in the same batch
     short_side: PositiveInt | None = None  # pixels; larger frames are scaled down to it; None: as stored
-    # host, device: all videos are decoded once and kept in memory, at short_side
-    cache: Literal["none", "host"] = "none"
+    # host, device: every video is decoded once, before the first step, and kept there at short_side; a device
+    # cuts and augments the clips, too
+    cache: Literal["none", "host", "device"] = "none"
     decoder: Decoder = "auto"  # see decoding.select_decoder
     # where clips are cropped, resized, converted to RGB and augmented: device leaves only the decoding to the
     # CPU; auto: device on GPUs, host on CPUs. Equal to within rounding; RandAugment runs on the host

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from vidssl.core.log import logger
 from vidssl.core.pixels import normalise
 from vidssl.core.rng import KeyedRNG
-from vidssl.data.cache import cache_videos
+from vidssl.data.cache_fill import cache_videos
 from vidssl.data.dataset import MultiStreamDataset
 from vidssl.data.loader import Batch, train_steps
 from vidssl.data.planes import place_augmentation

@@ -12,7 +12,7 @@ from vidssl.core.constants import upload
 from vidssl.core.errors import UserError
 from vidssl.core.pixels import normalise
 from vidssl.core.rng import GlobalBatch, KeyedRNG
-from vidssl.data.cache import cache_videos
+from vidssl.data.cache_fill import cache_videos
 from vidssl.data.dataset import MultiStreamDataset
 from vidssl.data.loader import Batch, make_streams, train_steps
 from vidssl.data.planes import place_augmentation
@@ -35,7 +35,7 @@ def load_steps(
     data = place_augmentation(cfg.data, augment, strategy.device.type == "cuda")
     streams = make_streams(data, shards, augment, run.seed, run.lanes, run.shuffle_window)
     if isinstance(streams, MultiStreamDataset):
-        cache_videos(streams.clips, workers, isolate, quiet=not strategy.is_main)
+        cache_videos(streams.clips, workers, isolate, not strategy.is_main, strategy.device)
     return train_steps(
         streams,
         start,

@@ -8,14 +8,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from training_clips import copy_with_damage, make_clips
+import torch
+from training_clips import copy_with_damage, make_clips, train_batches
 
-from vidssl.core.errors import UserError
+from vidssl.core.errors import DecodeError, UserError
 from vidssl.core.memory import free_memory
-from vidssl.data import cache
-from vidssl.data.cache import CacheSize, cache_videos, check_cache_fits, decode_video
+from vidssl.data import cache_fill
+from vidssl.data.augment import RandomCrop
+from vidssl.data.cache import DecodedVideo, HostCache
+from vidssl.data.cache_fill import CacheSize, cache_videos, check_cache_fits, decode_video
 from vidssl.data.dataset import Example
-from vidssl.data.shards import Shards
+from vidssl.data.device_cache import DeviceCache, collate_cached
+from vidssl.data.shards import Sample, Shards
 
 
 def same(a: Example, b: Example) -> bool:
@@ -80,18 +84,91 @@ def test_frames_after_a_long_damage_are_given_up(train, monkeypatch):
     sample = shards.sample(0, 0)
     meta = sample.meta | {"decoder": "pyav", "times": None, "frames": 4000}
     opened: list[int] = []
-    monkeypatch.setattr(cache, "open_video", lambda *args: opened.append(1) or cache_open(*args))
+    monkeypatch.setattr(cache_fill, "open_video", lambda *args: opened.append(1) or cache_open(*args))
     video = decode_video(shards.read(sample), sample.ext, meta, "pyav", None)
     assert len(video.frames) == len(video.times) == 4000
-    assert list(video.missing) == list(range(24, 4000)) and len(opened) == 1 + cache.GIVE_UP_AFTER
+    assert list(video.missing) == list(range(24, 4000)) and len(opened) == 1 + cache_fill.GIVE_UP_AFTER
 
 
-cache_open = cache.open_video
+cache_open = cache_fill.open_video
+
+
+# --- on a device (here the CPU) ---
+
+
+def make_sample(number: int) -> Sample:
+    return Sample(f"video{number}", "mp4", 0, 512 * (1 + number), 1, {})
+
+
+def test_clips_of_a_device_are_those_of_the_host():
+    """Videos of several sizes in several chunks, with repeats and a video that is damaged in part."""
+    rng = np.random.default_rng(0)
+    augment = RandomCrop(24, flip=0.5)
+    sizes = [(40, 60), (60, 40), (40, 60), (21, 33), (60, 40)]
+    videos = [rng.integers(0, 256, (6, *size, 3), np.uint8) for size in sizes]
+    device = DeviceCache(torch.device("cpu"), expected_bytes=2 * videos[0].nbytes)
+    host = HostCache()
+    for i, frames in enumerate(videos):
+        missing = {5: "decode_error"} if i == 3 else {}
+        for cache in (device, host):
+            cache.add(make_sample(i), DecodedVideo(torch.from_numpy(frames), np.arange(6) / 25, missing))
+            cache.add(make_sample(9), "hang")
+    assert len(device.chunks) == 2 and device.nbytes == host.nbytes
+    chosen = [(3, [0, 2, 2, 1]), (0, [0, 1, 2, 3]), (4, [1, 2, 3, 4]), (2, [5, 4, 3, 2]), (3, [4, 0, 1, 1])]
+    clips = [
+        device.index.find_clips(
+            make_sample(i), lambda _, f=f: np.array([f]), augment, [np.random.default_rng(i)]
+        )[0]
+        for i, f in chosen
+    ]
+    made = collate_cached(clips).to(torch.device("cpu"))
+    for clip, (i, indices) in zip(made, chosen, strict=True):
+        expected = augment(
+            host.read_clip(make_sample(i), lambda _, f=indices: np.array(f)), np.random.default_rng(i)
+        )
+        difference = (clip.int() - expected.int()).abs()
+        assert difference.max() <= 2 and difference.float().mean() < 0.5
+    for number, indices in ((3, [4, 5]), (9, [0, 0])):
+        for find in (
+            lambda *args: host.read_clip(*args),
+            lambda *args: device.index.find_clips(*args, augment, []),
+        ):
+            with pytest.raises(DecodeError):
+                find(make_sample(number), lambda _, f=indices: np.array(f))
+
+
+def test_batches_of_a_device_are_those_of_the_files(train, tmp_path):
+    folder = copy_with_damage(train, tmp_path / "damaged", {(1, 3): 0.0})
+    settings = {"repeat": 2, "short_side": 40, "max_decode_error_rate": 0.5}
+    plain = make_clips(folder, **settings)
+    cached = make_clips(folder, **settings)
+    cached.data = dataclasses.replace(cached.data, cache="device")
+    cache_videos([cached], workers=0, isolate=False, quiet=True)
+    device = cached.index.cache
+    assert len(device.chunks) == 1 and device.nbytes == 59 * 24 * 40 * 40 * 3
+    files = list(train_batches(plain, 0, 12, 8))
+    assert any(batch.failures for batch in files)
+    for start, workers in ((0, 0), (10, 1)):
+        for a, b in zip(
+            files[start:], train_batches(cached, start, 12, 8, workers=workers, isolate=True), strict=True
+        ):
+            assert a.key == b.key and a.failures == b.failures
+            assert a.label.equal(b.label) and a.position.equal(b.position)
+            difference = (a.video.int() - b.video.to("cpu").int()).abs()
+            assert difference.max() <= 2 and difference.float().mean() < 0.5
+
+
+def test_randaugment_is_refused_on_a_device(train):
+    clips = make_clips(train)
+    clips.data = dataclasses.replace(clips.data, cache="device")
+    clips.augment = RandomCrop(24, randaugment="rand-m7-n2")
+    with pytest.raises(UserError, match=r"augment\.randaugment .*: give data\.cache=host"):
+        cache_videos([clips], workers=0, isolate=False, quiet=True)
 
 
 # --- what it takes ---
 
-SIZES = CacheSize(np.array([[100, 240, 320], [50, 480, 360]]), 0)
+SIZES = CacheSize(np.array([[100, 240, 320], [50, 480, 360]]))
 
 
 def test_size_of_scaled_videos():
@@ -115,8 +192,8 @@ def test_what_does_not_fit_is_refused_with_a_size_that_does():
 
 
 def test_videos_of_unknown_size_stop_where_the_memory_ends(train, monkeypatch):
-    monkeypatch.setattr(cache, "measure_size", lambda samples: CacheSize(np.zeros((0, 3), np.int64), 60))
-    monkeypatch.setattr(cache, "free_memory", lambda: 10 * 24 * 48 * 48 * 3)
+    monkeypatch.setattr(cache_fill, "measure_size", lambda samples: CacheSize(np.zeros((60, 3), np.int64)))
+    monkeypatch.setattr(cache_fill, "free_memory", lambda: 10 * 24 * 48 * 48 * 3)
     with pytest.raises(UserError, match=r"are full after 9 of 60 videos: give a smaller data\.short_side"):
         make_clips(train, cache="host")
 
