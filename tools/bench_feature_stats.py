@@ -1,15 +1,16 @@
 """Measures the cost of the feature statistics relative to the training steps between them.
 
-python tools/bench_health.py [--model vit_small] [--batch 8] [--size 224] [--every 100] [--steps 3]
+python tools/bench_feature_stats.py [--model vit_small] [--batch 8] [--size 224] [--every 100] [--steps 3]
 
 For VideoMAE and V-JEPA, on noise: FLOPs as torch counts them (matrix products, convolutions, attention) and
-CPU seconds of this process (which also hold the singular values), of one measurement and of `every` steps;
-best of a few.
+seconds (which also hold the spectra), of one measurement and of `every` steps; best of a few. Seconds are of
+this process's CPU; on a GPU, where both run in bf16, of the clock.
 """
 
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,15 +28,23 @@ from vidssl.training.schema import TrainConfig
 ROOT = Path(__file__).parents[1]
 
 
-def cost(action: Callable[[], object], times: int) -> tuple[int, float]:
-    """Returns FLOPs and the least CPU seconds of `times` calls."""
+def now_s(device: torch.device) -> float:
+    """Seconds: CPU time of this process; on a GPU the clock, once all its work is done."""
+    if device.type == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def cost(action: Callable[[], object], times: int, device: torch.device) -> tuple[int, float]:
+    """Returns FLOPs and the least seconds of `times` calls."""
     with count_flops() as total:
         action()
     seconds = []
     for _ in range(times):
-        start = time.process_time()
+        start_s = now_s(device)
         action()
-        seconds.append(time.process_time() - start)
+        seconds.append(now_s(device) - start_s)
     return total(), min(seconds)
 
 
@@ -57,13 +66,11 @@ def main(argv: list[str]) -> None:
     )
     print(
         f"{'':12s}{'GFLOP step':>12s}{'measure':>10s}{'share':>8s}"
-        f"{'CPU s step':>12s}{'measure':>10s}{'share':>8s}"
+        f"{'s step':>12s}{'measure':>10s}{'share':>8s}"
     )
     for method in ("videomae", "vjepa"):
-        files = [
-            str(ROOT / f"configs/{n}.yaml")
-            for n in (f"method/{method}", f"model/{a.model}", "data/clips_16x4")
-        ]
+        files = [str(ROOT / f"configs/{n}.yaml") for n in (f"method/{method}", "data/clips_16x4")]
+        files += [f"model.kind={a.model}", "data.train=x"]
         sizes = [f"augment.size={a.size}", f"run.batch={a.batch}", "run.out=x", "run.steps=1000"]
         heads = config.merge([*files, *sizes])[0]["method"]["predictor"]["heads"]
         width = config.merge([*files, *sizes])[0]["method"]["predictor"]["width"]
@@ -71,18 +78,21 @@ def main(argv: list[str]) -> None:
         cfg = load_config([*files, *sizes], TrainConfig)
         objective = cfg.build_objective().to(device)
         stats = FeatureStats()
+        autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=device.type != "cpu")
         optimizer = build_optimizer(objective, cfg.optim)
 
-        def step(objective=objective, optimizer=optimizer) -> None:
+        def step(objective=objective, optimizer=optimizer, autocast=autocast) -> None:
             optimizer.zero_grad()
-            objective(normalise(u8), KeyedRNG(0, 0, torch.arange(a.batch, device=device)))["loss"].backward()
+            with autocast():
+                loss = objective(normalise(u8), KeyedRNG(0, 0, torch.arange(a.batch)))["loss"]
+            loss.backward()
             optimizer.step()
             objective.target.update(objective.encoder, 0.999)
 
         stats.add_clips(u8)
         # type: ignore[misc]
-        (f, s) = cost(step, a.steps)
-        (fm, sm) = cost(lambda s=stats, o=objective: s.measure(o), a.steps)
+        (f, s) = cost(step, a.steps, device)
+        (fm, sm) = cost(lambda s=stats, o=objective, a=autocast: s.measure(o, a), a.steps, device)
         shares = [x / (a.every * y + x) for x, y in ((fm, f), (sm, s))]
         print(
             f"{method:12s}{f / 1e9:12.1f}{fm / 1e9:10.1f}{shares[0]:8.2%}{s:12.2f}{sm:10.2f}{shares[1]:8.2%}",
