@@ -196,6 +196,7 @@ class Finetuner:
             workers,
             isolate,
             self.strategy.data_patience_s,
+            pin_memory=self.strategy.device.type == "cuda",
         )
 
     def step(
@@ -215,7 +216,7 @@ class Finetuner:
         hparams = schedule(self.optim_config, step, self.steps, momentum=None)
         set_schedule(self.optimizer, hparams)
         self.optimizer.zero_grad()
-        video = normalise(batch.video.to(self.strategy.device), self.pixels)
+        video = normalise(batch.video.to(self.strategy.device, non_blocking=True), self.pixels)
         with throughput.counting():
             loss = self.forward_backward(*mixer(video, batch, step), step)
         grad_norm = self.strategy.clip(self.model, self.optim_config, step)
