@@ -152,8 +152,8 @@ class Case:
         elif "grad" in self:
             shapes = {name: self.about["shapes"][name] for name in self.about["gradients"]}
             gradients = in_reference_layout(shapes, to_our_names, ours)
-            smallest_norm = MIN_RELATIVE_NORM * self["grad"][:, 0].max().item()
-            for name, row in zip(shapes, self["grad"].double(), strict=True):
+            smallest_norm = MIN_RELATIVE_NORM * self.tensors["grad"][:, 0].max().item()
+            for name, row in zip(shapes, self.tensors["grad"].double(), strict=True):
                 error = (summary(gradients[name]) - row).abs().max().item()
                 self.record("gradient", error / max(row[0].item(), smallest_norm), name)
             self.not_compared.discard("grad")
@@ -162,7 +162,7 @@ class Case:
         """Compares the six numbers of every weight after the last step. networks: our weights by their name
         in the reference's state dict (encoder, target_encoder, predictor)."""
         names = sorted(name for pattern in self.about["final_rows"] for name in expand(pattern))
-        rows = dict(zip(names, self["final"].double(), strict=True))
+        rows = dict(zip(names, self.tensors["final"].double(), strict=True))
         for network, weights in networks.items():
             own = network.removeprefix("target_")
             shapes = {

@@ -17,6 +17,10 @@ def upload(tensor: Tensor, device: torch.device) -> Tensor:
     """Copies a small tensor from the host without waiting for the device."""
     if tensor.device == device:
         return tensor
-    if device.type == "cuda":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
+    return (pin(tensor) if device.type == "cuda" else tensor).to(device, non_blocking=True)
+
+
+def pin(tensor: Tensor) -> Tensor:
+    """A copy in pinned memory, from which a device reads while the host goes on."""
+    # an expanded tensor, whose elements share memory, cannot be pinned as it is
+    return tensor.contiguous().pin_memory()

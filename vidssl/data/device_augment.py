@@ -21,6 +21,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
+from vidssl.core.constants import upload
 from vidssl.core.pixels import channel_statistics
 from vidssl.core.rng import KeyedRNG
 from vidssl.data.augment import COLOR_CHANGES, ClipDraws, ColorDraws, TrainingCrop, erase_canvas
@@ -180,9 +181,7 @@ def resize_crop(clips: Sequence[Tensor], draws: Sequence[ClipDraws], augment: Tr
         size = (clip.shape[1], clip.shape[2])
         layouts.append(layout_clip(drawn, augment, len(clip), size, size, drawn.box, RGB))
         planes.append([clip[:, top : top + height, left : left + width]])
-    numbers = torch.tensor([layout.numbers() for layout in layouts])
-    if clips[0].is_cuda:
-        numbers = numbers.pin_memory().to(clips[0].device, non_blocking=True)
+    numbers = upload(torch.tensor([layout.numbers() for layout in layouts]), clips[0].device)
     return _make(planes, layouts, numbers)
 
 
@@ -335,9 +334,7 @@ def change_colors(video: Tensor, draws: Sequence[ColorDraws | None], factors: Te
     steps.append((-1, [b for b, d in enumerate(draws) if d and d.grayscale]))
     for i, chosen in steps:
         if chosen:
-            index = torch.tensor(chosen)
-            if video.is_cuda:
-                index = index.pin_memory().to(video.device, non_blocking=True)
+            index = upload(torch.tensor(chosen), video.device)
             clips = video[index].float()
             factor = factors[index, i].view(-1, 1, 1, 1, 1)
             changed = (

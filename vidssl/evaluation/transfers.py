@@ -7,6 +7,8 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
+from vidssl.core.constants import upload
+
 T = TypeVar("T")
 
 
@@ -30,7 +32,7 @@ def in_order(tensors: Iterable[Tensor], device: torch.device) -> Iterator[Tensor
             continue
         if len(events) == 2:
             events.popleft().synchronize()
-        copy = tensor.pin_memory().to(device, non_blocking=True)
+        copy = upload(tensor, device)
         events.append(torch.cuda.current_stream(device).record_event())
         yield copy
 
