@@ -24,6 +24,7 @@ from vidssl.training.diagnostics import Diagnostics
 from vidssl.training.distributed import Strategy
 from vidssl.training.malloc import configure_process
 from vidssl.training.metrics_log import count_samples, step_row
+from vidssl.training.micro_batches import make_part_maker
 from vidssl.training.optim import build_optimizer, schedule, set_schedule
 from vidssl.training.perf import Throughput
 from vidssl.training.preemption import (
@@ -35,7 +36,7 @@ from vidssl.training.preemption import (
 from vidssl.training.run_folder import RunFolder, claim_run
 from vidssl.training.run_summary import RunEnd, probe_command, start_pretraining
 from vidssl.training.state import TrainState
-from vidssl.training.step import forward_backward, load_steps, make_part_maker
+from vidssl.training.step import forward_backward, load_steps
 
 
 def main(argv: list[str]) -> None:

@@ -22,9 +22,10 @@ from vidssl.objective.masks import count_cut_groups
 from vidssl.training.blocks import configure_blocks
 from vidssl.training.config_checks import check_batch
 from vidssl.training.distributed import Strategy
+from vidssl.training.micro_batches import PartMaker
 from vidssl.training.optim import build_optimizer, schedule, set_schedule
 from vidssl.training.schema import TrainConfig
-from vidssl.training.step import PartMaker, forward_backward
+from vidssl.training.step import forward_backward
 
 ROOT = Path(__file__).parents[2]
 METHODS = sorted(p.stem for p in (ROOT / "configs/method").glob("*.yaml"))

@@ -70,7 +70,7 @@ class KeyedRNG:
         count_groups: maps the size of the global batch to the number of groups. Group g of n holds the
         samples g, g + n, g + 2 n, ... of the batch, so that a process, which holds every W-th sample, has
         whole groups or a part of one; it can compute the numbers of samples that another process holds.
-        Raises ValueError if the samples are of several groups (step.split_batch keeps them apart).
+        Raises ValueError if the samples are of several groups (micro_batches.split_batch keeps them apart).
         """
         if self.batch is None:
             return self, torch.arange(len(self.positions), device=self.positions.device)

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from vidssl.core.errors import UserError
 from vidssl.core.rng import KeyedRNG
 from vidssl.data.loader import Batch
-from vidssl.training.step import MicroBatch
+from vidssl.training.micro_batches import MicroBatch
 
 # Maps what the loader yields for a stream to a Batch whose video is on the device. It runs on the side stream
 # and must not wait for the device; sources other than finished clips are a function of this kind.
@@ -45,7 +45,7 @@ class DeviceBatches:
         to_device: ToDevice | None = None,
     ):
         """loader: yields what `to_device` takes (default: copy_video), one of each stream a step; make_parts:
-        maps a step and its batches to micro-batches (step.PartMaker)."""
+        maps a step and its batches to micro-batches (PartMaker)."""
         self.loader = iter(loader)
         self.step = start
         self.device = device

@@ -1,3 +1,5 @@
+"""Constants are made on a device once; small copies do not wait for it."""
+
 import pytest
 import torch
 

@@ -24,8 +24,9 @@ from vidssl.data.schema import DataConfig, ExtraStream
 from vidssl.data.shards import Shards
 from vidssl.objective.masks import MASKS
 from vidssl.training.distributed import Strategy
+from vidssl.training.micro_batches import PartMaker
 from vidssl.training.schema import TrainConfig
-from vidssl.training.step import PartMaker, forward_backward
+from vidssl.training.step import forward_backward
 
 pytestmark = pytest.mark.slow
 

@@ -26,8 +26,9 @@ from vidssl.model.grid import Mask
 from vidssl.objective.masks import count_cut_groups, mask_from_scores
 from vidssl.training.device_batches import DeviceBatches
 from vidssl.training.distributed import Strategy
+from vidssl.training.micro_batches import PartMaker
 from vidssl.training.optim import build_optimizer, schedule, set_schedule
-from vidssl.training.step import PartMaker, forward_backward
+from vidssl.training.step import forward_backward
 
 sys.path.append(str(Path(__file__).parents[2] / "integration"))
 from test_methods import METHODS, make_teacher, small

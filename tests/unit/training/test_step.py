@@ -1,4 +1,4 @@
-"""training/step.py and the measurements of a step: parts of a batch, hash of the samples, waiting time."""
+"""training/micro_batches.py and the measurements of a step: parts of a batch, samples, waiting time."""
 
 import itertools
 import os
@@ -13,8 +13,8 @@ from vidssl.data.loader import Batch
 from vidssl.objective.block_masks import MultiBlock3D
 from vidssl.training import perf
 from vidssl.training.metrics_log import count_samples, samples_hash
+from vidssl.training.micro_batches import make_cut_groups, split_batch
 from vidssl.training.schema import EfficiencyConfig
-from vidssl.training.step import make_cut_groups, split_batch
 
 
 def batch(positions: list[int], keys: list[str]) -> Batch:

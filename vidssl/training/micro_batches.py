@@ -1,0 +1,117 @@
+"""Micro-batches: the clips of a step that one forward pass takes, with their masks."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+from torch import Tensor
+
+from vidssl.core.constants import upload
+from vidssl.core.errors import UserError
+from vidssl.core.rng import GlobalBatch, KeyedRNG
+from vidssl.data.loader import Batch
+from vidssl.model.grid import Mask
+from vidssl.objective.masks import Masker, count_cut_groups
+from vidssl.objective.objective import Objective
+from vidssl.training.distributed import Strategy
+from vidssl.training.schema import TrainConfig
+
+
+def make_cut_groups(cfg: TrainConfig, mask: Masker, world: int) -> Callable[[int], int]:
+    """Returns what maps the clips of a global batch to the number of groups that `mask` cuts together.
+
+    Raises UserError if they do not divide the batch, or the processes cannot share them evenly.
+    """
+    lanes = cfg.run.lanes
+    for clips in cfg.data.clips(cfg.run.batch):
+        groups = count_cut_groups(mask, clips)
+        if groups % world and world % groups:
+            shares = [n for n in range(1, lanes + 1) if groups % n == 0 or n % groups == 0]
+            works = ", ".join(str(n) for n in shares if lanes % n == 0)
+            raise UserError(
+                f"method.mask.truncate_over {clips // groups} makes {groups} groups of {clips} clips, which "
+                f"{world} processes cannot share: give {works} processes"
+            )
+    return partial(count_cut_groups, mask)
+
+
+class MicroBatch(NamedTuple):
+    """Clips that one forward pass takes."""
+
+    stream: int
+    video: Tensor  # u8 [B, 3, T, S, S]
+    rng: KeyedRNG  # of the clips, on the device of the video; it has drawn the masks
+    masks: list[Mask] | None  # None: drawn in the forward pass, since they depend on the pixels
+
+
+class BatchPiece(NamedTuple):
+    """Clips of a batch that one forward pass takes."""
+
+    video: Tensor  # u8 [B, 3, T, S, S]
+    position: Tensor  # i64 [B], on the host
+    batch: GlobalBatch  # that they are a part of
+
+
+def split_batch(batch: Batch, micro_batches: int, groups: int, rank: int, world: int) -> list[BatchPiece]:
+    """Splits process `rank`'s clips of a stream in `micro_batches` equal parts, and these where they hold
+    clips of several of the `groups` of the global batch (KeyedRNG.over_group). Reads positions on the
+    host."""
+    whole = GlobalBatch(int(batch.position.min()) - rank, len(batch.position) * world)
+    group = (batch.position - whole.first) % groups
+    order = group.argsort(stable=True)
+    video = batch.video if groups == 1 else batch.video[upload(order, batch.video.device)]
+    position = batch.position[order]
+    chunks = zip(
+        video.chunk(micro_batches),
+        position.chunk(micro_batches),
+        group[order].chunk(micro_batches),
+        strict=True,
+    )
+    parts = []
+    for clips, positions, of_group in chunks:
+        sizes = of_group.unique_consecutive(return_counts=True)[1].tolist()
+        pieces = zip(clips.split(sizes), positions.split(sizes), strict=True)
+        parts += [BatchPiece(*piece, whole) for piece in pieces]
+    return parts
+
+
+class PartMaker:
+    """Divides the batches of a step into micro-batches and draws their masks, on the host."""
+
+    def __init__(
+        self,
+        objective: Objective,
+        strategy: Strategy,
+        seed: int,
+        micro_batches: int = 1,
+        cut_groups: Callable[[int], int] = lambda clips: 1,
+    ):
+        """micro_batches: parts of a process's clips of a stream, at least; cut_groups: maps the clips of a
+        global batch to the number of its groups (see split_batch)."""
+        self.objective = objective
+        self.rank = strategy.rank
+        self.world = strategy.world
+        self.seed = seed
+        self.micro_batches = micro_batches
+        self.cut_groups = cut_groups
+
+    def __call__(self, step: int, batches: list[Batch]) -> list[MicroBatch]:
+        """batches: one of each stream, positions on the host."""
+        made = []
+        for stream, batch in enumerate(batches):
+            groups = self.cut_groups(len(batch.position) * self.world)
+            for part in split_batch(batch, self.micro_batches, groups, self.rank, self.world):
+                rng = KeyedRNG(self.seed, step, part.position, part.batch)
+                masks = self.objective.draw_masks(part.video.shape, rng)
+                device = part.video.device
+                if masks is not None:
+                    masks = [mask.to(device) for mask in masks]
+                made.append(MicroBatch(stream, part.video, rng.to(device), masks))
+        return made
+
+
+def make_part_maker(cfg: TrainConfig, objective: Objective, strategy: Strategy) -> PartMaker:
+    """The PartMaker of a run. Raises UserError if the processes cannot share the clips that are masked
+    together."""
+    cut_groups = make_cut_groups(cfg, objective.mask, strategy.world)
+    return PartMaker(objective, strategy, cfg.run.seed, cfg.efficiency.micro_batches, cut_groups)
