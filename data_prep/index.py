@@ -57,7 +57,8 @@ def read_lines(path: Path) -> list[str]:
 class Contents(NamedTuple):
     """What the files of a data set say beside its tars."""
 
-    index: dict[str, Any]  # index.json
+    # index.json; the name hides tuple.index
+    index: dict[str, Any]  # type: ignore[assignment]
     records: list[dict]  # of the .jsonl of all shards
     rejected: list[dict]  # records of rejected.jsonl; none if scan made the index
 
