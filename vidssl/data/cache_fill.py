@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from vidssl.core.errors import DecodeError, UserError
 from vidssl.core.log import logger
 from vidssl.core.memory import free_memory
+from vidssl.core.progress import Progress
 from vidssl.data.augment import downscale
 from vidssl.data.cache import DecodedVideo, HostCache, VideoCache
 from vidssl.data.dataset import DecodeFailure, TrainClips, do_nothing
@@ -255,7 +255,7 @@ def fill_cache(
     start = time.monotonic()
     reasons = Counter[str]()
     partly = 0
-    with tqdm(total=len(places), desc="decode", unit="video", disable=quiet, mininterval=5) as bar:
+    with Progress("data.cache", len(places), "videos decoded", quiet=quiet) as progress:
         for done, (sample, video) in enumerate(decode_videos(shards, places, data, workers, isolate), 1):
             if isinstance(video, DecodeFailure):
                 reasons[video.reason] += 1
@@ -268,7 +268,7 @@ def fill_cache(
                         f"data.cache: {limit_bytes / 1e9:.3g} GB are full after {done} of {len(places)} "
                         "videos: give a smaller data.short_side, or data.cache=none"
                     )
-            bar.update()
+            progress.update()
     line = f"data.cache: {len(places)} videos, {cache.nbytes / 1e9:.3g} GB"
     line += f", decoded in {time.monotonic() - start:.0f} s"
     if reasons or partly:
