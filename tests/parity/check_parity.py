@@ -234,7 +234,7 @@ def check_initial_spread(case: Case, model: dict[str, Any]) -> None:
     sizes = blocks[0].attn.proj.weight.numel(), rescaled[0].weight.numel()
     for i, key in enumerate(("init.encoder_proj_std", "init.encoder_fc_std")):
         standard_error = ((1 + 1 / INIT_SEEDS) / (2 * sizes[i])) ** 0.5
-        deviation = ((case[key] / ours[i] - 1).abs().max() / standard_error).item()
+        deviation = ((case.tensors[key] / ours[i] - 1).abs().max() / standard_error).item()
         case.not_compared.discard(key)
         if deviation > MAX_STANDARD_ERRORS:
             case.record("output", float("inf"), f"{key} is {deviation:.1f} standard errors off")
