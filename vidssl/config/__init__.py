@@ -27,6 +27,7 @@ from vidssl.config.signatures import Declaration, Part
 from vidssl.config.yaml_text import Argument, Scalar, parse_yaml, plain
 from vidssl.core.errors import UserError
 from vidssl.core.io import atomic_write
+from vidssl.core.log import logger
 
 # Types of values; each states its bounds once.
 Text = Annotated[str, Field(min_length=1)]  # a path or a name
@@ -110,7 +111,6 @@ RENAMED = {
     "data.max_bad": "data.max_decode_error_rate",
     "data.deadline": "data.decode_timeout_s",
     "data.share": "data.train_fractions",
-    "efficiency.cache_mb": "data.cache",
     "efficiency.recompute": "efficiency.activation_checkpointing",
     "efficiency.isolate": "efficiency.decode_in_subprocess",
     "efficiency.keep_memory": "efficiency.tune_malloc",
@@ -136,6 +136,10 @@ RENAMED = {
     "tune.held_out": "tune.val_fraction",
     "tune.smoothing": "tune.label_smoothing",
 }
+# Key that no longer exists -> what there is instead; stored configurations are read without it.
+REMOVED = {
+    "efficiency.cache_mb": "data.cache keeps decoded videos",
+}
 # The same for values: (key, old value) -> present value.
 RENAMED_VALUES = {
     ("data.rule", "reference"): "vjepa",
@@ -156,8 +160,23 @@ def load_config(argv: Sequence[str], cls: type[Config]) -> Config:
 
 
 def from_tree(tree: Any, cls: type[Config], source: str) -> Config:
-    """The configuration of a stored tree; absent options get their defaults. source: its file, for errors."""
-    return _build(tree, cls, _origin_of(tree, "", Source(source)))
+    """The configuration of a stored tree; absent options get their defaults, and those that were removed are
+    left out, which a line says. source: its file, for messages."""
+    kept = _without_removed(tree, "", source)
+    return _build(kept, cls, _origin_of(kept, "", Source(source)))
+
+
+def _without_removed(node: Any, key_path: str, source: str) -> Any:
+    if not isinstance(node, dict):
+        return node
+    kept = {}
+    for name, value in node.items():
+        key = _join(key_path, name)
+        if key in REMOVED:
+            logger.info(f"{source}: {key} was removed since and does nothing now; {REMOVED[key]}")
+        else:
+            kept[name] = _without_removed(value, key, source)
+    return kept
 
 
 def to_tree(cfg: Any) -> dict[str, Any]:
@@ -325,6 +344,8 @@ class UnknownKeyError(UserError):
 
     def hint(self, all_keys: Sequence[str]) -> str:
         """The present name of an old key, or the nearest one."""
+        if self.key in REMOVED:
+            return f"it was removed; {REMOVED[self.key]}"
         if self.key in RENAMED:
             return f"it is called {RENAMED[self.key]} now"
         if near := _nearest_key(self.key, self.allowed, all_keys):

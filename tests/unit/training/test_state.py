@@ -14,7 +14,7 @@ from vidssl.config import load_config, to_tree
 from vidssl.core.errors import UserError
 from vidssl.training.loss_guard import LossGuard
 from vidssl.training.schema import TrainConfig, resume_mutable
-from vidssl.training.state import RunState, check_same_run
+from vidssl.training.state import RunState, check_same_run, initial_weights
 
 ROOT = Path(__file__).parents[3]
 FILES = [str(ROOT / f"configs/{name}.yaml") for name in ("method/vjepa_tiny", "data/quickstart", "run/smoke")]
@@ -50,6 +50,32 @@ def test_a_line_names_the_options_that_are_newer_than_the_run(caplog):
     finally:
         logger.removeHandler(caplog.handler)
     assert "newer than this run have their defaults: optim.clip_start, efficiency.fused" in caplog.text
+
+
+def test_a_run_with_an_option_that_was_removed_is_continued_with_a_line(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("vidssl"), "propagate", True)
+    caplog.set_level("INFO", "vidssl")
+    tree = to_tree(CONFIG)
+    stored = copy.deepcopy(tree)
+    stored["efficiency"]["cache_mb"] = 0
+    check(stored, tree)
+    line = "x: efficiency.cache_mb was removed since and does nothing now; data.cache keeps decoded videos"
+    assert set(caplog.messages) == {line}
+    stored["efficiency"]["cache_gb"] = 0
+    with pytest.raises(UserError, match=r"x: efficiency\.cache_gb: unknown key"):
+        check(stored, tree)
+
+
+def test_weights_of_a_step_with_an_option_that_was_removed_start_a_run(tmp_path, monkeypatch):
+    tree = to_tree(CONFIG)
+    tree["efficiency"]["cache_mb"] = 0
+    saved = {"provenance": {"config": tree}, "optimizer": {"state": {}}, "model": {}}
+    (tmp_path / "state.json").touch()
+    monkeypatch.setattr("vidssl.training.state.read_checkpoint", lambda _: saved)
+    monkeypatch.setattr("vidssl.training.state.to_checkpoint", lambda _, arguments, *more: arguments)
+    monkeypatch.setattr("vidssl.training.state.pretrained_weights", lambda _, checkpoint, *more: checkpoint)
+    found, optimizer = initial_weights(None, CONFIG, str(tmp_path))
+    assert found == CONFIG.encoder_arguments() and optimizer == {"state": {}}
 
 
 def test_a_longer_run_is_refused_with_the_way():
