@@ -333,7 +333,7 @@ def check_same_run(
 
     Data and configuration must be the same, except for the keys in `mutable_keys`; `steps` may not be
     exceeded already. The stored configuration is read by today's `schema`, so that options added since then
-    have their defaults.
+    have their defaults. A line tells of another precision, which `auto` may be on another machine.
     """
     before = checkpoint["provenance"]
     if before["data"] != provenance["data"]:
@@ -345,6 +345,12 @@ def check_same_run(
     completed = config.to_tree(config.from_tree(before["config"], schema, str(out)))
     if added := missing_keys(before["config"], completed):
         logger.info(f"{out}: options that are newer than this run have their defaults: {', '.join(added)}")
+    precisions = [tree["efficiency"]["precision"] for tree in (completed, provenance["config"])]
+    if precisions[0] != precisions[1]:
+        logger.warning(
+            f"{out}: efficiency.precision was {precisions[0]}, the run goes on in {precisions[1]}: "
+            f"give efficiency.precision={precisions[0]} to keep it"
+        )
     then = without_paths(completed)
     now = without_paths(provenance["config"])
     different = config.differences(then, now, mutable_keys)

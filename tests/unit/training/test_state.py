@@ -66,6 +66,20 @@ def test_a_run_with_an_option_that_was_removed_is_continued_with_a_line(caplog, 
         check(stored, tree)
 
 
+@pytest.mark.parametrize("then, now", [("bf16", "fp32"), ("fp32", "fp32")])
+def test_another_precision_than_before_is_told(then, now, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("vidssl"), "propagate", True)
+    stored, tree = to_tree(CONFIG), to_tree(CONFIG)
+    stored["efficiency"]["precision"] = then
+    tree["efficiency"]["precision"] = now
+    check(stored, tree)
+    warnings = {r.getMessage() for r in caplog.records if r.levelname == "WARNING"}
+    line = (
+        "x: efficiency.precision was bf16, the run goes on in fp32: give efficiency.precision=bf16 to keep it"
+    )
+    assert warnings == ({line} if then != now else set())
+
+
 def test_weights_of_a_step_with_an_option_that_was_removed_start_a_run(tmp_path, monkeypatch):
     tree = to_tree(CONFIG)
     tree["efficiency"]["cache_mb"] = 0
