@@ -114,7 +114,8 @@ class FeatureStats:
         """Buffer the clips u8 [b, 3, T, H, W] of a step; clips of another shape are dropped."""
         if self.clips and self.clips[0].shape[1:] != video.shape[1:]:
             self.clips.clear()
-        self.clips.append(video[:MAX_CLIPS])
+        # a copy, since a view would hold the whole batch on the device
+        self.clips.append(video if len(video) <= MAX_CLIPS else video[:MAX_CLIPS].clone())
         while sum(map(len, self.clips)) - len(self.clips[0]) >= MIN_CLIPS:
             self.clips.popleft()
 

@@ -64,6 +64,7 @@ def test_small_batches_are_buffered_over_steps():
     assert torch.cat(list(stats.clips)).flatten().tolist() == [6] * 3 + [7] * 3 + [8] * 3
     stats.add_clips(torch.zeros(40, 1, 1, 1, 1, dtype=torch.uint8))
     assert len(torch.cat(list(stats.clips))) == 32
+    assert [c.untyped_storage().nbytes() for c in stats.clips] == [32]  # the batch is not held
 
 
 class NoStopGradient(Target):
