@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -154,6 +155,21 @@ def test_without_a_gpu_nothing_is_ahead():
     inputs.prefetch()
     assert asked == [0] and given.parts == [0] and next(inputs).parts == [1]
     with pytest.raises(UserError, match="the third"):
+        next(inputs)
+
+
+@pytest.mark.parametrize("error", [UserError("gone"), RuntimeError("gone"), StopIteration()])
+def test_an_error_ahead_is_raised_at_its_own_step(error, monkeypatch):
+    inputs = inputs_of(lambda: iter([[batch_at(0, 2)]]))
+    inputs.side = SimpleNamespace()
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
+
+    def load():
+        raise error
+
+    monkeypatch.setattr(inputs, "_load", load)
+    inputs.prefetch()
+    with pytest.raises(type(error)):
         next(inputs)
 
 
