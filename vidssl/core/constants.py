@@ -14,9 +14,10 @@ def constant(values: tuple[float, ...], device: torch.device, dtype: torch.dtype
 
 
 def upload(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copies a small tensor from the host without waiting for the device."""
-    if tensor.device == device:
-        return tensor
+    """Copies a small tensor from the host without waiting for the device; one of the device stays."""
+    if tensor.device.type != "cpu":
+        # there already, perhaps as cuda:0 of cuda
+        return tensor.to(device)
     return (pin(tensor) if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 

@@ -1,9 +1,11 @@
 """Constants are made on a device once; small copies do not wait for it."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from vidssl.core.constants import pin
+from vidssl.core.constants import pin, upload
 
 SHARING = {
     "expanded": torch.arange(4).expand(3, 4),
@@ -23,3 +25,11 @@ def test_only_tensors_of_memory_of_their_own_are_pinned(name, monkeypatch):
 
     monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
     assert torch.equal(pin(SHARING[name]), SHARING[name])
+
+
+def test_what_is_on_the_device_is_not_pinned(monkeypatch):
+    monkeypatch.setattr("vidssl.core.constants.pin", lambda _: pytest.fail("it is not on the host"))
+    tensor = SimpleNamespace(device=torch.device("cuda:0"), to=lambda device: str(device))
+    assert upload(tensor, torch.device("cuda")) == "cuda"
+    host = torch.arange(3)
+    assert upload(host, torch.device("cpu")) is host
