@@ -28,7 +28,9 @@ def indices_of(chosen: Tensor, count: int) -> Tensor:
     """i64 [..., count]: ascending ids of the True entries of chosen bool [..., N], `count` in each row."""
     if chosen.device.type != "cpu":
         return (~chosen).int().argsort(dim=-1, stable=True)[..., :count]
-    return _ids_of(chosen.numpy(), count)
+    mask = chosen.numpy()
+    assert (np.count_nonzero(mask, axis=-1) == count).all(), f"not {count} tokens in each row"
+    return _ids_of(mask, count)
 
 
 def _ids_of(chosen: np.ndarray, count: int) -> Tensor:

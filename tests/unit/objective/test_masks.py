@@ -33,6 +33,7 @@ from vidssl.objective.masks import (
     running_cell_maps,
 )
 from vidssl.objective.schema import BlockGroup
+from vidssl.objective.selection import indices_of
 
 VECTORS = Path(__file__).parents[2] / "parity" / "vectors"  # of the reference implementations
 
@@ -662,3 +663,10 @@ def test_a_number_that_does_not_divide_the_batch_is_refused(over, clips, words):
         with pytest.raises(UserError, match=f"truncate_over {over}: does not divide the {clips}.*{words}$"):
             count_cut_groups(masker, clips)
     assert count_cut_groups(MultiBlock3D(truncate_over=over), clips) == 1  # random: nothing is cut
+
+
+def test_rows_of_unequal_counts_are_no_mask():
+    """Two and four tokens of two rows would fill two rows of three."""
+    chosen = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]]).bool()
+    with pytest.raises(AssertionError, match="not 3 tokens in each row"):
+        indices_of(chosen, 3)
