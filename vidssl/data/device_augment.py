@@ -25,7 +25,7 @@ from vidssl.core.constants import upload
 from vidssl.core.pixels import channel_statistics
 from vidssl.core.rng import KeyedRNG
 from vidssl.data.augment import COLOR_CHANGES, ClipDraws, ColorDraws, TrainingCrop, erase_canvas
-from vidssl.data.decoding.planes import RGB, Box, PixelFormat, plane_shapes, split_planes
+from vidssl.data.decoding.planes import Box, PixelFormat, plane_shapes, split_planes
 
 MAX_PASS = 1 << 27  # numbers of padded planes that are converted at once
 GREY = (0.2989, 0.587, 0.114)  # as torchvision weighs colours
@@ -170,19 +170,6 @@ def _make(clips: Sequence[list[Tensor]], layouts: Sequence[ClipLayout], numbers:
     parts = [slice(i, i + at_once) for i in range(0, len(layouts), at_once)]
     video = torch.cat([resize_planes(clips[p], layouts[p], numbers[p]) for p in parts])
     return change_pixels(video, layouts, numbers)
-
-
-def resize_crop(clips: Sequence[Tensor], draws: Sequence[ClipDraws], augment: TrainingCrop) -> Tensor:
-    """RGB frames u8 [T, H, W, 3] of unequal sizes on a device -> u8 [B, 3, T, S, S], augmented as drawn."""
-    layouts = []
-    planes = []
-    for clip, drawn in zip(clips, draws, strict=True):
-        top, left, height, width = drawn.box
-        size = (clip.shape[1], clip.shape[2])
-        layouts.append(layout_clip(drawn, augment, len(clip), size, size, drawn.box, RGB))
-        planes.append([clip[:, top : top + height, left : left + width]])
-    numbers = upload(torch.tensor([layout.numbers() for layout in layouts]), clips[0].device)
-    return _make(planes, layouts, numbers)
 
 
 def resize_planes(clips: Sequence[list[Tensor]], layouts: Sequence[ClipLayout], numbers: Tensor) -> Tensor:

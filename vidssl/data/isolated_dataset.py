@@ -29,10 +29,10 @@ class IsolatedDataset(Dataset[Example]):
     training process) has one child.
 
     timeout_s: seconds that an attempt may decode; reading has timeouts of its own.
-    memory_bytes, retained_bytes: see Sandbox; retained are the frames that the data set caches.
+    memory_bytes: see Sandbox.
     """
 
-    def __init__(self, dataset: AttemptDataset, timeout_s: float, memory_bytes: int, retained_bytes: int = 0):
+    def __init__(self, dataset: AttemptDataset, timeout_s: float, memory_bytes: int):
         self.dataset = dataset
         self.sandbox = Sandbox(
             partial(attempt_in_child, dataset),
@@ -40,7 +40,6 @@ class IsolatedDataset(Dataset[Example]):
             start_method="fork",
             timed_from="progress",
             memory_bytes=memory_bytes,
-            retained_bytes=retained_bytes,
         )
 
     def __getitem__(self, position: int) -> Example:

@@ -85,9 +85,8 @@ class Sandbox:
     timeout_s: seconds that a job may take without progress.
     timed_from: "job": the deadline counts from the start of the job; "progress": from its first progress
         (reading remote data has timeouts of its own).
-    memory_bytes: bytes by which a job may grow the resident memory of the child; None: no limit.
-    retained_bytes: bytes that the child may retain between jobs (caches). A child that has grown by more than
-        memory_bytes + retained_bytes since its start is replaced between two jobs.
+    memory_bytes: bytes by which a job may grow the resident memory of the child; None: no limit. A child that
+        has grown by more since its start is replaced between two jobs.
     """
 
     def __init__(
@@ -98,14 +97,12 @@ class Sandbox:
         start_method: Literal["fork", "spawn"],
         timed_from: Literal["job", "progress"] = "job",
         memory_bytes: int | None = None,
-        retained_bytes: int = 0,
     ):
         self.work = work
         self.timeout_s = timeout_s
         self.start_method = start_method
         self.timed_from = timed_from
         self.memory_bytes = memory_bytes
-        self.retained_bytes = retained_bytes
         self._child: Child | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -181,7 +178,7 @@ class Sandbox:
     def _has_grown(self, child: "Child") -> bool:
         if self.memory_bytes is None:
             return False
-        return rss_bytes(child.process.pid) - child.rss_at_start > self.memory_bytes + self.retained_bytes
+        return rss_bytes(child.process.pid) - child.rss_at_start > self.memory_bytes
 
 
 class SandboxPool:
