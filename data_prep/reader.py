@@ -41,7 +41,7 @@ class Reader:
         self._times: np.ndarray | None = None  # f64 [frames], seconds of the file's clock, repaired
         self._repairs: dict[str, int] = {}
         self._shown: Presentation | None = None  # known after the first frame
-        self._crop_frame = FrameCropper(NO_CROP)
+        self._crop_frame = FrameCropper(NO_CROP, (0, 0))
 
     def repair(self, on_progress: Callable[[], None]) -> None:
         """Decodes the file once and repairs its time stamps. on_progress: called for every frame."""
@@ -76,7 +76,7 @@ class Reader:
         for frame in self._stream.decode():
             if self._shown is None:
                 self._shown = presentation_of(self._stream, frame)
-                self._crop_frame = FrameCropper(self._shown.stored_crop)
+                self._crop_frame = FrameCropper(self._shown.stored_crop, (frame.height, frame.width))
             yield self._crop_frame(frame)
 
     def frames(self) -> Iterator[tuple[av.VideoFrame, float, float]]:
@@ -125,16 +125,21 @@ class Reader:
 
 class FrameCropper:
     """Crops decoded frames by FFmpeg's filter. Where frames have half as many chroma as luma pixels, an odd
-    margin moves chroma by half a luma pixel."""
+    margin moves chroma by half a luma pixel. A frame of another size than the first is scaled to it before,
+    since the crop counts pixels of the first."""
 
-    def __init__(self, crop: Crop):
+    def __init__(self, crop: Crop, size: tuple[int, int]):
+        """size: (height, width) of the first frame as it is stored, within which the crop is."""
         self._crop = crop
+        self._height, self._width = size
         self._kind: tuple | None = None  # of the frames that the graph takes
         self._graph: Any = None
 
     def __call__(self, frame: av.VideoFrame) -> av.VideoFrame:
-        if self._crop == NO_CROP or not self._crop.fits((frame.height, frame.width)):
+        if self._crop == NO_CROP:
             return frame
+        if (frame.height, frame.width) != (self._height, self._width):
+            frame = frame.reformat(self._width, self._height, interpolation=SCALING, threads=1)
         kind = (frame.width, frame.height, frame.format.name, frame.time_base)
         if kind != self._kind:
             self._kind = kind

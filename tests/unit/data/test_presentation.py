@@ -13,8 +13,10 @@ import pytest
 from data_prep.encode import Recipe, encode_clips
 from data_prep.filters import NO_FILTERS
 from data_prep.inspect_file import inspect_file
+from data_prep.reader import FrameCropper
 from data_prep.summary import make_summary, summary_lines
 from vidssl.data.decoding import open_video
+from vidssl.data.decoding.crop import Crop, read_number
 from vidssl.data.decoding.presentation import ASPECT, OUTSIDE, TURN
 
 HEIGHT, WIDTH, FRAMES = 66, 98, 3
@@ -143,6 +145,27 @@ def test_decoders_show_what_a_player_shows(name):
     original = clip.meta["original"]
     assert original.get("crop") == meta.get("crop")
     assert original.get("not_applied") == meta.get("not_applied")
+
+
+def test_frames_of_another_size_are_scaled_before_they_are_cropped():
+    crop = Crop(8, 10, 18, 2)
+    cropped = FrameCropper(crop, (HEIGHT, WIDTH))
+    first = av.VideoFrame.from_ndarray(picture(0), format="rgb24").reformat(format="yuv444p")
+    first.time_base = Fraction(1, 10)
+    small = first.reformat(WIDTH // 2, HEIGHT // 2)
+    small.pts = 7
+    want, got = cropped(first), cropped(small)
+    assert (got.height, got.width, got.pts) == (want.height, want.width, 7)
+    assert got.format.name == "yuv444p"
+    assert np.abs(got.to_ndarray().astype(float) - want.to_ndarray()).mean() < 2
+
+
+def test_an_element_that_crosses_the_end_of_its_parent_is_empty():
+    file = io.BytesIO(bytes.fromhex("e083 b0 8162") + bytes(100))
+    file.read = lambda count, read=file.read: read(count) if count >= 0 else pytest.fail("reads all")
+    # The parent ends before, within or after the header of its element.
+    found = [read_number(file, (2, end), 0xB0) for end in (3, 4, 5)]
+    assert found == [0, 0, 0x62]
 
 
 def test_what_is_shown_is_counted():

@@ -159,7 +159,8 @@ def pixel_crop(file: BinaryIO, track: int) -> Crop | None:
 
 
 def elements(file: BinaryIO, span: Span) -> Iterator[tuple[int, Span]]:
-    """Yields id and contents of the EBML elements in a part of a Matroska file."""
+    """Yields id and contents of the EBML elements in a part of a Matroska file. Contents end with the part
+    and may be empty."""
     position, end = span
     for _ in range(MAX_BOXES):
         if position >= end:
@@ -170,7 +171,7 @@ def elements(file: BinaryIO, span: Span) -> Iterator[tuple[int, Span]]:
         if not id_length or not size_length:
             return
         stop = end if is_unknown else start + size
-        yield kind, (start, min(stop, end))
+        yield kind, (start, max(start, min(stop, end)))
         position = stop
 
 
