@@ -199,15 +199,18 @@ def make_on_node(plan: Plan, shard: ShardPlan, timeout: float) -> None:
 _inspector_of_worker = lru_cache(maxsize=1)(FileInspector)  # reused for all shards that a worker makes
 
 
-def make(plan: Plan, engine: str, workers: int, timeout: float, on_items: Callable[[int], object]) -> None:
-    """Makes every unfinished shard. engine: "local" or "ray"; on_items: called with numbers of finished
-    items.
-    """
-    unfinished = [shard for shard in plan.shards() if not shard.is_finished()]
+def make(
+    plan: Plan,
+    shards: list[ShardPlan],
+    engine: str,
+    workers: int,
+    timeout: float,
+    on_items: Callable[[int], object],
+) -> None:
+    """Makes shards of the plan. engine: "local" or "ray"; on_items: called with numbers of finished items."""
     for folder in plan.datasets:
         make_folder(folder)
-    on_items(sum(len(s.items) for s in plan.shards()) - sum(len(s.items) for s in unfinished))
     if engine == "ray":
-        make_on_ray(plan, unfinished, timeout, on_items)
+        make_on_ray(plan, shards, timeout, on_items)
     else:
-        make_locally(plan, unfinished, workers, timeout, on_items)
+        make_locally(plan, shards, workers, timeout, on_items)

@@ -61,9 +61,10 @@ def open_out(out: Path, plan: Plan) -> bool:
 
 def write_shards(plan: Plan, args: argparse.Namespace) -> None:
     """Writes every shard that is not finished."""
-    total = sum(len(shard.items) for shard in plan.shards())
-    with Progress("pack", total, "files") as progress:
-        engine.make(plan, args.engine, args.workers, args.timeout, progress.update)
+    unfinished = [shard for shard in plan.shards() if not shard.is_finished()]
+    total, left = (sum(len(shard.items) for shard in shards) for shards in (plan.shards(), unfinished))
+    with Progress("pack", total, "files", done=total - left) as progress:
+        engine.make(plan, unfinished, args.engine, args.workers, args.timeout, progress.update)
 
 
 def write_indexes(plan: Plan) -> None:
