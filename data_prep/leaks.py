@@ -16,7 +16,7 @@ from pathlib import Path
 from data_prep.index import write_lines
 from data_prep.summary import Tally, left_out_lines
 from vidssl.core.errors import UserError, run_cli
-from vidssl.core.io import check_writable
+from vidssl.core.io import check_writable, make_folder
 from vidssl.data.addresses import is_url
 from vidssl.data.format import dumps, read_index
 
@@ -56,6 +56,8 @@ def main(argv: list[str]) -> None:
     from vidssl.data.shards import Shards
 
     train, test = Shards([args.train]), Shards([args.test])
+    if args.out:
+        make_folder(args.out.parent)
     records = list(find_leaks(train, test, args.workers, args.timeout))
     if args.out:
         write_lines(args.out, map(dumps, records))

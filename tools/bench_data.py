@@ -39,6 +39,7 @@ from torchvision.transforms import RandomResizedCrop
 
 from data_prep import pack
 from vidssl.core.errors import UserError, run_cli
+from vidssl.core.io import check_writable, make_folder
 from vidssl.core.pixels import MEAN, STD
 from vidssl.data.augment import RandomCrop
 from vidssl.data.dataset import MultiStreamDataset, TrainClips
@@ -261,6 +262,9 @@ def main(argv: list[str]) -> None:
     p.add_argument("--workers", type=int, default=2)
     p.add_argument("--out", type=Path)
     a = p.parse_args(argv)
+    if a.out:
+        check_writable(a.out.parent)
+        make_folder(a.out.parent)
     if a.clips % BATCH:
         raise UserError(f"--clips {a.clips}: expected a multiple of {BATCH}")
     ffmpeg = ffmpeg_binary()

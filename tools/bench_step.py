@@ -46,6 +46,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from vidssl.core.errors import UserError, run_cli
+from vidssl.core.io import check_writable, make_folder
 from vidssl.objective.objective import Objective
 from vidssl.training import perf
 from vidssl.training.flops import ModelFlops, published_peak
@@ -302,6 +303,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str]) -> None:
     a = parse(argv)
+    if a.out:
+        check_writable(a.out.parent)
+        make_folder(a.out.parent)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if importlib.util.find_spec("transformers") is None:
         raise UserError("transformers is not installed: pip install 'vidssl[hf]'")

@@ -102,8 +102,8 @@ def found(tmp_path_factory):
         },
     )
     with pytest.raises(SystemExit, match="1"):
-        leaks.main([train, test, "--out", str(root / "leaks.jsonl"), "--workers", "1"])
-    lines = [json.loads(x) for x in (root / "leaks.jsonl").read_text().splitlines()]
+        leaks.main([train, test, "--out", str(root / "new" / "leaks.jsonl"), "--workers", "1"])
+    lines = [json.loads(x) for x in (root / "new" / "leaks.jsonl").read_text().splitlines()]
     return {line["test"].rsplit("-", 1)[0]: line for line in lines}, len(lines), (train, test)
 
 
