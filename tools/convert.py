@@ -13,8 +13,13 @@ from pathlib import Path
 
 from vidssl.config import merge
 from vidssl.core.errors import UserError, run_cli
-from vidssl.core.io import LOCK_FILE, check_writable, claim_folder
+from vidssl.core.io import LEFTOVER, LOCK_FILE, check_writable, claim_folder, remove_leftovers
 from vidssl.pretrained.sources import check_source
+
+
+def is_of_killed_convert(path: Path) -> bool:
+    """Whether a file may be what a killed call has left."""
+    return path.name == LOCK_FILE or LEFTOVER.fullmatch(path.name) is not None
 
 
 def main(argv: list[str]) -> None:
@@ -29,7 +34,7 @@ def main(argv: list[str]) -> None:
     a = parser.parse_args(argv)
     if bad := [item for item in a.overrides if "=" not in item]:
         parser.error(f"'{bad[0]}' is not key=value")
-    if a.dst.exists() and (not a.dst.is_dir() or any(p.name != LOCK_FILE for p in a.dst.iterdir())):
+    if a.dst.exists() and not (a.dst.is_dir() and all(map(is_of_killed_convert, a.dst.iterdir()))):
         raise UserError(f"{a.dst}: is there already; give a new folder")
     check_source(a.src)
     check_writable(a.dst)
@@ -39,6 +44,8 @@ def main(argv: list[str]) -> None:
     from vidssl.pretrained.load import inflate_to_video, read_checkpoint_file
 
     with claim_folder(a.dst, "convert"):
+        # this program alone writes into a new folder
+        remove_leftovers(a.dst, 0)
         checkpoint, metadata = read_checkpoint_file(a.src, **merge(a.overrides)[0])
         if a.video:
             checkpoint = inflate_to_video(checkpoint, a.video, tubelet=2)

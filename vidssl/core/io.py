@@ -2,6 +2,7 @@
 folders."""
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -12,6 +13,7 @@ import secrets
 import shutil
 import socket
 import stat
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,6 +22,7 @@ from vidssl.core.errors import UserError
 
 LOCK_FILE = ".lock"
 LEFTOVER = re.compile(r".*\.[0-9a-f]{8}\.tmp")  # names of atomic_write's temporary files
+LEFTOVER_AGE_S = 3600  # seconds since the last write, after which a temporary file has no writer any more
 
 
 def atomic_write(path: Path, write: Callable[[Path], Any]) -> None:
@@ -71,9 +74,12 @@ def exclusive_lock(path: Path) -> Iterator[None]:
     """Holds the lock of a file, which is created if it does not exist. Users who may only read the file share
     it."""
     try:
+        # NFS locks exclusively only what is open for writing
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as e:
+        if e.errno not in (errno.EACCES, errno.EROFS) or not path.exists():
+            raise
         descriptor = os.open(path, os.O_RDONLY)
-    except FileNotFoundError:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CREAT, 0o666)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
@@ -87,9 +93,9 @@ def exclusive_lock(path: Path) -> Iterator[None]:
 def claim_folder(out: Path, program: str) -> Iterator[None]:
     """Makes a folder and holds it while this process writes into it.
 
-    Temporary files of killed writers are removed. Raises UserError with the holder's process and host if
-    another process holds it. The lock of a process that has ended is free, whatever its file says. It is not
-    shared with children.
+    Temporary files of killed writers are removed (see remove_leftovers). Raises UserError with the holder's
+    process and host if another process holds it. The lock of a process that has ended is free, whatever its
+    file says. It is not shared with children.
     """
     is_new = not os.path.exists(out)
     make_folder(out)
@@ -100,8 +106,7 @@ def claim_folder(out: Path, program: str) -> Iterator[None]:
             holder = {"program": program, "pid": os.getpid(), "host": socket.gethostname()}
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, json.dumps(holder).encode(), 0)
-            for leftover in filter(LEFTOVER.fullmatch, os.listdir(out)):
-                (out / leftover).unlink()
+            remove_leftovers(out, LEFTOVER_AGE_S)
             yield
         finally:
             path.unlink(missing_ok=True)
@@ -111,6 +116,16 @@ def claim_folder(out: Path, program: str) -> Iterator[None]:
             # A folder that nothing was written to does not stay
             with contextlib.suppress(OSError):
                 out.rmdir()
+
+
+def remove_leftovers(folder: Path, min_age_s: float) -> None:
+    """Removes temporary files of atomic_write that were last written at least `min_age_s` seconds ago:
+    writers that do not claim the folder may be at work on younger ones."""
+    for name in filter(LEFTOVER.fullmatch, os.listdir(folder)):
+        # its writer may rename or remove it meanwhile
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - (folder / name).stat().st_mtime >= min_age_s:
+                (folder / name).unlink()
 
 
 def _open_locked(path: Path) -> int:

@@ -1,6 +1,8 @@
 """Files follow the umask; a lock can be shared by users who may only read its file."""
 
 import contextlib
+import errno
+import fcntl
 import os
 import shutil
 import stat
@@ -91,8 +93,32 @@ def test_a_lock_needs_no_right_to_write(tmp_path, monkeypatch):
     path = tmp_path / "lock"
     with exclusive_lock(path):
         assert path.exists()
-    opened = []
     original = os.open
-    monkeypatch.setattr(os, "open", lambda *a, **k: opened.append(a[1]) or original(*a, **k))
-    with exclusive_lock(path):
-        assert opened == [os.O_RDONLY]
+    refused = [errno.EACCES]
+
+    def open_read_only(name, flags, *mode):
+        if flags & os.O_RDWR:
+            raise OSError(refused[0], os.strerror(refused[0]))
+        return original(name, flags, *mode)
+
+    monkeypatch.setattr(os, "open", open_read_only)
+    for refused[0] in (errno.EACCES, errno.EROFS):
+        with exclusive_lock(path):
+            pass
+    with pytest.raises(OSError, match="Read-only"), exclusive_lock(tmp_path / "other"):
+        pass
+    refused[0] = errno.EIO
+    with pytest.raises(OSError, match="Input/output"), exclusive_lock(path):
+        pass
+
+
+def test_a_lock_is_of_a_file_open_for_writing(tmp_path, monkeypatch):
+    """As NFS needs it, also where the file is there."""
+    flags = []
+    monkeypatch.setattr(
+        fcntl, "flock", lambda descriptor, _: flags.append(fcntl.fcntl(descriptor, fcntl.F_GETFL))
+    )
+    for _ in range(2):
+        with exclusive_lock(tmp_path / "lock"):
+            pass
+    assert len(flags) == 4 and all(found & os.O_ACCMODE == os.O_RDWR for found in flags)
