@@ -30,22 +30,23 @@ class FinishedRows:
         self.rows: dict[tuple[str, ...], dict[str, Any]] = {}
         self.predictions: dict[tuple[str, ...], list[PredictionRow]] = {}
         self.scores: dict[str, dict[str, float]] = {}  # control -> label-free scores of train
+        self._length = 0  # bytes of the whole lines of the file
         if self.path.exists():
             self._read()
 
     def _read(self) -> None:
-        """Reads whole lines; the last one may be half written, and is cut off."""
-        *lines, rest = self.path.read_bytes().split(b"\n")
-        first = json.loads(lines[0]) if lines else {}
-        if lines and first.get("fingerprint") != self.fingerprint:
+        """Reads whole lines. The last one may be half written; `_append` cuts it off."""
+        data = self.path.read_bytes()
+        *lines, rest = data.split(b"\n")
+        self._length = len(data) - len(rest)
+        entries = [json.loads(line) for line in lines]
+        if entries and entries[0].get("fingerprint") != self.fingerprint:
+            rows = sum("run" in entry for entry in entries)
             raise UserError(
-                f"{self.path}: holds {len(lines) - 1} finished rows of another evaluation (its "
+                f"{self.path}: holds {rows} finished rows of another evaluation (its "
                 "configuration, encoder, data or code differ); choose another out=, or remove the file"
             )
-        if rest:
-            os.truncate(self.path, self.path.stat().st_size - len(rest))
-        for line in lines[1:]:
-            entry = json.loads(line)
+        for entry in entries[1:]:
             if "scores" in entry:
                 self.scores[entry["control"]] = entry["scores"]
             else:
@@ -65,18 +66,23 @@ class FinishedRows:
         self.scores[control] = scores
 
     def _append(self, entry: dict[str, Any]) -> None:
+        """Called by the process that has claimed the folder."""
         make_folder(self.path.parent)
-        with open(self.path, "ab") as f:
-            start = f.tell()
-            if not start:
-                f.write(json.dumps({"fingerprint": self.fingerprint}).encode() + b"\n")
-            try:
-                f.write(json.dumps(entry).encode() + b"\n")
+        data = json.dumps(entry).encode() + b"\n"
+        if not self._length:
+            data = json.dumps({"fingerprint": self.fingerprint}).encode() + b"\n" + data
+        try:
+            with open(self.path, "ab") as f:
+                f.truncate(self._length)
+                f.write(data)
                 f.flush()
                 os.fsync(f.fileno())
-            except OSError:  # a full disk: no half line stays
-                f.truncate(start)
-                raise
+        except OSError:
+            # A full disk: no half line stays. Closing the file has written what it could.
+            with contextlib.suppress(OSError):
+                os.truncate(self.path, self._length)
+            raise
+        self._length += len(data)
 
     def remove(self) -> None:
         """Called when the report holds the rows."""
@@ -84,10 +90,11 @@ class FinishedRows:
 
 
 @contextlib.contextmanager
-def keeps(finished: FinishedRows, also: str = "") -> Iterator[None]:
-    """Says, where an evaluation ends early, what is kept of it. also: what is kept beside the rows."""
+def keeps(finished: FinishedRows, also: str = "") -> Iterator[FinishedRows]:
+    """Yields the rows. Says, where an evaluation ends early, what is kept of it. also: what is kept beside
+    the rows."""
     try:
-        yield
+        yield finished
     except (Preempted, KeyboardInterrupt) as e:
         reason = "interrupted" if isinstance(e, KeyboardInterrupt) else str(e)
         line = f"{reason}: kept: {_describe(finished)}{also}; the same command goes on"

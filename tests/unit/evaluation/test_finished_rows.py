@@ -2,6 +2,8 @@
 
 import errno
 import os
+import resource
+import signal
 
 import pytest
 
@@ -38,12 +40,14 @@ def test_rows_are_read_again(tmp_path):
 
 
 @pytest.mark.parametrize("cut", [1, 5, 60])
-def test_a_half_written_line_is_cut_off(cut, tmp_path):
+def test_a_half_written_line_is_cut_off_by_the_next_row(cut, tmp_path):
     write(tmp_path)
     data = (tmp_path / FILE).read_bytes()
     (tmp_path / FILE).write_bytes(data[:-cut])
     found = FinishedRows(tmp_path, "f")
     assert list(found.rows) == [A]
+    # Every process reads, and one writes.
+    assert (tmp_path / FILE).read_bytes() == data[:-cut]
     found.add(B, {"value": 1}, predictions(B))
     assert (tmp_path / FILE).read_bytes() == data
 
@@ -52,15 +56,25 @@ def test_a_half_written_line_is_cut_off(cut, tmp_path):
 def test_a_half_written_fingerprint_is_no_row(kept, tmp_path):
     (tmp_path / FILE).write_bytes(b'{"fingerprint": "f"}\n'[:kept])
     assert contents(FinishedRows(tmp_path, "f")) == ({}, {}, {})
-    assert not (tmp_path / FILE).read_bytes()
     assert contents(write(tmp_path)) == contents(FinishedRows(tmp_path, "f"))
 
 
 def test_rows_of_another_probe_are_not_touched(tmp_path):
     write(tmp_path)
     data = (tmp_path / FILE).read_bytes()
-    with pytest.raises(UserError, match=r"finished.jsonl: holds 3 finished rows of another evaluation"):
+    with pytest.raises(UserError, match=r"finished.jsonl: holds 2 finished rows of another evaluation"):
         FinishedRows(tmp_path, "g")
+    assert (tmp_path / FILE).read_bytes() == data
+
+
+def test_a_file_that_grew_after_it_was_read_is_cut_to_what_was_read(tmp_path):
+    write(tmp_path)
+    data = (tmp_path / FILE).read_bytes()
+    (tmp_path / FILE).write_bytes(data[:-5])
+    found = FinishedRows(tmp_path, "f")
+    with open(tmp_path / FILE, "ab") as f:
+        f.write(b"more of a process that was killed")
+    found.add(B, {"value": 1}, predictions(B))
     assert (tmp_path / FILE).read_bytes() == data
 
 
@@ -80,3 +94,21 @@ def test_a_full_disk_leaves_whole_lines(number, tmp_path, monkeypatch):
     assert (tmp_path / FILE).read_bytes() == data and list(finished.rows) == [A]
     finished.add(B, {"value": 1}, predictions(B))
     assert list(FinishedRows(tmp_path, "f").rows) == [A, B]
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self"), reason="RLIMIT_FSIZE as on Linux")
+def test_a_write_that_fails_again_at_the_close_leaves_whole_lines(tmp_path):
+    """The buffer is written once more when the file is closed."""
+    finished = FinishedRows(tmp_path, "f")
+    finished.add(A, {"value": 0}, predictions(A))
+    data = (tmp_path / FILE).read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(data) + 20, limits[1]))
+        with pytest.raises(OSError):
+            finished.add(B, {"value": 1}, predictions(B))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert (tmp_path / FILE).read_bytes() == data
