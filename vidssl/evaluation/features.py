@@ -174,8 +174,10 @@ def token_statistics(
     """Mean f32 [clips_per_example * N, D] at each token, and standard deviation f32 [D] about those means,
     over the examples of all processes; summed in f64. batches: of this process's part."""
     shape = (clips_per_example * source.shape.tokens, source.shape.width)
-    total = torch.zeros(shape, dtype=torch.float64)
-    squares = torch.zeros(shape, dtype=torch.float64)
+    # There, also where this process has no examples
+    device = source.processes.device
+    total = torch.zeros(shape, dtype=torch.float64, device=device)
+    squares = torch.zeros_like(total)
     for batch in source.batches(clips_per_example, batches):
         tokens = batch.double()
         total = total.to(tokens.device) + tokens.sum(0)

@@ -18,6 +18,7 @@ from vidssl.evaluation.feature_cache import FeatureShape
 from vidssl.evaluation.features import StandardisedFeatures, StoredFeatures, token_statistics
 from vidssl.evaluation.heads import Attentive, Linear, cross_attend_jointly
 from vidssl.evaluation.neighbours import Knn, Retrieval, knn_predict
+from vidssl.evaluation.processes import Processes
 from vidssl.evaluation.protocol import TrainingSet, chunks, mean_pool, select_and_train
 from vidssl.evaluation.solvers import ridge_regression
 from vidssl.evaluation.splits import low_shot
@@ -121,6 +122,13 @@ def test_one_group_cannot_be_split():
         select_and_train(
             Attentive(heads=2, lr=(1e-2, 1e-3)), THREE, training_set(source, labels), ["one"] * 12
         )
+
+
+def test_statistics_are_on_the_device_of_the_tokens_also_without_examples():
+    """A process has none of a low-shot list that is shorter than the processes are many."""
+    device = torch.device("meta")
+    source = StoredFeatures(torch.zeros(9, 1, 3, 4), device, Processes(device=device))
+    assert {statistic.device for statistic in token_statistics(source, 1, [])} == {device}
 
 
 def test_standardised_tokens():
