@@ -305,10 +305,11 @@ class FeatureLoader(NamedTuple):
 
     def unreadable(self) -> dict[int, str]:
         """Decodes this process's part of the samples and encodes none. Returns number of a sample ->
-        reason."""
+        reason. The first process shows a progress bar."""
         numbers = list(self.processes.share(len(self.samples)))
         with self._decoded(self.view.clips, numbers, with_clips=False) as loader:
-            return {number: reason for batch in loader for number, reason in batch.reasons.items()}
+            batches = track(loader, self.name, "batches", quiet=not self.accelerator.is_main_process)
+            return {number: reason for batch in batches for number, reason in batch.reasons.items()}
 
 
 class Features(NamedTuple):
