@@ -39,6 +39,7 @@ from vidssl.training.malloc import tune_malloc
 from vidssl.training.preemption import exit_on_sigterm
 
 
+@exit_on_sigterm("SIGTERM")
 def main(argv: list[str]) -> None:
     # Everything that can be known is checked before any sequence is decoded.
     cfg = load_config(argv, DenseConfig)
@@ -50,7 +51,6 @@ def main(argv: list[str]) -> None:
     task.check_train([sample.group for sample in listed["train"]])
     with (
         claim_folder(out, "dense"),
-        exit_on_sigterm("SIGTERM"),
         # before the encoder starts threads
         isolated(listed, data.decode_timeout_s, data.decode_memory_mb) as splits,
     ):

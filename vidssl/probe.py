@@ -32,12 +32,19 @@ from vidssl.config import load_config
 from vidssl.core.errors import run_cli
 from vidssl.core.log import set_log_level
 from vidssl.evaluation.controls import control_name
-from vidssl.evaluation.extractor import OpenEncoder, extract_features, make_extractor, plan_features
+from vidssl.evaluation.extractor import (
+    FeaturePlan,
+    OpenEncoder,
+    extract_features,
+    make_extractor,
+    plan_features,
+)
 from vidssl.evaluation.finished_rows import FinishedRows, keeps
 from vidssl.evaluation.plan import print_plans
 from vidssl.evaluation.probe_checks import check_label_sets
 from vidssl.evaluation.probe_data import make_view, open_probe_splits
 from vidssl.evaluation.probing import evaluate_run, probe_fingerprint, probe_runs, write_probe_results
+from vidssl.evaluation.processes import processes_of
 from vidssl.evaluation.report import new_report_folder
 from vidssl.pretrained.external import open_encoder
 from vidssl.training.malloc import tune_malloc
@@ -50,6 +57,7 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 
 
 @exit_on_lost_peer()
+@exit_on_sigterm("SIGTERM")
 def main(argv: list[str]) -> None:
     # Everything that can be known is checked before any video is decoded.
     cfg = load_config(argv, ProbeConfig)
@@ -65,7 +73,7 @@ def main(argv: list[str]) -> None:
     loaded = open_with_seed(protocol.seed if cfg.random_init else None)
     views = {control: make_view(data, protocol, loaded, control) for control in protocol.controls}
     runs = probe_runs(cfg, splits, protocol.controls)
-    finished = FinishedRows(out, probe_fingerprint(cfg, splits, loaded, protocol.precision))
+    fingerprint = probe_fingerprint(cfg, splits, loaded, protocol.precision)
     tune_malloc()
     accelerator = Accelerator(
         mixed_precision="bf16" if protocol.precision == "bf16" else "no",
@@ -73,22 +81,23 @@ def main(argv: list[str]) -> None:
         kwargs_handlers=[InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT)],
     )
     set_log_level(accelerator.is_main_process)
-    # The first process alone writes to the folder, and decides what is left to do.
-    (missing,) = broadcast_object_list([[run for run in runs if run.key not in finished.rows]])
-    start_probe(cfg, accelerator, protocol.precision, splits, loaded.encoder, (len(missing), len(runs)))
     cached = f"computed features in {protocol.cache}"
     also = cached if protocol.cache else "no features (probe.cache=DIR keeps them)"
     with (
-        claim_for_all(out, "probe", accelerator.is_main_process),
-        keeps(finished, f"; {also}"),
-        exit_on_sigterm("SIGTERM"),
+        claim_for_all(out, "probe", processes_of(accelerator)),
+        # read when no other program adds rows any more
+        keeps(FinishedRows(out, fingerprint), f"; {also}") as finished,
         Peers(accelerator) as peers,
     ):
-        plans = []
+        # The first process alone writes to the folder, and decides what is left to do.
+        (missing,) = broadcast_object_list([[run for run in runs if run.key not in finished.rows]])
+        start_probe(cfg, accelerator, protocol.precision, splits, loaded.encoder, (len(missing), len(runs)))
+        plans: list[FeaturePlan] = []
         for control in dict.fromkeys(run.control for run in missing):
             extractor = make_extractor(open_with_seed, loaded, control, protocol.seed, accelerator)
             arguments = (protocol, extractor, views[control], splits.splits, accelerator, control)
-            plans.append(plan_features(*arguments, loaded.metadata["model"].get("heads"), peers.wait))
+            heads = loaded.metadata["model"].get("heads")
+            plans.append(plan_features(*arguments, heads, peers.wait, plans))
         if cfg.dry_run:
             if accelerator.is_main_process:
                 print_plans(plans, missing, splits)
@@ -102,6 +111,8 @@ def main(argv: list[str]) -> None:
                 for run in missing:
                     if run.control == plan.control:
                         evaluate_run(run, plan.protocol, splits, features, finished, accelerator)
+            # Freed before those of the next control are computed
+            del features
             peers.wait()
         if accelerator.is_main_process and not cfg.dry_run:
             write_probe_results(out, runs, finished, cfg, splits, loaded, protocol)

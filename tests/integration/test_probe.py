@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import weakref
 from functools import partial
 from pathlib import Path
 
@@ -157,19 +158,29 @@ def test_an_early_end_keeps_rows_and_the_same_command_goes_on(
     """It ends in the fourth row, of the second control; then only that control is computed again."""
     call = arguments(run, synthetic_shards, tmp_path / "out", "probe.segments=2", "probe.lr=[1e-3,1e-4]")
     calls = []
+    sources = []
     original = probing.evaluate
 
+    def extract_features(plan):
+        # of one control at a time, which the memory limit counts on
+        assert not any(source() for source in sources)
+        features, scores = extractor.extract_features(plan)
+        sources.extend(weakref.ref(part.source) for part in features.values())
+        return features, scores
+
     def evaluate(*args):
-        calls.append(args)
+        calls.append(None)
         if len(calls) == 4:
             end()
         return original(*args)
 
     monkeypatch.setattr(probing, "evaluate", evaluate)
+    monkeypatch.setattr(probe, "extract_features", extract_features)
     with pytest.raises(error, match=words):
         probe.main(call)
     assert len((tmp_path / "out" / "finished.jsonl").read_text().splitlines()) == 1 + 2 + 3
     assert not (tmp_path / "out" / "probe.json").exists()
+    sources.clear()
     with pytest.raises(UserError, match="of another evaluation"):
         probe.main([*call, "probe.epochs=3"])
     probe.main([*call, "probe.encode_batch=8"])

@@ -2,7 +2,7 @@
 
 import hashlib
 import importlib.metadata
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -142,9 +142,10 @@ def plan_features(
     control: Control,
     encoder_heads: int | None,
     wait: Callable[[], None] = do_nothing,
+    earlier: Sequence[FeaturePlan] = (),
 ) -> FeaturePlan:
-    """Raises UserError if the features do not suit the protocol, or do not fit where they are kept. Decodes
-    nothing. wait: see FeatureLoader."""
+    """Raises UserError if the features do not suit the protocol, or do not fit where they are kept, beside
+    those of `earlier` plans. Decodes nothing. Collective. wait: see FeatureLoader."""
     loaders = {
         name: FeatureLoader(
             extractor.encode, *split, view, accelerator, protocol, f"features {name} ({control})", wait
@@ -163,11 +164,17 @@ def plan_features(
             )
             for name, split in splits.items()
         }
-    where, line = choose_storage(
-        list(shapes.values()), protocol, accelerator.num_processes, list(stores.values())
-    )
-    if where == "disk":
-        check_disk(Path(str(protocol.cache)), list(stores.values()))
+    planned = [store for plan in earlier if plan.where == "disk" for store in plan.stores.values()]
+
+    def choose() -> tuple[Location, str]:
+        own = list(stores.values())
+        where, line = choose_storage(list(shapes.values()), protocol, accelerator.num_processes, own, planned)
+        if where == "disk":
+            check_disk(Path(str(protocol.cache)), [*planned, *own])
+        return where, line
+
+    # Others may write to the cache meanwhile: what one process sees holds for all.
+    where, line = loaders["train"].processes.run_on_main(choose)
     return FeaturePlan(control, protocol, loaders, shapes, stores, where, line, extractor.weight_bytes)
 
 

@@ -175,13 +175,15 @@ def free_gb(folder: Path) -> float:
 
 
 def missing_gb(stores: Sequence[FeatureStore]) -> float:
-    """Size of the rows of these stores that are not written yet."""
+    """Size of the rows of these stores, none of them complete, that are not written yet."""
     written = sum(store.file.stat().st_blocks * 512 for store in stores if store.file.exists()) / 1e9
     return sum(store.shape.gigabytes(store.dtype) for store in stores) - written
 
 
-def used_gb(folder: Path, excluded: Sequence[FeatureStore]) -> float:
-    """Disk space of a cache folder without the `excluded` stores; files are sparse until they are written."""
+def used_gb(folder: Path, excluded: Sequence[FeatureStore], planned: Sequence[FeatureStore] = ()) -> float:
+    """Disk space of a cache folder without the `excluded` stores, when the `planned` ones are written; files
+    are sparse until they are."""
     own = {store.folder for store in excluded}
     files = [path for path in folder.glob("*/features.bin") if path.parent not in own]
-    return sum(path.stat().st_blocks * 512 for path in files) / 1e9
+    to_write = [store for store in planned if store.folder not in own and not store.is_complete]
+    return sum(path.stat().st_blocks * 512 for path in files) / 1e9 + missing_gb(to_write)

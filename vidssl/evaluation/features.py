@@ -324,18 +324,21 @@ def choose_storage(
     storage: FeatureStorage,
     processes: int,
     stores: Sequence[FeatureStore] = (),
+    planned: Sequence[FeatureStore] = (),
 ) -> tuple[Location, str]:
     """Where the features of these data sets go, and a line for the log that states it before any work is
-    done. stores: those of the data sets, if `storage.cache` is set."""
+    done. stores: those of the data sets, if `storage.cache` is set; planned: others that will be written
+    before."""
     where: Location
     if storage.cache is not None:
         where = "disk"
         where_text = f"in {storage.cache}"
         limit = storage.cache_gb
         needed = sum(store.shape.gigabytes(store.dtype) for store in stores)
-        used = used_gb(Path(storage.cache), stores)
+        used = used_gb(Path(storage.cache), stores, planned)
+        holds = "will hold" if planned else "holds"
         option = f"probe.cache_gb is {limit:g}" + (
-            f" and {storage.cache} holds {used:.3g} GB already" if used else ""
+            f" and {storage.cache} {holds} {used:.3g} GB {'before' if planned else 'already'}" if used else ""
         )
     else:
         where = "memory"

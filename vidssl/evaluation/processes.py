@@ -2,13 +2,16 @@
 part of every batch; gradients, predictions and statistics are summed."""
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from vidssl.core.errors import UserError, disk_error_line
 from vidssl.data.dataset import do_nothing
+
+T = TypeVar("T")
 
 
 class Processes(NamedTuple):
@@ -68,6 +71,25 @@ class Processes(NamedTuple):
         values: list[Any] = [None] * self.number
         torch.distributed.all_gather_object(values, value)
         return values
+
+    def run_on_main(self, function: Callable[[], T]) -> T:
+        """Calls `function` in the first process. Returns its (picklable) result, or raises its UserError,
+        also for an error of the disk, in all. Call it after work of any length."""
+        if self.number == 1:
+            return function()
+        result: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                result[0] = function()
+            except UserError as e:
+                result[1] = str(e)
+            except OSError as e:
+                result[1] = disk_error_line(e) or str(e)
+        self.wait()
+        torch.distributed.broadcast_object_list(result, device=self.device)
+        if result[1] is not None:
+            raise UserError(result[1])
+        return result[0]
 
 
 ONE_PROCESS = Processes()

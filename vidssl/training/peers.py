@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 
-from vidssl.core.errors import Preempted, UserError
+from vidssl.core.errors import Preempted
 from vidssl.core.io import claim_folder
+from vidssl.evaluation.processes import Processes
 
 INTERVAL_S = 0.5  # seconds between two all-reduces
 TIMEOUT_S = 60  # seconds without an answer after which a process counts as lost
@@ -86,17 +86,13 @@ class Peers:
 
 
 @contextlib.contextmanager
-def claim_for_all(out: Path, program: str, is_main: bool) -> Iterator[None]:
-    """Context in which no other program may claim the folder. Collective: if one has, all processes raise
-    UserError."""
-    reason = None
+def claim_for_all(out: Path, program: str, processes: Processes) -> Iterator[None]:
+    """Context in which no other program may claim the folder. Collective: if one has, or the folder cannot be
+    written to, all processes raise UserError."""
     with contextlib.ExitStack() as claims:
-        if is_main:
-            try:
-                claims.enter_context(claim_folder(out, program))
-            except UserError as e:
-                reason = str(e)
-        (reason,) = broadcast_object_list([reason])
-        if reason is not None:
-            raise UserError(reason)
+
+        def claim() -> None:
+            claims.enter_context(claim_folder(out, program))
+
+        processes.run_on_main(claim)
         yield

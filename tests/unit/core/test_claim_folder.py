@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,8 @@ import pytest
 from data_prep import pack, scan, synthetic
 from tools import convert
 from vidssl.core.errors import UserError
-from vidssl.core.io import LOCK_FILE, atomic_write, claim_folder
+from vidssl.core.io import LEFTOVER_AGE_S, LOCK_FILE, atomic_write, claim_folder, remove_leftovers
+from vidssl.evaluation.processes import ONE_PROCESS
 from vidssl.training.peers import claim_for_all
 from vidssl.training.run_folder import claim_run
 
@@ -62,7 +64,7 @@ def test_the_second_process_says_who_holds_the_folder(holder, tmp_path):
     one_process = Namespace(run_on_main=lambda function: function())
     with pytest.raises(UserError, match=f"process {holder.pid}"), claim_run(out, "train", one_process):
         pass
-    with pytest.raises(UserError, match=f"process {holder.pid}"), claim_for_all(out, "probe", is_main=True):
+    with pytest.raises(UserError, match=f"process {holder.pid}"), claim_for_all(out, "probe", ONE_PROCESS):
         pass
     assert (tmp_path / "out" / LOCK_FILE).exists()
 
@@ -99,14 +101,39 @@ def test_what_a_killed_writer_left_is_removed(tmp_path):
     def write(temporary: Path) -> None:
         temporary.write_text("half")
         half.append(temporary.name)
-        (tmp_path / "killed" / temporary.name).write_text("half")
+        for name in (temporary.name, "at-work.0123abcd.tmp"):
+            (tmp_path / "killed" / name).write_text("half")
+        hours_ago = time.time() - LEFTOVER_AGE_S - 1
+        os.utime(tmp_path / "killed" / temporary.name, (hours_ago, hours_ago))
 
     (tmp_path / "killed").mkdir()
     atomic_write(tmp_path / "index.json", write)
-    kept = ["model.tmp", "index.json.tmp", "index.json"]
+    kept = ["model.tmp", "index.json.tmp", "index.json", "at-work.0123abcd.tmp"]
     for name in kept:
         (tmp_path / "killed" / name).write_text("x")
     with claim_folder(tmp_path / "killed", "pack"):
         pass
     assert sorted(p.name for p in (tmp_path / "killed").iterdir()) == sorted(kept)
     assert len(half) == 1
+
+
+def test_a_temporary_file_that_its_writer_renames_meanwhile_is_no_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "listdir", lambda folder: ["index.json.0123abcd.tmp"])
+    remove_leftovers(tmp_path, 0)
+
+
+def test_a_killed_convert_is_started_again(tmp_path, monkeypatch):
+    (tmp_path / "encoder.safetensors.0123abcd.tmp").write_bytes(b"half")
+    (tmp_path / LOCK_FILE).write_text("{}")
+
+    def read(src: str) -> None:
+        assert [path.name for path in tmp_path.iterdir()] == [LOCK_FILE]
+        raise UserError("read")
+
+    monkeypatch.setattr("tools.convert.check_source", lambda src: None)
+    monkeypatch.setattr("vidssl.pretrained.load.read_checkpoint_file", read)
+    with pytest.raises(UserError, match="read"):
+        convert.main(["x", str(tmp_path)])
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="is there already"):
+        convert.main(["x", str(tmp_path)])

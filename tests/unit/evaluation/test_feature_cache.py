@@ -26,9 +26,17 @@ from vidssl.data.decoding import open_video
 from vidssl.data.shards import Shards
 from vidssl.evaluation import extractor as extractor_module
 from vidssl.evaluation import feature_cache
+from vidssl.evaluation import features as features_module
 from vidssl.evaluation.controls import CONTROLS
-from vidssl.evaluation.extractor import FeatureExtractor, Split, cache_provenance, make_extractor
-from vidssl.evaluation.feature_cache import FeatureShape, FeatureStore, used_gb
+from vidssl.evaluation.extractor import (
+    FeatureExtractor,
+    FeaturePlan,
+    Split,
+    cache_provenance,
+    make_extractor,
+    plan_features,
+)
+from vidssl.evaluation.feature_cache import FeatureShape, FeatureStore, missing_gb, used_gb
 from vidssl.evaluation.features import (
     CACHE_DTYPES,
     FeatureLoader,
@@ -413,6 +421,53 @@ def test_cache_limit(tmp_path):
     assert choose(4.0079, encoder="y")[0] == "recompute"  # 8 MB are used
     assert choose(4.0079, encoder="x")[0] == "disk"  # its own do not count
     assert json.loads((store.folder / "provenance.json").read_text())["encoder"] == "x"
+
+
+class FirstOfTwo(SimpleNamespace):
+    """An accelerator of a CPU without collectives."""
+
+    device = torch.device("cpu")
+    mixed_precision = "no"
+    num_processes, process_index, is_main_process = 2, 0, True
+
+
+def test_plans_count_what_earlier_ones_will_write_and_the_first_process_decides(
+    shards, tmp_path, monkeypatch
+):
+    means = PatchMeans(2, 8)
+    splits = {name: Split(shards, shards.list_samples()[:SAMPLES]) for name in ("train", "test")}
+    decided: list = []
+
+    def plan(name: str, cache_gb: float, earlier: list, rank: int = 0) -> FeaturePlan:
+        protocol = Knn(cache=str(tmp_path), cache_gb=cache_gb, segments=2)
+        extractor = FeatureExtractor(lambda video: means(video.float()), {"encoder": name})
+        accelerator = FirstOfTwo(process_index=rank, is_main_process=not rank)
+        return plan_features(protocol, extractor, VIEW, splits, accelerator, "none", None, earlier=earlier)
+
+    def exchange(values: list, device: torch.device) -> None:
+        values[:] = decided or values
+
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", exchange)
+    first = plan("a", 1.0, [])
+    size = missing_gb(list(first.stores.values()))
+    assert first.where == "disk" and size > 0
+    assert plan("b", 2.1 * size, [first]).where == "disk"
+    assert plan("a", 1.1 * size, [first]).where == "disk"  # the same features
+    too_much = plan("b", 1.9 * size, [first])
+    assert too_much.where == "recompute" and f"will hold {size:.3g} GB before" in too_much.line
+    monkeypatch.setattr(feature_cache, "free_gb", lambda folder: 1.9 * size)
+    with pytest.raises(UserError, match="GB of features are to be written"):
+        plan("b", 1.0, [first])
+    decided[:] = [("memory", "x"), None]
+    monkeypatch.setattr(extractor_module, "choose_storage", lambda *_: pytest.fail("the first one decides"))
+    assert plan("b", 1.0, [first], rank=1).where == "memory"
+
+
+def test_a_pass_that_only_decodes_shows_its_progress(shards, monkeypatch):
+    shown = []
+    monkeypatch.setattr(features_module, "track", lambda items, name, *_, **__: shown.append(name) or items)
+    compute(make_loader(shards, CountingEncoder()), "recompute")
+    assert shown == ["features"]
 
 
 def test_reorder_frames():
