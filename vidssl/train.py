@@ -66,66 +66,65 @@ def pretrain(cfg: TrainConfig) -> None:
     diagnostics = Diagnostics(cfg, objective, strategy)
     state = TrainState(cfg, strategy, objective, optimizer, diagnostics.stats, data_hash)
     state.check_space()
-    start = state.restore()
-    if run.init and not start:
-        state.init_from(run.init)
-    if start == run.steps:
-        state.export_missing(start)
-        return
+    with claim_run(out, "train", strategy):
+        start = state.restore_or_init()
+        if start == run.steps:
+            state.export_missing(start)
+            return
+        # The training loop.
+        start_pretraining(cfg, strategy, objective, shards, start)
+        loader = load_steps(cfg, shards, start, strategy)
+        throughput = Throughput(strategy, strategy.precision, run.batch, objective, efficiency.wait_advice)
+        collapsed = False
+        done = start
+        with (
+            RunFolder(
+                out, state.provenance["config"], start, run.steps, strategy, bool(run.trackers)
+            ) as folder,
+            PreemptionHandler() as preemption,
+            state.writer,
+            contextlib.closing(loader),
+            state.save_last_step(folder.sync_log),
+        ):
+            in_time = preemption.until_requested(loader, alone=strategy.world == 1)
+            inputs = DeviceBatches(in_time, start, strategy.device, make_parts)
+            for step, (batches, parts) in enumerate(throughput.timed(inputs), start):
+                done = step + 1
+                hparams = schedule(optim_config, step, run.steps, objective.target.momentum)
+                set_schedule(optimizer, hparams)
+                optimizer.zero_grad()
+                with throughput.counting():
+                    losses = forward_backward(strategy, model, parts)
+                norm = strategy.clip(model, optim_config, step)
+                throughput.overlap(inputs.prefetch)  # the host waits for the device below
+                signals = {"stop": preemption.requested, "collapsed": diagnostics.should_stop}
+                metrics = strategy.all_reduce_metrics(
+                    {**losses, "grad_norm": norm}, count_samples(batches) | signals
+                )
 
-    # The training loop.
-    start_pretraining(cfg, strategy, objective, shards, start)
-    loader = load_steps(cfg, shards, start, strategy)
-    throughput = Throughput(strategy, strategy.precision, run.batch, objective, efficiency.wait_advice)
-    collapsed = False
-    done = start
-    with (
-        claim_run(out, "train", strategy),
-        RunFolder(out, state.provenance["config"], start, run.steps, strategy, bool(run.trackers)) as folder,
-        PreemptionHandler() as preemption,
-        state.writer,
-        contextlib.closing(loader),
-        state.save_last_step(folder.sync_log),
-    ):
-        in_time = preemption.until_requested(loader, alone=strategy.world == 1)
-        inputs = DeviceBatches(in_time, start, strategy.device, make_parts)
-        for step, (batches, parts) in enumerate(throughput.timed(inputs), start):
-            done = step + 1
-            hparams = schedule(optim_config, step, run.steps, objective.target.momentum)
-            set_schedule(optimizer, hparams)
-            optimizer.zero_grad()
-            with throughput.counting():
-                losses = forward_backward(strategy, model, parts)
-            norm = strategy.clip(model, optim_config, step)
-            throughput.overlap(inputs.prefetch)  # the host waits for the device below
-            signals = {"stop": preemption.requested, "collapsed": diagnostics.should_stop}
-            metrics = strategy.all_reduce_metrics(
-                {**losses, "grad_norm": norm}, count_samples(batches) | signals
-            )
+                state.whole_step = None
+                if skip_reason := state.guard.check_step(metrics):
+                    strategy.skip_step(optimizer)
+                    logger.info(f"step {done}: skipped: {skip_reason}")
+                else:
+                    strategy.step(optimizer)
+                    objective.target.update(objective.encoder, hparams["ema"])
 
-            state.whole_step = None
-            if skip_reason := state.guard.check_step(metrics):
-                strategy.skip_step(optimizer)
-                logger.info(f"step {done}: skipped: {skip_reason}")
-            else:
-                strategy.step(optimizer)
-                objective.target.update(objective.encoder, hparams["ema"])
-
-            row = step_row(losses, metrics, hparams, throughput.row(), state.guard.skipped, skip_reason)
-            if state.guard.should_rollback:
-                with folder.log_on_error(done, row, batches):
-                    state.rollback(done, skip_reason)
-            folder.log(done, row | diagnostics.measure_if_due(done, batches), batches)
-            for line in state.writer.pop_errors():
-                logger.warning(f"step {done}: {line}; the run goes on")
-            state.whole_step = done
-            collapsed = bool(metrics["collapsed"])
-            must_stop = bool(metrics["stop"]) or collapsed
-            is_due = done % run.save_every == 0 and not state.guard.consecutive_skips
-            if strategy.participates_in_save and (is_due or must_stop or done == run.steps):
-                throughput.beside("save", state.save, done, folder.sync_log)
-            if must_stop:
-                break
+                row = step_row(losses, metrics, hparams, throughput.row(), state.guard.skipped, skip_reason)
+                if state.guard.should_rollback:
+                    with folder.log_on_error(done, row, batches):
+                        state.rollback(done, skip_reason)
+                folder.log(done, row | diagnostics.measure_if_due(done, batches), batches)
+                for line in state.writer.pop_errors():
+                    logger.warning(f"step {done}: {line}; the run goes on")
+                state.whole_step = done
+                collapsed = bool(metrics["collapsed"])
+                must_stop = bool(metrics["stop"]) or collapsed
+                is_due = done % run.save_every == 0 and not state.guard.consecutive_skips
+                if strategy.participates_in_save and (is_due or must_stop or done == run.steps):
+                    throughput.beside("save", state.save, done, folder.sync_log)
+                if must_stop:
+                    break
     strategy.close()
     folder.finish(done, collapsed, state.writer, preemption.signal)
 

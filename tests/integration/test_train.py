@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from signal_at import signalled
 
 from vidssl import train as train_program
-from vidssl.core.errors import EXIT_REQUEUE
+from vidssl.core.errors import EXIT_REQUEUE, UserError
 from vidssl.data.shards import Shards
 from vidssl.pretrained.files import load_weights
 from vidssl.pretrained.load import load_encoder
@@ -203,6 +203,19 @@ def test_a_mistake_is_one_line_and_writes_nothing(wrong, words, synthetic_shards
     assert words in message
     assert len(message.strip().splitlines()) == 1 and message.startswith("error: ")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_of_another_process_is_refused_before_data_are_decoded(
+    synthetic_shards, tmp_path, monkeypatch, capfd
+):
+    def refuse(*_):
+        raise UserError("held by another process")
+
+    monkeypatch.setattr("vidssl.train.claim_run", refuse)
+    for work in ("load_steps", "TrainState.restore"):
+        monkeypatch.setattr(f"vidssl.train.{work}", lambda *_: pytest.fail("the folder is not ours"))
+    assert train_here(synthetic_shards / "train", tmp_path / "out") == 2
+    assert "held by another process" in capfd.readouterr().err
 
 
 def test_a_diverged_run_keeps_its_last_checkpoint(synthetic_shards, tmp_path, capfd):

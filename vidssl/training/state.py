@@ -249,6 +249,14 @@ class TrainState(RunState):
         self.cfg = cfg
         self.objective = objective
 
+    def restore_or_init(self) -> int:
+        """Loads the newest checkpoint of the run's folder, or else the weights of run.init. Returns the step
+        of the checkpoint; 0 if there is none. Collective."""
+        start = self.restore()
+        if not start and self.cfg.run.init:
+            self.init_from(self.cfg.run.init)
+        return start
+
     def init_from(self, source: str) -> None:
         """Loads the weights of `source` (see initial_weights) and, of a step checkpoint, the optimizer's
         moments.
