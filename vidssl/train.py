@@ -34,7 +34,7 @@ from vidssl.training.preemption import (
     limited_requeues,
 )
 from vidssl.training.run_folder import RunFolder, claim_run
-from vidssl.training.run_summary import RunEnd, probe_command, start_pretraining
+from vidssl.training.run_summary import RunEnd, probe_command, start_pretraining, wait_advice
 from vidssl.training.state import TrainState
 from vidssl.training.step import forward_backward, load_steps
 
@@ -74,7 +74,8 @@ def pretrain(cfg: TrainConfig) -> None:
         # The training loop.
         start_pretraining(cfg, strategy, objective, shards, start)
         loader = load_steps(cfg, shards, start, strategy)
-        throughput = Throughput(strategy, strategy.precision, run.batch, objective, efficiency.wait_advice)
+        advice = wait_advice(cfg, strategy.device.type == "cuda")
+        throughput = Throughput(strategy, strategy.precision, run.batch, objective, advice)
         collapsed = False
         done = start
         with (

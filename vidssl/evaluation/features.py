@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from vidssl.config import NonNegativeInt, PositiveFloat, PositiveInt
+from vidssl.core.cpus import available_cpus
 from vidssl.core.errors import UserError
 from vidssl.core.progress import track
 from vidssl.data.dataset import do_nothing
@@ -193,9 +194,8 @@ def decoding_workers(device: torch.device) -> int:
     """Decoding processes where none are given."""
     if device.type == "cpu":
         return 2
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return min(MAX_WORKERS, max(1, cores // processes - 1))
+    return min(MAX_WORKERS, max(1, available_cpus() // processes - 1))
 
 
 class DecodedExamples(NamedTuple):

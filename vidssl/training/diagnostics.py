@@ -32,7 +32,7 @@ class Diagnostics:
                 cfg.online_probe,
                 cfg.data,
                 cfg.augment.arguments["size"],
-                workers=cfg.efficiency.num_workers,
+                workers=cfg.num_workers,
                 isolate=cfg.efficiency.decode_in_subprocess,
                 loads_clips=strategy.runs_diagnostics,
                 barrier=strategy.barrier,

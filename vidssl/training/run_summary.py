@@ -23,7 +23,7 @@ from vidssl.evaluation.probe_data import ProbeSplits
 from vidssl.training.distributed import Strategy
 from vidssl.training.finetune_loop import Finetuner
 from vidssl.training.finetune_schema import FinetuneConfig
-from vidssl.training.schema import TrainConfig
+from vidssl.training.schema import TrainConfig, default_workers
 
 MAX_ROW_BYTES = 1 << 16  # of log.jsonl
 
@@ -94,7 +94,7 @@ def start_pretraining(
     """Says what is trained on what, and which videos are too short for a clip."""
     run = cfg.run
     precision = strategy.precision
-    lines = [machine_line(strategy.device, strategy.world, precision, cfg.efficiency.num_workers)]
+    lines = [machine_line(strategy.device, strategy.world, precision, cfg.num_workers)]
     notes = []
     if isinstance(shards, ShardUrls):
         lines.append(f"data: a stream of {', '.join(cfg.data.train)}")
@@ -113,6 +113,21 @@ def start_pretraining(
     for note, is_all in notes:
         if note:
             logger.log(logging.WARNING if is_all else logging.INFO, note)
+
+
+def wait_advice(cfg: TrainConfig, has_gpu: bool) -> str:
+    """What helps a run that waits for data."""
+    data = cfg.data
+    most = default_workers()
+    is_movable = has_gpu and data.augment_on == "host" and not cfg.augment.arguments.get("randaugment")
+    decodes = data.cache == "none"
+    ways = (
+        (cfg.num_workers < most, f"efficiency.workers={most} uses all cores"),
+        (decodes and is_movable, "data.augment_on=device leaves only the decoding to the CPU"),
+        (decodes and data.reader == "indexed", "data.cache=host keeps a small corpus decoded"),
+        (decodes, "videos packed with --short-side decode faster"),
+    )
+    return "; ".join(text for is_so, text in ways if is_so)
 
 
 def start_finetuning(cfg: FinetuneConfig, finetuner: Finetuner) -> None:

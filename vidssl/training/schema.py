@@ -19,6 +19,7 @@ from vidssl.config import (
     Spec,
     Text,
 )
+from vidssl.core.cpus import available_cpus
 from vidssl.core.errors import UserError
 from vidssl.data.schema import AUGMENT_PARTS, DataConfig, check_local_folders
 from vidssl.model.schema import MODEL_PARTS, NATIVE_SIZE_KEYS
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 
 
 Tracker = Literal["tensorboard", "wandb", "trackio"]
+
+STREAM_WORKERS = 2  # by default with data.reader=stream, on any machine
 
 
 @dataclass(frozen=True)
@@ -64,8 +67,7 @@ class RunConfig:
 
 def default_workers() -> int:
     """Loader processes that the cores of this machine keep busy beside each training process on it."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(16, max(2, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1))
+    return min(16, max(2, available_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1))
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,8 @@ class EfficiencyConfig:
     """The `efficiency` section: changes only the speed, up to rounding. With data.reader=stream `workers`
     also changes the order of the samples."""
 
-    # loader processes for each training process; None: one fewer than its share of the cores, 2 to 16
+    # loader processes for each training process; None: one fewer than its share of the CPUs, 2 to 16, and 2
+    # with data.reader=stream
     workers: NonNegativeInt | None = None
     micro_batches: PositiveInt = (
         1  # parts in which a process computes its share of the batch (gradient accumulation)
@@ -95,14 +98,6 @@ class EfficiencyConfig:
     @property
     def num_workers(self) -> int:
         return default_workers() if self.workers is None else self.workers
-
-    @property
-    def wait_advice(self) -> str:
-        """What helps a run that waits for data."""
-        most = default_workers()
-        more = f"efficiency.workers={most} uses all cores; " if self.num_workers < most else ""
-        cached = "data.cache=host keeps a small corpus decoded"
-        return f"{more}{cached}; videos packed with --short-side decode faster"
 
     def resolved(self) -> "EfficiencyConfig":
         """This configuration with the precision that `auto` is on this machine."""
@@ -264,6 +259,14 @@ class TrainConfig:
     def notes(self) -> list[str]:
         """A line for each pair of keys that has another effect than it seems to."""
         return config_checks.surprising_keys(self)
+
+    @property
+    def num_workers(self) -> int:
+        """Loader processes for each training process."""
+        # the order of a stream depends on their number, which the machine may not choose therefore
+        if self.data.reader == "stream" and self.efficiency.workers is None:
+            return STREAM_WORKERS
+        return self.efficiency.num_workers
 
     @property
     def momentum(self) -> tuple[float, float]:

@@ -23,7 +23,7 @@ def load_steps(
 ) -> Generator[list[Batch], None, None]:
     """This process's batches of steps start..run.steps-1, one of each stream."""
     run, efficiency = cfg.run, cfg.efficiency
-    workers, isolate = efficiency.num_workers, efficiency.decode_in_subprocess
+    workers, isolate = cfg.num_workers, efficiency.decode_in_subprocess
     augment = cfg.augment.build()
     data = place_augmentation(cfg.data, augment, strategy.device.type == "cuda")
     streams = make_streams(data, shards, augment, run.seed, run.lanes, run.shuffle_window)

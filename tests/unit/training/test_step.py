@@ -2,11 +2,15 @@
 
 import itertools
 import os
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from vidssl.config import load_config
+from vidssl.core.cpus import available_cpus
 from vidssl.core.errors import UserError
 from vidssl.data.dataset import STREAM_STRIDE
 from vidssl.data.loader import Batch
@@ -14,7 +18,15 @@ from vidssl.objective.block_masks import MultiBlock3D
 from vidssl.training import perf
 from vidssl.training.metrics_log import count_samples, samples_hash
 from vidssl.training.micro_batches import make_cut_groups, split_batch
-from vidssl.training.schema import EfficiencyConfig
+from vidssl.training.run_summary import wait_advice
+from vidssl.training.schema import EfficiencyConfig, TrainConfig
+
+ROOT = Path(__file__).parents[3]
+FILES = [str(ROOT / f"configs/{name}.yaml") for name in ("method/vjepa_tiny", "data/quickstart", "run/smoke")]
+
+
+def configured(*settings: str) -> TrainConfig:
+    return load_config([*FILES, "model.kind=vit_tiny", "data.train=x", "run.out=x", *settings], TrainConfig)
 
 
 def batch(positions: list[int], keys: list[str]) -> Batch:
@@ -120,9 +132,53 @@ def test_a_run_that_waits_for_data_says_so_after_100_steps_and_at_its_end(monkey
 
 
 def test_workers_by_default_use_the_share_of_the_cores(monkeypatch):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(64), raising=False)
+    monkeypatch.setattr("vidssl.training.schema.available_cpus", lambda: 64)
     for processes, workers in (("1", 16), ("4", 15), ("8", 7), ("64", 2)):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
         assert EfficiencyConfig().num_workers == workers
     assert EfficiencyConfig(workers=0).num_workers == 0
-    assert "efficiency.workers=2 " in EfficiencyConfig(workers=1).wait_advice
+
+
+@pytest.mark.parametrize("workers, expected", [(None, 2), (5, 5)])
+def test_the_machine_does_not_choose_the_order_of_a_stream(workers, expected, monkeypatch):
+    monkeypatch.setattr("vidssl.training.schema.available_cpus", lambda: 64)
+    cfg = configured("data.reader=stream")
+    assert replace(cfg, efficiency=EfficiencyConfig(workers=workers)).num_workers == expected
+
+
+def test_the_quota_of_a_container_limits_the_cpus(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(64), raising=False)
+    group = tmp_path / "sys/fs/cgroup"
+    (group / "cpu").mkdir(parents=True)
+    assert available_cpus(str(tmp_path)) == 64
+    for quota, cpus in (("-1", 64), ("150000", 1), ("50000", 1)):
+        (group / "cpu/cpu.cfs_quota_us").write_text(f"{quota}\n")
+        (group / "cpu/cpu.cfs_period_us").write_text("100000\n")
+        assert available_cpus(str(tmp_path)) == cpus
+    for quota, cpus in (("max", 64), ("800000", 8), ("9900000", 64)):
+        (group / "cpu.max").write_text(f"{quota} 100000\n")
+        assert available_cpus(str(tmp_path)) == cpus
+
+
+WORKERS = "efficiency.workers=16 uses all cores"
+PLACE = "data.augment_on=device leaves only the decoding to the CPU"
+CACHE = "data.cache=host keeps a small corpus decoded"
+RANDAUGMENT = "augment.randaugment=rand-m7-n4"
+PACK = "videos packed with --short-side decode faster"
+
+
+@pytest.mark.parametrize(
+    "settings, has_gpu, advice",
+    [
+        (["efficiency.workers=16"], True, [CACHE, PACK]),
+        (["efficiency.workers=1", "data.augment_on=host"], False, [WORKERS, CACHE, PACK]),
+        (["efficiency.workers=16", "data.augment_on=host"], True, [PLACE, CACHE, PACK]),
+        (["efficiency.workers=16", "data.augment_on=host", RANDAUGMENT], True, [CACHE, PACK]),
+        (["efficiency.workers=16", "data.reader=stream"], True, [PACK]),
+        (["efficiency.workers=1", "data.cache=host"], True, [WORKERS]),
+    ],
+)
+def test_advice_to_a_run_that_waits_is_of_use_to_it(settings, has_gpu, advice, monkeypatch):
+    monkeypatch.setattr("vidssl.training.schema.available_cpus", lambda: 64)
+    cfg = configured(*settings)
+    assert wait_advice(cfg, has_gpu) == "; ".join(advice)
