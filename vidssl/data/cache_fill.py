@@ -299,8 +299,6 @@ def cache_videos(
     if data.cache == "none":
         return
     caches: dict[tuple[str, ...], HostCache | DeviceCache] = {}
-    if data.cache == "device" and getattr(streams[0].augment, "randaugment", None):
-        raise UserError("augment.randaugment runs on the host alone: give data.cache=host instead of device")
     for clips in streams:
         folders = tuple(clips.shards.folders)
         if folders not in caches:

@@ -92,6 +92,19 @@ def check_sizes(cfg: TrainConfig) -> None:
             raise UserError(f"{key} {count} does not divide {width_key} {width}: give {near}")
 
 
+def check_augmentation(cfg: TrainConfig) -> None:
+    """Raises UserError if augmentation cannot be where data.cache=device needs it."""
+    if cfg.data.cache != "device":
+        return
+    if cfg.augment.arguments.get("randaugment"):
+        raise UserError("augment.randaugment runs on the host alone: give data.cache=host instead of device")
+    if cfg.data.augment_on == "host":
+        raise UserError(
+            "data.augment_on=host: the clips of data.cache=device are made there: give data.cache=host, "
+            "or another data.augment_on"
+        )
+
+
 def check_batch(cfg: TrainConfig, world: int) -> None:
     """Raises UserError if the clips of a step cannot be divided evenly over lanes, processes and
     micro-batches."""

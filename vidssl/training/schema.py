@@ -231,6 +231,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         config_checks.check_sizes(self)
+        config_checks.check_augmentation(self)
         if self.run.init is not None and Path(self.run.init) == Path(self.run.out):
             raise UserError("run.init: give another folder than run.out, which the same command continues")
         target = self.method.target

@@ -158,14 +158,6 @@ def test_batches_of_a_device_are_those_of_the_files(train, tmp_path):
             assert difference.max() <= 2 and difference.float().mean() < 0.5
 
 
-def test_randaugment_is_refused_on_a_device(train):
-    clips = make_clips(train)
-    clips.data = dataclasses.replace(clips.data, cache="device")
-    clips.augment = RandomCrop(24, randaugment="rand-m7-n2")
-    with pytest.raises(UserError, match=r"augment\.randaugment .*: give data\.cache=host"):
-        cache_videos([clips], workers=0, isolate=False, quiet=True)
-
-
 # --- what it takes ---
 
 SIZES = CacheSize(np.array([[100, 240, 320], [50, 480, 360]]))

@@ -32,6 +32,14 @@ TUNE = [str(ROOT / "configs/finetune/folder.yaml"), *("encoder=x", "out=x", "dat
         (["run.batch=12"], "run.batch 12 is not a multiple of run.lanes 8: give 8 or 16"),
         (["efficiency.micro_batches=3"], "give 2 or 4"),
         (["run.init=x"], "run.init: give another folder"),
+        (
+            ["data.cache=device", "augment.randaugment=rand-m7-n4"],
+            "augment.randaugment runs on the host",
+        ),
+        (
+            ["data.cache=device", "data.augment_on=host"],
+            "data.augment_on=host: the clips of data.cache",
+        ),
         (["method.context.warmup=[3, 2]"], "method.context.warmup"),
         (
             ["online_probe.train=/", "online_probe.test=/", "online_probe.fps=2", "online_probe.stride=2"],
