@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -122,6 +123,19 @@ def test_a_child_that_grows_over_many_samples_is_replaced_without_a_failure():
         pids.append(data.sandbox.pid)
     assert 3 <= len(set(pids)) <= 7
     data.close()
+
+
+@pytest.mark.parametrize("extra, outcome", [(0, "memory"), (100, "result")])
+def test_a_job_may_take_more_memory_than_others(extra, outcome, monkeypatch):
+    monkeypatch.setattr(isolation, "POLL_S", -1.0)
+    bytes_held = iter([50, 200])
+    monkeypatch.setattr(isolation, "rss_bytes", lambda _: next(bytes_held))
+    answers = iter([False, True])
+    conn = SimpleNamespace(send=list, poll=lambda _: next(answers), recv=lambda: ("result", "result"))
+    child = SimpleNamespace(process=SimpleNamespace(pid=1), conn=conn, memory=None)
+    sandbox = isolation.Sandbox(list, 60.0, start_method="fork", memory_bytes=100)
+    got = sandbox._supervise(child, (0,), extra)
+    assert (got.reason if isinstance(got, isolation.Failure) else got) == outcome
 
 
 def test_a_child_killed_between_two_samples_is_replaced_without_a_failure():

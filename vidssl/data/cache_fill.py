@@ -54,17 +54,15 @@ def decode_video(
     if select_decoder(ext, meta, decoder) in ("decord", "torchcodec"):
         try:
             with open_video(data, ext, meta, decoder) as video:
-                return DecodedVideo(*_decode_ahead(video, short_side, on_group, strict=True), {})
+                whole, done, times = _decode_ahead(video, short_side, on_group, strict=True)
+                return DecodedVideo(whole[:done], times, {})
         except DecodeError:
             decoder = "pyav"
     with open_video(data, ext, meta, decoder) as video:
-        frames, times = _decode_ahead(video, short_side, on_group)
+        whole, done, times = _decode_ahead(video, short_side, on_group)
     n = len(times)
-    if len(frames) == n:
-        return DecodedVideo(frames, times, {})
     missing: dict[int, str] = {}
-    rest: dict[int, Tensor] = {}
-    for i in range(len(frames), n):
+    for i in range(done, n):
         in_a_row = len(missing) and all(k in missing for k in range(i - GIVE_UP_AFTER, i))
         if in_a_row:
             missing.update(dict.fromkeys(range(i, n), missing[i - 1]))
@@ -73,25 +71,28 @@ def decode_video(
         try:
             # Opened anew, since a decoder that failed once may go on failing.
             with open_video(data, ext, meta, decoder) as video:
-                rest[i] = torch.from_numpy(downscale(video.get([i]), short_side))[0]
+                frame = torch.from_numpy(downscale(video.get([i]), short_side))[0]
         except DecodeError as e:
             missing[i] = e.reason
-    present = [*frames, *rest.values()]
-    if not present:
-        raise DecodeError(missing[0])
-    whole = torch.zeros(n, *present[0].shape, dtype=torch.uint8)
-    whole[: len(frames)] = frames
-    for i, frame in rest.items():
+            continue
+        whole = whole if len(whole) else frame.new_empty(n, *frame.shape)
         whole[i] = frame
+    if n and len(missing) == n:
+        raise DecodeError(missing[0])
+    whole[list(missing)] = 0
     return DecodedVideo(whole, times, missing)
 
 
 def _decode_ahead(
     video: Video, short_side: int | None, on_group: Callable[[], None], strict: bool = False
-) -> tuple[Tensor, np.ndarray]:
-    """Returns the frames u8 [k, H, W, 3] before the first that does not decode, and the times f64 [n] of all.
-    strict: raises its DecodeError instead."""
-    groups: list[Tensor] = []
+) -> tuple[Tensor, int, np.ndarray]:
+    """Returns (frames u8 [n, H, W, 3], k, times f64 [n]). The first k frames are decoded, the next one does
+    not decode; if k is 0 there are no frames. strict: raises its DecodeError instead.
+
+    Groups are written into one tensor: to join them at the end would take the memory twice.
+    """
+    whole = torch.empty(0, 0, 0, 3, dtype=torch.uint8)
+    done = 0
     frames = video.iter_frames(np.arange(len(video)))
     while True:
         group: list[np.ndarray] = []
@@ -102,11 +103,14 @@ def _decode_ahead(
             if strict:
                 raise
         if group:
-            groups.append(torch.from_numpy(downscale(np.stack(group), short_side)))
+            scaled = torch.from_numpy(downscale(np.stack(group), short_side))
+            whole = whole if done else scaled.new_empty(len(video), *scaled.shape[1:])
+            whole[done : done + len(scaled)] = scaled
+            done += len(scaled)
         if len(group) < GROUP_FRAMES:
             break
         on_group()
-    return torch.cat(groups) if groups else torch.empty(0, 0, 0, 3, dtype=torch.uint8), video.times
+    return whole, done, video.times
 
 
 class WholeVideos(Dataset[DecodedVideo | DecodeFailure]):
@@ -125,6 +129,10 @@ class WholeVideos(Dataset[DecodedVideo | DecodeFailure]):
     def __getitem__(self, number: int) -> DecodedVideo | DecodeFailure:
         return self.try_position(number, 0)
 
+    def nbytes(self, number: int) -> int:
+        """Bytes of all frames of a video, by the index; 0 if it does not say."""
+        return measure_size([self.shards.sample(*self.places[number])]).nbytes(self.short_side)
+
     def key(self, number: int, attempt: int) -> str:
         return self.shards.sample(*self.places[number]).key
 
@@ -142,17 +150,18 @@ class WholeVideos(Dataset[DecodedVideo | DecodeFailure]):
 
 
 class IsolatedVideos(Dataset[DecodedVideo | DecodeFailure]):
-    """`WholeVideos`, each decoded in a child process (isolation.py)."""
+    """`WholeVideos`, each decoded in a child process (isolation.py). memory_bytes: beside its frames."""
 
     def __init__(self, videos: WholeVideos, timeout_s: float, memory_bytes: int):
         self.isolated = IsolatedDataset(videos, timeout_s, memory_bytes)
-        self.length = len(videos)
+        self.videos = videos
 
     def __len__(self) -> int:
-        return self.length
+        return len(self.videos)
 
     def __getitem__(self, number: int) -> Any:
-        return self.isolated.try_position(number, 0)
+        # the frames are in the child twice while it hands them over
+        return self.isolated.try_position(number, 0, extra_bytes=2 * self.videos.nbytes(number))
 
     def close(self) -> None:
         self.isolated.close()

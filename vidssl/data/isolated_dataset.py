@@ -45,8 +45,9 @@ class IsolatedDataset(Dataset[Example]):
     def __getitem__(self, position: int) -> Example:
         return first_decodable(position, self.try_position)
 
-    def try_position(self, position: Any, attempt: int) -> Example | DecodeFailure:
-        result = self.sandbox.run(position, attempt)
+    def try_position(self, position: Any, attempt: int, extra_bytes: int = 0) -> Example | DecodeFailure:
+        """extra_bytes: by which this attempt may grow the child beyond memory_bytes."""
+        result = self.sandbox.run(position, attempt, extra_bytes=extra_bytes)
         if isinstance(result, Failure):
             return DecodeFailure(self.dataset.key(position, attempt), result.reason)
         return result

@@ -117,9 +117,10 @@ class Sandbox:
         """Starts the child before its first job: a process that forks should not have threads yet."""
         self._ready_child()
 
-    def run(self, *job: Any) -> Any:
-        """Returns the result of the job, or a Failure. Raises the job's UserError."""
-        result = self._supervise(self._ready_child(), job)
+    def run(self, *job: Any, extra_bytes: int = 0) -> Any:
+        """Returns the result of the job, or a Failure. Raises the job's UserError. extra_bytes: by which this
+        job may grow the child beyond memory_bytes."""
+        result = self._supervise(self._ready_child(), job, extra_bytes)
         if isinstance(result, Failure):
             self.close()
         return result
@@ -130,10 +131,11 @@ class Sandbox:
             self._child.end()
             self._child = None
 
-    def _supervise(self, child: "Child", job: tuple) -> Any:
+    def _supervise(self, child: "Child", job: tuple, extra_bytes: int) -> Any:
         """Sends a job to the child and waits. Returns the result or a Failure; raises the job's UserError."""
         pid = child.process.pid
-        limit = math.inf if self.memory_bytes is None else rss_bytes(pid) + self.memory_bytes
+        growth = math.inf if self.memory_bytes is None else self.memory_bytes + extra_bytes
+        limit = rss_bytes(pid) + growth
         deadline = math.inf if self.timed_from == "progress" else time.monotonic() + self.timeout_s
         memory_check = time.monotonic() + POLL_S
         partial = None
@@ -157,7 +159,7 @@ class Sandbox:
                 if limit < math.inf and time.monotonic() > memory_check:
                     memory_check = time.monotonic() + POLL_S
                     if rss_bytes(pid) > limit:
-                        return Failure("memory", f"grew by over {self.memory_bytes} bytes", partial)
+                        return Failure("memory", f"grew by over {growth} bytes", partial)
         except (EOFError, OSError):
             child.process.join(EXIT_TIMEOUT_S)
             detail = f"the decoder's process ended with {child.process.exitcode}"

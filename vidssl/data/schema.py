@@ -65,7 +65,8 @@ class DataConfig:
     cache_dir: Text | None = None  # folder for remote shards; None: the user's cache folder
     cache_gb: PositiveFloat = 100  # size limit of cache_dir, 10**9 bytes
     decode_timeout_s: PositiveFloat = 60  # seconds per sample (only with efficiency.decode_in_subprocess)
-    # 2**20 bytes by which a sample may grow the decoding process (only with efficiency.decode_in_subprocess)
+    # 2**20 bytes by which a sample may grow the decoding process (only with efficiency.decode_in_subprocess),
+    # beside the frames of a video that is cached
     memory_mb: PositiveInt = 4096
 
     def __post_init__(self) -> None:

@@ -60,6 +60,17 @@ def test_videos_are_decoded_by_isolated_workers(train, tmp_path, caplog, monkeyp
     assert "2 do not decode {'not_a_video': 2}" in caplog.messages[-1]
 
 
+def test_a_whole_video_may_grow_its_process_by_its_frames(train, monkeypatch):
+    clips = make_clips(train)
+    asked = []
+    monkeypatch.setattr(cache_fill.IsolatedDataset, "try_position", lambda *job, **more: asked.append(more))
+    videos = cache_fill.WholeVideos(clips.shards, [(0, 0), (0, 1)], 24, "auto")
+    cache_fill.IsolatedVideos(videos, 60.0, 1)[1]
+    assert asked == [{"extra_bytes": 2 * 24 * 24 * 24 * 3}]
+    monkeypatch.setattr(torch, "cat", lambda *_: pytest.fail("the frames are in memory twice"))
+    assert len(videos[1].frames) == 24
+
+
 def test_a_partly_damaged_video_gives_the_clips_that_decode(train, tmp_path):
     """One video ends before its meta says: clips from its beginning are served, the others replaced."""
     folder = shutil.copytree(train, tmp_path / "part")
