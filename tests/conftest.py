@@ -2,7 +2,8 @@
 
 import io
 import os
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
 
@@ -50,6 +51,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def log_lines_on_stderr() -> None:
     """Log lines go to stderr as in every command, whatever an earlier test in this process has set."""
     configure_logging()
+
+
+@pytest.fixture(autouse=True)
+def signal_handlers() -> Iterator[None]:
+    """A program that a test runs in this process and that SIGTERM ends ignores further ones, as do then the
+    processes of later tests, which wait for theirs to end by it."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def level_of(i: int) -> int:
