@@ -49,8 +49,8 @@ def gradient_error(name: str) -> float:
     cases = []
 
     class Recorded(Case):
-        def __init__(self, path):
-            super().__init__(path)
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
             cases.append(self)
 
     with pytest.MonkeyPatch.context() as patch:

@@ -452,7 +452,8 @@ def test_a_collapse_can_stop_the_run(run, tmp_path, monkeypatch, capfd):
 def test_no_thread_of_a_run_is_there_when_it_forks(run, tmp_path):
     with threads_at_forks() as threads:
         run(tmp_path / "run", "run.steps=2", "run.save_every=1", "efficiency.workers=2")
-    assert threads == [[]] * 2
+    # two workers decode for data.cache, then two serve the training
+    assert threads == [[]] * 4
 
 
 def test_checkpoints_are_written_in_the_background():
