@@ -135,7 +135,6 @@ class Case:
         self, to_our_names: Callable[[dict[str, Tensor]], RenamedTensors], ours: dict[str, Tensor | None]
     ) -> None:
         """to_our_names: converts a state dict of the reference; ours: gradients by our names."""
-        ours = {name: None if gradient is None else gradient.cpu() for name, gradient in ours.items()}
         if not self.is_compact:
             reference = self.subtree("grad")
             # Names come from the state: some of them are told by tensors beside, which may have no gradient.
@@ -146,6 +145,7 @@ class Case:
                 if renamed.origin[key] not in reference:
                     continue
                 expected, found = align(key, gradient, ours)
+                found = found.cpu()
                 error = (found.reshape(expected.shape) - expected).abs().max() / expected.abs().max()
                 self.record("gradient", error.item(), key)
             self.not_compared -= {f"grad.{k}" for k in reference}
@@ -211,11 +211,11 @@ def in_reference_layout(
     values = torch.zeros(total, dtype=torch.float64)
     for key, converted in to_our_names(numbers).tensors.items():
         places, found = align(key, converted, ours)
-        values[places.flatten().long()] = found.detach().double().flatten()
+        values[places.flatten().long()] = found.detach().cpu().double().flatten()
         if places.numel() < converted.numel():
             token = ours[key.rsplit(".", 1)[0] + ".class_token"]
             assert token is not None
-            values[converted.flatten(0, -2)[0].long()] = token.double()
+            values[converted.flatten(0, -2)[0].long()] = token.detach().cpu().double()
     return {name: values[number.long()] for name, number in numbers.items()}
 
 
