@@ -3,7 +3,7 @@
 import io
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 
@@ -54,13 +54,11 @@ def log_lines_on_stderr() -> None:
 
 
 @pytest.fixture(autouse=True)
-def signal_handlers() -> Iterator[None]:
-    """A program that a test runs in this process and that SIGTERM ends ignores further ones, as do then the
-    processes of later tests, which wait for theirs to end by it."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+def signal_handlers() -> None:
+    """A test finds the handlers of a fresh interpreter. A shell lets what it starts in the background ignore
+    Ctrl-C, and a program that an earlier test ran in this process ignores SIGTERM once that has ended it."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def level_of(i: int) -> int:
