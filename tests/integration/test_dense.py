@@ -1,7 +1,6 @@
 """Dense frozen evaluation: figures against brute force, known motion, readers of the published formats."""
 
 import csv
-import errno
 import json
 import math
 import os
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from program_ends import ctrl_c, disk_full, sigterm
 
 from vidssl import dense
 from vidssl.config import load_config
@@ -621,18 +621,6 @@ def test_wrong_calls(wrong, words, run, davis_folder, tmp_path, monkeypatch):
         dense.main(arguments(run, davis_folder, tmp_path / "out", "task.size=24", *wrong))
     assert words in str(e.value) and "\n" not in str(e.value)
     assert not (tmp_path / "out").exists()
-
-
-def sigterm() -> None:
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
-def ctrl_c() -> None:
-    os.kill(os.getpid(), signal.SIGINT)
-
-
-def disk_full() -> None:
-    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 @pytest.mark.parametrize(

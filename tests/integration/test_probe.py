@@ -2,13 +2,11 @@
 errors."""
 
 import csv
-import errno
 import hashlib
 import importlib
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import weakref
@@ -21,6 +19,7 @@ import torch
 from accelerate.state import PartialState
 from forked_world import fork_world, set_rank
 from PIL import Image
+from program_ends import ctrl_c, disk_full, sigterm
 from programs import run_here
 from scipy.stats import spearmanr
 from server import serving
@@ -130,18 +129,6 @@ def test_report_contains_encoder_data_seed_and_selection(probed, run, synthetic_
         assert [t["lr"] for t in tried] == [1e-3, 1e-4]
         assert row["chosen"]["lr"] == max(tried, key=lambda t: t["held_out_accuracy"])["lr"]
         assert 0 < row["chosen"]["n_held_out"] < row["n_train"]
-
-
-def sigterm() -> None:
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
-def ctrl_c() -> None:
-    os.kill(os.getpid(), signal.SIGINT)
-
-
-def disk_full() -> None:
-    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 @pytest.mark.parametrize(
