@@ -164,20 +164,15 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--only {unknown[0]}: no such check; there are {', '.join(names)}")
     for name in names:  # an earlier report's
         (out / f"{name}.json").unlink(missing_ok=True)
-    outcomes: list[Outcome] = []
+    report = {"machine": platform.node(), "device": a.device, "minutes": a.minutes}
+    rows: list[dict[str, object]] = []
     for outcome in run_checks([c for c in checks if c.name in (a.only or names)], out, 60 * a.minutes):
         print(f"{outcome.status:8s} {outcome.name:15s} {outcome.seconds:6.0f} s  {outcome.text}", flush=True)
-        outcomes.append(outcome)
-        report = {
-            "machine": platform.node(),
-            "device": a.device,
-            "minutes": a.minutes,
-            "checks": [{**o._asdict(), "figures": read_figures(out, o.name)} for o in outcomes],
-        }
-        text = json.dumps(report, indent=1)
+        rows.append({**outcome._asdict(), "figures": read_figures(out, outcome.name)})
+        text = json.dumps({**report, "checks": rows}, indent=1)
         atomic_write(out / "report.json", lambda beside, text=text: beside.write_text(text))
     print(f"wrote {out / 'report.json'}")
-    if any(o.status == "failed" for o in outcomes):
+    if any(row["status"] == "failed" for row in rows):
         sys.exit(1)
 
 

@@ -2,12 +2,13 @@
 
 import argparse
 import importlib.metadata
-import os
 import platform
 from typing import Any
 
 import torch
 from gpu.check import run
+
+from vidssl.core.cpus import available_cpus
 
 PACKAGES = (
     "torch",
@@ -23,7 +24,7 @@ PACKAGES = (
 
 
 def environment(a: argparse.Namespace) -> tuple[bool, str, dict[str, Any]]:
-    found: dict[str, Any] = {"python": platform.python_version(), "cores": len(os.sched_getaffinity(0))}
+    found: dict[str, Any] = {"python": platform.python_version(), "cores": available_cpus()}
     for name in PACKAGES:
         try:
             found[name] = importlib.metadata.version(name)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from data_prep import pack
 from data_prep.synthetic import make_corpus
+from vidssl.core.cpus import available_cpus
 
 ROOT = Path(__file__).resolve().parents[2]
 BATCH = 16
@@ -18,7 +19,7 @@ def make_shards(work: Path) -> Path:
     """Renders and packs a few videos, unless that is done. Returns the folder of the training shards."""
     shards = work / "shards"
     if not (shards / "train/index.json").exists():
-        make_corpus(work / "corpus", 64, 8, 64, workers=len(os.sched_getaffinity(0)))
+        make_corpus(work / "corpus", 64, 8, 64, workers=available_cpus())
         pack.main([str(work / "corpus"), str(shards)])
     return shards / "train"
 
