@@ -44,7 +44,7 @@ class Case:
         self.device = torch.device(device)
         self.precision = precision
         self.about = json.loads(path.with_suffix(".json").read_text())
-        self.is_compact = "state" in self.about
+        self.is_compact = bool({"state", "inputs"} & set(self.about))
         if self.is_compact:
             self.about, self.tensors = read_compact(path.with_suffix(".json"))
         else:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from case import Case, Precision
+from made_targets import check_hog
 from torch import Tensor, nn
 
 from vidssl.core.errors import UserError, run_cli
@@ -50,7 +51,6 @@ NOT_IMPLEMENTED = frozenset(  # vectors of methods that this project does not ha
         "hpm",
         "ibot",
         "latentmim",
-        "maskfeat_hog",
         "mgmae",
         "msn",
         "sigreg",
@@ -380,6 +380,8 @@ def compare_with_reference(case: Case) -> None:
     """The comparison for the kind of the case, which its tensors tell."""
     if "trace.loss" in case:
         check_training_run(case)
+    elif "hog" in case:
+        check_hog(case)
     elif any("query_tokens" in k for k in case.state):
         check_attentive_head(case)
     elif "fc_norm.weight" in case.state:

@@ -14,7 +14,7 @@ from case import Case
 from torch import Tensor
 
 from vidssl.model import positions
-from vidssl.objective import objective, targets
+from vidssl.objective import hog, objective, targets
 from vidssl.pretrained import public
 from vidssl.pretrained.key_maps import RenamedTensors, rename
 
@@ -196,6 +196,11 @@ def swap_mask_tokens(patch: Patch) -> None:
     patch.setattr(check_parity.Objective, "__init__", wrong)
 
 
+def swap_gradients(patch: Patch) -> None:
+    right = hog.sobel
+    patch.setattr(hog, "sobel", lambda images: right(images)[::-1])
+
+
 MUTATIONS: dict[str, tuple[str, Mutation]] = {
     "rotary layout, tiled": ("vjepa2_rope", other_rotary_layout),
     "rotary layout, interleaved": ("vjepa2_1", other_rotary_layout),
@@ -225,5 +230,6 @@ MUTATIONS: dict[str, tuple[str, Mutation]] = {
     "lr and decay": ("vjepa_run", rates_a_step_late),
     "tokens decayed": ("vjepa_run", tokens_not_decayed),
     "biases not decayed": ("vjepa_run", everything_decayed),
+    "HOG, angle": ("maskfeat_hog", swap_gradients),
     "EMA encoder": ("vjepa_run", target_copies_online_encoder),
 }

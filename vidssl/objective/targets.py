@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 
 from vidssl.config import Fraction, PositiveInt
 from vidssl.core.constants import constant
@@ -14,32 +14,8 @@ from vidssl.core.errors import UserError
 from vidssl.core.pixels import channel_statistics
 from vidssl.model.grid import patchify
 from vidssl.model.vit import Encoder
-
-
-class Target(nn.Module):
-    """Base of all targets. `encoder` is the EMA encoder, which evaluation then uses; None where there is
-    none."""
-
-    encoder: Encoder | None
-    width: int
-    momentum: tuple[float, float]  # of `update`, at the first and at the last step, linear between them
-
-    def __init__(self, width: int, momentum: tuple[float, float] = (1.0, 1.0)):
-        super().__init__()
-        self.encoder = None
-        self.width = width
-        self.momentum = momentum
-
-    def check_clip(self, frames: int, size: int) -> None:
-        """Raises UserError if the target cannot be made of a clip of so many frames of size x size pixels."""
-
-    @property
-    def teacher(self) -> Encoder | None:
-        """A frozen network that is no submodule, so that checkpoints do not hold it."""
-        return None
-
-    def update(self, encoder: Encoder, momentum: float) -> None:
-        """Called after every optimizer step; a target without an EMA encoder does nothing."""
+from vidssl.objective.hog import Hog
+from vidssl.objective.target_base import Target
 
 
 class Pixels(Target):
@@ -168,4 +144,4 @@ class Teacher(Target):
         return level_norm(self.teacher(video), self.width)
 
 
-TARGETS = {"pixels": Pixels, "ema": Ema, "teacher": Teacher}
+TARGETS = {"pixels": Pixels, "ema": Ema, "teacher": Teacher, "hog": Hog}

@@ -1,0 +1,31 @@
+"""The base of all targets; the targets themselves and their table are in targets.py."""
+
+from torch import nn
+
+from vidssl.model.vit import Encoder
+
+
+class Target(nn.Module):
+    """Base of all targets. `encoder` is the EMA encoder, which evaluation then uses; None where there is
+    none."""
+
+    encoder: Encoder | None
+    width: int
+    momentum: tuple[float, float]  # of `update`, at the first and at the last step, linear between them
+
+    def __init__(self, width: int, momentum: tuple[float, float] = (1.0, 1.0)):
+        super().__init__()
+        self.encoder = None
+        self.width = width
+        self.momentum = momentum
+
+    def check_clip(self, frames: int, size: int) -> None:
+        """Raises UserError if the target cannot be made of a clip of so many frames of size x size pixels."""
+
+    @property
+    def teacher(self) -> Encoder | None:
+        """A frozen network that is no submodule, so that checkpoints do not hold it."""
+        return None
+
+    def update(self, encoder: Encoder, momentum: float) -> None:
+        """Called after every optimizer step; a target without an EMA encoder does nothing."""
