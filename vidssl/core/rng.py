@@ -7,6 +7,7 @@ as easy as 1, 2, 3" (2011), with the finaliser of splitmix64 (Steele et al. 2014
 """
 
 import copy
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -30,6 +31,12 @@ def splitmix64(x: Tensor) -> Tensor:
     x = (x ^ _shift(x, 30)) * MIX_1
     x = (x ^ _shift(x, 27)) * MIX_2
     return x ^ _shift(x, 31)
+
+
+def box_muller(uniform: Tensor) -> Tensor:
+    """Maps [2, ...] in [0, 1) to normally distributed numbers [...]; the largest is 5.8 of 24 random bits."""
+    radius, angle = uniform
+    return (-2 * (1 - radius).log()).sqrt() * (2 * math.pi * angle).cos()
 
 
 class GlobalBatch(NamedTuple):
@@ -96,6 +103,10 @@ class KeyedRNG:
     def rand(self, *shape: int) -> Tensor:
         """f32 [B, *shape] in [0, 1)."""
         return self._draw("rand", self.keys, shape)
+
+    def normal(self, *shape: int) -> Tensor:
+        """f32 [B, *shape], normally distributed with mean 0 and deviation 1 (Box and Muller 1958)."""
+        return box_muller(self.rand(2, *shape).transpose(0, 1))
 
     def shared(self, *shape: int) -> Tensor:
         """f32 [*shape] in [0, 1), the same on every process."""

@@ -1,5 +1,6 @@
 """Keyed random numbers: uniform, independent of the batch, a function of (seed, step, position) only."""
 
+import pytest
 import torch
 
 from vidssl.core.rng import GOLDEN_RATIO, KeyedRNG, splitmix64
@@ -44,3 +45,12 @@ def test_streams_do_not_shift_each_other():
     one, other = (KeyedRNG(0, 0, torch.arange(4)) for _ in range(2))
     one.shared(7)
     assert one.rand(5).equal(other.rand(5))
+
+
+def test_normal_numbers():
+    x = KeyedRNG(0, 0, torch.arange(200)).normal(500)
+    assert x.shape == (200, 500) and x.isfinite().all()
+    n = x.numel()
+    for power, want, spread in ((1, 0, 1), (2, 1, 2), (4, 3, 96)):
+        assert x.pow(power).mean() == pytest.approx(want, abs=4 * (spread / n) ** 0.5)
+    assert x[7:9].equal(KeyedRNG(0, 0, torch.tensor([7, 8])).normal(500))
