@@ -46,6 +46,7 @@ def _check_ascending(pair: tuple[float, float]) -> tuple[float, float]:
 
 
 Range = Annotated[tuple[PositiveFloat, PositiveFloat], AfterValidator(_check_ascending)]  # from, to
+IntRange = Annotated[tuple[PositiveInt, PositiveInt], AfterValidator(_check_ascending)]  # from, to
 
 
 @dataclass(frozen=True)
@@ -485,8 +486,10 @@ def _value(value: Any, hint: Any, key_path: str, origin: Origin) -> Any:
     try:
         return adapter.validate_json(json.dumps(value, default=_plain), strict=True)
     except ValidationError as e:
-        first = e.errors()[0]
-        inner = [str(i) for i in first["loc"]]
+        errors = e.errors()
+        # of a hint with alternatives the one that has the value's type; pydantic names it in the location
+        first = next((error for error in errors if not error["type"].endswith("_type")), errors[0])
+        inner = [str(i) for i in first["loc"] if str(i).isalnum() or str(i).isidentifier()]
         if (key := ".".join([key_path, *inner])) in RENAMED:
             raise UnknownKeyError(key, "key", [], where) from None
         where += "".join(f"[{i}]" for i in inner)

@@ -46,24 +46,30 @@ def _evenly_spaced(n: int, limit: int) -> list[int]:
 
 
 def is_short(meta: dict, clip: DataConfig) -> bool:
-    """Whether a video that pack has measured ends before a clip does."""
+    """Whether a video that pack has measured ends before the shortest clip does."""
     frames = meta.get("frames", 0)
     if frames < 2:  # an image, or not measured
         return False
     if clip.stride is not None:
-        return frames <= (clip.frames - 1) * clip.stride
+        return frames <= (clip.frames - 1) * (
+            clip.stride[0] if isinstance(clip.stride, tuple) else clip.stride
+        )
     assert clip.fps is not None
-    return meta["duration"] < (clip.frames - 1) / clip.fps
+    return meta["duration"] < (clip.frames - 1) / (clip.fps[1] if isinstance(clip.fps, tuple) else clip.fps)
 
 
 def short_line(key: str, clip: DataConfig, corpus: Corpus) -> str:
     """Says how many videos are shorter than a clip; "" if none is. key: of the stream, such as "data"."""
     if not corpus.short:
         return ""
-    if clip.stride is not None:
-        length = f"data.stride {clip.stride} x {clip.frames} frames"
+    stride, fps = clip.stride, clip.fps
+    effect = "it repeats their last frame"
+    if isinstance(stride, tuple) or isinstance(fps, tuple):
+        effect = "its frames are closer together"
+    if stride is not None:
+        length = f"data.stride {stride[0] if isinstance(stride, tuple) else stride} x {clip.frames} frames"
     else:
-        length = f"{clip.frames} frames at {clip.fps:g} a second"
+        length = f"{clip.frames} frames at {fps[1] if isinstance(fps, tuple) else fps:g} a second"
     of_all = f"all {corpus.videos}" if corpus.short == corpus.videos else f"{corpus.short} of {corpus.videos}"
     seen = "" if corpus.is_whole else " that were looked at"
-    return f"{key}: {of_all} videos{seen} are shorter than a clip ({length}): it repeats their last frame"
+    return f"{key}: {of_all} videos{seen} are shorter than a clip ({length}): {effect}"

@@ -19,9 +19,10 @@ from vidssl.data.decoding.base import Video
 from vidssl.data.device_augment import ClipPlanes
 from vidssl.data.order import SampleOrder, positions_per_step
 from vidssl.data.planes import cut_clips
-from vidssl.data.sampling import repeated_positions, sample_clips, split_repeat
+from vidssl.data.sampling import repeated_positions, split_repeat
 from vidssl.data.schema import DataConfig, Decoder
 from vidssl.data.shards import Sample, Shards
+from vidssl.data.timing import Timing, choose_frames, draw_timing
 
 if TYPE_CHECKING:
     from vidssl.data.cache import HostCache
@@ -160,14 +161,10 @@ class TrainClips(Dataset[Example]):
         p, _ = split_repeat(position, self.data.repeat, self.order.lanes)
         return self.shards.sample(*(self.order.replacement(p, attempt) if attempt else self.order.locate(p)))
 
-    def _rng(self, position: int) -> np.random.Generator:
-        """Generator of the clip at `position`; its first number is the start of the clip within the video."""
-        return np.random.default_rng((self.order.seed, 3, position + self.stream * STREAM_STRIDE))
-
-    def _augment_rng(self, position: int) -> np.random.Generator:
-        rng = self._rng(position)
-        rng.uniform()  # the start of the clip
-        return rng
+    def _draw(self, position: int) -> tuple[Timing, np.random.Generator]:
+        """Returns the draws of the clip at `position` along time, and the generator of its augmentation."""
+        rng = np.random.default_rng((self.order.seed, 3, position + self.stream * STREAM_STRIDE))
+        return draw_timing(self.data, rng), rng
 
     def _decode_repeats(
         self, position: int, attempt: int, sample: Sample
@@ -180,31 +177,26 @@ class TrainClips(Dataset[Example]):
         positions = repeated_positions(position, d.repeat, self.order.lanes)
         if self._last_decoded[0] != (positions, attempt):
             self._last_decoded = None, ()  # frees the clips before the next are decoded
-            starts = [self._rng(p).uniform() for p in positions]
-            rate = {"frames": d.frames, "stride": d.stride, "fps": d.fps, "rule": d.rule}
+            timings = [self._draw(p)[0] for p in positions]
+
+            def select(times: np.ndarray) -> np.ndarray:
+                return np.stack([choose_frames(times, d, timing) for timing in timings])
+
+            def rngs() -> list[np.random.Generator]:
+                return [self._draw(p)[1] for p in positions]
+
             clips: np.ndarray | Sequence[ClipPlanes | CachedClip]
             if self.index is not None:
-                clips = self.index.find_clips(
-                    sample,
-                    lambda times: sample_clips(times, starts, **rate),
-                    self.augment,
-                    [self._augment_rng(p) for p in positions],
-                )
+                clips = self.index.find_clips(sample, select, self.augment, rngs())
             elif d.augment_on == "device":
                 clips = self.clip_reader.read_planes(
                     sample,
                     lambda video: cut_clips(
-                        video,
-                        list(sample_clips(video.times, starts, **rate)),
-                        self.augment,
-                        [self._augment_rng(p) for p in positions],
-                        d.short_side,
+                        video, list(select(video.times)), self.augment, rngs(), d.short_side
                     ),
                 )
             else:
-                frames = self.clip_reader.read_clip(
-                    sample, lambda times: sample_clips(times, starts, **rate).ravel()
-                )
+                frames = self.clip_reader.read_clip(sample, lambda times: select(times).ravel())
                 clips = rearrange(frames, "(r t) h w c -> r t h w c", r=len(positions))
             if d.repeat == 1:
                 return clips
@@ -219,7 +211,7 @@ class TrainClips(Dataset[Example]):
         except DecodeError as e:
             return DecodeFailure(sample.key, e.reason)
         is_decoded = isinstance(clip, np.ndarray)
-        video = self.augment(clip, self._augment_rng(position)) if is_decoded else clip
+        video = self.augment(clip, self._draw(position)[1]) if is_decoded else clip
         label = sample.meta.get("label", -1)
         return Example(position + self.stream * STREAM_STRIDE, sample.key, label, video, [])
 

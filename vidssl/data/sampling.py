@@ -1,8 +1,7 @@
 """Which frames of a video make a clip, and where the repeats of a sample are in the stream."""
 
 import math
-from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -47,11 +46,6 @@ def sample_indices(
     # Begins on a frame: between two frames, rounding would decide which of them is nearer.
     first_s = times[nearest_frames(times, np.array([start * latest_s]))]
     return nearest_frames(times, first_s + steps / fps)
-
-
-def sample_clips(times: np.ndarray, starts: Sequence[float], **settings: Any) -> np.ndarray:
-    """`sample_indices` for several starts: i64 [len(starts), frames], for clips that share one decoding."""
-    return np.stack([sample_indices(times, start=start, **settings) for start in starts])
 
 
 def segment_starts(segments: int) -> list[float]:

@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import ConfigDict, Field
 
-from vidssl.config import Fraction, Names, NonNegativeFloat, PositiveFloat, PositiveInt, Text
+from vidssl.config import Fraction, IntRange, Names, NonNegativeFloat, PositiveFloat, PositiveInt, Range, Text
 from vidssl.config.signatures import PartTable
 from vidssl.core.errors import UserError
 from vidssl.data.sampling import Rule
@@ -16,6 +16,8 @@ from vidssl.data.sampling import Rule
 AUGMENT_PARTS = PartTable("vidssl.data.augment", "AUGMENTS")
 Decoder = Literal["auto", "decord", "pyav", "torchcodec"]
 Weights = tuple[PositiveFloat, ...]
+Stride = PositiveInt | IntRange  # a range: each clip draws its own, uniform in what fits in the video
+Rate = PositiveFloat | Range
 
 
 @dataclass(frozen=True)
@@ -27,13 +29,13 @@ class ExtraStream:
     frames: PositiveInt
     # clips of this stream per step, counted in run.batch; a multiple of run.lanes x data.repeat
     clips: PositiveInt
-    stride: PositiveInt | None = None
-    fps: PositiveFloat | None = None
+    stride: Stride | None = None
+    fps: Rate | None = None
     weights: Weights | None = None
     rule: Rule = "exact"
 
     def __post_init__(self) -> None:
-        check_rate("data.extra_streams", self.stride, self.fps)
+        check_rate("data.extra_streams", self.stride, self.fps, self.rule)
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,10 @@ class DataConfig:
 
     train: Names  # packed folders or their URLs (http, https, s3, ...); reader stream: see data/stream.py
     frames: PositiveInt  # per clip
-    stride: PositiveInt | None = None  # between the frames of a clip, in frames of the video
-    fps: PositiveFloat | None = None  # frames per second of a clip; give either stride or fps
+    # between the frames of a clip, in frames of the video; [4, 48]: each clip draws its own, uniform in the
+    # part of the range with which it fits in its video
+    stride: Stride | None = None
+    fps: Rate | None = None  # frames per second of a clip, or a range; give either stride or fps
     rule: Rule = "exact"  # how stride and fps select frames; 'vjepa' reproduces V-JEPA's frame selection
     reader: Literal["indexed", "stream"] = "indexed"  # stream: for shards without an index (data/stream.py)
     # reader stream: samples, not yet decoded, that each loader process shuffles
@@ -70,7 +74,7 @@ class DataConfig:
     memory_mb: PositiveInt = 4096
 
     def __post_init__(self) -> None:
-        check_rate("data", self.stride, self.fps)
+        check_rate("data", self.stride, self.fps, self.rule)
         if self.reader == "stream":
             unusable = (
                 ("weights", self.weights),
@@ -103,9 +107,13 @@ def check_local_folders(key: str, paths: Sequence[str]) -> None:
             raise UserError(f"{key}: {path}: no such folder")
 
 
-def check_rate(where: str, stride: int | None, fps: float | None) -> None:
+def check_rate(
+    where: str, stride: int | tuple[int, int] | None, fps: float | tuple[float, float] | None, rule: Rule
+) -> None:
     if (stride is None) == (fps is None):
         raise UserError(f"{where}: give either stride (in frames) or fps (frames a second)")
+    if rule == "vjepa" and (isinstance(stride, tuple) or isinstance(fps, tuple)):
+        raise UserError(f"{where}.rule vjepa: its clips have one stride or fps, not a range; use rule exact")
 
 
 @dataclass(frozen=True)

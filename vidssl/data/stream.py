@@ -45,9 +45,9 @@ from vidssl.data.metadata import MAX_JSON_BYTES, parse_meta
 from vidssl.data.order import positions_per_step
 from vidssl.data.planes import cut_clips
 from vidssl.data.remote import filesystem, network_errors
-from vidssl.data.sampling import sample_indices
 from vidssl.data.schema import DataConfig, Decoder
 from vidssl.data.tar_files import TarFiles, is_system_file, split_name
+from vidssl.data.timing import choose_frames, draw_timing
 
 DAMAGED_TAR = (tarfile.TarError, EOFError, ValueError, zlib.error)
 
@@ -120,11 +120,8 @@ class ClipDecoder:
             return DecodeFailure(key, "no_media")
         ext, payload = media
         rng = np.random.default_rng((self.seed, 3, position))
-        start = rng.uniform()
+        select = partial(choose_frames, clip=d, timing=draw_timing(d, rng))
         state = rng.bit_generator.state
-        select = partial(
-            sample_indices, frames=d.frames, stride=d.stride, fps=d.fps, start=start, rule=d.rule
-        )
 
         def decode(decoder: Decoder) -> Tensor | ClipPlanes:
             rng.bit_generator.state = state  # a second decoder makes the same draws

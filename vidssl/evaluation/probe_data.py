@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from vidssl.core.errors import UserError
 from vidssl.core.suggestions import multiples_near
 from vidssl.data.shards import Shards
+from vidssl.data.timing import middle_rate
 from vidssl.evaluation.controls import Control, FrameOrder
 from vidssl.evaluation.evaluate import check_disjoint
 from vidssl.evaluation.extractor import Split
@@ -84,7 +85,7 @@ def encoder_view(
     control: Control = "none",
 ) -> View:
     """Clips with the frames, size (pixels) and rate (stride in frames, or fps) that the encoder was trained
-    on, where these are None."""
+    on, where these are None; of a range of rates the middle."""
     model = loaded.metadata["model"]
     if model["height"] != model["width"]:
         raise UserError(
@@ -103,8 +104,7 @@ def encoder_view(
                 "a public checkpoint does not state the distance of its frames: give data.stride or data.fps"
             )
         else:
-            stride = trained["data"]["stride"]
-            fps = trained["data"]["fps"]
+            stride, fps = middle_rate(trained["data"]["stride"], trained["data"]["fps"])
     order: FrameOrder = "none"
     first_frames = None
     if control == "single":  # by the model's own embedding of images, or repeated to fill one tubelet

@@ -13,6 +13,7 @@ from vidssl.core.errors import UserError
 from vidssl.core.pixels import normalise
 from vidssl.data.schema import DataConfig
 from vidssl.data.shards import Sample, Shards
+from vidssl.data.timing import middle_rate
 from vidssl.evaluation.isolated_clips import IsolatedEvalClips
 from vidssl.evaluation.neighbours import knn_predict
 from vidssl.evaluation.solvers import ridge_predict
@@ -59,7 +60,7 @@ class OnlineProbe:
         take.
         """
         own_rate = config.stride or config.fps
-        stride, fps = (config.stride, config.fps) if own_rate else (data.stride, data.fps)
+        stride, fps = (config.stride, config.fps) if own_rate else middle_rate(data.stride, data.fps)
         view = View(data.frames, stride, fps, segments=1, crops=1, size=size)
         need_mb = 2 * config.samples * 3 * data.frames * size * size >> 20
         if need_mb > config.memory_mb:
