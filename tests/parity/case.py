@@ -55,7 +55,8 @@ class Case:
         self.geometry = self.about.get("geometry", {})
         self.options = self.about.get("options", {})
         self.state = self.subtree("state")
-        self.not_compared = {k for k in self.tensors if not k.startswith(INPUTS)}
+        outputs = self.about.get("stored", self.tensors)
+        self.not_compared = {k for k in outputs if not k.startswith(INPUTS)}
         self.largest_error = dict.fromkeys(self.limits, (0.0, "-"))
 
     def __contains__(self, key: str) -> bool:

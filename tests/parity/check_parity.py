@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import check_agreement
 import torch
 import torch.nn.functional as F
 from case import Case, Precision
@@ -49,12 +50,8 @@ NOT_IMPLEMENTED = frozenset(  # vectors of methods that this project does not ha
         "data2vec2",
         "everest",
         "hpm",
-        "ibot",
         "latentmim",
         "mgmae",
-        "msn",
-        "sigreg",
-        "vicreg",
     ]
 )
 ONLY_FP32 = {"vjepa_run", "vjepa_mask_statistics"}  # training runs and draws of masks
@@ -378,7 +375,9 @@ def mask_deviation(path: Path) -> tuple[float, str]:
 
 def compare_with_reference(case: Case) -> None:
     """The comparison for the kind of the case, which its tensors tell."""
-    if "trace.loss" in case:
+    if case.name in check_agreement.CHECKS:
+        check_agreement.CHECKS[case.name](case)
+    elif "trace.loss" in case:
         check_training_run(case)
     elif "hog" in case:
         check_hog(case)

@@ -79,6 +79,7 @@ def read_compact(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     names of the rows of `grad`, about["shapes"] the shape of every weight."""
     about = json.loads(path.read_text())
     tensors = load_file(path.with_suffix(".safetensors"))
+    about["stored"] = list(tensors)
     for prefix, part in (("state.", "state"), ("", "inputs")):
         for name, shape, values in named_shapes(about.get(part, [])):
             tensors[prefix + name.split("#")[0]] = recreate(

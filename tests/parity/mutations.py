@@ -6,6 +6,7 @@ A mutation is a function of pytest's monkeypatch. MUTATIONS: name: (case, mutati
 from collections.abc import Callable
 from functools import partial
 
+import check_agreement
 import check_parity
 import pytest
 import torch
@@ -201,6 +202,15 @@ def swap_gradients(patch: Patch) -> None:
     patch.setattr(hog, "sobel", lambda images: right(images)[::-1])
 
 
+def fewer_points(patch: Patch) -> None:
+    right = check_agreement.sigreg
+    patch.setattr(check_agreement, "sigreg", lambda *args, **options: right(*args, points=16, **options))
+
+
+def sinkhorn_of_scores(patch: Patch) -> None:
+    patch.setattr(Tensor, "log_softmax", lambda x, dim: x)
+
+
 MUTATIONS: dict[str, tuple[str, Mutation]] = {
     "rotary layout, tiled": ("vjepa2_rope", other_rotary_layout),
     "rotary layout, interleaved": ("vjepa2_1", other_rotary_layout),
@@ -231,5 +241,7 @@ MUTATIONS: dict[str, tuple[str, Mutation]] = {
     "tokens decayed": ("vjepa_run", tokens_not_decayed),
     "biases not decayed": ("vjepa_run", everything_decayed),
     "HOG, angle": ("maskfeat_hog", swap_gradients),
+    "points of SIGReg": ("sigreg", fewer_points),
+    "rows before Sinkhorn": ("msn", sinkhorn_of_scores),
     "EMA encoder": ("vjepa_run", target_copies_online_encoder),
 }
