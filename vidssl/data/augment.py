@@ -1,4 +1,5 @@
-"""Augmentation of uint8 clips, alike in all frames; normalisation happens on the device.
+"""Augmentation of uint8 clips, alike in all frames but for kinds that cut each frame apart; normalisation
+happens on the device.
 
 A clip goes through crop, flip, RandAugment, colour jitter and erasing, in this order. Each step that is
 switched on draws one number or seed from the clip's generator, independently of pixel content, so that steps
@@ -9,10 +10,11 @@ host; `device_augment.py` does so on a device.
 import random
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from math import ceil, floor
 from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
@@ -47,11 +49,20 @@ class ColorDraws(NamedTuple):
     grayscale: bool
 
 
+class Window(NamedTuple):
+    """What a clip shows of a frame, in pixels, which it may divide; mirrored with flip."""
+
+    top: float
+    left: float
+    height: float
+    width: float
+    flip: bool = False
+
+
 class ClipDraws(NamedTuple):
     """What augmentation has drawn for a clip."""
 
-    box: Box
-    flip: bool = False
+    windows: tuple[Window, ...]  # one for all frames, or one for each of them
     randaugment_seed: int | None = None  # None: switched off
     color: ColorDraws | None = None
     erase_seed: int | None = None  # None: nothing is erased
@@ -88,12 +99,38 @@ def seeded(seed: int) -> Iterator[None]:
         np.random.set_state(states[1])
 
 
-def _resized_crop(frames: np.ndarray, box: Box, size: int) -> np.ndarray:
-    """u8 [T, H, W, 3] -> u8 [T, size, size, 3]: a box, resized bilinearly with antialiasing."""
-    top, left, height, width = box
-    part = torch.from_numpy(frames[:, top : top + height, left : left + width])
-    resized = TF.resize(rearrange(part, "t h w c -> t c h w"), [size, size], antialias=True)
-    return rearrange(resized, "t c h w -> t h w c").numpy()
+def covering_box(windows: Sequence[Window]) -> Box:
+    """The smallest box of whole pixels that holds all windows."""
+    top = floor(min(w.top for w in windows))
+    left = floor(min(w.left for w in windows))
+    bottom = ceil(max(w.top + w.height for w in windows))
+    right = ceil(max(w.left + w.width for w in windows))
+    return Box(top, left, bottom - top, right - left)
+
+
+def _show(frames: np.ndarray, window: Window, size: int) -> np.ndarray:
+    """u8 [T, H, W, 3] -> u8 [T, size, size, 3]: a window, resized bilinearly with antialiasing."""
+    box = covering_box([window])
+    part = frames[:, box.top : box.top + box.height, box.left : box.left + box.width]
+    if box == window[:4]:
+        stacked = rearrange(torch.from_numpy(part), "t h w c -> t c h w")
+        resized = TF.resize(stacked, [size, size], antialias=True)
+        shown = rearrange(resized, "t c h w -> t h w c").numpy()
+    else:  # torchvision cuts at whole pixels only
+        top, left = window.top - box.top, window.left - box.left
+        corners = left, top, left + window.width, top + window.height
+        pictures = [Image.fromarray(frame) for frame in part]
+        scaled = [p.resize((size, size), Image.Resampling.BILINEAR, corners) for p in pictures]
+        shown = np.stack([np.asarray(picture) for picture in scaled])
+    return shown[:, :, ::-1] if window.flip else shown
+
+
+def show_windows(frames: np.ndarray, windows: Sequence[Window], size: int) -> np.ndarray:
+    """u8 [T, H, W, 3] -> u8 [T, size, size, 3]; several windows of one frame are a frame each."""
+    if len(windows) == 1:
+        return _show(frames, windows[0], size)
+    sources = np.split(frames, len(frames)) if len(frames) > 1 else [frames] * len(windows)
+    return np.concatenate([_show(s, w, size) for s, w in zip(sources, windows, strict=True)])
 
 
 def _channels_first(frames: np.ndarray) -> Tensor:
@@ -202,20 +239,20 @@ class Augmentations:
                 "give its name, such as rand-m7-n4-mstd0.5-inc1"
             )
 
-    def draw_after_box(self, box: Box, rng: np.random.Generator) -> ClipDraws:
-        flip = bool(rng.uniform() < self.flip)
+    def draw_flip(self, rng: np.random.Generator) -> bool:
+        return bool(rng.uniform() < self.flip)
+
+    def draw_after_windows(self, windows: tuple[Window, ...], rng: np.random.Generator) -> ClipDraws:
         randaugment_seed = draw_seed(rng) if self.randaugment is not None else None
         color = None
         if self.color_jitter is not None:
             with seeded_torch(draw_seed(rng)):
                 color = draw_color(self.color_jitter)
         erases = bool(self.random_erasing) and rng.uniform() < self.random_erasing
-        return ClipDraws(box, flip, randaugment_seed, color, draw_seed(rng) if erases else None)
+        return ClipDraws(windows, randaugment_seed, color, draw_seed(rng) if erases else None)
 
     def apply_after_crop(self, frames: np.ndarray, draws: ClipDraws) -> Tensor:
         """u8 [T, S, S, 3] -> u8 [3, T, S, S]."""
-        if draws.flip:
-            frames = frames[:, :, ::-1]
         if self.randaugment is not None and draws.randaugment_seed is not None:
             frames = _rand_augment(frames, self.randaugment, draws.randaugment_seed)
         clip = _channels_first(frames)
@@ -232,22 +269,35 @@ class TrainingCrop(Augmentations, ABC):
 
     size: PositiveInt  # pixels, height and width of the clip
 
+    def shows_one_frame(self, is_image: bool) -> bool:
+        """Whether the clip is made of a single frame of the sample, by one window for each frame of the
+        clip."""
+        return False
+
     @abstractmethod
     def draw_box(self, height: int, width: int, rng: np.random.Generator) -> Box:
         """Draws a box within a frame of height x width pixels."""
 
     def draw(self, height: int, width: int, rng: np.random.Generator) -> ClipDraws:
         """Makes all draws of a clip whose frames have height x width pixels."""
-        return self.draw_after_box(self.draw_box(height, width, rng), rng)
+        box = self.draw_box(height, width, rng)
+        return self.draw_after_windows((Window(*box, self.draw_flip(rng)),), rng)
 
     def apply(self, frames: np.ndarray, draws: ClipDraws) -> Tensor:
         """u8 [T, H, W, 3] -> u8 [3, T, size, size]."""
-        return self.apply_after_crop(_resized_crop(frames, draws.box, self.size), draws)
+        return self.apply_after_crop(show_windows(frames, draws.windows, self.size), draws)
 
     def __call__(self, frames: np.ndarray, rng: np.random.Generator) -> Tensor:
         """u8 [T, H, W, 3] -> u8 [3, T, size, size]."""
         height, width = frames.shape[1:3]
         return self.apply(frames, self.draw(height, width, rng))
+
+
+def draw_area(height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float]) -> Box:
+    """Draws a box of torchvision's RandomResizedCrop from torch's global generator. scale: fraction of the
+    area of height x width; ratio: width over height."""
+    frame = torch.empty(1).expand(3, height, width)  # only its size is read
+    return Box(*RandomResizedCrop.get_params(frame, list(scale), list(ratio)))
 
 
 @dataclass(frozen=True)
@@ -261,8 +311,7 @@ class RandomCrop(TrainingCrop):
 
     def draw_box(self, height: int, width: int, rng: np.random.Generator) -> Box:
         with seeded_torch(draw_seed(rng)):
-            frame = torch.empty(1).expand(3, height, width)  # only its size is read
-            return Box(*RandomResizedCrop.get_params(frame, list(self.scale), list(self.ratio)))
+            return draw_area(height, width, self.scale, self.ratio)
 
 
 @dataclass(frozen=True)
@@ -306,18 +355,59 @@ BOX_OFFSETS = [*CORNERS, (2, 2), *EDGES, *QUARTERS]
 
 
 @dataclass(frozen=True)
+class CropPair(TrainingCrop):
+    """A clip of two frames made of one: a crop of it, and a smaller crop of that crop.
+
+    Both are resized to `size` pixels, the second one from the pixels of the frame; its box is drawn within
+    the first one as it is shown, so that a ratio is one of the clip. Flips are drawn apart. Source: CropMAE
+    (arXiv 2403.17823; data/util/CropMAEStrategies.py, GlobalToLocal), which resizes the second crop twice.
+    """
+
+    scale: Range = (0.1, 1.0)  # of the first crop: fraction of the frame's area
+    local_scale: Range = (0.3, 0.6)  # of the second crop: fraction of the first one's area
+    ratio: Range = (0.75, 1.3333)  # of both: width over height
+
+    def shows_one_frame(self, is_image: bool) -> bool:
+        return True
+
+    def draw_box(self, height: int, width: int, rng: np.random.Generator) -> Box:
+        with seeded_torch(draw_seed(rng)):
+            return draw_area(height, width, self.scale, self.ratio)
+
+    def draw(self, height: int, width: int, rng: np.random.Generator) -> ClipDraws:
+        outer = self.draw_box(height, width, rng)
+        with seeded_torch(draw_seed(rng)):
+            inner = draw_area(self.size, self.size, self.local_scale, self.ratio)
+        boxes = [outer, box_within(outer, inner, self.size)]
+        windows = tuple(Window(*box, self.draw_flip(rng)) for box in boxes)
+        return self.draw_after_windows(windows, rng)
+
+
+def box_within(outer: Box, inner: Box, size: int) -> tuple[float, float, float, float]:
+    """Returns top, left, height and width in the frame of a box in a crop `outer` that is shown at `size`
+    pixels. Its edges are whole 256ths of a pixel, which the numbers of a device hold exactly."""
+    rows, columns = outer.height / size, outer.width / size
+    top, bottom = (round(256 * rows * edge) / 256 for edge in (inner.top, inner.top + inner.height))
+    left, right = (round(256 * columns * edge) / 256 for edge in (inner.left, inner.left + inner.width))
+    return outer.top + top, outer.left + left, bottom - top, right - left
+
+
+@dataclass(frozen=True)
 class CenterCrop:
     """The central square, resized to `size` pixels: the crop of evaluation."""
 
     size: PositiveInt
 
+    def shows_one_frame(self, is_image: bool) -> bool:
+        return False
+
     def draw(self, height: int, width: int, rng: np.random.Generator | None = None) -> ClipDraws:
         side = min(height, width)
-        return ClipDraws(Box((height - side) // 2, (width - side) // 2, side, side))
+        return ClipDraws((Window((height - side) // 2, (width - side) // 2, side, side),))
 
     def apply(self, frames: np.ndarray, draws: ClipDraws) -> Tensor:
         """u8 [T, H, W, 3] -> u8 [3, T, size, size]."""
-        return _channels_first(_resized_crop(frames, draws.box, self.size))
+        return _channels_first(show_windows(frames, draws.windows, self.size))
 
     def __call__(self, frames: np.ndarray, rng: np.random.Generator | None = None) -> Tensor:
         """u8 [T, H, W, 3] -> u8 [3, T, size, size]."""
@@ -325,4 +415,9 @@ class CenterCrop:
         return self.apply(frames, self.draw(height, width, rng))
 
 
-AUGMENTS = {"random_crop": RandomCrop, "multi_scale_crop": MultiScaleCrop, "center_crop": CenterCrop}
+AUGMENTS = {
+    "random_crop": RandomCrop,
+    "multi_scale_crop": MultiScaleCrop,
+    "center_crop": CenterCrop,
+    "crop_pair": CropPair,
+}

@@ -17,6 +17,7 @@ from vidssl.data.augment import downscale
 from vidssl.data.decoding import check_decoder, open_video, select_decoder
 from vidssl.data.decoding.base import Video
 from vidssl.data.device_augment import ClipPlanes
+from vidssl.data.extensions import IMAGE_EXTENSIONS
 from vidssl.data.order import SampleOrder, positions_per_step
 from vidssl.data.planes import cut_clips
 from vidssl.data.sampling import repeated_positions, split_repeat
@@ -178,9 +179,10 @@ class TrainClips(Dataset[Example]):
         if self._last_decoded[0] != (positions, attempt):
             self._last_decoded = None, ()  # frees the clips before the next are decoded
             timings = [self._draw(p)[0] for p in positions]
+            one_frame = self.augment.shows_one_frame(sample.ext in IMAGE_EXTENSIONS)
 
             def select(times: np.ndarray) -> np.ndarray:
-                return np.stack([choose_frames(times, d, timing) for timing in timings])
+                return np.stack([choose_frames(times, d, timing, one_frame) for timing in timings])
 
             def rngs() -> list[np.random.Generator]:
                 return [self._draw(p)[1] for p in positions]

@@ -58,7 +58,8 @@ class Erase(NamedTuple):
 class ClipLayout(NamedTuple):
     """What turns the planes of a clip into the clip.
 
-    side: pixels, height and width of the clip. size: (height, width) of what the planes hold of a frame.
+    side: pixels, height and width of the clip. frames: of the planes. size: (height, width) of what the
+    planes hold of a frame. rows, columns: of all frames, or of the first one; others: of the frames after it.
     """
 
     side: int
@@ -69,6 +70,14 @@ class ClipLayout(NamedTuple):
     format: PixelFormat
     color: ColorDraws | None
     erase: Erase | None
+    others: tuple[tuple[Axis, Axis], ...] = ()
+
+    def windows(self) -> list["ClipLayout"]:
+        """The layouts of the frames that are cut apart; of a clip that is cut as a whole, this one."""
+        if not self.others:
+            return [self]
+        axes = [(self.rows, self.columns), *self.others]
+        return [self._replace(frames=1, rows=r, columns=c, others=()) for r, c in axes]
 
     @property
     def shapes(self) -> list[tuple[int, ...]]:
@@ -89,7 +98,8 @@ class ClipPlanes(NamedTuple):
 
 @dataclass(frozen=True)
 class PlaneBatch:
-    """Clips as decoded, in one tensor: the numbers of the clips f32 [B, NUMBERS], then their planes."""
+    """Clips as decoded, in one tensor: the numbers of their windows f32 [B * windows, NUMBERS], then their
+    planes."""
 
     data: Tensor  # u8 [n]
     layouts: list[ClipLayout]
@@ -114,13 +124,16 @@ def layout_clip(
 ) -> ClipLayout:
     """full: (height, width) of a frame as decoded; scaled: after data.short_side; region: what the planes
     hold of it."""
-    box = draws.box
-    rows = Axis(box.top, box.height, region.top, full[0], scaled[0], 0)
-    columns = Axis(box.left, box.width, region.left, full[1], scaled[1], draws.flip)
+    axes = [
+        (
+            Axis(window.top, window.height, region.top, full[0], scaled[0], 0),
+            Axis(window.left, window.width, region.left, full[1], scaled[1], window.flip),
+        )
+        for window in draws.windows
+    ]
     erase = None if draws.erase_seed is None else find_erased(augment, draws.erase_seed)
-    return ClipLayout(
-        augment.size, frames, (region.height, region.width), rows, columns, format, draws.color, erase
-    )
+    size = region.height, region.width
+    return ClipLayout(augment.size, frames, size, *axes[0], format, draws.color, erase, tuple(axes[1:]))
 
 
 def find_erased(augment: TrainingCrop, seed: int) -> Erase | None:
@@ -140,7 +153,7 @@ def find_erased(augment: TrainingCrop, seed: int) -> Erase | None:
 
 def collate_planes(clips: Sequence[ClipPlanes]) -> PlaneBatch:
     """One tensor of all clips; in a loader worker in the shared memory that the training process reads."""
-    numbers = np.array([clip.layout.numbers() for clip in clips], np.float32)
+    numbers = window_numbers([clip.layout for clip in clips])
     parts = [torch.from_numpy(numbers).flatten().view(torch.uint8), *(clip.pixels for clip in clips)]
     total = sum(len(part) for part in parts)
     data = torch.empty(0, dtype=torch.uint8)
@@ -151,25 +164,42 @@ def collate_planes(clips: Sequence[ClipPlanes]) -> PlaneBatch:
     return PlaneBatch(data, [clip.layout for clip in clips])
 
 
+def window_numbers(layouts: Sequence[ClipLayout]) -> np.ndarray:
+    """f32 [B * windows, NUMBERS]."""
+    return np.array([w.numbers() for layout in layouts for w in layout.windows()], np.float32)
+
+
 def make_clips(batch: PlaneBatch) -> Tensor:
     """Makes the clips u8 [B, 3, T, S, S] on the device of the batch. Waits for nothing on the device."""
     layouts = batch.layouts
-    head = 4 * NUMBERS * len(layouts)
+    windows = [window for layout in layouts for window in layout.windows()]
+    head = 4 * NUMBERS * len(windows)
     numbers = batch.data[:head].view(torch.float32).view(-1, NUMBERS)
     sizes = [sum(math.prod(shape) for shape in layout.shapes) for layout in layouts]
-    clips = [
-        split_planes(pixels, layout.shapes)
-        for pixels, layout in zip(batch.data[head:].split(sizes), layouts, strict=True)
-    ]
-    return _make(clips, layouts, numbers)
-
-
-def _make(clips: Sequence[list[Tensor]], layouts: Sequence[ClipLayout], numbers: Tensor) -> Tensor:
+    clips: list[list[Tensor]] = []  # one for each window
+    for pixels, layout in zip(batch.data[head:].split(sizes), layouts, strict=True):
+        clips += frames_of_windows(split_planes(pixels, layout.shapes), layout)
     largest = [max(layout.size[axis] for layout in layouts) for axis in (0, 1)]
-    at_once = max(1, MAX_PASS // (3 * layouts[0].frames * math.prod(largest)))
-    parts = [slice(i, i + at_once) for i in range(0, len(layouts), at_once)]
-    video = torch.cat([resize_planes(clips[p], layouts[p], numbers[p]) for p in parts])
-    return change_pixels(video, layouts, numbers)
+    at_once = max(1, MAX_PASS // (3 * windows[0].frames * math.prod(largest)))
+    parts = [slice(i, i + at_once) for i in range(0, len(windows), at_once)]
+    video = torch.cat([resize_planes(clips[p], windows[p], numbers[p]) for p in parts])
+    return finish_clips(video, layouts, numbers)
+
+
+def frames_of_windows(planes: list[Tensor], layout: ClipLayout) -> list[list[Tensor]]:
+    """The planes [T, h, w, ...] of a clip -> those that each of its windows shows."""
+    if not layout.others:
+        return [planes]
+    last = layout.frames - 1  # shown by all windows, if it is the only one
+    return [[plane[min(i, last)][None] for plane in planes] for i in range(1 + len(layout.others))]
+
+
+def finish_clips(video: Tensor, layouts: Sequence[ClipLayout], numbers: Tensor) -> Tensor:
+    """Joins the frames of clips that are cut apart, u8 [B * windows, 3, T, S, S] -> u8
+    [B, 3, T * windows, S, S], then makes the changes of colour and erases."""
+    each = len(video) // len(layouts)
+    joined = rearrange(video, "(b w) c t h w2 -> b c (w t) h w2", w=each).contiguous()
+    return change_pixels(joined, layouts, numbers[::each])
 
 
 def resize_planes(clips: Sequence[list[Tensor]], layouts: Sequence[ClipLayout], numbers: Tensor) -> Tensor:
@@ -208,11 +238,14 @@ def resize_padded(frames: Tensor, layouts: Sequence[ClipLayout], numbers: Tensor
 
 def augment_padded(frames: Tensor, layouts: Sequence[ClipLayout], numbers: Tensor) -> Tensor:
     """RGB frames u8 [B, 3, T, H, W], zero beyond a smaller clip -> u8 [B, 3, T, S, S], augmented as drawn.
-    numbers: f32 [B, NUMBERS]."""
+    numbers: f32 [B * windows, NUMBERS]; a clip of several windows has as many frames."""
+    windows = [window for layout in layouts for window in layout.windows()]
+    if len(windows) > len(layouts):
+        frames = rearrange(frames, "b c t h w -> (b t) c 1 h w")
     at_once = max(1, MAX_PASS // frames[0].numel())
-    parts = [slice(i, i + at_once) for i in range(0, len(layouts), at_once)]
-    video = torch.cat([resize_padded(frames[p], layouts[p], numbers[p]) for p in parts])
-    return change_pixels(video, layouts, numbers)
+    parts = [slice(i, i + at_once) for i in range(0, len(windows), at_once)]
+    video = torch.cat([resize_padded(frames[p], windows[p], numbers[p]) for p in parts])
+    return finish_clips(video, layouts, numbers)
 
 
 def product_type(numbers: Tensor) -> torch.dtype:
@@ -260,14 +293,14 @@ def axis_weights(axes: Tensor, known: Sequence[Axis], size: int, length: int) ->
 
 
 def triangle_weights(start: Tensor, extent: Tensor, outputs: Tensor, place: Tensor, pixel: Tensor) -> Tensor:
-    """Weights of the pixels start..start+extent-1, resized to `outputs`: [B, 1, 1] each.
+    """Weights of the pixels from start to start + extent, resized to `outputs`: [B, 1, 1] each.
 
     place [B, n, 1]: which of the outputs; pixel [B, 1, m]: which pixels. Returns f32 [B, n, m].
     """
     step = extent / outputs
     centre = start + (place + 0.5) * step
     weights = (1 - (pixel + 0.5 - centre).abs() / step.clamp_min(1)).clamp_min(0)
-    weights = weights * ((pixel >= start) & (pixel < start + extent))
+    weights = weights * ((pixel >= start.floor()) & (pixel < (start + extent).ceil()))
     return weights / weights.sum(-1, keepdim=True).clamp_min(1e-6)
 
 

@@ -19,7 +19,7 @@ from vidssl.core.errors import DecodeError
 from vidssl.data.cache import DecodedVideo, cache_key, present_frames
 from vidssl.data.dataset import SelectFrames
 from vidssl.data.decoding.planes import RGB, Box
-from vidssl.data.device_augment import ClipLayout, augment_padded, layout_clip, padded_length
+from vidssl.data.device_augment import ClipLayout, augment_padded, layout_clip, padded_length, window_numbers
 from vidssl.data.shards import Sample
 
 CHUNK_BYTES = 1 << 30  # of frames that are allocated at once, beyond those that the index promised
@@ -54,7 +54,7 @@ class CachedClips:
     # i64 [B, T + 1]: rows of the frames; in the last column the clip in this list that is number 0, 1, ... of
     # the batch
     rows: Tensor
-    numbers: Tensor  # f32 [B, NUMBERS]: see device_augment.py
+    numbers: Tensor  # f32 [B * windows, NUMBERS]: see device_augment.py
     layouts: list[ClipLayout]
 
     def to(self, device: torch.device, non_blocking: bool = False) -> Tensor:
@@ -72,7 +72,7 @@ def collate_cached(clips: list[CachedClip]) -> CachedClips:
     ordered = [clips[i] for i in order]
     rows = np.stack([clip.rows for clip in ordered])
     rows = np.concatenate([rows, np.argsort(order)[:, None]], 1)
-    numbers = np.array([clip.layout.numbers() for clip in ordered], np.float32)
+    numbers = window_numbers([clip.layout for clip in ordered])
     tables = [(table, len(list(group))) for table, group in groupby(clip.table for clip in ordered)]
     layouts = [clip.layout for clip in ordered]
     return CachedClips(clips[0].cache, tables, torch.from_numpy(rows), torch.from_numpy(numbers), layouts)
@@ -117,8 +117,9 @@ class VideoIndex:
         clips = []
         for indices, rng in zip(chosen, rngs, strict=True):
             draws = augment.draw(*size, rng)
-            layout = layout_clip(draws, augment, len(indices), size, size, Box(0, 0, *size), RGB)
-            clips.append(CachedClip(self.number, video.chunk, video.first_row + indices, layout))
+            shown = np.broadcast_to(indices, max(len(indices), len(draws.windows)))
+            layout = layout_clip(draws, augment, len(shown), size, size, Box(0, 0, *size), RGB)
+            clips.append(CachedClip(self.number, video.chunk, video.first_row + shown, layout))
         return clips
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from vidssl.core.log import logger
-from vidssl.data.augment import TrainingCrop, scaled_size
+from vidssl.data.augment import TrainingCrop, covering_box, scaled_size
 from vidssl.data.decoding.base import Video
 from vidssl.data.decoding.planes import Box
 from vidssl.data.device_augment import ClipPlanes, layout_clip
@@ -63,7 +63,7 @@ def cut_clips(
     scaled = scaled_size(*size, short_side)
     draws = [augment.draw(*scaled, rng) for rng in rngs]
     regions = []
-    for box in (drawn.box for drawn in draws):
+    for box in (covering_box(drawn.windows) for drawn in draws):
         top, height = needed_span(box.top, box.height, size[0], scaled[0])
         left, width = needed_span(box.left, box.width, size[1], scaled[1])
         regions.append(Box(top, left, height, width))

@@ -38,7 +38,7 @@ from vidssl.data.dataset import (
 from vidssl.data.decoding import open_video
 from vidssl.data.decoding.base import MAX_BYTES
 from vidssl.data.device_augment import ClipPlanes
-from vidssl.data.extensions import MEDIA_EXTENSIONS
+from vidssl.data.extensions import IMAGE_EXTENSIONS, MEDIA_EXTENSIONS
 from vidssl.data.format import select_media
 from vidssl.data.isolated_dataset import IsolatedDataset
 from vidssl.data.metadata import MAX_JSON_BYTES, parse_meta
@@ -120,7 +120,8 @@ class ClipDecoder:
             return DecodeFailure(key, "no_media")
         ext, payload = media
         rng = np.random.default_rng((self.seed, 3, position))
-        select = partial(choose_frames, clip=d, timing=draw_timing(d, rng))
+        one_frame = self.augment.shows_one_frame(ext in IMAGE_EXTENSIONS)
+        select = partial(choose_frames, clip=d, timing=draw_timing(d, rng), one_frame=one_frame)
         state = rng.bit_generator.state
 
         def decode(decoder: Decoder) -> Tensor | ClipPlanes:

@@ -23,8 +23,13 @@ def draw_timing(clip: DataConfig, rng: np.random.Generator) -> Timing:
     return Timing(start, rng.uniform()) if is_range else Timing(start)
 
 
-def choose_frames(times: np.ndarray, clip: DataConfig, timing: Timing) -> np.ndarray:
-    """Returns the frame indices of a clip, i64 [frames], non-decreasing. times: f64 [n] in seconds."""
+def choose_frames(times: np.ndarray, clip: DataConfig, timing: Timing, one_frame: bool = False) -> np.ndarray:
+    """Returns the frame indices of a clip, i64 [frames], non-decreasing. times: f64 [n] in seconds.
+
+    one_frame: the clip is made of a single frame, any of the video; i64 [1].
+    """
+    if one_frame:
+        return sample_indices(times, 1, 1, start=timing.start)
     stride, fps = clip.stride, clip.fps
     if isinstance(stride, tuple):
         stride = draw_stride(len(times), clip.frames, stride, timing.pace)

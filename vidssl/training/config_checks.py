@@ -93,7 +93,14 @@ def check_sizes(cfg: TrainConfig) -> None:
 
 
 def check_augmentation(cfg: TrainConfig) -> None:
-    """Raises UserError if augmentation cannot be where data.cache=device needs it."""
+    """Raises UserError if augmentation makes clips of another length than those of a stream, or cannot be
+    where data.cache=device needs it."""
+    if cfg.augment.kind == "crop_pair":
+        for stream in cfg.data.streams():
+            if stream.frames != 2:
+                raise UserError(
+                    f"augment.kind crop_pair makes clips of 2 frames, not {stream.frames}: give data.frames=2"
+                )
     if cfg.data.cache != "device":
         return
     if cfg.augment.arguments.get("randaugment"):

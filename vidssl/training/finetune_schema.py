@@ -92,6 +92,10 @@ class FinetuneConfig:
     tune: TuneConfig
     efficiency: EfficiencyConfig
 
+    def __post_init__(self) -> None:
+        if self.augment.kind == "crop_pair":
+            raise UserError("augment.kind crop_pair makes pairs for pre-training: give random_crop here")
+
     def check_before_work(self) -> None:
         """Raises UserError for what can be known before torch is imported and data are opened."""
         check_source(self.encoder, "encoder")

@@ -19,11 +19,14 @@ from vidssl.config import Choice, Spec, load_config
 from vidssl.core.errors import UserError
 from vidssl.data.augment import (
     AUGMENTS,
+    CropPair,
     MultiScaleCrop,
     RandomCrop,
+    Window,
     change_color,
     draw_color,
     seeded,
+    show_windows,
 )
 from vidssl.data.schema import ColorJitter
 
@@ -268,3 +271,54 @@ def test_options_in_a_configuration():
     ):
         with pytest.raises(UserError, match=word):
             load_config([*files, f"augment.{bad}"], Sections)
+
+
+# --- frames that are cut apart ---
+
+
+def gradients(height: int = 120, width: int = 160) -> np.ndarray:
+    """u8 [1, H, W, 3]: red is the row, green the column, in pixels."""
+    y, x = np.mgrid[0:height, 0:width]
+    return np.stack([y, x, 0 * x], -1).astype(np.uint8)[None]
+
+
+def edges(frame: torch.Tensor) -> tuple[float, ...]:
+    """Of u8 [3, S, S] made of `gradients`: rows and columns of the frame that it shows: top, bottom, left,
+    right."""
+    rows, columns = frame[0].float().mean(1), frame[1].float().mean(0)
+    return float(rows[0]), float(rows[-1]), float(columns[0]), float(columns[-1])
+
+
+def test_a_pair_is_a_crop_and_a_crop_of_that_crop():
+    augment = CropPair(64, flip=0.5)
+    flips = set()
+    shares = []
+    for seed in range(60):
+        drawn = augment.draw(120, 160, rng(seed))
+        outer, inner = drawn.windows
+        assert outer[:4] == tuple(int(edge) for edge in outer[:4])
+        assert 0.09 < outer.height * outer.width / (120 * 160) <= 1
+        assert outer.top <= inner.top and inner.top + inner.height <= outer.top + outer.height + 0.01
+        assert outer.left <= inner.left and inner.left + inner.width <= outer.left + outer.width + 0.01
+        shares.append(inner.height * inner.width / (outer.height * outer.width))
+        flips.add((outer.flip, inner.flip))
+        clip = augment.apply(gradients(), drawn)
+        assert clip.shape == (3, 2, 64, 64) and clip.is_contiguous()
+        for frame, window in zip(clip.unbind(1), drawn.windows, strict=True):
+            top, bottom, left, right = edges(frame)
+            left, right = (right, left) if window.flip else (left, right)
+            bounds = window.top, window.top + window.height, window.left, window.left + window.width
+            assert np.abs(np.subtract((top, bottom, left, right), bounds)).max() < 2.5, (seed, window)
+    assert min(shares) > 0.29 and max(shares) < 0.61 and len(flips) == 4
+
+
+def test_a_window_between_pixels_is_that_of_the_pixels_around_it():
+    """A box of whole pixels is the same by both ways of cutting, and half a pixel further is half a level
+    more."""
+    whole, half = Window(10, 20, 30, 40), Window(10.5, 20.5, 30, 40)
+    same = Window(10, 20, 30 + 2**-8, 40)
+    cut = [
+        show_windows(gradients(), [window], 32)[0, 4:-4, 4:-4].astype(float) for window in (whole, half, same)
+    ]
+    assert np.abs(cut[0] - cut[2]).max() <= 1
+    assert (cut[1] - cut[0])[..., :2].mean() == pytest.approx(0.5, abs=0.1)

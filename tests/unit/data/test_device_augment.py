@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from vidssl.data import device_augment
-from vidssl.data.augment import CenterCrop, MultiScaleCrop, RandomCrop
+from vidssl.data.augment import CenterCrop, CropPair, MultiScaleCrop, RandomCrop, covering_box
 from vidssl.data.decoding.planes import RGB
 from vidssl.data.device_augment import ClipPlanes, collate_planes, layout_clip, make_clips
 from vidssl.data.schema import ColorJitter
@@ -32,9 +32,10 @@ def augmented(movies: list[np.ndarray], draws: list, augment: Any) -> torch.Tens
     """u8 [B, 3, T, S, S]: clips of RGB frames u8 [T, H, W, 3], of which the crops are decoded."""
     clips = []
     for frames, drawn in zip(movies, draws, strict=True):
-        top, left, height, width = drawn.box
+        box = covering_box(drawn.windows)
+        top, left, height, width = box
         size = frames.shape[1:3]
-        layout = layout_clip(drawn, augment, len(frames), size, size, drawn.box, RGB)
+        layout = layout_clip(drawn, augment, len(frames), size, size, box, RGB)
         crop = frames[:, top : top + height, left : left + width]
         clips.append(ClipPlanes(torch.from_numpy(crop.flatten()), layout))
     return make_clips(collate_planes(clips))
@@ -53,6 +54,8 @@ CASES = {
     "hue": (RandomCrop(48, color_jitter=ColorJitter(hue=0.3)), 1.0),
     "grayscale": (RandomCrop(48, color_jitter=ColorJitter(grayscale_p=0.5)), 0.5),
     "jitter": (RandomCrop(48, flip=0.5, color_jitter=JITTER), 1.0),
+    "pair": (CropPair(48, flip=0.5), 0.5),
+    "pair_upscaled": (CropPair(96, scale=(0.05, 0.3), flip=0.5, color_jitter=JITTER), 1.0),
     "erase": (RandomCrop(48, random_erasing=0.7, random_erasing_mode="rand"), 0.5),
     "erase_mean": (RandomCrop(48, random_erasing=0.7, random_erasing_mode="const"), 0.5),
 }

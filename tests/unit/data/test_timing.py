@@ -10,9 +10,11 @@ from training_clips import make_clips
 
 from vidssl.config import load_config
 from vidssl.core.errors import UserError
+from vidssl.data.augment import CropPair
 from vidssl.data.clip_length import look_at, short_line
 from vidssl.data.dataset import TrainClips
-from vidssl.data.device_cache import collate_cached
+from vidssl.data.device_augment import collate_planes
+from vidssl.data.device_cache import CachedClip, collate_cached
 from vidssl.data.sampling import sample_indices
 from vidssl.data.schema import DataConfig, ExtraStream
 from vidssl.data.shards import Shards
@@ -93,7 +95,8 @@ def test_a_wrong_range_is_one_line(stride, message):
 def as_video(clip) -> torch.Tensor:
     if isinstance(clip, torch.Tensor):
         return clip
-    return collate_cached([clip]).to(torch.device("cpu"))[0]
+    collate_one = collate_cached if isinstance(clip, CachedClip) else collate_planes
+    return collate_one([clip]).to(torch.device("cpu"))[0]
 
 
 def gap(clips: TrainClips, position: int, monkeypatch) -> int:
@@ -108,24 +111,33 @@ def gap(clips: TrainClips, position: int, monkeypatch) -> int:
 
 
 def test_readers_caches_and_repeats_show_the_same_pairs(synthetic_shards, monkeypatch):
-    """Videos of 24 frames: gaps 4 to 23."""
+    """Of videos of 24 frames: frames 4 to 23 apart, then two crops of one frame."""
     folder = synthetic_shards / "train"
     settings = {"frames": 2, "stride": (4, 48), "repeat": 2}
     plain = make_clips(folder, **settings)
     gaps = [gap(plain, p, monkeypatch) for p in range(40)]
     assert min(gaps) >= 4 and max(gaps) <= 23 and len(set(gaps)) > 10
-    for cache in ("host", "device"):
-        cached = make_clips(folder, cache=cache, **settings)
-        for p in range(8):
-            difference = (as_video(cached[p].video).int() - plain[p].video.int()).abs()
-            assert difference.max() <= (0 if cache == "host" else 2)
-    single = make_clips(folder, frames=2, stride=(4, 48))
-    decoder = ClipDecoder(single.data, single.augment, single.order.seed)
-    for p in range(4):
-        sample = single.sample_at(p, 0)
-        meta = json.dumps(sample.meta).encode()
-        job = {"__key__": sample.key, sample.ext: single.shards.read(sample), "json": meta}
-        assert decoder.try_position((p, job)).video.equal(single[p].video)
+    others = {cache: make_clips(folder, cache=cache, **settings) for cache in ("host", "device")}
+    others["planes"] = make_clips(folder, augment_on="device", **settings)
+    for augment in (plain.augment, CropPair(32, flip=0.5)):
+        for clips in (plain, *others.values()):
+            clips.augment = augment
+            clips._last_decoded = None, ()
+        for name, clips in others.items():
+            for p in range(6):
+                made = as_video(clips[p].video).float()
+                want = plain[p].video.float()
+                assert want.shape == (3, 2, 32, 32) and not want[:, 0].equal(want[:, 1])
+                assert (made - want).abs().mean() <= {"host": 0, "device": 0.5, "planes": 2}[name]
+    single = make_clips(folder, **(settings | {"repeat": 1}))
+    for augment in (single.augment, CropPair(32)):
+        single.augment = augment
+        decoder = ClipDecoder(single.data, augment, single.order.seed)
+        for p in range(3):
+            sample = single.sample_at(p, 0)
+            meta = json.dumps(sample.meta).encode()
+            job = {"__key__": sample.key, sample.ext: single.shards.read(sample), "json": meta}
+            assert decoder.try_position((p, job)).video.equal(single[p].video)
 
 
 def test_videos_below_the_lowest_stride_are_said(tmp_path, write_index):

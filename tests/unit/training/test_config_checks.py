@@ -40,6 +40,7 @@ TUNE = [str(ROOT / "configs/finetune/folder.yaml"), *("encoder=x", "out=x", "dat
             ["data.cache=device", "data.augment_on=host"],
             "data.augment_on=host: the clips of data.cache",
         ),
+        (["augment.kind=crop_pair"], "augment.kind crop_pair makes clips of 2 frames, not 8"),
         (["method.context.warmup=[3, 2]"], "method.context.warmup"),
         (
             ["online_probe.train=/", "online_probe.test=/", "online_probe.fps=2", "online_probe.stride=2"],
@@ -84,6 +85,13 @@ def test_a_warm_up_beyond_the_epochs_gives_a_line():
     assert (
         "tune.warmup 5" in load_config([*TUNE, "tune.epochs=3", "tune.warmup=5"], FinetuneConfig).notes()[0]
     )
+
+
+def test_fine_tuning_takes_no_pairs_of_crops():
+    with pytest.raises(
+        UserError, match=r"^augment\.kind crop_pair makes pairs for pre-training: give random_crop"
+    ):
+        load_config([*TUNE, "augment.kind=crop_pair"], FinetuneConfig)
 
 
 @pytest.mark.parametrize(
