@@ -73,3 +73,8 @@ def short_line(key: str, clip: DataConfig, corpus: Corpus) -> str:
     of_all = f"all {corpus.videos}" if corpus.short == corpus.videos else f"{corpus.short} of {corpus.videos}"
     seen = "" if corpus.is_whole else " that were looked at"
     return f"{key}: {of_all} videos{seen} are shorter than a clip ({length}): {effect}"
+
+
+def length_text(clip: DataConfig) -> str:
+    """Frames of a clip as it is loaded, for messages."""
+    return f"{clip.windows} x {clip.frames} frames" if clip.windows > 1 else f"{clip.frames} frames"

@@ -25,7 +25,7 @@ class ExtraStream:
     """A further stream of clips in every step, for example of another length, or of images."""
 
     __pydantic_config__: ClassVar[ConfigDict] = {"extra": "forbid"}
-    train: Names  # as in DataConfig, up to `rule`
+    train: Names  # as in DataConfig, up to `windows`
     frames: PositiveInt
     # clips of this stream per step, counted in run.batch; a multiple of run.lanes x data.repeat
     clips: PositiveInt
@@ -33,6 +33,7 @@ class ExtraStream:
     fps: Rate | None = None
     weights: Weights | None = None
     rule: Rule = "exact"
+    windows: PositiveInt = 1
 
     def __post_init__(self) -> None:
         check_rate("data.extra_streams", self.stride, self.fps, self.rule)
@@ -49,6 +50,9 @@ class DataConfig:
     stride: Stride | None = None
     fps: Rate | None = None  # frames per second of a clip, or a range; give either stride or fps
     rule: Rule = "exact"  # how stride and fps select frames; 'vjepa' reproduces V-JEPA's frame selection
+    # parts of `frames` frames each, at independent places of one video, that are joined in time to a clip of
+    # windows x frames frames with one crop: for methods that compare them. The encoder's clip has `frames`
+    windows: PositiveInt = 1
     reader: Literal["indexed", "stream"] = "indexed"  # stream: for shards without an index (data/stream.py)
     # reader stream: samples, not yet decoded, that each loader process shuffles
     shuffle_buffer: PositiveInt = 256
@@ -87,6 +91,11 @@ class DataConfig:
                     f"data.reader stream cannot serve {', '.join(names)}: it needs an index; "
                     "run python -m data_prep.scan on the shards and use data.reader indexed"
                 )
+
+    @property
+    def clip_frames(self) -> int:
+        """Frames of a clip as it is loaded, over all windows."""
+        return self.windows * self.frames
 
     def streams(self) -> list["DataConfig"]:
         """The configuration of each stream as if it were the only one."""

@@ -12,30 +12,32 @@ from vidssl.data.schema import DataConfig
 class Timing(NamedTuple):
     """What a clip has drawn, uniform in 0..1."""
 
-    start: float  # of the clip among all that fit
+    starts: tuple[float, ...]  # of each window among all that fit
     pace: float = 0.0  # within the range that data.stride or data.fps gives
 
 
 def draw_timing(clip: DataConfig, rng: np.random.Generator) -> Timing:
-    """Draws one number, and a second one only where the stride or the rate is a range."""
-    start = rng.uniform()
+    """Draws one number for each window, and a further one only where the stride or the rate is a range."""
+    starts = tuple(rng.uniform() for _ in range(clip.windows))
     is_range = isinstance(clip.stride, tuple) or isinstance(clip.fps, tuple)
-    return Timing(start, rng.uniform()) if is_range else Timing(start)
+    return Timing(starts, rng.uniform()) if is_range else Timing(starts)
 
 
 def choose_frames(times: np.ndarray, clip: DataConfig, timing: Timing, one_frame: bool = False) -> np.ndarray:
-    """Returns the frame indices of a clip, i64 [frames], non-decreasing. times: f64 [n] in seconds.
+    """Returns the frame indices of a clip, i64 [windows * frames], non-decreasing in each window. times: f64
+    [n] in seconds.
 
     one_frame: the clip is made of a single frame, any of the video; i64 [1].
     """
     if one_frame:
-        return sample_indices(times, 1, 1, start=timing.start)
+        return sample_indices(times, 1, 1, start=timing.starts[0])
     stride, fps = clip.stride, clip.fps
     if isinstance(stride, tuple):
         stride = draw_stride(len(times), clip.frames, stride, timing.pace)
     if isinstance(fps, tuple):
         fps = draw_rate(times[-1], clip.frames, fps, timing.pace)
-    return sample_indices(times, clip.frames, stride, fps, timing.start, clip.rule)
+    windows = [sample_indices(times, clip.frames, stride, fps, s, clip.rule) for s in timing.starts]
+    return np.concatenate(windows)
 
 
 def draw_stride(n: int, frames: int, stride: tuple[int, int], pace: float) -> int:

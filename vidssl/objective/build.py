@@ -22,7 +22,7 @@ def build_objective(
 ) -> Objective:
     """The method with fresh weights drawn from `seed`.
 
-    frames: of a clip of each stream; the first is the encoder's native one. size: pixels of a clip's side.
+    frames: of the encoder's native clip, then of the streams' clips. size: pixels of a clip's side.
     load_teacher: reads the frozen encoder of method.target.kind=teacher from its path
     (pretrained.load.load_teacher).
     """

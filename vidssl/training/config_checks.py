@@ -97,9 +97,10 @@ def check_augmentation(cfg: TrainConfig) -> None:
     where data.cache=device needs it."""
     if cfg.augment.kind == "crop_pair":
         for stream in cfg.data.streams():
-            if stream.frames != 2:
+            if stream.clip_frames != 2:
                 raise UserError(
-                    f"augment.kind crop_pair makes clips of 2 frames, not {stream.frames}: give data.frames=2"
+                    f"augment.kind crop_pair makes clips of 2 frames, not {stream.clip_frames}: "
+                    "give data.frames=2 data.windows=1"
                 )
     if cfg.data.cache != "device":
         return

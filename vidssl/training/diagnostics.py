@@ -23,6 +23,7 @@ class Diagnostics:
         self.run = cfg.run
         self.compiled = cfg.efficiency.compile
         self.every = cfg.online_probe.every
+        self.frames = cfg.data.frames  # of the encoder's clip; those that are loaded may have several windows
         self.objective = objective
         self.strategy = strategy
         self.stats = FeatureStats()
@@ -49,7 +50,7 @@ class Diagnostics:
         if not self.strategy.runs_diagnostics:
             return {}
         start_s = time.perf_counter()
-        self.stats.add_clips(batches[0].video)
+        self.stats.add_clips(batches[0].video[:, :, : self.frames])
         metrics: dict[str, float] = {}
         with torch.compiler.set_stance("force_eager") if self.compiled else contextlib.nullcontext():
             if step % self.run.feature_stats_every == 0 or step in (1, self.run.steps):

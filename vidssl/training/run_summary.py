@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from vidssl.core.log import logger
 from vidssl.core.suggestions import counted
-from vidssl.data.clip_length import Corpus, look_at, short_line
+from vidssl.data.clip_length import Corpus, length_text, look_at, short_line
 from vidssl.data.shards import Shards
 from vidssl.data.stream import ShardUrls
 from vidssl.evaluation.probe_config import ProbeConfig
@@ -106,7 +106,7 @@ def start_pretraining(
             notes.append((short_line(key, clip, corpus), corpus.short == corpus.videos))
     lines.append(model_line(objective.encoder, objective))  # type: ignore[arg-type]
     counts = zip(cfg.data.clips(run.batch), cfg.data.streams(), strict=True)
-    clips = " and ".join(f"{n} clips of {clip.frames} frames" for n, clip in counts)
+    clips = " and ".join(f"{n} clips of {length_text(clip)}" for n, clip in counts)
     size = cfg.augment.arguments["size"]
     lines.append(f"run: steps {start + 1} to {run.steps}, each of {clips} at {size} px; output {run.out}")
     log_lines(lines)

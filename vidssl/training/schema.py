@@ -285,7 +285,8 @@ class TrainConfig:
         from vidssl.objective.build import build_objective
         from vidssl.pretrained.load import load_teacher
 
-        frames = [stream.frames for stream in self.data.streams()]
+        lengths = [stream.clip_frames for stream in self.data.streams()]
+        frames = list(dict.fromkeys([self.data.frames, *lengths]))
         size = self.augment.arguments["size"]
         return build_objective(self.method, self.model, frames, size, self.run.seed, load_teacher)
 

@@ -1,7 +1,7 @@
 """vidssl/data/timing.py: the frames of clips whose distance is drawn, in all readers."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -61,11 +61,26 @@ def test_rates_are_uniform_in_what_the_video_allows():
 def test_one_stride_draws_one_number_and_a_range_two():
     rng, same = np.random.default_rng(1), np.random.default_rng(1)
     one = pairs(stride=4)
-    assert draw_timing(one, rng) == (same.uniform(), 0.0)
+    assert draw_timing(one, rng) == ((same.uniform(),), 0.0)
     times = np.arange(50) / 30
-    chosen = choose_frames(times, one, Timing(0.3))
+    chosen = choose_frames(times, one, Timing((0.3,)))
     assert (chosen == sample_indices(times, 2, stride=4, start=0.3)).all()
-    assert draw_timing(pairs(), rng) == (same.uniform(), same.uniform())
+    assert draw_timing(pairs(windows=2), rng) == ((same.uniform(), same.uniform()), same.uniform())
+
+
+def test_windows_are_clips_at_independent_places():
+    times = np.arange(100) / 25
+    clip = pairs(frames=4, stride=(1, 5), windows=3)
+    firsts = []
+    for timing in timings(clip, 200):
+        chosen = choose_frames(times, clip, timing).reshape(3, 4)
+        single = [
+            choose_frames(times, replace(clip, windows=1), Timing((s,), timing.pace)) for s in timing.starts
+        ]
+        assert (chosen == single).all()
+        firsts.append(chosen[:, 0] / (99 - np.ptp(chosen[0])))
+    assert np.abs(np.corrcoef(np.transpose(firsts)) - np.eye(3)).max() < 0.2
+    assert np.quantile(firsts, [0.25, 0.75]) == pytest.approx([0.25, 0.75], abs=0.06)
 
 
 def test_a_range_and_the_published_rule_do_not_go_together():
@@ -111,7 +126,7 @@ def gap(clips: TrainClips, position: int, monkeypatch) -> int:
 
 
 def test_readers_caches_and_repeats_show_the_same_pairs(synthetic_shards, monkeypatch):
-    """Of videos of 24 frames: frames 4 to 23 apart, then two crops of one frame."""
+    """Of videos of 24 frames: frames 4 to 23 apart, then two crops of one frame, then two windows."""
     folder = synthetic_shards / "train"
     settings = {"frames": 2, "stride": (4, 48), "repeat": 2}
     plain = make_clips(folder, **settings)
@@ -119,15 +134,16 @@ def test_readers_caches_and_repeats_show_the_same_pairs(synthetic_shards, monkey
     assert min(gaps) >= 4 and max(gaps) <= 23 and len(set(gaps)) > 10
     others = {cache: make_clips(folder, cache=cache, **settings) for cache in ("host", "device")}
     others["planes"] = make_clips(folder, augment_on="device", **settings)
-    for augment in (plain.augment, CropPair(32, flip=0.5)):
+    for augment, windows in ((plain.augment, 1), (CropPair(32, flip=0.5), 1), (plain.augment, 2)):
         for clips in (plain, *others.values()):
             clips.augment = augment
+            clips.data = replace(clips.data, windows=windows)
             clips._last_decoded = None, ()
         for name, clips in others.items():
             for p in range(6):
                 made = as_video(clips[p].video).float()
                 want = plain[p].video.float()
-                assert want.shape == (3, 2, 32, 32) and not want[:, 0].equal(want[:, 1])
+                assert want.shape == (3, 2 * windows, 32, 32) and not want[:, 0].equal(want[:, 1])
                 assert (made - want).abs().mean() <= {"host": 0, "device": 0.5, "planes": 2}[name]
     single = make_clips(folder, **(settings | {"repeat": 1}))
     for augment in (single.augment, CropPair(32)):

@@ -41,6 +41,10 @@ TUNE = [str(ROOT / "configs/finetune/folder.yaml"), *("encoder=x", "out=x", "dat
             "data.augment_on=host: the clips of data.cache",
         ),
         (["augment.kind=crop_pair"], "augment.kind crop_pair makes clips of 2 frames, not 8"),
+        (
+            ["augment.kind=crop_pair", "data.frames=2", "data.windows=2"],
+            "not 4: give data.frames=2 data.windows=1",
+        ),
         (["method.context.warmup=[3, 2]"], "method.context.warmup"),
         (
             ["online_probe.train=/", "online_probe.test=/", "online_probe.fps=2", "online_probe.stride=2"],
