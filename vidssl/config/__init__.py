@@ -49,6 +49,10 @@ Range = Annotated[tuple[PositiveFloat, PositiveFloat], AfterValidator(_check_asc
 IntRange = Annotated[tuple[PositiveInt, PositiveInt], AfterValidator(_check_ascending)]  # from, to
 
 
+def _no_part(**supplied: Any) -> None:
+    """Builds nothing: the factory of an absent part."""
+
+
 @dataclass(frozen=True)
 class Spec:
     """A callable and its validated keyword arguments: a part that is built later."""
@@ -56,6 +60,11 @@ class Spec:
     kind: str | None  # name in the table; None: there is no choice
     arguments: dict[str, Any]
     factory: Callable[..., Any] = field(compare=False, repr=False)
+
+    @property
+    def is_absent(self) -> bool:
+        """Whether it stands for an optional part that the configuration does not have."""
+        return self.factory is _no_part
 
     def build(self, **supplied: Any) -> Any:
         """Calls the factory; `supplied` are the arguments that code supplies, not the user."""
@@ -67,6 +76,8 @@ class Choice(NamedTuple):
 
     table: Mapping[str, Callable[..., Any]]
     supplied: tuple[str, ...] = ()  # parameters that code supplies
+    is_optional: bool = False  # without it the Spec is absent and builds None
+    is_list: bool = False  # the field is a tuple of Specs
 
 
 class Arguments(NamedTuple):
@@ -413,7 +424,7 @@ def _section(node: Any, cls: type[Config], key_path: str, origin: Origin) -> Con
         # a wrong key is reported before a missing one, which it may be meant for
         try:
             if choice := choice_of(hint):
-                values[f.name] = _spec(node.get(f.name, {}), choice, key, origin)
+                values[f.name] = _parts(node.get(f.name, {}), choice, key, origin)
             elif dataclasses.is_dataclass(hint):
                 values[f.name] = _section(node.get(f.name, {}), hint, key, origin)  # type: ignore[arg-type]
             else:
@@ -437,6 +448,20 @@ def default_of(f: dataclasses.Field) -> Any:
     if f.default_factory is not dataclasses.MISSING:
         return f.default_factory()
     return inspect.Parameter.empty if f.default is dataclasses.MISSING else f.default
+
+
+def _parts(node: Any, choice: Choice | Arguments, key_path: str, origin: Origin) -> Spec | tuple[Spec, ...]:
+    """The Spec of a field, or all of a list."""
+    if not isinstance(choice, Choice):
+        return _spec(node, choice, key_path, origin)
+    if isinstance(node, Argument):
+        node = parse_yaml(node.text, _where(key_path, origin))
+    if choice.is_list:
+        items = node if isinstance(node, list) else [] if plain(node) in (None, {}) else [node]
+        return tuple(_spec(item, choice, f"{key_path}[{i}]", origin) for i, item in enumerate(items))
+    if choice.is_optional and plain(node) in (None, {}):
+        return Spec(None, {}, _no_part)
+    return _spec(node, choice, key_path, origin)
 
 
 def _spec(node: Any, choice: Choice | Arguments, key_path: str, origin: Origin) -> Spec:
@@ -598,7 +623,11 @@ def _plain(value: Any) -> Any:
 
 
 def _dump(value: Any, hint: Any) -> Any:
+    if isinstance(value, tuple) and choice_of(hint):
+        return [_dump(item, hint) for item in value]
     if isinstance(value, Spec):
+        if value.is_absent:
+            return {}
         declared = declarations(value.factory)
         arguments = {k: _dump(v, declared[k].hint) for k, v in value.arguments.items()}
         return arguments if value.kind is None else {"kind": value.kind, **arguments}
