@@ -26,7 +26,8 @@ from vidssl.model.grid import Mask, gather_tokens
 from vidssl.model.heads import AttentiveHead, MeanHead
 from vidssl.model.predictor import JointPredictor
 from vidssl.model.vit import Encoder
-from vidssl.objective.objective import ERRORS, Objective
+from vidssl.objective.errors import ERRORS
+from vidssl.objective.masked_prediction import MaskedPrediction
 from vidssl.objective.targets import Pixels, level_norm
 from vidssl.pretrained import public
 from vidssl.pretrained.export_hf import floor_safe_ratio, save_hf
@@ -177,11 +178,11 @@ def of_ours(found: Checkpoint) -> dict[str, Tensor]:
             z = encoder(clips, mask.context, return_levels=True)
             whole = found.format == "MAE"
             said = predictor.proj(
-                predictor.forward_tokens(z, mask, query(0), grid, include_context=whole)[:, 0]
+                predictor.forward_tokens(z, mask, query.tokens[0], grid, include_context=whole)[:, 0]
             )
             out["prediction"] = gather_tokens(said, NOISE.argsort(1).argsort(1)) if whole else said
             target = Pixels(encoder, *norm)
-            objective = Objective(encoder, lambda *_: [mask], target, query, predictor, ERRORS["l2"]())
+            objective = MaskedPrediction(encoder, lambda *_: [mask], target, query, predictor, ERRORS["l2"]())
             out["loss"] = objective(clips, KeyedRNG(0, 0, torch.arange(2)))["loss"]
     return out | ({"logits": found.build_head().eval()(encoder(CLIPS))} if found.head else {})
 
@@ -521,9 +522,9 @@ def test_masked_autoencoders(case, key, model, tmp_path):
     if "decode_mask" in case:
         hidden = (~case["decode_mask"]).nonzero()[:, 1].reshape(2, -1)
     mask = Mask(context, hidden[:, None])
-    got = predictor(encoder(case.video, context, return_levels=True), mask, query(0), encoder.grid).target[
-        :, 0
-    ]
+    got = predictor(
+        encoder(case.video, context, return_levels=True), mask, query.tokens[0], encoder.grid
+    ).target[:, 0]
     whole = case["prediction"].shape[1] == encoder.grid.n
     near(got, gather_tokens(case["prediction"], hidden) if whole else case["prediction"])
 

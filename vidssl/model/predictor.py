@@ -1,6 +1,6 @@
 """Queries and predictors: the vector at each target token, and the network that maps it to a prediction."""
 
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from einops import rearrange, repeat
@@ -10,6 +10,7 @@ from vidssl.config import NonNegativeFloat, PositiveFloat, PositiveInt
 from vidssl.core.errors import UserError
 from vidssl.model.grid import Grid, Mask
 from vidssl.model.positions import PositionEncoding, PositionKind
+from vidssl.model.prediction import Encoded, Prediction
 from vidssl.model.vit import (
     LAYER_NORM_EPS,
     Block,
@@ -32,16 +33,9 @@ class MaskToken(nn.Module):
         if std > 0:
             nn.init.trunc_normal_(self.tokens, std=std)
 
-    def forward(self, mask_index: int) -> Tensor:
+    def forward(self, encoded: Encoded, predictor: nn.Module) -> Tensor:
         """Returns the query [width] of the mask with this number."""
-        return self.tokens[mask_index % len(self.tokens)]
-
-
-class Prediction(NamedTuple):
-    """Output of a predictor."""
-
-    target: Tensor  # [B, M, Nt, K]
-    context: Tensor | None  # [B, M, Nc, K], from predictors with a context head
+        return self.tokens[encoded.mask_index % len(self.tokens)]
 
 
 class JointPredictor(nn.Module):
@@ -102,7 +96,7 @@ class JointPredictor(nn.Module):
         """z [B, (1 +) Nc, D], query [width] or [B, M, Nt, width]. Target groups do not attend to each
         other."""
         if self.proj_context is None:
-            return Prediction(self.proj(self.forward_tokens(z, mask, query, grid)), None)
+            return Prediction(self.proj(self.forward_tokens(z, mask, query, grid)))
         x = self.forward_tokens(z, mask, query, grid, include_context=True)
         num_context = mask.context.shape[1]
         return Prediction(self.proj(x[:, :, num_context:]), self.proj_context(x[:, :, :num_context]))

@@ -24,6 +24,7 @@ from vidssl.model.positions import PositionEncoding, PositionKind, RotaryTable, 
 
 Init = Literal["trunc_normal", "xavier"]
 Feedforward = Literal["gelu", "swiglu"]
+AttentionPattern = Literal["full", "frame", "causal"]
 LAYER_NORM_EPS = 1e-6  # as in both V-JEPA and VideoMAE (torch's default is 1e-5)
 
 
@@ -61,7 +62,14 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, rope: RotaryTable | None = None, num_outputs: int | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        rope: RotaryTable | None = None,
+        num_outputs: int | None = None,
+        attends: Tensor | None = None,
+    ) -> Tensor:
+        """attends bool [B or 1, 1, n, n]: whether a query (row) attends to a key; None: each to all."""
         # Parted along a middle axis, so that the backward pass joins the gradients in one copy.
         qkv = rearrange(self.qkv(x), "b n (qkv h d) -> b n qkv h d", qkv=3, h=self.heads)
         if rope is None:
@@ -72,9 +80,10 @@ class Attention(nn.Module):
             v = v.squeeze(2).contiguous()  # then the backward pass need not keep the joint qkv
         if num_outputs is not None:
             q = q[:, -num_outputs:]
+            attends = None if attends is None else attends[..., -num_outputs:, :]
         q, k, v = (rearrange(t, "b n h d -> b h n d") for t in (q, k, v))
         with sdpa_kernel(KERNELS_OF_ANY_SHAPE) if self.counts_vary else nullcontext():
-            attended = F.scaled_dot_product_attention(q, k, v)
+            attended = F.scaled_dot_product_attention(q, k, v, attends)
         return self.proj(rearrange(attended, "b h n d -> b n (h d)"))
 
 
@@ -102,10 +111,12 @@ class Block(nn.Module):
         rope: RotaryTable | None = None,
         num_outputs: int | None = None,
         path_scale: Tensor | None = None,
+        attends: Tensor | None = None,
     ) -> Tensor:
         """With num_outputs, only the last num_outputs tokens are returned; the others are keys and values.
-        path_scale f32 [B, 2, 1, 1]: factors on the outputs of attention and MLP (stochastic depth)."""
-        attended = self.attn(self.norm1(x), rope, num_outputs)
+        path_scale f32 [B, 2, 1, 1]: factors on the outputs of attention and MLP (stochastic depth); attends:
+        see Attention."""
+        attended = self.attn(self.norm1(x), rope, num_outputs, attends)
         attended = attended if path_scale is None else attended * path_scale[:, 0]
         x = (x if num_outputs is None else x[:, -num_outputs:]) + attended
         hidden = self.mlp(self.norm2(x))
@@ -134,17 +145,18 @@ class TransformerStack(nn.ModuleList):
         layers: Sequence[int],
         num_outputs: int | None = None,
         rng: KeyedRNG | None = None,
+        attends: Tensor | None = None,
     ) -> list[Tensor]:
         """Outputs of the given 0-based layers; the final layer returns only its last `num_outputs` tokens.
-        rng: of stochastic depth; without one no sample skips a layer."""
+        rng: of stochastic depth; without one no sample skips a layer. attends: see Attention."""
         scales = self._draw_path_scales(rng)
         outputs = []
         for i, (block, scale) in enumerate(zip(self, scales, strict=True)):
             block_outputs = num_outputs if i == len(self) - 1 else None
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, rope, block_outputs, scale, use_reentrant=False)
+                x = checkpoint(block, x, rope, block_outputs, scale, attends, use_reentrant=False)
             else:
-                x = block(x, rope, block_outputs, scale)
+                x = block(x, rope, block_outputs, scale, attends)
             if i in layers:
                 outputs.append(x)
         return outputs
@@ -190,6 +202,24 @@ class PatchEmbed(nn.Module):
         return F.linear(patches.flatten(2), self.proj.weight.flatten(1), self.proj.bias)
 
 
+def attention_pattern(
+    kind: AttentionPattern, grid: Grid, ids: Tensor | None, tokens: int, device: torch.device
+) -> Tensor | None:
+    """bool [B or 1, 1, tokens, tokens], True where a query (row) attends to a key; None: everywhere.
+
+    ids i64 [B, n]; None: all. "frame": within a time slice (SiamMAE); "causal": to this and earlier ones
+    (LeVJEPA). A token before the n ones, the class token, attends to all, and only it attends to itself.
+    """
+    if kind == "full":
+        return None
+    slices = (torch.arange(grid.n, device=device)[None] if ids is None else ids) // (grid.h * grid.w)
+    query, key = slices[:, :, None], slices[:, None]
+    attends = query == key if kind == "frame" else query >= key
+    extra = tokens - slices.shape[1]
+    attends = F.pad(F.pad(attends, (extra, 0), value=False), (0, 0, extra, 0), value=True)
+    return attends[:, None]
+
+
 def check_heads(dim: int, heads: int) -> None:
     if dim % heads:
         raise UserError(f"{heads} heads do not divide the width {dim}: give {divisors_near(dim, heads)}")
@@ -217,6 +247,7 @@ class Encoder(nn.Module):
         positions: PositionKind = "sincos_uniform",
         rope_grid: PositiveInt | None = None,
         mlp: Feedforward = "gelu",
+        attention: AttentionPattern = "full",
         class_token: bool = False,
         image_tokenizer: bool = False,
         levels: tuple[NonNegativeInt, ...] = (),
@@ -231,8 +262,9 @@ class Encoder(nn.Module):
         pixels.
 
         positions: see model/positions.py. rope_grid: side of the grid onto which rotary rows and columns are
-        stretched whatever the input (V-JEPA 2.1: 16). mlp: the feed-forward layer. class_token: a learned
-        token without a position (MAE, MAE-ST). image_tokenizer: a clip of one frame has its own patch
+        stretched whatever the input (V-JEPA 2.1: 16). mlp: the feed-forward layer. attention: full, within a
+        time slice (frame), or to this and earlier time slices (causal). class_token: a learned token without
+        a position (MAE, MAE-ST). image_tokenizer: a clip of one frame has its own patch
         embedding, and an added vector tells images from videos (V-JEPA 2.1). levels: 0-based layers whose
         normed outputs the predictor receives (V-JEPA 2.1); the last layer must be among them. final_norm:
         False in models fine-tuned on the mean of tokens (VideoMAE). depth_rescale: see
@@ -251,6 +283,7 @@ class Encoder(nn.Module):
         self.tubelet = tubelet
         self.patch = patch
         self.dim = dim
+        self.attention = attention
         self.levels: tuple[int, ...] = tuple(levels) or (depth - 1,)
         self.feature_width = dim * len(self.levels)  # of the output with return_levels
         self.patch_embed = PatchEmbed(dim, tubelet, patch, init, init_std)
@@ -293,9 +326,13 @@ class Encoder(nn.Module):
         ids: Tensor | None = None,
         return_levels: bool = False,
         rng: KeyedRNG | None = None,
+        replaced: tuple[Tensor, Tensor] | None = None,
+        all_layers: bool = False,
     ) -> Tensor:
         """return_levels: returns the predictor's input [B, (1 +) Nc, levels * D], with the class token first
-        if there is one. rng: of stochastic depth; without one no sample skips a layer."""
+        if there is one; all_layers: so the input of the first block and the output of every block, without
+        norms, [B, (1 +) Nc, (depth + 1) * D]. rng: of stochastic depth; without one no sample skips a layer.
+        replaced: (tokens bool [B, N], vector [D]) that stands in for their patches (MaskFeat, BEiT)."""
         grid = self.grid_of(video)
         patches = patchify(video, video.shape[2] // grid.t, self.patch)
         if ids is not None:
@@ -304,13 +341,23 @@ class Encoder(nn.Module):
         if self.patch_embed_img is not None and grid.image:
             embed = self.patch_embed_img
         # The residual stream is f32 under autocast, too, whatever kind of positions is added.
-        x = embed(patches).float() + self.positions.embedding(grid, ids)
+        x = embed(patches).float()
+        if replaced is not None:
+            hidden = replaced[0] if ids is None else replaced[0].gather(1, ids)
+            x = torch.where(hidden[..., None], replaced[1].float(), x)
+        x = x + self.positions.embedding(grid, ids)
         if self.patch_embed_img is not None:
             x = x + (self.img_mod_embed if grid.image else self.video_mod_embed)
         if self.class_token is not None:
             x = torch.cat([self.class_token.expand(len(x), 1, -1), x], 1)
+        rope = self.positions.rope(grid, ids, x.device)
+        attends = attention_pattern(self.attention, grid, ids, x.shape[1], x.device)
+        if all_layers:
+            return torch.cat(
+                [x, *self.blocks(x, rope, range(len(self.blocks)), rng=rng, attends=attends)], -1
+            )
         levels = self.levels if return_levels else self.levels[-1:]
-        *lower, last = self.blocks(x, self.positions.rope(grid, ids, x.device), levels, rng=rng)
+        *lower, last = self.blocks(x, rope, levels, rng=rng, attends=attends)
         features = [norm(level) for norm, level in zip(self.level_norms, lower, strict=False)]
         x = torch.cat([*features, self.norm(last)], -1) if lower else self.norm(last)
         return x if return_levels or self.class_token is None else x[:, 1:]

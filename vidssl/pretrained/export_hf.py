@@ -52,9 +52,11 @@ def save_hf(folder: Path, checkpoint: Checkpoint) -> str:
             f"transformers' models are square, this one is {model['height']} x {model['width']} px"
         )
     unsupported = model.get("levels") or model.get("class_token") or model.get("image_tokenizer")
-    if unsupported or model.get("mlp", "gelu") != "gelu":
+    kinds = (model.get("mlp", "gelu"), model.get("attention", "full"))
+    if unsupported or kinds != ("gelu", "full"):
         raise UserError(
-            "transformers has no model with levels, a class token, an image tokenizer or SwiGLU of this kind"
+            "transformers has no model with levels, a class token, an image tokenizer, attention within or up "
+            "to time slices, or SwiGLU of this kind"
         )
     positions = model.get("positions", "sincos_uniform")
     exporters = {"sincos_flat": export_videomae, "rope": export_vjepa2}

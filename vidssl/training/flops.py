@@ -115,9 +115,9 @@ def stack_flops(stack: nn.Module) -> Callable[..., int]:
         weights.append((weights_of(block.attn.qkv), weights_of(block.attn.proj), weights_of(block.mlp)))
 
     def count(
-        x: Tensor, rope: object, layers: object, num_outputs: int | None = None, rng: object = None
+        x: Tensor, rope: object, layers: object, num_outputs: int | None = None, **options: object
     ) -> int:
-        """Of x [B, n, D]; the last block has num_outputs queries."""
+        """Of x [B, n, D]; the last block has num_outputs queries. Patterns of attention save nothing."""
         b, n, dim = x.shape
         total = 0
         for i, (qkv, proj, mlp) in enumerate(weights):
