@@ -49,22 +49,38 @@ def build_optimizer(model: nn.Module, config: OptimConfig, fused: bool = False) 
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     layers = [layer_of(name) for name, _ in named]
     top = max((layer for layer in layers if layer is not None), default=0) + 1
-    by_layer: dict[int, tuple[list[nn.Parameter], list[nn.Parameter]]] = {
-        top: ([], [])
-    }  # decayed, not decayed
+    own_scales = part_scales(model)
+    # (layer, factor on the rate, factor on the decay) -> parameters that are decayed, and the others
+    by_scale: dict[tuple[int, float, float], tuple[list[nn.Parameter], list[nn.Parameter]]] = {
+        (top, 1.0, 1.0): ([], [])
+    }
     for (name, p), layer in zip(named, layers, strict=True):
         level = top if layer is None or config.layer_lr_decay == 1 else layer
         exempt = (
             not config.decay_tokens if is_token_or_position(name) else p.ndim <= 1 or name.endswith(".bias")
         )
-        by_layer.setdefault(level, ([], []))[exempt].append(p)
+        key = (level, *own_scales.get(p, (1.0, 1.0)))
+        by_scale.setdefault(key, ([], []))[exempt].append(p)
     groups: list[dict[str, Any]] = []
-    for level, (decayed, not_decayed) in by_layer.items():
-        scale = {} if config.layer_lr_decay == 1 else {"scale": config.layer_lr_decay ** (top - level)}
-        groups.append({"params": decayed, "has_weight_decay": True, **scale})
+    for (level, lr_scale, wd_scale), (decayed, not_decayed) in by_scale.items():
+        factor = lr_scale * config.layer_lr_decay ** (top - level)
+        scale = {} if factor == 1 and config.layer_lr_decay == 1 else {"scale": factor}
+        decay_scale = {} if wd_scale == 1 else {"wd_scale": wd_scale}
+        groups.append({"params": decayed, "has_weight_decay": True, **scale, **decay_scale})
         groups.append({"params": not_decayed, "has_weight_decay": False, **scale})
     groups = [group for group in groups if group["params"]]  # set_optimizer_state_dict rejects empty ones
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused or None)
+
+
+def part_scales(model: nn.Module) -> dict[nn.Parameter, tuple[float, float]]:
+    """Parameter -> factors on its learning rate and weight decay, of modules that have their own (`lr_scale`,
+    `wd_scale`)."""
+    scales = {}
+    for module in model.modules():
+        own: Any = (getattr(module, "lr_scale", 1.0), getattr(module, "wd_scale", 1.0))
+        if own != (1.0, 1.0):
+            scales.update(dict.fromkeys(module.parameters(), own))
+    return scales
 
 
 def layer_of(name: str) -> int | None:
@@ -98,4 +114,5 @@ def set_schedule(optimizer: torch.optim.Optimizer, hparams: dict[str, float]) ->
     """Sets learning rate and weight decay of every parameter group."""
     for group in optimizer.param_groups:
         group["lr"] = hparams["lr"] * group.get("scale", 1.0)
-        group["weight_decay"] = hparams["weight_decay"] if group["has_weight_decay"] else 0.0
+        decay = hparams["weight_decay"] * group.get("wd_scale", 1.0)
+        group["weight_decay"] = decay if group["has_weight_decay"] else 0.0
