@@ -91,7 +91,7 @@ def pretrain(cfg: TrainConfig) -> None:
             inputs = DeviceBatches(in_time, start, strategy.device, make_parts)
             for step, (batches, parts) in enumerate(throughput.timed(inputs), start):
                 done = step + 1
-                hparams = schedule(optim_config, step, run.steps, objective.target.momentum)
+                hparams = schedule(optim_config, step, run.steps, objective.momentum)
                 set_schedule(optimizer, hparams)
                 optimizer.zero_grad()
                 with throughput.counting():
@@ -109,7 +109,7 @@ def pretrain(cfg: TrainConfig) -> None:
                     logger.info(f"step {done}: skipped: {skip_reason}")
                 else:
                     strategy.step(optimizer)
-                    objective.target.update(objective.encoder, hparams["ema"])
+                    objective.update(hparams["ema"])
 
                 row = step_row(losses, metrics, hparams, throughput.row(), state.guard.skipped, skip_reason)
                 if state.guard.should_rollback:

@@ -4,9 +4,11 @@ python tests/integration/test_methods.py [NAME ...] writes them: for a new metho
 meant to move them (the commit says why).
 """
 
+import json
 import re
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,10 @@ import torch
 import yaml
 from accelerate import Accelerator
 
-from vidssl.config import load_config, to_tree
+from vidssl.config import declarations, load_config, to_tree
 from vidssl.core.pixels import normalise
 from vidssl.core.rng import KeyedRNG
+from vidssl.objective.schema import PREDICTOR_PARTS
 from vidssl.pretrained.init import save_run_encoder, to_checkpoint
 from vidssl.training.distributed import Strategy
 from vidssl.training.optim import build_optimizer, schedule, set_schedule
@@ -27,10 +30,12 @@ ROOT = Path(__file__).parents[2]
 METHODS = sorted(p.stem for p in (ROOT / "configs/method").glob("*.yaml"))
 PUBLISHED = [m for m in METHODS if not m.endswith("_tiny")]
 STEPS = 5
+IMAGE_PARTS = ("encoder.patch_embed_img.", "encoder.img_mod_embed")  # no gradients from videos
 RUN = ["run.out=x", f"run.steps={STEPS}", "run.batch=8", "data.train=x"]
 SMALL = ["data.stride=1", "augment.kind=center_crop", "augment.size=32", "optim.warmup=0", "optim.lr=1e-3"]
-SMALL += ["method.predictor.width=24", "method.predictor.depth=1", "method.predictor.heads=2"]
 SMALL += ["model.kind=vit", "model.dim=48", "model.depth=2", "model.heads=3", "model.patch=8"]
+PREDICTOR = {"width": 24, "depth": 1, "heads": 2}
+TINY = ROOT / "tests/tiny_methods"  # files of keys that a method needs beside these
 
 
 def own(method: str) -> dict[str, Any]:
@@ -44,12 +49,26 @@ def small(method: str, *more: str) -> TrainConfig:
     fit = [f"data.frames={1 if model.get('tubelet') == 1 else 8}"]
     fit += ["model.levels=[0,1]"] if "levels" in model else []
     fit += ["method.context.warmup=[0,0]"] if "context" in own(method)["method"] else []
+    predictor = own(method)["method"].get("predictor")
+    sizes = declarations(PREDICTOR_PARTS[predictor["kind"]]) if predictor else ()
+    fit += [f"method.predictor.{key}={value}" for key, value in PREDICTOR.items() if key in sizes]
+    if (tiny := TINY / f"{method}.yaml").exists():
+        fit += [f"{key}={json.dumps(value)}" for key, value in flat(yaml.safe_load(tiny.read_text()))]
     return load_config([str(ROOT / f"configs/method/{method}.yaml"), *RUN, *SMALL, *fit, *more], TrainConfig)
+
+
+def flat(tree: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of the leaves of a tree."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from flat(value, f"{path}{key}.")
+        else:
+            yield f"{path}{key}", value
 
 
 def make_teacher(method: str, folder: Path) -> list[str]:
     """Writes a small teacher into the folder if the method needs one. Returns the arguments that name it."""
-    if own(method)["method"]["target"]["kind"] != "teacher":
+    if own(method)["method"].get("target", {}).get("kind") != "teacher":
         return []
     larger = small("vjepa2_1", "model.dim=64", "model.heads=4", "run.seed=1")
     objective = larger.build_objective()
@@ -72,7 +91,7 @@ def losses(cfg: TrainConfig, device: str = "cpu", precision: str = "fp32") -> li
     positions = torch.arange(8, device=device)
     out = []
     for step in range(STEPS):
-        now = schedule(optim, step, STEPS, objective.target.momentum)
+        now = schedule(optim, step, STEPS, objective.momentum)
         set_schedule(optimizer, now)
         with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
             loss = objective(normalise(video), KeyedRNG(0, step, positions + 8 * step))["loss"]
@@ -80,7 +99,7 @@ def losses(cfg: TrainConfig, device: str = "cpu", precision: str = "fp32") -> li
         loss.backward()
         strategy.clip(objective, optim, step)
         optimizer.step()
-        objective.target.update(objective.encoder, now["ema"])
+        objective.update(now["ema"])
         out.append(loss.item())
     return out
 
@@ -92,6 +111,22 @@ def losses_of(method: str) -> list[float]:
 
 def write(method: str) -> str:
     return "".join(f"{step} {loss:.6f}\n" for step, loss in enumerate(losses_of(method)))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_gradients_reach_every_trainable_parameter_and_no_other(method, tmp_path):
+    cfg = small(method, *make_teacher(method, tmp_path))
+    objective = cfg.build_objective()
+    video = torch.randn(8, 3, cfg.data.frames, 32, 32, generator=torch.Generator().manual_seed(0))
+    for step in range(2):  # what starts at zero may hold back the gradients of others for a step
+        objective.zero_grad()
+        objective(video, KeyedRNG(0, step, torch.arange(8)))["loss"].backward()
+        with torch.no_grad():
+            for p in objective.parameters():
+                p.add_(0 if p.grad is None else p.grad, alpha=-1e-2)
+    reached = {n for n, p in objective.named_parameters() if p.grad is not None and p.grad.any()}
+    trainable = {n for n, p in objective.named_parameters() if p.requires_grad}
+    assert sorted(n for n in reached ^ trainable if not n.startswith(IMAGE_PARTS)) == []
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vidssl.core.errors import UserError
 from vidssl.model.grid import Mask
-from vidssl.objective.objective import Objective
+from vidssl.objective.masked_prediction import MaskedPrediction
 from vidssl.pretrained import public
 from vidssl.pretrained.key_maps import JEPA, RenamedTensors, rename
 
@@ -120,7 +120,7 @@ class Case:
         """[B, 3, T, H, W]; an image is a clip of one frame."""
         return self["images"][:, :, None] if self.is_image else self["clips"]
 
-    def compare_objective_gradients(self, objective: Objective) -> None:
+    def compare_objective_gradients(self, objective: MaskedPrediction) -> None:
         """Compares the gradients of encoder, predictor and query with the reference's."""
         name, rules = public.detect_format(self.state, self.name, self.overrides())
 

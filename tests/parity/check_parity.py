@@ -29,8 +29,9 @@ from vidssl.model.grid import Grid, Mask, gather_tokens
 from vidssl.model.predictor import JointPredictor, MaskToken
 from vidssl.model.vit import Encoder
 from vidssl.objective.block_masks import MultiBlock3D
+from vidssl.objective.errors import ERRORS
+from vidssl.objective.masked_prediction import MaskedPrediction, inverse_sqrt_distance
 from vidssl.objective.masks import dual_mask, running_cell_maps
-from vidssl.objective.objective import ERRORS, Objective, inverse_sqrt_distance
 from vidssl.objective.schema import BlockGroup, ContextLoss
 from vidssl.objective.targets import Ema, Pixels, Target, Teacher, level_norm
 from vidssl.pretrained import public
@@ -85,7 +86,7 @@ def rng_of_batch(batch: int) -> KeyedRNG:
     return KeyedRNG(0, 0, torch.arange(batch))
 
 
-def compare_loss_and_gradients(case: Case, objective: Objective, clips: Tensor) -> None:
+def compare_loss_and_gradients(case: Case, objective: MaskedPrediction, clips: Tensor) -> None:
     loss = objective(clips, rng_of_batch(len(clips)))["loss"]
     case.compare("loss", loss)
     loss.backward()
@@ -119,7 +120,7 @@ def check_masked_pixels(case: Case) -> None:
     if "all_running_cell_masks" in case:
         ratio = case["decode_mask"].float().mean().item()
         case.compare("all_running_cell_masks", running_cell_maps(grid, ratio).float())
-    objective = Objective(encoder, FixedMasks([mask]), target, query, predictor, ERRORS["l2"]())
+    objective = MaskedPrediction(encoder, FixedMasks([mask]), target, query, predictor, ERRORS["l2"]())
     compare_loss_and_gradients(case, objective, clips)
 
 
@@ -142,7 +143,7 @@ def pixel_prediction(
     grid = encoder.grid_of(case.video)
     z = encoder(case.video, mask.context, return_levels=True)
     everywhere = case["prediction"].shape[1] == grid.n
-    tokens = predictor.forward_tokens(z, mask, query(0), grid, include_context=everywhere)
+    tokens = predictor.forward_tokens(z, mask, query.tokens[0], grid, include_context=everywhere)
     pred = predictor.proj(tokens[:, 0])
     if everywhere:
         pred = gather_tokens(pred, torch.cat([mask.context, mask.target[:, 0]], 1).argsort(1))
@@ -180,7 +181,7 @@ def check_feature_prediction(case: Case) -> None:
         check_initial_spread(case, checkpoint.model)
     context = ContextLoss(0.5) if "loss_context" in case else None
     error = ERRORS["smooth_l1" if case.is_image else "l1"]()
-    objective = Objective(encoder, FixedMasks(masks), target, query, predictor, error, context)
+    objective = MaskedPrediction(encoder, FixedMasks(masks), target, query, predictor, error, context)
     if context is not None:
         parts = objective(clips, rng_of_batch(len(clips)))
         for key, part in (("loss_prediction", "loss"), ("loss_context", "context_loss")):
@@ -268,7 +269,7 @@ def check_training_run(case: Case) -> None:
     predictor, query = map(case.place, checkpoint.build_predictor(encoder))
     target = Ema(case.place(checkpoint.build_encoder()))
     masks = FixedMasks([])
-    objective = Objective(encoder, masks, target, query, predictor, ERRORS["l1"]())
+    objective = MaskedPrediction(encoder, masks, target, query, predictor, ERRORS["l1"]())
     trace = train_as_reference(case, objective, masks)
     for key, values in trace.items():
         case.compare(f"trace.{key}", torch.tensor(values), "trace")
@@ -295,7 +296,7 @@ def check_training_run(case: Case) -> None:
     case.not_compared -= {f"final.{k}" for k in final}
 
 
-def train_as_reference(case: Case, objective: Objective, masks: FixedMasks) -> dict[str, list[float]]:
+def train_as_reference(case: Case, objective: MaskedPrediction, masks: FixedMasks) -> dict[str, list[float]]:
     """Trains for the steps of the trace. Returns loss, gradient norms and schedules of every step."""
     h = case.about["hyperparameters"]
     steps = h["iterations_per_epoch"] * h["num_epochs"]
@@ -330,7 +331,7 @@ def train_as_reference(case: Case, objective: Objective, masks: FixedMasks) -> d
             "grad_norm_predictor": gradient_norm(objective.predictor, objective.query),
         }
         optimizer.step()
-        objective.target.update(objective.encoder, hparams["ema"])
+        objective.update(hparams["ema"])
         for key, value in values.items():
             trace[key].append(value)
     return trace

@@ -79,7 +79,7 @@ def ours(objective: Objective, cfg: TrainConfig, compiled: bool, with_cudnn: boo
 
     def finish() -> None:
         optimizer.step()
-        objective.target.update(objective.encoder, MOMENTUM)
+        objective.update(MOMENTUM)
 
     return Contender(lambda video, number: objective(video, rng_of(video, number))["loss"], finish, objective)
 

@@ -5,11 +5,14 @@ from collections.abc import Callable, Sequence
 import torch
 
 from vidssl.config import Spec
+from vidssl.core.errors import UserError
 from vidssl.core.rng import KeyedRNG
 from vidssl.model.vit import Encoder
+from vidssl.objective.masked_prediction import MaskedPrediction
 from vidssl.objective.masks import needs_video
 from vidssl.objective.objective import Objective
 from vidssl.objective.schema import MethodConfig
+from vidssl.objective.weighted_sum import WeightedSum
 
 
 def build_objective(
@@ -28,16 +31,55 @@ def build_objective(
     """
     torch.manual_seed(seed)
     encoder = model.build(frames=frames[0], height=size, width=size)
+    terms: list[tuple[float, Objective]] = []
+    if method.predicts:
+        prediction = build_masked_prediction(method, encoder, load_teacher)
+        for count in frames:
+            check_clip(prediction, count, size)
+        terms.append((method.weight, prediction))
+    for other in (method.agree, method.pretext):
+        if not other.is_absent:
+            terms.append((1.0, other.build(encoder=encoder)))
+    return terms[0][1] if len(terms) == 1 else WeightedSum(encoder, terms)
+
+
+def build_masked_prediction(
+    method: MethodConfig, encoder: Encoder, load_teacher: Callable[[str], Encoder]
+) -> MaskedPrediction:
     given = {"encoder": encoder}
     if method.target.kind == "teacher":
         given["teacher"] = load_teacher(method.target.arguments["path"])
     target = method.target.build(**given)
     predictor = method.predictor.build(encoder=encoder, out=target.width)
-    query = method.query.build(width=predictor.width)
-    mask = method.mask.build()
-    for count in frames:  # raises UserError if a stream's clip does not suit the target or the mask
-        target.check_clip(count, size)
-        device = "cpu" if needs_video(mask) else "meta"
-        blank = torch.zeros(1, 3, count, size, size, device=device)
-        mask(blank, encoder.grid_of(blank), KeyedRNG(0, 0, torch.zeros(1, dtype=torch.int64)))
-    return Objective(encoder, mask, target, query, predictor, method.error.build(), method.context)
+    needs_query = getattr(predictor, "needs_query", True)
+    if needs_query == method.query.is_absent:
+        wanted = "needs a query" if needs_query else "has no query"
+        raise UserError(f"method.query: predictor {method.predictor.kind} {wanted}")
+    if (method.mask.kind == "scored") == method.score.is_absent:
+        raise UserError("method.mask.kind=scored and method.score go together: give both or neither")
+    aux = [spec.build(encoder=encoder, target_width=target.width) for spec in method.aux]
+    for module, spec in zip(aux, method.aux, strict=True):
+        module.kind = spec.kind
+    return MaskedPrediction(
+        encoder,
+        method.mask.build(),
+        target,
+        method.query.build(width=predictor.width) if needs_query else None,
+        predictor,
+        method.error.build(),
+        method.context,
+        method.corrupt.build(encoder=encoder),
+        method.score.build(encoder=encoder),
+        aux,
+        method.target_fraction,
+        method.masks_per_clip,
+    )
+
+
+def check_clip(objective: MaskedPrediction, frames: int, size: int) -> None:
+    """Raises UserError if clips of so many frames of size x size pixels do not suit the target or the
+    mask."""
+    objective.target.check_clip(frames, size)
+    looks = needs_video(objective.mask if objective.score is None else objective.score)
+    blank = torch.zeros(1, 3, frames, size, size, device="cpu" if looks else "meta")
+    objective.make_masks(blank, KeyedRNG(0, 0, torch.zeros(1, dtype=torch.int64)))

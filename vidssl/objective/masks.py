@@ -9,6 +9,7 @@ is compiled is then made for them. An image is a grid of one time slice.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -19,6 +20,7 @@ from vidssl.core.errors import UserError
 from vidssl.core.rng import KeyedRNG
 from vidssl.model.grid import Grid, Mask
 from vidssl.objective.block_masks import MultiBlock2D, MultiBlock3D, SingleBlock
+from vidssl.objective.objective import Masker
 from vidssl.objective.selection import indices_of, lowest_ids, other_ids
 
 
@@ -32,16 +34,28 @@ def mask_from_scores(score: Tensor, num_context: int) -> Mask:
     return Mask(context, other_ids(context, score.shape[1])[:, None])
 
 
-Masker = Callable[[Tensor, Grid, KeyedRNG], list[Mask]]
+def thin_targets(mask: Mask, fraction: float, rng: KeyedRNG) -> Mask:
+    """The mask with a random `fraction` of each group's targets, rounded, at least one; context unchanged.
+
+    The decoder's cost falls with it. Source: CrossMAE (arXiv 2401.14391), "partial reconstruction".
+    """
+    groups, num_targets = mask.target.shape[1:]
+    kept = max(1, round(fraction * num_targets))
+    if kept == num_targets:
+        return mask
+    index = lowest_ids(rng.rand(groups, num_targets).flatten(0, 1), kept).unflatten(0, (-1, groups))
+    weight = None if mask.weight is None else mask.weight.gather(2, index)
+    return Mask(mask.context, mask.target.gather(2, index), weight)
 
 
-def needs_video(mask: Masker) -> bool:
-    """Whether a masker looks at the pixels. It then draws on the device, in the forward pass; otherwise it
-    gets a video without contents and draws on the host, while the device computes the step before."""
-    return getattr(mask, "needs_video", False)
+def needs_video(part: Any) -> bool:
+    """Whether a masker or score looks at the pixels. It then draws on the device, in the forward pass;
+    otherwise it gets a video without contents and draws on the host, while the device computes the step
+    before."""
+    return getattr(part, "needs_video", False)
 
 
-def count_cut_groups(mask: Masker, clips: int) -> int:
+def count_cut_groups(mask: Masker | None, clips: int) -> int:
     """Number of groups of a global batch of `clips` clips that a masker cuts to common numbers of tokens; one
     forward pass takes clips of one group. Raises UserError if they cannot be divided so."""
     cut_groups: Callable[[int], int] | None = getattr(mask, "cut_groups", None)

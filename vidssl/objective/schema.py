@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Annotated, NamedTuple
 
+from pydantic import Field
+
 from vidssl.config import Choice, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Spec
 from vidssl.config.signatures import PartTable
 from vidssl.core.errors import UserError
@@ -11,7 +13,15 @@ MASK_PARTS = PartTable("vidssl.objective.masks", "MASKS")
 TARGET_PARTS = PartTable("vidssl.objective.targets", "TARGETS")
 QUERY_PARTS = PartTable("vidssl.model.predictor", "QUERIES")
 PREDICTOR_PARTS = PartTable("vidssl.model.predictor", "PREDICTORS")
-ERROR_PARTS = PartTable("vidssl.objective.objective", "ERRORS")
+ERROR_PARTS = PartTable("vidssl.objective.errors", "ERRORS")
+CORRUPTION_PARTS = PartTable("vidssl.objective.corruptions", "CORRUPTIONS")
+SCORE_PARTS = PartTable("vidssl.objective.scores", "SCORES")
+AUX_PARTS = PartTable("vidssl.objective.auxiliary", "AUX")
+AGREE_PARTS = PartTable("vidssl.objective.agreement", "AGREEMENTS")
+PRETEXT_PARTS = PartTable("vidssl.objective.pretext", "PRETEXTS")
+
+
+PositiveFraction = Annotated[float, Field(gt=0, le=1)]
 
 
 class BlockGroup(NamedTuple):
@@ -47,11 +57,47 @@ class ContextLoss:
 
 @dataclass(frozen=True)
 class MethodConfig:
-    """The `method` section: the parts of the formula (objective.py)."""
+    """The `method` section: the parts of a masked prediction (masked_prediction.py), or another formula in
+    its place or beside it."""
 
-    mask: Annotated[Spec, Choice(MASK_PARTS)]
-    target: Annotated[Spec, Choice(TARGET_PARTS, supplied=("encoder", "teacher"))]
-    query: Annotated[Spec, Choice(QUERY_PARTS, supplied=("width",))]
-    predictor: Annotated[Spec, Choice(PREDICTOR_PARTS, supplied=("encoder", "out"))]
-    error: Annotated[Spec, Choice(ERROR_PARTS)]
+    mask: Annotated[Spec, Choice(MASK_PARTS, is_optional=True)]
+    target: Annotated[Spec, Choice(TARGET_PARTS, supplied=("encoder", "teacher"), is_optional=True)]
+    query: Annotated[Spec, Choice(QUERY_PARTS, supplied=("width",), is_optional=True)]
+    predictor: Annotated[Spec, Choice(PREDICTOR_PARTS, supplied=("encoder", "out"), is_optional=True)]
+    error: Annotated[Spec, Choice(ERROR_PARTS, is_optional=True)]
     context: ContextLoss
+    # of what the encoder sees
+    corrupt: Annotated[Spec, Choice(CORRUPTION_PARTS, supplied=("encoder",), is_optional=True)]
+    # of the tokens, for mask.kind=scored
+    score: Annotated[Spec, Choice(SCORE_PARTS, supplied=("encoder",), is_optional=True)]
+    # added to the loss
+    aux: Annotated[tuple[Spec, ...], Choice(AUX_PARTS, supplied=("encoder", "target_width"), is_list=True)]
+    # agreement of views
+    agree: Annotated[Spec, Choice(AGREE_PARTS, supplied=("encoder",), is_optional=True)]
+    # naming a transformation
+    pretext: Annotated[Spec, Choice(PRETEXT_PARTS, supplied=("encoder",), is_optional=True)]
+    target_fraction: PositiveFraction = 1.0  # part of a mask's targets that is predicted, at random
+    masks_per_clip: PositiveInt = 1  # draws of the mask for each clip, which share one pass of the target
+    weight: PositiveFloat = 1.0  # of the masked prediction, beside another formula
+
+    def __post_init__(self) -> None:
+        given = [name for name in NEEDED_PARTS if not getattr(self, name).is_absent]
+        others = not (self.agree.is_absent and self.pretext.is_absent)
+        missing = [name for name in NEEDED_PARTS if name not in given]
+        if missing and (given or not others):
+            table = TABLES[missing[0]]
+            raise UserError(f"method.{missing[0]}: 'kind' is missing; allowed: {', '.join(table)}")
+
+    @property
+    def predicts(self) -> bool:
+        """Whether there is a masked prediction."""
+        return not self.mask.is_absent
+
+
+NEEDED_PARTS = ("mask", "target", "predictor", "error")  # of a masked prediction
+TABLES = {
+    "mask": MASK_PARTS,
+    "target": TARGET_PARTS,
+    "predictor": PREDICTOR_PARTS,
+    "error": ERROR_PARTS,
+}

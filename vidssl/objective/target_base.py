@@ -1,13 +1,16 @@
 """The base of all targets; the targets themselves and their table are in targets.py."""
 
-from torch import nn
+from torch import Tensor, nn
 
+from vidssl.model.prediction import Encoded
 from vidssl.model.vit import Encoder
 
 
 class Target(nn.Module):
     """Base of all targets. `encoder` is the EMA encoder, which evaluation then uses; None where there is
     none."""
+
+    per_mask = False  # the target depends on the mask: `for_mask` makes it
 
     encoder: Encoder | None
     width: int
@@ -21,6 +24,18 @@ class Target(nn.Module):
 
     def check_clip(self, frames: int, size: int) -> None:
         """Raises UserError if the target cannot be made of a clip of so many frames of size x size pixels."""
+
+    @property
+    def ema_encoder(self) -> Encoder | None:
+        return self.encoder
+
+    def with_aux(self, video: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Returns the target [B, N, K] of every token, and losses of its own by their names in the log."""
+        return self(video), {}
+
+    def for_mask(self, encoded: Encoded) -> Tensor:
+        """Returns the target [B, M, Nt, K] of one mask; for targets with `per_mask`."""
+        raise NotImplementedError
 
     @property
     def teacher(self) -> Encoder | None:

@@ -32,9 +32,10 @@ def pretrained_weights(
     """
     check_same_options("model", checkpoint.model, model.arguments, source)
     parts = {"encoder": checkpoint.online or checkpoint.encoder}
-    if objective.target.encoder is not None:
-        parts["target.encoder"] = checkpoint.encoder
-    if checkpoint.predictor is not None and checkpoint.query is not None:
+    if (ema_name := ema_encoder_name(objective)) is not None:
+        parts[ema_name] = checkpoint.encoder
+    is_joint = (method.predictor.kind, method.query.kind) == ("joint", "token")
+    if is_joint and checkpoint.predictor is not None and checkpoint.query is not None:
         check_same_options("method.predictor", checkpoint.predictor, method.predictor.arguments, source)
         groups = method.query.arguments["groups"]  # V-JEPA 2 has ten mask tokens and uses the first ones
         parts["predictor"] = checkpoint.predictor_weights
@@ -52,6 +53,12 @@ def pretrained_weights(
         if (found := weights[name].shape) != shape:
             raise UserError(f"run.init: {source} does not fit: {name} is {tuple(found)}, not {tuple(shape)}")
     return weights
+
+
+def ema_encoder_name(objective: Objective) -> str | None:
+    """Dotted name of the EMA encoder within the objective; None where there is none."""
+    ema = objective.ema_encoder
+    return None if ema is None else next(name for name, m in objective.named_modules() if m is ema)
 
 
 def resize_positions(weights: dict[str, Tensor], old: Grid, new: Grid) -> dict[str, Tensor]:
@@ -91,12 +98,13 @@ def to_checkpoint(
         return {k.removeprefix(f"{name}."): v for k, v in state.items() if k.startswith(f"{name}.")}
 
     pixels = {"mean": list(MEAN), "std": list(STD)}
-    momentum = part("target.encoder")
+    ema_name = ema_encoder_name(objective)
+    momentum = {} if ema_name is None else part(ema_name)
     checkpoint = Checkpoint("vidssl", model, momentum or part("encoder"), pixels)
     if momentum:
         checkpoint.online = part("encoder")
-    if predictor.kind == "joint":
-        checkpoint.predictor = {**predictor.arguments, "out": objective.target.width}
+    if predictor.kind == "joint" and "query.tokens" in state:
+        checkpoint.predictor = {**predictor.arguments, "out": state["predictor.proj.weight"].shape[0]}
         checkpoint.predictor_weights = part("predictor")
         checkpoint.query = state["query.tokens"]
     return checkpoint

@@ -46,6 +46,6 @@ def all_stacks(model: nn.Module) -> Iterator[TransformerStack]:
 
 def varying_stacks(model: nn.Module) -> Iterator[TransformerStack]:
     """The stacks of an objective whose numbers of tokens vary with the masks."""
-    if isinstance(model, Objective) and getattr(model.mask, "counts_vary", True):
-        yield from all_stacks(model.encoder)
-        yield from all_stacks(model.predictor)
+    if isinstance(model, Objective):
+        for part in model.varying_parts:
+            yield from all_stacks(part)

@@ -132,10 +132,11 @@ class FeatureStats:
         objective.eval()
         with unsharded(objective), autocast():
             features = encoder(video)
-            target = objective.target(target_video)
+            target = objective.target_features(target_video)
         stats = feature_statistics(features, encoder.grid_of(video).t)
-        stats["target_var"] = float(target.float().flatten(0, 1).var(0).mean())
-        if objective.target.encoder is not None:
+        if target is not None:
+            stats["target_var"] = float(target.float().flatten(0, 1).var(0).mean())
+        if objective.ema_encoder is not None:
             stats |= ema_drift(objective, target_video, features[::TARGET_CLIP_STRIDE], autocast)
         objective.train(was_training)
         if len(clips) >= MIN_CLIPS:

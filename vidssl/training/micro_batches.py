@@ -5,19 +5,19 @@ from functools import partial
 from typing import NamedTuple
 
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from vidssl.core.constants import upload
 from vidssl.core.errors import UserError
 from vidssl.core.rng import GlobalBatch, KeyedRNG
 from vidssl.data.loader import Batch
-from vidssl.model.grid import Mask
-from vidssl.objective.masks import Masker, count_cut_groups
-from vidssl.objective.objective import Objective
+from vidssl.objective.masks import count_cut_groups
+from vidssl.objective.objective import Masker, Masks, Objective
 from vidssl.training.distributed import Strategy
 from vidssl.training.schema import TrainConfig
 
 
-def make_cut_groups(cfg: TrainConfig, mask: Masker, world: int) -> Callable[[int], int]:
+def make_cut_groups(cfg: TrainConfig, mask: Masker | None, world: int) -> Callable[[int], int]:
     """Returns what maps the clips of a global batch to the number of groups that `mask` cuts together.
 
     Raises UserError if they do not divide the batch, or the processes cannot share them evenly.
@@ -41,7 +41,7 @@ class MicroBatch(NamedTuple):
     stream: int
     video: Tensor  # u8 [B, 3, T, S, S]
     rng: KeyedRNG  # of the clips, on the device of the video; it has drawn the masks
-    masks: list[Mask] | None  # None: drawn in the forward pass, since they depend on the pixels
+    masks: Masks  # None: drawn in the forward pass, since they depend on the pixels
 
 
 class BatchPiece(NamedTuple):
@@ -104,8 +104,7 @@ class PartMaker:
                 rng = KeyedRNG(self.seed, step, part.position, part.batch)
                 masks = self.objective.draw_masks(part.video.shape, rng)
                 device = part.video.device
-                if masks is not None:
-                    masks = [mask.to(device) for mask in masks]
+                masks = tree_map_only(Tensor, partial(upload, device=device), masks)
                 made.append(MicroBatch(stream, part.video, rng.to(device), masks))
         return made
 
@@ -113,5 +112,10 @@ class PartMaker:
 def make_part_maker(cfg: TrainConfig, objective: Objective, strategy: Strategy) -> PartMaker:
     """The PartMaker of a run. Raises UserError if the processes cannot share the clips that are masked
     together."""
+    if objective.couples_clips and cfg.efficiency.micro_batches > 1:
+        raise UserError(
+            f"efficiency.micro_batches {cfg.efficiency.micro_batches}: the method compares the clips of a "
+            "step with one another, so they cannot be computed in parts: give 1"
+        )
     cut_groups = make_cut_groups(cfg, objective.mask, strategy.world)
     return PartMaker(objective, strategy, cfg.run.seed, cfg.efficiency.micro_batches, cut_groups)

@@ -19,7 +19,8 @@ from vidssl.model.positions import (
 )
 from vidssl.model.predictor import JointPredictor, MaskToken
 from vidssl.model.vit import Encoder, TransformerStack
-from vidssl.objective.objective import ERRORS, Objective, inverse_sqrt_distance
+from vidssl.objective.errors import ERRORS
+from vidssl.objective.masked_prediction import MaskedPrediction, inverse_sqrt_distance
 from vidssl.objective.schema import ContextLoss
 from vidssl.objective.targets import Ema, Pixels, level_norm
 
@@ -234,10 +235,10 @@ def test_context_loss():
     masks = [Mask(order[:, :16], order[:, None, 16:])]
     predictor = JointPredictor(encoder, 48, width=24, depth=1, heads=3, context_head=True)
     parts = (encoder, lambda *_: masks, Ema(encoder), MaskToken(24), predictor, ERRORS["l1"]())
-    out = Objective(*parts, context)(video, KeyedRNG(0, 15, torch.arange(2)))
+    out = MaskedPrediction(*parts, context)(video, KeyedRNG(0, 15, torch.arange(2)))
     assert torch.allclose(out["loss"], out["loss_0"] + 0.25 * out["context_loss_0"])
     with pytest.raises(UserError, match="go together"):
-        Objective(*parts)
+        MaskedPrediction(*parts)
 
 
 def test_pixels_per_tubelet():

@@ -11,8 +11,9 @@ from vidssl.model.heads import AttentiveHead
 from vidssl.model.positions import sincos_3d, sincos_flat
 from vidssl.model.predictor import JointPredictor, MaskToken
 from vidssl.model.vit import Encoder
+from vidssl.objective.errors import ERRORS
+from vidssl.objective.masked_prediction import MaskedPrediction
 from vidssl.objective.masks import RunningCell
-from vidssl.objective.objective import ERRORS, Objective
 from vidssl.objective.targets import Ema, Pixels
 
 
@@ -73,7 +74,7 @@ def test_videomae_loss_longhand():
     order = torch.stack([torch.randperm(64), torch.randperm(64)])
     mask = Mask(order[:, :16], order[:, None, 16:])
     token = MaskToken(24)
-    objective = Objective(encoder, Fixed(mask), Pixels(encoder), token, predictor, ERRORS["l2"]())
+    objective = MaskedPrediction(encoder, Fixed(mask), Pixels(encoder), token, predictor, ERRORS["l2"]())
     got = objective(video, draws(2))["loss"]
 
     mean, std = torch.tensor(MEAN), torch.tensor(STD)
@@ -111,7 +112,7 @@ def test_vjepa_loss_longhand():
     video = torch.randn(2, 3, 8, 32, 32)
     order = torch.stack([torch.randperm(64), torch.randperm(64)])
     masks = Mask(order[:, :16], order[:, None, 16:48]), Mask(order[:, 40:48], order[:, None, :35])
-    objective = Objective(encoder, Fixed(*masks), target, token, predictor, ERRORS["l1"]())
+    objective = MaskedPrediction(encoder, Fixed(*masks), target, token, predictor, ERRORS["l1"]())
     got = objective(video, draws(2))["loss"]
 
     features = target.encoder(video)
@@ -172,8 +173,8 @@ def test_weighted_reduction():
     weight = torch.tensor([[[1.0, 0, 0, 1]], [[0, 0, 0, 2]]])
     want = ((error[0, 0, 0] + error[0, 0, 3]) / 2 + error[1, 0, 3]) / 2  # each clip counts the same
     empty = torch.empty(0)
-    assert torch.allclose(Objective.weighted_mean(error, Mask(empty, empty, weight)), want)
-    assert torch.allclose(Objective.weighted_mean(error, Mask(empty, empty)), error.mean())
+    assert torch.allclose(MaskedPrediction.weighted_mean(error, Mask(empty, empty, weight)), want)
+    assert torch.allclose(MaskedPrediction.weighted_mean(error, Mask(empty, empty)), error.mean())
 
 
 @pytest.mark.parametrize("grid", [Grid(2, 4, 4), Grid(3, 4, 4), Grid(5, 6, 3), Grid(1, 7, 5)], ids=str)
@@ -183,10 +184,10 @@ def test_the_loss_of_a_batch_is_the_mean_of_that_of_its_parts(grid, ratio):
     clips = 12
     mask = RunningCell(ratio)(torch.empty(clips, 0), grid, KeyedRNG(0, 0, torch.arange(clips)))[0]
     error = torch.rand(mask.target.shape)
-    whole = Objective.weighted_mean(error, mask)
+    whole = MaskedPrediction.weighted_mean(error, mask)
     for part in (1, 3, 4):
         losses = [
-            Objective.weighted_mean(e, Mask(mask.context, mask.target, w))
+            MaskedPrediction.weighted_mean(e, Mask(mask.context, mask.target, w))
             for e, w in zip(error.split(part), mask.weight.split(part), strict=True)
         ]
         torch.testing.assert_close(torch.stack(losses).mean(), whole)

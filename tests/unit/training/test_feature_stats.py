@@ -103,13 +103,13 @@ def train(collapsing: bool) -> tuple[list[dict], list[str], FeatureStats]:
     rows, warnings = [], []
     for step in range(STEPS):
         video = clips(step)
-        hparams = schedule(optim, step, STEPS, objective.target.momentum)
+        hparams = schedule(optim, step, STEPS, objective.momentum)
         set_schedule(optimizer, hparams)
         loss = objective(normalise(video), KeyedRNG(0, step, torch.arange(16) + 16 * step))["loss"]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        objective.target.update(objective.encoder, hparams["ema"])
+        objective.update(hparams["ema"])
         stats.add_clips(video)
         if (step + 1) % EVERY == 0 or step == 0:
             rows.append({"step": step + 1, "loss": loss.item(), **stats.measure(objective)})

@@ -77,13 +77,13 @@ def take_step(
     """Returns what crossed after the input of the step was made."""
     parts = next(inputs).parts
     with Crossings() if step else contextlib.nullcontext() as crossings:
-        hparams = schedule(cfg.optim, step, 2, objective.target.momentum)
+        hparams = schedule(cfg.optim, step, 2, objective.momentum)
         set_schedule(optimizer, hparams)
         optimizer.zero_grad()
         losses = forward_backward(strategy, objective, parts)
         norm = strategy.clip(objective, cfg.optim, step)
         optimizer.step()
-        objective.target.update(objective.encoder, hparams["ema"])
+        objective.update(hparams["ema"])
     assert norm.device == META and all(loss.device == META for loss in losses.values())
     return crossings.found if crossings else []
 
