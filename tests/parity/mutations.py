@@ -15,7 +15,7 @@ from case import Case
 from torch import Tensor
 
 from vidssl.model import positions
-from vidssl.objective import hog, objective, targets
+from vidssl.objective import hog, masked_prediction, targets
 from vidssl.pretrained import public
 from vidssl.pretrained.key_maps import RenamedTensors, rename
 
@@ -131,17 +131,17 @@ def norm_over_all_levels(patch: Patch) -> None:
 
 def no_distance_weights(patch: Patch) -> None:
     patch.setattr(
-        check_parity, "ContextLoss", lambda weight: objective.ContextLoss(weight, by_distance=False)
+        check_parity, "ContextLoss", lambda weight: masked_prediction.ContextLoss(weight, by_distance=False)
     )
 
 
 def smaller_context_weight(patch: Patch) -> None:
-    patch.setattr(check_parity, "ContextLoss", lambda weight: objective.ContextLoss(0.9 * weight))
+    patch.setattr(check_parity, "ContextLoss", lambda weight: masked_prediction.ContextLoss(0.9 * weight))
 
 
 def inverse_distance_without_root(patch: Patch) -> None:
-    right = objective.inverse_sqrt_distance
-    for module in (objective, check_parity):
+    right = masked_prediction.inverse_sqrt_distance
+    for module in (masked_prediction, check_parity):
         patch.setattr(module, "inverse_sqrt_distance", lambda mask, grid: right(mask, grid) ** 2)
 
 
@@ -188,13 +188,13 @@ def target_copies_online_encoder(patch: Patch) -> None:
 
 
 def swap_mask_tokens(patch: Patch) -> None:
-    right = check_parity.Objective.__init__
+    right = check_parity.MaskedPrediction.__init__
 
     def wrong(self, encoder, mask, target, query, *rest):
         query.tokens.data = query.tokens.data.flip(0)
         right(self, encoder, mask, target, query, *rest)
 
-    patch.setattr(check_parity.Objective, "__init__", wrong)
+    patch.setattr(check_parity.MaskedPrediction, "__init__", wrong)
 
 
 def swap_gradients(patch: Patch) -> None:

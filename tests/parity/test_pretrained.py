@@ -172,7 +172,7 @@ def of_ours(found: Checkpoint) -> dict[str, Tensor]:
         grid = encoder.grid_of(clips)
         if norm is None:  # transformers' index of the mask token is 1, and its encoder sees everything
             out["prediction"] = predictor(
-                gather_tokens(encoder(clips), CONTEXT), mask, query(1), grid
+                gather_tokens(encoder(clips), CONTEXT), mask, query.tokens[1 % len(query.tokens)], grid
             ).target[:, 0]
         else:
             z = encoder(clips, mask.context, return_levels=True)
@@ -391,7 +391,12 @@ def test_v_jepa(tmp_path):
     near(encoder(case.video), case["encoder_full"])
     near(level_norm(found.build_encoder()(case.video), case.geometry["dim"]), case["target_full"])
     predictor, query = found.build_predictor(encoder)
-    got = predictor(encoder(case.video, case.mask(1).context), case.mask(1), query(1), encoder.grid).target
+    got = predictor(
+        encoder(case.video, case.mask(1).context),
+        case.mask(1),
+        query.tokens[1 % len(query.tokens)],
+        encoder.grid,
+    ).target
     near(got, case["prediction.1"])
 
 
@@ -412,7 +417,12 @@ def test_v_jepa_2_with_unused_tables_and_ten_mask_tokens(tmp_path):
     encoder = found.build_encoder(found.online)
     predictor, query = found.build_predictor(encoder)
     near(encoder(case["clips_wide"]), case["encoder_wide"])
-    got = predictor(encoder(case.video, case.mask(1).context), case.mask(1), query(1), encoder.grid).target
+    got = predictor(
+        encoder(case.video, case.mask(1).context),
+        case.mask(1),
+        query.tokens[1 % len(query.tokens)],
+        encoder.grid,
+    ).target
     near(got, case["prediction.1"])
 
 

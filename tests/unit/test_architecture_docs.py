@@ -48,5 +48,5 @@ def test_named_files_exist():
 def test_spine_is_under_3000_lines():
     section = TEXT[TEXT.index("## Reading order") : TEXT.index("Read when it is needed")]
     spine = re.findall(r"`([\w/]+\.py)`", section)
-    assert len(spine) >= 15
+    assert len(spine) >= 14
     assert sum(len((ROOT / "vidssl" / name).read_text().splitlines()) for name in spine) < 3000

@@ -454,14 +454,18 @@ def _parts(node: Any, choice: Choice | Arguments, key_path: str, origin: Origin)
     """The Spec of a field, or all of a list."""
     if not isinstance(choice, Choice):
         return _spec(node, choice, key_path, origin)
-    if isinstance(node, Argument):
-        node = parse_yaml(node.text, _where(key_path, origin))
     if choice.is_list:
-        items = node if isinstance(node, list) else [] if plain(node) in (None, {}) else [node]
+        if isinstance(node, Argument):
+            node = parse_yaml(node.text, _where(key_path, origin))
+        items = node if isinstance(node, list) else [] if _is_nothing(node) else [node]
         return tuple(_spec(item, choice, f"{key_path}[{i}]", origin) for i, item in enumerate(items))
-    if choice.is_optional and plain(node) in (None, {}):
+    if choice.is_optional and _is_nothing(node):
         return Spec(None, {}, _no_part)
     return _spec(node, choice, key_path, origin)
+
+
+def _is_nothing(node: Any) -> bool:
+    return node in (None, {}, Argument("null")) or (isinstance(node, Scalar) and node.value is None)
 
 
 def _spec(node: Any, choice: Choice | Arguments, key_path: str, origin: Origin) -> Spec:

@@ -19,12 +19,12 @@ from vidssl.core.constants import constant
 from vidssl.core.errors import UserError
 from vidssl.core.rng import KeyedRNG
 from vidssl.core.suggestions import divisors_near, multiples_near
+from vidssl.model.attention import AttentionPattern, attention_pattern
 from vidssl.model.grid import Grid, ImageGrid, gather_tokens, patchify
 from vidssl.model.positions import PositionEncoding, PositionKind, RotaryTable, apply_rope
 
 Init = Literal["trunc_normal", "xavier"]
 Feedforward = Literal["gelu", "swiglu"]
-AttentionPattern = Literal["full", "frame", "causal"]
 LAYER_NORM_EPS = 1e-6  # as in both V-JEPA and VideoMAE (torch's default is 1e-5)
 
 
@@ -83,7 +83,7 @@ class Attention(nn.Module):
             attends = None if attends is None else attends[..., -num_outputs:, :]
         q, k, v = (rearrange(t, "b n h d -> b h n d") for t in (q, k, v))
         with sdpa_kernel(KERNELS_OF_ANY_SHAPE) if self.counts_vary else nullcontext():
-            attended = F.scaled_dot_product_attention(q, k, v, attends)
+            attended = F.scaled_dot_product_attention(q, k, v, attn_mask=attends)
         return self.proj(rearrange(attended, "b h n d -> b n (h d)"))
 
 
@@ -200,24 +200,6 @@ class PatchEmbed(nn.Module):
 
     def forward(self, patches: Tensor) -> Tensor:
         return F.linear(patches.flatten(2), self.proj.weight.flatten(1), self.proj.bias)
-
-
-def attention_pattern(
-    kind: AttentionPattern, grid: Grid, ids: Tensor | None, tokens: int, device: torch.device
-) -> Tensor | None:
-    """bool [B or 1, 1, tokens, tokens], True where a query (row) attends to a key; None: everywhere.
-
-    ids i64 [B, n]; None: all. "frame": within a time slice (SiamMAE); "causal": to this and earlier ones
-    (LeVJEPA). A token before the n ones, the class token, attends to all, and only it attends to itself.
-    """
-    if kind == "full":
-        return None
-    slices = (torch.arange(grid.n, device=device)[None] if ids is None else ids) // (grid.h * grid.w)
-    query, key = slices[:, :, None], slices[:, None]
-    attends = query == key if kind == "frame" else query >= key
-    extra = tokens - slices.shape[1]
-    attends = F.pad(F.pad(attends, (extra, 0), value=False), (0, 0, extra, 0), value=True)
-    return attends[:, None]
 
 
 def check_heads(dim: int, heads: int) -> None:

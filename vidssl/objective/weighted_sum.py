@@ -39,7 +39,8 @@ class WeightedSum(Objective):
 
     def forward(self, video: Tensor, rng: KeyedRNG, masks: Masks = None) -> dict[str, Tensor]:
         masks = masks or [None] * len(self.terms)
-        losses, parts = [], {}
+        losses = []
+        parts: dict[str, Tensor] = {}
         for i, (weight, term, drawn) in enumerate(zip(self.weights, self.terms, masks, strict=True)):
             found = term(video, rng, drawn)
             parts[f"loss_term_{i}"] = found.pop("loss")

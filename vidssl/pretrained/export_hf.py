@@ -55,8 +55,8 @@ def save_hf(folder: Path, checkpoint: Checkpoint) -> str:
     kinds = (model.get("mlp", "gelu"), model.get("attention", "full"))
     if unsupported or kinds != ("gelu", "full"):
         raise UserError(
-            "transformers has no model with levels, a class token, an image tokenizer, attention within or up "
-            "to time slices, or SwiGLU of this kind"
+            "transformers has no model with levels, a class token, an image tokenizer, model.attention other "
+            "than full, or SwiGLU of this kind"
         )
     positions = model.get("positions", "sincos_uniform")
     exporters = {"sincos_flat": export_videomae, "rope": export_vjepa2}

@@ -111,5 +111,5 @@ def test_attention_is_called_as_flash_attention_takes_it(method, recomputed, mon
     stacks = 2 if method == "videomae" else 5
     assert len(calls) == (2 * stacks if not recomputed else 2 * stacks + 2 * (stacks - (stacks > 2)))
     for dtypes, strides, tensors, options, _ in calls:
-        assert (dtypes, strides, tensors, options) == ({torch.bfloat16}, {1}, 3, {})
+        assert (dtypes, strides, tensors, options) == ({torch.bfloat16}, {1}, 3, {"attn_mask": None})
     assert sum(with_cudnn for *_, with_cudnn in calls) == (len(calls) if method == "videomae" else 2)
