@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import nn
 
-from vidssl.config import load_config
 from vidssl.core.rng import KeyedRNG
 from vidssl.model.heads import AttentiveHead
 from vidssl.model.vit import Attention, Block, Encoder
@@ -16,9 +15,9 @@ from vidssl.pretrained import load
 from vidssl.training import perf
 from vidssl.training.blocks import configure_blocks
 from vidssl.training.flops import ModelFlops, patch_flops, published_peak
-from vidssl.training.schema import TrainConfig
 
-ROOT = Path(__file__).parents[3]
+sys.path.append(str(Path(__file__).parents[2] / "integration"))
+from test_methods import METHODS, own, small
 
 
 @pytest.mark.parametrize("backward", [False, True])
@@ -47,21 +46,6 @@ def test_flops_do_not_depend_on_the_kernel_of_attention():
     assert counted[0] == counted[1] > 0
 
 
-SMALL = ["run.out=x", "data.train=x", "augment.kind=center_crop", "augment.size=32"]
-SMALL += ["data.stride=1", "model.patch=8", "run.steps=9", "run.batch=4", "optim.warmup=0"]
-SMALL += ["model.kind=vit", "model.dim=48", "model.depth=2", "model.heads=3"]
-SMALL += ["method.predictor.width=24", "method.predictor.depth=2", "method.predictor.heads=2"]
-METHODS = {p.stem: ["data.frames=8"] for p in sorted((ROOT / "configs/method").glob("*.yaml"))}
-METHODS |= {name: ["data.frames=1"] for name in ("mae", "ijepa")}
-METHODS["vjepa2_1"] += ["model.levels=[0,1]"]
-METHODS["vjepa2_1_distilled"] += ["method.target.path=teacher"]
-
-
-def objective_of(method: str) -> nn.Module:
-    file = str(ROOT / f"configs/method/{method}.yaml")
-    return load_config([file, *SMALL, *METHODS[method]], TrainConfig).build_objective()
-
-
 def counted(objective: nn.Module, frames: int, step: int) -> tuple[int, int]:
     """Returns our count and torch's of a step's forward pass, without gradients."""
     video = torch.rand(4, 3, frames, 32, 32)
@@ -77,8 +61,10 @@ def test_model_flops_of_the_masks_drawn_are_those_that_torch_counts(method, monk
     """Batches have one shape; the block masks keep other numbers of tokens in each step."""
     teacher = Encoder(8, 32, 32, dim=32, depth=3, heads=2, patch=8)
     monkeypatch.setattr(load, "load_teacher", lambda path: teacher.requires_grad_(False))
-    objective = objective_of(method)
-    frames = 1 if "data.frames=1" in METHODS[method] else 8
+    target = own(method)["method"].get("target", {}).get("kind")
+    cfg = small(method, *(["method.target.path=teacher"] if target == "teacher" else []))
+    objective = cfg.build_objective()
+    frames = cfg.data.frames
     totals = {counted(objective, frames, step) for step in range(4)}
     assert all(ours == torchs > 0 for ours, torchs in totals)
     assert len(totals) > 1 or not getattr(objective.mask, "counts_vary", True)
