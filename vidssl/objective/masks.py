@@ -22,6 +22,7 @@ from vidssl.model.grid import Grid, Mask
 from vidssl.objective.block_masks import MultiBlock2D, MultiBlock3D, SingleBlock
 from vidssl.objective.objective import Masker
 from vidssl.objective.selection import indices_of, lowest_ids, other_ids
+from vidssl.objective.visible_masks import NextFrame, VisibleBox, VisibleBoxes
 
 
 def mask_from_scores(score: Tensor, num_context: int) -> Mask:
@@ -268,4 +269,7 @@ MASKS = {
     "multiblock_3d": MultiBlock3D,
     "single_block": SingleBlock,
     "multiblock_2d": MultiBlock2D,
+    "visible_box": VisibleBox,
+    "visible_boxes": VisibleBoxes,
+    "next_frame": NextFrame,
 }
