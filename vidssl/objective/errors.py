@@ -1,14 +1,62 @@
-"""Errors: how a prediction is compared with its target."""
+"""Errors: how a prediction is compared with its target.
+
+`scale` multiplies an error: data2vec 2.0 has sums over the K dimensions divided by sqrt(K), which is the mean
+times sqrt(K).
+"""
 
 from collections.abc import Callable
 
 import torch.nn.functional as F
 from torch import Tensor
 
+from vidssl.config import PositiveFloat
+
 ErrorFunction = Callable[[Tensor, Tensor], Tensor]  # prediction and target [B, M, Nt, K] to [B, M, Nt]
 
+
+def l1(scale: PositiveFloat = 1.0) -> ErrorFunction:
+    return lambda pred, target: scale * (pred - target).abs().mean(-1)
+
+
+def l2(scale: PositiveFloat = 1.0) -> ErrorFunction:
+    return lambda pred, target: scale * F.mse_loss(pred, target, reduction="none").mean(-1)
+
+
+def smooth_l1(scale: PositiveFloat = 1.0, beta: PositiveFloat = 1.0) -> ErrorFunction:
+    """beta: below it the error is squared."""
+    return lambda pred, target: scale * F.smooth_l1_loss(pred, target, reduction="none", beta=beta).mean(-1)
+
+
+def cross_entropy(temperature: PositiveFloat = 0.1, scale: PositiveFloat = 1.0) -> ErrorFunction:
+    """Of softmax(prediction / temperature) with the probabilities of the target: CAPI, iBOT."""
+    return lambda pred, target: -scale * (target * (pred / temperature).log_softmax(-1)).sum(-1)
+
+
+def nce(
+    temperature: PositiveFloat = 0.2, standardise: bool = True, scale: PositiveFloat = 1.0
+) -> ErrorFunction:
+    """Which hidden token of the same clip and group a prediction belongs to, by softmax of cosine /
+    temperature.
+
+    standardise: predictions have mean 0 and deviation 1 in each dimension over the tokens first.
+    Source: Latent MIM (arXiv 2407.15837, section 3; models_lmim.py, infonce_patches), whose scale is 2 *
+    temperature.
+    """
+
+    def error(pred: Tensor, target: Tensor) -> Tensor:
+        if standardise:
+            pred = (pred - pred.mean(2, keepdim=True)) / (pred.std(2, keepdim=True) + 1e-4)
+        cosines = F.normalize(pred, dim=-1) @ F.normalize(target, dim=-1).transpose(-1, -2)
+        right = (cosines / temperature).log_softmax(-1).diagonal(dim1=-2, dim2=-1)
+        return -scale * right
+
+    return error
+
+
 ERRORS: dict[str, Callable[..., ErrorFunction]] = {
-    "l1": lambda: lambda pred, target: (pred - target).abs().mean(-1),
-    "l2": lambda: lambda pred, target: F.mse_loss(pred, target, reduction="none").mean(-1),
-    "smooth_l1": lambda: lambda pred, target: F.smooth_l1_loss(pred, target, reduction="none").mean(-1),
+    "l1": l1,
+    "l2": l2,
+    "smooth_l1": smooth_l1,
+    "cross_entropy": cross_entropy,
+    "nce": nce,
 }
