@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import check_agreement
+import check_cross
 import torch
 import torch.nn.functional as F
 from case import Case, Precision
@@ -46,8 +47,6 @@ NOT_IMPLEMENTED = frozenset(  # vectors of methods that this project does not ha
         "capi",
         "capi_batchwise",
         "colormae",
-        "cropmae",
-        "crossmae",
         "data2vec2",
         "everest",
         "hpm",
@@ -55,6 +54,7 @@ NOT_IMPLEMENTED = frozenset(  # vectors of methods that this project does not ha
         "mgmae",
     ]
 )
+OWN_CHECKS = check_agreement.CHECKS | check_cross.CHECKS
 ONLY_FP32 = {"vjepa_run", "vjepa_mask_statistics"}  # training runs and draws of masks
 MAX_STANDARD_ERRORS = 5.0
 STATISTICS_DRAWS = 4000
@@ -376,8 +376,8 @@ def mask_deviation(path: Path) -> tuple[float, str]:
 
 def compare_with_reference(case: Case) -> None:
     """The comparison for the kind of the case, which its tensors tell."""
-    if case.name in check_agreement.CHECKS:
-        check_agreement.CHECKS[case.name](case)
+    if case.name in OWN_CHECKS:
+        OWN_CHECKS[case.name](case)
     elif "trace.loss" in case:
         check_training_run(case)
     elif "hog" in case:

@@ -8,9 +8,11 @@ from torch import Tensor, nn
 
 from vidssl.config import NonNegativeFloat, PositiveFloat, PositiveInt
 from vidssl.core.errors import UserError
+from vidssl.model.cross_predictor import CrossPredictor
 from vidssl.model.grid import Grid, Mask
 from vidssl.model.positions import PositionEncoding, PositionKind
 from vidssl.model.prediction import Encoded, Prediction
+from vidssl.model.queries import ContextMean, Noise, Noised
 from vidssl.model.vit import (
     LAYER_NORM_EPS,
     Block,
@@ -130,5 +132,5 @@ class JointPredictor(nn.Module):
         return rearrange(self.norm(x), "(b m) n d -> b m n d", m=groups)
 
 
-QUERIES = {"token": MaskToken}
-PREDICTORS = {"joint": JointPredictor}
+QUERIES = {"token": MaskToken, "noise": Noise, "context_mean": ContextMean, "noised": Noised}
+PREDICTORS = {"joint": JointPredictor, "cross": CrossPredictor}

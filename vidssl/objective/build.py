@@ -1,10 +1,11 @@
 """Builds the objective that a configuration describes."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
-from vidssl.config import Spec
+from vidssl.config import Spec, declarations
 from vidssl.core.errors import UserError
 from vidssl.core.rng import KeyedRNG
 from vidssl.model.vit import Encoder
@@ -64,7 +65,7 @@ def build_masked_prediction(
         encoder,
         method.mask.build(),
         target,
-        method.query.build(width=predictor.width) if needs_query else None,
+        supply(method.query, width=predictor.width, encoder=encoder) if needs_query else None,
         predictor,
         method.error.build(),
         method.context,
@@ -74,6 +75,12 @@ def build_masked_prediction(
         method.target_fraction,
         method.masks_per_clip,
     )
+
+
+def supply(spec: Spec, **offered: Any) -> Any:
+    """Builds a part with those of the offered arguments that it takes."""
+    taken = declarations(spec.factory)
+    return spec.build(**{name: value for name, value in offered.items() if name in taken})
 
 
 def check_clip(objective: MaskedPrediction, frames: int, size: int) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vidssl.model.cross_predictor import MemoryAttention
 from vidssl.model.heads import CrossAttention
 from vidssl.model.vit import Block, PatchEmbed, TransformerStack
 from vidssl.objective.targets import Target
@@ -159,9 +160,24 @@ def cross_attention_flops(attention: nn.Module) -> Callable[[Tensor, Tensor], in
     return count
 
 
+def memory_attention_flops(attention: nn.Module) -> Callable[..., int]:
+    assert isinstance(attention, MemoryAttention)
+    of_query = weights_of(attention.q) + weights_of(attention.proj)
+    of_memory = weights_of(attention.kv)
+
+    def count(x: Tensor, memory: Tensor, ropes: object = None) -> int:
+        """Of queries [B, n, D] and memory [B, m, ...]."""
+        b, n, dim = x.shape
+        m = memory.shape[1]
+        return 2 * b * (n * of_query + m * of_memory + 2 * n * m * dim)
+
+    return count
+
+
 COUNTED: dict[type[nn.Module], Callable[[nn.Module], Callable[..., int]]] = {
     TransformerStack: stack_flops,
     PatchEmbed: patch_flops,
     CrossAttention: cross_attention_flops,
+    MemoryAttention: memory_attention_flops,
     nn.Linear: linear_flops,
 }

@@ -1,0 +1,98 @@
+"""The losses of methods written out from their papers, for a small model of each method's file."""
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from vidssl.core.rng import KeyedRNG
+from vidssl.model.grid import Mask
+from vidssl.objective.masked_prediction import MaskedPrediction
+
+sys.path.append(str(Path(__file__).parents[2] / "integration"))
+from test_methods import small
+
+B = 2
+MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1, 1)
+STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1, 1)
+
+
+def method_and_clips(method: str, *more: str) -> tuple[MaskedPrediction, torch.Tensor]:
+    """The objective of a method, its clips f32 [B, 3, T, 32, 32]."""
+    cfg = small(method, *more)
+    objective = cfg.build_objective()
+    with torch.no_grad():  # nothing is zero, no norm is the identity
+        for i, p in enumerate(objective.parameters()):
+            p += 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i))
+    return objective, torch.randn(B, 3, cfg.data.frames, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def masks_of(objective: MaskedPrediction, video: torch.Tensor) -> list[Mask]:
+    return objective.draw_masks(video.shape, KeyedRNG(0, 0, torch.arange(B)))
+
+
+def fresh() -> KeyedRNG:
+    return KeyedRNG(0, 0, torch.arange(B))
+
+
+def tokens_of(x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """x [B, N, K] at ids [B, n], by loops."""
+    return torch.stack([torch.stack([x[b, i] for i in ids[b]]) for b in range(len(ids))])
+
+
+def test_stop():
+    """Bar et al. 2023, eq. 4-6: the query is the position plus noise through the context's embedding."""
+    objective, video = method_and_clips("stop")
+    (mask,) = masks_of(objective, video)
+    found = objective(video, fresh(), [mask])["loss"]
+    predictor = objective.predictor
+    z = objective.encoder(video, mask.context)
+    features = objective.target.encoder(video)
+    noise = 0.25 * fresh().normal(*mask.target.shape[1:], z.shape[-1])
+    table = predictor.positions.table
+    losses = []
+    for group in range(mask.target.shape[1]):
+        ids = mask.target[:, group]
+        context = predictor.embed(z) + table[mask.context]
+        queries = F.linear(noise[:, group], predictor.embed.weight, predictor.embed.bias) + table[ids]
+        x = torch.cat([context, queries], 1)
+        for block in predictor.blocks:
+            x = block(x)
+        pred = predictor.proj(predictor.norm(x[:, -ids.shape[1] :]))
+        target = tokens_of(F.layer_norm(features, features.shape[-1:]), ids)
+        gap = (pred - target).abs()
+        losses.append(torch.where(gap < 1, 0.5 * gap**2, gap - 0.5).mean())
+    torch.testing.assert_close(found, torch.stack(losses).mean())
+
+
+def test_diffmae():
+    """Wei et al. 2023, section 3: the hidden patches are denoised by attending to the visible tokens."""
+    objective, video = method_and_clips("diffmae")
+    (mask,) = masks_of(objective, video)
+    found = objective(video, fresh(), [mask])["loss"]
+    predictor = objective.predictor
+    z = objective.encoder(video, mask.context, return_levels=True)
+    pixels = video * STD + MEAN
+    patches = torch.stack(
+        [
+            pixels[:, :, 0, 8 * (i // 4) : 8 * (i // 4) + 8, 8 * (i % 4) : 8 * (i % 4) + 8]
+            .permute(0, 2, 3, 1)
+            .flatten(1)
+            for i in range(16)
+        ],
+        1,
+    )
+    hidden = tokens_of(patches, mask.target[:, 0])
+    rng = fresh()
+    t = 1 + (rng.rand(1) * 1000).long()
+    betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
+    share = (1 - betas).cumprod(0)[t - 1].float()[:, :, None] ** 0.8
+    noise = rng.normal(1, *hidden.shape[1:])[:, 0]
+    x = objective.query.embed(share.sqrt() * (2 * hidden - 1) + (1 - share).sqrt() * noise)
+    x = x + predictor.positions.table[mask.target[:, 0]]
+    for block in predictor.blocks:
+        x = x + block.cross(block.norms["cross"](x), z)
+        x = x + block.mlp(block.norms["mlp"](x))
+    pred = predictor.proj(predictor.norm(x))
+    torch.testing.assert_close(found, ((pred - hidden) ** 2).mean())
