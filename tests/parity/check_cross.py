@@ -1,22 +1,29 @@
 """Predictors with cross-attention, and methods made of them, compared with the references."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from case import Case
+from einops import rearrange
 from torch import Tensor, nn
 
 from vidssl.core.rng import KeyedRNG
 from vidssl.model.cross_predictor import CrossPredictor
 from vidssl.model.grid import Grid, Mask, gather_tokens
+from vidssl.model.positions import RotaryTable
 from vidssl.model.predictor import MaskToken
 from vidssl.model.vit import Encoder
 from vidssl.objective.errors import ERRORS
+from vidssl.objective.feature_targets import Clusters
 from vidssl.objective.masked_prediction import MaskedPrediction
 from vidssl.objective.targets import Pixels
 from vidssl.pretrained.key_maps import Rules, rename, with_prefix
 
+ENCODER_PARTS = ("patch_embed", "encoder", "registers")
 NORMED = r"\.(weight|bias)"
 VIT: Rules = [
     (r"(patch_embed\.proj|norm)" + NORMED, r"\1.\2"),
@@ -51,6 +58,26 @@ CROPMAE: Rules = [
     (r"decoder_pos_embed", None),
 ]
 
+CAPI: Rules = [  # the encoder's weights keep their names
+    (r".*rope\.freqs", None),
+    (r"student\.backbone\.(patch_embed|encoder|registers)(.*)", r"backbone.\1\2"),
+    (r"student\.backbone\.mask_token", "query.tokens.0"),
+    *with_prefix(
+        r"student\.backbone\.decoder\.blocks\.(\d+)\.",
+        r"predictor.blocks.\1.",
+        [
+            (r"residual1\.fn\.(q|kv|proj)\.weight", r"cross.\2.weight"),
+            (r"residual1\.norm\.weight", "norms.cross.weight"),
+            (r"residual2\.norm\.weight", "norms.mlp.weight"),
+            (r"residual2\.fn\.(fc\d)\.weight", r"mlp.\2.weight"),
+        ],
+    ),
+    (r"student\.head\.last_layer\.weight_g", "predictor.proj.factors"),
+    (r"student\.head\.last_layer\.weight_v", "predictor.proj.weight"),
+    (r"teacher\.head\.layer" + NORMED, r"clusters.\1"),
+    (r"teacher\.backbone.*", None),
+]
+
 
 class FixedMask:
     """A masker that returns a given mask."""
@@ -62,9 +89,13 @@ class FixedMask:
         return [self.given]
 
 
-def load(case: Case, rules: Rules, **modules: nn.Module) -> None:
-    """Loads the reference's weights into our modules, by the first word of their names in `rules`."""
-    tensors = rename(parted_attention(case.state), rules, case.name).tensors
+Convert = Callable[[dict[str, Tensor]], dict[str, Tensor]]
+
+
+def load(case: Case, rules: Rules, convert: Convert = dict, **modules: nn.Module) -> None:
+    """Loads the reference's weights into our modules, by the first word of their names in `rules`. convert:
+    of the reference's tensors, before they are renamed."""
+    tensors = rename(convert(case.state), rules, case.name).tensors
     for name, module in modules.items():
         own = dict(module.named_parameters())
         found = {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")}
@@ -75,10 +106,12 @@ def load(case: Case, rules: Rules, **modules: nn.Module) -> None:
         case.place(module)
 
 
-def compare_gradients(case: Case, rules: Rules, loss: Tensor, **modules: nn.Module) -> None:
+def compare_gradients(
+    case: Case, rules: Rules, loss: Tensor, convert: Convert = dict, **modules: nn.Module
+) -> None:
     loss.backward()
     ours = {f"{name}.{k}": p.grad for name, module in modules.items() for k, p in module.named_parameters()}
-    case.compare_gradients(lambda state: rename(parted_attention(state), rules, case.name), ours)
+    case.compare_gradients(lambda state: rename(convert(state), rules, case.name), ours)
 
 
 def image_encoder(case: Case, **options: object) -> Encoder:
@@ -139,7 +172,7 @@ def check_cropmae(case: Case) -> None:
     predictor = small_predictor(case, encoder, target.width, embed=True, norm="post", **options)
     query = MaskToken(predictor.width)
     modules = {"encoder": encoder, "predictor": predictor, "query": query}
-    load(case, CROPMAE, **modules)
+    load(case, CROPMAE, parted_attention, **modules)
     first, second = case["pairs"].unbind(1)
     hidden = case["mask"]
     shown = (~hidden).nonzero()[:, 1:]
@@ -160,7 +193,142 @@ def check_cropmae(case: Case) -> None:
     error = ERRORS["l2"]()(prediction, target(second[:, :, None]))
     loss = (error * hidden).sum() / hidden.sum()
     case.compare("loss", loss)
-    compare_gradients(case, CROPMAE, loss, **modules)
+    compare_gradients(case, CROPMAE, loss, parted_attention, **modules)
 
 
-CHECKS: dict[str, Callable[[Case], None]] = {"crossmae": check_crossmae, "cropmae": check_cropmae}
+def pairs_of_neighbours(heads: int, weight: Tensor) -> Tensor:
+    """Rows [heads * width, ...] in another order: CAPI rotates entries i and i + width / 2 of a head
+    together, we entries 2 i and 2 i + 1."""
+    return rearrange(weight, "(h half pair) d -> (h pair half) d", h=heads, half=2)
+
+
+def joint_keys(heads: int, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The decoder's attention with keys and values in one tensor, and our order of rotated entries."""
+    joined = dict(state)
+    for name in [n for n in state if "backbone.decoder" in n and ".k_proj." in n]:
+        key = pairs_of_neighbours(heads, joined.pop(name))
+        value = joined.pop(name.replace(".k_proj.", ".v_proj."))
+        query = joined.pop(name.replace(".k_proj.", ".q_proj."))
+        joined[name.replace(".k_proj.", ".kv.")] = torch.cat([key, value])
+        joined[name.replace(".k_proj.", ".q.")] = pairs_of_neighbours(heads, query)
+    return joined
+
+
+class CapiEncoder(nn.Module):
+    """CAPI's encoder, written out: RMSNorm, no biases, registers on the edge of the box of visible tokens."""
+
+    def __init__(self, case: Case, network: str):
+        super().__init__()
+        state = {k: v.to(case.device) for k, v in case.subtree(f"state.{network}.backbone").items()}
+        self.freqs = state["encoder.blocks.0.residual1.fn.rope.freqs"]
+        self.weights = {k: nn.Parameter(v) for k, v in state.items() if k.split(".")[0] in ENCODER_PARTS}
+        self.geometry = case.geometry
+
+    def named_parameters(self, *args: Any, **options: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        yield from self.weights.items()
+
+    def coordinates(self, ids: Tensor) -> Tensor:
+        """Of tokens i64 [B, n], in [0, 1]: f32 [B, n, 2]."""
+        side = self.geometry["img"] // self.geometry["patch"]
+        return torch.stack([ids // side, ids % side], -1) / (side - 1)
+
+    def with_registers(self, places: Tensor) -> Tensor:
+        """places f32 [B, n, 2]: those of the registers before them."""
+        c = torch.arange(self.geometry["registers"] // 4, device=places.device) * 4
+        c = c / self.geometry["registers"]
+        edges = [(c, 0 * c), (0 * c + 1, c), (1 - c, 0 * c + 1), (0 * c, 1 - c)]
+        edge = torch.cat([torch.stack(edge, -1) for edge in edges])
+        low = places.amin(1, keepdim=True)
+        return torch.cat([low + edge * (places.amax(1, keepdim=True) - low), places], 1)
+
+    def forward(self, images: Tensor, ids: Tensor) -> Tensor:
+        """Normed registers and tokens [B, registers + n, D] of images at ids i64 [B, n]."""
+        w = self.weights
+        stride = self.geometry["patch"]
+        x = F.conv2d(images, w["patch_embed.weight"], w["patch_embed.bias"], stride=stride)
+        x = gather_tokens(x.flatten(2).transpose(1, 2), ids)
+        x = torch.cat([w["registers"].expand(len(x), -1, -1), x], 1)
+        angle = (self.with_registers(self.coordinates(ids)) @ self.freqs)[:, None]
+        for i in range(self.geometry["depth"]):
+            block = f"encoder.blocks.{i}."
+            y = F.rms_norm(x, x.shape[-1:], w[block + "residual1.norm.weight"], 1e-5)
+            parts = [y @ w[f"{block}residual1.fn.{part}_proj.weight"].T for part in "qkv"]
+            q, k, v = (rearrange(part, "b n (h e) -> b h n e", h=self.geometry["heads"]) for part in parts)
+            y = F.scaled_dot_product_attention(self.rotate(q, angle), self.rotate(k, angle), v)
+            x = x + rearrange(y, "b h n e -> b n (h e)") @ w[f"{block}residual1.fn.proj.weight"].T
+            y = F.rms_norm(x, x.shape[-1:], w[block + "residual2.norm.weight"], 1e-5)
+            y = F.gelu(y @ w[block + "residual2.fn.fc1.weight"].T)
+            x = x + y @ w[block + "residual2.fn.fc2.weight"].T
+        return F.rms_norm(x, x.shape[-1:], eps=1e-5)
+
+    @staticmethod
+    def rotate(x: Tensor, angle: Tensor) -> Tensor:
+        first, second = x.chunk(2, -1)
+        return x * angle.cos() + torch.cat([-second, first], -1) * angle.sin()
+
+    def rope(self, places: Tensor) -> RotaryTable:
+        """Our table of places [B, n, 2], for entries in pairs of neighbours."""
+        angle = rearrange(places @ self.freqs, "b n (half pair) -> b n 1 1 (pair half)", half=2)
+        sign = 2 * (torch.arange(angle.shape[-1], device=angle.device) % 2) - 1
+        return angle.cos(), angle.sin() * sign
+
+
+def check_capi(case: Case) -> None:
+    """The predictor, its head, the clusters and both losses. The encoders are written out above."""
+    g, options = case.geometry, case.options
+    student, teacher = CapiEncoder(case, "student"), CapiEncoder(case, "teacher")
+    ours = image_encoder(case, class_token=False)
+    sizes = {"width": g["dim"], "depth": g["ddepth"], "heads": g["heads"], "eps": 1e-5, "final_norm": False}
+    kinds = {"positions": "rope", "norm_kind": "rms", "bias": False, "head": "cosine"}
+    predictor = CrossPredictor(ours, options["num_clusters"], **sizes, **kinds)  # type: ignore[arg-type]
+    query = MaskToken(predictor.width)
+    temperatures = options["target_temp"], options["pred_temp"]
+    target = Clusters(ours, options["num_clusters"], *temperatures, positionwise=options["positionwise_sk"])
+    rules = partial(joint_keys, g["heads"])
+    modules = {"predictor": predictor, "query": query, "clusters": target.clusters}
+    load(case, CAPI, convert=rules, **modules)
+    images = case["images"]
+    everywhere = torch.arange(16, device=images.device).expand(len(images), -1)
+    registers = g["registers"]
+    features = teacher(images, everywhere)[:, registers:].detach()
+    target.encoder = Given(features)  # type: ignore[assignment]
+    assigned, parts = target.with_aux(images)
+    z = student(images, case["context_ids"])
+    ropes = [student.coordinates(case["target_ids"]), student.coordinates(case["context_ids"])]
+    ropes = student.rope(ropes[0]), student.rope(student.with_registers(ropes[1]))
+    queries = query.tokens.expand(len(images), case["target_ids"].shape[1], -1)
+    x = predictor.decode(queries, predictor.memories(z), ropes)
+    logits = predictor.proj(x)
+    chosen = gather_tokens(assigned, case["target_ids"])
+    loss = ERRORS["cross_entropy"](options["student_temp"])(logits, chosen).mean()
+    for name, value in {
+        "target_features": features,
+        "context": z[:, registers:],
+        "prediction": F.rms_norm(x, x.shape[-1:], eps=1e-5),
+        "logits": logits,
+        "assignments": chosen,
+        "loss": loss,
+        "loss_clustering": parts["clustering"],
+    }.items():
+        if name in case:
+            case.compare(name, value)
+    compare_gradients(case, CAPI, loss + parts["clustering"], convert=rules, **modules, backbone=student)
+
+
+class Given(nn.Module):
+    """An encoder with given features."""
+
+    def __init__(self, features: Tensor):
+        super().__init__()
+        self.features = features
+
+    def forward(self, video: Tensor) -> Tensor:
+        return self.features
+
+
+CHECKS: dict[str, Callable[[Case], None]] = {
+    "crossmae": check_crossmae,
+    "cropmae": check_cropmae,
+    "capi": check_capi,
+    "capi_batchwise": check_capi,
+}

@@ -44,8 +44,6 @@ from vidssl.training.schema import OptimConfig
 NOT_IMPLEMENTED = frozenset(  # vectors of methods that this project does not have yet
     [
         "adamae",
-        "capi",
-        "capi_batchwise",
         "colormae",
         "data2vec2",
         "everest",

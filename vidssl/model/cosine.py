@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class WeightNormedCosine(nn.Module):
+class WeightNormedCosine(nn.Linear):
     """Cosines of x [..., width] with learned vectors, each times a learned factor that starts at 1:
     [..., out].
 
@@ -13,10 +13,9 @@ class WeightNormedCosine(nn.Module):
     """
 
     def __init__(self, width: int, out: int):
-        super().__init__()
-        self.directions = nn.Parameter(nn.init.trunc_normal_(torch.empty(out, width), std=0.02))
+        super().__init__(width, out, bias=False)
         self.factors = nn.Parameter(torch.ones(out))
 
     def forward(self, x: Tensor) -> Tensor:
-        directions = F.normalize(self.directions.float(), dim=-1)
+        directions = F.normalize(self.weight.float(), dim=-1)
         return F.linear(F.normalize(x.float(), dim=-1), directions * self.factors[:, None])

@@ -1,19 +1,19 @@
 """Targets: what is predicted at a token. A target maps the whole clip to [B, N, K]; `width` is K."""
 
-import copy
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from vidssl.config import Fraction, PositiveInt
+from vidssl.config import PositiveInt
 from vidssl.core.constants import constant
 from vidssl.core.errors import UserError
 from vidssl.core.pixels import channel_statistics
 from vidssl.model.grid import patchify
 from vidssl.model.vit import Encoder
+from vidssl.objective.ema_target import Ema, level_norm
+from vidssl.objective.feature_targets import Clusters
 from vidssl.objective.hog import Hog
 from vidssl.objective.target_base import Target
 
@@ -80,35 +80,6 @@ class Pixels(Target):
         return x.div_(variance.sqrt() + eps if self.norm == "channel" else (variance + eps).sqrt())
 
 
-def level_norm(features: Tensor, dim: int) -> Tensor:
-    """Layer-norms every level of features [B, N, levels * dim] by itself, without weights."""
-    return F.layer_norm(features.unflatten(-1, (-1, dim)), (dim,)).flatten(2)
-
-
-class Ema(Target):
-    """Layer-normed features of an EMA encoder that sees the whole clip; K = the width of all its levels.
-
-    Source: V-JEPA (arXiv 2404.08471), section 3.1, app/vjepa/train.py; levels: V-JEPA 2.1,
-    app/vjepa_2_1/train.py.
-    """
-
-    encoder: Encoder
-
-    def __init__(self, encoder: Encoder, momentum: tuple[Fraction, Fraction] = (0.998, 1.0)):
-        super().__init__(encoder.feature_width, momentum)
-        self.encoder = copy.deepcopy(encoder).requires_grad_(False)
-
-    @torch.no_grad()
-    def forward(self, video: Tensor) -> Tensor:
-        features = self.encoder(video, return_levels=True)
-        return level_norm(features[:, int(self.encoder.class_token is not None) :], self.encoder.dim)
-
-    @torch.no_grad()
-    def update(self, encoder: Encoder, momentum: float) -> None:
-        """self.encoder = momentum * self.encoder + (1 - momentum) * encoder."""
-        torch._foreach_lerp_(list(self.encoder.parameters()), list(encoder.parameters()), 1 - momentum)
-
-
 class Teacher(Target):
     """Layer-normed last features of a frozen, larger encoder: distillation (V-JEPA 2.1's ViT-B and ViT-L).
 
@@ -144,4 +115,4 @@ class Teacher(Target):
         return level_norm(self.teacher(video), self.width)
 
 
-TARGETS = {"pixels": Pixels, "ema": Ema, "teacher": Teacher, "hog": Hog}
+TARGETS = {"pixels": Pixels, "ema": Ema, "teacher": Teacher, "hog": Hog, "clusters": Clusters}

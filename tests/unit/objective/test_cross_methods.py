@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 import torch.nn.functional as F
 
@@ -96,3 +97,43 @@ def test_diffmae():
         x = x + block.mlp(block.norms["mlp"](x))
     pred = predictor.proj(predictor.norm(x))
     torch.testing.assert_close(found, ((pred - hidden) ** 2).mean())
+
+
+def even_assignments(scores: torch.Tensor, iterations: int) -> torch.Tensor:
+    """Sinkhorn's algorithm on scores [rows, K], written out, with CAPI's epsilon."""
+    q = scores.double().exp()
+    for _ in range(iterations):
+        q = q / q.sum(0, keepdim=True)
+        q = q / (q.sum(1, keepdim=True) + 1e-8)
+    return q.float()
+
+
+@pytest.mark.parametrize("positionwise", [True, False])
+def test_capi(positionwise):
+    """Darcet et al. 2025, section 3: assignments by Sinkhorn, for every position apart or not, are predicted,
+    and the clusters learn from them."""
+    objective, video = method_and_clips("capi", f"method.target.positionwise={str(positionwise).lower()}")
+    objective.eval()  # without stochastic depth
+    (mask,) = masks_of(objective, video)
+    found = objective(video, fresh(), [mask])
+    tokens = F.normalize(objective.target.encoder(video), dim=-1)
+    logits = objective.target.clusters(tokens)
+    if positionwise:
+        columns = [even_assignments(logits[:, i] / 0.06, 3) for i in range(logits.shape[1])]
+        assigned = torch.stack(columns, 1)
+    else:
+        assigned = even_assignments(logits.flatten(0, 1) / 0.06, 3).reshape(logits.shape)
+    assigned = assigned.detach()
+    clustering = -(assigned * F.log_softmax(logits / 0.12, -1)).sum(-1).mean()
+    torch.testing.assert_close(found["clustering"], clustering)
+    query = objective.query.tokens[0]
+    z = objective.encoder(video, mask.context)
+    pred = objective.predictor(z, mask, query, objective.encoder.grid_of(video)).target[:, 0]
+    chosen = tokens_of(assigned, mask.target[:, 0])
+    student = -(chosen * F.log_softmax(pred / 0.12, -1)).sum(-1).mean()
+    torch.testing.assert_close(found["loss"], student + clustering)
+    weight = objective.target.clusters.weight
+    of_student = torch.autograd.grad(found["loss_0"], weight, allow_unused=True, retain_graph=True)
+    of_clustering = torch.autograd.grad(clustering, weight)
+    assert of_student == (None,)
+    torch.testing.assert_close(torch.autograd.grad(found["loss"], weight), of_clustering)
