@@ -112,6 +112,47 @@ def test_command_line_overrides_files_in_any_place(good):
     assert cfg.part.shape.arguments["boxes"] == (Box(2, 0.1),)
 
 
+def test_a_mapping_with_another_kind_replaces_the_part(good):
+    """What the file says is of the kind that it names."""
+    cfg = load_config([good, "part.shape={kind: disc, radius: 2}"], Example)
+    assert (cfg.part.shape.kind, cfg.part.shape.arguments["radius"]) == ("disc", 2.0)
+    same = load_config([good, "part.shape={kind: shape, wide: 2}"], Example)
+    assert (same.part.shape.arguments["side"], same.part.shape.arguments["wide"]) == (3, 2.0)
+
+
+@dataclass(frozen=True)
+class Several:
+    """A part that may be left out, and a list of parts."""
+
+    one: Annotated[Spec, Choice({"shape": Shape, "disc": Disc}, supplied=("width",), is_optional=True)]
+    more: Annotated[tuple[Spec, ...], Choice({"shape": Shape, "disc": Disc}, ("width",), is_list=True)]
+
+
+@pytest.mark.parametrize("arguments", [[], ["one=null", "more=null"], ["one={}", "more=[]"]])
+def test_a_part_may_be_left_out(arguments):
+    cfg = load_config(arguments, Several)
+    assert cfg.one.is_absent and cfg.one.build(width=1) is None and cfg.more == ()
+    assert from_tree(to_tree(cfg), Several, "stored") == cfg
+
+
+def test_a_list_of_parts(tmp_path):
+    text = "one: {kind: disc, radius: 1}\nmore: [{kind: disc, radius: 2}, {kind: shape, side: 3}]\n"
+    cfg = load_config([write(tmp_path, "several.yaml", text)], Several)
+    assert not cfg.one.is_absent and [spec.kind for spec in cfg.more] == ["disc", "shape"]
+    assert from_tree(to_tree(cfg), Several, "stored") == cfg
+    single = load_config(["more={kind: disc, radius: 4}"], Several)
+    assert single.more[0].build(width=2).radius == 4
+    for wrong, words in (
+        ("more=[{kind: cube}]", r"more\[0\]\.kind: no kind 'cube'; allowed: shape, disc"),
+        ("more=[{radius: 2}]", r"more\[0\]: 'kind' is missing"),
+        ("more=[{kind: shape, side: 3}, {kind: disc, radius: x}]", r"more\[1\]\.radius"),
+        ("more=[3]", r"more\[0\]: must be a mapping"),
+        ("one=3", "one: must be a mapping|must be a mapping"),
+    ):
+        with pytest.raises(UserError, match=words):
+            load_config([wrong], Several)
+
+
 def test_given_arguments_reach_the_callable():
     disc = load_config(["disc.radius=2"], WithoutKind).disc
     assert disc.kind is None and disc.build(width=4).width == 4 and disc.build(width=4).radius == 2.0

@@ -244,10 +244,18 @@ def _check_set_once(source: Source, keys: Sequence[str], origin: Origin) -> None
 
 def _merge_into(tree: dict[str, Any], part: dict[str, Any]) -> None:
     for key, value in part.items():
-        if isinstance(value, dict) and isinstance(tree.get(key), dict):
-            _merge_into(tree[key], value)
+        old = tree.get(key)
+        if isinstance(value, dict) and isinstance(old, dict) and not _is_other_kind(old, value):
+            _merge_into(old, value)
         else:
             tree[key] = value
+
+
+def _is_other_kind(old: dict[str, Any], new: dict[str, Any]) -> bool:
+    """Whether an argument KEY={kind: ...} names another kind: what files say is of the kind that they
+    name."""
+    kinds = [plain(part.get("kind")) for part in (old, new)]
+    return isinstance(new, TextMapping) and None not in kinds and kinds[0] != kinds[1]
 
 
 def _is_file(item: str) -> bool:
@@ -384,7 +392,8 @@ def _nearest_key(key: str, allowed: Sequence[str], all_keys: Sequence[str]) -> s
         return ".".join([*sections, near[0]])
     elsewhere = [k for k in all_keys if k.split(".")[:-1] != sections]
     if same := [k for k in elsewhere if k.split(".")[-1] == name]:
-        return " or ".join(same[:2])
+        depth = min(k.count(".") for k in same)  # a key of a section, rather than one of a part
+        return " or ".join([k for k in same if k.count(".") == depth][:2])
     return next(iter(difflib.get_close_matches(key, elsewhere, n=1, cutoff=0.7)), None)
 
 
