@@ -189,13 +189,13 @@ class FaultyReader(ClipReader):
     """faults: key -> what goes wrong with this sample; without `real`, decoding fails with that reason."""
 
     def __init__(self, shards, faults: dict[str, str], real: bool):
-        super().__init__(shards, None)
+        super().__init__(shards)
         self.faults = faults
         self.real = real
 
-    def read_clip(self, sample, select):
+    def read(self, sample, use):
         if sample.key not in self.faults:
-            return super().read_clip(sample, select)
+            return super().read(sample, use)
         self.on_decode()
         if self.real:
             FaultyDataset({(0, 0): self.faults[sample.key]}).try_position(0, 0)

@@ -64,8 +64,9 @@ class HostCache:
         else:
             self.videos[cache_key(sample)] = video
 
-    def read_clip(self, sample: Sample, select: SelectFrames) -> np.ndarray:
-        """Returns the selected frames u8 [T, H, W, 3]. Raises DecodeError as decoding them would."""
+    def read_clips(self, sample: Sample, select: SelectFrames) -> np.ndarray:
+        """Returns the selected frames u8 [clips, T, H, W, 3]. Raises DecodeError as decoding them would.
+        select: returns i64 [clips, T]."""
         video = self.videos[cache_key(sample)]
         if isinstance(video, str):
             raise DecodeError(video)

@@ -18,6 +18,7 @@ from vidssl.data.decoding import check_decoder, open_video, select_decoder
 from vidssl.data.decoding.base import Video
 from vidssl.data.device_augment import ClipPlanes
 from vidssl.data.extensions import IMAGE_EXTENSIONS
+from vidssl.data.motion import read_motion
 from vidssl.data.order import SampleOrder, positions_per_step
 from vidssl.data.planes import cut_clips
 from vidssl.data.sampling import repeated_positions, split_repeat
@@ -53,6 +54,7 @@ class Example(NamedTuple):
     # u8 [3, T, H, W]; planes with data.augment_on=device, the place of the frames with data.cache=device
     video: Tensor | ClipPlanes | CachedClip
     failures: list[DecodeFailure]  # samples that were tried at this position before
+    motion: Tensor | None = None  # f16 [2, T, h, w], with data.motion_vectors: see motion.py
 
 
 def first_decodable(position: int, try_position: Callable[[int, int], Example | DecodeFailure]) -> Example:
@@ -69,17 +71,33 @@ def first_decodable(position: int, try_position: Callable[[int, int], Example | 
     return Example(position, EXHAUSTED, -1, torch.empty(0), failures)
 
 
-def decode_clip(
-    data: bytes,
-    ext: str,
-    meta: dict[str, Any],
-    select: SelectFrames,
-    decoder: Decoder,
-    short_side: int | None,
-) -> np.ndarray:
-    """Returns the selected frames u8 [T, H, W, 3], scaled down to `short_side`. data: the media bytes."""
-    with open_video(data, ext, meta, decoder) as video:
-        return downscale(video.get(select(video.times)), short_side)
+class Decoded(NamedTuple):
+    """The clips of one video."""
+
+    # u8 [clips, T, H, W, 3], scaled down to data.short_side, or what a device makes each of (see Example)
+    clips: np.ndarray | Sequence[ClipPlanes | CachedClip]
+    motion: Sequence[Tensor | None]  # of each
+
+
+def decode_clips(
+    video: Video,
+    chosen: np.ndarray,
+    data: DataConfig,
+    augment: Any,
+    draw_rngs: Callable[[], list[np.random.Generator]],
+) -> Decoded:
+    """Decodes clips of an open video. chosen: frames i64 [clips, T]; draw_rngs: returns the generators of
+    their augmentation anew."""
+    clips: np.ndarray | Sequence[ClipPlanes]
+    if data.augment_on == "device":
+        clips = cut_clips(video, list(chosen), augment, draw_rngs(), data.short_side)
+    else:
+        frames = downscale(video.get(chosen.ravel()), data.short_side)
+        clips = rearrange(frames, "(r t) h w c -> r t h w c", r=len(chosen))
+    if not data.motion_vectors:
+        return Decoded(clips, [None] * len(clips))
+    motion = read_motion(video, list(chosen), augment, draw_rngs(), data.short_side)
+    return Decoded(clips, motion)
 
 
 def with_pyav_fallback(decode: Callable[[Decoder], T], ext: str, meta: dict[str, Any], decoder: Decoder) -> T:
@@ -97,37 +115,24 @@ def do_nothing() -> None:
 
 
 class ClipReader:
-    """Reads and decodes clips, or takes them from the cache of decoded videos, if there is one."""
+    """Opens samples, or knows the cache of decoded videos, if there is one."""
 
-    def __init__(self, shards: Shards, short_side: int | None, decoder: Decoder = "auto"):
+    def __init__(self, shards: Shards, decoder: Decoder = "auto", motion_vectors: bool = False):
         check_decoder(decoder)
         self.shards = shards
-        self.short_side = short_side
         self.decoder = decoder
+        self.motion_vectors = motion_vectors
         self.on_decode: Callable[[], None] = do_nothing  # called when the bytes of a sample have been read
         self.cache: HostCache | None = None  # of all samples (cache.py)
 
-    def read_clip(self, sample: Sample, select: SelectFrames) -> np.ndarray:
-        """Returns the selected frames u8 [T, H, W, 3]."""
-        if self.cache is not None:
-            return self.cache.read_clip(sample, select)
-        data = self.shards.read(sample)
-        self.on_decode()
-        return with_pyav_fallback(
-            lambda decoder: decode_clip(data, sample.ext, sample.meta, select, decoder, self.short_side),
-            sample.ext,
-            sample.meta,
-            self.decoder,
-        )
-
-    def read_planes(self, sample: Sample, cut: Callable[[Video], list[ClipPlanes]]) -> list[ClipPlanes]:
-        """Returns cut(the open video). It is called again if another decoder must be tried."""
+    def read(self, sample: Sample, use: Callable[[Video], T]) -> T:
+        """Returns use(the open video). It is called again if another decoder must be tried."""
         data = self.shards.read(sample)
         self.on_decode()
 
-        def decode(decoder: Decoder) -> list[ClipPlanes]:
-            with open_video(data, sample.ext, sample.meta, decoder) as video:
-                return cut(video)
+        def decode(decoder: Decoder) -> T:
+            with open_video(data, sample.ext, sample.meta, decoder, self.motion_vectors) as video:
+                return use(video)
 
         return with_pyav_fallback(decode, sample.ext, sample.meta, self.decoder)
 
@@ -149,10 +154,10 @@ class TrainClips(Dataset[Example]):
         self.data = data
         self.augment: Any = augment  # with data.augment_on=device a TrainingCrop
         self.stream = stream
-        self.clip_reader = ClipReader(shards, data.short_side, data.decoder)
+        self.clip_reader = ClipReader(shards, data.clip_decoder, data.motion_vectors)
         self.index: VideoIndex | None = None  # of the videos on a device, with data.cache=device
-        # (positions, attempt) and clips of the sample decoded last
-        self._last_decoded: tuple[Any, Any] = (None, ())
+        # (positions, attempt) and the Decoded of the sample decoded last
+        self._last_decoded: tuple[Any, Any] = (None, None)
 
     def __getitem__(self, position: int) -> Example:
         return first_decodable(position, self.try_position)
@@ -167,55 +172,48 @@ class TrainClips(Dataset[Example]):
         rng = np.random.default_rng((self.order.seed, 3, position + self.stream * STREAM_STRIDE))
         return draw_timing(self.data, rng), rng
 
-    def _decode_repeats(
-        self, position: int, attempt: int, sample: Sample
-    ) -> np.ndarray | Sequence[ClipPlanes | CachedClip]:
-        """Returns all clips of the sample at `position`, decoded together: if one fails, all fail.
-
-        u8 [repeat, T, H, W, 3], or for each clip what a device makes it of (see Example).
-        """
+    def _decode_repeats(self, position: int, attempt: int, sample: Sample) -> Decoded:
+        """Returns all clips of the sample at `position`, decoded together: if one fails, all fail."""
         d = self.data
         positions = repeated_positions(position, d.repeat, self.order.lanes)
         if self._last_decoded[0] != (positions, attempt):
-            self._last_decoded = None, ()  # frees the clips before the next are decoded
+            self._last_decoded = None, None  # frees the clips before the next are decoded
             timings = [self._draw(p)[0] for p in positions]
             one_frame = self.augment.shows_one_frame(sample.ext in IMAGE_EXTENSIONS)
 
             def select(times: np.ndarray) -> np.ndarray:
                 return np.stack([choose_frames(times, d, timing, one_frame) for timing in timings])
 
-            def rngs() -> list[np.random.Generator]:
+            def draw_rngs() -> list[np.random.Generator]:
                 return [self._draw(p)[1] for p in positions]
 
-            clips: np.ndarray | Sequence[ClipPlanes | CachedClip]
             if self.index is not None:
-                clips = self.index.find_clips(sample, select, self.augment, rngs())
-            elif d.augment_on == "device":
-                clips = self.clip_reader.read_planes(
-                    sample,
-                    lambda video: cut_clips(
-                        video, list(select(video.times)), self.augment, rngs(), d.short_side
-                    ),
-                )
+                clips = self.index.find_clips(sample, select, self.augment, draw_rngs())
+                decoded = Decoded(clips, [None] * d.repeat)
+            elif self.clip_reader.cache is not None:
+                decoded = Decoded(self.clip_reader.cache.read_clips(sample, select), [None] * d.repeat)
             else:
-                frames = self.clip_reader.read_clip(sample, lambda times: select(times).ravel())
-                clips = rearrange(frames, "(r t) h w c -> r t h w c", r=len(positions))
+                decoded = self.clip_reader.read(
+                    sample, lambda v: decode_clips(v, select(v.times), d, self.augment, draw_rngs)
+                )
             if d.repeat == 1:
-                return clips
-            self._last_decoded = (positions, attempt), clips
+                return decoded
+            self._last_decoded = (positions, attempt), decoded
         return self._last_decoded[1]
 
     def try_position(self, position: int, attempt: int) -> Example | DecodeFailure:
         sample = self.sample_at(position, attempt)
         _, repeat = split_repeat(position, self.data.repeat, self.order.lanes)
         try:
-            clip = self._decode_repeats(position, attempt, sample)[repeat]
+            decoded = self._decode_repeats(position, attempt, sample)
         except DecodeError as e:
             return DecodeFailure(sample.key, e.reason)
+        clip = decoded.clips[repeat]
         is_decoded = isinstance(clip, np.ndarray)
         video = self.augment(clip, self._draw(position)[1]) if is_decoded else clip
         label = sample.meta.get("label", -1)
-        return Example(position + self.stream * STREAM_STRIDE, sample.key, label, video, [])
+        position += self.stream * STREAM_STRIDE
+        return Example(position, sample.key, label, video, [], decoded.motion[repeat])
 
 
 class MultiStreamDataset(Dataset[Example]):

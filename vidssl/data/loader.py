@@ -46,21 +46,23 @@ class Batch(NamedTuple):
     position: Tensor  # i64 [B]
     key: list[str]
     failures: list[DecodeFailure]  # samples that could not be decoded and were replaced
+    motion: Tensor | None = None  # f16 [B, 2, T, h, w], stays on the host; with data.motion_vectors
 
 
 class CollatedBatch(NamedTuple):
-    """A Batch on its way from a loader worker: `video` has the only tensor, since each tensor that crosses
-    holds a file descriptor open until the batch is used."""
+    """A Batch on its way from a loader worker: `video` and `motion` have the only tensors, since each tensor
+    that crosses holds a file descriptor open until the batch is used."""
 
     video: Tensor | PlaneBatch | CachedClips  # u8 [B, 3, T, H, W], in shared memory if a worker made it
     labels: list[int]
     positions: list[int]
     keys: list[str]
     failures: list[DecodeFailure]
+    motion: Tensor | None
 
     def to_batch(self) -> Batch:
         label, position = torch.tensor(self.labels), torch.tensor(self.positions)
-        return Batch(self.video, label, position, self.keys, self.failures)
+        return Batch(self.video, label, position, self.keys, self.failures, self.motion)
 
 
 class CollatedStep(NamedTuple):
@@ -87,6 +89,7 @@ def collate(examples: list[Example]) -> CollatedBatch:
         [e.position for e in examples],
         [e.key for e in examples],
         [failure for e in examples for failure in e.failures],
+        None if examples[0].motion is None else default_collate([e.motion for e in examples]),
     )
 
 

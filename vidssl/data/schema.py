@@ -64,6 +64,8 @@ class DataConfig:
     # cuts and augments the clips, too
     cache: Literal["none", "host", "device"] = "none"
     decoder: Decoder = "auto"  # see decoding.select_decoder
+    # clips carry the motion vectors that their files store (H.264, MPEG-4, ...), for methods that use them
+    motion_vectors: bool = False
     # where clips are cropped, resized, converted to RGB and augmented: device leaves only the decoding to the
     # CPU; auto: device on GPUs, host on CPUs. Equal to within rounding; RandAugment runs on the host
     augment_on: Literal["auto", "host", "device"] = "auto"
@@ -79,6 +81,10 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_rate("data", self.stride, self.fps, self.rule)
+        if self.motion_vectors and self.decoder not in ("auto", "pyav"):
+            raise UserError(f"data.decoder {self.decoder}: PyAV alone reads data.motion_vectors; give pyav")
+        if self.motion_vectors and self.cache != "none":
+            raise UserError(f"data.cache {self.cache} keeps no data.motion_vectors: give data.cache=none")
         if self.reader == "stream":
             unusable = (
                 ("weights", self.weights),
@@ -91,6 +97,11 @@ class DataConfig:
                     f"data.reader stream cannot serve {', '.join(names)}: it needs an index; "
                     "run python -m data_prep.scan on the shards and use data.reader indexed"
                 )
+
+    @property
+    def clip_decoder(self) -> Decoder:
+        """What opens the files of training clips."""
+        return "pyav" if self.motion_vectors else self.decoder
 
     @property
     def clip_frames(self) -> int:

@@ -7,6 +7,7 @@ indexed reader. The order depends on the numbers of processes and workers, and a
 a new pass over newly shuffled shards.
 """
 
+import copy
 import hashlib
 import tarfile
 import zlib
@@ -19,7 +20,6 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import webdataset as wds
-from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 from webdataset.gopen import gopen
 from webdataset.shardlists import expand_urls
@@ -28,22 +28,21 @@ from vidssl.core.errors import DecodeError, UserError
 from vidssl.data.addresses import is_url, without_query
 from vidssl.data.dataset import (
     MAX_ATTEMPTS,
+    Decoded,
     DecodeFailure,
     Example,
-    decode_clip,
+    decode_clips,
     do_nothing,
     first_decodable,
     with_pyav_fallback,
 )
 from vidssl.data.decoding import open_video
 from vidssl.data.decoding.base import MAX_BYTES
-from vidssl.data.device_augment import ClipPlanes
 from vidssl.data.extensions import IMAGE_EXTENSIONS, MEDIA_EXTENSIONS
 from vidssl.data.format import select_media
 from vidssl.data.isolated_dataset import IsolatedDataset
 from vidssl.data.metadata import MAX_JSON_BYTES, parse_meta
 from vidssl.data.order import positions_per_step
-from vidssl.data.planes import cut_clips
 from vidssl.data.remote import filesystem, network_errors
 from vidssl.data.schema import DataConfig, Decoder
 from vidssl.data.tar_files import TarFiles, is_system_file, split_name
@@ -121,25 +120,23 @@ class ClipDecoder:
         ext, payload = media
         rng = np.random.default_rng((self.seed, 3, position))
         one_frame = self.augment.shows_one_frame(ext in IMAGE_EXTENSIONS)
-        select = partial(choose_frames, clip=d, timing=draw_timing(d, rng), one_frame=one_frame)
-        state = rng.bit_generator.state
+        timing = draw_timing(d, rng)
 
-        def decode(decoder: Decoder) -> Tensor | ClipPlanes:
-            rng.bit_generator.state = state  # a second decoder makes the same draws
-            if d.augment_on != "device":
-                return self.augment(decode_clip(payload, ext, meta, select, decoder, d.short_side), rng)
-            with open_video(payload, ext, meta, decoder) as video:
-                return cut_clips(video, [select(video.times)], self.augment, [rng], d.short_side)[0]
+        def decode(decoder: Decoder) -> Decoded:
+            with open_video(payload, ext, meta, decoder, d.motion_vectors) as video:
+                chosen = choose_frames(video.times, d, timing, one_frame)[None]
+                return decode_clips(video, chosen, d, self.augment, lambda: [copy.deepcopy(rng)])
 
         try:
             meta = parse_meta(key, small_members(sample, ext), len(payload))
-            clip = with_pyav_fallback(decode, ext, meta, d.decoder)
+            (clip,), (motion,) = with_pyav_fallback(decode, ext, meta, d.clip_decoder)
         except DecodeError as e:
             return DecodeFailure(key, e.reason)
         except UserError:  # of parse_meta
             return DecodeFailure(key, "bad_metadata")
         label = meta.get("label", -1)
-        return Example(position, key, label if isinstance(label, int) else -1, clip, [])
+        video = self.augment(clip, rng) if isinstance(clip, np.ndarray) else clip
+        return Example(position, key, label if isinstance(label, int) else -1, video, [], motion)
 
 
 class StreamingDataset(IterableDataset[list[Example]]):

@@ -135,13 +135,13 @@ def test_clips_of_a_device_are_those_of_the_host():
     made = collate_cached(clips).to(torch.device("cpu"))
     for clip, (i, indices) in zip(made, chosen, strict=True):
         expected = augment(
-            host.read_clip(make_sample(i), lambda _, f=indices: np.array(f)), np.random.default_rng(i)
+            host.read_clips(make_sample(i), lambda _, f=indices: np.array(f)), np.random.default_rng(i)
         )
         difference = (clip.int() - expected.int()).abs()
         assert difference.max() <= 2 and difference.float().mean() < 0.5
     for number, indices in ((3, [4, 5]), (9, [0, 0])):
         for find in (
-            lambda *args: host.read_clip(*args),
+            lambda *args: host.read_clips(*args),
             lambda *args: device.index.find_clips(*args, augment, []),
         ):
             with pytest.raises(DecodeError):

@@ -17,11 +17,12 @@ from training_clips import copy_with_damage, make_clips, train_batches
 from data_prep import pack
 from vidssl.core.errors import DecodeError, Preempted, UserError
 from vidssl.data.augment import BOX_OFFSETS, CenterCrop, MultiScaleCrop, RandomCrop, downscale
-from vidssl.data.dataset import EXHAUSTED, ClipReader, DecodeFailure, Example, TrainClips
+from vidssl.data.dataset import EXHAUSTED, DecodeFailure, Example, TrainClips
 from vidssl.data.decoding import check_decoder, open_video, select_decoder
 from vidssl.data.loader import CollatedStep, DecodeErrorMonitor, give_up_after
 from vidssl.data.schema import DataConfig
 from vidssl.data.shards import Shards
+from vidssl.data.timing import choose_frames
 
 HEIGHT, WIDTH = 120, 200
 
@@ -236,13 +237,12 @@ def test_crops_differ_between_epochs(train):
 
 def test_sampling_rule_of_clips(train, monkeypatch):
     picked = []
-    pick = ClipReader.read_clip
 
-    def spy(self, sample, choice):
-        picked.append(choice(np.arange(40) / 25).tolist())
-        return pick(self, sample, choice)
+    def spy(times, *clip):
+        picked.append(choose_frames(np.arange(40) / 25, *clip).tolist())
+        return choose_frames(times, *clip)
 
-    monkeypatch.setattr(ClipReader, "read_clip", spy)
+    monkeypatch.setattr("vidssl.data.dataset.choose_frames", spy)
     for rule in ("exact", "vjepa"):
         for g in range(20):
             make_clips(train, rule=rule, stride=3)[g]

@@ -51,8 +51,15 @@ def select_decoder(ext: str, meta: dict | None, decoder: Decoder) -> str:
     return decoder if meta.get("decord") else "pyav"
 
 
-def open_video(data: bytes, ext: str, meta: dict | None = None, decoder: Decoder = "auto") -> Video:
+def open_video(
+    data: bytes,
+    ext: str,
+    meta: dict | None = None,
+    decoder: Decoder = "auto",
+    motion_vectors: bool = False,
+) -> Video:
     """Opens a video or an image from memory. ext: without dot. meta, decoder: see `select_decoder`.
+    motion_vectors: for `Video.motion`, which PyAV alone has.
 
     Opening is cheap with meta; without, PyAV decodes the file once to count its frames. Raises DecodeError
     with a reason for anything that does not decode, UserError if the decoder is not installed.
@@ -75,4 +82,4 @@ def open_video(data: bytes, ext: str, meta: dict | None = None, decoder: Decoder
         from vidssl.data.decoding.torchcodec import TorchCodecVideo  # an optional dependency
 
         return TorchCodecVideo(data, meta)
-    return PyAVVideo(data, meta)
+    return PyAVVideo(data, meta, motion_vectors)

@@ -8,6 +8,7 @@ import numpy as np
 
 from vidssl.core.errors import DecodeError
 from vidssl.data.decoding.crop import NO_CROP, Crop
+from vidssl.data.decoding.motion_vectors import MotionField
 from vidssl.data.decoding.planes import RGB, Box, PixelFormat, PlaneBuffer
 
 # A file beyond these limits is damaged or hostile ("too_large", "too_long"), or pack must cut it into clips.
@@ -83,6 +84,11 @@ class Video:
             decoded += 1
         self._check_decoded(decoded, unique)
         return format, [buffer.pixels for buffer in buffers]
+
+    def motion(self, indices: np.ndarray) -> MotionField:
+        """Returns the motion of the frames at `indices` (i64 [T]), which must have been decoded, of a video
+        that was opened for that (see `open_video`). Raises DecodeError if the file has none."""
+        raise DecodeError("no_motion_vectors", f"{self.decoder} hands on none")
 
     def iter_planes(self, indices: np.ndarray) -> Iterator[tuple[PixelFormat, list[np.ndarray]]]:
         """Yields the frames at `indices` (i64 [k], ascending, unique), all in one format."""

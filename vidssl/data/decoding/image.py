@@ -11,6 +11,7 @@ from PIL import Image, ImageOps
 
 from vidssl.core.errors import DecodeError
 from vidssl.data.decoding.base import Video, check_size
+from vidssl.data.decoding.motion_vectors import MotionField
 
 ERRORS = (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError)
 
@@ -47,6 +48,9 @@ class ImageVideo(Video):
             raise DecodeError("decode_error", str(e)) from e
         self.times = np.zeros(1)
         self.size = self._pixels.shape[:2]
+
+    def motion(self, indices: np.ndarray) -> MotionField:
+        return MotionField(np.zeros((len(indices), 2, 1, 1), np.float32), (0.0, 0.0))
 
     def _decode_frames(self, indices: np.ndarray) -> Iterator[np.ndarray]:
         yield self._pixels

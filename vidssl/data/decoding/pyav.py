@@ -1,7 +1,7 @@
 """Frames by PyAV, the decoder that is right for any file."""
 
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from itertools import chain
 from types import MappingProxyType
 
@@ -12,6 +12,7 @@ from av.video.reformatter import VideoReformatter
 from vidssl.core.errors import DecodeError
 from vidssl.data.decoding.base import Video, check_length
 from vidssl.data.decoding.crop import NO_CROP, Crop
+from vidssl.data.decoding.motion_vectors import MotionField, MotionReader
 from vidssl.data.decoding.planes import RGB, PixelFormat, frame_planes, planar_format
 from vidssl.data.decoding.presentation import presentation_of
 from vidssl.data.decoding.rotation import Rotation, RotationReader
@@ -32,8 +33,10 @@ class PyAVVideo(Video):
     # reason: number of frames; known after a full decode
     time_repairs: Mapping[str, int] = MappingProxyType({})
 
-    def __init__(self, data: bytes, meta: dict | None = None):
-        self._stream = VideoStream(io.BytesIO(data))
+    def __init__(self, data: bytes, meta: dict | None = None, motion_vectors: bool = False):
+        """motion_vectors: `motion` can tell those of frames that were decoded."""
+        self._stream = VideoStream(io.BytesIO(data), motion_vectors)
+        self._motion = MotionReader() if motion_vectors else None
         self._reformat = VideoReformatter().reformat
         self._read_rotation = RotationReader()
         self._pts: list[int] | None = None  # of each frame, if seeking by time stamps gives the right frames
@@ -114,15 +117,31 @@ class PyAVVideo(Video):
     def _decode_frames(self, indices: np.ndarray) -> Iterator[np.ndarray]:
         yield from map(self._to_rgb, self._stored_frames(indices))
 
+    def motion(self, indices: np.ndarray) -> MotionField:
+        assert self._motion is not None
+        return self._motion.field(indices, self.codec)
+
     def _stored_frames(self, indices: np.ndarray) -> Iterator[av.VideoFrame]:
         """The frames at `indices` as the decoder gives them."""
+        for index, frame in zip(indices.tolist(), self._find_frames(indices), strict=False):
+            if self._motion is not None:
+                self._motion.keep(index, frame, self._read_rotation(frame), self.crop)
+            yield frame
+
+    def _decode(self, only: Container[int] | None = None) -> Iterator[av.VideoFrame]:
+        for frame in self._stream.decode(only):
+            if self._motion is not None:
+                self._motion.see(frame)
+            yield frame
+
+    def _find_frames(self, indices: np.ndarray) -> Iterator[av.VideoFrame]:
         if self._pts is None:
             yield from self._decode_counting(indices)
             return
         wanted = [self._pts[i] for i in indices]
         found = 0
         self._stream.seek(wanted[0])
-        for frame in self._stream.decode(only=set(wanted)):
+        for frame in self._decode(only=set(wanted)):
             if frame.pts == wanted[found]:
                 yield frame
                 found += 1
@@ -136,7 +155,7 @@ class PyAVVideo(Video):
         wanted = iter(indices.tolist())
         index = next(wanted)
         self._stream.rewind()
-        for i, frame in enumerate(self._stream.decode()):
+        for i, frame in enumerate(self._decode()):
             if i == index:
                 yield frame
                 index = next(wanted, None)

@@ -48,8 +48,10 @@ class VideoStream:
     time stamp.
     """
 
-    def __init__(self, file: BinaryIO):
+    def __init__(self, file: BinaryIO, motion_vectors: bool = False):
+        """motion_vectors: decoded frames carry those that the codec stored."""
         self._file = file
+        self._codec_options = {"flags2": "+export_mvs"} if motion_vectors else {}
         self._container: Any = None
         self._stream: Any = None
         self.damaged_packets = 0
@@ -98,6 +100,8 @@ class VideoStream:
             raise DecodeError("no_decoder", "the codec is not built into FFmpeg")
         check_size(context.width, context.height)
         context.thread_count = 1  # loader workers and inspections are processes
+        if self._codec_options:
+            context.options = self._codec_options
         self._stream = stream
         self._at_start = True
         self.codec = context.codec.canonical_name
