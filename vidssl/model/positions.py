@@ -18,6 +18,7 @@ PositionKind = Literal[
     "sincos",
     "sincos_flat",
     "sincos_2d",
+    "sincos_frames",
     "learned",
     "learned_separable",
     "rope",
@@ -60,10 +61,16 @@ def sincos_2d(grid: Grid, dim: int) -> Tensor:
     """
     if grid.t > 1:
         raise UserError(
-            f"positions sincos_2d are for images (one time slice), not for {grid.t} slices: use sincos"
+            f"positions sincos_2d are for images (one time slice), not for {grid.t} slices: use sincos, "
+            "or sincos_frames for positions without time"
         )
     _, h, w = _token_coordinates(grid)
     return torch.from_numpy(np.concatenate([_sincos_1d(w, dim // 2), _sincos_1d(h, dim // 2)], 1)).float()
+
+
+def sincos_frames(grid: Grid, dim: int) -> Tensor:
+    """Fixed positions f32 [N, dim] that are those of sincos_2d in each time slice (SiamMAE, CropMAE)."""
+    return sincos_2d(Grid(1, grid.h, grid.w), dim).repeat(grid.t, 1)
 
 
 def sincos_flat(grid: Grid, dim: int) -> Tensor:
@@ -81,6 +88,7 @@ FIXED_TABLES: dict[str, Callable[[Grid, int], Tensor]] = {
     "sincos": lambda grid, dim: sincos_3d(grid, dim, False),
     "sincos_flat": sincos_flat,
     "sincos_2d": sincos_2d,
+    "sincos_frames": sincos_frames,
 }
 
 

@@ -42,6 +42,14 @@ def tokens_of(x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     return torch.stack([torch.stack([x[b, i] for i in ids[b]]) for b in range(len(ids))])
 
 
+def patches_of(images: torch.Tensor) -> torch.Tensor:
+    """images [B, 3, 32, 32] to [B, 16, 8 * 8 * 3]."""
+    corners = [(8 * (i // 4), 8 * (i % 4)) for i in range(16)]
+    return torch.stack(
+        [images[:, :, y : y + 8, x : x + 8].permute(0, 2, 3, 1).flatten(1) for y, x in corners], 1
+    )
+
+
 def test_stop():
     """Bar et al. 2023, eq. 4-6: the query is the position plus noise through the context's embedding."""
     objective, video = method_and_clips("stop")
@@ -75,15 +83,7 @@ def test_diffmae():
     predictor = objective.predictor
     z = objective.encoder(video, mask.context, return_levels=True)
     pixels = video * STD + MEAN
-    patches = torch.stack(
-        [
-            pixels[:, :, 0, 8 * (i // 4) : 8 * (i // 4) + 8, 8 * (i % 4) : 8 * (i % 4) + 8]
-            .permute(0, 2, 3, 1)
-            .flatten(1)
-            for i in range(16)
-        ],
-        1,
-    )
+    patches = patches_of(pixels[:, :, 0])
     hidden = tokens_of(patches, mask.target[:, 0])
     rng = fresh()
     t = 1 + (rng.rand(1) * 1000).long()
@@ -137,3 +137,33 @@ def test_capi(positionwise):
     of_clustering = torch.autograd.grad(clustering, weight)
     assert of_student == (None,)
     torch.testing.assert_close(torch.autograd.grad(found["loss"], weight), of_clustering)
+
+
+@pytest.mark.parametrize("method", ["siammae", "cropmae"])
+def test_siammae(method):
+    """Gupta et al. 2023, section 3: both frames are encoded apart, tokens of the second one attend to those
+    of the first one, then to each other; the hidden ones are reconstructed."""
+    objective, video = method_and_clips(method)
+    encoder, predictor = (objective.encoder, objective.predictor)
+    (mask,) = masks_of(objective, video)
+    found = objective(video, fresh(), [mask])["loss"]
+    shown = mask.context[:, 16:] - 16
+    assert shown.shape[1] == 3 and torch.equal(mask.context[:, :16], torch.arange(16).expand(B, -1))
+    z_first = encoder(video[:, :, :1])
+    z_second = encoder(video[:, :, 1:], shown)
+    table = predictor.positions.table[:16]
+    queries = objective.query.tokens.expand(B, 16, -1).clone()
+    for clip in range(B):
+        queries[clip, shown[clip]] = predictor.embed(z_second[clip])
+    x = queries + table
+    memory = predictor.embed(z_first)
+    for block in predictor.blocks:
+        x = block.norms["cross"](x + block.cross(x, memory))
+        x = block.norms["mlp"](x + block.mlp(x))
+        x = block.norms["self"](x + block.own(x, x))
+    pred = predictor.proj(predictor.norm(x))
+    patches = patches_of(video[:, :, 1])
+    target = (patches - patches.mean(-1, keepdim=True)) / (patches.var(-1, keepdim=True) + 1e-6).sqrt()
+    hidden = mask.target[:, 0] - 16
+    error = ((pred - target) ** 2).mean(-1)
+    torch.testing.assert_close(found, error.gather(1, hidden).mean())
