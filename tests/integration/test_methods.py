@@ -154,7 +154,10 @@ def test_header_names_the_whole_recipe(method):
         cfg.method.predictor.build(encoder=encoder, out=encoder.feature_width)
     mask = cfg.method.mask.build()
     video = torch.randn(2, 3, cfg.data.frames, size, size)
-    for m in mask(video, encoder.grid, KeyedRNG(0, 0, torch.arange(2))):
+    rng = KeyedRNG(0, 0, torch.arange(2))
+    grid = encoder.grid
+    scored = cfg.method.mask.kind == "scored"
+    for m in mask.from_scores(torch.rand(2, grid.n), grid, rng) if scored else mask(video, grid, rng):
         assert 0 < m.context.shape[1] < encoder.grid.n and 0 < m.target.shape[2] < encoder.grid.n
 
 

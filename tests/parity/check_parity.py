@@ -18,6 +18,7 @@ from typing import Any
 
 import check_agreement
 import check_cross
+import check_scores
 import torch
 import torch.nn.functional as F
 from case import Case, Precision
@@ -43,16 +44,12 @@ from vidssl.training.schema import OptimConfig
 
 NOT_IMPLEMENTED = frozenset(  # vectors of methods that this project does not have yet
     [
-        "adamae",
-        "colormae",
         "data2vec2",
-        "everest",
-        "hpm",
         "latentmim",
         "mgmae",
     ]
 )
-OWN_CHECKS = check_agreement.CHECKS | check_cross.CHECKS
+OWN_CHECKS = check_agreement.CHECKS | check_cross.CHECKS | check_scores.CHECKS
 ONLY_FP32 = {"vjepa_run", "vjepa_mask_statistics"}  # training runs and draws of masks
 MAX_STANDARD_ERRORS = 5.0
 STATISTICS_DRAWS = 4000

@@ -8,6 +8,7 @@ from functools import partial
 
 import check_agreement
 import check_parity
+import check_scores
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,8 @@ from case import Case
 from torch import Tensor
 
 from vidssl.model import positions
-from vidssl.objective import hog, masked_prediction, targets
+from vidssl.objective import hog, loss_score, masked_prediction, targets
+from vidssl.objective.scored_mask import Scored
 from vidssl.pretrained import public
 from vidssl.pretrained.key_maps import RenamedTensors, rename
 
@@ -211,6 +213,23 @@ def sinkhorn_of_scores(patch: Patch) -> None:
     patch.setattr(Tensor, "log_softmax", lambda x, dim: x)
 
 
+def embedding_apart_from_sampler(patch: Patch) -> None:
+    patch.setattr(check_scores, "Sampler", partial(check_scores.Sampler, detach=True))
+
+
+def change_of_pixels(patch: Patch) -> None:
+    patch.setattr(check_scores, "Change", partial(check_scores.Change, of="pixels"))
+
+
+def ranks_upside_down(patch: Patch) -> None:
+    right = loss_score.rank_loss
+    patch.setattr(loss_score, "rank_loss", lambda predicted, error: right(-predicted, error))
+
+
+def highest_hidden(patch: Patch) -> None:
+    patch.setattr(check_scores, "Scored", lambda ratio, rule: Scored(ratio, "hide"))
+
+
 MUTATIONS: dict[str, tuple[str, Mutation]] = {
     "rotary layout, tiled": ("vjepa2_rope", other_rotary_layout),
     "rotary layout, interleaved": ("vjepa2_1", other_rotary_layout),
@@ -243,5 +262,9 @@ MUTATIONS: dict[str, tuple[str, Mutation]] = {
     "HOG, angle": ("maskfeat_hog", swap_gradients),
     "points of SIGReg": ("sigreg", fewer_points),
     "rows before Sinkhorn": ("msn", sinkhorn_of_scores),
+    "patch embedding, AdaMAE": ("adamae", embedding_apart_from_sampler),
+    "pixels, EVEREST": ("everest", change_of_pixels),
+    "ranks, HPM": ("hpm", ranks_upside_down),
+    "visible, ColorMAE": ("colormae", highest_hidden),
     "EMA encoder": ("vjepa_run", target_copies_online_encoder),
 }

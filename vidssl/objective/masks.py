@@ -21,6 +21,7 @@ from vidssl.core.rng import KeyedRNG
 from vidssl.model.grid import Grid, Mask
 from vidssl.objective.block_masks import MultiBlock2D, MultiBlock3D, SingleBlock
 from vidssl.objective.objective import Masker
+from vidssl.objective.scored_mask import Scored
 from vidssl.objective.selection import indices_of, lowest_ids, other_ids
 from vidssl.objective.visible_masks import NextFrame, VisibleBox, VisibleBoxes
 
@@ -272,4 +273,5 @@ MASKS = {
     "visible_box": VisibleBox,
     "visible_boxes": VisibleBoxes,
     "next_frame": NextFrame,
+    "scored": Scored,
 }

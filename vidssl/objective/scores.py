@@ -2,26 +2,15 @@
 
 from collections.abc import Callable
 
-from torch import Tensor, nn
+from vidssl.objective.change_score import Change
+from vidssl.objective.loss_score import PredictedLoss
+from vidssl.objective.noise_score import ColorNoise
+from vidssl.objective.sampler_score import Sampler
+from vidssl.objective.score_base import Score
 
-from vidssl.core.rng import KeyedRNG
-from vidssl.model.grid import Grid
-from vidssl.model.prediction import Predicted
-from vidssl.model.vit import Encoder
-
-
-class Score(nn.Module):
-    """Base of all scores."""
-
-    needs_video = True  # False: it looks at the clip's shape alone, so that masks are drawn ahead on the host
-
-    def forward(self, video: Tensor, grid: Grid, rng: KeyedRNG, encoder: Encoder) -> Tensor:
-        """Returns f32 [B, N]. video f32 [B, 3, T, H, W]."""
-        raise NotImplementedError
-
-    def aux(self, predicted: Predicted) -> dict[str, Tensor]:
-        """Losses of its own, weighted, by their names in the log."""
-        return {}
-
-
-SCORES: dict[str, Callable[..., Score]] = {}
+SCORES: dict[str, Callable[..., Score]] = {
+    "noise": ColorNoise,
+    "change": Change,
+    "sampler": Sampler,
+    "loss": PredictedLoss,
+}

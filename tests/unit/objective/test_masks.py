@@ -150,7 +150,7 @@ def test_no_grid_is_too_small_for_boxes():
                     check(mask, Grid(t, h, w), 5)
 
 
-@pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.parametrize("kind", sorted(MASKS.keys() - {"scored"}))  # see test_scores
 def test_every_kind_s_defaults_make_masks_on_a_frame_that_is_not_square(kind):
     for grid in (Grid(8, 6, 10), Grid(8, 9, 4)):
         masks = config.build_from_header({"kind": kind}, MASKS)(random_video(grid, 3), grid, draws(0, 3))

@@ -66,10 +66,13 @@ def test_blocks_are_not_compiled_again(method, sizes, most, monkeypatch):
 def test_masks_that_say_so_keep_their_counts(kind):
     grid = Grid(4, 5, 6)
     counts = set()
+    masker = MASKS[kind]() if kind != "scored" else MASKS[kind](share=(0.0, 1.0), share_steps=20)
     for step in range(20):
-        masks = MASKS[kind]()(
-            torch.zeros(3, 3, 8, 40, 48), grid, KeyedRNG(0, step, torch.arange(3) + 3 * step)
-        )
+        rng = KeyedRNG(0, step, torch.arange(3) + 3 * step)
+        if kind == "scored":
+            masks = masker.from_scores(torch.rand(3, grid.n), grid, rng)
+        else:
+            masks = masker(torch.zeros(3, 3, 8, 40, 48), grid, rng)
         counts.add(tuple((m.context.shape[1], *m.target.shape[1:]) for m in masks))
     assert len(counts) == 1
 
