@@ -1,70 +1,194 @@
 """Pictures of masks on clips, for tools/show_masks.py and tools/quickstart.py."""
 
+import re
 from pathlib import Path
 
 import numpy as np
 import torch
 from einops import rearrange, repeat
+from matplotlib import colormaps
 from matplotlib.figure import Figure
+from torch import Tensor, nn
 
+from data_prep.synthetic import render
 from vidssl.config import load_config
+from vidssl.core.errors import UserError
+from vidssl.core.pixels import channel_statistics, normalise
 from vidssl.core.rng import KeyedRNG
-from vidssl.data.dataset import TrainClips
+from vidssl.data.augment import CenterCrop
+from vidssl.data.dataset import TrainClips, decode_clip
 from vidssl.data.order import Order
+from vidssl.data.sampling import sample_indices
 from vidssl.data.shards import Shards
 from vidssl.model.grid import Grid, Mask
+from vidssl.objective.masked_prediction import MaskedPrediction
 from vidssl.objective.masks import MASKS
+from vidssl.objective.target_base import Target
 from vidssl.training.schema import TrainConfig
 
+CONFIGS = Path(__file__).parents[1] / "configs"
 HIDDEN_LEVEL = 225  # grey level of tokens that are not shown
+TOKEN_COLOR = (150, 120, 200)  # of tokens that the encoder sees replaced by a vector
+MASKS_DRAWN = 4  # of the masks of a clip
+Rows = list[tuple[str, np.ndarray]]  # (name, picture u8 [H, W, 3])
 
 
 def paint(video: np.ndarray, mask: Mask, grid: Grid) -> list[np.ndarray]:
     """Two rows, context and targets with loss, of a mask of one sample on a video u8 [T, H, W, 3]."""
-    frames, height, width = video.shape[:3]
     rows = []
     target = mask.target[0] if mask.weight is None else mask.target[0][mask.weight[0] > 0]
     for ids in (mask.context[0], target.flatten()):
         visible = torch.zeros(grid.n, dtype=torch.bool)
         visible[ids] = True
-        pixels = repeat(
-            visible.reshape(grid).numpy(),
-            "t h w -> (t u) (h p) (w q) 1",
-            u=frames // grid.t,
-            p=height // grid.h,
-            q=width // grid.w,
-        )
+        pixels = to_pixels(visible, video, grid)[..., None]
         rows.append(film_strip(np.where(pixels, video, HIDDEN_LEVEL)))
     return rows
 
 
+def to_pixels(tokens: Tensor, video: np.ndarray, grid: Grid) -> np.ndarray:
+    """Numbers of the tokens [N] at each pixel of a video u8 [T, H, W, 3]: [T, H, W]."""
+    frames, height, width = video.shape[:3]
+    return repeat(
+        tokens.reshape(grid).numpy(),
+        "t h w -> (t u) (h p) (w q)",
+        u=frames // grid.t,
+        p=height // grid.h,
+        q=width // grid.w,
+    )
+
+
+def heat_map(scores: Tensor, video: np.ndarray, grid: Grid) -> np.ndarray:
+    """A row with the scores f32 [N] as colours, dark for the lowest of the clip."""
+    low, high = scores.aminmax()
+    pixels = to_pixels((scores - low) / (high - low).clamp_min(1e-12), video, grid)
+    return film_strip(255 * colormaps["inferno"](pixels)[..., :3])
+
+
 def film_strip(video: np.ndarray) -> np.ndarray:
-    """The frames of a video [T, H, W, 3] side by side, u8 [H, T*(W+1), 3], with a white line after each."""
-    framed = np.pad(video, ((0, 0), (0, 0), (0, 1), (0, 0)), constant_values=255)
+    """The frames of a video [T, H, W, 3] side by side, u8 [H, T * (W + gap), 3], with a white gap after
+    each."""
+    gap = -(-video.shape[2] // 40)
+    framed = np.pad(video, ((0, 0), (0, 0), (0, gap), (0, 0)), constant_values=255)
     return rearrange(framed, "t h w c -> h (t w) c").astype(np.uint8)
 
 
 def show_runs(runs: list[Path], out: Path) -> None:
     """One clip of the first run's data; a row of context and a row of targets for each mask of every run."""
-    rows: list[tuple[str, np.ndarray]] = []
+    rows: Rows = []
     for run in runs:
         cfg = load_config([str(run / "config.yaml")], TrainConfig)
         shards = Shards(cfg.data.train)
         order = Order(shards.counts, cfg.run.seed, cfg.run.lanes)
         item = TrainClips(shards, order, cfg.data, cfg.augment.build())[0]
-        video = rearrange(item.video, "c t h w -> t h w c").numpy()
-        unit = cfg.model.arguments["tubelet"], cfg.model.arguments["patch"]
-        grid = Grid(video.shape[0] // unit[0], video.shape[1] // unit[1], video.shape[2] // unit[1])
-        if not rows:
-            rows.append(("clip", film_strip(video)))
-        rng = KeyedRNG(cfg.run.seed, 0, torch.tensor([0]))
-        for i, mask in enumerate(cfg.method.mask.build()(item.video[None], grid, rng)):
-            context, target = paint(video, mask, grid)
-            rows += [
-                (f"{run.name}\nmask {i + 1}\ncontext", context),
-                (f"{run.name}\nmask {i + 1}\ntarget", target),
-            ]
+        found = method_rows(cfg, item.video, f"{run.name}\n")
+        rows += found[1 if rows else 0 :]
     draw(rows, out)
+
+
+def show_method(method: Path, clip: Path | None, out: Path) -> None:
+    """The masks of a file of configs/method on a video, or on a made one; scores and corrupted input beside
+    them."""
+    cfg = small_config(method)
+    draw(method_rows(cfg, make_clip(cfg) if clip is None else read_clip(clip, cfg)), out)
+
+
+def small_config(method: Path, *more: str) -> TrainConfig:
+    """The method with the data and the patches that its header names, and a tiny encoder; more: further
+    settings."""
+    header = method.read_text().split("method:\n")[0]
+    named = re.findall(r"\b(?:model|data)/\w+\.yaml", header)
+    if not any(name.startswith("data/") for name in named):
+        named = ["model/vit_micro.yaml", "data/quickstart.yaml"]
+    tiny = ["kind=vit", "dim=48", "depth=1", "heads=3", "levels=[]"]
+    settings = [*(f"model.{key}" for key in tiny), "run.out=x", "run.steps=1", "run.batch=8", "data.train=x"]
+    # a path that must be given is not read: a target is no part of a mask
+    if re.search(r"kind: teacher", method.read_text()):
+        settings.append("method.target.path=x")
+    return load_config([str(method), *(str(CONFIGS / name) for name in named), *settings, *more], TrainConfig)
+
+
+def read_clip(path: Path, cfg: TrainConfig) -> Tensor:
+    """u8 [3, T, S, S]: the middle of a video, as the data section cuts clips."""
+    data = cfg.data
+
+    def select(times: np.ndarray) -> np.ndarray:
+        return sample_indices(times, data.frames, data.stride, data.fps, 0.5)
+
+    frames = decode_clip(path.read_bytes(), path.suffix.lstrip(".").lower(), {}, select, "pyav", None)
+    return CenterCrop(cfg.augment.arguments["size"])(frames)
+
+
+def make_clip(cfg: TrainConfig) -> Tensor:
+    """u8 [3, T, S, S]: a rendered object that moves to the right."""
+    frames, _ = render("right", "red", np.random.default_rng(0))
+    chosen = np.linspace(0, len(frames) - 1, cfg.data.frames).astype(int)
+    return CenterCrop(cfg.augment.arguments["size"])(frames[chosen])
+
+
+def method_rows(cfg: TrainConfig, clip: Tensor, name: str = "") -> Rows:
+    """The clip u8 [3, T, S, S]; for each mask context, targets and corrupted input; scores.
+
+    Networks have their initial weights. name: before those of the rows.
+    """
+    objective = maskable(cfg)
+    video = normalise(clip[None])
+    grid = objective.encoder.grid_of(video)
+    step = len(clip[0]) // grid.t  # one frame of each time slice
+    shown = rearrange(clip, "c t h w -> t h w c").numpy()[::step]
+    rng = KeyedRNG(cfg.run.seed, 0, torch.tensor([0]))
+    rows: Rows = [("clip", film_strip(shown))]
+    with torch.no_grad():
+        masks, scores = objective.make_masks(video, rng)
+        if scores is not None:
+            weights = "\n(initial weights)" if objective.score.needs_video else ""
+            rows.append((f"{name}score{weights}", heat_map(scores[0], shown, grid)))
+        for i, mask in enumerate(masks[:MASKS_DRAWN]):
+            context, target = paint(shown, mask, grid)
+            if objective.corruption is not None:
+                rows.append((f"{name}mask {i + 1}\nseen", seen_row(objective, video, mask, grid, rng, step)))
+            else:
+                rows.append((f"{name}mask {i + 1}\ncontext", context))
+            rows.append((f"{name}mask {i + 1}\ntarget", target))
+    return rows
+
+
+def maskable(cfg: TrainConfig) -> MaskedPrediction:
+    """The parts of a method that choose and corrupt tokens, with a small encoder."""
+    method = cfg.method
+    if not method.predicts:
+        raise UserError("the method predicts nothing behind a mask, so there is none to draw")
+    size = cfg.augment.arguments["size"]
+    encoder = cfg.model.build(frames=cfg.data.frames, height=size, width=size)
+    return MaskedPrediction(
+        encoder,
+        method.mask.build(),
+        Target(1),
+        None,
+        nn.Identity(),
+        method.error.build(),
+        corruption=method.corrupt.build(encoder=encoder),
+        score=method.score.build(encoder=encoder),
+        target_fraction=method.target_fraction,
+        masks_per_clip=method.masks_per_clip,
+    )
+
+
+def seen_row(
+    objective: MaskedPrediction, video: Tensor, mask: Mask, grid: Grid, rng: KeyedRNG, step: int
+) -> np.ndarray:
+    """What the encoder sees of a video f32 [1, 3, T, H, W], every `step`-th frame."""
+    assert objective.corruption is not None
+    seen = objective.corruption(video, mask, grid, rng)
+    mean, std = channel_statistics(video)
+    pixels = rearrange((seen.video * std + mean)[0], "c t h w -> t h w c").clamp(0, 1)[::step]
+    frames = (255 * pixels).round().numpy().astype(np.uint8)
+    visible = torch.ones(grid.n, dtype=torch.bool)
+    if not objective.corruption.sees_all:
+        visible = torch.zeros_like(visible).scatter(0, mask.context[0], True)
+    frames = np.where(to_pixels(visible, frames, grid)[..., None], frames, HIDDEN_LEVEL)
+    if seen.replaced is not None:
+        frames = np.where(to_pixels(seen.replaced[0][0], frames, grid)[..., None], TOKEN_COLOR, frames)
+    return film_strip(frames)
 
 
 def show_kinds(out: Path, grid: Grid = Grid(4, 8, 8), pixels: int = 8) -> None:
@@ -74,13 +198,18 @@ def show_kinds(out: Path, grid: Grid = Grid(4, 8, 8), pixels: int = 8) -> None:
     video = np.full((grid.t, grid.h * pixels, grid.w * pixels, 3), 60, np.uint8)
     rows = []
     for kind, masker in MASKS.items():
-        for mask in masker()(clip, grid, KeyedRNG(0, 0, torch.tensor([0]))):
+        rng = KeyedRNG(0, 0, torch.tensor([0]))
+        if kind == "scored":
+            masks = masker().from_scores(rng.rand(grid.n), grid, rng)
+        else:
+            masks = masker()(clip, grid, rng)
+        for mask in masks:
             context, target = paint(video, mask, grid)
             rows += [(f"{kind}\ncontext", context), ("target", target)]
     draw(rows, out)
 
 
-def draw(rows: list[tuple[str, np.ndarray]], out: Path) -> None:
+def draw(rows: Rows, out: Path) -> None:
     """Named pictures, one below the other."""
     figure = Figure(figsize=(10, 1.35 * len(rows)))
     axes = figure.subplots(len(rows), 1)

@@ -126,6 +126,7 @@ MISTAKES = [
     (["tools/compare.py", "nowhere"], "nowhere"),
     (["tools/compare.py", "docs", "docs"], "different --names"),
     (["tools/show_masks.py", "docs", "OUT.png"], "docs: no run folder"),
+    (["tools/show_masks.py", "--method", "vjep", "OUT.png"], "did you mean vjepa?"),
     (["tools/quickstart.py", "nowhere"], "nowhere: no such folder"),
 ]
 
