@@ -51,7 +51,7 @@ BOTH += [
     "optim.eps=1e-5",
     "optim.clip_grad=0.3",
 ]
-BOTH += ["data.cache=host", "efficiency.decode_in_subprocess=false", "efficiency.peer_timeout_s=60"]
+BOTH += ["data.cache=host", "efficiency.decode_in_subprocess=false", "efficiency.peer_timeout_s=600"]
 METHODS = {
     "videomae": [
         str(ROOT / "configs/method/videomae_tiny.yaml"),
