@@ -16,10 +16,11 @@ from vidssl.core.errors import UserError
 from vidssl.core.pixels import channel_statistics, normalise
 from vidssl.core.rng import KeyedRNG
 from vidssl.data.augment import CenterCrop
-from vidssl.data.dataset import TrainClips, decode_clip
+from vidssl.data.dataset import TrainClips
+from vidssl.data.decoding import open_video
 from vidssl.data.order import Order
-from vidssl.data.sampling import sample_indices
 from vidssl.data.shards import Shards
+from vidssl.data.timing import choose_frames, draw_timing
 from vidssl.model.grid import Grid, Mask
 from vidssl.objective.masked_prediction import MaskedPrediction
 from vidssl.objective.masks import MASKS
@@ -108,20 +109,17 @@ def small_config(method: Path, *more: str) -> TrainConfig:
 
 
 def read_clip(path: Path, cfg: TrainConfig) -> Tensor:
-    """u8 [3, T, S, S]: the middle of a video, as the data section cuts clips."""
-    data = cfg.data
-
-    def select(times: np.ndarray) -> np.ndarray:
-        return sample_indices(times, data.frames, data.stride, data.fps, 0.5)
-
-    frames = decode_clip(path.read_bytes(), path.suffix.lstrip(".").lower(), {}, select, "pyav", None)
+    """u8 [3, T, S, S]: a clip of a video as the data section cuts it in time, its central square."""
+    timing = draw_timing(cfg.data, np.random.default_rng(cfg.run.seed))
+    with open_video(path.read_bytes(), path.suffix.lstrip(".").lower(), decoder="pyav") as video:
+        frames = video.get(choose_frames(video.times, cfg.data, timing))
     return CenterCrop(cfg.augment.arguments["size"])(frames)
 
 
 def make_clip(cfg: TrainConfig) -> Tensor:
     """u8 [3, T, S, S]: a rendered object that moves to the right."""
     frames, _ = render("right", "red", np.random.default_rng(0))
-    chosen = np.linspace(0, len(frames) - 1, cfg.data.frames).astype(int)
+    chosen = np.linspace(0, len(frames) - 1, cfg.data.frames * cfg.data.windows).astype(int)
     return CenterCrop(cfg.augment.arguments["size"])(frames[chosen])
 
 
