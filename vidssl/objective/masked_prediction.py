@@ -79,16 +79,26 @@ class MaskedPrediction(Objective):
     def target_features(self, video: Tensor) -> Tensor | None:
         return self.target(video)
 
-    def draw_masks(self, shape: torch.Size, rng: KeyedRNG) -> Masks:
+    def draw_masks(self, shape: torch.Size, rng: KeyedRNG, motion: Tensor | None = None) -> Masks:
         if needs_video(self.mask if self.score is None else self.score):
             return None
         clips = torch.empty(shape, device="meta")  # only its shape may be read
-        return self.make_masks(clips, rng)[0]
+        return self.make_masks(clips, rng, motion)[0]
 
-    def make_masks(self, video: Tensor, rng: KeyedRNG) -> tuple[list[Mask], Tensor | None]:
-        """Returns the masks of the clips, and the scores f32 [B, N] that they were made from."""
+    def make_masks(
+        self, video: Tensor, rng: KeyedRNG, motion: Tensor | None = None
+    ) -> tuple[list[Mask], Tensor | None]:
+        """Returns the masks of the clips, and the scores f32 [B, N] that they were made from.
+
+        motion: f16 [B, 2, T, h, w] on the host, for a score that says `needs_motion`, which is called with it
+        in place of the video; None: nothing moves.
+        """
         grid = self.encoder.grid_of(video)
-        scores = None if self.score is None else self.score(video, grid, rng, self.encoder)
+        scored = video
+        if self.needs_motion:
+            still = torch.zeros(len(video), 2, video.shape[2], 1, 1, device=rng.positions.device)
+            scored = still if motion is None else motion
+        scores = None if self.score is None else self.score(scored, grid, rng, self.encoder)
         masks = []
         for _ in range(self.masks_per_clip):
             drawn = (

@@ -66,9 +66,15 @@ class Objective(nn.Module):
         """[B, N, K]: what is predicted at each token; None where tokens have no target."""
         return None
 
-    def draw_masks(self, shape: torch.Size, rng: KeyedRNG) -> Masks:
+    @property
+    def needs_motion(self) -> bool:
+        """Whether a part asks for the motion vectors of the clips (data.motion_vectors)."""
+        return any(getattr(p, "needs_motion", False) for p in self.parts)
+
+    def draw_masks(self, shape: torch.Size, rng: KeyedRNG, motion: Tensor | None = None) -> Masks:
         """Draws the masks of clips of this shape on the device of `rng`: on the host, ahead of the forward
-        pass. None: there are none, or they are drawn in the forward pass."""
+        pass. None: there are none, or they are drawn in the forward pass. motion: f16 [B, 2, T, h, w], of
+        the clips, for a part that needs it."""
         return None
 
     def forward(self, video: Tensor, rng: KeyedRNG, masks: Masks = None) -> dict[str, Tensor]:

@@ -34,8 +34,8 @@ class WeightedSum(Objective):
     def target_features(self, video: Tensor) -> Tensor | None:
         return self.terms[0].target_features(video)
 
-    def draw_masks(self, shape: torch.Size, rng: KeyedRNG) -> Masks:
-        return [term.draw_masks(shape, rng) for term in self.terms]
+    def draw_masks(self, shape: torch.Size, rng: KeyedRNG, motion: Tensor | None = None) -> Masks:
+        return [term.draw_masks(shape, rng, motion) for term in self.terms]
 
     def forward(self, video: Tensor, rng: KeyedRNG, masks: Masks = None) -> dict[str, Tensor]:
         masks = masks or [None] * len(self.terms)

@@ -50,6 +50,7 @@ class BatchPiece(NamedTuple):
     video: Tensor  # u8 [B, 3, T, S, S]
     position: Tensor  # i64 [B], on the host
     batch: GlobalBatch  # that they are a part of
+    motion: Tensor | None = None  # f16 [B, 2, T, h, w], on the host
 
 
 def split_batch(batch: Batch, micro_batches: int, groups: int, rank: int, world: int) -> list[BatchPiece]:
@@ -60,18 +61,15 @@ def split_batch(batch: Batch, micro_batches: int, groups: int, rank: int, world:
     group = (batch.position - whole.first) % groups
     order = group.argsort(stable=True)
     video = batch.video if groups == 1 else batch.video[upload(order, batch.video.device)]
-    position = batch.position[order]
-    chunks = zip(
-        video.chunk(micro_batches),
-        position.chunk(micro_batches),
-        group[order].chunk(micro_batches),
-        strict=True,
-    )
+    tensors = [video, batch.position[order]]
+    if batch.motion is not None:
+        tensors.append(batch.motion[order])
+    chunks = zip(*(tensor.chunk(micro_batches) for tensor in (*tensors, group[order])), strict=True)
     parts = []
-    for clips, positions, of_group in chunks:
+    for *of_chunk, of_group in chunks:
         sizes = of_group.unique_consecutive(return_counts=True)[1].tolist()
-        pieces = zip(clips.split(sizes), positions.split(sizes), strict=True)
-        parts += [BatchPiece(*piece, whole) for piece in pieces]
+        pieces = zip(*(tensor.split(sizes) for tensor in of_chunk), strict=True)
+        parts += [BatchPiece(clips, position, whole, *motion) for clips, position, *motion in pieces]
     return parts
 
 
@@ -102,7 +100,7 @@ class PartMaker:
             groups = self.cut_groups(len(batch.position) * self.world)
             for part in split_batch(batch, self.micro_batches, groups, self.rank, self.world):
                 rng = KeyedRNG(self.seed, step, part.position, part.batch)
-                masks = self.objective.draw_masks(part.video.shape, rng)
+                masks = self.objective.draw_masks(part.video.shape, rng, part.motion)
                 device = part.video.device
                 masks = tree_map_only(Tensor, partial(upload, device=device), masks)
                 made.append(MicroBatch(stream, part.video, rng.to(device), masks))

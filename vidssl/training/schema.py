@@ -288,7 +288,13 @@ class TrainConfig:
         lengths = [stream.clip_frames for stream in self.data.streams()]
         frames = list(dict.fromkeys([self.data.frames, *lengths]))
         size = self.augment.arguments["size"]
-        return build_objective(self.method, self.model, frames, size, self.run.seed, load_teacher)
+        objective = build_objective(self.method, self.model, frames, size, self.run.seed, load_teacher)
+        if objective.needs_motion and not self.data.motion_vectors:
+            raise UserError(
+                f"method.score.kind {self.method.score.kind} needs the motion vectors of the codec: "
+                "give data.motion_vectors=true"
+            )
+        return objective
 
     def encoder_arguments(self) -> dict[str, Any]:
         """Arguments of the run's Encoder for its file header, without training-only arguments (drop_path)."""

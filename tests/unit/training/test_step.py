@@ -8,16 +8,23 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
+from einops import repeat
+from torch import nn
 
 from vidssl.config import load_config
 from vidssl.core.cpus import available_cpus
 from vidssl.core.errors import UserError
+from vidssl.core.rng import KeyedRNG
 from vidssl.data.dataset import STREAM_STRIDE
 from vidssl.data.loader import Batch
+from vidssl.model.grid import Grid, Mask
 from vidssl.objective.block_masks import MultiBlock3D
+from vidssl.objective.masks import mask_from_scores
+from vidssl.objective.objective import Objective
 from vidssl.training import perf
 from vidssl.training.metrics_log import count_samples, samples_hash
-from vidssl.training.micro_batches import make_cut_groups, split_batch
+from vidssl.training.micro_batches import PartMaker, make_cut_groups, split_batch
 from vidssl.training.run_summary import wait_advice
 from vidssl.training.schema import EfficiencyConfig, TrainConfig
 
@@ -44,16 +51,60 @@ def check_parts(micro_batches: int, world: int, groups: int, first: int) -> None
     seen = []
     for rank in range(world):
         own = [first + j for j in range(24) if j % world == rank]
-        held = batch(own, [str(p) for p in own])._replace(video=torch.tensor(own)[:, None, None, None, None])
+        numbers = torch.tensor(own)[:, None, None, None, None]
+        held = batch(own, [str(p) for p in own])._replace(video=numbers, motion=numbers)
         parts = split_batch(held, micro_batches, groups, rank, world)
         for part in parts:
             assert part.video.flatten().equal(part.position) and part.batch == (first, 24)
+            assert part.motion.equal(part.video)
             assert len(part.position) <= len(own) // micro_batches
             assert len({(p - first) % groups for p in part.position.tolist()}) == 1
             seen += part.position.tolist()
         if groups == 1:
             assert len(parts) == micro_batches and torch.cat([p.position for p in parts]).tolist() == own
     assert sorted(seen) == [first + j for j in range(24)]
+
+
+class Speed(nn.Module):
+    """The motion of each token, in a clip of 4 x 4 places."""
+
+    needs_video = False
+    needs_motion = True
+
+    def forward(self, motion: torch.Tensor, grid: Grid, rng: KeyedRNG, encoder: nn.Module) -> torch.Tensor:
+        speed = motion.float().norm(dim=1)  # [B, T, h, w]
+        return F.adaptive_avg_pool3d(speed, (grid.t, grid.h, grid.w)).flatten(1)
+
+
+class Slowest:
+    """Shows the slower half of the tokens."""
+
+    def from_scores(self, scores: torch.Tensor, grid: Grid, rng: KeyedRNG) -> list[Mask]:
+        return [mask_from_scores(scores, grid.n // 2)]
+
+
+def test_a_score_is_made_of_the_motion_of_its_clips():
+    """Half of the tokens move, in each clip other ones; they are hidden."""
+    cfg = configured("model.patch=8", "augment.size=32", "data.frames=4", "method.mask.past=1")
+    objective = cfg.build_objective()
+    objective.score = Speed()
+    objective.mask = Slowest()
+    assert objective.needs_motion
+    tokens = torch.rand(8, 32, generator=torch.Generator().manual_seed(0)).argsort(1) < 16
+    motion = repeat(tokens.view(8, 2, 4, 4).half(), "b t h w -> b xy (t 2) h w", xy=2)
+    clips = batch(list(range(8)), [""] * 8)._replace(video=torch.zeros(8, 3, 4, 32, 32), motion=motion)
+    parts = PartMaker(objective, SimpleNamespace(rank=0, world=1), 0, micro_batches=2)(0, [clips])
+    hidden = torch.cat([part.masks[0].target[:, 0] for part in parts])
+    assert torch.zeros_like(tokens).scatter(1, hidden, True).equal(tokens)
+    masks, scores = objective.make_masks(clips.video, KeyedRNG(0, 0, clips.position))
+    assert not scores.any() and masks[0].target.shape == (8, 1, 16)
+
+
+def test_a_score_of_motion_needs_clips_that_carry_it(monkeypatch):
+    monkeypatch.setattr(Objective, "needs_motion", True)
+    with pytest.raises(UserError, match=r"needs the motion vectors .* give data\.motion_vectors=true$"):
+        configured().build_objective()
+    configured("data.motion_vectors=true").build_objective()
 
 
 @pytest.mark.parametrize("stream", ["first", "extra"])
