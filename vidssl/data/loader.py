@@ -58,7 +58,7 @@ class CollatedBatch(NamedTuple):
     positions: list[int]
     keys: list[str]
     failures: list[DecodeFailure]
-    motion: Tensor | None
+    motion: Tensor | None = None
 
     def to_batch(self) -> Batch:
         label, position = torch.tensor(self.labels), torch.tensor(self.positions)
