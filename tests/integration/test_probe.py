@@ -334,8 +334,8 @@ def test_controls_low_shot_lists_and_tables(run, synthetic_shards, tmp_path):
     assert still != [t["outputs"] for t in lines if t["control"] == "none"]
 
 
-@pytest.mark.parametrize("kind", ["linear", "knn", "retrieval"])
-def test_linear_knn_and_retrieval(kind, run, synthetic_shards, tmp_path):
+@pytest.mark.parametrize("kind", ["linear", "knn", "retrieval", "clip_set"])
+def test_other_kinds_of_probes(kind, run, synthetic_shards, tmp_path):
     call = [
         str(ROOT / f"configs/probe/{kind}.yaml"),
         f"encoder={run}",
@@ -343,6 +343,7 @@ def test_linear_knn_and_retrieval(kind, run, synthetic_shards, tmp_path):
         "probe.workers=0",
     ]
     call += [f"data.train={synthetic_shards / 'train'}", f"data.test={synthetic_shards / 'test'}"]
+    call += ["probe.segments=4", "probe.epochs=2"] if kind == "clip_set" else []
     probe.main([*call, "data.labels=[appearance]"])
     report, lines = read(tmp_path / "a")
     (row,) = report["results"]
