@@ -53,9 +53,20 @@ def nce(
     return error
 
 
+def weighted_l2(scale: PositiveFloat = 1.0) -> ErrorFunction:
+    """Sum over K of weight * squared error; the target is [B, M, Nt, 2 K]: K values, then K weights."""
+
+    def error(pred: Tensor, target: Tensor) -> Tensor:
+        values, weights = target.chunk(2, -1)
+        return scale * ((pred - values).square() * weights).sum(-1)
+
+    return error
+
+
 ERRORS: dict[str, Callable[..., ErrorFunction]] = {
     "l1": l1,
     "l2": l2,
+    "weighted_l2": weighted_l2,
     "smooth_l1": smooth_l1,
     "cross_entropy": cross_entropy,
     "nce": nce,

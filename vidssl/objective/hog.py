@@ -41,6 +41,15 @@ def gradient_histograms(images: Tensor, bins: int, cell: int) -> Tensor:
     return torch.stack(histograms, 2)
 
 
+def check_cell(encoder: Encoder, cell: int) -> None:
+    """Raises UserError unless cells of cell x cell pixels divide the encoder's patches."""
+    if encoder.patch % cell:
+        raise UserError(
+            f"method.target.cell: {cell} pixels do not divide model.patch {encoder.patch}: "
+            f"give model.patch {multiples_near(encoder.patch, cell)}, or a cell that divides it"
+        )
+
+
 class Hog(Target):
     """Histograms of oriented gradients of the first frame of a token; K = 3 * bins * (patch / cell)**2, in
     (colour, bin, row of cells, column of cells) order.
@@ -52,11 +61,7 @@ class Hog(Target):
 
     def __init__(self, encoder: Encoder, bins: PositiveInt = 9, cell: PositiveInt = 8, norm: bool = True):
         """cell: side in pixels."""
-        if encoder.patch % cell:
-            raise UserError(
-                f"method.target.cell: {cell} pixels do not divide model.patch {encoder.patch}: "
-                f"give model.patch {multiples_near(encoder.patch, cell)}, or a cell that divides it"
-            )
+        check_cell(encoder, cell)
         super().__init__(3 * bins * (encoder.patch // cell) ** 2)
         self.tubelet = encoder.tubelet
         self.cells = encoder.patch // cell

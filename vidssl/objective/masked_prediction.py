@@ -77,7 +77,7 @@ class MaskedPrediction(Objective):
         return [self.encoder, self.predictor] if getattr(self.mask, "counts_vary", True) else []
 
     def target_features(self, video: Tensor) -> Tensor | None:
-        return self.target(video)
+        return None if self.target.per_mask else self.target(video)[..., : self.target.width]
 
     def draw_masks(self, shape: torch.Size, rng: KeyedRNG, motion: Tensor | None = None) -> Masks:
         if needs_video(self.mask if self.score is None else self.score):

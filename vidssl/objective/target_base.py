@@ -14,6 +14,7 @@ class Target(nn.Module):
 
     encoder: Encoder | None
     width: int
+    weighted = False  # True: features are [B, N, 2 K], K values and K weights, for error weighted_l2
     momentum: tuple[float, float]  # of `update`, at the first and at the last step, linear between them
 
     def __init__(self, width: int, momentum: tuple[float, float] = (1.0, 1.0)):

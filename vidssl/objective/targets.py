@@ -14,7 +14,9 @@ from vidssl.model.grid import patchify
 from vidssl.model.vit import Encoder
 from vidssl.objective.ema_target import Ema, level_norm
 from vidssl.objective.feature_targets import Clusters
+from vidssl.objective.given_tokens import GivenTokens
 from vidssl.objective.hog import Hog
+from vidssl.objective.motion import FrameDifference, HogMotion, Motion
 from vidssl.objective.target_base import Target
 
 
@@ -115,4 +117,14 @@ class Teacher(Target):
         return level_norm(self.teacher(video), self.width)
 
 
-TARGETS = {"pixels": Pixels, "ema": Ema, "teacher": Teacher, "hog": Hog, "clusters": Clusters}
+TARGETS = {
+    "pixels": Pixels,
+    "ema": Ema,
+    "teacher": Teacher,
+    "clusters": Clusters,
+    "hog": Hog,
+    "frame_difference": FrameDifference,
+    "motion": Motion,
+    "hog_motion": HogMotion,
+    "given_tokens": GivenTokens,
+}

@@ -1,11 +1,26 @@
 """Targets computed from the pixels of a clip."""
 
+import io
+import sys
+import zipfile
+from pathlib import Path
+
 import pytest
 import torch
 
 from vidssl.core.errors import UserError
+from vidssl.core.pixels import normalise
+from vidssl.model.grid import Grid, Mask
+from vidssl.model.prediction import Encoded
 from vidssl.model.vit import Encoder
+from vidssl.objective.errors import ERRORS
+from vidssl.objective.given_network import GivenNetwork
+from vidssl.objective.given_tokens import GivenTokens
 from vidssl.objective.hog import Hog, gradient_histograms
+from vidssl.objective.motion import FrameDifference, HogMotion, Motion, block_motion
+
+sys.path.append(str(Path(__file__).parents[2] / "integration"))
+from given_networks import MeanFlow, RedLevels, write_network
 
 
 def encoder(**options) -> Encoder:
@@ -41,3 +56,118 @@ def test_hog_is_of_the_first_frame_of_a_token_and_of_unit_norm():
 def test_cells_divide_patches():
     with pytest.raises(UserError, match=r"method.target.cell: 8 pixels do not divide model.patch 12: give"):
         Hog(Encoder(4, 24, 24, dim=12, depth=1, heads=2, patch=12))
+
+
+def moving(x: int, y: int, frames: int = 4, size: int = 32) -> torch.Tensor:
+    """f32 [1, 3, frames, size, size]: noise that moves (x, y) pixels a frame, new at the borders."""
+    noise = torch.randn(1, 3, 3 * size, 3 * size, generator=torch.Generator().manual_seed(0))
+    starts = [(size - y * t, size - x * t) for t in range(frames)]
+    return torch.stack([noise[..., row : row + size, column : column + size] for row, column in starts], 2)
+
+
+def test_frame_difference():
+    video = torch.arange(4.0)[None, None, :, None, None].expand(2, 3, 4, 32, 32)
+    assert FrameDifference(encoder())(video).equal(torch.ones(2, 8, 768))
+    with pytest.raises(UserError, match="one frame"):
+        FrameDifference(encoder()).check_clip(1, 32)
+
+
+@pytest.mark.parametrize(("x", "y"), [(3, -1), (0, 2), (0, 0)])
+def test_blocks_are_found_where_they_went(x, y):
+    video = moving(x, y)
+    motion = block_motion(video[:, :, 0], video[:, :, 1], cell=8, radius=4)
+    assert motion[0, :, 1:3, 1:3].equal(torch.tensor([x, y])[:, None, None].expand(2, 2, 2).float())
+    flat = torch.zeros_like(video[:, :, 0])
+    assert not block_motion(flat, flat, cell=8, radius=4).any()
+
+
+def test_tracks_go_on_where_they_were_and_end_with_the_frame_and_the_clip():
+    """Two steps in a clip of two tokens' time: the second step of the last token is beyond the clip."""
+    target = Motion(encoder(), steps=2)
+    moves, weights = target(moving(4, 0)).unflatten(-1, (2, 2, 2, 4)).unbind(2)  # [1, N, step, xy, cell]
+    assert (weights[0, :4, 0] > 0).sum() == 4 * 2 * 4
+    inner = moves[0, [0, 4], :, :, 1:3]
+    assert inner[0, :, 0].equal(torch.full((2, 2), 0.5)) and not inner[0, :, 1].any()
+    assert not weights[0, 4:, 1].any() and weights[0, 4:, 0].all()
+    assert weights.unique().tolist() == [0, pytest.approx(1 / target.width)]
+    assert not (moves[0, :4, 0, 0] > 0.5).any()
+
+
+def test_error_counts_what_is_known():
+    """Written out: histograms and displacements have half of the error each; an ended track has none."""
+    target = HogMotion(encoder(), steps=2, norm=False)
+    features = target(moving(4, 0))
+    values = features[..., : target.width]
+    torch.testing.assert_close(values[..., :108], Hog(encoder(), norm=False)(moving(4, 0)))
+    pred = torch.randn_like(values)
+    got = ERRORS["weighted_l2"]()(pred, features)
+    squares = (pred - values).square()
+    known = Motion(encoder(), steps=2)(moving(4, 0))[..., 16:] > 0
+    want = squares[..., :108].mean(-1) / 2 + torch.where(known, squares[..., 108:], 0.0).mean(-1) / 2
+    torch.testing.assert_close(got, want)
+
+
+def test_flow_of_a_given_network(tmp_path):
+    """It gets pixels in [-1, 1]; what is not finite is unknown."""
+    target = Motion(encoder(), flow=write_network(MeanFlow(), tmp_path / "flow.pt"))
+    white = normalise(torch.full((1, 3, 4, 32, 32), 255, dtype=torch.uint8))
+    moves, weights = target(white).chunk(2, -1)
+    torch.testing.assert_close(moves, torch.full_like(moves, 1 / 8))
+    assert weights.eq(1 / 8).all()
+    broken = target(white * torch.inf)
+    assert broken.isfinite().all() and not broken.any()
+
+
+def test_tokens_of_a_given_tokenizer(tmp_path):
+    """One-hot at the targets of the mask: the class of the first frame of each token."""
+    small = Encoder(4, 32, 32, dim=12, depth=1, heads=2, patch=8)
+    target = GivenTokens(small, write_network(RedLevels(), tmp_path / "red.pt"), vocabulary=10)
+    target.check_clip(4, 32)
+    video = torch.randint(0, 256, (2, 3, 4, 32, 32), dtype=torch.uint8)
+    ids = torch.tensor([[[3, 31]], [[0, 16]]])
+    mask = Mask(torch.zeros(2, 1, dtype=torch.int64), ids)
+    encoded = Encoded(normalise(video), video, Grid(2, 4, 4), 0, mask, None, None, None)
+    got = target.for_mask(encoded)
+    assert got.shape == (2, 1, 2, 10) and got.sum(-1).eq(1).all()
+    for clip, chosen, one_hot in zip(video, ids[:, 0].tolist(), got[:, 0], strict=True):
+        for token, row in zip(chosen, one_hot, strict=True):
+            top = 8 * (token // 4 % 4)
+            left = 8 * (token % 4)
+            patch = clip[0, token // 16 * 2, top : top + 8, left : left + 8]
+            assert row.argmax() == round(float(patch.float().mean()) / 255 * 9)
+
+
+def test_networks_that_do_not_fit(tmp_path):
+    path = write_network(RedLevels(), tmp_path / "red.pt")
+    with pytest.raises(
+        UserError, match=r"int64 \[1, 4, 4\]; it must give int64 \[1, 2, 2\], a class for each"
+    ):
+        GivenTokens(encoder(), path, vocabulary=10).check_clip(4, 32)
+    GivenTokens(encoder(), path, vocabulary=10, size=16).check_clip(4, 32)
+    with pytest.raises(
+        UserError, match=r"method.target.flow: .*none.pt: no such file; give a file that torch"
+    ):
+        Motion(encoder(), flow=str(tmp_path / "none.pt"))
+    for name, content in {"x.pt": b"x", "zip.pt": empty_archive(), "zip.pt2": empty_archive()}.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=f"method.target.path: .*{name}.* give a file that"):
+            GivenTokens(encoder(), str(tmp_path / name), vocabulary=10)
+
+
+def empty_archive() -> bytes:
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as archive:
+        archive.writestr("a", "b")
+    return content.getvalue()
+
+
+def test_exported_network(tmp_path):
+    """A file of torch.export computes what its module computed, on any number of frames."""
+    path = tmp_path / "red.pt2"
+    frames = torch.rand(2, 3, 32, 32)
+    batch = ({0: torch.export.Dim.DYNAMIC},)
+    torch.export.save(torch.export.export(RedLevels(), (frames,), dynamic_shapes=batch), path)
+    network = GivenNetwork(str(path), "method.target.path")
+    more = torch.rand(5, 3, 32, 32)
+    assert network(more).equal(RedLevels()(more))
+    assert network(more.to("meta")).shape == (5, 4, 4)
