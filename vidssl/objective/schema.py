@@ -8,6 +8,7 @@ from pydantic import Field
 from vidssl.config import Choice, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Spec
 from vidssl.config.signatures import PartTable
 from vidssl.core.errors import UserError
+from vidssl.objective.pretext_frames import paced_length, piece_length
 
 MASK_PARTS = PartTable("vidssl.objective.masks", "MASKS")
 TARGET_PARTS = PartTable("vidssl.objective.targets", "TARGETS")
@@ -87,6 +88,15 @@ class MethodConfig:
         if missing and (given or not others):
             table = TABLES[missing[0]]
             raise UserError(f"method.{missing[0]}: 'kind' is missing; allowed: {', '.join(table)}")
+
+    def encoder_frames(self, frames: int, tubelet: int) -> int:
+        """Frames of the clips that the encoder is made for, where those of the data have `frames`."""
+        options = self.pretext.arguments
+        if self.pretext.kind == "pace":
+            return paced_length(frames, options["paces"], tubelet)
+        if self.pretext.kind == "order":
+            return options["pieces"] * piece_length(frames, options["pieces"], tubelet)
+        return frames
 
     @property
     def predicts(self) -> bool:

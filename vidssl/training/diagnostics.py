@@ -3,6 +3,7 @@
 import contextlib
 import math
 import time
+from dataclasses import replace
 
 import torch
 
@@ -23,7 +24,8 @@ class Diagnostics:
         self.run = cfg.run
         self.compiled = cfg.efficiency.compile
         self.every = cfg.online_probe.every
-        self.frames = cfg.data.frames  # of the encoder's clip; those that are loaded may have several windows
+        # of the encoder's clip; those that are loaded may be longer
+        self.frames = cfg.encoder_arguments()["frames"]
         self.objective = objective
         self.strategy = strategy
         self.stats = FeatureStats()
@@ -31,7 +33,7 @@ class Diagnostics:
         if cfg.online_probe.train is not None:
             self.probe = OnlineProbe(
                 cfg.online_probe,
-                cfg.data,
+                replace(cfg.data, frames=self.frames),
                 cfg.augment.arguments["size"],
                 workers=cfg.num_workers,
                 isolate=cfg.efficiency.decode_in_subprocess,

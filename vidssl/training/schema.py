@@ -300,7 +300,8 @@ class TrainConfig:
         """Arguments of the run's Encoder for its file header, without training-only arguments (drop_path)."""
         model = {k: v for k, v in self.model.arguments.items() if k != "drop_path"}
         size = self.augment.arguments["size"]
-        return model | {"frames": self.data.frames, "height": size, "width": size}
+        frames = self.method.encoder_frames(self.data.frames, model["tubelet"])
+        return model | {"frames": frames, "height": size, "width": size}
 
 
 # Keys that may change when a run is continued. Data may move to another path, since their hash is compared.
