@@ -10,6 +10,7 @@ from vidssl.config import NonNegativeFloat, PositiveFloat, PositiveInt
 from vidssl.core.errors import UserError
 from vidssl.model.cross_predictor import CrossPredictor
 from vidssl.model.grid import Grid, Mask
+from vidssl.model.head_predictor import HeadPredictor
 from vidssl.model.positions import PositionEncoding, PositionKind
 from vidssl.model.prediction import Encoded, Prediction
 from vidssl.model.queries import ContextMean, Noise, Noised
@@ -133,4 +134,4 @@ class JointPredictor(nn.Module):
 
 
 QUERIES = {"token": MaskToken, "noise": Noise, "context_mean": ContextMean, "noised": Noised}
-PREDICTORS = {"joint": JointPredictor, "cross": CrossPredictor}
+PREDICTORS = {"joint": JointPredictor, "cross": CrossPredictor, "head": HeadPredictor}

@@ -196,6 +196,11 @@ class SingleBlock:
     scale: PositiveFloat = 0.6  # fraction of a frame's area
     aspect: Range = (0.75, 1.5)  # height over width
 
+    @property
+    def counts_vary(self) -> bool:
+        """Whether the shape of the box, and with it the number of tokens, is drawn in each step."""
+        return self.aspect[0] < self.aspect[1]
+
     def __call__(self, video: Tensor, grid: Grid, rng: KeyedRNG) -> list[Mask]:
         group = BlockGroup(1, self.scale)
         hidden = MultiBlock3D((group,), self.aspect).hidden(group, grid, rng)

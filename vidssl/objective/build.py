@@ -4,15 +4,18 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from vidssl.config import Spec, declarations
 from vidssl.core.errors import UserError
 from vidssl.core.rng import KeyedRNG
 from vidssl.model.vit import Encoder
+from vidssl.objective.corruptions import Corruption
 from vidssl.objective.masked_prediction import MaskedPrediction
 from vidssl.objective.masks import needs_video
 from vidssl.objective.objective import Objective
 from vidssl.objective.schema import MethodConfig
+from vidssl.objective.targets import Target
 from vidssl.objective.weighted_sum import WeightedSum
 
 
@@ -31,7 +34,9 @@ def build_objective(
     (pretrained.load.load_teacher).
     """
     torch.manual_seed(seed)
-    encoder = model.build(frames=frames[0], height=size, width=size)
+    encoder = model.build(
+        frames=method.encoder_frames(frames[0], model.arguments["tubelet"]), height=size, width=size
+    )
     terms: list[tuple[float, Objective]] = []
     if method.predicts:
         prediction = build_masked_prediction(method, encoder, load_teacher)
@@ -40,7 +45,10 @@ def build_objective(
         terms.append((method.weight, prediction))
     for other in (method.agree, method.pretext):
         if not other.is_absent:
-            terms.append((1.0, other.build(encoder=encoder)))
+            term = other.build(encoder=encoder)
+            for count in frames:
+                term.check_clip(count, size)
+            terms.append((1.0, term))
     return terms[0][1] if len(terms) == 1 else WeightedSum(encoder, terms)
 
 
@@ -58,6 +66,8 @@ def build_masked_prediction(
         raise UserError(f"method.query: predictor {method.predictor.kind} {wanted}")
     if (method.mask.kind == "scored") == method.score.is_absent:
         raise UserError("method.mask.kind=scored and method.score go together: give both or neither")
+    corruption = supply(method.corrupt, encoder=encoder)
+    check_parts(method, target, predictor, corruption)
     aux = [spec.build(encoder=encoder, target_width=target.width) for spec in method.aux]
     for module, spec in zip(aux, method.aux, strict=True):
         module.kind = spec.kind
@@ -69,7 +79,7 @@ def build_masked_prediction(
         predictor,
         method.error.build(),
         method.context,
-        method.corrupt.build(encoder=encoder),
+        corruption,
         method.score.build(encoder=encoder),
         aux,
         method.target_fraction,
@@ -81,6 +91,22 @@ def supply(spec: Spec, **offered: Any) -> Any:
     """Builds a part with those of the offered arguments that it takes."""
     taken = declarations(spec.factory)
     return spec.build(**{name: value for name, value in offered.items() if name in taken})
+
+
+def check_parts(
+    method: MethodConfig, target: Target, predictor: nn.Module, corruption: Corruption | None
+) -> None:
+    """Raises UserError if parts that belong together are not."""
+    if target.weighted != (method.error.kind == "weighted_l2"):
+        needed = "needs" if target.weighted else "has no weights for"
+        raise UserError(
+            f"method.error.kind: {method.error.kind}, but target {method.target.kind} {needed} weighted_l2"
+        )
+    if getattr(predictor, "needs_all_tokens", False) and not (corruption and corruption.sees_all):
+        raise UserError(
+            f"method.predictor.kind {method.predictor.kind}: the encoder must see hidden tokens, too: give a "
+            "method.corrupt with which it does (kind token, or sees=all)"
+        )
 
 
 def check_clip(objective: MaskedPrediction, frames: int, size: int) -> None:

@@ -1,12 +1,21 @@
 """Corruptions: what the encoder sees in place of the clean video."""
 
+import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
+import torch
+import torch.nn.functional as F
+from einops import repeat
 from torch import Tensor, nn
 
+from vidssl.config import NonNegativeFloat, PositiveFloat
+from vidssl.core.constants import constant
+from vidssl.core.errors import UserError
+from vidssl.core.pixels import channel_statistics
 from vidssl.core.rng import KeyedRNG
 from vidssl.model.grid import Grid, Mask
+from vidssl.model.vit import Encoder
 
 
 class Corrupted(NamedTuple):
@@ -26,4 +35,157 @@ class Corruption(nn.Module):
         raise NotImplementedError
 
 
-CORRUPTIONS: dict[str, Callable[..., Corruption]] = {}
+Where = Literal["hidden", "all"]
+Sees = Literal["all", "context"]
+
+
+def hidden_tokens(mask: Mask, grid: Grid) -> Tensor:
+    """bool [B, N]: the tokens that are not context."""
+    every = torch.ones(len(mask.context), grid.n, dtype=torch.bool, device=mask.context.device)
+    return every.scatter(1, mask.context, False)
+
+
+class Token(Corruption):
+    """A learned vector stands for the patch embedding of a hidden token; its position is added to it.
+
+    Source: BEiT (arXiv 2106.08254), MaskFeat (2112.09133), iBOT (2111.07832).
+    """
+
+    def __init__(self, encoder: Encoder, std: NonNegativeFloat = 0.02):
+        """std: standard deviation at initialisation."""
+        super().__init__()
+        self.token = nn.Parameter(torch.zeros(encoder.dim))
+        if std > 0:
+            nn.init.trunc_normal_(self.token, std=std)
+
+    def forward(self, video: Tensor, mask: Mask, grid: Grid, rng: KeyedRNG) -> Corrupted:
+        return Corrupted(video, (hidden_tokens(mask, grid), self.token))
+
+
+class PixelCorruption(Corruption):
+    """Base of those that change pixels: `corrupted` of the whole clip, kept where the option says."""
+
+    def __init__(self, where: Where = "all", sees: Sees = "all"):
+        """where: pixels that are changed, those of hidden tokens or all; sees: tokens that the encoder gets,
+        all or the context alone."""
+        super().__init__()
+        if (where, sees) == ("hidden", "context"):
+            raise UserError(
+                "method.corrupt: with where=hidden and sees=context the encoder sees nothing that is "
+                "changed: give where=all or sees=all"
+            )
+        self.where = where
+        self.sees_all = sees == "all"
+
+    def corrupted(self, video: Tensor, grid: Grid, rng: KeyedRNG) -> Tensor:
+        """video f32 [B, 3, T, H, W]; returns all of it corrupted."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def forward(self, video: Tensor, mask: Mask, grid: Grid, rng: KeyedRNG) -> Corrupted:
+        changed = self.corrupted(video, grid, rng)
+        if self.where == "all":
+            return Corrupted(changed)
+        sizes = {f"{axis}size": side // n for axis, side, n in zip("thw", video.shape[2:], grid, strict=True)}
+        hidden = repeat(
+            hidden_tokens(mask, grid),
+            "b (t h w) -> b 1 (t tsize) (h hsize) (w wsize)",
+            t=grid.t,
+            h=grid.h,
+            **sizes,
+        )
+        return Corrupted(torch.where(hidden, changed, video))
+
+
+class Gaussian(PixelCorruption):
+    """Gaussian noise: of a fixed deviation added to the normalised pixels (denoising autoencoder, Vincent et
+    al., JMLR 11, 2010), or a level of diffusion drawn for each clip.
+
+    With levels the input is sqrt(a) x + sqrt(1 - a) noise, a = cos(pi t / 2)^2 with t uniform in [0, 1), the
+    cosine schedule without its offset. The encoder is not told t (diffusion models are).
+    """
+
+    def __init__(
+        self,
+        sigma: PositiveFloat = 0.5,
+        levels: bool = False,
+        where: Where = "all",
+        sees: Sees = "all",
+    ):
+        """sigma: deviation of the noise, in deviations of the pixels; levels: draw it for each clip."""
+        super().__init__(where, sees)
+        self.sigma = sigma
+        self.levels = levels
+
+    def corrupted(self, video: Tensor, grid: Grid, rng: KeyedRNG) -> Tensor:
+        noise = rng.normal(*video.shape[1:])
+        if not self.levels:
+            return video + self.sigma * noise
+        angle = math.pi / 2 * rng.rand(1, 1, 1, 1)
+        return angle.cos() * video + angle.sin() * noise
+
+
+class Blur(PixelCorruption):
+    """Gaussian blur of every frame. Source: deblurring MAE (arXiv 2306.08249)."""
+
+    def __init__(self, sigma: PositiveFloat = 1.1, where: Where = "all", sees: Sees = "context"):
+        """sigma: deviation of the kernel, in pixels; it is cut at three of them."""
+        super().__init__(where, sees)
+        radius = math.ceil(3 * sigma)
+        weights = [math.exp(-0.5 * (offset / sigma) ** 2) for offset in range(-radius, radius + 1)]
+        self.weights = [weight / sum(weights) for weight in weights]
+
+    def corrupted(self, video: Tensor, grid: Grid, rng: KeyedRNG) -> Tensor:
+        radius = len(self.weights) // 2
+        for axis in (3, 4):
+            side = video.shape[axis]
+            pad = (0, 0, radius, radius, 0, 0) if axis == 3 else (radius, radius, 0, 0, 0, 0)
+            padded = F.pad(video, pad, mode="replicate")
+            # sums of slices, as a convolution would be rounded to bf16 under autocast
+            video = torch.zeros_like(video)
+            for offset, weight in enumerate(self.weights):
+                video.add_(padded.narrow(axis, offset, side), alpha=weight)
+        return video
+
+
+class Mix(PixelCorruption):
+    """Hidden patches are replaced by others of the same clip: those of a place and time that are a random
+    shift away, the same shift for all of a clip's tokens, so that a hidden block shows a connected piece.
+
+    GMML (arXiv 2205.14986) takes them from another sample of the batch. Here a sample's loss depends on no
+    other, however the batch is divided.
+    """
+
+    def __init__(self, where: Where = "hidden"):
+        super().__init__(where)
+
+    def corrupted(self, video: Tensor, grid: Grid, rng: KeyedRNG) -> Tensor:
+        # by a quarter to three quarters of each axis, cyclically
+        shift = 0.25 + 0.5 * rng.rand(3)
+        for i, (axis, n) in enumerate(zip((2, 3, 4), grid, strict=True)):
+            side = video.shape[axis]
+            pixels = torch.arange(side, device=video.device)
+            source = (pixels + (shift[:, i, None] * n).round().long() * (side // n)) % side
+            shape = [len(video), 1, 1, 1, 1]
+            shape[axis] = side
+            video = video.gather(axis, source.view(shape).expand_as(video))
+        return video
+
+
+class Grey(PixelCorruption):
+    """All three channels show the luminance (ITU-R BT.601): colourisation (arXiv 1603.08511)."""
+
+    def corrupted(self, video: Tensor, grid: Grid, rng: KeyedRNG) -> Tensor:
+        mean, std = channel_statistics(video)
+        luma = constant((0.299, 0.587, 0.114), video.device).view(3, 1, 1, 1)
+        grey = ((video * std + mean) * luma).sum(1, keepdim=True)
+        return (grey - mean) / std
+
+
+CORRUPTIONS: dict[str, Callable[..., Corruption]] = {
+    "token": Token,
+    "gaussian": Gaussian,
+    "blur": Blur,
+    "mix": Mix,
+    "grey": Grey,
+}
