@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil, floor
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -38,6 +38,8 @@ SideFraction = Annotated[float, Field(gt=0, le=1)]
 # timm's names of RandAugment; timm itself ignores a part that it cannot parse
 RAND_AUGMENT = r"rand(-(m|n|mmax)\d+|-(p|mstd)\d+(\.\d+)?|-inc[01])*"
 
+# of a pixel: where windows may begin and end, so that the numbers of a device hold the edges exactly
+PARTS = 256
 # in the order in which torchvision numbers them
 COLOR_CHANGES = ("brightness", "contrast", "saturation", "hue")
 
@@ -263,16 +265,24 @@ class Augmentations:
         return clip
 
 
+class ClipCrop:
+    """What a crop says of the clips that it makes."""
+
+    @property
+    def one_frame(self) -> bool:
+        """Whether a clip is made of a single frame, by one window for each frame of the clip."""
+        return False
+
+    def for_clip(self, frames: int, is_image: bool) -> Self:
+        """What makes a clip of `frames` frames, of an image or of a video."""
+        return self
+
+
 @dataclass(frozen=True)
-class TrainingCrop(Augmentations, ABC):
+class TrainingCrop(ClipCrop, Augmentations, ABC):
     """A random box of the frame, resized to a square of `size` pixels, and what follows."""
 
     size: PositiveInt  # pixels, height and width of the clip
-
-    def shows_one_frame(self, is_image: bool) -> bool:
-        """Whether the clip is made of a single frame of the sample, by one window for each frame of the
-        clip."""
-        return False
 
     @abstractmethod
     def draw_box(self, height: int, width: int, rng: np.random.Generator) -> Box:
@@ -367,7 +377,8 @@ class CropPair(TrainingCrop):
     local_scale: Range = (0.3, 0.6)  # of the second crop: fraction of the first one's area
     ratio: Range = (0.75, 1.3333)  # of both: width over height
 
-    def shows_one_frame(self, is_image: bool) -> bool:
+    @property
+    def one_frame(self) -> bool:
         return True
 
     def draw_box(self, height: int, width: int, rng: np.random.Generator) -> Box:
@@ -385,21 +396,62 @@ class CropPair(TrainingCrop):
 
 def box_within(outer: Box, inner: Box, size: int) -> tuple[float, float, float, float]:
     """Returns top, left, height and width in the frame of a box in a crop `outer` that is shown at `size`
-    pixels. Its edges are whole 256ths of a pixel, which the numbers of a device hold exactly."""
-    rows, columns = outer.height / size, outer.width / size
-    top, bottom = (round(256 * rows * edge) / 256 for edge in (inner.top, inner.top + inner.height))
-    left, right = (round(256 * columns * edge) / 256 for edge in (inner.left, inner.left + inner.width))
-    return outer.top + top, outer.left + left, bottom - top, right - left
+    pixels."""
+    top, bottom, left, right = _edges(inner)
+    rows = [round(PARTS * (outer.top + edge * outer.height / size)) for edge in (top, bottom)]
+    columns = [round(PARTS * (outer.left + edge * outer.width / size)) for edge in (left, right)]
+    return part_of(*rows, *columns)
+
+
+def part_of(top: float, bottom: float, left: float, right: float) -> tuple[float, float, float, float]:
+    """Returns top, left, height and width in pixels; the edges are whole PARTS of a pixel."""
+    return top / PARTS, left / PARTS, (bottom - top) / PARTS, (right - left) / PARTS
+
+
+def _edges(box: Box) -> tuple[int, int, int, int]:
+    """Top, bottom, left and right."""
+    return box.top, box.top + box.height, box.left, box.left + box.width
 
 
 @dataclass(frozen=True)
-class CenterCrop:
+class MovingCrop(RandomCrop):
+    """Clips of images: the crop moves, grows or shrinks evenly from one random box to another.
+
+    Each box is that of RandomCrop, the first one of the first frame, the second one of the last. Videos are
+    cut as RandomCrop cuts them.
+    """
+
+    moves: Literal["images", "all"] = "images"  # all: clips of videos are made of one of their frames, too
+
+    def for_clip(self, frames: int, is_image: bool) -> "MovingCrop":
+        return _ClipOfWindows(**vars(self), frames=frames, is_still=is_image or self.moves == "all")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _ClipOfWindows(MovingCrop):
+    """Has a window for each frame of images and videos alike, which a batch on a device may mix."""
+
+    frames: int
+    is_still: bool
+
+    @property
+    def one_frame(self) -> bool:
+        return self.is_still
+
+    def draw(self, height: int, width: int, rng: np.random.Generator) -> ClipDraws:
+        first = self.draw_box(height, width, rng)
+        last = self.draw_box(height, width, rng) if self.is_still else first
+        flip = self.draw_flip(rng)
+        edges = np.linspace(_edges(first), _edges(last), self.frames)
+        windows = [Window(*part_of(*row), flip) for row in (edges * PARTS).round().tolist()]
+        return self.draw_after_windows(tuple(windows), rng)
+
+
+@dataclass(frozen=True)
+class CenterCrop(ClipCrop):
     """The central square, resized to `size` pixels: the crop of evaluation."""
 
     size: PositiveInt
-
-    def shows_one_frame(self, is_image: bool) -> bool:
-        return False
 
     def draw(self, height: int, width: int, rng: np.random.Generator | None = None) -> ClipDraws:
         side = min(height, width)
@@ -420,4 +472,5 @@ AUGMENTS = {
     "multi_scale_crop": MultiScaleCrop,
     "center_crop": CenterCrop,
     "crop_pair": CropPair,
+    "moving_crop": MovingCrop,
 }

@@ -172,29 +172,28 @@ class TrainClips(Dataset[Example]):
         rng = np.random.default_rng((self.order.seed, 3, position + self.stream * STREAM_STRIDE))
         return draw_timing(self.data, rng), rng
 
-    def _decode_repeats(self, position: int, attempt: int, sample: Sample) -> Decoded:
+    def _decode_repeats(self, position: int, attempt: int, sample: Sample, augment: Any) -> Decoded:
         """Returns all clips of the sample at `position`, decoded together: if one fails, all fail."""
         d = self.data
         positions = repeated_positions(position, d.repeat, self.order.lanes)
         if self._last_decoded[0] != (positions, attempt):
             self._last_decoded = None, None  # frees the clips before the next are decoded
             timings = [self._draw(p)[0] for p in positions]
-            one_frame = self.augment.shows_one_frame(sample.ext in IMAGE_EXTENSIONS)
 
             def select(times: np.ndarray) -> np.ndarray:
-                return np.stack([choose_frames(times, d, timing, one_frame) for timing in timings])
+                return np.stack([choose_frames(times, d, timing, augment.one_frame) for timing in timings])
 
             def draw_rngs() -> list[np.random.Generator]:
                 return [self._draw(p)[1] for p in positions]
 
             if self.index is not None:
-                clips = self.index.find_clips(sample, select, self.augment, draw_rngs())
+                clips = self.index.find_clips(sample, select, augment, draw_rngs())
                 decoded = Decoded(clips, [None] * d.repeat)
             elif self.clip_reader.cache is not None:
                 decoded = Decoded(self.clip_reader.cache.read_clips(sample, select), [None] * d.repeat)
             else:
                 decoded = self.clip_reader.read(
-                    sample, lambda v: decode_clips(v, select(v.times), d, self.augment, draw_rngs)
+                    sample, lambda v: decode_clips(v, select(v.times), d, augment, draw_rngs)
                 )
             if d.repeat == 1:
                 return decoded
@@ -204,13 +203,14 @@ class TrainClips(Dataset[Example]):
     def try_position(self, position: int, attempt: int) -> Example | DecodeFailure:
         sample = self.sample_at(position, attempt)
         _, repeat = split_repeat(position, self.data.repeat, self.order.lanes)
+        augment = self.augment.for_clip(self.data.clip_frames, sample.ext in IMAGE_EXTENSIONS)
         try:
-            decoded = self._decode_repeats(position, attempt, sample)
+            decoded = self._decode_repeats(position, attempt, sample, augment)
         except DecodeError as e:
             return DecodeFailure(sample.key, e.reason)
         clip = decoded.clips[repeat]
         is_decoded = isinstance(clip, np.ndarray)
-        video = self.augment(clip, self._draw(position)[1]) if is_decoded else clip
+        video = augment(clip, self._draw(position)[1]) if is_decoded else clip
         label = sample.meta.get("label", -1)
         position += self.stream * STREAM_STRIDE
         return Example(position, sample.key, label, video, [], decoded.motion[repeat])

@@ -119,13 +119,13 @@ class ClipDecoder:
             return DecodeFailure(key, "no_media")
         ext, payload = media
         rng = np.random.default_rng((self.seed, 3, position))
-        one_frame = self.augment.shows_one_frame(ext in IMAGE_EXTENSIONS)
+        augment = self.augment.for_clip(d.clip_frames, ext in IMAGE_EXTENSIONS)
         timing = draw_timing(d, rng)
 
         def decode(decoder: Decoder) -> Decoded:
             with open_video(payload, ext, meta, decoder, d.motion_vectors) as video:
-                chosen = choose_frames(video.times, d, timing, one_frame)[None]
-                return decode_clips(video, chosen, d, self.augment, lambda: [copy.deepcopy(rng)])
+                chosen = choose_frames(video.times, d, timing, augment.one_frame)[None]
+                return decode_clips(video, chosen, d, augment, lambda: [copy.deepcopy(rng)])
 
         try:
             meta = parse_meta(key, small_members(sample, ext), len(payload))
@@ -135,7 +135,7 @@ class ClipDecoder:
         except UserError:  # of parse_meta
             return DecodeFailure(key, "bad_metadata")
         label = meta.get("label", -1)
-        video = self.augment(clip, rng) if isinstance(clip, np.ndarray) else clip
+        video = augment(clip, rng) if isinstance(clip, np.ndarray) else clip
         return Example(position, key, label if isinstance(label, int) else -1, video, [], motion)
 
 

@@ -20,6 +20,7 @@ from vidssl.core.errors import UserError
 from vidssl.data.augment import (
     AUGMENTS,
     CropPair,
+    MovingCrop,
     MultiScaleCrop,
     RandomCrop,
     Window,
@@ -322,3 +323,28 @@ def test_a_window_between_pixels_is_that_of_the_pixels_around_it():
     ]
     assert np.abs(cut[0] - cut[2]).max() <= 1
     assert (cut[1] - cut[0])[..., :2].mean() == pytest.approx(0.5, abs=0.1)
+
+
+def test_the_crop_of_an_image_moves_evenly_from_box_to_box():
+    augment = MovingCrop(64, flip=0.5)
+    of_image = augment.for_clip(9, is_image=True)
+    assert of_image.one_frame and not augment.for_clip(9, is_image=False).one_frame
+    assert MovingCrop(64, moves="all").for_clip(9, is_image=False).one_frame
+    for seed in range(20):
+        windows = of_image.draw(120, 160, rng(seed)).windows
+        assert len(windows) == 9 and len({w.flip for w in windows}) == 1
+        for window in (windows[0], windows[-1]):
+            assert window[:4] == tuple(int(edge) for edge in window[:4])
+        edges = np.array([(w.top, w.top + w.height, w.left, w.left + w.width) for w in windows])
+        assert np.abs(np.diff(edges, 2, axis=0)).max() < 0.02 and np.ptp(edges, 0).max() > 1
+        assert edges.min() >= 0 and (edges <= (120, 120, 160, 160)).all()
+    clip = of_image(gradients(), rng(3))
+    assert clip.shape == (3, 9, 64, 64) and clip.is_contiguous()
+    assert len({frame.numpy().tobytes() for frame in clip.unbind(1)}) == 9
+
+
+def test_the_crop_of_a_video_stays():
+    frames = np.concatenate([photo()] * 3)
+    moving = MovingCrop(48, flip=0.5).for_clip(len(frames), is_image=False)
+    for seed in range(3):
+        assert moving(frames, rng(seed)).equal(RandomCrop(48, flip=0.5)(frames, rng(seed)))

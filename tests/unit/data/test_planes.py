@@ -7,11 +7,14 @@ import av
 import numpy as np
 import pytest
 import torch
+import webdataset
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from data_prep.scan import main as scan
 from vidssl.data import device_augment
-from vidssl.data.augment import CenterCrop, MultiScaleCrop, RandomCrop, downscale
+from vidssl.data.augment import CenterCrop, MovingCrop, MultiScaleCrop, RandomCrop, downscale
+from vidssl.data.cache_fill import cache_videos
 from vidssl.data.decoding import open_video
 from vidssl.data.decoding.image import ImageVideo
 from vidssl.data.decoding.planes import RGB
@@ -196,3 +199,47 @@ def test_batches_are_those_of_the_host(synthetic_shards, workers, isolate):
             assert isinstance(b.video, PlaneBatch)
             made = b.video.to(torch.device("cpu"))
             assert (made.float() - a.video.float()).abs().mean() < 2
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> str:
+    """Tars of images of two sizes and videos, in turn."""
+    folder = tmp_path_factory.mktemp("pictures")
+    video = encode(movie(40, 64), "yuv420p", BT709, MPEG, "libx264")
+    for shard in range(4):
+        with webdataset.TarWriter(str(folder / f"{shard}.tar"), encoder=False) as tar:
+            for i in range(4):
+                picture = io.BytesIO()
+                Image.fromarray(movie(50, 60 + 10 * shard)[i]).save(picture, "png")
+                media = {"mkv": video} if i % 2 else {"png": picture.getvalue()}
+                tar.write({"__key__": f"{shard}-{i}", "cls": b"0", **media})
+    scan([str(folder)])
+    return str(folder)
+
+
+def test_clips_of_moving_images_and_of_videos_share_a_batch(pictures):
+    data = DataConfig([pictures], frames=4, stride=1, short_side=40)
+    made = {}
+    for place, cache in (("host", "none"), ("device", "none"), ("device", "device")):
+        placed = dataclasses.replace(data, augment_on=place, cache=cache)
+        streams = make_streams(placed, [Shards([pictures])], MovingCrop(32, flip=0.5), 0, 4, 10)
+        cache_videos(streams.clips, 0, False, True)
+        ((batch,),) = train_steps(streams, 0, 1, [16])
+        made[place, cache] = batch.video.to(torch.device("cpu"))
+    host = made["host", "none"]
+    assert host.shape == (16, 3, 4, 32, 32)
+    assert not any(clip[:, 0].equal(clip[:, 1]) for clip in host)
+    for other in list(made.values())[1:]:
+        assert (other.float() - host.float()).abs().mean() < 2
+
+
+def test_an_image_fills_a_tubelet_beside_videos(pictures, synthetic_shards):
+    """As in OmniMAE: a stream of images, each repeated twice, beside one of clips."""
+    images = ExtraStream([pictures], frames=2, clips=8, stride=1)
+    folder = str(synthetic_shards / "train")
+    data = DataConfig([folder], frames=4, stride=2, extra_streams=(images,))
+    streams = make_streams(data, [Shards([folder]), Shards([pictures])], RandomCrop(24), 0, 4, 10)
+    ((clips, repeated),) = train_steps(streams, 0, 1, data.clips(16))
+    assert clips.video.shape == (8, 3, 4, 24, 24) and repeated.video.shape == (8, 3, 2, 24, 24)
+    of_images = [clip for key, clip in zip(repeated.key, repeated.video, strict=True) if key[-1] in "02"]
+    assert of_images and all(clip[:, 0].equal(clip[:, 1]) for clip in of_images)
