@@ -68,19 +68,30 @@ def flat(tree: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def make_teacher(method: str, folder: Path) -> list[str]:
-    """Writes a small teacher into the folder if the method needs one. Returns the arguments that name it."""
-    kind = own(method)["method"].get("target", {}).get("kind")
-    if kind == "given_tokens":
+    """Writes the small teachers that the method needs into the folder. Returns the arguments that name
+    them."""
+    target = own(method)["method"].get("target", {})
+    if target.get("kind") == "given_tokens":
         path = write_network(RedLevels(), folder / "red.pt")
         return [f"method.target.path={path}", "method.target.vocabulary=10"]
-    if kind != "teacher":
-        return []
-    larger = small("vjepa2_1", "model.dim=64", "model.heads=4", "run.seed=1")
+    if target.get("kind") == "teacher":
+        write_teacher(folder, target.get("frames") == "apart")
+        return [f"method.target.path={folder}"]
+    if target.get("kind") == "teachers":
+        folders = [folder / str(i) for i in range(len(target["frames"]))]
+        for path, frames in zip(folders, target["frames"], strict=True):
+            path.mkdir(exist_ok=True)
+            write_teacher(path, frames == "apart")
+        return [f"method.target.paths={json.dumps([str(path) for path in folders])}"]
+    return []
+
+
+def write_teacher(folder: Path, of_images: bool) -> None:
+    larger = small("mae" if of_images else "vjepa2_1", "model.dim=64", "model.heads=4", "run.seed=1")
     objective = larger.build_objective()
     predictor = larger.method.predictor
     found = to_checkpoint(objective, larger.encoder_arguments(), predictor, objective.state_dict())
     save_run_encoder(folder, found, {"config": to_tree(larger), "step": 0}, snapshot=False)
-    return [f"method.target.path={folder}"]
 
 
 def losses(cfg: TrainConfig, device: str = "cpu", precision: str = "fp32") -> list[float]:
@@ -152,7 +163,10 @@ def test_header_names_the_whole_recipe(method):
     named = re.findall(r"\bmodel\.kind=\w+|\b(?:model|data)/\w+\.yaml", header)
     assert sorted(re.split(r"[./]", name)[0] for name in named) == ["data", "model"]
     given = [name if "=" in name else str(ROOT / "configs" / name) for name in named]
-    given += ["method.target.path=x"] if method in ("vjepa2_1_distilled", "given_tokens") else []
+    kind = own(method)["method"].get("target", {}).get("kind")
+    named = ["method.target.path=x"]
+    paths = {"teacher": named, "given_tokens": named, "teachers": ["method.target.paths=[x,y]"]}
+    given += paths.get(kind, [])
     cfg = load_config([str(path), *RUN, *given], TrainConfig)
     size = cfg.augment.arguments["size"]
     with torch.device("meta"):  # sizes only

@@ -1,6 +1,8 @@
 """The precision of matrix products: bf16 and TF32 where the device computes them in hardware."""
 
-from typing import Literal
+import contextlib
+from contextlib import AbstractContextManager
+from typing import Any, Literal
 
 import torch
 
@@ -22,3 +24,10 @@ def use_tf32() -> None:
     """On a GPU, f32 matrix products of this process round their inputs to TF32 (10 bits of mantissa)."""
     if torch.cuda.is_available():
         torch.set_float32_matmul_precision("high")
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Context in which matrix products are made in the type of their factors."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()

@@ -133,5 +133,42 @@ class JointPredictor(nn.Module):
         return rearrange(self.norm(x), "(b m) n d -> b m n d", m=groups)
 
 
+class ParallelPredictor(nn.Module):
+    """`copies` joint predictors, each of which predicts its share of the target's dimensions (MVD)."""
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        out: int,
+        copies: PositiveInt = 2,
+        width: PositiveInt = 384,
+        depth: PositiveInt = 2,
+        heads: PositiveInt = 6,
+        mlp_ratio: PositiveFloat = 4.0,
+        embed_bias: bool = True,
+        positions: PositionKind = "sincos_uniform",
+        init: Init = "trunc_normal",
+    ):
+        """The other options are those of the joint predictor."""
+        super().__init__()
+        if out % copies:
+            raise UserError(f"method.predictor.copies: {copies} do not divide the target's {out} dimensions")
+        self.width = width
+        options = {"mlp_ratio": mlp_ratio, "embed_bias": embed_bias, "positions": positions, "init": init}
+        self.members = nn.ModuleList(
+            JointPredictor(encoder, out // copies, width, depth, heads, **options)  # type: ignore[arg-type]
+            for _ in range(copies)
+        )
+
+    def forward(self, z: Tensor, mask: Mask, query: Tensor, grid: Grid) -> Prediction:
+        predictions = [member(z, mask, query, grid).target for member in self.members]
+        return Prediction(torch.cat(predictions, -1))
+
+
 QUERIES = {"token": MaskToken, "noise": Noise, "context_mean": ContextMean, "noised": Noised}
-PREDICTORS = {"joint": JointPredictor, "cross": CrossPredictor, "head": HeadPredictor}
+PREDICTORS = {
+    "joint": JointPredictor,
+    "cross": CrossPredictor,
+    "parallel": ParallelPredictor,
+    "head": HeadPredictor,
+}

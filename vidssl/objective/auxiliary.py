@@ -2,24 +2,10 @@
 
 from collections.abc import Callable
 
-from torch import Tensor, nn
+from vidssl.objective.auxiliary_base import Auxiliary
+from vidssl.objective.feature_losses import FeatureSigreg, FeatureVarianceCovariance
 
-from vidssl.config import NonNegativeFloat
-from vidssl.model.prediction import Predicted
-
-
-class Auxiliary(nn.Module):
-    """Base of all auxiliary losses."""
-
-    kind: str  # name in the table, for the log
-
-    def __init__(self, weight: NonNegativeFloat):
-        super().__init__()
-        self.weight = weight
-
-    def forward(self, predicted: Predicted) -> Tensor:
-        """Returns a scalar, without the weight."""
-        raise NotImplementedError
-
-
-AUX: dict[str, Callable[..., Auxiliary]] = {}
+AUX: dict[str, Callable[..., Auxiliary]] = {
+    "sigreg": FeatureSigreg,
+    "variance_covariance": FeatureVarianceCovariance,
+}

@@ -112,6 +112,11 @@ class MultiBlock3D:
     def __call__(self, video: Tensor, grid: Grid, rng: KeyedRNG) -> list[Mask]:
         return [self._mask(group, grid, rng) for group in self.groups]
 
+    @property
+    def counts_vary(self) -> bool:
+        """Whether the numbers of tokens differ from step to step."""
+        return self.truncate == "raster"
+
     def cut_groups(self, clips: int) -> int:
         """Number of parts of a global batch of `clips` clips whose masks are cut together."""
         return cut_groups(self.truncate_over, clips) if self.truncate == "raster" else 1

@@ -55,9 +55,11 @@ def build_objective(
 def build_masked_prediction(
     method: MethodConfig, encoder: Encoder, load_teacher: Callable[[str], Encoder]
 ) -> MaskedPrediction:
-    given = {"encoder": encoder}
+    given: dict[str, Any] = {"encoder": encoder}
     if method.target.kind == "teacher":
         given["teacher"] = load_teacher(method.target.arguments["path"])
+    elif method.target.kind == "teachers":
+        given["teachers"] = [load_teacher(path) for path in method.target.arguments["paths"]]
     target = method.target.build(**given)
     predictor = method.predictor.build(encoder=encoder, out=target.width)
     needs_query = getattr(predictor, "needs_query", True)
@@ -68,7 +70,7 @@ def build_masked_prediction(
         raise UserError("method.mask.kind=scored and method.score go together: give both or neither")
     corruption = supply(method.corrupt, encoder=encoder)
     check_parts(method, target, predictor, corruption)
-    aux = [spec.build(encoder=encoder, target_width=target.width) for spec in method.aux]
+    aux = [supply(spec, encoder=encoder, target_width=target.width) for spec in method.aux]
     for module, spec in zip(aux, method.aux, strict=True):
         module.kind = spec.kind
     return MaskedPrediction(

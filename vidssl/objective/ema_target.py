@@ -1,6 +1,7 @@
 """The target of self-distillation: features of an exponential moving average of the encoder."""
 
 import copy
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +10,23 @@ from torch import Tensor
 from vidssl.config import Fraction
 from vidssl.model.vit import Encoder
 from vidssl.objective.target_base import Target
+
+FeatureNorm = Literal["layer", "instance", "none"]
+
+
+def normalise_features(features: Tensor, dim: int, norm: FeatureNorm) -> Tensor:
+    """features [B, N, levels * dim]. layer: every token and level has mean 0 and deviation 1; instance: every
+    dimension has, over the tokens of a clip."""
+    if norm == "layer":
+        return level_norm(features, dim)
+    if norm == "instance":
+        return F.instance_norm(features.float().transpose(1, 2)).transpose(1, 2)
+    return features
+
+
+def without_class_token(encoder: Encoder, features: Tensor) -> Tensor:
+    """features [B, (1 +) N, D] to [B, N, D]."""
+    return features[:, int(encoder.class_token is not None) :]
 
 
 def level_norm(features: Tensor, dim: int) -> Tensor:
@@ -32,7 +50,7 @@ class Ema(Target):
     @torch.no_grad()
     def forward(self, video: Tensor) -> Tensor:
         features = self.encoder(video, return_levels=True)
-        return level_norm(features[:, int(self.encoder.class_token is not None) :], self.encoder.dim)
+        return level_norm(without_class_token(self.encoder, features), self.encoder.dim)
 
     @torch.no_grad()
     def update(self, encoder: Encoder, momentum: float) -> None:

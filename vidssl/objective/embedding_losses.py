@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vidssl.core.precision import without_autocast
 from vidssl.core.rng import KeyedRNG, box_muller
 from vidssl.objective.global_batch import gather_clips, mean_over_processes, process_count
 
@@ -34,7 +35,7 @@ def sigreg(embeddings: Tensor, directions: Tensor, points: int = 17, largest: fl
     weights[0] /= 2
     weights[-1] /= 2
     per_view = []
-    with torch.autocast(embeddings.device.type, enabled=False):
+    with without_autocast(embeddings.device):
         for x in embeddings.float():
             angles = (x @ directions)[..., None] * t  # [B, S, points]
             both = mean_over_processes(torch.stack([angles.cos().mean(0), angles.sin().mean(0)]))
@@ -57,7 +58,7 @@ def covariance(embeddings: Tensor) -> Tensor:
     [V, B, K]. Source: VICReg (arXiv 2105.04906, eq. 3; main_vicreg.py, cov_loss)."""
     x = gather_clips(embeddings.float(), dim=1)
     x = x - x.mean(1, keepdim=True)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device):
         squares = (x.mT @ x / (x.shape[1] - 1)).square()
     return (squares.sum((1, 2)) - squares.diagonal(dim1=1, dim2=2).sum(1)).sum() / x.shape[2]
 
@@ -70,7 +71,7 @@ def koleo(embeddings: Tensor, eps: float = 1e-8) -> Tensor:
     neighbours on one GPU; here in the global batch.
     """
     x = F.normalize(gather_clips(embeddings.float(), dim=1), dim=-1, eps=eps)
-    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+    with torch.no_grad(), without_autocast(x.device):
         dots = x @ x.mT
         dots.diagonal(dim1=1, dim2=2).fill_(-1)
         nearest = dots.argmax(-1)

@@ -62,7 +62,9 @@ class MethodConfig:
     its place or beside it."""
 
     mask: Annotated[Spec, Choice(MASK_PARTS, is_optional=True)]
-    target: Annotated[Spec, Choice(TARGET_PARTS, supplied=("encoder", "teacher"), is_optional=True)]
+    target: Annotated[
+        Spec, Choice(TARGET_PARTS, supplied=("encoder", "teacher", "teachers"), is_optional=True)
+    ]
     query: Annotated[Spec, Choice(QUERY_PARTS, supplied=("width", "encoder"), is_optional=True)]
     predictor: Annotated[Spec, Choice(PREDICTOR_PARTS, supplied=("encoder", "out"), is_optional=True)]
     error: Annotated[Spec, Choice(ERROR_PARTS, is_optional=True)]

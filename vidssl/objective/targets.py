@@ -12,12 +12,13 @@ from vidssl.core.errors import UserError
 from vidssl.core.pixels import channel_statistics
 from vidssl.model.grid import patchify
 from vidssl.model.vit import Encoder
-from vidssl.objective.ema_target import Ema, level_norm
+from vidssl.objective.ema_target import Ema
 from vidssl.objective.feature_targets import Clusters
 from vidssl.objective.given_tokens import GivenTokens
 from vidssl.objective.hog import Hog
 from vidssl.objective.motion import FrameDifference, HogMotion, Motion
 from vidssl.objective.target_base import Target
+from vidssl.objective.teachers import Own, Teacher, Teachers
 
 
 class Pixels(Target):
@@ -82,45 +83,12 @@ class Pixels(Target):
         return x.div_(variance.sqrt() + eps if self.norm == "channel" else (variance + eps).sqrt())
 
 
-class Teacher(Target):
-    """Layer-normed last features of a frozen, larger encoder: distillation (V-JEPA 2.1's ViT-B and ViT-L).
-
-    The teacher is loaded from `path` at every start and is not part of the checkpoints. Its tubelet and patch
-    must equal the model's.
-    """
-
-    def __init__(self, encoder: Encoder, teacher: Encoder, path: str):
-        super().__init__(teacher.dim)
-        if (teacher.tubelet, teacher.patch) != (encoder.tubelet, encoder.patch):
-            raise UserError(
-                f"method.target.path: the teacher's patches ({path}) are "
-                f"{teacher.tubelet} x {teacher.patch} x {teacher.patch}, "
-                f"the model's {encoder.tubelet} x {encoder.patch} x {encoder.patch}; they must be equal"
-            )
-        self._teacher = [teacher]  # in a list, so that it is not registered as a submodule
-        self._path = path
-
-    @property
-    def teacher(self) -> Encoder:
-        return self._teacher[0]
-
-    def check_clip(self, frames: int, size: int) -> None:
-        if frames == 1 and self.teacher.patch_embed_img is None and self.teacher.tubelet > 1:
-            raise UserError(
-                f"method.target.path: the teacher ({self._path}) has no image tokenizer, so it cannot see "
-                "a stream of one frame; give another teacher, or streams of videos"
-            )
-
-    @torch.no_grad()
-    def forward(self, video: Tensor) -> Tensor:
-        self._teacher[0] = self._teacher[0].to(video.device)
-        return level_norm(self.teacher(video), self.width)
-
-
 TARGETS = {
     "pixels": Pixels,
     "ema": Ema,
     "teacher": Teacher,
+    "teachers": Teachers,
+    "own": Own,
     "clusters": Clusters,
     "hog": Hog,
     "frame_difference": FrameDifference,

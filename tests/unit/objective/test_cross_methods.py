@@ -7,12 +7,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from vidssl.core.errors import UserError
 from vidssl.core.rng import KeyedRNG
 from vidssl.model.grid import Mask
+from vidssl.model.predictor import ParallelPredictor
+from vidssl.model.vit import Encoder
+from vidssl.objective.embedding_losses import random_directions
 from vidssl.objective.masked_prediction import MaskedPrediction
+from vidssl.objective.teachers import Teachers
 
 sys.path.append(str(Path(__file__).parents[2] / "integration"))
-from test_methods import small
+from test_methods import make_teacher, small
 
 B = 2
 MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1, 1)
@@ -167,3 +172,96 @@ def test_siammae(method):
     hidden = mask.target[:, 0] - 16
     error = ((pred - target) ** 2).mean(-1)
     torch.testing.assert_close(found, error.gather(1, hidden).mean())
+
+
+def prediction_of(predictor, objective, video, mask, index=0):
+    """[B, M, Nt, K], by the joint predictor or a part of it."""
+    z = objective.encoder(video, mask.context, return_levels=True)
+    query = objective.query.tokens[index % len(objective.query.tokens)]
+    return predictor(z, mask, query, objective.encoder.grid_of(video)).target
+
+
+def test_salt_stage2(tmp_path):
+    """The features of the frozen teacher, layer-normed, behind both kinds of blocks."""
+    objective, video = method_and_clips("salt_stage2", *make_teacher("salt_stage2", tmp_path))
+    masks = masks_of(objective, video)
+    features = F.layer_norm(objective.target.teacher(video), (64,))
+    losses = []
+    for i, mask in enumerate(masks):
+        pred = prediction_of(objective.predictor, objective, video, mask, i)[:, 0]
+        losses.append((pred - tokens_of(features, mask.target[:, 0])).abs().mean())
+    assert len(losses) == 2
+    torch.testing.assert_close(objective(video, fresh(), masks)["loss"], sum(losses) / 2)
+
+
+def test_mvd(tmp_path):
+    """Wang et al. 2022, section 3: a decoder for each teacher; the image teacher sees every second frame."""
+    objective, video = method_and_clips("mvd", *make_teacher("mvd", tmp_path))
+    objective.eval()  # without stochastic depth
+    (mask,) = masks_of(objective, video)
+    of_images, of_videos = (member.teacher for member in objective.target.members)
+    frames = [of_images(video[:, :, [t]]) for t in range(0, video.shape[2], 2)]
+    losses = []
+    for features, predictor in zip(
+        (torch.cat(frames, 1), of_videos(video)), objective.predictor.members, strict=True
+    ):
+        pred = prediction_of(predictor, objective, video, mask)[:, 0]
+        gap = (pred - tokens_of(features, mask.target[:, 0])).abs()
+        losses.append(torch.where(gap < 1, 0.5 * gap**2, gap - 0.5).mean())
+    torch.testing.assert_close(objective(video, fresh(), [mask])["loss"], (losses[0] + losses[1]) / 2)
+
+
+def sigreg_of(x: torch.Tensor, directions: torch.Tensor, clips: int) -> torch.Tensor:
+    """Epps-Pulley's statistic of x [n, K] by the trapezoidal rule over -3..3, with complex numbers."""
+    t = torch.linspace(-3, 3, 33)
+    found = torch.exp(1j * (x @ directions)[..., None] * t).mean(0)
+    normal = torch.exp(-(t**2) / 2)
+    each = torch.trapezoid((found - normal).abs() ** 2 * normal, t)
+    return clips * each.mean()
+
+
+def vicreg_of(x: torch.Tensor) -> torch.Tensor:
+    variance = torch.relu(1 - (x.var(0) + 1e-4).sqrt()).mean()
+    centred = x - x.mean(0)
+    covariance = centred.T @ centred / (len(x) - 1)
+    return 25 * variance + (covariance.square().sum() - covariance.diag().square().sum()) / x.shape[1]
+
+
+@pytest.mark.parametrize("method", ["jepa_sigreg", "jepa_vicreg"])
+def test_jepa_without_a_teacher(method):
+    """The features of the encoder itself, with gradients, and a regulariser on those that are predicted."""
+    objective, video = method_and_clips(method)
+    masks = masks_of(objective, video)
+    found = objective(video, fresh(), masks)
+    losses = []
+    rng = fresh()
+    for i, mask in enumerate(masks):
+        target = tokens_of(objective.encoder(video), mask.target[:, 0])
+        pred = prediction_of(objective.predictor, objective, video, mask, i)[:, 0]
+        if method == "jepa_sigreg":
+            directions = random_directions(rng, target.shape[-1], 256)
+            aux = 0.05 * sigreg_of(target.flatten(0, 1), directions, B)
+        else:
+            aux = 0.04 * vicreg_of(target.flatten(0, 1))
+        torch.testing.assert_close(found[f"aux_{objective.aux[0].kind}_{i}"], aux)
+        losses.append(((pred - target) ** 2).mean() + aux)
+    want = sum(losses) / len(losses)
+    torch.testing.assert_close(found["loss"], want)
+    weight = objective.encoder.blocks[0].mlp.fc1.weight
+    gradients = [torch.autograd.grad(loss, weight)[0] for loss in (found["loss"], want)]
+    torch.testing.assert_close(*gradients)
+    assert objective.couples_clips
+
+
+def test_teachers_must_fit(tmp_path):
+    encoder = method_and_clips("videomae")[0].encoder
+    image, wide = (Encoder(1, 32, 32, dim, 1, 1, patch=8, tubelet=1) for dim in (16, 32))
+    with pytest.raises(UserError, match="differ in width"):
+        Teachers(encoder, [image, wide], ("a", "b"), ("apart", "apart"))
+    with pytest.raises(UserError, match="2 paths and 1 entries"):
+        Teachers(encoder, [image, image], ("a", "b"), ("apart",))
+    with pytest.raises(UserError, match="must be equal"):
+        Teachers(encoder, [image, image], ("a", "b"), ("apart", "together"))
+    both = Teachers(encoder, [image, image], ("a", "b"), ("apart", "apart"))
+    with pytest.raises(UserError, match="copies: 3 do not divide"):
+        ParallelPredictor(encoder, both.width, copies=3, width=12, heads=2)
