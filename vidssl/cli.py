@@ -1,0 +1,63 @@
+"""The command `vidssl`: one name for all programs.
+
+`vidssl train ...` is `python vidssl/train.py ...`, `vidssl pack ...` is `python -m data_prep.pack ...`: the
+same modules, arguments and exit statuses.
+"""
+
+import difflib
+import runpy
+import sys
+from collections.abc import Sequence
+
+# Command -> (module, what it does)
+COMMANDS = {
+    "synthetic": ("data_prep.synthetic", "render a small labelled corpus"),
+    "pack": ("data_prep.pack", "videos and images to shards"),
+    "scan": ("data_prep.scan", "an index for WebDataset shards of others"),
+    "verify": ("data_prep.verify", "check shards against their index"),
+    "leaks": ("data_prep.leaks", "find test videos in training shards"),
+    "report": ("data_prep.report", "what shards hold, as a page"),
+    "train": ("vidssl.train", "pre-train an encoder"),
+    "probe": ("vidssl.probe", "frozen evaluation: attentive, linear, k-NN, retrieval"),
+    "finetune": ("vidssl.finetune", "train an encoder with a classifier"),
+    "dense": ("vidssl.dense", "frozen evaluation: depth, keypoints, propagation"),
+    "doctor": ("vidssl.doctor", "what this machine has, and what is missing"),
+}
+
+
+def usage() -> str:
+    lines = [f"  {name:12s} {about}" for name, (_, about) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "vidssl COMMAND ...      vidssl COMMAND --help shows its arguments",
+            "",
+            *lines,
+            "",
+            "On several GPUs: accelerate launch -m vidssl.train ... (also probe, finetune).",
+        ]
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs a command as its module would run as a script. Exits with 2 for an unknown one."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage())
+        return
+    command, *rest = arguments
+    if command in ("-V", "--version"):
+        import vidssl
+
+        print(f"vidssl {vidssl.__version__}")
+        return
+    if command not in COMMANDS:
+        near = difflib.get_close_matches(command, COMMANDS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"commands: {', '.join(COMMANDS)}"
+        print(f"error: no command '{command}'; {hint}", file=sys.stderr)
+        sys.exit(2)
+    sys.argv = [command, *rest]
+    runpy.run_module(COMMANDS[command][0], run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    main()
