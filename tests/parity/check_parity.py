@@ -31,11 +31,14 @@ from vidssl.model.grid import Grid, Mask, gather_tokens
 from vidssl.model.predictor import JointPredictor, MaskToken
 from vidssl.model.vit import Encoder
 from vidssl.objective.block_masks import MultiBlock3D
+from vidssl.objective.ema_target import Ema, level_norm
 from vidssl.objective.errors import ERRORS
 from vidssl.objective.masked_prediction import MaskedPrediction, inverse_sqrt_distance
 from vidssl.objective.masks import dual_mask, running_cell_maps
 from vidssl.objective.schema import BlockGroup, ContextLoss
-from vidssl.objective.targets import Ema, Pixels, Target, Teacher, level_norm
+from vidssl.objective.target_base import Target
+from vidssl.objective.targets import Pixels
+from vidssl.objective.teachers import Teacher
 from vidssl.pretrained import public
 from vidssl.pretrained.infer_config import Checkpoint
 from vidssl.pretrained.key_maps import ATTENTIVE, rename

@@ -26,9 +26,10 @@ from vidssl.model.grid import Mask, gather_tokens
 from vidssl.model.heads import AttentiveHead, MeanHead
 from vidssl.model.predictor import JointPredictor
 from vidssl.model.vit import Encoder
+from vidssl.objective.ema_target import level_norm
 from vidssl.objective.errors import ERRORS
 from vidssl.objective.masked_prediction import MaskedPrediction
-from vidssl.objective.targets import Pixels, level_norm
+from vidssl.objective.targets import Pixels
 from vidssl.pretrained import public
 from vidssl.pretrained.export_hf import floor_safe_ratio, save_hf
 from vidssl.pretrained.files import save_native

@@ -19,10 +19,11 @@ from vidssl.model.positions import (
 )
 from vidssl.model.predictor import JointPredictor, MaskToken
 from vidssl.model.vit import Encoder, TransformerStack
+from vidssl.objective.ema_target import Ema, level_norm
 from vidssl.objective.errors import ERRORS
 from vidssl.objective.masked_prediction import MaskedPrediction, inverse_sqrt_distance
 from vidssl.objective.schema import ContextLoss
-from vidssl.objective.targets import Ema, Pixels, level_norm
+from vidssl.objective.targets import Pixels
 
 ANY_SIZE = [
     "sincos_uniform",

@@ -11,10 +11,11 @@ from vidssl.model.heads import AttentiveHead
 from vidssl.model.positions import sincos_3d, sincos_flat
 from vidssl.model.predictor import JointPredictor, MaskToken
 from vidssl.model.vit import Encoder
+from vidssl.objective.ema_target import Ema
 from vidssl.objective.errors import ERRORS
 from vidssl.objective.masked_prediction import MaskedPrediction
 from vidssl.objective.masks import RunningCell
-from vidssl.objective.targets import Ema, Pixels
+from vidssl.objective.targets import Pixels
 
 
 class Fixed:

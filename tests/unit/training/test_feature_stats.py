@@ -10,7 +10,8 @@ from vidssl.config import load_config
 from vidssl.core.pixels import normalise
 from vidssl.core.rng import KeyedRNG
 from vidssl.core.spectrum import alpha_req, rankme, singular_values
-from vidssl.objective.targets import Target, level_norm
+from vidssl.objective.ema_target import level_norm
+from vidssl.objective.target_base import Target
 from vidssl.training.feature_stats import FeatureStats, feature_statistics
 from vidssl.training.optim import build_optimizer, schedule, set_schedule
 from vidssl.training.schema import TrainConfig
