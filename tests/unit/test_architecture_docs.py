@@ -91,3 +91,25 @@ def test_spine_is_under_3000_lines():
     spine = re.findall(r"`([\w/]+\.py)`", section)
     assert len(spine) >= 14
     assert sum(len((ROOT / "vidssl" / name).read_text().splitlines()) for name in spine) < 3000
+
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if target.startswith(("http://", "https://")):
+            continue
+        path, _, anchor = target.partition("#")
+        file = page.parent / path if path else page
+        assert file.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", file.read_text(), re.MULTILINE)
+            assert anchor in [re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings], target
+
+
+def test_the_front_page_is_short_and_leads_to_every_other():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 150
+    assert all(f"](docs/{page.name}" in text for page in PAGES[2:])
