@@ -29,6 +29,7 @@ from torchvision.transforms import RandomResizedCrop, v2
 from torchvision.transforms.v2 import functional as TF
 
 from vidssl.config import Fraction, NonNegativeInt, PositiveInt, Range
+from vidssl.core.color import COLOR_CHANGES
 from vidssl.core.errors import UserError
 from vidssl.core.pixels import channel_statistics
 from vidssl.data.decoding.planes import Box
@@ -40,8 +41,6 @@ RAND_AUGMENT = r"rand(-(m|n|mmax)\d+|-(p|mstd)\d+(\.\d+)?|-inc[01])*"
 
 # of a pixel: where windows may begin and end, so that the numbers of a device hold the edges exactly
 PARTS = 256
-# in the order in which torchvision numbers them
-COLOR_CHANGES = ("brightness", "contrast", "saturation", "hue")
 
 
 class ColorDraws(NamedTuple):

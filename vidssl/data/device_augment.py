@@ -21,14 +21,15 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
+from vidssl.core.color import COLOR_CHANGES, adjust_color, grey
 from vidssl.core.constants import upload
 from vidssl.core.pixels import channel_statistics
+from vidssl.core.resampling import apply_weights, triangle_weights
 from vidssl.core.rng import KeyedRNG
-from vidssl.data.augment import COLOR_CHANGES, ClipDraws, ColorDraws, TrainingCrop, erase_canvas
+from vidssl.data.augment import ClipDraws, ColorDraws, TrainingCrop, erase_canvas
 from vidssl.data.decoding.planes import Box, PixelFormat, plane_shapes, split_planes
 
 MAX_PASS = 1 << 27  # numbers of padded planes that are converted at once
-GREY = (0.2989, 0.587, 0.114)  # as torchvision weighs colours
 NUMBERS = 6 + 6 + 12 + len(COLOR_CHANGES)  # of a clip: its two axes, the matrix, the changes of colour
 
 
@@ -292,18 +293,6 @@ def axis_weights(axes: Tensor, known: Sequence[Axis], size: int, length: int) ->
     return crop @ triangle_weights(torch.zeros_like(full), full, scaled, middle[:, None], pixel)
 
 
-def triangle_weights(start: Tensor, extent: Tensor, outputs: Tensor, place: Tensor, pixel: Tensor) -> Tensor:
-    """Weights of the pixels from start to start + extent, resized to `outputs`: [B, 1, 1] each.
-
-    place [B, n, 1]: which of the outputs; pixel [B, 1, m]: which pixels. Returns f32 [B, n, m].
-    """
-    step = extent / outputs
-    centre = start + (place + 0.5) * step
-    weights = (1 - (pixel + 0.5 - centre).abs() / step.clamp_min(1)).clamp_min(0)
-    weights = weights * ((pixel >= start.floor()) & (pixel < (start + extent).ceil()))
-    return weights / weights.sum(-1, keepdim=True).clamp_min(1e-6)
-
-
 def share_samples(weights: Tensor, factors: Sequence[int], length: int) -> Tensor:
     """[B, S, L] -> [B, S, length]: weights for planes in which `factors` (1 or 2) pixels share a sample."""
     count = weights.shape[-1]
@@ -312,14 +301,6 @@ def share_samples(weights: Tensor, factors: Sequence[int], length: int) -> Tenso
         return F.pad(added, (0, length - added.shape[-1]))
     each = [(added if factor == 2 else weights)[i] for i, factor in enumerate(factors)]
     return torch.stack([F.pad(w, (0, length - w.shape[-1])) for w in each])
-
-
-def apply_weights(planes: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """planes [B, C, T, H, W], rows [B, S, H], columns [B, S, W] -> [B, C, T, S, S]."""
-    channels, frames = planes.shape[1:3]
-    narrow = columns @ rearrange(planes, "b c t h w -> b w (c t h)")
-    small = rearrange(narrow, "b s (n h) -> b (s n) h", h=rows.shape[2]) @ rows.mT
-    return rearrange(small, "b (w c t) h -> b c t h w", c=channels, t=frames)
 
 
 def to_rgb(y: Tensor, uv: Tensor, matrix: Tensor) -> Tensor:
@@ -363,41 +344,6 @@ def change_colors(video: Tensor, draws: Sequence[ColorDraws | None], factors: Te
             # torchvision rounds down after each change
             video[index] = changed.to(torch.uint8)
     return video
-
-
-def grey(clips: Tensor) -> Tensor:
-    """f32 [B, 3, T, S, S] -> f32 [B, 1, T, S, S], rounded down."""
-    red, green, blue = clips.unbind(1)
-    return (GREY[0] * red + GREY[1] * green + GREY[2] * blue).floor()[:, None]
-
-
-def adjust_color(clips: Tensor, name: str, factor: Tensor) -> Tensor:
-    """Grey levels f32 [B, 3, T, S, S] -> the same; factor [B, 1, 1, 1, 1]. As torchvision's adjust_`name`."""
-    if name == "hue":
-        return shift_hue(clips / 255, factor) * 255.999
-    if name == "brightness":
-        other = torch.zeros((), device=clips.device)
-    else:
-        other = grey(clips)
-        if name == "contrast":
-            other = other.mean((-2, -1), keepdim=True)
-    return (factor * clips + (1 - factor) * other).clamp(0, 255)
-
-
-def shift_hue(clips: Tensor, shift: Tensor) -> Tensor:
-    """RGB in 0..1 [B, 3, T, S, S] -> the same, hues moved by `shift` of the circle."""
-    red, green, blue = clips.split(1, dim=1)
-    value = clips.amax(1, keepdim=True)
-    chroma = value - clips.amin(1, keepdim=True)
-    divisor = torch.where(chroma > 0, chroma, 1)
-    sixth = torch.where(
-        value == red,
-        (green - blue) / divisor,
-        torch.where(value == green, 2 + (blue - red) / divisor, 4 + (red - green) / divisor),
-    )
-    corner = 5 - 2 * torch.arange(3, device=clips.device).view(3, 1, 1, 1)
-    k = (corner + sixth + 6 * shift) % 6
-    return value - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
 
 
 def erase_box(clip: Tensor, erase: Erase) -> None:
