@@ -184,17 +184,24 @@ class PositionEncoding(nn.Module):
             table = resize_table(table, self.grid, grid)
         return table if ids is None else table[ids]
 
-    def rope(self, grid: Grid, ids: Tensor | None, device: torch.device) -> RotaryTable | None:
+    def rope(
+        self, grid: Grid, ids: Tensor | None, device: torch.device, extra: int = 0
+    ) -> RotaryTable | None:
         """Returns cosines and signed sines for x [B, n, parts, heads, D / heads], in the type of matrix
         products: [B, n, 1, 1, D / heads] for ids i64 [B, n] and [N, 1, 1, D / heads] without; None without
-        rotary positions."""
+        rotary positions. extra: number of tokens before them that are not rotated (a class token)."""
         if self.kind not in ("rope", "rope_interleaved"):
             return None
         key = (grid, device, compute_dtype(device))
         if key not in self._rotary:
             self._rotary[key] = self._build_rotary(*key)
         cos, sin = self._rotary[key]
-        return (cos, sin) if ids is None else (cos[ids], sin[ids])
+        if ids is not None:
+            cos, sin = cos[ids], sin[ids]
+        if extra:
+            before = (0, 0) * 3 + (extra, 0)
+            cos, sin = F.pad(cos, before, value=1.0), F.pad(sin, before)
+        return cos, sin
 
     @torch.inference_mode(False)  # a table made there could not be used in training later
     def _build_rotary(self, grid: Grid, device: torch.device, dtype: torch.dtype) -> RotaryTable:

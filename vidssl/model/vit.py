@@ -258,10 +258,6 @@ class Encoder(nn.Module):
             raise UserError(
                 f"model.levels {list(levels)}: give layers in rising order, the last one is {depth - 1}"
             )
-        if class_token and positions.startswith("rope"):
-            raise UserError(
-                "model.class_token has no position, so it cannot be combined with rotary positions"
-            )
         self.tubelet = tubelet
         self.patch = patch
         self.dim = dim
@@ -332,7 +328,7 @@ class Encoder(nn.Module):
             x = x + (self.img_mod_embed if grid.image else self.video_mod_embed)
         if self.class_token is not None:
             x = torch.cat([self.class_token.expand(len(x), 1, -1), x], 1)
-        rope = self.positions.rope(grid, ids, x.device)
+        rope = self.positions.rope(grid, ids, x.device, int(self.class_token is not None))
         attends = attention_pattern(self.attention, grid, ids, x.shape[1], x.device)
         if all_layers:
             return torch.cat(

@@ -120,7 +120,6 @@ def test_separable_positions():
 
 def test_invalid_options():
     for options, word in [
-        ({"positions": "rope", "class_token": True}, "class_token"),
         ({"positions": "rope", "heads": 12}, "rotary"),
         ({"positions": "sincos_2d"}, "sincos_2d"),
         ({"levels": (1, 0)}, "levels"),
@@ -131,6 +130,21 @@ def test_invalid_options():
             small(**options)
     with pytest.raises(UserError, match="class_token"):
         JointPredictor(small(), 8, class_token="encoder")
+
+
+@pytest.mark.parametrize("ids", [None, torch.tensor([[1, 2, 7], [3, 0, 5]])])
+def test_a_class_token_is_not_rotated(ids):
+    positions = small(positions="rope", class_token=True).positions
+    grid = Grid(2, 2, 2)
+    for without, with_token, still in zip(
+        positions.rope(grid, ids, torch.device("cpu")),  # type: ignore[arg-type]
+        positions.rope(grid, ids, torch.device("cpu"), extra=1),  # type: ignore[arg-type]
+        (1, 0),
+        strict=True,
+    ):
+        axis = 0 if ids is None else 1
+        first, rest = with_token.split([1, with_token.shape[axis] - 1], axis)
+        assert torch.equal(rest, without) and (first == still).all()
 
 
 @pytest.mark.parametrize("options", [{}, {"positions": "rope"}, {"mlp": "swiglu"}, {"levels": (0, 1)}])
