@@ -405,12 +405,22 @@ def keys_of(cls: type, key_path: str = "") -> list[str]:
         key = _join(key_path, name)
         choice = choice_of(hint)
         if choice is not None:
-            factories = choice.table.values() if isinstance(choice, Choice) else [choice.factory]
-            names = dict.fromkeys(n for f in factories for n in declarations(f) if n not in choice.supplied)
-            keys += [f"{key}.kind"] * isinstance(choice, Choice) + [_join(key, n) for n in names]
+            keys += keys_of_part(choice, key)
         else:
             keys += keys_of(hint, key) if dataclasses.is_dataclass(hint) else [key]  # type: ignore[arg-type]
     return keys
+
+
+def keys_of_part(choice: "Choice | Arguments", key_path: str) -> list[str]:
+    """Dotted keys of a part; of one that has a kind, those of every kind."""
+    keys = [f"{key_path}.kind"] * isinstance(choice, Choice)
+    for factory in choice.table.values() if isinstance(choice, Choice) else [choice.factory]:
+        for name, declared in declarations(factory).items():
+            inner = choice_of(declared.hint)
+            key = _join(key_path, name)
+            if name not in choice.supplied:
+                keys += [key] if inner is None else keys_of_part(inner, key)
+    return list(dict.fromkeys(keys))
 
 
 def _section(node: Any, cls: type[Config], key_path: str, origin: Origin) -> Config:
@@ -501,10 +511,13 @@ def _spec(node: Any, choice: Choice | Arguments, key_path: str, origin: Origin) 
             raise UnknownKeyError(_join(key_path, key), "key", list(parameters), where)
     # those that are given come first: a wrong value is reported before a missing one
     order = sorted(parameters, key=lambda k: k not in values)
-    found = {
-        k: _value(values.get(k, parameters[k].default), parameters[k].hint, _join(key_path, k), origin)
-        for k in order
-    }
+    found: dict[str, Any] = {}
+    for k in order:
+        hint = parameters[k].hint
+        if inner := choice_of(hint):
+            found[k] = _parts(values.get(k, {}), inner, _join(key_path, k), origin)
+        else:
+            found[k] = _value(values.get(k, parameters[k].default), hint, _join(key_path, k), origin)
     arguments = {k: found[k] for k in parameters}
     return Spec(kind, arguments, factory)
 

@@ -83,6 +83,7 @@ def _choice_lines(choice: Choice | Arguments, key: str) -> Iterator[str]:
         return
     yield from _entry(f"  {key}.kind", "one of " + ", ".join(choice.table))
     shown: dict[tuple[str, ...], tuple[str, dict[str, Declaration]]] = {}
+    parts: dict[str, Choice | Arguments] = {}  # of the part itself
     for kind, part in choice.table.items():
         all_keys = part.declarations() if isinstance(part, Part) else declarations(part)
         keys = {name: d for name, d in all_keys.items() if name not in choice.supplied}
@@ -92,7 +93,12 @@ def _choice_lines(choice: Choice | Arguments, key: str) -> Iterator[str]:
             as_first = f", as {first_kind}{' but for' * bool(differing)}"
             yield f"  with {key}.kind={kind}{'' if first is keys else as_first}:"
         for name, d in differing.items():
-            yield from _key_lines(f"{key}.{name}", d, indent=4)
+            if inner := choice_of(d.hint):
+                parts[name] = inner
+            else:
+                yield from _key_lines(f"{key}.{name}", d, indent=4)
+    for name, inner in parts.items():
+        yield from _choice_lines(inner, f"{key}.{name}")
 
 
 def _default(declared: Declaration) -> str:
@@ -103,6 +109,8 @@ def _default(declared: Declaration) -> str:
         return "null"
     if isinstance(value, bool):
         return str(value).lower()
+    if dataclasses.is_dataclass(value):
+        return "{}"
     if isinstance(value, list | tuple):
         return f"[{', '.join(_default(declared._replace(default=item)) for item in value)}]"
     return str(value)
