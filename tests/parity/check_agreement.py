@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from case import Case
 from torch import Tensor, nn
 
-from vidssl.objective.agreements import ClusterCrossEntropy, SquaredDistance
 from vidssl.objective.embedding_losses import covariance, entropy_gap, sigreg, variance_hinge
+from vidssl.objective.pair_losses import ClusterCrossEntropy, SquaredDistance
 from vidssl.objective.projector import Projector, Prototypes
 from vidssl.pretrained.key_maps import rename
 
@@ -95,7 +95,7 @@ def check_ibot(case: Case) -> None:
         case.compare(f"loss_{name}", value)
     case.compare("loss", loss_class + loss_patch)
     for name, error in zip(("center", "center_patch"), errors, strict=True):
-        error.update()
+        error.update(None, 0.0)
         case.compare(f"{name}_after", error.centre)
     (loss_class + loss_patch).backward()
     gradients = {name: p.grad for name, p in student.named_parameters()}

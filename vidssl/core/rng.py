@@ -8,7 +8,7 @@ as easy as 1, 2, 3" (2011), with the finaliser of splitmix64 (Steele et al. 2014
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -69,6 +69,15 @@ class KeyedRNG:
         names = ("positions", "seed_key", "keys", "step_key")
         moved.__dict__ |= {name: upload(getattr(self, name), device) for name in names}
         return moved
+
+    def of_views(self, views: Sequence[int]) -> "KeyedRNG":
+        """The generator of the views of each sample that have these numbers, view after view: every view has
+        numbers of its own."""
+        several = copy.copy(self)
+        several.used = dict.fromkeys(self.used, 0)
+        several.positions = self.positions.repeat(len(views))
+        several.keys = torch.cat([splitmix64(self.keys ^ (view + 1)) for view in views])
+        return several
 
     def over_group(self, count_groups: Callable[[int], int]) -> tuple["KeyedRNG", Tensor]:
         """Returns the generator of all samples of a group of the global batch, and where in it the samples

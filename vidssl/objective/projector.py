@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from vidssl.model.vit import init_weights
 from vidssl.objective.global_batch import GlobalBatchNorm
+from vidssl.objective.view_schema import HeadConfig
 
 HeadNorm = Literal["batch", "layer", "none"]
 
@@ -29,6 +30,7 @@ class Projector(nn.Sequential):
         norm: HeadNorm = "batch",
         activation: Literal["relu", "gelu"] = "relu",
         last_norm: bool = False,
+        last_bias: bool = True,
         join_views: bool = False,
     ):
         super().__init__()
@@ -38,7 +40,8 @@ class Projector(nn.Sequential):
         for i, out in enumerate(widths):
             is_last = i == len(widths) - 1
             has_norm = norm != "none" and (last_norm or not is_last)
-            self.append(nn.Linear(width, out, bias=not (has_norm and norm == "batch")))
+            has_bias = not (has_norm and norm == "batch") and (last_bias or not is_last)
+            self.append(nn.Linear(width, out, bias=has_bias))
             if has_norm:
                 make = GlobalBatchNorm if norm == "batch" else layer_norm
                 self.append(make(out, not is_last))
@@ -53,6 +56,10 @@ class Projector(nn.Sequential):
         return torch.stack([super(Projector, self).forward(view) for view in x])
 
 
+def build_projector(config: HeadConfig, width: int) -> Projector:
+    return Projector(width, **vars(config))
+
+
 def layer_norm(width: int, affine: bool) -> nn.LayerNorm:
     return nn.LayerNorm(width, elementwise_affine=affine)
 
@@ -61,12 +68,14 @@ class Prototypes(nn.Linear):
     """Cosines of x [..., K] with `count` learned vectors, [..., count].
 
     Source: DINO's weight-normed last layer with its norms kept at 1 (vision_transformer.py, DINOHead), SwAV's
-    and MSN's normalised prototypes.
+    and MSN's normalised prototypes. Weight decay moves no cosine.
     """
 
     def __init__(self, width: int, count: int):
         super().__init__(width, count, bias=False)
         nn.init.trunc_normal_(self.weight, std=0.02)
+        self.is_frozen = False  # their gradients are zero
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(F.normalize(x, dim=-1), F.normalize(self.weight, dim=-1))
+        weight = self.weight.detach() + 0 * self.weight if self.is_frozen else self.weight
+        return F.linear(F.normalize(x, dim=-1), F.normalize(weight, dim=-1))

@@ -9,6 +9,7 @@ from vidssl.config import Choice, NonNegativeFloat, NonNegativeInt, PositiveFloa
 from vidssl.config.signatures import PartTable
 from vidssl.core.errors import UserError
 from vidssl.objective.pretext_frames import paced_length, piece_length
+from vidssl.objective.view_schema import AGREE_PARTS
 
 MASK_PARTS = PartTable("vidssl.objective.masks", "MASKS")
 TARGET_PARTS = PartTable("vidssl.objective.targets", "TARGETS")
@@ -18,7 +19,6 @@ ERROR_PARTS = PartTable("vidssl.objective.errors", "ERRORS")
 CORRUPTION_PARTS = PartTable("vidssl.objective.corruptions", "CORRUPTIONS")
 SCORE_PARTS = PartTable("vidssl.objective.scores", "SCORES")
 AUX_PARTS = PartTable("vidssl.objective.auxiliary", "AUX")
-AGREE_PARTS = PartTable("vidssl.objective.agreement", "AGREEMENTS")
 PRETEXT_PARTS = PartTable("vidssl.objective.pretext", "PRETEXTS")
 
 
@@ -99,6 +99,16 @@ class MethodConfig:
         if self.pretext.kind == "order":
             return options["pieces"] * piece_length(frames, options["pieces"], tubelet)
         return frames
+
+    @property
+    def momentum(self) -> tuple[float, float]:
+        """Of the EMA encoder, at the first and the last step; (1, 1) if there is none."""
+        return self.target.arguments.get("momentum") or self.agree.arguments.get("momentum") or (1.0, 1.0)
+
+    @property
+    def momentum_key(self) -> str:
+        """Dotted key of `momentum`."""
+        return "method.target.momentum" if self.target.arguments.get("momentum") else "method.agree.momentum"
 
     @property
     def predicts(self) -> bool:

@@ -99,9 +99,9 @@ def to_checkpoint(
 
     pixels = {"mean": list(MEAN), "std": list(STD)}
     ema_name = ema_encoder_name(objective)
-    momentum = {} if ema_name is None else part(ema_name)
-    checkpoint = Checkpoint("vidssl", model, momentum or part("encoder"), pixels)
-    if momentum:
+    is_online = ema_name is None or objective.eval_encoder is objective.encoder
+    checkpoint = Checkpoint("vidssl", model, part("encoder" if is_online else str(ema_name)), pixels)
+    if not is_online:
         checkpoint.online = part("encoder")
     if predictor.kind == "joint" and "query.tokens" in state:
         checkpoint.predictor = {**predictor.arguments, "out": state["predictor.proj.weight"].shape[0]}

@@ -234,10 +234,9 @@ class TrainConfig:
         config_checks.check_augmentation(self)
         if self.run.init is not None and Path(self.run.init) == Path(self.run.out):
             raise UserError("run.init: give another folder than run.out, which the same command continues")
-        target = self.method.target
-        if target.kind == "ema" and self.optim.schedule_steps is not None and self.momentum[1] == 1:
+        if self.optim.schedule_steps is not None and self.momentum[0] != self.momentum[1] == 1:
             raise UserError(
-                "method.target.momentum: a momentum of 1 freezes the EMA encoder, while a run with "
+                f"{self.method.momentum_key}: a momentum of 1 freezes the EMA encoder, while a run with "
                 "optim.schedule_steps goes on"
             )
 
@@ -271,8 +270,8 @@ class TrainConfig:
 
     @property
     def momentum(self) -> tuple[float, float]:
-        """EMA momentum at the first and the last step; (1, 1) if the target is fixed."""
-        return self.method.target.arguments.get("momentum", (1.0, 1.0))
+        """EMA momentum at the first and the last step; (1, 1) if there is no EMA encoder."""
+        return self.method.momentum
 
     @property
     def is_open_ended(self) -> bool:

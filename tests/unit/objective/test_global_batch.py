@@ -8,7 +8,6 @@ from forked_world import fork_world, set_rank
 from torch import Tensor, nn
 
 from vidssl.core.rng import KeyedRNG
-from vidssl.objective.agreements import NCE, ClusterCrossEntropy
 from vidssl.objective.embedding_losses import (
     covariance,
     entropy_gap,
@@ -18,6 +17,7 @@ from vidssl.objective.embedding_losses import (
     variance_hinge,
 )
 from vidssl.objective.global_batch import GlobalBatchNorm, gather_clips, own_clips, sinkhorn
+from vidssl.objective.pair_losses import NCE, ClusterCrossEntropy
 
 VIEWS, CLIPS, WIDTH = 2, 8, 6
 PAIRS = [(0, 1), (1, 0)]

@@ -1,8 +1,8 @@
-"""How much two views of a clip differ: the agreements of the second formula.
+"""How much two views of a clip differ: the losses of pairs in the second formula (agreement.py).
 
-An agreement maps predictions [V, B, K], one of each view of the trained branch, targets [G, B, K] of the
-other branch, pairs (view, target) and the step to a scalar: the mean over the pairs. With prototypes, K is
-their number and the values are cosines. `update` is called after each optimizer step.
+A loss maps predictions [V, B, K], one of each view of the trained branch, targets [G, B, K] of the other
+branch, pairs (view, target) and the step to a scalar: the mean over the pairs. With prototypes, K is their
+number and the values are cosines. `update` is called after each optimizer step.
 """
 
 from collections.abc import Sequence
@@ -14,15 +14,23 @@ from torch import Tensor, nn
 
 from vidssl.config import Fraction, NonNegativeInt, PositiveFloat, PositiveInt
 from vidssl.core.schedules import linear
+from vidssl.model.vit import Encoder
 from vidssl.objective.global_batch import gather_clips, mean_over_processes, own_clips, sinkhorn
 
 Pairs = Sequence[tuple[int, int]]
 
 
-class AgreementLoss(nn.Module):
+class PairLoss(nn.Module):
     """Base: the mean over pairs of `pair`."""
 
     couples_clips = False
+    prototypes = 0  # with which the embeddings are compared first; 0: none
+    shares_prototypes = False  # whether an averaged branch has those of the trained one
+    freeze = 0  # steps in which the prototypes stay as drawn
+    all_are_targets = False  # whether every view must be a target
+
+    def __init__(self) -> None:
+        super().__init__()
 
     def pair(self, pred: Tensor, target: Tensor) -> Tensor:
         """The loss, a scalar, of the predictions of one view and its targets, [B, K] each."""
@@ -31,18 +39,18 @@ class AgreementLoss(nn.Module):
     def forward(self, pred: Tensor, target: Tensor, pairs: Pairs, step: int = 0) -> Tensor:
         return torch.stack([self.pair(pred[view], target[other]) for view, other in pairs]).mean()
 
-    def update(self) -> None:
+    def update(self, encoder: Encoder, momentum: float) -> None:
         """Called after every optimizer step."""
 
 
-class SquaredDistance(AgreementLoss):
+class SquaredDistance(PairLoss):
     """Mean squared difference, as in VICReg and LeJEPA."""
 
     def pair(self, pred: Tensor, target: Tensor) -> Tensor:
         return F.mse_loss(pred, target)
 
 
-class CosineDistance(AgreementLoss):
+class CosineDistance(PairLoss):
     """1 - cosine: BYOL (arXiv 2006.07733, eq. 2) has twice that, SimSiam (arXiv 2011.10566, eq. 1) has it
     without the 1."""
 
@@ -50,12 +58,12 @@ class CosineDistance(AgreementLoss):
         return 1 - F.cosine_similarity(pred, target, dim=-1).mean()
 
 
-class NCE(AgreementLoss):
+class NCE(PairLoss):
     """InfoNCE: which clip of the global batch is the target's, by softmax of cosine / temperature.
 
     own_view: the other clips as the view itself shows them are wrong answers, too, as in SimCLR's NT-Xent
-    (arXiv 2002.05709, eq. 1); MoCo v3 (arXiv 2104.02057) has those of the target's view only. A process
-    returns the mean over its own clips.
+    (arXiv 2002.05709, eq. 1); then every view must be a target. MoCo v3 (arXiv 2104.02057) has those of the
+    target's view only. A process returns the mean over its own clips.
     """
 
     couples_clips = True
@@ -63,24 +71,23 @@ class NCE(AgreementLoss):
     def __init__(self, temperature: PositiveFloat = 0.1, own_view: bool = False):
         super().__init__()
         self.temperature = temperature
-        self.own_view = own_view
+        self.own_view = self.all_are_targets = own_view
 
     def forward(self, pred: Tensor, target: Tensor, pairs: Pairs, step: int = 0) -> Tensor:
-        """The first views are those of the targets, in their order, as far as these are views."""
         query = F.normalize(pred, dim=-1) / self.temperature
         keys = gather_clips(F.normalize(target, dim=-1), dim=1)
         own = own_clips(query.shape[1], query.device)
         losses = []
         for view, other in pairs:
             logits = query[view] @ keys[other].T  # [B, B * W]
-            if self.own_view and view < len(keys):
+            if self.own_view:
                 wrong = (query[view] @ keys[view].T).scatter(1, own[:, None], -torch.inf)
                 logits = torch.cat([logits, wrong], 1)
             losses.append(F.cross_entropy(logits, own))
         return torch.stack(losses).mean()
 
 
-class ClusterCrossEntropy(AgreementLoss):
+class ClusterCrossEntropy(PairLoss):
     """Cross-entropy of softmax(cosine / temperature) over prototypes with assignments made of the target's
     cosines, without gradients.
 
@@ -95,7 +102,7 @@ class ClusterCrossEntropy(AgreementLoss):
 
     def __init__(
         self,
-        prototypes: int,
+        prototypes: PositiveInt,
         temperature: PositiveFloat = 0.1,
         target_temperature: PositiveFloat = 0.04,
         final_target_temperature: PositiveFloat | None = None,
@@ -103,10 +110,17 @@ class ClusterCrossEntropy(AgreementLoss):
         assign: Literal["softmax", "centred", "sinkhorn", "softmax_sinkhorn"] = "centred",
         centre_momentum: Fraction = 0.9,
         iterations: PositiveInt = 3,
+        shared_prototypes: bool = False,
+        freeze_prototypes: NonNegativeInt = 0,
     ):
         """final_target_temperature: reached linearly after `temperature_warmup` steps; null: it stays;
-        centre_momentum: of the running mean (centred); iterations: of Sinkhorn's algorithm."""
+        centre_momentum: of the running mean (centred); iterations: of Sinkhorn's algorithm;
+        shared_prototypes: an averaged branch has the prototypes of the trained one (MSN), not their average
+        (DINO); freeze_prototypes: first steps in which they stay as drawn."""
         super().__init__()
+        self.prototypes = prototypes
+        self.shares_prototypes = shared_prototypes
+        self.freeze = freeze_prototypes
         self.temperature = temperature
         self.target_temperature = (target_temperature, final_target_temperature or target_temperature)
         self.warmup = temperature_warmup
@@ -138,14 +152,14 @@ class ClusterCrossEntropy(AgreementLoss):
         return -torch.stack([(q[other] * log_p[view]).sum(-1).mean() for view, other in pairs]).mean()
 
     @torch.no_grad()
-    def update(self) -> None:
+    def update(self, encoder: Encoder, momentum: float) -> None:
         """centre = centre_momentum * centre + (1 - centre_momentum) * mean cosines of the step."""
         if self.batch_centre is not None:
             self.centre.lerp_(self.batch_centre, 1 - self.centre_momentum)
             self.batch_centre = None
 
 
-AGREEMENTS = {
+PAIR_LOSSES = {
     "mse": SquaredDistance,
     "cosine": CosineDistance,
     "nce": NCE,
