@@ -60,6 +60,9 @@ def cells(path: Path) -> list[str]:
     header = " ".join(line.lstrip("# ") for line in text.splitlines() if line.startswith("#"))
     method: dict[str, Any] = yaml.safe_load(text)["method"]
     parts = {key: describe(value) for key, value in method.items() if isinstance(value, dict | list)}
+    if views := method.get("agree"):
+        parts["agree"] = describe_agreement(views)
+        parts.setdefault("mask", describe(views["mask"]) if "mask" in views else "")
     others = [parts[key] for key in ("aux", "agree", "pretext") if key in parts]
     return [
         f"[{path.stem}](../configs/method/{path.name})",
@@ -85,6 +88,14 @@ def describe(part: Any) -> str:
             shown = " to ".join(dict.fromkeys(map(number, value if isinstance(value, list) else [value])))
             words.append(f"{key} {shown}")
     return ", ".join(words)
+
+
+def describe_agreement(part: dict[str, Any]) -> str:
+    """Views, their loss, the branch that they are compared with, and the auxiliary losses."""
+    counts = " + ".join(str(group.get("count", 1)) for group in part.get("views", ()))
+    words = [f"{counts} views", describe(part.get("agreement", {}))]
+    words += [f"branch {part['branch']}"] if "branch" in part else []
+    return "; ".join([", ".join(words), *map(describe, part.get("aux", ()))])
 
 
 def number(value: Any) -> str:

@@ -31,7 +31,8 @@ def test_a_line_quotes_the_header(tmp_path):
         "  mask: {kind: tube, ratio: 0.9}\n"
         "  score: {kind: loss, width: 8, depth: 2, momentum: [0.5, 1.0]}\n"
         "  aux: [{kind: sigreg, weight: 0.5}, {kind: koleo}]\n"
-        "  agree: {kind: views}\n"
+        "  agree: {kind: views, views: [{}, {count: 4}], agreement: {kind: mse}, branch: ema,\n"
+        "    aux: [{kind: koleo}]}\n"
     )
     link = "https://arxiv.org/abs/2001.0000"
     assert methods_table.cells(tmp_path / "a.yaml") == [
@@ -41,6 +42,6 @@ def test_a_line_quotes_the_header(tmp_path):
         "tube, ratio 0.9",
         "loss, 2 x 8, momentum 0.5 to 1",
         *[""] * 5,
-        "sigreg, weight 0.5; koleo; views",
+        "sigreg, weight 0.5; koleo; 1 + 4 views, mse, branch ema; koleo",
         "ViT-B, K400, 3 epochs: 81.2 % fine-tuned",
     ]
