@@ -22,6 +22,7 @@ from vidssl.data.order import Order
 from vidssl.data.shards import Shards
 from vidssl.data.timing import choose_frames, draw_timing
 from vidssl.model.grid import Grid, Mask
+from vidssl.objective.build import supply
 from vidssl.objective.masked_prediction import MaskedPrediction
 from vidssl.objective.masks import MASKS
 from vidssl.objective.target_base import Target
@@ -164,7 +165,7 @@ def maskable(cfg: TrainConfig) -> MaskedPrediction:
         None,
         nn.Identity(),
         method.error.build(),
-        corruption=method.corrupt.build(encoder=encoder),
+        corruption=supply(method.corrupt, encoder=encoder),
         score=method.score.build(encoder=encoder),
         target_fraction=method.target_fraction,
         masks_per_clip=method.masks_per_clip,

@@ -10,25 +10,12 @@ import torch
 from data_prep.synthetic import write_video
 from vidssl.core.errors import UserError
 from vidssl.model.grid import Grid
-from vidssl.objective.corruptions import CORRUPTIONS, Corrupted, Corruption
 
 sys.path.append(str(Path(__file__).parents[2] / "tools"))
 from mask_pictures import HIDDEN_LEVEL, TOKEN_COLOR, heat_map, make_clip, method_rows, read_clip, small_config
 
 ROOT = Path(__file__).parents[2]
 SMALL = ("augment.size=32", "model.patch=8", "data.frames=4")
-
-
-class HiddenReplaced(Corruption):
-    """The hidden tokens are replaced by a vector."""
-
-    def __init__(self, encoder):
-        super().__init__()
-        self.dim = encoder.dim
-
-    def forward(self, video, mask, grid, rng):
-        replaced = torch.zeros(len(video), grid.n, dtype=torch.bool).scatter(1, mask.target[:, 0], True)
-        return Corrupted(video, (replaced, torch.zeros(self.dim)))
 
 
 def shown(picture: np.ndarray) -> np.ndarray:
@@ -47,13 +34,19 @@ def test_context_targets_and_scores_are_drawn():
     assert context.sum() == 3 and target.sum() == 6 and not (context & target).any()
 
 
-def test_corrupted_input_is_drawn_in_place_of_the_context(monkeypatch):
-    monkeypatch.setitem(CORRUPTIONS, "hidden", HiddenReplaced)
-    cfg = small_config(ROOT / "configs/method/videomae.yaml", *SMALL, "method.corrupt.kind=hidden")
+def test_corrupted_input_is_drawn_in_place_of_the_context():
+    cfg = small_config(ROOT / "configs/method/maskfeat.yaml", *SMALL)
     rows = dict(method_rows(cfg, make_clip(cfg)))
     seen = rows["mask 1\nseen"].reshape(32, 2, 33, 3)
-    assert (seen == TOKEN_COLOR).all(-1).sum() == 2 * 14 * 64
-    assert shown(rows["mask 1\ntarget"]).sum() == 2 * 14
+    assert (seen == TOKEN_COLOR).all(-1).sum() == 13 * 64
+    assert shown(rows["mask 1\ntarget"]).sum() == 13
+
+
+def test_grey_input_is_drawn_grey():
+    cfg = small_config(ROOT / "configs/method/colourisation.yaml", *SMALL)
+    rows = dict(method_rows(cfg, make_clip(cfg)))
+    seen, clip = (rows[name].astype(int) for name in ("mask 1\nseen", "clip"))
+    assert abs(seen[..., :2] - seen[..., 1:]).max() <= 1 < abs(clip[..., :2] - clip[..., 1:]).max()
 
 
 def test_the_lowest_score_is_the_darkest():

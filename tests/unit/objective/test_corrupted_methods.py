@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vidssl.core.errors import UserError
 from vidssl.core.pixels import MEAN, STD, channel_statistics
 from vidssl.core.rng import KeyedRNG
 from vidssl.model.grid import Grid
@@ -187,3 +188,21 @@ def test_loss_longhand(method, tmp_path):
     wanted = make_target(video, objective)
     want = error(pred, torch.stack([wanted[b, targets[b]] for b in range(CLIPS)]))
     assert got.item() == pytest.approx(want.item(), rel=1e-4)
+    features = objective.target_features(video)
+    if objective.target.per_mask:
+        assert features is None
+    else:
+        torch.testing.assert_close(features, wanted.flatten(2), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("method", "more", "message"),
+    [
+        ("hog_motion", ["method.error.kind=l2"], "l2, but target hog_motion needs weighted_l2"),
+        ("frame_difference", ["method.error.kind=weighted_l2"], "has no weights for weighted_l2"),
+        ("maskfeat", ["method.corrupt={kind: blur}"], "kind head: the encoder must see hidden tokens"),
+    ],
+)
+def test_parts_that_do_not_fit(method, more, message):
+    with pytest.raises(UserError, match=message):
+        small(method, *more).build_objective()

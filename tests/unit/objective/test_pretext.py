@@ -1,6 +1,8 @@
 """Pretext tasks: the transformation is the one that its class names."""
 
+import sys
 from itertools import permutations
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +12,9 @@ from vidssl.core.rng import KeyedRNG
 from vidssl.model.vit import Encoder
 from vidssl.objective.pretext import PRETEXTS, FrameRotation, Jigsaw, Pace, PieceOrder, crop_apart, draw_class
 from vidssl.objective.pretext_frames import paced_length, piece_length
+
+sys.path.append(str(Path(__file__).parents[2] / "integration"))
+from test_methods import small
 
 CLIPS = 64
 
@@ -141,3 +146,12 @@ def test_a_task_is_learnt():
         optimizer.step()
         accuracy.append(found["accuracy"].item())
     assert accuracy[0] < 0.5 and min(accuracy[-3:]) > 0.9
+
+
+@pytest.mark.parametrize(("kind", "frames"), [("pace", 2), ("order", 6), ("rotation", 8)])
+def test_the_encoder_is_made_for_the_frames_that_it_gets(kind, frames):
+    cfg = small(f"pretext_{kind}", "data.frames=8")
+    objective = cfg.build_objective()
+    assert cfg.encoder_arguments()["frames"] == frames
+    assert objective.encoder.grid.t * objective.encoder.tubelet == frames
+    assert objective.transform(torch.randn(2, 3, 8, 32, 32), rng(2)).video.shape[2] == frames
