@@ -271,3 +271,18 @@ def test_an_old_key_of_a_command_is_an_error_with_its_present_name(cls, argument
     argv += ["encoder=x", "out=x", "data.test=x"] if cls is DenseConfig else []
     with pytest.raises(UserError, match=f"it is called {re.escape(present)} now"):
         load_config([*argv, argument], cls)
+
+
+def test_shipped_files_are_found_from_any_folder(tmp_path, monkeypatch):
+    """As an installed package is used: there is no folder configs/ here."""
+    monkeypatch.chdir(tmp_path)
+    given = ["configs/method/vjepa_tiny.yaml", "configs/model/vit_micro.yaml", "configs/data/quickstart.yaml"]
+    cfg = load_config([*given, "configs/run/smoke.yaml", "data.train=x", "run.out=y"], TrainConfig)
+    assert cfg.method.target.kind == "ema"
+    with pytest.raises(UserError, match=r"no such file; did you mean configs/method/vjepa_tiny\.yaml"):
+        load_config(["configs/method/vjepa_tiney.yaml"], TrainConfig)
+    own = tmp_path / "configs/method/vjepa_tiny.yaml"
+    own.parent.mkdir(parents=True)
+    own.write_text("method: {target: {kind: ema, momentum: [0.5, 0.5]}}")
+    with pytest.raises(UserError, match=r"method\.mask"):  # one's own file comes first
+        load_config(given[:1], TrainConfig)

@@ -269,10 +269,23 @@ def _overlap(a: str, b: str) -> bool:
     return a == b or a.startswith(b + ".") or b.startswith(a + ".")
 
 
+SHIPPED = Path(__file__).parents[1] / "configs"  # a link in the source tree, a folder where it is installed
+
+
+def find_config(path: str) -> Path:
+    """The file itself, or the shipped one where a path that begins with configs/ does not exist."""
+    name = Path(path)
+    if name.is_file() or name.parts[:1] != ("configs",):
+        return name
+    shipped = SHIPPED.joinpath(*name.parts[1:])
+    return shipped if shipped.is_file() else name
+
+
 def _read_file(path: str) -> dict[str, Any]:
-    if not Path(path).is_file():
+    file = find_config(path)
+    if not file.is_file():
         raise UserError(f"{path}: no such file{_nearest_file(path)}")
-    tree = parse_yaml(Path(path).read_bytes(), path)
+    tree = parse_yaml(file.read_bytes(), path)
     if not isinstance(tree, dict):
         raise UserError(f"{path}: not a mapping of sections")
     return tree
@@ -280,7 +293,10 @@ def _read_file(path: str) -> dict[str, Any]:
 
 def _nearest_file(path: str) -> str:
     folder = Path(path).parent
-    names = sorted(p.name for p in folder.glob("*.y*ml")) if folder.is_dir() else []
+    seen = folder
+    if folder.parts[:1] == ("configs",) and not folder.is_dir():
+        seen = SHIPPED.joinpath(*folder.parts[1:])
+    names = sorted(p.name for p in seen.glob("*.y*ml")) if seen.is_dir() else []
     near = difflib.get_close_matches(Path(path).name, names, n=1)
     return f"; did you mean {folder / near[0]}?" if near else ""
 

@@ -7,17 +7,23 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from functools import partial
 from inspect import Parameter
-from pathlib import Path
 from typing import Any, get_type_hints
 
-import vidssl
-from vidssl.config import Arguments, Choice, choice_of, declarations, default_of, describe, load_config
+from vidssl.config import (
+    SHIPPED,
+    Arguments,
+    Choice,
+    choice_of,
+    declarations,
+    default_of,
+    describe,
+    load_config,
+)
 from vidssl.config.signatures import Declaration, Part, meanings
 from vidssl.core.errors import asks_for_help, run_cli
 from vidssl.core.log import logger
 
 WIDTH = 110
-CONFIGS = Path(vidssl.__file__).parents[1] / "configs"
 
 
 def check_command_line(cls: type, about: str, folders: Sequence[str]) -> None:
@@ -46,7 +52,7 @@ def help_lines(cls: type, folders: Sequence[str]) -> Iterator[str]:
     yield "Several values are [a, b]; null leaves out what may be left out. Keys, defaults and meanings:"
     yield from _section_lines(cls, "")
     for folder in folders:
-        files = sorted((CONFIGS / folder).glob("*.yaml"))
+        files = sorted((SHIPPED / folder).glob("*.yaml"))
         if files:
             yield f"\nconfigs/{folder}:"
         for path in files:
