@@ -21,7 +21,11 @@ class Objective(nn.Module):
     prepares this module."""
 
     encoder: Encoder
-    mask: Masker | None = None  # which tokens the encoder sees; None: all
+    mask: Masker | None  # which tokens the encoder sees; None: all
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mask = None
 
     @property
     def parts(self) -> list[nn.Module]:
