@@ -45,3 +45,8 @@ def test_the_runs_of_a_file_differ_in_the_method_alone(file):
     methods = [tree.pop("method") for tree in trees]
     assert all(tree == trees[0] for tree in trees) and len(trees) > 1
     assert all(a != b for i, a in enumerate(methods) for b in methods[:i])
+
+
+def test_the_page_of_methods_lists_all_files():
+    page = (ROOT / "docs/methods.md").read_text()
+    assert all(f"(../configs/ablation/{file.name})" in page for file in FILES)
