@@ -97,6 +97,12 @@ class Case:
         self.record(kind, error, key)
         self.not_compared.discard(key)
 
+    def compare_relative(self, key: str, ours: Tensor) -> None:
+        """Compares a sum, by its error in proportion to it."""
+        reference = self.tensors[key].double()
+        self.record("output", ((ours.cpu().double() - reference).abs() / reference.abs()).max().item(), key)
+        self.not_compared.discard(key)
+
     def mask(self, index: int | str) -> Mask:
         return Mask(self[f"context_ids.{index}"], self[f"target_ids.{index}"][:, None])
 

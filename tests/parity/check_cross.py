@@ -12,12 +12,17 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vidssl.core.rng import KeyedRNG
+from vidssl.model.conv_predictor import ConvPredictor
 from vidssl.model.cross_predictor import CrossPredictor
 from vidssl.model.grid import Grid, Mask, gather_tokens
 from vidssl.model.positions import RotaryTable
+from vidssl.model.prediction import Encoded
 from vidssl.model.predictor import MaskToken
+from vidssl.model.queries import ContextMean
 from vidssl.model.vit import Encoder
+from vidssl.objective.ema_target import Ema
 from vidssl.objective.errors import ERRORS
+from vidssl.objective.feature_losses import ClassMean, Similarity, mean_pair_cosine
 from vidssl.objective.feature_targets import Clusters
 from vidssl.objective.masked_prediction import MaskedPrediction
 from vidssl.objective.targets import Pixels
@@ -78,15 +83,59 @@ CAPI: Rules = [  # the encoder's weights keep their names
     (r"teacher\.backbone.*", None),
 ]
 
+LATENT_ENCODER: Rules = [
+    (r"embed\.proj" + NORMED, r"patch_embed.proj.\1"),
+    *VIT,
+    (r"head\.linear0\.weight", "output_head.0.weight"),
+    (r"head\.norm0" + NORMED, r"output_head.1.\1"),
+    (r"head\.linear1\.weight", "output_head.3.weight"),
+    (r"head\.norm1" + NORMED, r"output_head.4.\1"),
+    (r"head\.linear2\.weight", "output_head.6.weight"),
+    (r"head\.norm2" + NORMED, r"output_head.7.\1"),
+    (r"pos_embed\.pos_embeds", None),
+]
+LATENT_MIM: Rules = [
+    *with_prefix(r"encoder\.", "encoder.", LATENT_ENCODER),
+    *with_prefix(r"target_encoder\.", "target.", LATENT_ENCODER),
+    (r"decoder\.blocks\.(\d+)\.cross_attn\.(q|kv)_proj" + NORMED, r"predictor.blocks.\1.cross.\2.\3"),
+    (r"decoder\.blocks\.(\d+)\.cross_attn\.proj" + NORMED, r"predictor.blocks.\1.cross.proj.\2"),
+    (r"decoder\.blocks\.(\d+)\.self_attn\.(q|kv|proj)" + NORMED, r"predictor.blocks.\1.own.\2.\3"),
+    (r"decoder\.blocks\.(\d+)\.norm1" + NORMED, r"predictor.blocks.\1.norms.self.\2"),
+    (r"decoder\.blocks\.(\d+)\.norm2q" + NORMED, r"predictor.blocks.\1.norms.cross.\2"),
+    (r"decoder\.blocks\.(\d+)\.norm3" + NORMED, r"predictor.blocks.\1.norms.mlp.\2"),
+    (r"decoder\.blocks\.(\d+)\.norm2kv" + NORMED, r"predictor.memory_norms.\1.\2"),
+    (r"decoder\.blocks\.(\d+)\.mlp\.(fc\d)" + NORMED, r"predictor.blocks.\1.mlp.\2.\3"),
+    (r"decoder\.(embed|norm)" + NORMED, r"predictor.\1.\2"),
+    (r"decoder\.head" + NORMED, r"predictor.proj.\1"),
+    (r"decoder\.cls_token", "predictor.class_query"),
+    (r"decoder\.mask_token", "query.token"),
+    (r"decoder\.pos_embed\.pos_embeds", None),
+]
+
+PREFIX = r"modality_encoders\.IMAGE\."
+D2V_ENCODER: Rules = [
+    (PREFIX + r"local_encoder\.proj" + NORMED, r"patch_embed.proj.\1"),
+    (PREFIX + r"extra_tokens", "class_token"),
+    (PREFIX + r"context_encoder\.norm" + NORMED, r"input_norm.\1"),
+    (PREFIX + r"fixed_positional_encoder\.positions", None),
+    (r"blocks\.(\d+)\.(norm1|norm2|attn\.qkv|attn\.proj|mlp\.fc\d)" + NORMED, r"blocks.\1.\2.\3"),
+]
+DATA2VEC2: Rules = [
+    *with_prefix("", "encoder.", D2V_ENCODER),
+    *with_prefix(r"_ema\.", "target.", D2V_ENCODER),
+    (PREFIX + r"decoder\.blocks\.(\d+)\.0" + NORMED, r"predictor.layers.\1.\2"),
+    (PREFIX + r"decoder\.proj" + NORMED, r"predictor.proj.\1"),
+]
+
 
 class FixedMask:
-    """A masker that returns a given mask."""
+    """A masker that returns given masks."""
 
-    def __init__(self, mask: Mask):
-        self.given = mask
+    def __init__(self, *masks: Mask):
+        self.given = masks
 
     def __call__(self, video: Tensor, grid: Grid, rng: KeyedRNG) -> list[Mask]:
-        return [self.given]
+        return list(self.given)
 
 
 Convert = Callable[[dict[str, Tensor]], dict[str, Tensor]]
@@ -315,6 +364,119 @@ def check_capi(case: Case) -> None:
     compare_gradients(case, CAPI, loss + parts["clustering"], convert=rules, **modules, backbone=student)
 
 
+def patches_by_colour(patch: int, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Patch embeddings with the colours of a patch before its pixels, and parted self-attention."""
+    changed = {}
+    for name, value in state.items():
+        if name.endswith("embed.proj.weight"):
+            changed[name] = rearrange(value, "d (p q c) -> d (c p q)", p=patch, q=patch)
+        elif ".self_attn.qkv." in name:
+            width = len(value) // 3
+            changed[name.replace(".qkv.", ".q.")] = value[:width]
+            changed[name.replace(".qkv.", ".kv.")] = value[width:]
+        else:
+            changed[name] = value
+    return changed
+
+
+def check_latentmim(case: Case) -> None:
+    """The reference stretches its positions a little: its tables are given."""
+    options = case.options
+    encoder = image_encoder(case, head_depth=options["mlp_depth"], head_width=options["mlp_dim"])
+    target = Ema(encoder, norm="none", sees="hidden")
+    kinds = {"self_attention": "before", "embed": True, "memory_positions": True, "memory_norm": True}
+    predictor = small_predictor(case, encoder, encoder.dim, class_query=True, **kinds)
+    query = ContextMean(predictor.width)
+    modules = {"encoder": encoder, "predictor": predictor, "query": query}
+    convert = partial(patches_by_colour, case.geometry["patch"])
+    load(case, LATENT_MIM, convert, **modules, target=target.encoder)
+    for module, name in ((encoder, "encoder"), (target.encoder, "encoder"), (predictor, "decoder")):
+        module.positions.table = case[f"state.{name}.pos_embed.pos_embeds"][1:]
+    order = case["ids_shuffle"]
+    mask = Mask(order[:, : options["num_vis"]], order[:, None, options["num_vis"] :])
+    error = ERRORS["nce"](options["tau"], scale=2 * options["tau"])
+    similarity = Similarity(options["avg_sim_coeff"], (options["sim_trg"], 0.0))
+    similarity.kind = "similarity"
+    objective = MaskedPrediction(encoder, FixedMask(mask), target, query, predictor, error, aux=[similarity])
+    rng = KeyedRNG(0, 0, torch.arange(len(order), device=order.device))
+    predicted = objective.predict(case.video, None, encoder.grid, 0, mask, rng, None)
+    parts = objective(case.video, rng)
+    case.compare("context", predicted.encoded.z)
+    case.compare("target", predicted.target[:, 0])
+    case.compare("prediction", predicted.prediction.target[:, 0])
+    case.compare("loss_nce", parts["loss_0"])
+    case.compare("similarity_prediction", mean_pair_cosine(predicted.prediction.target[:, 0]))
+    case.compare("similarity_visible", mean_pair_cosine(predicted.encoded.z[:, 1:]))
+    case.compare("loss", parts["loss"])
+    compare_gradients(case, LATENT_MIM, parts["loss"], convert, **modules)
+
+
+def in_one_stack(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The block of the reference's image encoder before those that all modalities share."""
+    renamed = {}
+    for name, value in state.items():
+        if match := re.fullmatch(r"(_ema\.|)blocks\.(\d+)\.(.*)", name):
+            name = f"{match[1]}blocks.{int(match[2]) + 1}.{match[3]}"
+        renamed[name.replace("modality_encoders.IMAGE.context_encoder.blocks", "blocks")] = value
+    return renamed
+
+
+class GivenQueries(nn.Module):
+    """Queries [masks, B, 1, Nt, width]."""
+
+    def __init__(self, queries: Tensor):
+        super().__init__()
+        self.queries = queries
+
+    def forward(self, encoded: Encoded, predictor: nn.Module) -> Tensor:
+        return self.queries[encoded.mask_index]
+
+
+def check_data2vec2(case: Case) -> None:
+    """The reference's losses are sums; clones of a clip are masks of it here."""
+    g, options = case.geometry, case.options
+    clones = options["clone_batch"]
+    encoder = image_encoder(case, depth=g["depth"] + options["prenet_depth"], block_norm="post")
+    target = Ema(encoder, layers=options["average_top_k_layers"], which="mlp")
+    sizes = {"kernel": options["decoder_kernel"], "conv_groups": options["decoder_groups"]}
+    predictor = ConvPredictor(encoder, encoder.dim, g["ddepth"], time_kernel=1, **sizes)
+    modules = {"encoder": encoder, "predictor": predictor}
+    load(case, DATA2VEC2, in_one_stack, **modules, target=target.encoder)
+    table = case["state.modality_encoders.IMAGE.fixed_positional_encoder.positions"][0]
+    for network in (encoder, target.encoder):
+        network.positions.table = table
+    hidden = case["mask"]
+    ids = hidden.int().argsort(dim=1, stable=True)
+    shown = int((~hidden[0]).sum())
+    masks = [Mask(ids[i::clones, :shown], ids[i::clones, None, shown:]) for i in range(clones)]
+    noise = options["mask_noise_std"] * case["noise"][:, None]
+    query = GivenQueries(torch.stack([noise[i::clones] for i in range(clones)]))
+    root = g["dim"] ** 0.5
+    aux = ClassMean(options["cls_loss"] * len(hidden) * root, encoder, encoder.dim)
+    aux.kind = "class_mean"
+    error = ERRORS["l2"](scale=root)
+    objective = MaskedPrediction(encoder, FixedMask(*masks), target, query, predictor, error, aux=[aux])
+    rng = KeyedRNG(0, 0, torch.arange(g["B"], device=hidden.device))
+    features = target(case.video)
+    case.compare("target", features)
+    found = [
+        objective.predict(case.video, features, encoder.grid, i, mask, rng, None)
+        for i, mask in enumerate(masks)
+    ]
+    for name, parts in {
+        "prediction": [p.prediction.target[:, 0] for p in found],
+        "class_prediction": [p.encoded.z[:, 0] for p in found],
+    }.items():
+        case.compare(name, torch.stack(parts, 1).flatten(0, 1))
+    parts = objective(case.video, rng)
+    tokens = hidden.sum()
+    for key, part in (("loss_regression", "loss"), ("loss_class", "aux_class_mean")):
+        mean = torch.stack([parts[f"{part}_{i}"] for i in range(clones)]).mean()
+        case.compare_relative(key, mean * tokens)
+    case.compare("loss", parts["loss"])
+    compare_gradients(case, DATA2VEC2, parts["loss"], in_one_stack, **modules)
+
+
 class Given(nn.Module):
     """An encoder with given features."""
 
@@ -331,4 +493,6 @@ CHECKS: dict[str, Callable[[Case], None]] = {
     "cropmae": check_cropmae,
     "capi": check_capi,
     "capi_batchwise": check_capi,
+    "latentmim": check_latentmim,
+    "data2vec2": check_data2vec2,
 }

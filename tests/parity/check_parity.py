@@ -47,8 +47,6 @@ from vidssl.training.schema import OptimConfig
 
 NOT_IMPLEMENTED = frozenset(  # vectors of methods that this project does not have yet
     [
-        "data2vec2",
-        "latentmim",
         "mgmae",
     ]
 )

@@ -16,7 +16,7 @@ from case import Case
 from torch import Tensor
 
 from vidssl.model import positions
-from vidssl.objective import hog, loss_score, masked_prediction, targets
+from vidssl.objective import ema_target, hog, loss_score, masked_prediction, targets
 from vidssl.objective.scored_mask import Scored
 from vidssl.pretrained import public
 from vidssl.pretrained.key_maps import RenamedTensors, rename
@@ -127,7 +127,7 @@ def columns_before_rows(patch: Patch) -> None:
 
 
 def norm_over_all_levels(patch: Patch) -> None:
-    for module in (targets, check_parity):
+    for module in (ema_target, check_parity):
         patch.setattr(module, "level_norm", lambda x, dim: F.layer_norm(x, x.shape[-1:]))
 
 

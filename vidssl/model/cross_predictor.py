@@ -210,7 +210,9 @@ class CrossPredictor(nn.Module):
         tokens = self.decode(
             rearrange(queries, f"b m n d -> {pattern} d"),
             self.memories(memory),
-            self._ropes(grid, rearrange(ids, f"b m n -> {pattern}"), context),
+            self._ropes(
+                grid, rearrange(ids, f"b m n -> {pattern}"), context, memory.shape[1] - context.shape[1]
+            ),
         )
         tokens = rearrange(tokens, f"{pattern} d -> b m n d", m=groups)
         return Prediction(self.proj(tokens[:, :, -num_targets:]))
@@ -230,8 +232,8 @@ class CrossPredictor(nn.Module):
             queries = block(queries, memory, ropes)
         return self.norm(queries)
 
-    def _ropes(self, grid: Grid, queries: Tensor, memory: Tensor) -> Ropes | None:
-        """Of queries i64 [B, n] and memory i64 [B, m]; None without rotary positions."""
+    def _ropes(self, grid: Grid, queries: Tensor, memory: Tensor, class_tokens: int) -> Ropes | None:
+        """Of queries i64 [B, n] and memory i64 [B, m] after class tokens; None without rotary positions."""
         of_queries = self.positions.rope(grid, queries, queries.device)
-        of_memory = self.positions.rope(grid, memory, queries.device)
+        of_memory = self.positions.rope(grid, memory, queries.device, class_tokens)
         return None if of_queries is None or of_memory is None else (of_queries, of_memory)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from vidssl.config import NonNegativeFloat, PositiveFloat, PositiveInt
 from vidssl.core.errors import UserError
+from vidssl.model.conv_predictor import ConvPredictor
 from vidssl.model.cross_predictor import CrossPredictor
 from vidssl.model.grid import Grid, Mask
 from vidssl.model.head_predictor import HeadPredictor
@@ -170,5 +171,6 @@ PREDICTORS = {
     "joint": JointPredictor,
     "cross": CrossPredictor,
     "parallel": ParallelPredictor,
+    "conv": ConvPredictor,
     "head": HeadPredictor,
 }

@@ -58,6 +58,7 @@ class ContextMean(nn.Module):
     def __init__(self, width: int):
         super().__init__()
         self.token = nn.Parameter(torch.zeros(width))
+        self.mean = PositionMean()
 
     def forward(self, encoded: Encoded, predictor: nn.Module) -> Tensor:
         """Returns [B, M, Nt, width]."""
@@ -70,8 +71,15 @@ class ContextMean(nn.Module):
                 "method.query.kind: context_mean needs added positions in the predictor, not rope"
             )
         z = embedding_of(predictor, "context_mean")(encoded.z[:, -mask.context.shape[1] :])
-        weights = (hidden @ visible[:, None].transpose(-1, -2) / hidden.shape[-1] ** 0.5).softmax(-1)
-        return self.token + weights @ z[:, None]
+        return self.token + self.mean(z[:, None], hidden, visible[:, None])
+
+
+class PositionMean(nn.Module):
+    """Mean of z [B, 1, Nc, width] for each hidden token, weighted by softmax(hidden . visible / sqrt(width))
+    of positions [B, M, Nt, width] and [B, 1, Nc, width]. Returns [B, M, Nt, width]."""
+
+    def forward(self, z: Tensor, hidden: Tensor, visible: Tensor) -> Tensor:
+        return (hidden @ visible.transpose(-1, -2) / hidden.shape[-1] ** 0.5).softmax(-1) @ z
 
 
 def signal_shares(schedule: NoiseSchedule, steps: int) -> Tensor:

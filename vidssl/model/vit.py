@@ -21,10 +21,12 @@ from vidssl.core.rng import KeyedRNG
 from vidssl.core.suggestions import divisors_near, multiples_near
 from vidssl.model.attention import AttentionPattern, attention_pattern
 from vidssl.model.grid import Grid, ImageGrid, gather_tokens, patchify
+from vidssl.model.output_head import output_head
 from vidssl.model.positions import PositionEncoding, PositionKind, RotaryTable, apply_rope
 
 Init = Literal["trunc_normal", "xavier"]
 Feedforward = Literal["gelu", "swiglu"]
+BlockNorm = Literal["pre", "post"]
 LAYER_NORM_EPS = 1e-6  # as in both V-JEPA and VideoMAE (torch's default is 1e-5)
 
 
@@ -88,7 +90,8 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block."""
+    """Transformer block; norm: of the inputs of attention and MLP (pre), or of their sums with the residual
+    (post)."""
 
     def __init__(
         self,
@@ -97,9 +100,11 @@ class Block(nn.Module):
         mlp_ratio: float = 4.0,
         mlp: Feedforward = "gelu",
         eps: float = LAYER_NORM_EPS,
+        norm: BlockNorm = "pre",
     ):
         super().__init__()
         hidden_dim = round(dim * mlp_ratio)
+        self.is_post = norm == "post"
         self.norm1 = nn.LayerNorm(dim, eps=eps)
         self.attn = Attention(dim, heads)
         self.norm2 = nn.LayerNorm(dim, eps=eps)
@@ -112,15 +117,19 @@ class Block(nn.Module):
         num_outputs: int | None = None,
         path_scale: Tensor | None = None,
         attends: Tensor | None = None,
-    ) -> Tensor:
+        mlp_output: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """With num_outputs, only the last num_outputs tokens are returned; the others are keys and values.
         path_scale f32 [B, 2, 1, 1]: factors on the outputs of attention and MLP (stochastic depth); attends:
-        see Attention."""
-        attended = self.attn(self.norm1(x), rope, num_outputs, attends)
+        see Attention; mlp_output: returns that of the MLP, too."""
+        attended = self.attn(x if self.is_post else self.norm1(x), rope, num_outputs, attends)
         attended = attended if path_scale is None else attended * path_scale[:, 0]
         x = (x if num_outputs is None else x[:, -num_outputs:]) + attended
-        hidden = self.mlp(self.norm2(x))
-        return x + (hidden if path_scale is None else hidden * path_scale[:, 1])
+        x = self.norm1(x) if self.is_post else x
+        hidden = self.mlp(x if self.is_post else self.norm2(x))
+        x = x + (hidden if path_scale is None else hidden * path_scale[:, 1])
+        x = self.norm2(x) if self.is_post else x
+        return (x, hidden) if mlp_output else x
 
 
 def swiglu_dim(hidden_dim: int) -> int:
@@ -146,13 +155,19 @@ class TransformerStack(nn.ModuleList):
         num_outputs: int | None = None,
         rng: KeyedRNG | None = None,
         attends: Tensor | None = None,
+        mlp_outputs: bool = False,
     ) -> list[Tensor]:
-        """Outputs of the given 0-based layers; the final layer returns only its last `num_outputs` tokens.
-        rng: of stochastic depth; without one no sample skips a layer. attends: see Attention."""
+        """Outputs of the given 0-based layers, or of their MLPs; the final layer returns only its last
+        `num_outputs` tokens. rng: of stochastic depth; without one no sample skips a layer. attends: see
+        Attention."""
         scales = self._draw_path_scales(rng)
         outputs = []
         for i, (block, scale) in enumerate(zip(self, scales, strict=True)):
             block_outputs = num_outputs if i == len(self) - 1 else None
+            if mlp_outputs:
+                x, output = block(x, rope, block_outputs, scale, attends, True)
+                outputs += [output] if i in layers else []
+                continue
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, rope, block_outputs, scale, attends, use_reentrant=False)
             else:
@@ -229,11 +244,14 @@ class Encoder(nn.Module):
         positions: PositionKind = "sincos_uniform",
         rope_grid: PositiveInt | None = None,
         mlp: Feedforward = "gelu",
+        block_norm: BlockNorm = "pre",
         attention: AttentionPattern = "full",
         class_token: bool = False,
         image_tokenizer: bool = False,
         levels: tuple[NonNegativeInt, ...] = (),
         final_norm: bool = True,
+        head_depth: NonNegativeInt = 0,
+        head_width: PositiveInt = 4096,
         eps: PositiveFloat = LAYER_NORM_EPS,
         init: Init = "trunc_normal",
         init_std: PositiveFloat = 0.02,
@@ -244,12 +262,14 @@ class Encoder(nn.Module):
         pixels.
 
         positions: see model/positions.py. rope_grid: side of the grid onto which rotary rows and columns are
-        stretched whatever the input (V-JEPA 2.1: 16). mlp: the feed-forward layer. attention: full, within a
-        time slice (frame), or to this and earlier time slices (causal). class_token: a learned token without
-        a position (MAE, MAE-ST). image_tokenizer: a clip of one frame has its own patch
-        embedding, and an added vector tells images from videos (V-JEPA 2.1). levels: 0-based layers whose
-        normed outputs the predictor receives (V-JEPA 2.1); the last layer must be among them. final_norm:
-        False in models fine-tuned on the mean of tokens (VideoMAE). depth_rescale: see
+        stretched whatever the input (V-JEPA 2.1: 16). mlp: the feed-forward layer. block_norm: post, after
+        each half of a block and before the first block, not after the last (data2vec 2.0). attention: full,
+        within a time slice (frame), or to this and earlier time slices (causal). class_token: a learned token
+        without a position (MAE, MAE-ST). image_tokenizer: a clip of one frame has its own patch embedding,
+        and an added vector tells images from videos (V-JEPA 2.1). levels: 0-based layers whose normed outputs
+        the predictor receives (V-JEPA 2.1); the last layer must be among them. final_norm: False in models
+        fine-tuned on the mean of tokens (VideoMAE). head_depth: layers of an MLP, head_width wide, on what
+        the predictor receives and an EMA target is (Latent MIM); it is not evaluated. depth_rescale: see
         TransformerStack.rescale; drop_path: see TransformerStack.drop_path.
         """
         super().__init__()
@@ -272,9 +292,15 @@ class Encoder(nn.Module):
             self.video_mod_embed = nn.Parameter(1e-6 * torch.randn(dim))
         self.class_token = nn.Parameter(0.02 * torch.randn(dim)) if class_token else None
         self.positions = PositionEncoding(positions, self.grid, dim, heads, rope_grid)
-        self.blocks = TransformerStack(Block(dim, heads, mlp_ratio, mlp, eps) for _ in range(depth))
-        self.norm = nn.LayerNorm(dim, eps=eps) if final_norm else nn.Identity()
+        self.blocks = TransformerStack(
+            Block(dim, heads, mlp_ratio, mlp, eps, block_norm) for _ in range(depth)
+        )
+        post = block_norm == "post"
+        self.input_norm = nn.LayerNorm(dim, eps=eps) if post else nn.Identity()
+        self.norm = nn.LayerNorm(dim, eps=eps) if final_norm and not post else nn.Identity()
         self.level_norms = nn.ModuleList(nn.LayerNorm(dim, eps=eps) for _ in self.levels[:-1])
+        self.output_head = output_head(self.feature_width, head_width, head_depth)
+        init_weights(self.output_head, init, init_std)
         init_weights(self.blocks, init, init_std)
         self.blocks.drop_path = drop_path
         if depth_rescale:
@@ -305,12 +331,13 @@ class Encoder(nn.Module):
         return_levels: bool = False,
         rng: KeyedRNG | None = None,
         replaced: tuple[Tensor, Tensor] | None = None,
-        all_layers: bool = False,
+        all_layers: bool | Literal["mlp"] = False,
     ) -> Tensor:
         """return_levels: returns the predictor's input [B, (1 +) Nc, levels * D], with the class token first
         if there is one; all_layers: so the input of the first block and the output of every block, without
-        norms, [B, (1 +) Nc, (depth + 1) * D]. rng: of stochastic depth; without one no sample skips a layer.
-        replaced: (tokens bool [B, N], vector [D]) that stands in for their patches (MaskFeat, BEiT)."""
+        norms, [B, (1 +) Nc, (depth + 1) * D], or with "mlp" in their place the output of its MLP. rng: of
+        stochastic depth; without one no sample skips a layer. replaced: (tokens bool [B, N], vector [D]) that
+        stands in for their patches (MaskFeat, BEiT)."""
         grid = self.grid_of(video)
         patches = patchify(video, video.shape[2] // grid.t, self.patch)
         if ids is not None:
@@ -328,17 +355,20 @@ class Encoder(nn.Module):
             x = x + (self.img_mod_embed if grid.image else self.video_mod_embed)
         if self.class_token is not None:
             x = torch.cat([self.class_token.expand(len(x), 1, -1), x], 1)
+        x = self.input_norm(x)
         rope = self.positions.rope(grid, ids, x.device, int(self.class_token is not None))
         attends = attention_pattern(self.attention, grid, ids, x.shape[1], x.device)
         if all_layers:
-            return torch.cat(
-                [x, *self.blocks(x, rope, range(len(self.blocks)), rng=rng, attends=attends)], -1
-            )
+            layers = range(len(self.blocks))
+            outputs = self.blocks(x, rope, layers, rng=rng, attends=attends, mlp_outputs=all_layers == "mlp")
+            return torch.cat([x, *outputs], -1)
         levels = self.levels if return_levels else self.levels[-1:]
         *lower, last = self.blocks(x, rope, levels, rng=rng, attends=attends)
         features = [norm(level) for norm, level in zip(self.level_norms, lower, strict=False)]
         x = torch.cat([*features, self.norm(last)], -1) if lower else self.norm(last)
-        return x if return_levels or self.class_token is None else x[:, 1:]
+        if return_levels:
+            return self.output_head(x)
+        return x if self.class_token is None else x[:, 1:]
 
 
 MODELS: dict[str, Callable[..., Encoder]] = {

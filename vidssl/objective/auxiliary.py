@@ -3,9 +3,16 @@
 from collections.abc import Callable
 
 from vidssl.objective.auxiliary_base import Auxiliary
-from vidssl.objective.feature_losses import FeatureSigreg, FeatureVarianceCovariance
+from vidssl.objective.feature_losses import (
+    ClassMean,
+    FeatureSigreg,
+    FeatureVarianceCovariance,
+    Similarity,
+)
 
 AUX: dict[str, Callable[..., Auxiliary]] = {
     "sigreg": FeatureSigreg,
     "variance_covariance": FeatureVarianceCovariance,
+    "class_mean": ClassMean,
+    "similarity": Similarity,
 }

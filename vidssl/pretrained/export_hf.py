@@ -52,11 +52,11 @@ def save_hf(folder: Path, checkpoint: Checkpoint) -> str:
             f"transformers' models are square, this one is {model['height']} x {model['width']} px"
         )
     unsupported = model.get("levels") or model.get("class_token") or model.get("image_tokenizer")
-    kinds = (model.get("mlp", "gelu"), model.get("attention", "full"))
-    if unsupported or kinds != ("gelu", "full"):
+    kinds = (model.get("mlp", "gelu"), model.get("attention", "full"), model.get("block_norm", "pre"))
+    if unsupported or kinds != ("gelu", "full", "pre"):
         raise UserError(
             "transformers has no model with levels, a class token, an image tokenizer, model.attention other "
-            "than full, or SwiGLU of this kind"
+            "than full, post-norm blocks, or SwiGLU of this kind"
         )
     positions = model.get("positions", "sincos_uniform")
     exporters = {"sincos_flat": export_videomae, "rope": export_vjepa2}

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from vidssl.model.cross_predictor import MemoryAttention
 from vidssl.model.heads import CrossAttention
+from vidssl.model.queries import PositionMean
 from vidssl.model.vit import Block, PatchEmbed, TransformerStack
 from vidssl.objective.targets import Target
 
@@ -174,10 +175,24 @@ def memory_attention_flops(attention: nn.Module) -> Callable[..., int]:
     return count
 
 
+def position_mean_flops(mean: nn.Module) -> Callable[[Tensor, Tensor, Tensor], int]:
+    """Two products of hidden and visible tokens."""
+    return lambda z, hidden, visible: 4 * hidden.numel() * visible.shape[2]
+
+
+def conv_flops(layer: nn.Module) -> Callable[[Tensor], int]:
+    assert isinstance(layer, nn.Conv3d)
+    inputs = layer.weight[0].numel()
+    # padding keeps the number of places
+    return lambda x: 2 * x[:, 0].numel() * inputs * layer.out_channels
+
+
 COUNTED: dict[type[nn.Module], Callable[[nn.Module], Callable[..., int]]] = {
     TransformerStack: stack_flops,
     PatchEmbed: patch_flops,
     CrossAttention: cross_attention_flops,
     MemoryAttention: memory_attention_flops,
+    PositionMean: position_mean_flops,
+    nn.Conv3d: conv_flops,
     nn.Linear: linear_flops,
 }

@@ -265,3 +265,78 @@ def test_teachers_must_fit(tmp_path):
     both = Teachers(encoder, [image, image], ("a", "b"), ("apart", "apart"))
     with pytest.raises(UserError, match="copies: 3 do not divide"):
         ParallelPredictor(encoder, both.width, copies=3, width=12, heads=2)
+
+
+def test_latent_mim():
+    """Wei et al. 2024, section 3: the EMA encoder sees the hidden patches, each prediction must find its own
+    among those of the image, and mean similarities are held at 0.75."""
+    objective, video = method_and_clips("latent_mim")
+    (mask,) = masks_of(objective, video)
+    found = objective(video, fresh(), [mask])["loss"]
+    hidden = mask.target[:, 0]
+    z = objective.encoder(video, mask.context, return_levels=True)
+    target = objective.target.encoder(video, hidden, return_levels=True)[:, 1:]
+    predictor = objective.predictor
+    table = predictor.positions.table
+    visible = predictor.embed(z)
+    scores = torch.einsum("bqd,bkd->bqk", table[hidden], table[mask.context]) / table.shape[1] ** 0.5
+    x = objective.query.token + scores.softmax(-1) @ visible[:, 1:] + table[hidden]
+    x = torch.cat([predictor.class_query.expand(B, 1, -1), x], 1)
+    memory = torch.cat([visible[:, :1], visible[:, 1:] + table[mask.context]], 1)
+    for block, norm in zip(predictor.blocks, predictor.memory_norms, strict=True):
+        own = block.norms["self"](x)
+        x = x + block.own(own, own)
+        x = x + block.cross(block.norms["cross"](x), norm(memory))
+        x = x + block.mlp(block.norms["mlp"](x))
+    pred = predictor.proj(predictor.norm(x))[:, 1:]
+    standard = (pred - pred.mean(1, keepdim=True)) / (pred.std(1, keepdim=True) + 1e-4)
+    loss = 0.0
+    for clip in range(B):
+        cosine = F.normalize(standard[clip], dim=-1) @ F.normalize(target[clip], dim=-1).T
+        loss += 0.4 * F.cross_entropy(cosine / 0.2, torch.arange(len(cosine))) / B
+    for tokens in (pred, z[:, 1:]):
+        unit = F.normalize(tokens, dim=-1)
+        loss += 0.1 * ((unit @ unit.transpose(1, 2)).mean() - 0.75) ** 2
+    torch.testing.assert_close(found, loss)
+
+
+def test_data2vec2():
+    """Baevski et al. 2022, section 3: the mean of the layers' normed feed-forward outputs, several masks for
+    each clip, convolutions over visible tokens and noise."""
+    objective, video = method_and_clips("data2vec2")
+    masks = masks_of(objective, video)
+    assert len(masks) == 2 and not torch.equal(masks[0].context, masks[1].context)
+    found = objective(video, fresh(), masks)["loss"]
+    outputs = []
+    encoder = objective.target.encoder
+    hooks = [
+        block.mlp.register_forward_hook(lambda module, args, output: outputs.append(output[:, 1:]))
+        for block in encoder.blocks
+    ]
+    with torch.no_grad():
+        encoder(video)
+    for hook in hooks:
+        hook.remove()
+    standard = [
+        (y - y.mean(1, keepdim=True)) / (y.var(1, False, keepdim=True) + 1e-5).sqrt() for y in outputs
+    ]
+    target = F.layer_norm((standard[0] + standard[1]) / 2, (48,))
+    rng = fresh()
+    losses = []
+    for mask in masks:
+        hidden = mask.target[:, 0]
+        z = objective.encoder(video, mask.context, return_levels=True)
+        grid = torch.zeros(B, 16, 48)
+        noise = 0.01 * rng.normal(1, hidden.shape[1], 48)[:, 0]
+        for clip in range(B):
+            grid[clip, mask.context[clip]] = z[clip, 1:]
+            grid[clip, hidden[clip]] = noise[clip]
+        x = grid.reshape(B, 4, 4, 48)
+        for layer in objective.predictor.layers:
+            weight = layer.weight[:, :, 0]
+            y = F.conv2d(x.permute(0, 3, 1, 2), weight, layer.bias, padding=1, groups=16).permute(0, 2, 3, 1)
+            x = x + F.gelu(F.layer_norm(y, (48,)))
+        pred = objective.predictor.proj(tokens_of(x.reshape(B, 16, 48), hidden))
+        regression = 27.7128 * ((pred - tokens_of(target, hidden)) ** 2).mean()
+        losses.append(regression + 70.9448 * ((z[:, 0] - target.mean(1)) ** 2).mean())
+    torch.testing.assert_close(found, sum(losses) / 2)
