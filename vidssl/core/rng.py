@@ -8,7 +8,7 @@ as easy as 1, 2, 3" (2011), with the finaliser of splitmix64 (Steele et al. 2014
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -70,13 +70,15 @@ class KeyedRNG:
         moved.__dict__ |= {name: upload(getattr(self, name), device) for name in names}
         return moved
 
-    def of_views(self, views: Sequence[int]) -> "KeyedRNG":
-        """The generator of the views of each sample that have these numbers, view after view: every view has
-        numbers of its own."""
+    def of_views(self, views: int) -> "KeyedRNG":
+        """The generator of `views` x B samples, all samples of one view after another. Each has a key of its
+        own, which counts as a number drawn here, so that further calls give others."""
         several = copy.copy(self)
-        several.used = dict.fromkeys(self.used, 0)
-        several.positions = self.positions.repeat(len(views))
-        several.keys = torch.cat([splitmix64(self.keys ^ (view + 1)) for view in views])
+        counter = torch.arange(self.used["rand"] + 1, self.used["rand"] + views + 1, device=self.keys.device)
+        self.used["rand"] += views
+        several.used = {**self.used, "rand": 0}
+        several.positions = self.positions.repeat(views)
+        several.keys = splitmix64(self.keys + counter[:, None] * GOLDEN_RATIO).flatten()
         return several
 
     def over_group(self, count_groups: Callable[[int], int]) -> tuple["KeyedRNG", Tensor]:

@@ -22,7 +22,7 @@ from vidssl.core.rng import KeyedRNG
 from vidssl.model.vit import Encoder
 from vidssl.objective.embedding_aux import EmbeddingAux
 from vidssl.objective.masks import needs_video
-from vidssl.objective.objective import Masker, Masks, Objective
+from vidssl.objective.objective import Masker, Masks, Objective, windows_of
 from vidssl.objective.pair_losses import PairLoss
 from vidssl.objective.projector import Projector, Prototypes, build_projector
 from vidssl.objective.schema import MASK_PARTS
@@ -57,6 +57,8 @@ class MovingAverage(nn.Module):
 
 class ViewAgreement(Objective):
     """Makes views of each clip and compares their embeddings."""
+
+    takes_windows = True
 
     def __init__(
         self,
@@ -117,7 +119,7 @@ class ViewAgreement(Objective):
     def check_clip(self, frames: int, size: int) -> None:
         """Raises UserError if the views of clips of so many frames of size x size pixels cannot be encoded or
         masked."""
-        (clip, *_) = self.windows_of(torch.zeros(1, 3, frames, size, size))
+        (clip, *_) = windows_of(self.encoder, torch.zeros(1, 3, frames, size, size))
         for i, view in enumerate(self.views):
             side = view.size or size
             cut = clip.new_zeros(*clip.shape[:3], side, side)
@@ -132,7 +134,7 @@ class ViewAgreement(Objective):
     def draw_masks(self, shape: torch.Size, rng: KeyedRNG, motion: Tensor | None = None) -> Masks:
         if not self.masked or needs_video(self.mask):
             return None
-        (clip, *_) = self.windows_of(torch.empty(shape, device="meta"))  # only its shape may be read
+        (clip, *_) = windows_of(self.encoder, torch.empty(shape, device="meta"))  # only its shape may be read
         sizes = [self.views[i].size or shape[-1] for i in self.masked]
         return self.make_masks([clip.new_empty(*clip.shape[:3], s, s) for s in sizes], rng)
 
@@ -144,7 +146,7 @@ class ViewAgreement(Objective):
     def forward(self, video: Tensor, rng: KeyedRNG, masks: Masks = None) -> dict[str, Tensor]:
         masks = self.draw_masks(video.shape, rng) if masks is None else masks
         rng = rng.to(video.device)
-        windows = self.windows_of(video)
+        windows = windows_of(self.encoder, video)
         views = [cut_view(windows[i % len(windows)], view, rng, i) for i, view in enumerate(self.views)]
         if masks is None:
             masks = self.make_masks([views[i] for i in self.masked], rng)
@@ -168,11 +170,6 @@ class ViewAgreement(Objective):
                 loss = loss + aux.weight * parts[name]
         return {"loss": loss, **parts}
 
-    def windows_of(self, video: Tensor) -> tuple[Tensor, ...]:
-        """The parts of `data.windows`: clips that are a multiple of the encoder's frames long are divided."""
-        frames = self.encoder.grid.t * self.encoder.tubelet
-        return video.split(frames, 2) if video.shape[2] % frames == 0 else (video,)
-
     def embed(
         self,
         encoder: Encoder,
@@ -193,7 +190,7 @@ class ViewAgreement(Objective):
         for members in batches.values():
             clips = torch.cat([views[i] for i in members])
             ids = torch.cat([kept[i] for i in members]) if members[0] in kept else None
-            own = None if rng is None else rng.of_views(members)
+            own = None if rng is None else rng.of_views(len(members))
             z = encoder(clips, ids, return_levels=True, rng=own)
             z = z[:, 0] if self.pool == "class" else z[:, int(encoder.class_token is not None) :].mean(1)
             found |= zip(members, z.chunk(len(members)), strict=True)

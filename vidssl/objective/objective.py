@@ -21,6 +21,7 @@ class Objective(nn.Module):
     prepares this module."""
 
     encoder: Encoder
+    takes_windows = False  # whether it compares the windows of a clip (data.windows)
     mask: Masker | None  # which tokens the encoder sees; None: all
 
     def __init__(self) -> None:
@@ -84,3 +85,10 @@ class Objective(nn.Module):
     def forward(self, video: Tensor, rng: KeyedRNG, masks: Masks = None) -> dict[str, Tensor]:
         """masks: of draw_masks, on the device of the video."""
         raise NotImplementedError
+
+
+def windows_of(encoder: Encoder, video: Tensor) -> tuple[Tensor, ...]:
+    """The windows (data.windows) of clips [B, 3, T, H, W]: T is a multiple of the encoder's frames, or there
+    is one window."""
+    frames = encoder.grid.t * encoder.tubelet
+    return video.split(frames, 2) if video.shape[2] % frames == 0 else (video,)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from vidssl.core.errors import UserError
 from vidssl.core.rng import KeyedRNG
+from vidssl.model.grid import Mask
 from vidssl.objective import agreement
 from vidssl.objective.agreement import ViewAgreement
 from vidssl.objective.embedding_losses import random_directions
@@ -249,3 +250,36 @@ def test_mistakes_are_named(method, change, error):
     with pytest.raises(UserError, match=error):
         objective = small(method, f"method.agree.{change}").build_objective()
         objective(torch.zeros(2, 3, 8, 32, 32), KeyedRNG(0, 0, torch.arange(2)))
+
+
+def test_a_sum_reconstructs_each_window_by_itself_and_compares_them(monkeypatch):
+    """ViC-MAE: 0.97 * mean error of the frames' reconstructions + 0.03 * InfoNCE of their mean tokens."""
+    objective = small("vicmae", "model.depth=1").build_objective()
+    reconstruction, comparison = objective.terms
+    monkeypatch.setattr(agreement, "cut_view", lambda frame, *_: frame[..., :16, :16])
+    clips = 3
+    video = torch.randn(clips, 3, 2, 32, 32, generator=torch.Generator().manual_seed(0))
+    rng = KeyedRNG(0, 0, torch.arange(clips))
+    masks = objective.draw_masks(video.shape, rng)
+    found = objective(video, rng, masks)
+    (drawn,) = masks[0]
+    assert len({tuple(row) for row in drawn.context.tolist()}) == 2 * clips
+    errors = 0.0
+    u = []
+    for i in range(2):
+        frame = video[:, :, i : i + 1]
+        rows = slice(i * clips, (i + 1) * clips)
+        own = [Mask(drawn.context[rows], drawn.target[rows])]
+        errors = errors + reconstruction(frame, rng, own)["loss"] / 2
+        visible = objective.encoder(frame[..., :16, :16], masks[1][i].context, return_levels=True)[:, 1:]
+        u.append(F.normalize(mlp(comparison.projector, visible.mean(1)), dim=1))
+    logits = u[0] @ u[1].T / 0.1
+    right = torch.arange(clips)
+    contrast = (F.cross_entropy(logits, right) + F.cross_entropy(logits.T, right)) / 2
+    torch.testing.assert_close(found["loss"], 0.97 * errors + 0.03 * contrast)
+
+
+def test_two_averages_of_one_encoder_are_refused():
+    average = ["method.target={kind: ema, momentum: [0.9, 1]}", "method.agree.branch=ema"]
+    with pytest.raises(UserError, match="only one of them may"):
+        small("vicmae", "method.agree.momentum=[0.9, 1]", *average).build_objective()
