@@ -32,6 +32,12 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 HIDDEN_LEVEL = 225  # grey level of tokens that are not shown
 TOKEN_COLOR = (150, 120, 200)  # of tokens that the encoder sees replaced by a vector
 MASKS_DRAWN = 4  # of the masks of a clip
+GIVEN = {  # part -> settings that its method leaves to the user
+    "teacher": ["method.target.path=x"],
+    "teachers": ["method.target.paths=[x, y]"],
+    "given_tokens": ["method.target.path=x", "method.target.vocabulary=2"],
+    "warp": ["method.score.flow=blocks"],
+}
 Rows = list[tuple[str, np.ndarray]]  # (name, picture u8 [H, W, 3])
 
 
@@ -103,9 +109,10 @@ def small_config(method: Path, *more: str) -> TrainConfig:
         named = ["model/vit_micro.yaml", "data/quickstart.yaml"]
     tiny = ["kind=vit", "dim=48", "depth=1", "heads=3", "levels=[]"]
     settings = [*(f"model.{key}" for key in tiny), "run.out=x", "run.steps=1", "run.batch=8", "data.train=x"]
-    # a path that must be given is not read: a target is no part of a mask
-    if re.search(r"kind: teacher", method.read_text()):
-        settings.append("method.target.path=x")
+    # What a user must give: no part of a mask is a target, whose files are not read.
+    for kind, given in GIVEN.items():
+        if re.search(rf"kind: {kind}\b", method.read_text()):
+            settings += given
     return load_config([str(method), *(str(CONFIGS / name) for name in named), *settings, *more], TrainConfig)
 
 
@@ -139,7 +146,10 @@ def method_rows(cfg: TrainConfig, clip: Tensor, name: str = "") -> Rows:
     with torch.no_grad():
         masks, scores = objective.make_masks(video, rng)
         if scores is not None:
-            weights = "\n(initial weights)" if objective.score.needs_video else ""
+            of_weights = (
+                bool([*objective.score.parameters()]) or getattr(objective.score, "of", "") == "embedding"
+            )
+            weights = "\n(initial weights)" if of_weights else ""
             rows.append((f"{name}score{weights}", heat_map(scores[0], shown, grid)))
         for i, mask in enumerate(masks[:MASKS_DRAWN]):
             context, target = paint(shown, mask, grid)

@@ -14,6 +14,13 @@ class MeanFlow(nn.Module):
         return first.mean((1, 2, 3), keepdim=True).expand(-1, 2, 4, 4)
 
 
+class ColourFlow(nn.Module):
+    """Says that each pixel moves by its red and green, in pixels."""
+
+    def forward(self, first: Tensor, second: Tensor) -> Tensor:
+        return first[:, :2]
+
+
 class RedLevels(nn.Module):
     """A tokenizer of 8 x 8 patches: their mean red, in levels from 0 to 9."""
 

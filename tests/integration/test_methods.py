@@ -16,7 +16,7 @@ import pytest
 import torch
 import yaml
 from accelerate import Accelerator
-from given_networks import RedLevels, write_network
+from given_networks import ColourFlow, RedLevels, write_network
 
 from vidssl.config import declarations, load_config, to_tree
 from vidssl.core.pixels import normalise
@@ -77,8 +77,10 @@ def cancelled_biases(objective: Objective) -> set[str]:
 
 
 def make_teacher(method: str, folder: Path) -> list[str]:
-    """Writes the small teachers that the method needs into the folder. Returns the arguments that name
+    """Writes the small networks that the method needs into the folder. Returns the arguments that name
     them."""
+    if own(method)["method"].get("score", {}).get("kind") == "warp":
+        return [f"method.score.flow={write_network(ColourFlow(), folder / 'flow.pt')}"]
     target = own(method)["method"].get("target", {})
     if target.get("kind") == "given_tokens":
         path = write_network(RedLevels(), folder / "red.pt")
@@ -177,6 +179,7 @@ def test_header_names_the_whole_recipe(method):
     named = ["method.target.path=x"]
     paths = {"teacher": named, "given_tokens": named, "teachers": ["method.target.paths=[x,y]"]}
     given += paths.get(kind, [])
+    given += ["method.score.flow=blocks"] if method == "mgmae" else []
     cfg = load_config([str(path), *RUN, *given], TrainConfig)
     size = cfg.augment.arguments["size"]
     with torch.device("meta"):  # sizes only

@@ -45,11 +45,8 @@ from vidssl.pretrained.key_maps import ATTENTIVE, rename
 from vidssl.training.optim import build_optimizer, schedule, set_schedule
 from vidssl.training.schema import OptimConfig
 
-NOT_IMPLEMENTED = frozenset(  # vectors of methods that this project does not have yet
-    [
-        "mgmae",
-    ]
-)
+# vectors of methods that this project does not have yet
+NOT_IMPLEMENTED: frozenset[str] = frozenset()
 OWN_CHECKS = check_agreement.CHECKS | check_cross.CHECKS | check_scores.CHECKS
 ONLY_FP32 = {"vjepa_run", "vjepa_mask_statistics"}  # training runs and draws of masks
 MAX_STANDARD_ERRORS = 5.0

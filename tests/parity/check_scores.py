@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import torch
 from case import Case
+from einops import reduce
 from torch import Tensor, nn
 
 from vidssl.core.rng import KeyedRNG
@@ -18,6 +19,7 @@ from vidssl.objective.score_base import Score
 from vidssl.objective.scored_mask import Scored
 from vidssl.objective.selection import indices_of, other_ids
 from vidssl.objective.targets import Pixels, Target
+from vidssl.objective.warp_score import gaussian_map, warp_from_middle
 from vidssl.pretrained import public
 from vidssl.pretrained.key_maps import MAE, VIDEOMAE, Rules, rename
 
@@ -193,9 +195,29 @@ def check_colormae(case: Case) -> None:
     case.compare("mask", torch.ones_like(scores).scatter(1, mask.context, 0.0))
 
 
+def check_mgmae(case: Case) -> None:
+    g = case.geometry
+    side = g["img"] // g["patch"]
+    grid = Grid(g["frames"] // g["tub"], side, side)
+    first = gaussian_map(case["base_ids"], grid, g["patch"])
+    case.compare("first_map", first)
+    flows = case["flow_forward"], case["flow_backward"]
+    maps = warp_from_middle(first, g["frames"], lambda a, b: flows[a > b][:, min(a, b)], as_published=True)
+    pattern = "b (t u) (h p) (w q) -> b (t h w)"
+    scores = reduce(maps, pattern, "sum", t=grid.t, h=grid.h, w=grid.w)
+    # A sum over pixels: its error is relative.
+    case.record("output", (scores.cpu() / case.tensors["scores"].flatten(1) - 1).abs().max().item(), "scores")
+    case.not_compared.discard("scores")
+    masker = Scored(case.options["mask_ratio"], "show", per_slice=True)
+    rng = KeyedRNG(0, 0, torch.arange(len(scores))).to(scores.device)
+    (mask,) = masker.from_scores(case["scores"].flatten(1), grid, rng)
+    case.compare("mask", torch.ones_like(scores).scatter(1, mask.context, 0.0))
+
+
 CHECKS: dict[str, Callable[[Case], None]] = {
     "adamae": check_adamae,
     "everest": check_everest,
     "hpm": check_hpm,
     "colormae": check_colormae,
+    "mgmae": check_mgmae,
 }

@@ -17,8 +17,10 @@ from vidssl.objective.loss_score import rank_loss
 from vidssl.objective.noise_score import ColorNoise
 from vidssl.objective.scored_mask import Scored
 from vidssl.objective.scores import SCORES
+from vidssl.objective.warp_score import gaussian_map, warp_from_middle
 
 sys.path.append(str(Path(__file__).parents[2] / "integration"))
+from given_networks import ColourFlow, MeanFlow, write_network
 from test_methods import small
 
 GRID = Grid(2, 3, 4)
@@ -208,9 +210,9 @@ def longhand_pixel_errors(objective, video: Tensor, mask, norm: str) -> Tensor:
     return errors
 
 
-def build_method(name: str):
+def build_method(name: str, *more: str):
     """(objective with weights that are all in use, a video, the masks and scores of step 0)."""
-    cfg = small(name)
+    cfg = small(name, *more)
     objective = cfg.build_objective()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -314,6 +316,124 @@ def test_hpm_averages_encoder_and_loss_predictor():
         for a, m, o in zip(average.parameters(), module.parameters(), old, strict=True):
             assert torch.allclose(a, 0.75 * o + 0.25 * m, atol=1e-6)
     assert objective.eval_encoder is objective.encoder
+
+
+def test_mgmae_loss_longhand(tmp_path):
+    flow = write_network(ColourFlow(), tmp_path / "flow.pt")
+    objective, video, mask, scores = build_method("mgmae", f"method.score.flow={flow}")
+    for s in range(4):  # one token of 16 in each time slice
+        tokens = scores.unflatten(1, (4, 16))[:, s].argmax(1) + 16 * s
+        assert mask.context[:, s].equal(tokens)
+    errors = longhand_pixel_errors(objective, video, mask, "channel")
+    assert objective(video, keys(2))["loss"].item() == pytest.approx(errors.mean().item(), rel=1e-5)
+
+
+def test_gaussians_of_places_are_joined_by_their_maximum():
+    places = torch.tensor([[0, 7]])
+    found = gaussian_map(places, Grid(1, 2, 4), 4)[0]
+    y, x = torch.meshgrid(torch.arange(8.0), torch.arange(16.0), indexing="ij")
+    each = [torch.exp(-((y - a) ** 2 + (x - b) ** 2) / 16) for a, b in ((1.5, 1.5), (5.5, 13.5))]
+    largest = torch.maximum(*each)
+    assert torch.allclose(found, largest / largest.max(), atol=1e-6)
+
+
+def test_a_map_follows_the_flow_and_holes_keep_the_first_map():
+    first = torch.rand(1, 5, 6, generator=torch.Generator().manual_seed(0)) + 0.1
+    asked = []
+
+    def flow(a: int, b: int) -> Tensor:
+        asked.append((a, b))
+        return torch.tensor([2.0, 1.0]).view(1, 2, 1, 1).expand(1, 2, 5, 6)
+
+    maps = warp_from_middle(first, 4, flow, as_published=False)[0]
+    assert asked == [(1, 2), (0, 1), (3, 2)]
+    assert maps[2].equal(first[0])
+    for frame, before in ((1, 2), (0, 1), (3, 2)):
+        expected = first[0].clone()
+        expected[:-1, :-2] = maps[before, 1:, 2:]
+        assert torch.allclose(maps[frame], expected, atol=1e-5)
+    asked.clear()
+    published = warp_from_middle(first, 4, flow, as_published=True)
+    assert asked == [(2, 1), (1, 0), (3, 2)]  # before the middle the flow of the opposite direction
+    assert not torch.allclose(published[0], maps, atol=1e-3)  # displacements are too short
+
+
+def test_matched_patches_carry_the_map_along():
+    """A texture that moves 2 pixels a frame to the right: so do the scores."""
+    encoder = Encoder(4, 32, 32, dim=24, depth=1, heads=2, patch=8, tubelet=1)
+    noise = torch.randn(1, 3, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    video = torch.cat([noise.roll(2 * t, -1) for t in range(4)], 2)
+    score = SCORES["warp"](encoder, flow="blocks", ratio=0.94, as_published=False)
+    scores = score(video, Grid(4, 4, 4), keys(1), encoder).view(4, 4, 4)
+    centre = (scores.sum(1) * torch.arange(4.0)).sum(1) / scores.sum((1, 2))
+    assert (centre.diff() > 0.05).all()
+
+
+def test_a_flow_of_another_shape_is_refused(tmp_path):
+    path = write_network(MeanFlow(), tmp_path / "flow.pt")
+    encoder = tiny_encoder()
+    score = SCORES["warp"](encoder, flow=path)
+    with pytest.raises(UserError, match=r"gives \[1, 2, 4, 4\] for two \[1, 3, 16, 16\]"):
+        score(torch.zeros(1, 3, 4, 16, 16), Grid(2, 4, 4), keys(1), encoder)
+
+
+def moving_square() -> Tensor:
+    """f32 [1, 3, 8, 32, 32]: a square of 8 pixels that moves 3 pixels a frame to the right, then is still."""
+    video = torch.zeros(1, 3, 8, 32, 32)
+    for t in range(8):
+        x = 3 * min(t, 5)
+        video[:, :, t, 20:28, x : x + 8] = 1.0
+    return video
+
+
+def centres(scores: Tensor, grid: Grid) -> list[tuple[int, int]]:
+    """(row, column) of the highest score in each time slice of the first sample."""
+    best = scores[0].view(grid.t, -1).argmax(1).tolist()
+    return [(i // grid.w, i % grid.w) for i in best]
+
+
+def test_the_box_follows_what_moves_and_stays_where_it_ends():
+    encoder = Encoder(8, 32, 32, dim=24, depth=1, heads=2, patch=4)
+    grid = Grid(4, 8, 8)
+    scores = SCORES["motion_box"](encoder)(moving_square(), grid, keys(1), encoder)
+    found = centres(scores, grid)
+    assert {row for row, _ in found} <= {5, 6}
+    columns = [column for _, column in found]
+    assert columns == sorted(columns) and columns[0] <= 2 and columns[2] >= 3 and columns[3] == columns[2]
+    (mask,) = Scored(0.75, per_slice=True).from_scores(scores, grid, keys(1))
+    hidden = torch.zeros(64, dtype=torch.bool).scatter(0, mask.target[0, 0, :48], True).view(8, 8)
+    rows = hidden.any(1).nonzero().flatten().tolist()
+    assert rows == list(range(rows[0], rows[-1] + 1)) and hidden[5:7, :3].all()
+
+
+def test_the_box_follows_the_motion_vectors_of_the_codec():
+    encoder = Encoder(8, 32, 32, dim=24, depth=1, heads=2, patch=4)
+    grid = Grid(4, 8, 8)
+    score = SCORES["motion_box"](encoder, of="vectors")
+    assert score.needs_motion and not score.needs_video
+    vectors = torch.zeros(1, 2, 8, 4, 4, dtype=torch.float16)
+    for t in range(8):
+        vectors[0, :, t, 2, t // 2] = 3.0  # one cell of 8 pixels moves
+    found = centres(score(vectors, grid, keys(1), encoder), grid)
+    assert [column // 2 for _, column in found] == [0, 1, 2, 3] and {row // 2 for row, _ in found} == {2}
+
+
+def test_a_box_without_motion_starts_anywhere_and_stays():
+    encoder = Encoder(8, 32, 32, dim=24, depth=1, heads=2, patch=4)
+    grid = Grid(4, 8, 8)
+    scores = SCORES["motion_box"](encoder)(torch.zeros(200, 3, 8, 32, 32), grid, keys(200), encoder)
+    by_slice = scores.unflatten(1, (4, 64))
+    assert (by_slice == by_slice[:, :1]).all()
+    assert len(by_slice[:, 0].argmax(1).unique()) > 50
+
+
+def test_motion_box_loss_longhand():
+    objective, video, mask, scores = build_method("mgm_motion_box")
+    highest = scores.unflatten(1, (4, 16)).topk(12)[1] + 16 * torch.arange(4)[:, None]
+    nearest = [len(h & t) for h, t in zip(sets(highest), sets(mask.target), strict=True)]
+    assert mask.context.shape == (2, 16) and min(nearest) >= 40  # equal distances are ordered at random
+    errors = longhand_pixel_errors(objective, video, mask, "channel")
+    assert objective(video, keys(2))["loss"].item() == pytest.approx(errors.mean().item(), rel=1e-5)
 
 
 def test_rank_loss_of_ties_is_zero_and_of_the_right_order_small():
