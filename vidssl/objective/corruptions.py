@@ -118,7 +118,9 @@ class Gaussian(PixelCorruption):
         self.levels = levels
 
     def corrupted(self, video: Tensor, grid: Grid, rng: KeyedRNG) -> Tensor:
-        noise = rng.normal(*video.shape[1:])
+        # frame by frame: the integers that are hashed take several times the memory of the pixels
+        channels, frames, *size = video.shape[1:]
+        noise = torch.stack([rng.normal(channels, *size) for _ in range(frames)], 2)
         if not self.levels:
             return video + self.sigma * noise
         angle = math.pi / 2 * rng.rand(1, 1, 1, 1)

@@ -82,7 +82,8 @@ def same(video: Tensor, hidden: Tensor, rng: KeyedRNG) -> Tensor:
 
 
 def noisy(video: Tensor, hidden: Tensor, rng: KeyedRNG) -> Tensor:
-    return video + 0.5 * rng.normal(*video.shape[1:])
+    frames = [frame + 0.5 * rng.normal(*frame.shape[1:]) for frame in video.unbind(2)]
+    return torch.stack(frames, 2)
 
 
 def blurred(video: Tensor, hidden: Tensor, rng: KeyedRNG) -> Tensor:
