@@ -87,7 +87,7 @@ def main(argv: list[str]) -> None:
                 loss = objective(normalise(u8), KeyedRNG(0, 0, torch.arange(a.batch)))["loss"]
             loss.backward()
             optimizer.step()
-            objective.update(0.999)
+            objective.update(0.5)
 
         stats.add_clips(u8)
         # type: ignore[misc]

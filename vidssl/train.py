@@ -25,7 +25,7 @@ from vidssl.training.distributed import Strategy
 from vidssl.training.malloc import configure_process
 from vidssl.training.metrics_log import count_samples, step_row
 from vidssl.training.micro_batches import make_part_maker
-from vidssl.training.optim import build_optimizer, schedule, set_schedule
+from vidssl.training.optim import build_optimizer, schedule, schedule_progress, set_schedule
 from vidssl.training.perf import Throughput
 from vidssl.training.preemption import (
     PreemptionHandler,
@@ -109,7 +109,7 @@ def pretrain(cfg: TrainConfig) -> None:
                     logger.info(f"step {done}: skipped: {skip_reason}")
                 else:
                     strategy.step(optimizer)
-                    objective.update(hparams["ema"])
+                    objective.update(schedule_progress(optim_config, step, run.steps))
 
                 row = step_row(losses, metrics, hparams, throughput.row(), state.guard.skipped, skip_reason)
                 if state.guard.should_rollback:

@@ -23,7 +23,7 @@ from vidssl.training.blocks import configure_blocks
 from vidssl.training.config_checks import check_batch
 from vidssl.training.distributed import Strategy
 from vidssl.training.micro_batches import PartMaker
-from vidssl.training.optim import build_optimizer, schedule, set_schedule
+from vidssl.training.optim import build_optimizer, schedule, schedule_progress, set_schedule
 from vidssl.training.schema import TrainConfig
 from vidssl.training.step import forward_backward
 
@@ -104,7 +104,7 @@ def take_steps(cfg: TrainConfig, parts: int, recomputed: bool) -> dict[str, torc
         metrics = strategy.all_reduce_metrics({**losses, "grad_norm": norm}, {})
         found |= {f"{name} {step}": torch.tensor(value) for name, value in metrics.items()}
         strategy.step(optimizer)
-        objective.update(hparams["ema"])
+        objective.update(schedule_progress(cfg.optim, step, STEPS))
     found |= {f"weight {n}": p.detach().clone() for n, p in objective.named_parameters()}
     rounding = cancelled_biases(objective)
     return {name: value for name, value in found.items() if name.partition(" ")[2] not in rounding}

@@ -26,7 +26,7 @@ from vidssl.objective.projector import Projector
 from vidssl.objective.schema import PREDICTOR_PARTS
 from vidssl.pretrained.init import save_run_encoder, to_checkpoint
 from vidssl.training.distributed import Strategy
-from vidssl.training.optim import build_optimizer, schedule, set_schedule
+from vidssl.training.optim import build_optimizer, schedule, schedule_progress, set_schedule
 from vidssl.training.schema import TrainConfig
 
 ROOT = Path(__file__).parents[2]
@@ -126,7 +126,7 @@ def losses(cfg: TrainConfig, device: str = "cpu", precision: str = "fp32") -> li
         loss.backward()
         strategy.clip(objective, optim, step)
         optimizer.step()
-        objective.update(now["ema"])
+        objective.update(schedule_progress(optim, step, STEPS))
         out.append(loss.item())
     return out
 

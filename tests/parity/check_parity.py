@@ -42,7 +42,7 @@ from vidssl.objective.teachers import Teacher
 from vidssl.pretrained import public
 from vidssl.pretrained.infer_config import Checkpoint
 from vidssl.pretrained.key_maps import ATTENTIVE, rename
-from vidssl.training.optim import build_optimizer, schedule, set_schedule
+from vidssl.training.optim import build_optimizer, schedule, schedule_progress, set_schedule
 from vidssl.training.schema import OptimConfig
 
 # vectors of methods that this project does not have yet
@@ -304,6 +304,7 @@ def train_as_reference(case: Case, objective: MaskedPrediction, masks: FixedMask
         eps=h["eps"],
         ipe_scale=h["ipe_scale"],
     )
+    objective.target.momentum = tuple(h["ema"])
     optimizer = build_optimizer(objective, optim)
     num_batches = case.count("clips.")
     trace: dict[str, list[float]] = {key: [] for key in case.subtree("trace")}
@@ -324,7 +325,7 @@ def train_as_reference(case: Case, objective: MaskedPrediction, masks: FixedMask
             "grad_norm_predictor": gradient_norm(objective.predictor, objective.query),
         }
         optimizer.step()
-        objective.update(hparams["ema"])
+        objective.update(schedule_progress(optim, step, steps))
         for key, value in values.items():
             trace[key].append(value)
     return trace

@@ -76,10 +76,12 @@ def ours(objective: Objective, cfg: TrainConfig, compiled: bool, with_cudnn: boo
         if isinstance(layer, Attention):
             layer.counts_vary = False
     optimizer = build_optimizer(objective, cfg.optim, fused=True)
+    for part in objective.parts:
+        part.momentum = (MOMENTUM, MOMENTUM)  # type: ignore[assignment]
 
     def finish() -> None:
         optimizer.step()
-        objective.update(MOMENTUM)
+        objective.update(0.0)
 
     return Contender(lambda video, number: objective(video, rng_of(video, number))["loss"], finish, objective)
 

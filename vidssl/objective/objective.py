@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from vidssl.core.rng import KeyedRNG
+from vidssl.core.schedules import linear
 from vidssl.model.grid import Grid, Mask
 from vidssl.model.vit import Encoder
 
@@ -14,6 +15,8 @@ Masker = Callable[[Tensor, Grid, KeyedRNG], list[Mask]]
 Masks = (
     Any  # of a step: list[Mask], or None where they are drawn in the forward pass; of a sum, a list of such
 )
+
+FIXED = (1.0, 1.0)  # momentum of what no EMA follows
 
 
 class Objective(nn.Module):
@@ -46,9 +49,9 @@ class Objective(nn.Module):
 
     @property
     def momentum(self) -> tuple[float, float]:
-        """Of `update`, at the first and at the last step, linear between them."""
-        fixed = (1.0, 1.0)
-        return next((m for p in self.parts if (m := getattr(p, "momentum", fixed)) != fixed), fixed)
+        """Of the first part with an EMA, at the first and at the last step, linear between them; for the
+        log."""
+        return next((m for p in self.parts if (m := own_momentum(p)) != FIXED), FIXED)
 
     @property
     def couples_clips(self) -> bool:
@@ -61,11 +64,12 @@ class Objective(nn.Module):
         """The parts whose numbers of tokens differ from step to step."""
         return []
 
-    def update(self, momentum: float) -> None:
-        """Called after every optimizer step."""
+    def update(self, progress: float) -> None:
+        """Called after every optimizer step. progress: of the schedules, 0 at the first step and 1 at the
+        last, with which the momentum of each part goes along its own line."""
         for part in self.parts:
             if hasattr(part, "update"):
-                part.update(self.encoder, momentum)  # type: ignore[operator]
+                part.update(self.encoder, linear(*own_momentum(part), progress))  # type: ignore[operator]
 
     def target_features(self, video: Tensor) -> Tensor | None:
         """[B, N, K]: what is predicted at each token; None where tokens have no target."""
@@ -92,3 +96,8 @@ def windows_of(encoder: Encoder, video: Tensor) -> tuple[Tensor, ...]:
     is one window."""
     frames = encoder.grid.t * encoder.tubelet
     return video.split(frames, 2) if video.shape[2] % frames == 0 else (video,)
+
+
+def own_momentum(part: nn.Module) -> tuple[float, float]:
+    """Of a part's `update`, at the first and at the last step."""
+    return getattr(part, "momentum", FIXED)  # type: ignore[return-value]

@@ -101,14 +101,11 @@ class MethodConfig:
         return frames
 
     @property
-    def momentum(self) -> tuple[float, float]:
-        """Of the EMA encoder, at the first and the last step; (1, 1) if there is none."""
-        return self.target.arguments.get("momentum") or self.agree.arguments.get("momentum") or (1.0, 1.0)
-
-    @property
-    def momentum_key(self) -> str:
-        """Dotted key of `momentum`."""
-        return "method.target.momentum" if self.target.arguments.get("momentum") else "method.agree.momentum"
+    def momenta(self) -> dict[str, tuple[float, float]]:
+        """Dotted key -> momentum of an EMA, at the first and the last step; for each part that has one."""
+        parts = {"target": self.target, "score": self.score, "agree": self.agree}
+        found = {name: spec.arguments.get("momentum") for name, spec in parts.items()}
+        return {f"method.{name}.momentum": momentum for name, momentum in found.items() if momentum}
 
     @property
     def predicts(self) -> bool:

@@ -19,11 +19,7 @@ def schedule(
     Source: V-JEPA, app/vjepa/{train,utils}.py and src/utils/schedulers.py; lr_decay: V-JEPA 2 (constant,
     linear when cooling down). Checked against a trace of its training loop.
     """
-    total = (
-        max(1, int(steps * config.ipe_scale))
-        if config.schedule_steps is None
-        else config.warmup + config.schedule_steps
-    )
+    total = schedule_length(config, steps)
     count = step + 1
     if count < config.warmup:
         lr = linear(config.warmup_lr, config.lr, count / config.warmup)
@@ -37,7 +33,21 @@ def schedule(
         config.weight_decay if config.final_weight_decay is None else config.final_weight_decay
     )
     hparams = {"lr": lr, "weight_decay": cosine(config.weight_decay, final_weight_decay, count / total)}
-    return hparams if momentum is None else {**hparams, "ema": linear(*momentum, step / total)}
+    if momentum is None:
+        return hparams
+    return {**hparams, "ema": linear(*momentum, schedule_progress(config, step, steps))}
+
+
+def schedule_length(config: OptimConfig, steps: int) -> int:
+    """Number of steps over which the schedules of a run of `steps` steps are drawn."""
+    if config.schedule_steps is not None:
+        return config.warmup + config.schedule_steps
+    return max(1, int(steps * config.ipe_scale))
+
+
+def schedule_progress(config: OptimConfig, step: int, steps: int) -> float:
+    """Part of the schedules that lies before step 0..steps-1; for Objective.update."""
+    return step / schedule_length(config, steps)
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig, fused: bool = False) -> torch.optim.AdamW:

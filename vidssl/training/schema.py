@@ -186,10 +186,11 @@ class OptimConfig:
             lr_batch=None,
         )
 
-    def is_open_ended(self, momentum: tuple[float, float]) -> bool:
-        """Whether no step depends on run.steps. momentum: of the EMA encoder, at the first and last step."""
+    def is_open_ended(self, *momenta: tuple[float, float]) -> bool:
+        """Whether no step depends on run.steps. momenta: of each EMA, at the first and last step."""
         constant_decay = self.final_weight_decay in (None, self.weight_decay)
-        constant = self.lr_decay == "constant" and constant_decay and momentum[0] == momentum[1]
+        constant_momenta = all(first == last for first, last in momenta)
+        constant = self.lr_decay == "constant" and constant_decay and constant_momenta
         return self.schedule_steps is not None or constant
 
 
@@ -234,11 +235,12 @@ class TrainConfig:
         config_checks.check_augmentation(self)
         if self.run.init is not None and Path(self.run.init) == Path(self.run.out):
             raise UserError("run.init: give another folder than run.out, which the same command continues")
-        if self.optim.schedule_steps is not None and self.momentum[0] != self.momentum[1] == 1:
-            raise UserError(
-                f"{self.method.momentum_key}: a momentum of 1 freezes the EMA encoder, while a run with "
-                "optim.schedule_steps goes on"
-            )
+        for key, (first, last) in self.method.momenta.items():
+            if self.optim.schedule_steps is not None and first != last == 1:
+                raise UserError(
+                    f"{key}: a momentum of 1 freezes the EMA encoder, while a run with "
+                    "optim.schedule_steps goes on"
+                )
 
     def resolved(self) -> "TrainConfig":
         """This configuration with what depends on the machine (see EfficiencyConfig.resolved)."""
@@ -269,14 +271,9 @@ class TrainConfig:
         return self.efficiency.num_workers
 
     @property
-    def momentum(self) -> tuple[float, float]:
-        """EMA momentum at the first and the last step; (1, 1) if there is no EMA encoder."""
-        return self.method.momentum
-
-    @property
     def is_open_ended(self) -> bool:
         """Whether no step depends on run.steps, so that a finished run can be continued with a larger one."""
-        return self.optim.is_open_ended(self.momentum)
+        return self.optim.is_open_ended(*self.method.momenta.values())
 
     def build_objective(self) -> "Objective":
         """The method with fresh weights drawn from run.seed."""

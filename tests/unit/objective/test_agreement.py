@@ -197,7 +197,8 @@ def test_the_average_follows_the_trained_networks():
     with torch.no_grad():
         for p in objective.parameters():
             p.add_(p.requires_grad)
-    objective.update(0.9)
+    average.momentum = (0.8, 1.0)
+    objective.update(0.5)
     for old, new in zip(before, average.parameters(), strict=True):
         torch.testing.assert_close(new, old + 0.1)
 

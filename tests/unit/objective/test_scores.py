@@ -311,11 +311,26 @@ def test_hpm_averages_encoder_and_loss_predictor():
     pairs = ((score.average_encoder, objective.encoder), (score.average_predictor, score.predictor))
     before = [[p.clone() for p in average.parameters()] for average, _ in pairs]
     assert objective.momentum == (0.999, 0.9999)
-    objective.update(0.75)
+    score.momentum = (0.5, 1.0)
+    objective.update(0.5)
     for (average, module), old in zip(pairs, before, strict=True):
         for a, m, o in zip(average.parameters(), module.parameters(), old, strict=True):
             assert torch.allclose(a, 0.75 * o + 0.25 * m, atol=1e-6)
     assert objective.eval_encoder is objective.encoder
+
+
+def test_each_average_has_its_own_momentum():
+    """An EMA encoder as target beside HPM's: neither has that of the other."""
+    ema = ("method.target={kind: ema, momentum: [0.9, 0.9]}", "method.score.momentum=[0.5, 0.7]")
+    constant = ("optim.lr_decay=constant", "method.score.momentum=[0.6, 0.6]")
+    assert not small("hpm", *ema, constant[0]).is_open_ended
+    assert small("hpm", *ema, *constant).is_open_ended
+    objective = small("hpm", *ema).build_objective()
+    averages = objective.target.encoder.norm.weight, objective.score.average_encoder.norm.weight
+    with torch.no_grad():
+        objective.encoder.norm.weight.add_(1.0)
+    objective.update(0.5)
+    assert [a[0].item() for a in averages] == pytest.approx([1.1, 1.4])
 
 
 def test_mgmae_loss_longhand(tmp_path):

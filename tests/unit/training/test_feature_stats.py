@@ -13,7 +13,7 @@ from vidssl.core.spectrum import alpha_req, rankme, singular_values
 from vidssl.objective.ema_target import level_norm
 from vidssl.objective.target_base import Target
 from vidssl.training.feature_stats import FeatureStats, feature_statistics
-from vidssl.training.optim import build_optimizer, schedule, set_schedule
+from vidssl.training.optim import build_optimizer, schedule, schedule_progress, set_schedule
 from vidssl.training.schema import TrainConfig
 
 ROOT = Path(__file__).parents[3]
@@ -110,7 +110,7 @@ def train(collapsing: bool) -> tuple[list[dict], list[str], FeatureStats]:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        objective.update(hparams["ema"])
+        objective.update(schedule_progress(optim, step, STEPS))
         stats.add_clips(video)
         if (step + 1) % EVERY == 0 or step == 0:
             rows.append({"step": step + 1, "loss": loss.item(), **stats.measure(objective)})

@@ -28,7 +28,7 @@ from vidssl.objective.masks import count_cut_groups, mask_from_scores
 from vidssl.training.device_batches import DeviceBatches
 from vidssl.training.distributed import Strategy
 from vidssl.training.micro_batches import PartMaker
-from vidssl.training.optim import build_optimizer, schedule, set_schedule
+from vidssl.training.optim import build_optimizer, schedule, schedule_progress, set_schedule
 from vidssl.training.step import forward_backward
 
 sys.path.append(str(Path(__file__).parents[2] / "integration"))
@@ -83,7 +83,7 @@ def take_step(
         losses = forward_backward(strategy, objective, parts)
         norm = strategy.clip(objective, cfg.optim, step)
         optimizer.step()
-        objective.update(hparams["ema"])
+        objective.update(schedule_progress(cfg.optim, step, 2))
     assert norm.device == META and all(loss.device == META for loss in losses.values())
     return crossings.found if crossings else []
 
