@@ -41,7 +41,7 @@ class Sampler(Score):
         block.attn.qkv = nn.Linear(encoder.dim, 3 * encoder.dim, bias=False)
         self.blocks = TransformerStack([block])
         self.proj = nn.Linear(encoder.dim, 1, bias=False)
-        init_weights(self, "trunc_normal")
+        init_weights(self, "xavier")
 
     def forward(self, video: Tensor, grid: Grid, rng: KeyedRNG, encoder: Encoder) -> Tensor:
         x = encoder.patch_embed(patchify(video, video.shape[2] // grid.t, encoder.patch)).float()
