@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from vidssl.config import PositiveFloat, PositiveInt
+from vidssl.model.cosine import WeightNormedCosine
 from vidssl.model.grid import Grid, Mask, gather_tokens
 from vidssl.model.prediction import Prediction
 from vidssl.model.vit import Encoder, Init, init_weights
@@ -20,15 +21,23 @@ class HeadPredictor(nn.Module):
         encoder: Encoder,
         out: int,
         hidden: PositiveInt | None = None,
+        bottleneck: PositiveInt | None = None,
         init: Init = "trunc_normal",
         init_std: PositiveFloat = 0.02,
     ):
-        """hidden: width of the hidden layer of an MLP; None: one linear layer."""
+        """hidden: width of the hidden layer of an MLP; None: one linear layer. bottleneck: the head of DINO
+        and iBOT, with two hidden layers, the width before the cosines with `out` learned vectors."""
         super().__init__()
-        if hidden is None:
-            self.proj: nn.Module = nn.Linear(encoder.feature_width, out)
+        if bottleneck is not None:
+            width = hidden or 2048
+            layers = [nn.Linear(encoder.feature_width, width), nn.GELU(), nn.Linear(width, width), nn.GELU()]
+            cosine = WeightNormedCosine(bottleneck, out)
+            cosine.factors.requires_grad_(False)
+            self.proj: nn.Module = nn.Sequential(*layers, nn.Linear(width, bottleneck), cosine)
+        elif hidden is None:
+            self.proj = nn.Linear(encoder.feature_width, out)
         else:
-            layers = (nn.Linear(encoder.feature_width, hidden), nn.GELU(), nn.Linear(hidden, out))
+            layers = [nn.Linear(encoder.feature_width, hidden), nn.GELU(), nn.Linear(hidden, out)]
             self.proj = nn.Sequential(*layers)
         init_weights(self, init, init_std)
 

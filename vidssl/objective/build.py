@@ -62,6 +62,7 @@ def build_masked_prediction(
         given["teachers"] = [load_teacher(path) for path in method.target.arguments["paths"]]
     target = method.target.build(**given)
     predictor = method.predictor.build(encoder=encoder, out=target.width)
+    target.bind(predictor)
     needs_query = getattr(predictor, "needs_query", True)
     if needs_query == method.query.is_absent:
         wanted = "needs a query" if needs_query else "has no query"
@@ -79,7 +80,7 @@ def build_masked_prediction(
         target,
         supply(method.query, width=predictor.width, encoder=encoder) if needs_query else None,
         predictor,
-        method.error.build(),
+        supply(method.error, width=target.width),
         method.context,
         corruption,
         method.score.build(encoder=encoder),

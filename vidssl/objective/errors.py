@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vidssl.config import PositiveFloat
+from vidssl.objective.feature_targets import SwappedClusters
 
 ErrorFunction = Callable[[Tensor, Tensor], Tensor]  # prediction and target [B, M, Nt, K] to [B, M, Nt]
 
@@ -70,4 +71,5 @@ ERRORS: dict[str, Callable[..., ErrorFunction]] = {
     "smooth_l1": smooth_l1,
     "cross_entropy": cross_entropy,
     "nce": nce,
+    "swapped_clusters": SwappedClusters,
 }

@@ -1,13 +1,18 @@
-"""Targets made of features: clusters of an EMA encoder's tokens."""
+"""Targets made of features: clusters of an EMA encoder's tokens, and an error that clusters both sides."""
+
+import copy
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vidssl.config import Fraction, PositiveFloat, PositiveInt
+from vidssl.config import Fraction, NonNegativeInt, PositiveFloat, PositiveInt
+from vidssl.model.grid import gather_tokens
+from vidssl.model.prediction import Encoded
 from vidssl.model.vit import Encoder
 from vidssl.objective.ema_target import Ema
 from vidssl.objective.global_batch import sinkhorn
+from vidssl.objective.pair_losses import ClusterCrossEntropy
 
 
 class Clusters(Ema):
@@ -68,3 +73,105 @@ class Clusters(Ema):
             assigned = sinkhorn(scores.flatten(0, 1), self.iterations).unflatten(0, scores.shape[:2])
         own = -(assigned * (logits / self.temperature).log_softmax(-1)).sum(-1)
         return assigned, {"clustering": own.mean()}
+
+
+class SelfAssigned(Ema):
+    """The probabilities that the EMA of encoder and head gives to K prototypes, centred and sharpened.
+
+    The head is the predictor's. Source: the patch loss of iBOT (arXiv 2111.07832, section 3.2; main_ibot.py);
+    its arithmetic is that of DINO (arXiv 2104.14294).
+    """
+
+    couples_clips = True
+    head: nn.Module
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        prototypes: PositiveInt = 8192,
+        temperature: PositiveFloat = 0.04,
+        final_temperature: PositiveFloat = 0.07,
+        temperature_warmup: NonNegativeInt = 0,
+        centre_momentum: Fraction = 0.9,
+        momentum: tuple[Fraction, Fraction] = (0.996, 1.0),
+    ):
+        """final_temperature: reached linearly after `temperature_warmup` steps; centre_momentum: of the
+        running mean of the cosines."""
+        super().__init__(encoder, momentum)
+        self.width = prototypes
+        self.per_mask = True
+        self.assign = ClusterCrossEntropy(
+            prototypes,
+            target_temperature=temperature,
+            final_target_temperature=final_temperature,
+            temperature_warmup=temperature_warmup,
+            centre_momentum=centre_momentum,
+        )
+
+    def bind(self, predictor: nn.Module) -> None:
+        head = predictor.proj
+        assert isinstance(head, nn.Module)
+        self._student = [head]  # in a list, so that it is not registered a second time
+        self.head = copy.deepcopy(head).requires_grad_(False)
+
+    @torch.no_grad()
+    def cosines(self, video: Tensor) -> Tensor:
+        """[B, N, K]"""
+        return self.head(self.encoder(video)).float()
+
+    @torch.no_grad()
+    def forward(self, video: Tensor) -> Tensor:
+        """Probabilities [B, N, K], for measurements: the centre stays."""
+        return ((self.cosines(video) - self.assign.centre) / self.assign.temperature_at(0)).softmax(-1)
+
+    def for_mask(self, encoded: Encoded) -> Tensor:
+        assigned = self.assign.assignments(self.cosines(encoded.video), encoded.rng.step)
+        return gather_tokens(assigned, encoded.mask.target)
+
+    @torch.no_grad()
+    def update(self, encoder: Encoder, momentum: float) -> None:
+        super().update(encoder, momentum)
+        student: list[Tensor] = list(self._student[0].parameters())
+        torch._foreach_lerp_(list[Tensor](self.head.parameters()), student, 1 - momentum)
+        self.assign.update(encoder, momentum)
+
+
+class SwappedClusters(nn.Module):
+    """An error: each side of prediction and target must tell the other's cluster.
+
+    The clusters are learned; Sinkhorn's algorithm assigns all hidden tokens of the step to them evenly, and
+    the best is taken. Predictions do not move the clusters. Source: SIGMA (arXiv 2407.15447, section 3;
+    engine_for_pretraining.py, modeling_pretrain.py), which norms the prototypes in place.
+    """
+
+    couples_clips = True
+
+    def __init__(
+        self,
+        width: int,
+        clusters: PositiveInt = 3000,
+        temperature: PositiveFloat = 0.1,
+        target_temperature: PositiveFloat = 0.05,
+        iterations: PositiveInt = 10,
+    ):
+        """temperature: of the cross-entropies; target_temperature: of the assignments; iterations: of
+        Sinkhorn's algorithm."""
+        super().__init__()
+        self.prototypes = nn.Parameter(torch.randn(clusters, width))
+        self.temperature = temperature
+        self.target_temperature = target_temperature
+        self.iterations = iterations
+
+    def forward(self, pred: Tensor, target: Tensor) -> Tensor:
+        """[B, M, Nt, K] each. Returns [B, M, Nt]."""
+        prototypes = F.normalize(self.prototypes.float(), dim=-1)
+        of_target = F.normalize(target.float(), dim=-1) @ prototypes.T
+        of_pred = F.normalize(pred.float(), dim=-1) @ prototypes.detach().T
+        return self._error(of_target, of_pred) + self._error(of_pred, of_target)
+
+    def _error(self, cosines: Tensor, other: Tensor) -> Tensor:
+        """Cross-entropy of cosines [B, M, Nt, clusters] with the clusters of the other side."""
+        rows = other.detach().flatten(0, 2) / self.target_temperature
+        best = sinkhorn(rows, self.iterations).argmax(-1).reshape(cosines.shape[:-1])
+        log_p = (cosines / self.temperature).log_softmax(-1)
+        return -log_p.gather(-1, best[..., None]).squeeze(-1)

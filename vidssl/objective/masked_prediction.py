@@ -69,6 +69,7 @@ class MaskedPrediction(Objective):
         return [
             self.target,
             *filter(None, (self.query, self.predictor, self.corruption, self.score)),
+            *([self.error] if isinstance(self.error, nn.Module) else []),
             *self.aux,
         ]
 

@@ -67,7 +67,7 @@ class MethodConfig:
     ]
     query: Annotated[Spec, Choice(QUERY_PARTS, supplied=("width", "encoder"), is_optional=True)]
     predictor: Annotated[Spec, Choice(PREDICTOR_PARTS, supplied=("encoder", "out"), is_optional=True)]
-    error: Annotated[Spec, Choice(ERROR_PARTS, is_optional=True)]
+    error: Annotated[Spec, Choice(ERROR_PARTS, supplied=("width",), is_optional=True)]
     context: ContextLoss
     # of what the encoder sees
     corrupt: Annotated[Spec, Choice(CORRUPTION_PARTS, supplied=("encoder",), is_optional=True)]

@@ -30,6 +30,9 @@ class Target(nn.Module):
     def ema_encoder(self) -> Encoder | None:
         return self.encoder
 
+    def bind(self, predictor: nn.Module) -> None:
+        """Called once with the predictor of this target's width."""
+
     def with_aux(self, video: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Returns the target [B, N, K] of every token, and losses of its own by their names in the log."""
         return self(video), {}

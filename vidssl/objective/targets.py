@@ -13,7 +13,7 @@ from vidssl.core.pixels import channel_statistics
 from vidssl.model.grid import patchify
 from vidssl.model.vit import Encoder
 from vidssl.objective.ema_target import Ema
-from vidssl.objective.feature_targets import Clusters
+from vidssl.objective.feature_targets import Clusters, SelfAssigned
 from vidssl.objective.given_tokens import GivenTokens
 from vidssl.objective.hog import Hog
 from vidssl.objective.motion import FrameDifference, HogMotion, Motion
@@ -90,6 +90,7 @@ TARGETS = {
     "teachers": Teachers,
     "own": Own,
     "clusters": Clusters,
+    "self_assigned": SelfAssigned,
     "hog": Hog,
     "frame_difference": FrameDifference,
     "motion": Motion,

@@ -340,3 +340,73 @@ def test_data2vec2():
         regression = 27.7128 * ((pred - tokens_of(target, hidden)) ** 2).mean()
         losses.append(regression + 70.9448 * ((z[:, 0] - target.mean(1)) ** 2).mean())
     torch.testing.assert_close(found, sum(losses) / 2)
+
+
+def test_ibot_patch():
+    """Zhou et al. 2021, section 3.2: the hidden patches of a corrupted image get the prototypes that the EMA
+    of encoder and head gives to those of the whole one, centred and sharpened."""
+    objective, video = method_and_clips("ibot_patch")
+    target = objective.target
+    target.assign.centre.normal_()
+    centre = target.assign.centre.clone()
+    (mask,) = masks_of(objective, video)
+    found = objective(video, fresh(), [mask])["loss"]
+    hidden = mask.target[:, 0]
+
+    def cosines(head, tokens):
+        last = head[-1]
+        directions = F.normalize(last.weight, dim=-1) * last.factors[:, None]
+        return F.normalize(head[:-1](tokens), dim=-1) @ directions.T
+
+    replaced = torch.zeros(B, 16, dtype=torch.bool).scatter(1, hidden, True)
+    z = objective.encoder(video, replaced=(replaced, objective.corruption.token))
+    pred = cosines(objective.predictor.proj, tokens_of(z, hidden))
+    given = cosines(target.head, target.encoder(video))
+    q = F.softmax((tokens_of(given, hidden) - centre) / 0.04, -1)
+    torch.testing.assert_close(found, -(q * F.log_softmax(pred / 0.1, -1)).sum(-1).mean())
+    before = target.head[0].weight.clone()
+    objective.update(0.75)
+    torch.testing.assert_close(target.assign.centre, 0.99 * centre + 0.01 * given.mean((0, 1)))
+    moved = 0.75 * before + 0.25 * objective.predictor.proj[0].weight
+    torch.testing.assert_close(target.head[0].weight, moved)
+
+
+def test_sigma(tmp_path):
+    """Salehi et al. 2024, section 3: predictions and teacher's features, standardised over the clip's tokens,
+    tell each other's cluster; the prototypes learn from the teacher's side alone."""
+    objective, video = method_and_clips("sigma", *make_teacher("sigma", tmp_path))
+    (mask,) = masks_of(objective, video)
+    found = objective(video, fresh(), [mask])["loss"]
+    frames = [objective.target.teacher(video[:, :, [t]]) for t in range(0, video.shape[2], 2)]
+    features = torch.cat(frames, 1)
+    features = features - features.mean(1, keepdim=True)
+    features = features / (features.square().mean(1, keepdim=True) + 1e-5).sqrt()
+    target = tokens_of(features, mask.target[:, 0]).flatten(0, 1)
+    pred = prediction_of(objective.predictor, objective, video, mask).flatten(0, 2)
+    prototypes = F.normalize(objective.error.prototypes, dim=-1)
+    scores = [F.normalize(x, dim=-1) @ p.T for x, p in ((target, prototypes), (pred, prototypes.detach()))]
+    best = [even_assignments(x.detach() / 0.05, 10).argmax(1) for x in scores]
+    terms = [F.cross_entropy(scores[0] / 0.1, best[1]), F.cross_entropy(scores[1] / 0.1, best[0])]
+    torch.testing.assert_close(found, terms[0] + terms[1])
+    own = objective.error.prototypes
+    gradients = [torch.autograd.grad(loss, own, retain_graph=True)[0] for loss in (found, terms[0])]
+    torch.testing.assert_close(*gradients)
+    assert objective.couples_clips
+
+
+@pytest.mark.parametrize("method", ["mae_4ds", "omnimae"])
+def test_simple_autoencoders_of_videos(method):
+    """Squared error of the hidden patches' pixels, each colour with mean 0 and deviation 1."""
+    objective, video = method_and_clips(method)
+    (mask,) = masks_of(objective, video)
+    ratio = {"mae_4ds": 0.95, "omnimae": 0.9}[method]
+    assert mask.context.shape[1] == 64 - int(ratio * 64)
+    pred = prediction_of(objective.predictor, objective, video, mask)[:, 0]
+    losses = []
+    for clip in range(B):
+        for i, token in enumerate(mask.target[clip, 0].tolist()):
+            parts = (video * STD + MEAN)[clip].unflatten(1, (-1, 2))[:, token // 16].unfold(2, 8, 8)
+            patch = parts.unfold(3, 8, 8)[:, :, token % 16 // 4, token % 4].flatten(1)
+            patch = (patch - patch.mean(1, keepdim=True)) / (patch.std(1, keepdim=True) + 1e-6)
+            losses.append(((pred[clip, i] - patch.T.flatten()) ** 2).mean())
+    torch.testing.assert_close(objective(video, fresh(), [mask])["loss"], torch.stack(losses).mean())
