@@ -65,7 +65,7 @@ def build_masked_prediction(
     target.bind(predictor)
     needs_query = getattr(predictor, "needs_query", True)
     if needs_query == method.query.is_absent:
-        wanted = "needs a query" if needs_query else "has no query"
+        wanted = "needs one: give its kind" if needs_query else "has none: leave it out"
         raise UserError(f"method.query: predictor {method.predictor.kind} {wanted}")
     if (method.mask.kind == "scored") == method.score.is_absent:
         raise UserError("method.mask.kind=scored and method.score go together: give both or neither")

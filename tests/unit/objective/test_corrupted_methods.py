@@ -201,6 +201,7 @@ def test_loss_longhand(method, tmp_path):
     [
         ("hog_motion", ["method.error.kind=l2"], "l2, but target hog_motion needs weighted_l2"),
         ("frame_difference", ["method.error.kind=weighted_l2"], "has no weights for weighted_l2"),
+        ("maskfeat", ["method.query.kind=token"], "method.query: predictor head has none: leave it out"),
         ("maskfeat", ["method.corrupt={kind: blur}"], "kind head: the encoder must see hidden tokens"),
     ],
 )
