@@ -26,7 +26,7 @@ def check_sigreg(case: Case) -> None:
     case.compare("statistic", statistic)
     case.compare("statistic_t_max_5", sigreg(embeddings, directions, largest=5.0))
     case.compare("statistic_of_zeros", sigreg(torch.zeros_like(embeddings), directions))
-    each = [[sigreg(view[None], column[:, None]) for column in directions.T] for view in embeddings]
+    each = [[sigreg(view[None], column[:, None]).item() for column in directions.T] for view in embeddings]
     case.compare("statistic_per_view_and_direction", torch.tensor(each))
     compare_gradients(case, statistic, grad_embeddings=embeddings)
 
