@@ -86,6 +86,7 @@ class Throughput:
         self.device = strategy.device
         self.clips = clips
         self.utilization = Utilization(self.device, precision, model) if strategy.is_main else None
+        self.world = strategy.world if strategy.is_main else 1
         self.start_s = 0.0
         self.wait_s = 0.0
         self.beside_s: dict[str, float] = {}
@@ -148,8 +149,9 @@ class Throughput:
         """Call after the optimizer step, before measurements and checkpoints, which are not part of the step,
         and after the step's metrics were read.
 
-        clips_per_s; wait: fraction of the step spent waiting for the loader; memory: peak, bytes; mfu or
-        matmul_utilization: see Utilization; save_s: seconds that a checkpoint took after the previous step.
+        clips_per_s; wait: fraction of the step spent waiting for the loader; memory: peak, bytes; flops:
+        model FLOPs of the step, over all processes; mfu or matmul_utilization: see Utilization; save_s:
+        seconds that a checkpoint took after the previous step.
         """
         seconds = time.perf_counter() - self.start_s
         if self.prefetch_events:
@@ -163,6 +165,7 @@ class Throughput:
         row = {"clips_per_s": self.clips / seconds, "wait": self.wait_s / seconds}
         row["memory"] = peak_memory(self.device)
         if self.utilization:
+            row["flops"] = self.utilization.flops.total * self.world
             row |= self.utilization.row(seconds)
         row |= self.beside_s
         self.beside_s = {}

@@ -172,12 +172,14 @@ def test_a_run_that_waits_for_data_says_so_after_100_steps_and_at_its_end(monkey
             clock.passes(1)
             yield None
 
-    strategy = SimpleNamespace(device=torch.device("cpu"), is_main=True)
-    monkeypatch.setattr(perf, "Utilization", lambda *_: SimpleNamespace(row=lambda _: {}))
+    strategy = SimpleNamespace(device=torch.device("cpu"), is_main=True, world=2)
+    utilization = SimpleNamespace(row=lambda _: {}, flops=SimpleNamespace(total=5))
+    monkeypatch.setattr(perf, "Utilization", lambda *_: utilization)
     throughput = perf.Throughput(strategy, "fp32", 8, torch.nn.Identity(), "take more of it")
     for _ in throughput.timed(loader()):
         clock.passes(3)
-        throughput.row()
+        # of all processes, by this one's part
+        assert throughput.row()["flops"] == 2 * 5
     words = "{} steps went to waiting for data: take more of it"
     assert [r.message for r in caplog.records] == ["25% of " + words.format(n) for n in (100, 119)]
 
