@@ -24,6 +24,7 @@ TABLES = [
     *(value for value in vars(objective_schema).values() if isinstance(value, PartTable)),
 ]
 HEAVY = ("torch", "torchvision", "timm", "av", "decord", "accelerate", "matplotlib", "transformers")
+OWN = ("data_prep", "vidssl", "zoo", "compare", "quickstart")  # imported anew by each program
 # Runs programs one after the other, and writes what each has answered and which of the modules it imported.
 RUN = f"""
 import contextlib, io, json, runpy, sys
@@ -41,7 +42,7 @@ for argv in json.load(sys.stdin):
         except SystemExit as e:
             status = e.code or 0
     imported = [m for m in {HEAVY!r} if m in sys.modules]
-    for name in [m for m in sys.modules if m.partition(".")[0] in ("data_prep", "vidssl")]:
+    for name in [m for m in sys.modules if m.partition(".")[0] in {OWN!r}]:
         del sys.modules[name]
     answers.append((status, imported, out.getvalue(), err.getvalue().strip()))
 print(json.dumps(answers))
@@ -87,7 +88,7 @@ CONFIGURED = {"train": TrainConfig, "probe": ProbeConfig, "finetune": FinetuneCo
 PROGRAMS = [
     *(f"vidssl/{name}.py" for name in CONFIGURED),
     *(f"data_prep.{name}" for name in ("pack", "scan", "verify", "leaks", "synthetic", "report")),
-    *(f"tools/{name}.py" for name in ("convert", "compare", "show_masks", "quickstart")),
+    *(f"tools/{name}.py" for name in ("convert", "compare", "show_masks", "quickstart", "zoo_run")),
 ]
 MISTAKES = [
     ([*TRAIN, "run.step=3"], "did you mean run.steps?"),
@@ -128,6 +129,8 @@ MISTAKES = [
     (["tools/show_masks.py", "docs", "OUT.png"], "docs: no run folder"),
     (["tools/show_masks.py", "--method", "vjep", "OUT.png"], "did you mean vjepa?"),
     (["tools/quickstart.py", "nowhere"], "nowhere: no such folder"),
+    (["tools/zoo_run.py", "configs/zoo/quickstart.yaml", "snapshot=1"], "did you mean snapshots?"),
+    (["tools/zoo_run.py", "configs/zoo/quickstart.yaml", "out=OUT"], "runs.videomae_tiny: data.train: runs/"),
 ]
 
 

@@ -1,0 +1,1 @@
+"""The parts of tools/zoo_run.py."""
