@@ -38,15 +38,17 @@ def build_objective(
         frames=method.encoder_frames(frames[0], model.arguments["tubelet"]), height=size, width=size
     )
     terms: list[tuple[float, Objective]] = []
+    is_sum = method.predicts + (not method.agree.is_absent) + (not method.pretext.is_absent) > 1
+    clips = dict.fromkeys(frames if is_sum else frames[1:])  # a term of a sum may see single windows
     if method.predicts:
         prediction = build_masked_prediction(method, encoder, load_teacher)
-        for count in frames:
+        for count in clips:
             check_clip(prediction, count, size)
         terms.append((method.weight, prediction))
     for other in (method.agree, method.pretext):
         if not other.is_absent:
             term = other.build(encoder=encoder)
-            for count in frames:
+            for count in clips:
                 term.check_clip(count, size)
             terms.append((1.0, term))
     return terms[0][1] if len(terms) == 1 else WeightedSum(encoder, terms)

@@ -67,6 +67,11 @@ class PredictedLoss(Score):
         return {"aux_rank": self.weight * loss}
 
     @torch.no_grad()
+    def start_from(self, encoder: Encoder) -> None:
+        """Starts the EMA from loaded weights of the encoder."""
+        torch._foreach_copy_(list(self.average_encoder.parameters()), list(encoder.parameters()))
+
+    @torch.no_grad()
     def update(self, encoder: Encoder, momentum: float) -> None:
         """EMA of encoder and decoder."""
         for average, module in ((self.average_encoder, encoder), (self.average_predictor, self.predictor)):

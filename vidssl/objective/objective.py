@@ -1,6 +1,6 @@
 """What training asks of every objective, whichever its formula: masked_prediction.py has the first."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -63,6 +63,14 @@ class Objective(nn.Module):
     def varying_parts(self) -> list[nn.Module]:
         """The parts whose numbers of tokens differ from step to step."""
         return []
+
+    def start_averages(self, loaded: Sequence[str]) -> None:
+        """Called after weights were loaded into a fresh run, by their dotted names: averages of the encoder
+        that were not among them start from the encoder."""
+        if not any(".average_encoder." in name for name in loaded):
+            for part in self.parts:
+                if hasattr(part, "start_from"):
+                    part.start_from(self.encoder)  # type: ignore[operator]
 
     def update(self, progress: float) -> None:
         """Called after every optimizer step. progress: of the schedules, 0 at the first step and 1 at the

@@ -2,6 +2,7 @@
 evaluation."""
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,19 @@ from torch import Tensor
 
 from vidssl.config import Spec
 from vidssl.core.errors import UserError
-from vidssl.core.pixels import MEAN, STD
 from vidssl.model.grid import Grid
 from vidssl.model.positions import resize_table
+from vidssl.objective.masked_prediction import MaskedPrediction
 from vidssl.objective.objective import Objective
 from vidssl.objective.schema import MethodConfig
 from vidssl.pretrained.files import native_header, save_native, save_weights
 from vidssl.pretrained.infer_config import Checkpoint, token_grid
+from vidssl.pretrained.step_checkpoint import StoredNames, encoder_of_state
+
+TERM = re.compile(r"^terms\.\d+\.")  # before the names of a term of a sum
+# First word of a tensor's name -> section of the method
+PART_SECTIONS = {"predictor": "predictor", "query": "query", "target": "target"}
+PART_SECTIONS |= {"corruption": "corrupt", "score": "score"}
 
 
 def pretrained_weights(
@@ -32,14 +39,15 @@ def pretrained_weights(
     """
     check_same_options("model", checkpoint.model, model.arguments, source)
     parts = {"encoder": checkpoint.online or checkpoint.encoder}
-    if (ema_name := ema_encoder_name(objective)) is not None:
-        parts[ema_name] = checkpoint.encoder
+    names = stored_names(objective)
+    if names.average is not None:
+        parts[names.average] = checkpoint.encoder
     is_joint = (method.predictor.kind, method.query.kind) == ("joint", "token")
     if is_joint and checkpoint.predictor is not None and checkpoint.query is not None:
         check_same_options("method.predictor", checkpoint.predictor, method.predictor.arguments, source)
         groups = method.query.arguments["groups"]  # V-JEPA 2 has ten mask tokens and uses the first ones
-        parts["predictor"] = checkpoint.predictor_weights
-        parts["query"] = {"tokens": checkpoint.query[:groups]}
+        parts[f"{names.prediction}predictor"] = checkpoint.predictor_weights
+        parts[f"{names.prediction}query"] = {"tokens": checkpoint.query[:groups]}
     weights: dict[str, Tensor] = {}
     for part, tensors in parts.items():
         resized = resize_positions(tensors, token_grid(checkpoint.model), objective.encoder.grid)
@@ -55,10 +63,45 @@ def pretrained_weights(
     return weights
 
 
-def ema_encoder_name(objective: Objective) -> str | None:
-    """Dotted name of the EMA encoder within the objective; None where there is none."""
+def stored_names(objective: Objective) -> StoredNames:
+    """Where an objective's state dict has what other runs and evaluations read."""
+    names = {id(module): name for name, module in objective.named_modules()}
     ema = objective.ema_encoder
-    return None if ema is None else next(name for name, m in objective.named_modules() if m is ema)
+    prediction = next((m for m in objective.modules() if isinstance(m, MaskedPrediction)), objective)
+    return StoredNames(
+        names[id(objective.eval_encoder)],
+        None if ema is None else names[id(ema)],
+        f"{names[id(prediction)]}.".removeprefix("."),
+    )
+
+
+def same_parts(
+    objective: Objective, state: dict[str, Tensor], stored: dict[str, Any], method: dict[str, Any]
+) -> dict[str, str]:
+    """Name of a tensor of the objective -> its name in `state`, of the parts that both methods have.
+
+    stored, method: the `method` sections of the checkpoint and of this run. A part is the same if its kind
+    is, and a tensor fits if its shape does; a term of a sum is found outside of sums, too.
+    """
+
+    def kinds(section: dict[str, Any], part: str) -> Any:
+        if part == "aux":
+            return [aux["kind"] for aux in section.get("aux", [])]
+        if part == "encoder":
+            return None
+        if part in PART_SECTIONS:
+            return section.get(PART_SECTIONS[part], {}).get("kind")
+        return [section.get(formula, {}).get("kind") for formula in ("agree", "pretext")]
+
+    plain = {TERM.sub("", name): name for name in reversed(state)}
+    found = {}
+    for name, tensor in objective.state_dict().items():
+        same = name if name in state else plain.get(TERM.sub("", name))
+        part = TERM.sub("", name).split(".")[0]
+        fits = same is not None and state[same].shape == tensor.shape
+        if same is not None and fits and kinds(stored, part) == kinds(method, part):
+            found[name] = same
+    return found
 
 
 def resize_positions(weights: dict[str, Tensor], old: Grid, new: Grid) -> dict[str, Tensor]:
@@ -93,21 +136,24 @@ def to_checkpoint(
 ) -> Checkpoint:
     """The checkpoint of a run. model: arguments of its Encoder; state: the full state dict of the
     objective."""
-
-    def part(name: str) -> dict[str, Tensor]:
-        return {k.removeprefix(f"{name}."): v for k, v in state.items() if k.startswith(f"{name}.")}
-
-    pixels = {"mean": list(MEAN), "std": list(STD)}
-    ema_name = ema_encoder_name(objective)
-    is_online = ema_name is None or objective.eval_encoder is objective.encoder
-    checkpoint = Checkpoint("vidssl", model, part("encoder" if is_online else str(ema_name)), pixels)
-    if not is_online:
-        checkpoint.online = part("encoder")
-    if predictor.kind == "joint" and "query.tokens" in state:
-        checkpoint.predictor = {**predictor.arguments, "out": state["predictor.proj.weight"].shape[0]}
-        checkpoint.predictor_weights = part("predictor")
-        checkpoint.query = state["query.tokens"]
+    checkpoint = encoder_of_state(state, model, stored_names(objective).evaluated)
+    add_joint_predictor(checkpoint, predictor, state)
     return checkpoint
+
+
+def add_joint_predictor(checkpoint: Checkpoint, predictor: Spec, state: dict[str, Tensor]) -> None:
+    """Adds the predictor of a run, which other runs can start from and other formats have, if it is joint.
+
+    state: the full state dict of the run's objective.
+    """
+    tokens = next((name for name in state if TERM.sub("", name) == "query.tokens"), None)
+    if predictor.kind != "joint" or tokens is None:
+        return
+    prefix = tokens.removesuffix("query.tokens") + "predictor."
+    own = {name: tensor for name, tensor in state.items() if name.startswith(prefix)}
+    checkpoint.predictor_weights = {name.removeprefix(prefix): tensor for name, tensor in own.items()}
+    checkpoint.predictor = {**predictor.arguments, "out": state[f"{prefix}proj.weight"].shape[0]}
+    checkpoint.query = state[tokens]
 
 
 def save_run_encoder(out: Path, checkpoint: Checkpoint, metadata: dict[str, Any], snapshot: bool) -> None:

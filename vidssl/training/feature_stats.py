@@ -17,6 +17,7 @@ from torch import Tensor
 
 from vidssl.core.pixels import normalise
 from vidssl.core.spectrum import alpha_req, rankme, singular_values
+from vidssl.model.vit import Encoder
 from vidssl.objective.objective import Objective
 from vidssl.training.collapse import CollapseDetector
 from vidssl.training.distributed import full_tensor, unsharded
@@ -81,16 +82,21 @@ def mean_cosine(vectors: Tensor) -> float:
 
 @torch.no_grad()
 def ema_drift(
-    objective: Objective, video: Tensor, ema_features: Tensor, autocast: Autocast = contextlib.nullcontext
+    objective: Objective,
+    ema_encoder: Encoder,
+    video: Tensor,
+    features: Tensor,
+    autocast: Autocast = contextlib.nullcontext,
 ) -> dict[str, float]:
     """Distance of the online encoder from the EMA encoder: relative L2 distance of the weights, and 1 -
-    cosine similarity of the features. video f32 [b, 3, T, H, W]; ema_features [b, N, D]: the EMA encoder's of
-    these clips."""
+    cosine similarity of the features. video f32 [b, 3, T, H, W]; features [b, N, D]: the evaluated encoder's,
+    which is one of the two, of these clips."""
     online = list(objective.encoder.parameters())
-    ema = list(objective.eval_encoder.parameters())
+    ema = list(ema_encoder.parameters())
     distance = global_norm([a - b for a, b in zip(online, ema, strict=True)])
+    other = objective.encoder if objective.eval_encoder is ema_encoder else ema_encoder
     with unsharded(objective), autocast():
-        similarity = F.cosine_similarity(objective.encoder(video).float(), ema_features.float(), dim=-1)
+        similarity = F.cosine_similarity(other(video).float(), features.float(), dim=-1)
     return {
         "drift_weights": float(distance / global_norm(ema)),
         "drift_features": float(1 - similarity.mean()),
@@ -136,8 +142,8 @@ class FeatureStats:
         stats = feature_statistics(features, encoder.grid_of(video).t)
         if target is not None:
             stats["target_var"] = float(target.float().flatten(0, 1).var(0).mean())
-        if objective.ema_encoder is not None:
-            stats |= ema_drift(objective, target_video, features[::TARGET_CLIP_STRIDE], autocast)
+        if (ema := objective.ema_encoder) is not None:
+            stats |= ema_drift(objective, ema, target_video, features[::TARGET_CLIP_STRIDE], autocast)
         objective.train(was_training)
         if len(clips) >= MIN_CLIPS:
             self.detector.add(stats)

@@ -116,4 +116,9 @@ def make_part_maker(cfg: TrainConfig, objective: Objective, strategy: Strategy) 
             "step with one another, so they cannot be computed in parts: give 1"
         )
     cut_groups = make_cut_groups(cfg, objective.mask, strategy.world)
+    if objective.couples_clips and any(cut_groups(clips) > 1 for clips in cfg.data.clips(cfg.run.batch)):
+        raise UserError(
+            "method.mask.truncate_over: divides the clips of a step, which the method compares with one "
+            "another: give null (all clips of a step), or method.mask.truncate=random"
+        )
     return PartMaker(objective, strategy, cfg.run.seed, cfg.efficiency.micro_batches, cut_groups)

@@ -281,8 +281,7 @@ class TrainConfig:
         from vidssl.objective.build import build_objective
         from vidssl.pretrained.load import load_teacher
 
-        lengths = [stream.clip_frames for stream in self.data.streams()]
-        frames = list(dict.fromkeys([self.data.frames, *lengths]))
+        frames = [self.data.frames, *(stream.clip_frames for stream in self.data.streams())]
         size = self.augment.arguments["size"]
         objective = build_objective(self.method, self.model, frames, size, self.run.seed, load_teacher)
         if objective.needs_motion and not self.data.motion_vectors:

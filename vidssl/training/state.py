@@ -13,8 +13,17 @@ from vidssl.core.errors import UserError
 from vidssl.core.io import check_free_space
 from vidssl.core.log import logger
 from vidssl.objective.objective import Objective
-from vidssl.pretrained.init import pretrained_weights, save_run_encoder, to_checkpoint
+from vidssl.pretrained.init import (
+    TERM,
+    add_joint_predictor,
+    pretrained_weights,
+    same_parts,
+    save_run_encoder,
+    stored_names,
+    to_checkpoint,
+)
 from vidssl.pretrained.load import read_checkpoint_file
+from vidssl.pretrained.step_checkpoint import encoder_of_state, evaluated_encoder
 from vidssl.training.checkpoint import (
     TENSOR_FILES,
     AsyncWriter,
@@ -238,7 +247,13 @@ class TrainState(RunState):
             optimizer,
             guard,
             Path(run.out),
-            provenance(config.to_tree(cfg), data_hash),
+            provenance(config.to_tree(cfg), data_hash)
+            | {
+                "encoder": {
+                    "arguments": cfg.encoder_arguments(),
+                    "evaluated": stored_names(objective).evaluated,
+                }
+            },
             TrainConfig,
             run.steps,
             resume_mutable(cfg),
@@ -266,15 +281,20 @@ class TrainState(RunState):
         weights: dict[str, Tensor] = {}
         optimizer: dict[str, Any] = {}
 
-        def read() -> None:
+        def read() -> list[str]:
             found, saved = initial_weights(self.objective, self.cfg, source)
             weights.update(found)
             if saved is not None:
                 self._check_same_groups(saved, source)
                 optimizer.update(saved)
+            fresh = {parts_of(name) for name, _ in self.objective.named_parameters() if name not in found}
+            if fresh:
+                logger.info(f"run.init: {source} has no {', '.join(sorted(fresh))} that fits: drawn anew")
+            return list(found)
 
-        self.strategy.run_on_main(read)
+        loaded = self.strategy.run_on_main(read)
         self.strategy.load_weights(self.objective, weights, strict=False)
+        self.objective.start_averages(loaded)
         self.strategy.load_moments(self.objective, self.optimizer, optimizer or None)
 
     def export(self, step: int, weights: dict[str, Tensor]) -> None:
@@ -299,34 +319,45 @@ class TrainState(RunState):
             )
 
 
+def parts_of(name: str) -> str:
+    """The part of a method that a parameter belongs to, by its dotted name."""
+    parts = TERM.sub("", name).split(".")
+    return ".".join(parts[:2]) if parts[0] == "target" else parts[0]
+
+
 def initial_weights(
     objective: Objective, cfg: TrainConfig, source: str
 ) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     """Returns the weights that a run starts from, by their names in the objective, and the optimizer's state
     or None.
 
-    source: a run's folder or a published checkpoint (weights only), or a step checkpoint
-    (RUN/checkpoints/step-00000100). Raises UserError if it is damaged or does not fit the configuration.
+    source: a run's folder or a published checkpoint (encoder, and a joint predictor), or a step checkpoint
+    (RUN/checkpoints/step-00000100), of which every part is taken that both methods have, with its moments.
+    Raises UserError if it is damaged or does not fit the configuration.
     """
-    optimizer = None
-    if (Path(source) / "state.json").is_file():
-        try:
-            saved = read_checkpoint(Path(source))
-        except (OSError, ValueError, KeyError, TypeError) as e:
-            raise UserError(
-                f"run.init: {source}: cannot be read ({str(e).strip().splitlines()[0]})"
-            ) from None
-        tree = saved["provenance"]["config"]
-        optimizer = saved["optimizer"]
-        if "method" not in tree:
-            raise UserError(f"run.init: {source} is a fine-tuning checkpoint; give the run's folder")
-        stored = config.from_tree(tree, TrainConfig, source)
-        checkpoint = to_checkpoint(
-            objective, stored.encoder_arguments(), stored.method.predictor, saved["model"]
-        )
-    else:
+    if not (Path(source) / "state.json").is_file():
         checkpoint = read_checkpoint_file(source)[0]
-    return pretrained_weights(objective, checkpoint, cfg.model, cfg.method, source), optimizer
+        return pretrained_weights(objective, checkpoint, cfg.model, cfg.method, source), None
+    try:
+        saved = read_checkpoint(Path(source))
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise UserError(f"run.init: {source}: cannot be read ({str(e).strip().splitlines()[0]})") from None
+    tree = saved["provenance"]["config"]
+    if "method" not in tree:
+        raise UserError(f"run.init: {source} is a fine-tuning checkpoint; give the run's folder")
+    stored = config.from_tree(tree, TrainConfig, source)
+    state = saved["model"]
+    evaluated, _ = evaluated_encoder(saved["provenance"], state)
+    checkpoint = encoder_of_state(state, stored.encoder_arguments(), evaluated)
+    add_joint_predictor(checkpoint, stored.method.predictor, state)
+    weights = pretrained_weights(objective, checkpoint, cfg.model, cfg.method, source)
+    methods = [config.to_tree(c)["method"] for c in (stored, cfg)]
+    same = same_parts(objective, state, *methods)
+    weights |= {name: state[stored_name] for name, stored_name in same.items()}
+    optimizer = saved["optimizer"]
+    names = {name: name for name in weights} | same
+    moments = {n: optimizer["state"][m] for n, m in names.items() if m in optimizer["state"]}
+    return weights, {**optimizer, "state": moments}
 
 
 def check_same_run(

@@ -1,5 +1,6 @@
 """Feature statistics of constructed features; collapse detection in a collapsing and in a healthy run."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,9 @@ from vidssl.objective.target_base import Target
 from vidssl.training.feature_stats import FeatureStats, feature_statistics
 from vidssl.training.optim import build_optimizer, schedule, schedule_progress, set_schedule
 from vidssl.training.schema import TrainConfig
+
+sys.path.append(str(Path(__file__).parents[2] / "integration"))
+from test_methods import small
 
 ROOT = Path(__file__).parents[3]
 STEPS, EVERY = 300, 50
@@ -139,3 +143,15 @@ if __name__ == "__main__":
         print("collapsing" if collapsing else "healthy", warnings)
         for r in rows:
             print({k.removeprefix("feature_"): round(v, 4) for k, v in r.items()})
+
+
+def test_the_drift_is_that_of_the_average_where_the_online_encoder_is_evaluated():
+    objective = small("byol").build_objective()
+    assert objective.eval_encoder is objective.encoder
+    with torch.no_grad():
+        for p in objective.ema_encoder.parameters():
+            p.add_(0.1)
+    stats = FeatureStats()
+    stats.add_clips(torch.randint(0, 256, (4, 3, 16, 32, 32), dtype=torch.uint8))
+    found = stats.measure(objective)
+    assert found["feature_drift_weights"] > 0.1 and found["feature_drift_features"] > 1e-4
