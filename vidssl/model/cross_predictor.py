@@ -1,12 +1,16 @@
 """A predictor whose queries attend to the encoder's tokens, which are not processed again."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange, repeat
 from timm.layers import Mlp
 from torch import Tensor, nn
+from torch.nn.attention import sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 from vidssl.config import PositiveFloat, PositiveInt
 from vidssl.core.errors import UserError
@@ -14,7 +18,7 @@ from vidssl.model.cosine import WeightNormedCosine
 from vidssl.model.grid import Grid, Mask
 from vidssl.model.positions import PositionEncoding, PositionKind, RotaryTable, apply_rope
 from vidssl.model.prediction import Prediction
-from vidssl.model.vit import LAYER_NORM_EPS, Encoder, Init, check_heads, init_weights
+from vidssl.model.vit import KERNELS_OF_ANY_SHAPE, LAYER_NORM_EPS, Encoder, Init, check_heads, init_weights
 
 SelfAttention = Literal["none", "before", "after"]
 NormPlace = Literal["pre", "post"]
@@ -25,6 +29,8 @@ NORMS = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
 
 class MemoryAttention(nn.Module):
     """Multi-head attention of x [B, n, width] to memory [B, m, memory_width]. Returns [B, n, width]."""
+
+    counts_vary = False  # as of Attention
 
     def __init__(self, width: int, memory_width: int, heads: int, bias: bool = True):
         super().__init__()
@@ -39,7 +45,8 @@ class MemoryAttention(nn.Module):
         if ropes is not None:
             q, k = apply_rope(q, ropes[0]), apply_rope(k, ropes[1])
         q, k, v = (rearrange(part, "b n 1 h e -> b h n e") for part in (q, k, v))
-        attended = nn.functional.scaled_dot_product_attention(q, k, v)
+        with sdpa_kernel(KERNELS_OF_ANY_SHAPE) if self.counts_vary else nullcontext():
+            attended = F.scaled_dot_product_attention(q, k, v)
         return self.proj(rearrange(attended, "b h n e -> b n (h e)"))
 
 
@@ -85,6 +92,21 @@ class CrossBlock(nn.Module):
             return self.cross(x, memory, ropes)
         assert self.own is not None
         return self.own(x, x, ropes and (ropes[0], ropes[0]))
+
+
+class CrossStack(nn.ModuleList):
+    """A stack of CrossBlocks, with TransformerStack's option activation_checkpointing."""
+
+    activation_checkpointing = False
+
+    def forward(self, x: Tensor, memories: Sequence[Tensor], ropes: Ropes | None = None) -> Tensor:
+        """x [B, n, width]; memories: what each block attends to, [B, m, memory_width]."""
+        for block, memory in zip(self, memories, strict=True):
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, memory, ropes, use_reentrant=False)
+            else:
+                x = block(x, memory, ropes)
+        return x
 
 
 class CrossPredictor(nn.Module):
@@ -164,7 +186,7 @@ class CrossPredictor(nn.Module):
         self.positions = PositionEncoding(positions, encoder.grid, width, heads, rope_grid)
         self.class_query = nn.Parameter(0.02 * torch.randn(width)) if class_query else None
         arguments = (width, source, heads, mlp_ratio, self_attention, norm, norm_kind, bias, eps)
-        self.blocks = nn.ModuleList(CrossBlock(*arguments) for _ in range(depth))
+        self.blocks = CrossStack(CrossBlock(*arguments) for _ in range(depth))
         norms = memory == "mix" or memory_norm
         self.memory_norms = nn.ModuleList(nn.LayerNorm(source, eps=eps) for _ in range(depth if norms else 0))
         self.norm = NORMS[norm_kind](width, eps=eps) if final_norm else nn.Identity()
@@ -228,9 +250,7 @@ class CrossPredictor(nn.Module):
 
     def decode(self, queries: Tensor, memories: Sequence[Tensor], ropes: Ropes | None = None) -> Tensor:
         """queries [B, n, width]. Returns normed tokens of the same shape."""
-        for block, memory in zip(self.blocks, memories, strict=True):
-            queries = block(queries, memory, ropes)
-        return self.norm(queries)
+        return self.norm(self.blocks(queries, memories, ropes))
 
     def _ropes(self, grid: Grid, queries: Tensor, memory: Tensor, class_tokens: int) -> Ropes | None:
         """Of queries i64 [B, n] and memory i64 [B, m] after class tokens; None without rotary positions."""

@@ -11,6 +11,7 @@ from vidssl.config import PositiveFloat, PositiveInt
 from vidssl.core.errors import UserError
 from vidssl.core.pixels import channel_statistics
 from vidssl.model.grid import gather_tokens, patchify
+from vidssl.model.positions import PositionEncoding
 from vidssl.model.prediction import Encoded
 from vidssl.model.vit import Encoder
 
@@ -63,10 +64,12 @@ class ContextMean(nn.Module):
     def forward(self, encoded: Encoded, predictor: nn.Module) -> Tensor:
         """Returns [B, M, Nt, width]."""
         mask = encoded.mask
-        positions = predictor.positions
-        hidden = positions.embedding(encoded.grid, mask.target)  # type: ignore[operator, union-attr]
-        visible = positions.embedding(encoded.grid, mask.context)  # type: ignore[operator, union-attr]
-        if not isinstance(hidden, Tensor):
+        positions = getattr(predictor, "positions", None)
+        if not isinstance(positions, PositionEncoding):
+            raise UserError("method.query.kind: context_mean needs predictor joint or cross")
+        hidden = positions.embedding(encoded.grid, mask.target)
+        visible = positions.embedding(encoded.grid, mask.context)
+        if not isinstance(hidden, Tensor) or not isinstance(visible, Tensor):
             raise UserError(
                 "method.query.kind: context_mean needs added positions in the predictor, not rope"
             )

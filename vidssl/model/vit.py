@@ -324,6 +324,10 @@ class Encoder(nn.Module):
         """The token grid of a video [B, 3, T, H, W]."""
         return self._grid(*video.shape[2:])
 
+    def patch_embed_of(self, grid: Grid) -> PatchEmbed:
+        """The embedding of the patches of a grid, which may be an image's."""
+        return self.patch_embed_img if self.patch_embed_img is not None and grid.image else self.patch_embed
+
     def forward(
         self,
         video: Tensor,
@@ -342,11 +346,8 @@ class Encoder(nn.Module):
         patches = patchify(video, video.shape[2] // grid.t, self.patch)
         if ids is not None:
             patches = gather_tokens(patches, ids)
-        embed = self.patch_embed
-        if self.patch_embed_img is not None and grid.image:
-            embed = self.patch_embed_img
         # The residual stream is f32 under autocast, too, whatever kind of positions is added.
-        x = embed(patches).float()
+        x = self.patch_embed_of(grid)(patches).float()
         if replaced is not None:
             hidden = replaced[0] if ids is None else replaced[0].gather(1, ids)
             x = torch.where(hidden[..., None], replaced[1].float(), x)

@@ -76,6 +76,11 @@ def build_masked_prediction(
     aux = [supply(spec, encoder=encoder, target_width=target.width) for spec in method.aux]
     for module, spec in zip(aux, method.aux, strict=True):
         module.kind = spec.kind
+        if getattr(module, "tokens", None) == "target" and method.target.kind != "own":
+            raise UserError(
+                f"method.aux: {spec.kind} of the target moves nothing, as target {method.target.kind} has no "
+                "gradients; give tokens: prediction or tokens: context"
+            )
     return MaskedPrediction(
         encoder,
         method.mask.build(),

@@ -17,11 +17,11 @@ from vidssl.objective.global_batch import mean_over_processes
 Features = Literal["target", "prediction", "context"]
 
 
-def features_of(predicted: Predicted, on: Features) -> Tensor:
+def features_of(predicted: Predicted, tokens: Features) -> Tensor:
     """The hidden tokens' targets or predictions, or the tokens that the encoder saw, [B, n, D] each."""
-    if on == "context":
+    if tokens == "context":
         return predicted.encoded.z
-    return (predicted.target if on == "target" else predicted.prediction.target).flatten(1, 2)
+    return (predicted.target if tokens == "target" else predicted.prediction.target).flatten(1, 2)
 
 
 class FeatureSigreg(Auxiliary):
@@ -32,14 +32,14 @@ class FeatureSigreg(Auxiliary):
 
     couples_clips = True
 
-    def __init__(self, weight: NonNegativeFloat, on: Features = "target", directions: PositiveInt = 256):
-        """on: which tokens; directions: on which they are projected, new ones in each step."""
+    def __init__(self, weight: NonNegativeFloat, tokens: Features = "target", directions: PositiveInt = 256):
+        """tokens: of which it is; directions: on which they are projected, new ones in each step."""
         super().__init__(weight)
-        self.on = on
+        self.tokens = tokens
         self.directions = directions
 
     def forward(self, predicted: Predicted) -> Tensor:
-        tokens = features_of(predicted, self.on)
+        tokens = features_of(predicted, self.tokens)
         directions = random_directions(predicted.encoded.rng, tokens.shape[-1], self.directions)
         return sigreg(tokens.flatten(0, 1)[None], directions) / tokens.shape[1]
 
@@ -52,18 +52,18 @@ class FeatureVarianceCovariance(Auxiliary):
     def __init__(
         self,
         weight: NonNegativeFloat,
-        on: Features = "target",
+        tokens: Features = "target",
         variance: NonNegativeFloat = 25.0,
         covariance: NonNegativeFloat = 1.0,
     ):
-        """on: which tokens; variance, covariance: weights of the two terms, those of VICReg."""
+        """tokens: of which it is; variance, covariance: weights of the two terms, those of VICReg."""
         super().__init__(weight)
-        self.on = on
+        self.tokens = tokens
         self.variance = variance
         self.covariance = covariance
 
     def forward(self, predicted: Predicted) -> Tensor:
-        tokens = features_of(predicted, self.on).flatten(0, 1)[None]
+        tokens = features_of(predicted, self.tokens).flatten(0, 1)[None]
         return self.variance * variance_hinge(tokens) + self.covariance * covariance(tokens)
 
 

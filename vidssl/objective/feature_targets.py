@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vidssl.config import Fraction, NonNegativeInt, PositiveFloat, PositiveInt
+from vidssl.config import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from vidssl.model.grid import gather_tokens
 from vidssl.model.prediction import Encoded
 from vidssl.model.vit import Encoder
@@ -35,12 +35,14 @@ class Clusters(Ema):
         iterations: PositiveInt = 3,
         positionwise: bool = True,
         lr_scale: PositiveFloat = 0.5,
+        wd_scale: NonNegativeFloat = 0.1,
         momentum: tuple[Fraction, Fraction] = (0.999, 1.0),
     ):
         """clusters: for batches of 10^4 images, fewer for smaller ones; target_temperature: of the
         assignments; temperature: of the layer's own loss; iterations: of Sinkhorn's algorithm; positionwise:
         the tokens of each position are assigned by themselves, which needs several clips for each cluster,
-        otherwise all tokens together; lr_scale: factor on the layer's learning rate."""
+        otherwise all tokens together; lr_scale, wd_scale: factors on the
+        layer's learning rate and weight decay."""
         super().__init__(encoder, momentum)
         self.width = clusters
         self.target_temperature = target_temperature
@@ -51,6 +53,7 @@ class Clusters(Ema):
         nn.init.normal_(self.clusters.weight, std=1.0)
         nn.init.zeros_(self.clusters.bias)
         self.clusters.lr_scale = lr_scale  # type: ignore[assignment]
+        self.clusters.wd_scale = wd_scale  # type: ignore[assignment]
 
     def logits(self, video: Tensor) -> Tensor:
         """[B, N, K], with gradients of the clusters only."""

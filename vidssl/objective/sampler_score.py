@@ -44,7 +44,7 @@ class Sampler(Score):
         init_weights(self, "xavier")
 
     def forward(self, video: Tensor, grid: Grid, rng: KeyedRNG, encoder: Encoder) -> Tensor:
-        x = encoder.patch_embed(patchify(video, video.shape[2] // grid.t, encoder.patch)).float()
+        x = encoder.patch_embed_of(grid)(patchify(video, video.shape[2] // grid.t, encoder.patch)).float()
         x = (x.detach() if self.detach else x) + self.positions.embedding(grid, None)
         (x,) = self.blocks(x, None, [0])
         return self.proj(x).squeeze(-1).float().softmax(-1)

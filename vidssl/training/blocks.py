@@ -5,13 +5,15 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from vidssl.model.vit import Block, TransformerStack
+from vidssl.model.cross_predictor import CrossStack, MemoryAttention
+from vidssl.model.vit import Attention, TransformerStack
 from vidssl.objective.objective import Objective
 from vidssl.objective.targets import Target
 
 # Graphs of one function that torch.compile keeps. All blocks share them: with and without gradients, of each
 # width, of each size of a micro-batch.
 MAX_GRAPHS = 64
+Stack = TransformerStack | CrossStack
 
 
 def configure_blocks(model: nn.Module, activation_checkpointing: bool, compile: bool = False) -> None:
@@ -29,22 +31,23 @@ def configure_blocks(model: nn.Module, activation_checkpointing: bool, compile: 
     for stack in all_stacks(model):
         stack.activation_checkpointing = activation_checkpointing
         for block in stack:
-            assert isinstance(block, Block)
-            block.attn.counts_vary = stack in varying
+            for attention in block.modules():
+                if isinstance(attention, Attention | MemoryAttention):
+                    attention.counts_vary = stack in varying
             if compile:
                 block.compile(dynamic=stack in varying if isinstance(model, Objective) else None)
 
 
-def all_stacks(model: nn.Module) -> Iterator[TransformerStack]:
+def all_stacks(model: nn.Module) -> Iterator[Stack]:
     """The stacks of a model, those of a distillation teacher included."""
     for module in model.modules():
-        if isinstance(module, TransformerStack):
+        if isinstance(module, Stack):
             yield module
         elif isinstance(module, Target) and module.teacher is not None:
             yield from all_stacks(module.teacher)
 
 
-def varying_stacks(model: nn.Module) -> Iterator[TransformerStack]:
+def varying_stacks(model: nn.Module) -> Iterator[Stack]:
     """The stacks of an objective whose numbers of tokens vary with the masks."""
     if isinstance(model, Objective):
         for part in model.varying_parts:

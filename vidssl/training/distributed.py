@@ -38,7 +38,8 @@ from vidssl.core.errors import UserError, disk_error_line
 from vidssl.core.precision import Precision, ResolvedPrecision, resolve_precision, use_tf32
 
 if TYPE_CHECKING:
-    from vidssl.training.schema import OptimConfig
+    from vidssl.training.blocks import all_stacks
+from vidssl.training.schema import OptimConfig
 
 NO_LIMIT = float("inf")
 # rank 0 gets the full state, others an empty dict
@@ -306,6 +307,11 @@ class Fsdp2(Strategy):
     are the last one. All parameters are sharded in the same way, so that the optimizer and the EMA update
     work on shards.
     """
+
+    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
+        names = {type(block).__name__ for stack in all_stacks(model) for block in stack}
+        self.accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = sorted(names)
+        return super().prepare(model, optimizer)
 
     @property
     def runs_diagnostics(self) -> bool:

@@ -2,13 +2,13 @@
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vidssl.model.cross_predictor import MemoryAttention
+from vidssl.model.cross_predictor import CrossBlock, CrossStack, MemoryAttention
 from vidssl.model.heads import CrossAttention
 from vidssl.model.queries import PositionMean
 from vidssl.model.vit import Block, PatchEmbed, TransformerStack
@@ -102,7 +102,8 @@ def passes(module: nn.Module, x: Tensor) -> int:
     if not torch.is_grad_enabled():
         return 1
     has_weight_gradients = any(p.requires_grad for p in module.parameters())
-    is_deep = isinstance(module, TransformerStack)  # its inner inputs have gradients, whatever x has
+    # its inner inputs have gradients, whatever x has
+    is_deep = isinstance(module, TransformerStack | CrossStack)
     return 1 + has_weight_gradients + (x.requires_grad or (is_deep and has_weight_gradients))
 
 
@@ -161,16 +162,19 @@ def cross_attention_flops(attention: nn.Module) -> Callable[[Tensor, Tensor], in
     return count
 
 
-def memory_attention_flops(attention: nn.Module) -> Callable[..., int]:
-    assert isinstance(attention, MemoryAttention)
-    of_query = weights_of(attention.q) + weights_of(attention.proj)
-    of_memory = weights_of(attention.kv)
-
-    def count(x: Tensor, memory: Tensor, ropes: object = None) -> int:
-        """Of queries [B, n, D] and memory [B, m, ...]."""
+def cross_stack_flops(stack: nn.Module) -> Callable[..., int]:
+    def count(x: Tensor, memories: Sequence[Tensor], ropes: object = None) -> int:
+        """Of queries [B, n, D] and memories [B, m, ...]."""
         b, n, dim = x.shape
-        m = memory.shape[1]
-        return 2 * b * (n * of_query + m * of_memory + 2 * n * m * dim)
+        total = 0
+        for block, memory in zip(stack.children(), memories, strict=True):
+            assert isinstance(block, CrossBlock)
+            total += 2 * b * n * weights_of(block.mlp)
+            for attention, m in ((block.cross, memory.shape[1]), (block.own, n)):
+                if isinstance(attention, MemoryAttention):
+                    of_query = weights_of(attention.q) + weights_of(attention.proj)
+                    total += 2 * b * (n * of_query + m * weights_of(attention.kv) + 2 * n * m * dim)
+        return total
 
     return count
 
@@ -191,7 +195,7 @@ COUNTED: dict[type[nn.Module], Callable[[nn.Module], Callable[..., int]]] = {
     TransformerStack: stack_flops,
     PatchEmbed: patch_flops,
     CrossAttention: cross_attention_flops,
-    MemoryAttention: memory_attention_flops,
+    CrossStack: cross_stack_flops,
     PositionMean: position_mean_flops,
     nn.Conv3d: conv_flops,
     nn.Linear: linear_flops,

@@ -253,6 +253,23 @@ def test_jepa_without_a_teacher(method):
     assert objective.couples_clips
 
 
+def test_a_regulariser_without_gradients_is_refused():
+    for aux in ("{kind: sigreg, weight: 1.0}", "{kind: variance_covariance, weight: 1.0, tokens: target}"):
+        with pytest.raises(UserError, match="moves nothing"):
+            method_and_clips("vjepa", f"method.aux=[{aux}]")
+    method_and_clips("vjepa", "method.aux=[{kind: sigreg, weight: 1.0, tokens: prediction}]")
+
+
+def test_context_mean_needs_positions():
+    with pytest.raises(UserError, match="predictor joint or cross"):
+        objective, video = method_and_clips(
+            "mae",
+            "method.query={kind: context_mean}",
+            "method.predictor={kind: parallel, width: 12, heads: 2}",
+        )
+        objective(video, fresh(), masks_of(objective, video))
+
+
 def test_teachers_must_fit(tmp_path):
     encoder = method_and_clips("videomae")[0].encoder
     image, wide = (Encoder(1, 32, 32, dim, 1, 1, patch=8, tubelet=1) for dim in (16, 32))
