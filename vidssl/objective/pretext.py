@@ -44,7 +44,7 @@ class Pretext(Objective):
         self.encoder = encoder
         self.classes = classes
         self.head = nn.Linear(encoder.dim, classes)
-        init_weights(self, "trunc_normal")
+        init_weights(self.head, "trunc_normal")
 
     def check_clip(self, frames: int, size: int) -> None:
         """Raises UserError if a clip of so many frames of size x size pixels cannot be transformed."""

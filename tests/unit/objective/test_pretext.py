@@ -65,6 +65,15 @@ def test_loss_longhand(kind):
     assert found["chance"] == pytest.approx(1 / task.classes)
 
 
+@pytest.mark.parametrize("kind", PRETEXTS)
+def test_the_encoder_keeps_the_weights_that_it_was_built_with(kind):
+    made = encoder()
+    before = [p.clone() for p in made.parameters()]
+    task = PRETEXTS[kind](made)
+    assert all(map(torch.equal, before, task.encoder.parameters()))
+    assert not task.head.bias.any() and task.head.weight.std() < 0.03
+
+
 @pytest.mark.parametrize("both_ways", [True, False])
 def test_pieces_are_shown_in_the_order_of_the_class(both_ways):
     task = PieceOrder(encoder(), pieces=3, crop=1.0, both_ways=both_ways)
