@@ -113,3 +113,12 @@ def test_the_front_page_is_short_and_leads_to_every_other():
     text = (ROOT / "README.md").read_text()
     assert len(text.splitlines()) <= 150
     assert all(f"](docs/{page.name}" in text for page in PAGES[2:])
+
+
+def test_the_methods_of_the_front_page_exist():
+    text = (ROOT / "README.md").read_text()
+    section = text[text.index("## Methods") : text.index("## Beside others")]
+    rows = [line for line in section.splitlines() if line.startswith("|") and "configs/method" not in line]
+    named = re.findall(r"`([\w*]+)`", "".join(rows))
+    assert len(named) > 20
+    assert all(list((ROOT / "configs/method").glob(f"{name}.yaml")) for name in named)
