@@ -19,6 +19,15 @@ def channel_statistics(
     return mean, std
 
 
+def renormalise(video: Tensor, pixels: Sequence[Sequence[float]]) -> Tensor:
+    """Maps a video f32 [B, 3, T, H, W] that `normalise` made to one of other statistics (mean, std)."""
+    if [list(values) for values in pixels] == [list(MEAN), list(STD)]:
+        return video
+    mean, std = channel_statistics(video)
+    other_mean, other_std = channel_statistics(video, pixels)
+    return (video * std + mean - other_mean) / other_std
+
+
 def normalise(video: Tensor, pixels: Sequence[Sequence[float]] = (MEAN, STD)) -> Tensor:
     """Maps u8 [B, 3, T, H, W] to f32, every channel minus its mean and divided by its deviation. pixels:
     (mean, std)."""

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from vidssl.config import Fraction, NonNegativeInt, PositiveFloat, PositiveInt
 from vidssl.core.constants import constant
 from vidssl.core.errors import UserError
+from vidssl.core.pixels import MEAN, STD
 from vidssl.core.rng import KeyedRNG
 from vidssl.core.suggestions import divisors_near, multiples_near
 from vidssl.model.attention import AttentionPattern, attention_pattern
@@ -229,6 +230,8 @@ class Encoder(nn.Module):
     of positions are then interpolated from the native grid. Parameter names follow V-JEPA's VisionTransformer
     where it has them.
     """
+
+    pixels: Any = (MEAN, STD)  # mean and deviation with which its clips are normalised
 
     def __init__(
         self,

@@ -8,6 +8,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vidssl.core.errors import UserError
+from vidssl.core.pixels import renormalise
 from vidssl.model.vit import Encoder
 from vidssl.objective.ema_target import FeatureNorm, normalise_features, without_class_token
 from vidssl.objective.target_base import Target
@@ -60,6 +61,7 @@ class Teacher(Target):
     @torch.no_grad()
     def forward(self, video: Tensor) -> Tensor:
         self._teacher[0] = self._teacher[0].to(video.device)
+        video = renormalise(video, self.teacher.pixels)
         if self.stride is None:
             features = self.teacher(video)
         else:

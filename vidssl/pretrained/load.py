@@ -67,8 +67,10 @@ def load_encoder(source: str | Path, random_init: int | None = None) -> LoadedEn
 
 
 def load_teacher(path: str) -> Encoder:
-    """The frozen encoder that method.target.kind=teacher distils."""
-    return load_encoder(path).encoder
+    """The frozen encoder that method.target.kind=teacher distils, with the statistics of its pixels."""
+    encoder, metadata = load_encoder(path)
+    encoder.pixels = (metadata["pixels"]["mean"], metadata["pixels"]["std"])
+    return encoder
 
 
 def build_encoder(model: dict[str, Any]) -> Encoder:

@@ -25,25 +25,44 @@ import vidssl
 from vidssl.core.errors import UserError
 from vidssl.core.io import file_sha256, fsync_path
 from vidssl.core.log import logger
-from vidssl.pretrained.files import write_tensors
+from vidssl.pretrained.files import encoder_file, write_tensors
 
 LIBRARIES = ("torchvision", "accelerate", "numpy", "safetensors", "av", "decord2")
+WEIGHTS = ("*.safetensors", "*.bin")  # files of a folder that hold weights
 TENSOR_FILES = ("model", "optimizer")
 
 
 def provenance(cfg: dict[str, Any], data: str) -> dict[str, Any]:
-    """Origin of a checkpoint: configuration, hash of the data's index, code revision, library versions."""
+    """Origin of a checkpoint: configuration, hash of the data's index, code revision, library versions, and
+    hashes of the networks that the method reads (a teacher, a tokenizer)."""
     libraries = {"python": platform.python_version(), "torch": str(torch.__version__)}
     for name in LIBRARIES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             libraries[name] = importlib.metadata.version(name)
+    networks = network_hashes(cfg.get("method", {}))
     return {
         "config": cfg,
+        **({"networks": networks} if networks else {}),
         "data": data,
         "vidssl": vidssl.__version__,
         "revision": revision(),
         "libraries": libraries,
     }
+
+
+def network_hashes(tree: Any) -> dict[str, str]:
+    """Path -> SHA-256 of the files of each network that a tree of options names by `path` or `paths`. Of a
+    folder, its encoder, or all weight files."""
+    if not isinstance(tree, dict):
+        return {}
+    found: dict[str, str] = {}
+    for key, value in tree.items():
+        found |= network_hashes(value)
+        for path in [value] if key == "path" else value if key == "paths" else []:
+            file = encoder_file(Path(path))
+            files = [file] if file.is_file() else sorted(p for s in WEIGHTS for p in Path(path).glob(s))
+            found[str(path)] = " ".join(file_sha256(name) for name in files)
+    return found
 
 
 def revision() -> str:

@@ -1,5 +1,6 @@
 """The losses of methods written out from their papers, for a small model of each method's file."""
 
+import hashlib
 import sys
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from vidssl.model.vit import Encoder
 from vidssl.objective.embedding_losses import random_directions
 from vidssl.objective.masked_prediction import MaskedPrediction
 from vidssl.objective.teachers import Teachers
+from vidssl.pretrained.load import load_teacher
+from vidssl.training.checkpoint import network_hashes
 
 sys.path.append(str(Path(__file__).parents[2] / "integration"))
 from test_methods import make_teacher, small
@@ -268,6 +271,19 @@ def test_context_mean_needs_positions():
             "method.predictor={kind: parallel, width: 12, heads: 2}",
         )
         objective(video, fresh(), masks_of(objective, video))
+
+
+def test_a_teacher_sees_pixels_with_its_own_statistics(tmp_path):
+    """And the run's provenance has the hash of its file."""
+    objective, video = method_and_clips("salt_stage2", *make_teacher("salt_stage2", tmp_path))
+    teacher = objective.target.teacher
+    want = F.layer_norm(teacher((video * STD + MEAN - 0.5) / 0.25), (64,))
+    teacher.pixels = ([0.5] * 3, [0.25] * 3)
+    torch.testing.assert_close(objective.target(video), want)
+    tree = {"target": {"kind": "teacher", "path": str(tmp_path)}, "aux": [], "query": None}
+    sha = hashlib.sha256((tmp_path / "encoder.safetensors").read_bytes()).hexdigest()
+    assert network_hashes(tree) == {str(tmp_path): sha}
+    assert load_teacher(str(tmp_path)).pixels == ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 
 
 def test_teachers_must_fit(tmp_path):
