@@ -36,10 +36,10 @@ from torch.distributed.tensor import DTensor
 from vidssl.core.constants import upload
 from vidssl.core.errors import UserError, disk_error_line
 from vidssl.core.precision import Precision, ResolvedPrecision, resolve_precision, use_tf32
+from vidssl.training.blocks import all_stacks
 
 if TYPE_CHECKING:
-    from vidssl.training.blocks import all_stacks
-from vidssl.training.schema import OptimConfig
+    from vidssl.training.schema import OptimConfig
 
 NO_LIMIT = float("inf")
 # rank 0 gets the full state, others an empty dict
