@@ -23,6 +23,7 @@ from vidssl.data.shards import Shards
 from vidssl.data.timing import choose_frames, draw_timing
 from vidssl.model.grid import Grid, Mask
 from vidssl.objective.build import supply
+from vidssl.objective.errors import ERRORS
 from vidssl.objective.masked_prediction import MaskedPrediction
 from vidssl.objective.masks import MASKS
 from vidssl.objective.target_base import Target
@@ -174,7 +175,7 @@ def maskable(cfg: TrainConfig) -> MaskedPrediction:
         Target(1),
         None,
         nn.Identity(),
-        method.error.build(),
+        ERRORS["l2"](),
         corruption=supply(method.corrupt, encoder=encoder),
         score=method.score.build(encoder=encoder),
         target_fraction=method.target_fraction,

@@ -64,6 +64,12 @@ def test_a_clip_is_read_as_the_data_section_cuts_it(tmp_path):
     assert (clip.float().mean((0, 2, 3)).diff() - 40).abs().max() < 3
 
 
+@pytest.mark.parametrize("method", ["sigma", "mvd", "mgmae", "given_tokens"])
+def test_what_a_user_must_give_is_not_needed(method):
+    cfg = small_config(ROOT / f"configs/method/{method}.yaml", *SMALL)
+    assert "mask 1\ntarget" in dict(method_rows(cfg, make_clip(cfg)))
+
+
 def test_a_method_without_a_mask_has_none_to_draw():
     cfg = small_config(ROOT / "configs/method/videomae.yaml", *SMALL)
     object.__setattr__(cfg.method, "mask", cfg.method.score)
