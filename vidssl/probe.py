@@ -94,7 +94,8 @@ def main(argv: list[str]) -> None:
         start_probe(cfg, accelerator, protocol.precision, splits, loaded.encoder, (len(missing), len(runs)))
         plans: list[FeaturePlan] = []
         for control in dict.fromkeys(run.control for run in missing):
-            extractor = make_extractor(open_with_seed, loaded, control, protocol.seed, accelerator)
+            encoding = (protocol.seed, accelerator, protocol.tokens)
+            extractor = make_extractor(open_with_seed, loaded, control, *encoding)
             arguments = (protocol, extractor, views[control], splits.splits, accelerator, control)
             heads = loaded.metadata["model"].get("heads")
             plans.append(plan_features(*arguments, heads, peers.wait, plans))

@@ -6,7 +6,7 @@ quarter of the features is predicted from the others.
 """
 
 from dataclasses import dataclass
-from typing import Annotated, NamedTuple
+from typing import Annotated, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,13 @@ from vidssl.core.progress import track
 from vidssl.core.schedules import cosine
 from vidssl.evaluation.features import TokenSource
 from vidssl.evaluation.neighbours import KNN_TEMPERATURE, knn_predict
-from vidssl.evaluation.protocol import HyperparameterSettings, ProbeProtocol, TrainingSet, mean_pool
+from vidssl.evaluation.protocol import (
+    HyperparameterSettings,
+    ProbeProtocol,
+    TrainingSet,
+    check_mean_pool,
+    mean_pool,
+)
 from vidssl.evaluation.tasks import Task
 from vidssl.model.vit import Block, TransformerStack, init_weights
 
@@ -120,6 +126,10 @@ class ClipSet(ProbeProtocol):
     @property
     def examples_per_sample(self) -> int:
         return self.segments * self.crops
+
+    def fitted_to(self, width: int, tokens: int, encoder_heads: int | None) -> Self:
+        check_mean_pool(self, 1, tokens)
+        return self
 
     def prepare(self, source: TokenSource, indices: list[int], device: torch.device) -> TokenSource:
         return mean_pool(source, indices, self, 1, device)

@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from vidssl.core.errors import UserError
 from vidssl.core.pixels import normalise
 from vidssl.data.dataset import do_nothing
 from vidssl.data.shards import Sample, Shards
@@ -26,7 +27,7 @@ from vidssl.evaluation.features import (
     choose_storage,
     compute_features,
 )
-from vidssl.evaluation.protocol import ProbeProtocol, label_free_scores
+from vidssl.evaluation.protocol import ProbeProtocol, Tokens, label_free_scores
 from vidssl.evaluation.report import code_hash, weights_hash
 from vidssl.evaluation.views import PatchMeans, View
 from vidssl.pretrained.load import LoadedEncoder
@@ -60,10 +61,16 @@ class FeatureExtractor(NamedTuple):
 
 
 def make_extractor(
-    open_encoder: OpenEncoder, loaded: LoadedEncoder, control: Control, seed: int, accelerator: Accelerator
+    open_encoder: OpenEncoder,
+    loaded: LoadedEncoder,
+    control: Control,
+    seed: int,
+    accelerator: Accelerator,
+    tokens: Tokens = "patches",
 ) -> FeatureExtractor:
     """The encoder, or its replacement under a control: untrained weights of `seed`, or mean colours of
-    patches."""
+    patches. tokens: of the encoder; the mean colours are those of all patches. Raises UserError if it has no
+    such tokens."""
     model = loaded.metadata["model"]
     pixels = loaded.metadata["pixels"]
     statistics = (pixels["mean"], pixels["std"])
@@ -83,14 +90,24 @@ def make_extractor(
         return FeatureExtractor(lambda video: means(normalise(video, statistics)), provenance)
     encoder = open_encoder(seed).encoder if control == "random_init" else loaded.encoder
     encoder.to(accelerator.device).requires_grad_(False)
+    if tokens != "patches" and getattr(encoder, "class_token", None) is None:
+        raise UserError(
+            f"probe.tokens={tokens}: {model.get('name', 'this encoder')} has no class token that is read: "
+            "give patches"
+        )
 
     def encode(video: Tensor) -> Tensor:
         with accelerator.autocast():
-            return encoder(normalise(video, statistics)).float()
+            video = normalise(video, statistics)
+            if tokens == "patches":
+                return encoder(video).float()
+            features = encoder(video, with_class=True).float()
+        return features[:, :1] if tokens == "class" else features
 
     provenance = {
         "encoder": weights_hash(encoder),
         "model": model,
+        "tokens": tokens,
         "precision": accelerator.mixed_precision,
         "pixels": pixels,
         **arithmetic,

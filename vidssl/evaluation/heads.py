@@ -24,7 +24,7 @@ from vidssl.evaluation.protocol import (
     HyperparameterSettings,
     ProbeProtocol,
     TrainingSet,
-    check_temporal_bins,
+    check_mean_pool,
     chunks,
     mean_pool,
 )
@@ -264,7 +264,7 @@ class Linear(TrainedHeadProtocol):
         return [{"l2": l2} for l2 in self.l2] if self.solver == "lbfgs" else super().hyperparameters()
 
     def fitted_to(self, width: int, tokens: int, encoder_heads: int | None) -> Self:
-        check_temporal_bins(self.temporal_bins, tokens)
+        check_mean_pool(self, self.temporal_bins, tokens)
         return self
 
     def prepare(self, source: TokenSource, indices: list[int], device: torch.device) -> TokenSource:

@@ -18,7 +18,7 @@ from vidssl.evaluation.protocol import (
     HyperparameterSettings,
     ProbeProtocol,
     TrainingSet,
-    check_temporal_bins,
+    check_mean_pool,
     mean_pool,
 )
 from vidssl.evaluation.tasks import Task
@@ -65,7 +65,7 @@ class NeighbourProtocol(ProbeProtocol):
     temporal_bins: PositiveInt = 1  # equal parts of a clip in time; their mean tokens are concatenated
 
     def fitted_to(self, width: int, tokens: int, encoder_heads: int | None) -> Self:
-        check_temporal_bins(self.temporal_bins, tokens)
+        check_mean_pool(self, self.temporal_bins, tokens)
         return self
 
     def prepare(self, source: TokenSource, indices: list[int], device: torch.device) -> TokenSource:

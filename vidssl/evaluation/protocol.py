@@ -32,6 +32,7 @@ from vidssl.evaluation.transfers import downloads
 
 HyperparameterSettings = list[dict[str, Any]]  # candidates, one of which is selected
 POOL_BATCH = 64  # examples
+Tokens = Literal["patches", "class", "both"]  # of a clip
 
 
 class TrainingSet(NamedTuple):
@@ -69,6 +70,8 @@ class ProbeProtocol(FeatureStorage):
     # heads see the tokens of all segments, or of each alone
     aggregate: Literal["segments", "none"] = "segments"
     controls: Annotated[tuple[Control, ...], Field(min_length=1)] = ("none",)
+    # those of the patches, the class token alone, or it and then the patches' (attentive heads)
+    tokens: Tokens = "patches"
     standardise: bool = False  # subtract train's mean at each token, divide by its deviation in each channel
     # of encoder and attentive heads; auto: bf16 where every GPU computes it in hardware, else fp32
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -138,6 +141,21 @@ class ProbeProtocol(FeatureStorage):
 
 def chunks(items: list[int], size: int) -> list[list[int]]:
     return [items[i : i + size] for i in range(0, len(items), size)]
+
+
+def check_mean_pool(protocol: ProbeProtocol, temporal_bins: int, tokens: int) -> None:
+    """Raises UserError if the mean over a clip's `tokens` in each of so many bins is not meant."""
+    if protocol.tokens == "both":
+        raise UserError(
+            "probe.tokens=both is for attentive heads, a mean over all would hide the class token: "
+            "give class or patches"
+        )
+    if protocol.tokens == "class" and temporal_bins > 1:
+        raise UserError(
+            f"probe.temporal_bins={temporal_bins}: a clip has one class token; "
+            "give probe.temporal_bins=1, or probe.tokens=patches"
+        )
+    check_temporal_bins(temporal_bins, tokens)
 
 
 def check_temporal_bins(bins: int, tokens: int) -> None:

@@ -339,12 +339,14 @@ class Encoder(nn.Module):
         rng: KeyedRNG | None = None,
         replaced: tuple[Tensor, Tensor] | None = None,
         all_layers: bool | Literal["mlp"] = False,
+        with_class: bool = False,
     ) -> Tensor:
         """return_levels: returns the predictor's input [B, (1 +) Nc, levels * D], with the class token first
         if there is one; all_layers: so the input of the first block and the output of every block, without
         norms, [B, (1 +) Nc, (depth + 1) * D], or with "mlp" in their place the output of its MLP. rng: of
         stochastic depth; without one no sample skips a layer. replaced: (tokens bool [B, N], vector [D]) that
-        stands in for their patches (MaskFeat, BEiT)."""
+        stands in for their patches (MaskFeat, BEiT). with_class: the class token comes
+        first if there is one."""
         grid = self.grid_of(video)
         patches = patchify(video, video.shape[2] // grid.t, self.patch)
         if ids is not None:
@@ -372,7 +374,7 @@ class Encoder(nn.Module):
         x = torch.cat([*features, self.norm(last)], -1) if lower else self.norm(last)
         if return_levels:
             return self.output_head(x)
-        return x if self.class_token is None else x[:, 1:]
+        return x if self.class_token is None or with_class else x[:, 1:]
 
 
 MODELS: dict[str, Callable[..., Encoder]] = {

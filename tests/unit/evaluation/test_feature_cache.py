@@ -21,6 +21,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from vidssl.core.errors import UserError
+from vidssl.core.pixels import normalise
 from vidssl.data.augment import CenterCrop
 from vidssl.data.decoding import open_video
 from vidssl.data.shards import Shards
@@ -53,10 +54,12 @@ from vidssl.evaluation.protocol import TrainingSet, select_and_train
 from vidssl.evaluation.protocols import PROTOCOLS
 from vidssl.evaluation.tasks import Task
 from vidssl.evaluation.views import EvalClips, PatchMeans, View, reorder_frames, square_crop
+from vidssl.model.vit import Encoder
 from vidssl.pretrained.load import LoadedEncoder
 
 VIEW = View(frames=4, stride=2, fps=None, segments=2, crops=3, size=16)
 SAMPLES = 30
+NOT_NORMALISED = {"mean": [0.0] * 3, "std": [1.0] * 3}
 
 
 class CountingEncoder:
@@ -246,6 +249,7 @@ KEYED_ELSEWHERE = {  # field -> the ingredient of the key that it changes
     "data.labels": "samples",
     "probe.cache_dtype": "dtype",
     "probe.precision": "precision",
+    "probe.tokens": "tokens",
     "probe.seed": "weights under the control random_init",
 }
 OF_HEADS = {  # fields that are used after the features are read, or do not change them
@@ -261,6 +265,7 @@ OF_HEADS = {  # fields that are used after the features are read, or do not chan
         "probe.temperature",
         "probe.decode_timeout_s",
         "probe.decode_memory_mb",
+        *("probe.width", "probe.hidden", "probe.set_temperature"),
     ),
 }
 
@@ -327,6 +332,40 @@ def test_installed_decoders_are_in_the_key():
     found = {name for name in extractor_module.FEATURE_LIBRARIES if extractor_module._version(name)}
     for module in ("torch", "av", "decord", "PIL", "numpy", "einops"):
         assert found & set(packages_distributions()[module])
+
+
+@pytest.mark.parametrize("control", ["none", "random_init"])
+def test_tokens_are_those_asked_for(control):
+    """patches: as without the option; class: the normed class token, the only one; both: it, then the
+    patches. The key of the cache says which, and the plan has their number."""
+    model = {"tubelet": 2, "patch": 8}
+    encoder = Encoder(4, 16, 16, 24, 1, 2, patch=8, class_token=True).eval()
+    loaded = LoadedEncoder(encoder, {"model": model, "pixels": NOT_NORMALISED})
+    video = torch.randint(0, 256, (3, 3, 4, 16, 16), dtype=torch.uint8)
+    accelerator = Accelerator(cpu=True)
+    extractors = {
+        tokens: make_extractor(lambda _: loaded, loaded, control, 0, accelerator, tokens)
+        for tokens in ("patches", "class", "both")
+    }
+    found = {tokens: extractor.encode(video) for tokens, extractor in extractors.items()}
+    want = encoder(normalise(video, ([0.0] * 3, [1.0] * 3)), return_levels=True)
+    assert torch.equal(found["both"], want) and want.shape[1] == 1 + 8
+    assert torch.equal(found["class"], want[:, :1]) and torch.equal(found["patches"], want[:, 1:])
+    assert len({json.dumps(extractor.provenance) for extractor in extractors.values()}) == 3
+    loaders = [
+        FeatureLoader(extractor.encode, None, [None] * 5, VIEW, accelerator, FeatureStorage(), "")
+        for extractor in extractors.values()
+    ]
+    assert [loader.shape() for loader in loaders] == [(5, 6, n, 24) for n in (8, 1, 9)]
+
+
+@pytest.mark.parametrize("encoder", [StayingEncoder(2, 2), Encoder(4, 16, 16, 24, 1, 2, patch=8)])
+def test_an_encoder_without_a_class_token_is_refused(encoder):
+    model = {"tubelet": 2, "patch": 8, "name": "timm:other"}
+    loaded = LoadedEncoder(encoder, {"model": model, "pixels": NOT_NORMALISED})
+    for tokens in ("class", "both"):
+        with pytest.raises(UserError, match=f"^probe.tokens={tokens}: timm:other has no class token .*$"):
+            make_extractor(lambda _: loaded, loaded, "none", 0, Accelerator(cpu=True), tokens)
 
 
 needs_root = pytest.mark.skipif(os.getuid() != 0, reason="only root may become another user")

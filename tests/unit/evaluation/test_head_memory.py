@@ -121,10 +121,18 @@ def test_heads_are_those_of_the_encoder_where_they_divide_the_width():
         ("linear", "probe.temporal_bins=3", "3 does not divide a clip's 1568 tokens; 1, 2, 4, 7"),
         ("knn", "probe.temporal_bins=5", "5 does not divide a clip's 1568 tokens"),
         ("retrieval", "probe.temporal_bins=9", "9 does not divide a clip's 1568 tokens"),
+        ("linear", "probe.tokens=both", "probe.tokens=both is for attentive heads"),
+        ("knn", "probe.tokens=both", "give class or patches"),
+        ("clip_set", "probe.tokens=both", "probe.tokens=both is for attentive heads"),
+        (
+            "linear",
+            "probe.temporal_bins=2 probe.tokens=class",
+            "a clip has one class token; give probe.temporal_bins",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused_with_the_key(kind, setting, words):
-    protocol = build(ROOT / f"configs/probe/{kind}.yaml", setting)
+    protocol = build(ROOT / f"configs/probe/{kind}.yaml", *setting.split())
     with pytest.raises(UserError) as e:
         protocol.fitted_to(1024, 1568, 16)
     assert words in str(e.value) and setting.split("=")[0] in str(e.value) and "\n" not in str(e.value)
