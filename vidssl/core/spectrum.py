@@ -38,7 +38,7 @@ def alpha_req(values: Tensor) -> float:
     """alpha-ReQ (Agrawal et al. 2022) of singular values: minus the slope of log eigenvalue over log
     index."""
     first = min(10, len(values) // 4)
-    last = max(len(values) // 2, 3)
+    last = min(len(values), max(len(values) // 2, 3))
     log_index = torch.arange(first + 1, last + 1, device=values.device).float().log()
     log_eigenvalue = 2 * values[first:last].clamp_min(1e-12).log()
     log_index = log_index - log_index.mean()

@@ -88,6 +88,7 @@ class ViewAgreement(Objective):
         self.mask: Any = mask
         self.aux = list(aux)
         self.pool = pool
+        self.trains_class_only = pool == "class"
         self.branch = branch
         self.average = average
         self.prototypes = prototypes

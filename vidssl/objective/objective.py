@@ -24,6 +24,8 @@ class Objective(nn.Module):
     prepares this module."""
 
     encoder: Encoder
+    # whether the class token is all that is trained of the encoder's output
+    trains_class_only = False
     takes_windows = False  # whether it compares the windows of a clip (data.windows)
     mask: Masker | None  # which tokens the encoder sees; None: all
 

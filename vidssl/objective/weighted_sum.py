@@ -24,6 +24,7 @@ class WeightedSum(Objective):
         self.weights = [weight for weight, _ in terms]
         self.terms: Any = nn.ModuleList(term for _, term in terms)
         self.mask = terms[0][1].mask
+        self.trains_class_only = all(term.trains_class_only for _, term in terms)
         for term in self.terms:
             share_module(term, "encoder", encoder)
         if sum(term.ema_encoder is not None for term in self.terms) > 1:

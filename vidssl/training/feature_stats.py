@@ -1,7 +1,8 @@
 """Statistics of the features during training: variance, rank, and distance to the EMA encoder.
 
 Computed without gradients on a few clips of the main process's batches (with sharded weights every process
-takes part); tools/bench_feature_stats.py measures the cost.
+takes part); tools/bench_feature_stats.py measures the cost. What is measured is the patch tokens, or the
+class token where an objective trains no other output: its deviations over tokens and time are 0 then.
 """
 
 import contextlib
@@ -57,10 +58,11 @@ def feature_statistics(features: Tensor, time_slices: int) -> dict[str, float]:
     values_per_slice = [singular_values(centred[:, t]) for t in slices]
     channel_std = centred.square().mean((0, 1, 2)).sqrt()
     power = values.square()
+    rows = x.flatten(0, 2)
     return {
         "std_clips": float(centred.square().mean().sqrt() / rms),
         "std_clips_min": float(std_at_token.min()),
-        "std_channel_min": float(x.flatten(0, 2).std(0).min() / rms),
+        "std_channel_min": float(rows.std(0).min() / rms) if len(rows) > 1 else 0.0,
         "std_tokens": float((x - x.mean((1, 2), keepdim=True)).square().mean().sqrt() / rms),
         "std_time": float(centred.std(1).square().mean().sqrt() / rms) if time_slices > 1 else 0.0,
         "rank": rankme(values),
@@ -71,6 +73,14 @@ def feature_statistics(features: Tensor, time_slices: int) -> dict[str, float]:
         "cosine": mean_cosine(x.mean((1, 2))),
         "cosine_time": mean_cosine(x.mean(2)),
     }
+
+
+def trained_tokens(objective: Objective, encoder: Encoder, video: Tensor) -> Tensor:
+    """Features [B, N, D] of the patches of video [B, 3, T, H, W], or [B, 1, D] of the class token where the
+    objective trains no other output. encoder: the trained or the evaluated one."""
+    if objective.trains_class_only:
+        return encoder(video, with_class=True)[:, :1]
+    return encoder(video)
 
 
 def mean_cosine(vectors: Tensor) -> float:
@@ -89,14 +99,15 @@ def ema_drift(
     autocast: Autocast = contextlib.nullcontext,
 ) -> dict[str, float]:
     """Distance of the online encoder from the EMA encoder: relative L2 distance of the weights, and 1 -
-    cosine similarity of the features. video f32 [b, 3, T, H, W]; features [b, N, D]: the evaluated encoder's,
-    which is one of the two, of these clips."""
+    cosine similarity of the features. video f32 [b, 3, T, H, W]; features [b, N, D]: `trained_tokens` of
+    these clips by the evaluated encoder, which is one of the two."""
     online = list(objective.encoder.parameters())
     ema = list(ema_encoder.parameters())
     distance = global_norm([a - b for a, b in zip(online, ema, strict=True)])
     other = objective.encoder if objective.eval_encoder is ema_encoder else ema_encoder
     with unsharded(objective), autocast():
-        similarity = F.cosine_similarity(other(video).float(), features.float(), dim=-1)
+        other_features = trained_tokens(objective, other, video)
+        similarity = F.cosine_similarity(other_features.float(), features.float(), dim=-1)
     return {
         "drift_weights": float(distance / global_norm(ema)),
         "drift_features": float(1 - similarity.mean()),
@@ -137,9 +148,10 @@ class FeatureStats:
         was_training = objective.training
         objective.eval()
         with unsharded(objective), autocast():
-            features = encoder(video)
+            features = trained_tokens(objective, encoder, video)
             target = objective.target_features(target_video)
-        stats = feature_statistics(features, encoder.grid_of(video).t)
+        slices = 1 if objective.trains_class_only else encoder.grid_of(video).t
+        stats = feature_statistics(features, slices)
         if target is not None:
             stats["target_var"] = float(target.float().flatten(0, 1).var(0).mean())
         if (ema := objective.ema_encoder) is not None:

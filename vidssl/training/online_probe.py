@@ -22,7 +22,7 @@ from vidssl.evaluation.tasks import Task, make_task
 from vidssl.evaluation.views import EvalClips, View
 from vidssl.objective.objective import Objective
 from vidssl.training.distributed import unsharded
-from vidssl.training.feature_stats import Autocast
+from vidssl.training.feature_stats import Autocast, trained_tokens
 from vidssl.training.schema import OnlineProbeConfig
 
 KNN_K = 20  # as DINO's k-NN (arXiv 2104.14294)
@@ -112,14 +112,14 @@ class OnlineProbe:
         return {f"online_probe_{k}": self.task.score(p.numpy(), labels) for k, p in predictions.items()}
 
     def _features(self, objective: Objective, clips: Tensor, autocast: Autocast) -> Tensor:
-        """Mean tokens f32 [n, D] on the CPU, by the encoder that will be evaluated."""
+        """Means of `trained_tokens` f32 [n, D] on the CPU, by the encoder that will be evaluated."""
         encoder = objective.eval_encoder
         device = next(encoder.parameters()).device
         was_training = encoder.training
         encoder.eval()
         with unsharded(objective), autocast():
             batches = (normalise(batch.to(device)) for batch in clips.split(ENCODE_BATCH))
-            features = [encoder(batch).float().mean(1).cpu() for batch in batches]
+            features = [trained_tokens(objective, encoder, b).float().mean(1).cpu() for b in batches]
         encoder.train(was_training)
         return torch.cat(features)
 

@@ -1,5 +1,6 @@
 """Feature statistics of constructed features; collapse detection in a collapsing and in a healthy run."""
 
+import math
 import sys
 from pathlib import Path
 
@@ -70,6 +71,26 @@ def test_small_batches_are_buffered_over_steps():
     stats.add_clips(torch.zeros(40, 1, 1, 1, 1, dtype=torch.uint8))
     assert len(torch.cat(list(stats.clips))) == 32
     assert [c.untyped_storage().nbytes() for c in stats.clips] == [32]  # the batch is not held
+
+
+@pytest.mark.parametrize(("method", "alone"), [("dino", True), ("vicmae", False)])
+def test_the_class_token_is_measured_where_nothing_else_is_trained(method, alone):
+    """Its statistics do not depend on the patches; a step's single clip has some, too."""
+    objective = small(method, "model.depth=1").build_objective()
+    stats = FeatureStats()
+    for count in (1, 8):
+        video = clips(0, count)[:, :, : objective.encoder.grid.t * objective.encoder.tubelet]
+        stats.add_clips(video)
+        found = stats.measure(objective)
+        assert all(math.isfinite(value) for value in found.values())
+    video = normalise(torch.cat(list(stats.clips)))
+    features = objective.eval_encoder(video, with_class=True)
+    tokens, slices = (features[:, :1], 1) if alone else (features[:, 1:], objective.encoder.grid.t)
+    want = feature_statistics(tokens, slices)
+    assert {k: found[f"feature_{k}"] for k in want} == pytest.approx(want, rel=1e-4, abs=1e-6)
+    assert (found["feature_std_tokens"] == 0) == alone and found["feature_std_clips"] > 0
+    if alone:
+        assert found["feature_drift_features"] == pytest.approx(0, abs=1e-6)
 
 
 class NoStopGradient(Target):
