@@ -303,7 +303,7 @@ def test_teachers_must_fit(tmp_path):
 def test_latent_mim():
     """Wei et al. 2024, section 3: the EMA encoder sees the hidden patches, each prediction must find its own
     among those of the image, and mean similarities are held at 0.75."""
-    objective, video = method_and_clips("latent_mim")
+    objective, video = method_and_clips("latent_mim", "method.aux=[{kind: similarity, weight: 0.1}]")
     (mask,) = masks_of(objective, video)
     found = objective(video, fresh(), [mask])["loss"]
     hidden = mask.target[:, 0]
