@@ -139,6 +139,10 @@ def check_hpm(case: Case) -> None:
     for kind in ("weight", "bias"):
         weights[f"predictor.proj.{kind}"] = weights[f"predictor.proj.{kind}"].mean(0, keepdim=True)
         weights[f"predictor.embed.{kind}"] = getattr(predictor.embed, kind).detach()
+    # Two biases only add a constant to all predictions.
+    constant = weights.pop("predictor.proj.bias") + weights["predictor.proj.weight"] @ weights.pop(
+        "predictor.norm.bias"
+    )
     weights["query.tokens"] = query.tokens.detach()
     averages = {
         k.replace("predictor.", "average_predictor.", 1): v
@@ -153,10 +157,11 @@ def check_hpm(case: Case) -> None:
     mask = Mask(indices_of(~hidden, hidden.shape[1] - count), indices_of(hidden, count)[:, None])
     rng = KeyedRNG(0, 0, torch.arange(len(hidden)))
     scores = score(case.video, encoder.grid, rng, encoder)
-    case.compare("loss_prediction_whole", scores)
+    case.compare("loss_prediction_whole", scores + constant.to(scores.device))
     compare_surely_hidden(case, case["loss_prediction_whole"])
     z = encoder(case.video, mask.context, return_levels=True)
-    case.compare("loss_prediction", score.predictor(z, mask, score.query.tokens[0], encoder.grid).target)
+    predicted = score.predictor(z, mask, score.query.tokens[0], encoder.grid).target
+    case.compare("loss_prediction", predicted + constant.to(scores.device))
     norm = "patch" if case.options["norm_pix_loss"] else "none"
     target = Pixels(encoder, norm, "normalised")  # type: ignore[arg-type]
     objective, losses = compare_steps(case, networks, mask, target, score, "loss_pixels")
@@ -164,10 +169,11 @@ def check_hpm(case: Case) -> None:
     ours = gradients(objective)
     for name in ("predictor.embed.weight", "predictor.embed.bias", "query.tokens"):  # one of each there
         ours[name] = ours[name] + ours[f"score.{name}"]  # type: ignore[operator]
-    for kind in ("weight", "bias"):
-        mean = ours[f"score.predictor.proj.{kind}"]
-        assert mean is not None
-        ours[f"score.predictor.proj.{kind}"] = mean.expand(outputs, *mean.shape[1:]) / outputs
+    mean = ours["score.predictor.proj.weight"]
+    assert mean is not None
+    ours["score.predictor.proj.weight"] = mean.expand(outputs, -1) / outputs
+    ours["score.predictor.proj.bias"] = torch.zeros(outputs)
+    ours["score.predictor.norm.bias"] = torch.zeros(mean.shape[1])
     case.compare_gradients(lambda s: rename(s, [*LOSS_PREDICTOR, *MAE], case.name), ours)
 
 

@@ -22,7 +22,7 @@ class PredictedLoss(Score):
 
     The decoder learns to rank the errors of the tokens that a clip hides (rank_loss). Source: HPM (arXiv
     2304.05919), section 3, and models_mae_learn_loss.py. There the two decoders share a mask token and the
-    layer from the encoder; here each has its own.
+    layer from the encoder; here each has its own. The last norm and layer have no bias.
     """
 
     def __init__(
@@ -46,6 +46,9 @@ class PredictedLoss(Score):
         self.predictor = JointPredictor(
             encoder, 1, width, depth, heads, positions=positions, class_token=class_token, init=init
         )
+        for layer in (self.predictor.norm, self.predictor.proj):
+            # It would add a constant to all predictions, which their differences cancel.
+            layer.register_parameter("bias", None)
         self.average_encoder = copy.deepcopy(encoder).requires_grad_(False)
         self.average_predictor = copy.deepcopy(self.predictor).requires_grad_(False)
 
