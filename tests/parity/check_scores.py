@@ -24,6 +24,7 @@ from vidssl.pretrained import public
 from vidssl.pretrained.key_maps import MAE, VIDEOMAE, Rules, rename
 
 SAMPLER: Rules = [
+    (r"encoder\.get_token_probs\.0\.mlp\.fc2\.bias", None),
     (r"encoder\.get_token_probs\.0\.(.*)", r"score.blocks.0.\1"),
     (r"encoder\.get_token_probs\.1\.weight", "score.proj.weight"),
     (r"encoder\.get_token_probs\.1\.bias", None),
@@ -57,7 +58,9 @@ def build_networks(case: Case, own: Rules) -> tuple[Encoder, nn.Module, nn.Modul
 
 
 def is_known(key: str, rules: Rules) -> bool:
-    return bool(rename({key: torch.zeros(1)}, [*rules, (r".*", None)], "").tensors) or "probs.1.bias" in key
+    return (
+        bool(rename({key: torch.zeros(1)}, [*rules, (r".*", None)], "").tensors) or "get_token_probs" in key
+    )
 
 
 def compare_steps(

@@ -18,8 +18,8 @@ class Sampler(Score):
 
     Its loss is -log p times the error, averaged over the predicted tokens, with no gradient to the error: it
     raises the probability of tokens that are hard to predict. Source: AdaMAE (arXiv 2211.09120), section 3.2
-    and models/pretrain/vit.py, without its dropout of 0.1. The linear layer has no bias, which the softmax
-    would cancel.
+    and models/pretrain/vit.py, without its dropout of 0.1, and without the last two biases, which the softmax
+    cancels.
     """
 
     def __init__(
@@ -39,6 +39,9 @@ class Sampler(Score):
         nn.init.zeros_(self.positions.table)
         block = Block(encoder.dim, heads, eps=1e-5)
         block.attn.qkv = nn.Linear(encoder.dim, 3 * encoder.dim, bias=False)
+        # What adds a constant to all tokens before the softmax has no effect.
+        last = block.mlp.get_submodule("fc2")
+        last.register_parameter("bias", None)
         self.blocks = TransformerStack([block])
         self.proj = nn.Linear(encoder.dim, 1, bias=False)
         init_weights(self, "xavier")
