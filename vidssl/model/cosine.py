@@ -4,10 +4,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vidssl.core.precision import without_autocast
+
 
 class WeightNormedCosine(nn.Linear):
     """Cosines of x [..., width] with learned vectors, each times a learned factor that starts at 1:
-    [..., out].
+    [..., out], in f32 under autocast, too.
 
     Source: DINO (vision_transformer.py, DINOHead) with norm_last_layer off; CAPI (model.py, L2NormLinear).
     """
@@ -18,4 +20,5 @@ class WeightNormedCosine(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         directions = F.normalize(self.weight.float(), dim=-1)
-        return F.linear(F.normalize(x.float(), dim=-1), directions * self.factors[:, None])
+        with without_autocast(x.device):
+            return F.linear(F.normalize(x.float(), dim=-1), directions * self.factors.float()[:, None])

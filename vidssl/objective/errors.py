@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vidssl.config import PositiveFloat
+from vidssl.core.precision import without_autocast
 from vidssl.objective.feature_targets import SwappedClusters
 
 ErrorFunction = Callable[[Tensor, Tensor], Tensor]  # prediction and target [B, M, Nt, K] to [B, M, Nt]
@@ -47,7 +48,8 @@ def nce(
     def error(pred: Tensor, target: Tensor) -> Tensor:
         if standardise:
             pred = (pred - pred.mean(2, keepdim=True)) / (pred.std(2, keepdim=True) + 1e-4)
-        cosines = F.normalize(pred, dim=-1) @ F.normalize(target, dim=-1).transpose(-1, -2)
+        with without_autocast(pred.device):
+            cosines = F.normalize(pred, dim=-1) @ F.normalize(target, dim=-1).transpose(-1, -2)
         right = (cosines / temperature).log_softmax(-1).diagonal(dim1=-2, dim2=-1)
         return -scale * right
 

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vidssl.config import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from vidssl.core.precision import without_autocast
 from vidssl.model.grid import gather_tokens
 from vidssl.model.prediction import Encoded
 from vidssl.model.vit import Encoder
@@ -59,7 +60,9 @@ class Clusters(Ema):
         """[B, N, K], with gradients of the clusters only."""
         with torch.no_grad():
             tokens = F.normalize(self.encoder(video).float(), dim=-1, eps=1e-7)
-        return self.clusters(tokens).float()
+        # Divided by a small temperature, the roundings of bf16 would be as large as the differences.
+        with without_autocast(video.device):
+            return self.clusters(tokens)
 
     @torch.no_grad()
     def forward(self, video: Tensor) -> Tensor:
@@ -168,8 +171,9 @@ class SwappedClusters(nn.Module):
     def forward(self, pred: Tensor, target: Tensor) -> Tensor:
         """[B, M, Nt, K] each. Returns [B, M, Nt]."""
         prototypes = F.normalize(self.prototypes.float(), dim=-1)
-        of_target = F.normalize(target.float(), dim=-1) @ prototypes.T
-        of_pred = F.normalize(pred.float(), dim=-1) @ prototypes.detach().T
+        with without_autocast(pred.device):
+            of_target = F.normalize(target.float(), dim=-1) @ prototypes.T
+            of_pred = F.normalize(pred.float(), dim=-1) @ prototypes.detach().T
         return self._error(of_target, of_pred) + self._error(of_pred, of_target)
 
     def _error(self, cosines: Tensor, other: Tensor) -> Tensor:

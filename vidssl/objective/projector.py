@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vidssl.core.precision import without_autocast
 from vidssl.model.vit import init_weights
 from vidssl.objective.global_batch import GlobalBatchNorm
 from vidssl.objective.view_schema import HeadConfig
@@ -67,6 +68,7 @@ def layer_norm(width: int, affine: bool) -> nn.LayerNorm:
 class Prototypes(nn.Linear):
     """Cosines of x [..., K] with `count` learned vectors, [..., count].
 
+    In f32 under autocast, too: divided by a temperature, roundings of bf16 are as large as differences.
     Source: DINO's weight-normed last layer with its norms kept at 1 (vision_transformer.py, DINOHead), SwAV's
     and MSN's normalised prototypes. Weight decay moves no cosine.
     """
@@ -78,4 +80,5 @@ class Prototypes(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight.detach() + 0 * self.weight if self.is_frozen else self.weight
-        return F.linear(F.normalize(x, dim=-1), F.normalize(weight, dim=-1))
+        with without_autocast(x.device):
+            return F.linear(F.normalize(x.float(), dim=-1), F.normalize(weight.float(), dim=-1))
