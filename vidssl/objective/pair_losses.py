@@ -129,7 +129,10 @@ class ClusterCrossEntropy(PairLoss):
         self.iterations = iterations
         self.couples_clips = assign != "softmax"
         self.register_buffer("centre", torch.zeros(prototypes))
-        self.batch_centre: Tensor | None = None  # of the last forward pass
+        # of the forward passes of `seen_step`, one of each stream: sum of the cosines, and their number
+        self.sums: Tensor | None = None
+        self.rows = 0
+        self.seen_step = 0
 
     def temperature_at(self, step: int) -> float:
         """Of the targets."""
@@ -140,11 +143,20 @@ class ClusterCrossEntropy(PairLoss):
         """[..., B, K] cosines to probabilities of the same shape."""
         x = target.float() / self.temperature_at(step)
         if self.assign == "centred":
-            self.batch_centre = mean_over_processes(target.float().flatten(0, -2).mean(0))
+            self._add_to_centre(target.float().flatten(0, -2), step)
             return (x - self.centre / self.temperature_at(step)).softmax(-1)
         if self.assign == "softmax":
             return x.softmax(-1)
         return sinkhorn(x if self.assign == "sinkhorn" else x.log_softmax(-1), self.iterations)
+
+    def _add_to_centre(self, rows: Tensor, step: int) -> None:
+        if step != self.seen_step:  # that of a skipped step is not used
+            self.sums = None
+            self.rows = 0
+            self.seen_step = step
+        total = len(rows) * mean_over_processes(rows.mean(0))
+        self.sums = total if self.sums is None else self.sums + total
+        self.rows += len(rows)
 
     def forward(self, pred: Tensor, target: Tensor, pairs: Pairs, step: int = 0) -> Tensor:
         log_p = (pred.float() / self.temperature).log_softmax(-1)
@@ -154,9 +166,10 @@ class ClusterCrossEntropy(PairLoss):
     @torch.no_grad()
     def update(self, encoder: Encoder, momentum: float) -> None:
         """centre = centre_momentum * centre + (1 - centre_momentum) * mean cosines of the step."""
-        if self.batch_centre is not None:
-            self.centre.lerp_(self.batch_centre, 1 - self.centre_momentum)
-            self.batch_centre = None
+        if self.sums is not None:
+            self.centre.lerp_(self.sums / self.rows, 1 - self.centre_momentum)
+            self.sums = None
+            self.rows = 0
 
 
 PAIR_LOSSES = {

@@ -61,3 +61,14 @@ def test_centre_and_temperature_of_the_targets_move_with_the_steps():
     torch.testing.assert_close(loss.centre, 0.1 * cosines.mean((0, 1)))
     loss.update(None, 0.0)
     torch.testing.assert_close(loss.centre, 0.1 * cosines.mean((0, 1)))
+
+
+def test_the_centre_is_that_of_all_forward_passes_of_a_step():
+    """Of every stream by its rows; those of a skipped step do not count."""
+    loss = ClusterCrossEntropy(3)
+    skipped, *streams = torch.rand(2, 4, 3), torch.rand(2, 4, 3), torch.rand(2, 1, 3)
+    loss(skipped, skipped, PAIRS, step=1)
+    for cosines in streams:
+        loss(cosines, cosines, PAIRS, step=2)
+    loss.update(None, 0.0)
+    torch.testing.assert_close(loss.centre, 0.1 * torch.cat([c.flatten(0, 1) for c in streams]).mean(0))
