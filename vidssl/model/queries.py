@@ -1,6 +1,6 @@
 """Queries that depend on the mask, the clip or chance: what a predictor starts from at a hidden token."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -43,6 +43,11 @@ class Noise(nn.Module):
         self.std = std
         self.through_embed = through_embed
 
+    def check_predictor(self, predictor: nn.Module) -> None:
+        """Raises UserError if it has no layer from the encoder, and the noise goes through it."""
+        if self.through_embed:
+            embedding_of(predictor, "noise")
+
     def forward(self, encoded: Encoded, predictor: nn.Module) -> Tensor:
         """Returns [B, M, Nt, width]."""
         noise = self.std * encoded.rng.normal(*encoded.mask.target.shape[1:], self.width)
@@ -61,18 +66,21 @@ class ContextMean(nn.Module):
         self.token = nn.Parameter(torch.zeros(width))
         self.mean = PositionMean()
 
+    def check_predictor(self, predictor: nn.Module) -> None:
+        """Raises UserError if it has no added positions or no layer from the encoder."""
+        positions = getattr(predictor, "positions", None)
+        if not isinstance(positions, PositionEncoding) or positions.kind.startswith("rope"):
+            raise UserError(
+                "method.query.kind: context_mean needs predictor joint or cross, with added positions, "
+                "not rope"
+            )
+        embedding_of(predictor, "context_mean")
+
     def forward(self, encoded: Encoded, predictor: nn.Module) -> Tensor:
         """Returns [B, M, Nt, width]."""
         mask = encoded.mask
-        positions = getattr(predictor, "positions", None)
-        if not isinstance(positions, PositionEncoding):
-            raise UserError("method.query.kind: context_mean needs predictor joint or cross")
-        hidden = positions.embedding(encoded.grid, mask.target)
-        visible = positions.embedding(encoded.grid, mask.context)
-        if not isinstance(hidden, Tensor) or not isinstance(visible, Tensor):
-            raise UserError(
-                "method.query.kind: context_mean needs added positions in the predictor, not rope"
-            )
+        embedding: Any = predictor.positions.embedding  # type: ignore[union-attr]
+        hidden, visible = (embedding(encoded.grid, ids) for ids in (mask.target, mask.context))
         z = embedding_of(predictor, "context_mean")(encoded.z[:, -mask.context.shape[1] :])
         return self.token + self.mean(z[:, None], hidden, visible[:, None])
 

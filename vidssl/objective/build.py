@@ -51,6 +51,7 @@ def build_objective(
             for count in clips:
                 term.check_clip(count, size)
             terms.append((1.0, term))
+    check_levels_are_read(encoder, [term for _, term in terms])
     return terms[0][1] if len(terms) == 1 else WeightedSum(encoder, terms)
 
 
@@ -73,10 +74,13 @@ def build_masked_prediction(
         raise UserError("method.mask.kind=scored and method.score go together: give both or neither")
     corruption = supply(method.corrupt, encoder=encoder)
     check_parts(method, target, predictor, corruption)
+    query: Any = supply(method.query, width=predictor.width, encoder=encoder) if needs_query else None
+    if query is not None and hasattr(query, "check_predictor"):
+        query.check_predictor(predictor)
     aux = [supply(spec, encoder=encoder, target_width=target.width) for spec in method.aux]
     for module, spec in zip(aux, method.aux, strict=True):
         module.kind = spec.kind
-        if getattr(module, "tokens", None) == "target" and method.target.kind != "own":
+        if getattr(module, "tokens", None) == "target" and not target.has_gradients:
             raise UserError(
                 f"method.aux: {spec.kind} of the target moves nothing, as target {method.target.kind} has no "
                 "gradients; give tokens: prediction or tokens: context"
@@ -85,7 +89,7 @@ def build_masked_prediction(
         encoder,
         method.mask.build(),
         target,
-        supply(method.query, width=predictor.width, encoder=encoder) if needs_query else None,
+        query,
         predictor,
         supply(method.error, width=target.width),
         method.context,
@@ -101,6 +105,18 @@ def supply(spec: Spec, **offered: Any) -> Any:
     """Builds a part with those of the offered arguments that it takes."""
     taken = declarations(spec.factory)
     return spec.build(**{name: value for name, value in offered.items() if name in taken})
+
+
+def check_levels_are_read(encoder: Encoder, terms: Sequence[Objective]) -> None:
+    """Raises UserError if layers on the encoder's output would get no gradients, which ends a run of several
+    processes."""
+    layers = {"model.levels": encoder.level_norms, "model.head_depth": encoder.output_head}
+    unread = [key for key, module in layers.items() if list(module.children())]
+    if unread and not any(term.reads_levels for term in terms):
+        raise UserError(
+            f"{', '.join(unread)}: method.pretext and predictor cross with memory: mix do not read these "
+            "layers, so that they would not be trained: leave them out"
+        )
 
 
 def check_parts(

@@ -27,6 +27,7 @@ class Objective(nn.Module):
     # whether the class token is all that is trained of the encoder's output
     trains_class_only = False
     takes_windows = False  # whether it compares the windows of a clip (data.windows)
+    reads_levels = True  # whether it trains on what the encoder returns with return_levels
     mask: Masker | None  # which tokens the encoder sees; None: all
 
     def __init__(self) -> None:

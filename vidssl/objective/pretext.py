@@ -39,6 +39,8 @@ class Pretext(Objective):
     """Base of all: encodes transformed clips and classifies the mean of their tokens. Logs the accuracy
     beside that of guessing, `chance`."""
 
+    reads_levels = False
+
     def __init__(self, encoder: Encoder, classes: int):
         super().__init__()
         self.encoder = encoder

@@ -11,6 +11,7 @@ class Target(nn.Module):
     none."""
 
     per_mask = False  # the target depends on the mask: `for_mask` makes it
+    has_gradients = False  # whether the loss of features reaches the encoder
 
     encoder: Encoder | None
     width: int

@@ -119,6 +119,8 @@ class Own(Target):
     variance_covariance.
     """
 
+    has_gradients = True
+
     def __init__(self, encoder: Encoder):
         super().__init__(encoder.feature_width)
         self._online = [encoder]  # in a list, so that it is not registered a second time

@@ -263,14 +263,37 @@ def test_a_regulariser_without_gradients_is_refused():
     method_and_clips("vjepa", "method.aux=[{kind: sigreg, weight: 1.0, tokens: prediction}]")
 
 
-def test_context_mean_needs_positions():
-    with pytest.raises(UserError, match="predictor joint or cross"):
-        objective, video = method_and_clips(
+@pytest.mark.parametrize(
+    "predictor",
+    [
+        "{kind: parallel, width: 12, heads: 2}",
+        "{kind: conv}",
+        "{kind: joint, width: 36, positions: rope, class_token: none}",
+    ],
+)
+def test_context_mean_needs_positions(predictor):
+    options = ["method.query={kind: context_mean}", f"method.predictor={predictor}"]
+    with pytest.raises(UserError, match="predictor joint or cross, with added positions, not rope"):
+        small("mae", *options).build_objective()
+
+
+def test_noise_needs_a_layer_from_the_encoder():
+    with pytest.raises(UserError, match="noise goes through the predictor's embedding"):
+        small(
             "mae",
-            "method.query={kind: context_mean}",
+            "method.query={kind: noise, through_embed: true}",
             "method.predictor={kind: parallel, width: 12, heads: 2}",
-        )
-        objective(video, fresh(), masks_of(objective, video))
+        ).build_objective()
+
+
+@pytest.mark.parametrize("layers", ["model.levels=[0,1]", "model.head_depth=2"])
+def test_layers_that_nothing_reads_are_refused(layers):
+    """They get no gradients, so that DDP ends at the second step."""
+    mix = ["method.predictor.memory=mix", "model.final_norm=false"]
+    for method, more in (("pretext_arrow", []), ("crossmae", mix)):
+        with pytest.raises(UserError, match=f"{layers.split('=')[0]}: .* leave them out"):
+            small(method, layers, *more).build_objective()
+    small("crossmae", layers, "method.predictor.memory=last").build_objective()
 
 
 def test_a_teacher_sees_pixels_with_its_own_statistics(tmp_path):
