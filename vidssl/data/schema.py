@@ -33,7 +33,7 @@ class ExtraStream:
     fps: Rate | None = None
     weights: Weights | None = None
     rule: Rule = "exact"
-    windows: PositiveInt = 1
+    windows: PositiveInt = 1  # the same in streams of as many frames a clip
 
     def __post_init__(self) -> None:
         check_rate("data.extra_streams", self.stride, self.fps, self.rule)
@@ -113,6 +113,18 @@ class DataConfig:
         shared_fields = [f.name for f in dataclasses.fields(ExtraStream) if f.name != "clips"]
         extra = [{name: getattr(s, name) for name in shared_fields} for s in self.extra_streams]
         return [self, *(dataclasses.replace(self, **fields, extra_streams=()) for fields in extra)]
+
+    @property
+    def windows_of_clips(self) -> dict[int, int]:
+        """Frames of the clips of each stream -> the number of their windows."""
+        found: dict[int, int] = {}
+        for stream in self.streams():
+            if found.setdefault(stream.clip_frames, stream.windows) != stream.windows:
+                raise UserError(
+                    f"data.extra_streams: clips of {stream.clip_frames} frames are {stream.windows} windows, "
+                    f"in another stream {found[stream.clip_frames]}: give one number of data.windows"
+                )
+        return found
 
     def clips(self, batch: int) -> list[int]:
         """Clips of each stream in a global batch."""

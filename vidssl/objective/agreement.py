@@ -22,7 +22,7 @@ from vidssl.core.rng import KeyedRNG
 from vidssl.model.vit import Encoder
 from vidssl.objective.embedding_aux import EmbeddingAux
 from vidssl.objective.masks import needs_video
-from vidssl.objective.objective import Masker, Masks, Objective, windows_of
+from vidssl.objective.objective import Masker, Masks, Objective
 from vidssl.objective.pair_losses import PairLoss
 from vidssl.objective.projector import Projector, Prototypes, build_projector
 from vidssl.objective.schema import MASK_PARTS
@@ -120,7 +120,7 @@ class ViewAgreement(Objective):
     def check_clip(self, frames: int, size: int) -> None:
         """Raises UserError if the views of clips of so many frames of size x size pixels cannot be encoded or
         masked."""
-        (clip, *_) = windows_of(self.encoder, torch.zeros(1, 3, frames, size, size))
+        (clip, *_) = self.windows_of(torch.zeros(1, 3, frames, size, size))
         for i, view in enumerate(self.views):
             side = view.size or size
             cut = clip.new_zeros(*clip.shape[:3], side, side)
@@ -135,7 +135,7 @@ class ViewAgreement(Objective):
     def draw_masks(self, shape: torch.Size, rng: KeyedRNG, motion: Tensor | None = None) -> Masks:
         if not self.masked or needs_video(self.mask):
             return None
-        (clip, *_) = windows_of(self.encoder, torch.empty(shape, device="meta"))  # only its shape may be read
+        (clip, *_) = self.windows_of(torch.empty(shape, device="meta"))  # only its shape may be read
         sizes = [self.views[i].size or shape[-1] for i in self.masked]
         return self.make_masks([clip.new_empty(*clip.shape[:3], s, s) for s in sizes], rng)
 
@@ -147,7 +147,7 @@ class ViewAgreement(Objective):
     def forward(self, video: Tensor, rng: KeyedRNG, masks: Masks = None) -> dict[str, Tensor]:
         masks = self.draw_masks(video.shape, rng) if masks is None else masks
         rng = rng.to(video.device)
-        windows = windows_of(self.encoder, video)
+        windows = self.windows_of(video)
         views = [cut_view(windows[i % len(windows)], view, rng, i) for i, view in enumerate(self.views)]
         if masks is None:
             masks = self.make_masks([views[i] for i in self.masked], rng)

@@ -1,6 +1,6 @@
 """Builds the objective that a configuration describes."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,12 +26,13 @@ def build_objective(
     size: int,
     seed: int,
     load_teacher: Callable[[str], Encoder],
+    windows: Mapping[int, int],
 ) -> Objective:
     """The method with fresh weights drawn from `seed`.
 
     frames: of the encoder's native clip, then of the streams' clips. size: pixels of a clip's side.
     load_teacher: reads the frozen encoder of method.target.kind=teacher from its path
-    (pretrained.load.load_teacher).
+    (pretrained.load.load_teacher). windows: frames of a stream's clips -> windows of which they are joined.
     """
     torch.manual_seed(seed)
     encoder = model.build(
@@ -48,11 +49,16 @@ def build_objective(
     for other in (method.agree, method.pretext):
         if not other.is_absent:
             term = other.build(encoder=encoder)
+            term.windows = windows
             for count in clips:
                 term.check_clip(count, size)
             terms.append((1.0, term))
     check_levels_are_read(encoder, [term for _, term in terms])
-    return terms[0][1] if len(terms) == 1 else WeightedSum(encoder, terms)
+    if len(terms) == 1:
+        return terms[0][1]
+    both = WeightedSum(encoder, terms)
+    both.windows = windows
+    return both
 
 
 def build_masked_prediction(

@@ -1,6 +1,6 @@
 """What training asks of every objective, whichever its formula: masked_prediction.py has the first."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ class Objective(nn.Module):
     trains_class_only = False
     takes_windows = False  # whether it compares the windows of a clip (data.windows)
     reads_levels = True  # whether it trains on what the encoder returns with return_levels
+    windows: Mapping[int, int] = {}  # frames of a stream's clips -> data.windows; others have one
     mask: Masker | None  # which tokens the encoder sees; None: all
 
     def __init__(self) -> None:
@@ -91,6 +92,10 @@ class Objective(nn.Module):
         """Whether a part asks for the motion vectors of the clips (data.motion_vectors)."""
         return any(getattr(p, "needs_motion", False) for p in self.parts)
 
+    def windows_of(self, video: Tensor) -> tuple[Tensor, ...]:
+        """The windows (data.windows) of clips [B, 3, T, H, W]."""
+        return video.chunk(self.windows.get(video.shape[2], 1), 2)
+
     def draw_masks(self, shape: torch.Size, rng: KeyedRNG, motion: Tensor | None = None) -> Masks:
         """Draws the masks of clips of this shape on the device of `rng`: on the host, ahead of the forward
         pass. None: there are none, or they are drawn in the forward pass. motion: f16 [B, 2, T, h, w], of
@@ -100,13 +105,6 @@ class Objective(nn.Module):
     def forward(self, video: Tensor, rng: KeyedRNG, masks: Masks = None) -> dict[str, Tensor]:
         """masks: of draw_masks, on the device of the video."""
         raise NotImplementedError
-
-
-def windows_of(encoder: Encoder, video: Tensor) -> tuple[Tensor, ...]:
-    """The windows (data.windows) of clips [B, 3, T, H, W]: T is a multiple of the encoder's frames, or there
-    is one window."""
-    frames = encoder.grid.t * encoder.tubelet
-    return video.split(frames, 2) if video.shape[2] % frames == 0 else (video,)
 
 
 def own_momentum(part: nn.Module) -> tuple[float, float]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from vidssl.core.errors import UserError
 from vidssl.core.rng import KeyedRNG
 from vidssl.model.vit import Encoder
-from vidssl.objective.objective import Masks, Objective, windows_of
+from vidssl.objective.objective import Masks, Objective
 
 
 class WeightedSum(Objective):
@@ -57,7 +57,7 @@ class WeightedSum(Objective):
 
     def clips_of(self, term: Objective, video: Tensor, rng: KeyedRNG) -> tuple[Tensor, KeyedRNG]:
         """What a term takes for its clips, and their generator."""
-        windows = windows_of(self.encoder, video)
+        windows = self.windows_of(video)
         if term.takes_windows or len(windows) == 1:
             return video, rng
         return torch.cat(windows), rng.of_views(len(windows))

@@ -283,7 +283,10 @@ class TrainConfig:
 
         frames = [self.data.frames, *(stream.clip_frames for stream in self.data.streams())]
         size = self.augment.arguments["size"]
-        objective = build_objective(self.method, self.model, frames, size, self.run.seed, load_teacher)
+        windows = self.data.windows_of_clips
+        objective = build_objective(
+            self.method, self.model, frames, size, self.run.seed, load_teacher, windows
+        )
         if objective.needs_motion and not self.data.motion_vectors:
             raise UserError(
                 f"method.score.kind {self.method.score.kind} needs the motion vectors of the codec: "

@@ -218,8 +218,12 @@ def test_frozen_prototypes_get_no_gradient():
         assert objective.prototypes.weight.grad.any() == (step == 1)
 
 
-def test_view_v_is_cut_from_window_v(monkeypatch):
-    objective = small("simclr", "model.depth=1").build_objective()
+@pytest.mark.parametrize("windows", [1, 2])
+def test_view_v_is_cut_from_window_v(windows, monkeypatch):
+    """Of the stream's own number of windows: a longer clip of one window is not divided."""
+    stream = f"[{{train: [x], frames: {16 // windows}, windows: {windows}, clips: 4, stride: 1}}]"
+    cfg = small("simclr", "model.depth=1", "run.lanes=4", f"data.extra_streams={stream}")
+    objective = cfg.build_objective()
     seen = []
     monkeypatch.setattr(
         agreement,
@@ -228,7 +232,16 @@ def test_view_v_is_cut_from_window_v(monkeypatch):
     )
     video = torch.arange(16.0)[:, None, None].expand(2, 3, 16, 32, 32)
     objective(video, KeyedRNG(0, 0, torch.arange(2)))
-    assert seen == [list(range(8)), list(range(8, 16))]
+    whole = list(range(16))
+    assert seen == ([whole[:8], whole[8:]] if windows == 2 else [whole, whole])
+
+
+def test_streams_of_equal_clips_have_equal_windows():
+    stream = "[{train: [x], frames: 4, windows: 2, clips: 4, stride: 1}]"
+    with pytest.raises(
+        UserError, match="clips of 8 frames are 2 windows, in another stream 1: give one number"
+    ):
+        small("simclr", "model.depth=1", "run.lanes=4", f"data.extra_streams={stream}").build_objective()
 
 
 @pytest.mark.parametrize(
@@ -255,7 +268,7 @@ def test_mistakes_are_named(method, change, error):
 
 def test_a_sum_reconstructs_each_window_by_itself_and_compares_them(monkeypatch):
     """ViC-MAE: 0.97 * mean error of the frames' reconstructions + 0.03 * InfoNCE of their mean tokens."""
-    objective = small("vicmae", "model.depth=1").build_objective()
+    objective = small("vicmae", "model.depth=1", "data.windows=2").build_objective()
     reconstruction, comparison = objective.terms
     monkeypatch.setattr(agreement, "cut_view", lambda frame, *_: frame[..., :16, :16])
     clips = 3
