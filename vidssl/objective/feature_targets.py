@@ -130,8 +130,12 @@ class SelfAssigned(Ema):
         """Probabilities [B, N, K], for measurements: the centre stays."""
         return ((self.cosines(video) - self.assign.centre) / self.assign.temperature_at(0)).softmax(-1)
 
+    def prepare(self, video: Tensor) -> Tensor:
+        return self.cosines(video)
+
     def for_mask(self, encoded: Encoded) -> Tensor:
-        assigned = self.assign.assignments(self.cosines(encoded.video), encoded.rng.step)
+        assert encoded.prepared is not None
+        assigned = self.assign.assignments(encoded.prepared, encoded.rng.step)
         return gather_tokens(assigned, encoded.mask.target)
 
     @torch.no_grad()

@@ -62,8 +62,13 @@ class GivenTokens(Target):
         return frames.clamp(0, 1)
 
     @torch.no_grad()
+    def prepare(self, video: Tensor) -> Tensor:
+        """The classes i64 [B, N] of all tokens."""
+        return self._tokenizer(self._input(video)).reshape(len(video), -1)
+
+    @torch.no_grad()
     def for_mask(self, encoded: "Encoded") -> Tensor:
-        classes = self._tokenizer(self._input(encoded.video)).reshape(len(encoded.video), encoded.grid.n)
-        hidden = gather_tokens(classes, encoded.mask.target)[..., None]
+        assert encoded.prepared is not None
+        hidden = gather_tokens(encoded.prepared, encoded.mask.target)[..., None]
         one_hot = torch.zeros(*hidden.shape[:-1], self.width, device=hidden.device)
         return one_hot.scatter(-1, hidden, 1.0)

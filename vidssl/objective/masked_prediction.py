@@ -113,6 +113,7 @@ class MaskedPrediction(Objective):
         """masks: of draw_masks, on the device of the video; None: they are drawn here, on that of `rng`."""
         grid = self.encoder.grid_of(video)
         features, parts = (None, {}) if self.target.per_mask else self.target.with_aux(video)
+        prepared = self.target.prepare(video) if self.target.per_mask else None
         losses = list(parts.values())
         scores = None
         if masks is None:
@@ -121,7 +122,7 @@ class MaskedPrediction(Objective):
             rng = rng.to(video.device)
         per_mask = []
         for i, mask in enumerate(masks):
-            predicted = self.predict(video, features, grid, i, mask, rng, scores)
+            predicted = self.predict(video, features, grid, i, mask, rng, scores, prepared)
             mask = predicted.encoded.mask
             loss = parts[f"loss_{i}"] = self.weighted_mean(predicted.error, mask)
             if predicted.prediction.context is not None:
@@ -146,6 +147,7 @@ class MaskedPrediction(Objective):
         mask: Mask,
         rng: KeyedRNG,
         scores: Tensor | None,
+        prepared: Tensor | None = None,
     ) -> Predicted:
         """Encodes the context of a mask, predicts its targets and compares them."""
         seen = Corrupted(video) if self.corruption is None else self.corruption(video, mask, grid, rng)
@@ -155,7 +157,7 @@ class MaskedPrediction(Objective):
             mask = mask._replace(context=torch.arange(grid.n, device=video.device).expand(len(video), -1))
         all_layers = getattr(self.predictor, "needs_all_layers", False)
         z = self.encoder(seen.video, context, True, rng, seen.replaced, all_layers)
-        encoded = Encoded(video, seen.video, grid, index, mask, rng, z, scores)
+        encoded = Encoded(video, seen.video, grid, index, mask, rng, z, scores, prepared)
         query = None if self.query is None else self.query(encoded, self.predictor)
         prediction: Prediction = self.predictor(z, mask, query, grid)
         if features is None:

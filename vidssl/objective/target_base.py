@@ -38,6 +38,10 @@ class Target(nn.Module):
         """Returns the target [B, N, K] of every token, and losses of its own by their names in the log."""
         return self(video), {}
 
+    def prepare(self, video: Tensor) -> Tensor | None:
+        """Returns what `for_mask` finds in encoded.prepared: made once for all masks of a step."""
+        return None
+
     def for_mask(self, encoded: Encoded) -> Tensor:
         """Returns the target [B, M, Nt, K] of one mask; for targets with `per_mask`."""
         raise NotImplementedError

@@ -61,7 +61,8 @@ class ModelFlops:
     keys and values, three times that where there are gradients.
 
     It counts what the model is called with, so the masks of each step count with the tokens that they keep.
-    What activation checkpointing or an attention kernel computes again is not counted. Hooks of whole stacks
+    What activation checkpointing or an attention kernel computes again is not counted, nor is a network that
+    the user gives as a file. Hooks of whole stacks
     count, outside of what is compiled.
     """
 

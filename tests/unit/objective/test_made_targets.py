@@ -10,6 +10,7 @@ import torch
 
 from vidssl.core.errors import UserError
 from vidssl.core.pixels import normalise
+from vidssl.core.rng import KeyedRNG
 from vidssl.model.grid import Grid, Mask
 from vidssl.model.prediction import Encoded
 from vidssl.model.vit import Encoder
@@ -21,6 +22,7 @@ from vidssl.objective.motion import FrameDifference, HogMotion, Motion, block_mo
 
 sys.path.append(str(Path(__file__).parents[2] / "integration"))
 from given_networks import MeanFlow, RedLevels, write_network
+from test_methods import make_teacher, small
 
 
 def encoder(**options) -> Encoder:
@@ -126,7 +128,9 @@ def test_tokens_of_a_given_tokenizer(tmp_path):
     video = torch.randint(0, 256, (2, 3, 4, 32, 32), dtype=torch.uint8)
     ids = torch.tensor([[[3, 31]], [[0, 16]]])
     mask = Mask(torch.zeros(2, 1, dtype=torch.int64), ids)
-    encoded = Encoded(normalise(video), video, Grid(2, 4, 4), 0, mask, None, None, None)
+    encoded = Encoded(
+        normalise(video), video, Grid(2, 4, 4), 0, mask, None, None, None, target.prepare(normalise(video))
+    )
     got = target.for_mask(encoded)
     assert got.shape == (2, 1, 2, 10) and got.sum(-1).eq(1).all()
     for clip, chosen, one_hot in zip(video, ids[:, 0].tolist(), got[:, 0], strict=True):
@@ -135,6 +139,21 @@ def test_tokens_of_a_given_tokenizer(tmp_path):
             left = 8 * (token % 4)
             patch = clip[0, token // 16 * 2, top : top + 8, left : left + 8]
             assert row.argmax() == round(float(patch.float().mean()) / 255 * 9)
+
+
+@pytest.mark.parametrize(
+    ("method", "network"), [("given_tokens", "_tokenizer"), ("ibot_patch", "encoder.forward")]
+)
+def test_a_target_looks_at_the_clips_once_for_all_masks(method, network, tmp_path, monkeypatch):
+    cfg = small(method, *make_teacher(method, tmp_path), "method.masks_per_clip=3")
+    objective = cfg.build_objective()
+    owner, _, name = f"target.{network}".rpartition(".")
+    called = objective.get_submodule(owner)
+    look = getattr(called, name)
+    calls: list[tuple] = []
+    monkeypatch.setattr(called, name, lambda *args: calls.append(args) or look(*args))
+    found = objective(torch.randn(2, 3, cfg.data.frames, 32, 32), KeyedRNG(0, 0, torch.arange(2)))
+    assert len(calls) == 1 and "loss_2" in found
 
 
 def test_networks_that_do_not_fit(tmp_path):
