@@ -277,6 +277,15 @@ def test_only_the_sampler_s_loss_reaches_the_sampler_and_only_with_detach_nothin
         assert reached == (sampler if detach else sampler | embedding)
 
 
+def test_the_sampler_of_an_image_reads_its_own_patch_embedding():
+    made = Encoder(4, 16, 16, dim=12, depth=1, heads=2, patch=8, image_tokenizer=True)
+    image = torch.randn(2, 3, 1, 16, 16)
+    scores = SCORES["sampler"](made, heads=2)(image, made.grid_of(image), keys(2), made)
+    scores.square().sum().backward()
+    assert scores.shape == (2, 4) and made.patch_embed_img.proj.weight.grad.any()
+    assert made.patch_embed.proj.weight.grad is None
+
+
 def gradients_of(objective, video: Tensor) -> dict[str, Tensor]:
     objective.zero_grad()
     objective(video, keys(2))["loss"].backward()
