@@ -9,10 +9,20 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from vidssl.core.precision import without_autocast
 from vidssl.core.rng import KeyedRNG, box_muller
-from vidssl.objective.global_batch import gather_clips, mean_over_processes, process_count
+from vidssl.objective.global_batch import (
+    gather_clips,
+    mean_over_processes,
+    process_count,
+    sum_over_processes,
+)
+
+MAX_ANGLES = (
+    2**24
+)  # of projections of many tokens, at once; more are made in parts, and again for the gradients
 
 
 def random_directions(rng: KeyedRNG, width: int, count: int) -> Tensor:
@@ -37,11 +47,32 @@ def sigreg(embeddings: Tensor, directions: Tensor, points: int = 17, largest: fl
     per_view = []
     with without_autocast(embeddings.device):
         for x in embeddings.float():
-            angles = (x @ directions)[..., None] * t  # [B, S, points]
-            both = mean_over_processes(torch.stack([angles.cos().mean(0), angles.sin().mean(0)]))
+            both = mean_over_processes(characteristic_function(x @ directions, t))
             error = (both[0] - normal).square() + both[1].square()
             per_view.append((error @ weights).mean())
     return torch.stack(per_view).mean() * (embeddings.shape[1] * process_count())
+
+
+def characteristic_function(x: Tensor, t: Tensor) -> Tensor:
+    """Real and imaginary part f32 [2, S, points] of the mean of exp(i x t) over the rows of x [B, S]."""
+
+    def of(part: Tensor) -> Tensor:
+        angles = part[..., None] * t  # [B, S, points]
+        return torch.stack([angles.cos().mean(0), angles.sin().mean(0)])
+
+    at_once = max(1, MAX_ANGLES // (len(x) * len(t)))
+    if at_once >= x.shape[1]:
+        return of(x)
+    return torch.cat(
+        [checkpoint(of, part, use_reentrant=False, preserve_rng_state=False) for part in x.split(at_once, 1)],
+        1,
+    )
+
+
+def centred_over_clips(embeddings: Tensor) -> tuple[Tensor, int]:
+    """f32 [V, B, K] less the mean over the clips of all processes, and their number."""
+    x = embeddings.float()
+    return x - mean_over_processes(x.mean(1, keepdim=True)), x.shape[1] * process_count()
 
 
 def variance_hinge(embeddings: Tensor, eps: float = 1e-4) -> Tensor:
@@ -49,17 +80,17 @@ def variance_hinge(embeddings: Tensor, eps: float = 1e-4) -> Tensor:
 
     Source: VICReg (arXiv 2105.04906, eq. 1; main_vicreg.py), whose std_loss of two views this is.
     """
-    x = gather_clips(embeddings.float(), dim=1)
-    return F.relu(1 - (x.var(1) + eps).sqrt()).mean()
+    x, clips = centred_over_clips(embeddings)
+    variance = sum_over_processes(x.square().sum(1)) / (clips - 1)
+    return F.relu(1 - (variance + eps).sqrt()).mean()
 
 
 def covariance(embeddings: Tensor) -> Tensor:
     """Sum of squared covariances of different dimensions, divided by their number K, summed over the views of
     [V, B, K]. Source: VICReg (arXiv 2105.04906, eq. 3; main_vicreg.py, cov_loss)."""
-    x = gather_clips(embeddings.float(), dim=1)
-    x = x - x.mean(1, keepdim=True)
+    x, clips = centred_over_clips(embeddings)
     with without_autocast(x.device):
-        squares = (x.mT @ x / (x.shape[1] - 1)).square()
+        squares = (sum_over_processes(x.mT @ x) / (clips - 1)).square()
     return (squares.sum((1, 2)) - squares.diagonal(dim1=1, dim2=2).sum(1)).sum() / x.shape[2]
 
 

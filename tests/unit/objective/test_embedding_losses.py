@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from vidssl.core.rng import KeyedRNG
+from vidssl.objective import embedding_losses
 from vidssl.objective.embedding_losses import entropy_gap, koleo, random_directions, sigreg
 from vidssl.objective.pair_losses import NCE, ClusterCrossEntropy
 
@@ -72,3 +73,22 @@ def test_the_centre_is_that_of_all_forward_passes_of_a_step():
         loss(cosines, cosines, PAIRS, step=2)
     loss.update(None, 0.0)
     torch.testing.assert_close(loss.centre, 0.1 * torch.cat([c.flatten(0, 1) for c in streams]).mean(0))
+
+
+def test_sigreg_in_parts_is_that_at_once(monkeypatch):
+    """Value and gradients; what is kept for the backward pass does not grow with the number of points."""
+    x = torch.randn(1, 40, 64, requires_grad=True)
+    found, kept = [], []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[-1] += tensor.numel()
+        return tensor
+
+    for limit in (10**9, 40 * 17 * 5):
+        monkeypatch.setattr(embedding_losses, "MAX_ANGLES", limit)
+        kept.append(0)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = sigreg(x, directions_of_step(0))
+        found.append([loss, *torch.autograd.grad(loss, x)])
+    torch.testing.assert_close(*found)
+    assert kept[0] > 40 * 48 * 17 * 2 and kept[1] < kept[0] / 4
