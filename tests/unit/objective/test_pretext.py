@@ -3,6 +3,7 @@
 import sys
 from itertools import permutations
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from vidssl.core.rng import KeyedRNG
 from vidssl.model.vit import Encoder
 from vidssl.objective.pretext import PRETEXTS, FrameRotation, Jigsaw, Pace, PieceOrder, crop_apart, draw_class
 from vidssl.objective.pretext_frames import paced_length, piece_length
+from vidssl.training.diagnostics import Diagnostics
 
 sys.path.append(str(Path(__file__).parents[2] / "integration"))
 from test_methods import small
@@ -164,3 +166,13 @@ def test_the_encoder_is_made_for_the_frames_that_it_gets(kind, frames):
     assert cfg.encoder_arguments()["frames"] == frames
     assert objective.encoder.grid.t * objective.encoder.tubelet == frames
     assert objective.transform(torch.randn(2, 3, 8, 32, 32), rng(2)).video.shape[2] == frames
+
+
+@pytest.mark.parametrize("method", ["pretext_pace", "pretext_order"])
+def test_features_are_measured_on_clips_as_long_as_the_encoder_sees_them(method):
+    cfg = small(method)
+    diagnostics = Diagnostics(cfg, cfg.build_objective(), SimpleNamespace(runs_diagnostics=True))
+    loaded = torch.zeros(2, 3, cfg.data.frames, 32, 32, dtype=torch.uint8)
+    diagnostics.measure_if_due(2, [SimpleNamespace(video=loaded)])
+    grid = diagnostics.objective.encoder.grid_of(diagnostics.stats.clips[0])
+    assert grid == diagnostics.objective.encoder.grid != diagnostics.objective.encoder.grid_of(loaded)
