@@ -9,6 +9,8 @@ from typing import Any
 
 import yaml
 
+from vidssl.core.errors import run_cli
+
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs/methods.md"
 BEGIN = "<!-- methods: written by tools/methods_table.py -->"
@@ -36,7 +38,7 @@ SETTINGS = re.compile(
 )
 
 
-def main() -> None:
+def main(argv: list[str]) -> None:
     PAGE.write_text(replace_table(PAGE.read_text()))
 
 
@@ -125,4 +127,4 @@ def published(header: str) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_cli(main)

@@ -7,7 +7,8 @@ same modules, arguments and exit statuses.
 import difflib
 import runpy
 import sys
-from collections.abc import Sequence
+
+from vidssl.core.errors import UserError, run_cli
 
 # Command -> (module, what it does)
 COMMANDS = {
@@ -38,13 +39,12 @@ def usage() -> str:
     )
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Runs a command as its module would run as a script. Exits with 2 for an unknown one."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if not arguments or arguments[0] in ("-h", "--help"):
+def run(argv: list[str]) -> None:
+    """Runs a command as its module would run as a script. Raises UserError for an unknown one."""
+    if not argv or argv[0] in ("-h", "--help"):
         print(usage())
         return
-    command, *rest = arguments
+    command, *rest = argv
     if command in ("-V", "--version"):
         import vidssl
 
@@ -53,10 +53,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     if command not in COMMANDS:
         near = difflib.get_close_matches(command, COMMANDS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"commands: {', '.join(COMMANDS)}"
-        print(f"error: no command '{command}'; {hint}", file=sys.stderr)
-        sys.exit(2)
+        raise UserError(f"no command '{command}'; {hint}")
     sys.argv = [command, *rest]
     runpy.run_module(COMMANDS[command][0], run_name="__main__", alter_sys=True)
+
+
+def main() -> None:
+    run_cli(run)
 
 
 if __name__ == "__main__":

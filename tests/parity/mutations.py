@@ -153,7 +153,9 @@ def momentum_a_step_late(patch: Patch) -> None:
     def wrong(o, step, steps, ema):
         return {**right(o, step, steps, ema), "ema": right(o, step + 1, steps, ema)["ema"]}
 
+    progress = check_parity.schedule_progress
     patch.setattr(check_parity, "schedule", wrong)
+    patch.setattr(check_parity, "schedule_progress", lambda o, step, steps: progress(o, step + 1, steps))
 
 
 def rates_a_step_late(patch: Patch) -> None:

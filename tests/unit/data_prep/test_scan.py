@@ -13,7 +13,7 @@ from packed_files import read_records
 from data_prep import scan, verify
 from vidssl.core.errors import UserError
 from vidssl.data.augment import RandomCrop
-from vidssl.data.dataset import decode_clip
+from vidssl.data.decoding import open_video
 from vidssl.data.loader import make_streams, open_shards, train_steps
 from vidssl.data.schema import DataConfig
 from vidssl.data.shards import Shards
@@ -275,6 +275,6 @@ def test_frames_are_measured_whatever_others_say(claims, index, make_video, scan
     shards = Shards([str(tmp_path)])
     sample = shards.sample(0, 0)
     for decoder in ("auto", "decord"):
-        clip = decode_clip(shards.read(sample), "mp4", sample.meta, lambda t: range(len(t)), decoder, None)
-        assert clip.shape == (6, 48, 64, 3)
+        with open_video(shards.read(sample), "mp4", sample.meta, decoder) as video:
+            assert video.get(list(range(len(video.times)))).shape == (6, 48, 64, 3)
     assert [label for _, label in streamed(tmp_path, 1)] == [0] * 4
