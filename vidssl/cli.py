@@ -39,7 +39,7 @@ def usage() -> str:
     )
 
 
-def run(argv: list[str]) -> None:
+def main(argv: list[str]) -> None:
     """Runs a command as its module would run as a script. Raises UserError for an unknown one."""
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
@@ -58,9 +58,10 @@ def run(argv: list[str]) -> None:
     runpy.run_module(COMMANDS[command][0], run_name="__main__", alter_sys=True)
 
 
-def main() -> None:
-    run_cli(run)
+def console() -> None:
+    """The console script."""
+    run_cli(main)
 
 
 if __name__ == "__main__":
-    main()
+    console()

@@ -20,14 +20,14 @@ def test_a_command_runs_its_module_as_a_script(command, monkeypatch):
     seen = []
     monkeypatch.setattr(cli.runpy, "run_module", lambda *args, **options: seen.append((args, options)))
     monkeypatch.setattr(sys, "argv", ["vidssl"])
-    cli.run([command, "a=1", "--help"])
+    cli.main([command, "a=1", "--help"])
     assert seen == [((module,), {"run_name": "__main__", "alter_sys": True})]
     assert sys.argv[1:] == ["a=1", "--help"]
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]])
 def test_usage_lists_all_commands(arguments, capsys):
-    cli.run(arguments)
+    cli.main(arguments)
     out = capsys.readouterr().out
     assert [line.split()[0] for line in out.splitlines() if line.startswith("  ")] == list(cli.COMMANDS)
 
@@ -38,14 +38,14 @@ def test_usage_lists_all_commands(arguments, capsys):
 def test_an_unknown_command(wrong, words, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["vidssl", wrong])
     with pytest.raises(SystemExit) as end:
-        cli.main()
+        cli.console()
     assert end.value.code == 2 and words in capsys.readouterr().err
 
 
 def test_a_mistake_ends_in_a_line_and_status_2_without_torch():
-    code = "import sys; from vidssl.cli import main\n"
+    code = "import sys; from vidssl.cli import console\n"
     code += "sys.argv = ['vidssl', 'train', 'configs/method/vjepa_tiny.yaml', 'run.stepz=1']\n"
-    code += "try: main()\n"
+    code += "try: console()\n"
     code += "finally: print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == "False\n"
