@@ -269,7 +269,7 @@ def test_shards_are_shards(name, runs):
     for rank in range(world):
         told = json.loads((runs / name / f"shares-{rank}.json").read_text())
         assert told.pop("units") == ["FSDPBlock"] * (1 + 1 if "videomae" in name else 2 + 2 + 1) + [
-            "FSDPObjective"
+            "FSDPMaskedPrediction"
         ]
         parts_here = parts if "videomae" in name else [*parts, "target"]
         assert told == pytest.approx(dict.fromkeys(parts_here, 1 / world), abs=0.02)
