@@ -34,6 +34,7 @@ from vidssl.core.cpus import available_cpus
 from vidssl.core.errors import DecodeError, UserError, run_cli
 from vidssl.core.memory import free_memory
 from vidssl.core.rng import KeyedRNG
+from vidssl.core.versions import version_of
 from vidssl.data.decoding import check_decoder, open_video
 from vidssl.model.predictor import JointPredictor, MaskToken
 from vidssl.model.vit import Encoder
@@ -46,14 +47,6 @@ FEW_OPEN_FILES = 4096  # soft limit below which many loader workers run out of d
 LITTLE_SHARED_MEMORY = 1 << 30  # bytes of /dev/shm, through which loader workers hand over batches
 LITTLE_DISK = 10 << 30  # bytes
 FRAMES, SIDE = 8, 64  # of the video that is decoded
-
-
-def version_of(package: str) -> str | None:
-    """Version of an installed package; None: it is not installed."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def requirements() -> dict[str, list[str]]:

@@ -1,7 +1,6 @@
 """Prints what is installed and which devices there are."""
 
 import argparse
-import importlib.metadata
 import platform
 from typing import Any
 
@@ -9,6 +8,7 @@ import torch
 from gpu.check import run
 
 from vidssl.core.cpus import available_cpus
+from vidssl.core.versions import version_of
 
 PACKAGES = (
     "torch",
@@ -25,11 +25,7 @@ PACKAGES = (
 
 def environment(a: argparse.Namespace) -> tuple[bool, str, dict[str, Any]]:
     found: dict[str, Any] = {"python": platform.python_version(), "cores": available_cpus()}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = None
+    found |= {name: version_of(name) for name in PACKAGES}
     devices = "CPU"
     if a.device == "cuda":
         found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))

@@ -1,7 +1,6 @@
 """From an encoder to the features of train and test under a control."""
 
 import hashlib
-import importlib.metadata
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from vidssl.core.errors import UserError
 from vidssl.core.pixels import normalise
+from vidssl.core.versions import version_of
 from vidssl.data.dataset import do_nothing
 from vidssl.data.shards import Sample, Shards
 from vidssl.evaluation.controls import Control
@@ -124,17 +124,10 @@ def cache_provenance(extractor: FeatureExtractor, view: View, split: Split) -> d
         "data": split.shards.hash,
         "samples": hashlib.sha256(keys.encode()).hexdigest(),
         "code": code_hash(*FEATURE_CODE),
-        "libraries": {name: _version(name) for name in FEATURE_LIBRARIES},
+        "libraries": {name: version_of(name) for name in FEATURE_LIBRARIES},
         # the FFmpeg that PyAV was built with or finds on this machine
         "ffmpeg": {name: list(version) for name, version in av.library_versions.items()},
     }
-
-
-def _version(library: str) -> str | None:
-    try:
-        return importlib.metadata.version(library)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 class FeaturePlan(NamedTuple):

@@ -4,8 +4,6 @@ A checkpoint is a folder `step-00000100`: model.safetensors, optimizer.safetenso
 other state and the SHA-256 of the two files, so that a damaged file is never loaded.
 """
 
-import contextlib
-import importlib.metadata
 import json
 import platform
 import re
@@ -25,6 +23,7 @@ import vidssl
 from vidssl.core.errors import UserError
 from vidssl.core.io import file_sha256, fsync_path
 from vidssl.core.log import logger
+from vidssl.core.versions import version_of
 from vidssl.pretrained.files import encoder_file, write_tensors
 
 LIBRARIES = ("torchvision", "accelerate", "numpy", "safetensors", "av", "decord2")
@@ -36,9 +35,7 @@ def provenance(cfg: dict[str, Any], data: str) -> dict[str, Any]:
     """Origin of a checkpoint: configuration, hash of the data's index, code revision, library versions, and
     hashes of the networks that the method reads (a teacher, a tokenizer)."""
     libraries = {"python": platform.python_version(), "torch": str(torch.__version__)}
-    for name in LIBRARIES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            libraries[name] = importlib.metadata.version(name)
+    libraries |= {name: version for name in LIBRARIES if (version := version_of(name)) is not None}
     networks = network_hashes(cfg.get("method", {}))
     return {
         "config": cfg,

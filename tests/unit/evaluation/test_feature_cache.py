@@ -222,7 +222,7 @@ def test_every_ingredient_changes_the_key(shards, tmp_path, monkeypatch):
     changes: list[tuple[Callable, str, Any]] = [
         (extractor_module, "code_hash", lambda *prefixes: "other code"),
         (av, "library_versions", {"libavcodec": (1, 2, 3)}),
-        (extractor_module, "_version", lambda name: "other version"),
+        (extractor_module, "version_of", lambda name: "other version"),
         (shards, "hash", "other data"),
     ]
     for owner, name, value in changes:
@@ -329,7 +329,7 @@ def test_every_fact_about_an_encoder_is_in_its_provenance(control, monkeypatch):
 
 def test_installed_decoders_are_in_the_key():
     """A distribution may have another name than its module: decord2 installs decord."""
-    found = {name for name in extractor_module.FEATURE_LIBRARIES if extractor_module._version(name)}
+    found = {name for name in extractor_module.FEATURE_LIBRARIES if extractor_module.version_of(name)}
     for module in ("torch", "av", "decord", "PIL", "numpy", "einops"):
         assert found & set(packages_distributions()[module])
 
