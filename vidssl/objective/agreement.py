@@ -8,7 +8,6 @@ same without gradients, or its exponential moving average. kept_a is the context
 formula. With data.windows = W, view v is cut from window v modulo W.
 """
 
-import copy
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
 
@@ -20,6 +19,7 @@ from vidssl.core.errors import UserError
 from vidssl.core.precision import without_autocast
 from vidssl.core.rng import KeyedRNG
 from vidssl.model.vit import Encoder
+from vidssl.objective.averages import average_of, update_averages
 from vidssl.objective.embedding_aux import EmbeddingAux
 from vidssl.objective.masks import needs_video
 from vidssl.objective.objective import Masker, Masks, Objective
@@ -38,8 +38,8 @@ class MovingAverage(nn.Module):
 
     def __init__(self, encoder: Encoder, others: Sequence[nn.Module], momentum: tuple[float, float]):
         super().__init__()
-        self.encoder = copy.deepcopy(encoder).requires_grad_(False)
-        self.others = nn.ModuleList(copy.deepcopy(module).requires_grad_(False) for module in others)
+        self.encoder = average_of(encoder)
+        self.others = nn.ModuleList(map(average_of, others))
         self.momentum = momentum
         self._online = list(others)  # in a list, so that they are not registered as submodules
 
@@ -47,12 +47,8 @@ class MovingAverage(nn.Module):
     def ema_encoder(self) -> Encoder:
         return self.encoder
 
-    @torch.no_grad()
     def update(self, encoder: Encoder, momentum: float) -> None:
-        """self = momentum * self + (1 - momentum) * online modules."""
-        online: list[Tensor] = [p for module in (encoder, *self._online) for p in module.parameters()]
-        own: list[Tensor] = [p for module in (self.encoder, *self.others) for p in module.parameters()]
-        torch._foreach_lerp_(own, online, 1 - momentum)
+        update_averages([self.encoder, *self.others], [encoder, *self._online], momentum)
 
 
 class ViewAgreement(Objective):

@@ -1,6 +1,5 @@
 """The target of self-distillation: features of an exponential moving average of the encoder."""
 
-import copy
 from typing import Literal
 
 import torch
@@ -12,6 +11,7 @@ from vidssl.config import Fraction, PositiveInt
 from vidssl.core.errors import UserError
 from vidssl.model.prediction import Encoded
 from vidssl.model.vit import Encoder
+from vidssl.objective.averages import average_of, update_averages
 from vidssl.objective.target_base import Target
 
 FeatureNorm = Literal["layer", "instance", "none"]
@@ -63,7 +63,7 @@ class Ema(Target):
         super().__init__(encoder.feature_width if layers is None else encoder.dim, momentum)
         if layers is not None and layers > len(encoder.blocks):
             raise UserError(f"method.target.layers: {layers} of an encoder with {len(encoder.blocks)} blocks")
-        self.encoder = copy.deepcopy(encoder).requires_grad_(False)
+        self.encoder = average_of(encoder)
         self.layers = layers
         self.which: Literal["output", "mlp"] = which
         self.layer_norm: FeatureNorm = layer_norm
@@ -94,7 +94,5 @@ class Ema(Target):
         video = repeat(encoded.video, "b ... -> (b m) ...", m=groups)
         return self.features(video, encoded.mask.target.flatten(0, 1)).unflatten(0, (-1, groups))
 
-    @torch.no_grad()
     def update(self, encoder: Encoder, momentum: float) -> None:
-        """self.encoder = momentum * self.encoder + (1 - momentum) * encoder."""
-        torch._foreach_lerp_(list(self.encoder.parameters()), list(encoder.parameters()), 1 - momentum)
+        update_averages([self.encoder], [encoder], momentum)

@@ -1,7 +1,5 @@
 """Targets made of features: clusters of an EMA encoder's tokens, and an error that clusters both sides."""
 
-import copy
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,6 +9,7 @@ from vidssl.core.precision import without_autocast
 from vidssl.model.grid import gather_tokens
 from vidssl.model.prediction import Encoded
 from vidssl.model.vit import Encoder
+from vidssl.objective.averages import average_of, update_averages
 from vidssl.objective.ema_target import Ema
 from vidssl.objective.global_batch import sinkhorn
 from vidssl.objective.pair_losses import ClusterCrossEntropy
@@ -118,7 +117,7 @@ class SelfAssigned(Ema):
         head = predictor.proj
         assert isinstance(head, nn.Module)
         self._student = [head]  # in a list, so that it is not registered a second time
-        self.head = copy.deepcopy(head).requires_grad_(False)
+        self.head = average_of(head)
 
     @torch.no_grad()
     def cosines(self, video: Tensor) -> Tensor:
@@ -138,11 +137,8 @@ class SelfAssigned(Ema):
         assigned = self.assign.assignments(encoded.prepared, encoded.rng.step)
         return gather_tokens(assigned, encoded.mask.target)
 
-    @torch.no_grad()
     def update(self, encoder: Encoder, momentum: float) -> None:
-        super().update(encoder, momentum)
-        student: list[Tensor] = list(self._student[0].parameters())
-        torch._foreach_lerp_(list[Tensor](self.head.parameters()), student, 1 - momentum)
+        update_averages([self.encoder, self.head], [encoder, *self._student], momentum)
         self.assign.update(encoder, momentum)
 
 

@@ -1,6 +1,5 @@
 """Scores of a network that predicts the error of each token."""
 
-import copy
 from typing import Literal
 
 import torch
@@ -13,6 +12,7 @@ from vidssl.model.positions import PositionKind
 from vidssl.model.prediction import Predicted
 from vidssl.model.predictor import JointPredictor, MaskToken
 from vidssl.model.vit import Encoder, Init
+from vidssl.objective.averages import average_of, update_averages
 from vidssl.objective.score_base import Score
 
 
@@ -49,8 +49,8 @@ class PredictedLoss(Score):
         for layer in (self.predictor.norm, self.predictor.proj):
             # It would add a constant to all predictions, which their differences cancel.
             layer.register_parameter("bias", None)
-        self.average_encoder = copy.deepcopy(encoder).requires_grad_(False)
-        self.average_predictor = copy.deepcopy(self.predictor).requires_grad_(False)
+        self.average_encoder = average_of(encoder)
+        self.average_predictor = average_of(self.predictor)
 
     @torch.no_grad()
     def forward(self, video: Tensor, grid: Grid, rng: KeyedRNG, encoder: Encoder) -> Tensor:
@@ -74,11 +74,9 @@ class PredictedLoss(Score):
         """Starts the EMA from loaded weights of the encoder."""
         torch._foreach_copy_(list(self.average_encoder.parameters()), list(encoder.parameters()))
 
-    @torch.no_grad()
     def update(self, encoder: Encoder, momentum: float) -> None:
-        """EMA of encoder and decoder."""
-        for average, module in ((self.average_encoder, encoder), (self.average_predictor, self.predictor)):
-            torch._foreach_lerp_(list(average.parameters()), list(module.parameters()), 1 - momentum)
+        averages = [self.average_encoder, self.average_predictor]
+        update_averages(averages, [encoder, self.predictor], momentum)
 
 
 def rank_loss(predicted: Tensor, error: Tensor) -> Tensor:
