@@ -164,7 +164,7 @@ def check_feature_prediction(case: Case) -> None:
     for i, mask in enumerate(masks):
         suffix = "" if case.is_image else f".{i}"
         z = encoder(clips, mask.context, return_levels=True)
-        pred = predictor(z, mask, query.tokens[int(i) % len(query.tokens)], grid)
+        pred = predictor(z, mask, query.of_mask(int(i)), grid)
         case.compare(f"context{suffix}", z)
         case.compare(f"prediction{suffix}", pred.target.transpose(0, 1) if case.is_image else pred.target)
         if f"prediction_context{suffix}" in case:

@@ -173,7 +173,7 @@ def of_ours(found: Checkpoint) -> dict[str, Tensor]:
         grid = encoder.grid_of(clips)
         if norm is None:  # transformers' index of the mask token is 1, and its encoder sees everything
             out["prediction"] = predictor(
-                gather_tokens(encoder(clips), CONTEXT), mask, query.tokens[1 % len(query.tokens)], grid
+                gather_tokens(encoder(clips), CONTEXT), mask, query.of_mask(1), grid
             ).target[:, 0]
         else:
             z = encoder(clips, mask.context, return_levels=True)
@@ -395,7 +395,7 @@ def test_v_jepa(tmp_path):
     got = predictor(
         encoder(case.video, case.mask(1).context),
         case.mask(1),
-        query.tokens[1 % len(query.tokens)],
+        query.of_mask(1),
         encoder.grid,
     ).target
     near(got, case["prediction.1"])
@@ -421,7 +421,7 @@ def test_v_jepa_2_with_unused_tables_and_ten_mask_tokens(tmp_path):
     got = predictor(
         encoder(case.video, case.mask(1).context),
         case.mask(1),
-        query.tokens[1 % len(query.tokens)],
+        query.of_mask(1),
         encoder.grid,
     ).target
     near(got, case["prediction.1"])

@@ -51,9 +51,9 @@ class PlainLoop(nn.Module):
         contexts = [encode(o.encoder, video, m.context) for m in masks]
         losses = []
         for i, (context, target, m) in enumerate(zip(contexts, targets, masks, strict=True)):
-            tokens = o.predictor.forward_tokens(
-                context, m, o.query.tokens[i % len(o.query.tokens)], grid, include_context=True
-            )[:, 0]
+            tokens = o.predictor.forward_tokens(context, m, o.query.of_mask(i), grid, include_context=True)[
+                :, 0
+            ]
             prediction = o.predictor.proj(tokens[:, m.context.shape[1] :])
             losses.append(torch.mean(torch.abs(prediction - target)))
         return torch.stack(losses).mean()

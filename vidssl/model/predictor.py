@@ -39,7 +39,11 @@ class MaskToken(nn.Module):
 
     def forward(self, encoded: Encoded, predictor: nn.Module) -> Tensor:
         """Returns the query [width] of the mask with this number."""
-        return self.tokens[encoded.mask_index % len(self.tokens)]
+        return self.of_mask(encoded.mask_index)
+
+    def of_mask(self, index: int) -> Tensor:
+        """[width]: the token of mask `index` of a step."""
+        return self.tokens[index % len(self.tokens)]
 
 
 class JointPredictor(nn.Module):

@@ -58,7 +58,7 @@ class PredictedLoss(Score):
         ids = torch.arange(grid.n, device=video.device).expand(len(video), -1)
         nothing = ids[:, None, :0]
         tokens = self.average_predictor.forward_tokens(
-            z, Mask(ids, nothing), self.query.tokens[0], grid, include_context=True
+            z, Mask(ids, nothing), self.query.of_mask(0), grid, include_context=True
         )
         return self.average_predictor.proj(tokens)[:, 0, :, 0].float()
 
