@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple
 
 from quickstart import error_of
 
+from vidssl.core.cpus import available_cpus
 from vidssl.core.io import LOCK_FILE, make_folder
 
 POLL_S = 0.2  # seconds between two looks at the programs that run
@@ -104,7 +105,7 @@ def _line(number: int, total: int, name: str, outcome: Outcome) -> str:
 def start(job: Job, at_once: int) -> subprocess.Popen:
     """Starts a job in a process group of its own, with its share of the cores. It ends with this process."""
     make_folder(job.log.parent)
-    threads = max(1, (os.cpu_count() or 1) // at_once)
+    threads = max(1, available_cpus() // at_once)
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     with open(job.log, "w") as log:
         return subprocess.Popen(
