@@ -136,7 +136,7 @@ class MaskedPrediction(Objective):
                 loss = loss + value
             per_mask.append(loss)
             parts |= {f"{name}_{i}": value for name, value in mask_ratios(mask, grid).items()}
-        return {"loss": torch.stack(per_mask).mean() + sum(losses), **parts}
+        return {"loss": sum(losses, torch.stack(per_mask).mean()), **parts}
 
     def predict(
         self,

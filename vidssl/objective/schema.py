@@ -88,7 +88,7 @@ class MethodConfig:
         others = not (self.agree.is_absent and self.pretext.is_absent)
         missing = [name for name in NEEDED_PARTS if name not in given]
         if missing and (given or not others):
-            table = TABLES[missing[0]]
+            table = NEEDED_PARTS[missing[0]]
             raise UserError(f"method.{missing[0]}: 'kind' is missing; allowed: {', '.join(table)}")
 
     def encoder_frames(self, frames: int, tubelet: int) -> int:
@@ -113,8 +113,7 @@ class MethodConfig:
         return not self.mask.is_absent
 
 
-NEEDED_PARTS = ("mask", "target", "predictor", "error")  # of a masked prediction
-TABLES = {
+NEEDED_PARTS = {  # of a masked prediction
     "mask": MASK_PARTS,
     "target": TARGET_PARTS,
     "predictor": PREDICTOR_PARTS,

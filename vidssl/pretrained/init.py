@@ -17,7 +17,7 @@ from vidssl.objective.objective import Objective
 from vidssl.objective.schema import MethodConfig
 from vidssl.pretrained.files import native_header, save_native, save_weights
 from vidssl.pretrained.infer_config import Checkpoint, token_grid
-from vidssl.pretrained.step_checkpoint import StoredNames, encoder_of_state
+from vidssl.pretrained.step_checkpoint import StoredNames, encoder_of_state, module_state
 
 TERM = re.compile(r"^terms\.\d+\.")  # before the names of a term of a sum
 # First word of a tensor's name -> section of the method
@@ -149,10 +149,9 @@ def add_joint_predictor(checkpoint: Checkpoint, predictor: Spec, state: dict[str
     tokens = next((name for name in state if TERM.sub("", name) == "query.tokens"), None)
     if predictor.kind != "joint" or tokens is None:
         return
-    prefix = tokens.removesuffix("query.tokens") + "predictor."
-    own = {name: tensor for name, tensor in state.items() if name.startswith(prefix)}
-    checkpoint.predictor_weights = {name.removeprefix(prefix): tensor for name, tensor in own.items()}
-    checkpoint.predictor = {**predictor.arguments, "out": state[f"{prefix}proj.weight"].shape[0]}
+    weights = module_state(state, tokens.removesuffix("query.tokens") + "predictor")
+    checkpoint.predictor_weights = weights
+    checkpoint.predictor = {**predictor.arguments, "out": weights["proj.weight"].shape[0]}
     checkpoint.query = state[tokens]
 
 

@@ -27,9 +27,9 @@ class StoredNames(NamedTuple):
 def encoder_of_state(tensors: dict[str, Tensor], model: dict[str, Any], evaluated: str) -> Checkpoint:
     """The evaluated encoder of a run, with the online one where they differ. model: its arguments."""
     pixels = {"mean": list(MEAN), "std": list(STD)}
-    checkpoint = Checkpoint("vidssl", model, _part(tensors, evaluated), pixels)
+    checkpoint = Checkpoint("vidssl", model, module_state(tensors, evaluated), pixels)
     if evaluated != "encoder":
-        checkpoint.online = _part(tensors, "encoder")
+        checkpoint.online = module_state(tensors, "encoder")
     return checkpoint
 
 
@@ -68,5 +68,6 @@ def read_step_checkpoint(folder: Path) -> tuple[Checkpoint, dict[str, Any]]:
     return encoder_of_state(tensors, model, evaluated), header
 
 
-def _part(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+def module_state(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    """Those of the module `name`, by their names in it."""
     return {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")}
