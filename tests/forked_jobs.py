@@ -1,4 +1,4 @@
-"""Programs that tools/zoo_run.py starts, forked from this process: none of them imports torch again."""
+"""Programs that `vidssl zoo-run` starts, forked from this process: none of them imports torch again."""
 
 import os
 import signal
@@ -7,12 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from zoo.jobs import Job, end_with_parent
 
 from vidssl import probe, train
 from vidssl.core.errors import run_cli
+from vidssl.zoo.jobs import Job, end_with_parent
 
-MAINS = {"train.py": train.main, "probe.py": probe.main}
+MAINS = {"vidssl.train": train.main, "vidssl.probe": probe.main}
 
 
 class ForkedProcess:
@@ -58,14 +58,14 @@ def fork(work: Callable[[], object], output: Path) -> ForkedProcess:
 def start_forked(
     job: Job, at_once: int, prepare: Callable[[Job], object] = lambda job: None
 ) -> ForkedProcess:
-    """Stands for zoo.jobs.start. prepare: called first in the new process."""
-    python, _, program, *arguments = job.command
-    assert python == sys.executable
+    """Stands for vidssl.zoo.jobs.start. prepare: called first in the new process."""
+    python, _, as_module, program, *arguments = job.command
+    assert (python, as_module) == (sys.executable, "-m")
 
     def work() -> None:
         end_with_parent()
         prepare(job)
         sys.argv = [program, *arguments]
-        run_cli(MAINS[Path(program).name])
+        run_cli(MAINS[program])
 
     return fork(work, job.log)

@@ -23,6 +23,7 @@ from data_prep.synthetic import make_corpus
 from vidssl import config
 from vidssl.core.errors import UserError, run_cli
 from vidssl.core.io import atomic_write, check_writable
+from vidssl.zoo.jobs import error_of
 
 ROOT = Path(__file__).resolve().parents[1]
 METHODS = ("videomae", "vjepa")
@@ -116,13 +117,6 @@ def run_jobs(jobs: dict[str, Job], out: Path, at_once: int, threads: int) -> Non
             process.wait()
     for bar in bars.values():
         bar.close()
-
-
-def error_of(log: Path) -> str:
-    """Returns the error line of a job's output, or its last line, and the path of the output."""
-    lines = [line for line in log.read_text().splitlines() if line.strip()] or ["no output"]
-    line = next((s for s in reversed(lines) if s.startswith("error: ")), lines[-1])
-    return f"{line.removeprefix('error: ')} (full output: {log})"
 
 
 def summary(out: Path) -> list[dict]:
@@ -263,7 +257,8 @@ def main(argv: list[str]) -> None:
 
     # Importing torch takes seconds: mistakes are answered before.
     import torch
-    from mask_pictures import show_runs
+
+    from vidssl.pictures.masks import show_runs
 
     at_once = (
         1 if torch.cuda.is_available() else min(2, cores)

@@ -1,59 +1,7 @@
-"""Draws masks on a clip: the context of each method, and its targets.
+"""`vidssl show-masks` from a clone: python tools/show_masks.py ..."""
 
-python tools/show_masks.py RUN [RUN ...] OUT.png      RUN: folders written by vidssl/train.py
-python tools/show_masks.py --kinds OUT.png            every kind of mask with its defaults, on a random clip
-python tools/show_masks.py --method NAME [--clip VIDEO] OUT.png
-                                                      a file of configs/method: masks, scores, corrupted input
-"""
-
-import argparse
-from difflib import get_close_matches
-from pathlib import Path
-
-from vidssl.core.errors import UserError, run_cli
-from vidssl.core.io import check_writable, make_folder
-
-METHODS = Path(__file__).parents[1] / "configs/method"
-
-
-def main(argv: list[str]) -> None:
-    p = argparse.ArgumentParser(prog="show_masks", description=__doc__.split("\n")[0])
-    p.add_argument("runs", nargs="*", type=Path)
-    p.add_argument("out", type=Path)
-    p.add_argument(
-        "--kinds", action="store_true", help="every kind of mask with its defaults, on a random clip"
-    )
-    p.add_argument("--method", help="a file of configs/method, by its name")
-    p.add_argument("--clip", type=Path, help="a video for --method; default: a rendered one")
-    a = p.parse_args(argv)
-    if bool(a.runs) + a.kinds + bool(a.method) != 1:
-        p.error("give either runs, --kinds or --method")
-    if a.clip and not a.method:
-        p.error("--clip goes with --method")
-    method = METHODS / f"{a.method}.yaml"
-    if a.method and not method.is_file():
-        near = get_close_matches(a.method, [path.stem for path in METHODS.glob("*.yaml")], 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise UserError(f"--method {a.method}: no such file in configs/method{hint}")
-    if a.clip and not a.clip.is_file():
-        raise UserError(f"--clip {a.clip}: no such file")
-    for run in a.runs:
-        if not (run / "config.yaml").is_file():
-            raise UserError(f"{run}: no run folder: it has no config.yaml; give the run.out of a training")
-    if a.out.suffix not in (".png", ".pdf", ".svg"):
-        raise UserError(f"{a.out}: give a file name that ends in .png, .pdf or .svg")
-    check_writable(a.out.parent)
-    # Importing torch takes seconds: mistakes are answered before.
-    from mask_pictures import show_kinds, show_method, show_runs
-
-    make_folder(a.out.parent)
-    if a.kinds:
-        show_kinds(a.out)
-    elif a.method:
-        show_method(method, a.clip, a.out)
-    else:
-        show_runs(a.runs, a.out)
-
+from vidssl.commands.show_masks import main
+from vidssl.core.errors import run_cli
 
 if __name__ == "__main__":
     run_cli(main)

@@ -1,7 +1,7 @@
 """The command `vidssl`: one name for all programs.
 
 `vidssl train ...` is `python vidssl/train.py ...`, `vidssl pack ...` is `python -m data_prep.pack ...`: the
-same modules, arguments and exit statuses.
+same modules, arguments and exit statuses. Programs that have no other name are in vidssl/commands.
 """
 
 import difflib
@@ -22,6 +22,10 @@ COMMANDS = {
     "probe": ("vidssl.probe", "frozen evaluation: attentive, linear, k-NN, retrieval"),
     "finetune": ("vidssl.finetune", "train an encoder with a classifier"),
     "dense": ("vidssl.dense", "frozen evaluation: depth, keypoints, propagation"),
+    "compare": ("vidssl.commands.compare", "probes side by side, with paired intervals"),
+    "zoo-run": ("vidssl.commands.zoo_run", "train and probe a list of methods on equal terms"),
+    "convert": ("vidssl.commands.convert", "checkpoints from one format to another"),
+    "show-masks": ("vidssl.commands.show_masks", "draw masks on clips"),
     "doctor": ("vidssl.doctor", "what this machine has, and what is missing"),
 }
 

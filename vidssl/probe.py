@@ -120,7 +120,7 @@ def main(argv: list[str]) -> None:
     accelerator.wait_for_everyone()
     accelerator.end_training()
     if not cfg.dry_run:
-        compare = f"python tools/compare.py {out} OTHER_PROBE --plot {out / 'compare.png'}"
+        compare = f"vidssl compare {out} OTHER_PROBE --plot {out / 'compare.png'}"
         end.log(f"{len(runs)} rows in probe.json", f"next: {compare}")
 
 

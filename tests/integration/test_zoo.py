@@ -1,4 +1,4 @@
-"""tools/zoo_run.py on two methods: its tables and plots, cut off and continued, beside a run that fails."""
+"""vidssl zoo-run on two methods: its tables and plots, cut off and continued, beside a run that fails."""
 
 import csv
 import json
@@ -9,11 +9,12 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-import zoo.jobs
-import zoo_run
 from forked_jobs import fork, start_forked
 from programs import run_here
 from signal_at import watch_rows
+
+from vidssl.commands import zoo_run
+from vidssl.zoo import jobs as zoo_jobs
 
 METHODS = [f"runs.{name}=[configs/method/{name}.yaml]" for name in ("videomae_tiny", "vjepa_tiny")]
 SHARED = ["configs/model/vit_micro.yaml", "configs/data/quickstart.yaml", "configs/run/smoke.yaml"]
@@ -30,8 +31,8 @@ def arguments(shards: Path, out: Path, *more: str) -> list[str]:
 
 @pytest.fixture(autouse=True)
 def forked_programs(monkeypatch):
-    monkeypatch.setattr(zoo.jobs, "start", start_forked)
-    monkeypatch.setattr(zoo.jobs, "POLL_S", 0.02)
+    monkeypatch.setattr(zoo_jobs, "start", start_forked)
+    monkeypatch.setattr(zoo_jobs, "POLL_S", 0.02)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,7 @@ def whole(synthetic_shards, tmp_path_factory) -> Path:
     """A zoo without interruption."""
     out = tmp_path_factory.mktemp("zoo") / "whole"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(zoo.jobs, "start", start_forked)
+        patch.setattr(zoo_jobs, "start", start_forked)
         assert run_here(zoo_run.main, *arguments(synthetic_shards, out)) == 0
     return out
 
@@ -130,7 +131,7 @@ def cut_off(given: list[str], tmp_path: Path, of: str, number: signal.Signals, m
     """Exit status of a runner that gets the signal from one of its training runs."""
 
     def work() -> None:
-        monkeypatch.setattr(zoo.jobs, "start", partial(signalling_start, of=of, number=number))
+        monkeypatch.setattr(zoo_jobs, "start", partial(signalling_start, of=of, number=number))
         sys.exit(run_here(zoo_run.main, *given))
 
     return fork(work, tmp_path / "output.txt").wait()

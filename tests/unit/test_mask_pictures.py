@@ -1,6 +1,5 @@
-"""tools/show_masks.py --method: what the pictures show."""
+"""vidssl show-masks --method: what the pictures show."""
 
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +9,15 @@ import torch
 from data_prep.synthetic import write_video
 from vidssl.core.errors import UserError
 from vidssl.model.grid import Grid
-
-sys.path.append(str(Path(__file__).parents[2] / "tools"))
-from mask_pictures import HIDDEN_LEVEL, TOKEN_COLOR, heat_map, make_clip, method_rows, read_clip, small_config
+from vidssl.pictures.masks import (
+    HIDDEN_LEVEL,
+    TOKEN_COLOR,
+    heat_map,
+    make_clip,
+    method_rows,
+    read_clip,
+    small_config,
+)
 
 ROOT = Path(__file__).parents[2]
 SMALL = ("augment.size=32", "model.patch=8", "data.frames=4")

@@ -8,17 +8,17 @@ import time
 from pathlib import Path
 
 import pytest
-import zoo.jobs
-from zoo.jobs import Job, Outcome, run_jobs
 
 from vidssl.core.io import LOCK_FILE
+from vidssl.zoo import jobs as zoo_jobs
+from vidssl.zoo.jobs import Job, Outcome, run_jobs
 
 FOREVER = "while :; do sleep 0.1; done"
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(zoo.jobs, "POLL_S", 0.01)
+    monkeypatch.setattr(zoo_jobs, "POLL_S", 0.01)
 
 
 def shell(folder: Path, name: str, script: str, needs: str | None = None, result: str | None = None) -> Job:
@@ -62,7 +62,7 @@ def test_at_the_deadline_programs_are_asked_to_end_and_no_more_start(tmp_path):
             return float((tmp_path / "begun").exists())
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(zoo.jobs, "time", Clock())
+        patch.setattr(zoo_jobs, "time", Clock())
         outcomes = run_jobs(jobs, 1, deadline_s=0.5)
     assert {name: outcome.status for name, outcome in outcomes.items()} == {
         "long": "stopped",
@@ -78,14 +78,14 @@ def test_a_program_waits_for_one_that_writes_into_its_folder(tmp_path):
     hold += "; print(1, flush=True); input()"
     holder = subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     holder.stdout.readline()
-    assert zoo.jobs.is_held(lock.parent)
+    assert zoo_jobs.is_held(lock.parent)
     order = tmp_path / "order"
     # the other one lets the holder end
     ends = f"echo other >> {order}; kill {holder.pid}"
     outcomes = run_jobs([shell(tmp_path, "held", f"echo held >> {order}"), shell(tmp_path, "other", ends)], 2)
     assert holder.wait() == -signal.SIGTERM
     assert all(outcome.status == "done" for outcome in outcomes.values())
-    assert order.read_text() == "other\nheld\n" and not zoo.jobs.is_held(tmp_path / "nothing")
+    assert order.read_text() == "other\nheld\n" and not zoo_jobs.is_held(tmp_path / "nothing")
 
 
 def test_programs_end_with_a_runner_that_is_killed(tmp_path):

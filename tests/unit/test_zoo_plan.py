@@ -5,13 +5,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from zoo.config import ZooConfig
-from zoo.measure import known_facts, with_flops
-from zoo.plan import RunFacts, TimedJob, equal_steps, longest_factor, makespan, planned_run
-from zoo.programs import run_jobs_of, timed_jobs
 
 from vidssl.config import load_config
 from vidssl.core.errors import UserError
+from vidssl.zoo.config import ZooConfig
+from vidssl.zoo.measure import known_facts, with_flops
+from vidssl.zoo.plan import RunFacts, TimedJob, equal_steps, longest_factor, makespan, planned_run
+from vidssl.zoo.programs import run_jobs_of, timed_jobs
 
 ROOT = Path(__file__).parents[2]
 SIZES = ("dim", "depth", "heads", "patch", "tubelet")

@@ -3,7 +3,16 @@
 import json
 
 import pytest
-from zoo.results import accuracy_table, as_points, cell, final_rows, flops_by_step, ordered_pairs, pair_table
+
+from vidssl.zoo.results import (
+    accuracy_table,
+    as_points,
+    cell,
+    final_rows,
+    flops_by_step,
+    ordered_pairs,
+    pair_table,
+)
 
 
 def row(run: str, hits: list[int], seed: int = 0, step: int = 6, **more) -> dict:

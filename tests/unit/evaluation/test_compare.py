@@ -1,7 +1,6 @@
-"""tools/compare.py on written reports: names, conditions that differ, bars and files."""
+"""vidssl compare on written reports: names, conditions that differ, bars and files."""
 
 import csv
-import importlib
 import json
 from pathlib import Path
 
@@ -9,16 +8,11 @@ import numpy as np
 import pytest
 from matplotlib.axes import Axes
 
+from vidssl.commands import compare
 from vidssl.core.errors import UserError
+from vidssl.evaluation.comparison import common_lists, read_probe, short_names
 
-ROOT = Path(__file__).parents[3]
 LISTS = (0, 1)  # seeds of the low-shot lists
-
-
-@pytest.fixture
-def compare(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "tools")
-    return importlib.import_module("compare")
 
 
 def write_probe(folder: Path, base: float, fractions=(None, 0.2, 0.5), seeds=LISTS, **conditions) -> Path:
@@ -62,11 +56,11 @@ def write_probe(folder: Path, base: float, fractions=(None, 0.2, 0.5), seeds=LIS
         (["A", "A/probe"], ["A", "probe"]),
     ],
 )
-def test_names_are_the_parts_of_the_paths_that_differ(compare, tmp_path, paths, names):
-    assert compare.short_names([tmp_path / path / "probe.json" for path in paths]) == names
+def test_names_are_the_parts_of_the_paths_that_differ(tmp_path, paths, names):
+    assert short_names([tmp_path / path / "probe.json" for path in paths]) == names
 
 
-def test_bars_hold_rows_of_one_condition(compare, tmp_path, monkeypatch):
+def test_bars_hold_rows_of_one_condition(tmp_path, monkeypatch):
     """Fractions have panels of their own; only lists of one fraction and one probe are averaged."""
     drawn: dict[str, list[float]] = {}
     bar = Axes.bar
@@ -88,13 +82,13 @@ def test_bars_hold_rows_of_one_condition(compare, tmp_path, monkeypatch):
     assert all("none" not in text for axis in drawn for text in axis.get_legend_handles_labels()[1])
 
 
-def test_lists_that_a_probe_lacks_are_not_averaged_in_the_others(compare, tmp_path):
+def test_lists_that_a_probe_lacks_are_not_averaged_in_the_others(tmp_path):
     rows = [
         row
         for name, seeds in (("A", (0, 1, 2)), ("B", (1, 2)))
-        for row in compare.read_probe(write_probe(tmp_path / name, 20, (0.2,), seeds), name)[1]
+        for row in read_probe(write_probe(tmp_path / name, 20, (0.2,), seeds), name)[1]
     ]
-    assert sorted((r["name"], r["seed"]) for r in compare.common_lists(rows)) == [
+    assert sorted((r["name"], r["seed"]) for r in common_lists(rows)) == [
         ("A", "1"), ("A", "2"), ("B", "1"), ("B", "2"),
     ]  # fmt: skip
 
@@ -111,7 +105,7 @@ def test_lists_that_a_probe_lacks_are_not_averaged_in_the_others(compare, tmp_pa
         ({}, None),
     ],
 )
-def test_what_differs_beside_the_encoder_is_said(compare, tmp_path, capsys, condition, said):
+def test_what_differs_beside_the_encoder_is_said(tmp_path, capsys, condition, said):
     probes = [write_probe(tmp_path / "A", 20), write_probe(tmp_path / "B", 30, **condition)]
     probes.append(write_probe(tmp_path / "C", 40))
     table = tmp_path / "c.csv"
@@ -127,13 +121,13 @@ def test_what_differs_beside_the_encoder_is_said(compare, tmp_path, capsys, cond
 
 
 @pytest.mark.parametrize("option", ["--plot", "--csv"])
-def test_a_place_that_cannot_be_written_is_said_in_one_line(compare, tmp_path, option):
+def test_a_place_that_cannot_be_written_is_said_in_one_line(tmp_path, option):
     probe = write_probe(tmp_path / "A", 20)
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is not a folder"):
         compare.main([str(probe), option, str(tmp_path / "file" / "x.png")])
 
 
-def test_an_unknown_kind_of_picture_is_said(compare, tmp_path):
+def test_an_unknown_kind_of_picture_is_said(tmp_path):
     with pytest.raises(UserError, match=r"ends in \.png"):
         compare.main([str(write_probe(tmp_path / "A", 20)), f"--plot={tmp_path / 'x.nope'}"])

@@ -8,17 +8,17 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from compare import Row, add_differences, merge_lists, read_probe
-
 from vidssl.core.io import atomic_write
+from vidssl.evaluation.comparison import Row, add_differences, merge_lists, read_probe
 from vidssl.evaluation.controls import CONTROLS, control_name
-from zoo.config import UNTRAINED, ZooConfig
-from zoo.jobs import Outcome
-from zoo.plan import PlannedRun
+from vidssl.zoo.config import UNTRAINED, ZooConfig
+from vidssl.zoo.jobs import Outcome
+from vidssl.zoo.plan import PlannedRun
 
-COLUMNS = ("run", "seed", "step", "clips", "flops", "probe", "label", "control", "protocol", "metric")
-COLUMNS = (*COLUMNS, "train_fraction", "list_seed", "accuracy", "low", "high", "chance", "n_test")
-COLUMNS = (*COLUMNS, "rankme", "alpha")
+COLUMNS = (
+    *("run", "seed", "step", "clips", "flops", "probe", "label", "control", "protocol", "metric"),
+    *("train_fraction", "list_seed", "accuracy", "low", "high", "chance", "n_test", "rankme", "alpha"),
+)
 
 
 class Panel(NamedTuple):

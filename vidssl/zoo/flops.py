@@ -1,6 +1,7 @@
 """Counts the FLOPs of a training step without computing it, on the meta device: tensors without values."""
 
 from types import SimpleNamespace
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -8,6 +9,7 @@ from torch.utils._pytree import tree_leaves
 
 from vidssl.core.pixels import normalise
 from vidssl.data.loader import Batch
+from vidssl.training.distributed import Strategy
 from vidssl.training.flops import ModelFlops
 from vidssl.training.micro_batches import MicroBatch, make_part_maker
 from vidssl.training.schema import TrainConfig
@@ -21,7 +23,7 @@ def step_flops(cfg: TrainConfig) -> float:
     """Model FLOPs of a step of one process: the mean over masks as they are drawn in the first steps."""
     objective = cfg.build_objective().to(META)
     counter = ModelFlops(objective)
-    one_process = SimpleNamespace(rank=0, world=1)
+    one_process = cast(Strategy, SimpleNamespace(rank=0, world=1))
     make_parts = make_part_maker(cfg, objective, one_process)
     parts: list[MicroBatch] = []
     for step in range(PARTS):

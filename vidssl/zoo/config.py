@@ -22,7 +22,7 @@ Program = TypeVar("Program")
 
 @dataclass(frozen=True)
 class ZooConfig:
-    """All keys of tools/zoo_run.py."""
+    """All keys of vidssl zoo-run."""
 
     runs: dict[str, list[str]]  # name -> arguments of train.py
     out: Text  # folder

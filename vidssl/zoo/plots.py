@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from compare import Row
 
 from vidssl.core.io import atomic_write
-from zoo.config import UNTRAINED
-from zoo.results import as_points, merged, panels_of
+from vidssl.evaluation.comparison import Row
+from vidssl.zoo.config import UNTRAINED
+from vidssl.zoo.results import as_points, merged, panels_of
 
 COLUMNS = 3  # panels beside one another
 

@@ -1,4 +1,4 @@
-"""Pictures of masks on clips, for tools/show_masks.py and tools/quickstart.py."""
+"""Pictures of masks on clips, with scores and corrupted inputs."""
 
 import re
 from pathlib import Path
@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from data_prep.synthetic import render
-from vidssl.config import load_config
+from vidssl.config import SHIPPED, load_config
 from vidssl.core.errors import UserError
 from vidssl.core.pixels import channel_statistics, normalise
 from vidssl.core.rng import KeyedRNG
@@ -29,7 +29,6 @@ from vidssl.objective.masks import MASKS
 from vidssl.objective.target_base import Target
 from vidssl.training.schema import TrainConfig
 
-CONFIGS = Path(__file__).parents[1] / "configs"
 HIDDEN_LEVEL = 225  # grey level of tokens that are not shown
 TOKEN_COLOR = (150, 120, 200)  # of tokens that the encoder sees replaced by a vector
 MASKS_DRAWN = 4  # of the masks of a clip
@@ -89,16 +88,17 @@ def show_runs(runs: list[Path], out: Path) -> None:
         shards = Shards(cfg.data.train)
         order = Order(shards.counts, cfg.run.seed, cfg.run.lanes)
         item = TrainClips(shards, order, cfg.data, cfg.augment.build())[0]
+        assert isinstance(item.video, Tensor)
         found = method_rows(cfg, item.video, f"{run.name}\n")
         rows += found[1 if rows else 0 :]
-    draw(rows, out)
+    draw_mask_rows(rows, out)
 
 
 def show_method(method: Path, clip: Path | None, out: Path) -> None:
     """The masks of a file of configs/method on a video, or on a made one; scores and corrupted input beside
     them."""
     cfg = small_config(method)
-    draw(method_rows(cfg, make_clip(cfg) if clip is None else read_clip(clip, cfg)), out)
+    draw_mask_rows(method_rows(cfg, make_clip(cfg) if clip is None else read_clip(clip, cfg)), out)
 
 
 def small_config(method: Path, *more: str) -> TrainConfig:
@@ -114,7 +114,7 @@ def small_config(method: Path, *more: str) -> TrainConfig:
     for kind, given in GIVEN.items():
         if re.search(rf"kind: {kind}\b", method.read_text()):
             settings += given
-    return load_config([str(method), *(str(CONFIGS / name) for name in named), *settings, *more], TrainConfig)
+    return load_config([str(method), *(str(SHIPPED / name) for name in named), *settings, *more], TrainConfig)
 
 
 def read_clip(path: Path, cfg: TrainConfig) -> Tensor:
@@ -216,10 +216,10 @@ def show_kinds(out: Path, grid: Grid = Grid(4, 8, 8), pixels: int = 8) -> None:
         for mask in masks:
             context, target = paint(video, mask, grid)
             rows += [(f"{kind}\ncontext", context), ("target", target)]
-    draw(rows, out)
+    draw_mask_rows(rows, out)
 
 
-def draw(rows: Rows, out: Path) -> None:
+def draw_mask_rows(rows: Rows, out: Path) -> None:
     """Named pictures, one below the other."""
     figure = Figure(figsize=(10, 1.35 * len(rows)))
     axes = figure.subplots(len(rows), 1)

@@ -6,19 +6,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from compare import NO_CONDITIONS
-
 from vidssl.config import from_tree, load_config, to_tree
 from vidssl.core.errors import UserError
+from vidssl.evaluation.comparison import NO_CONDITIONS
 from vidssl.evaluation.probe_config import ProbeConfig
 from vidssl.training.schema import TrainConfig, resume_mutable
-from zoo.config import UNTRAINED, ZooConfig
-from zoo.jobs import Job
-from zoo.plan import PlannedRun, TimedJob
+from vidssl.zoo.config import UNTRAINED, ZooConfig
+from vidssl.zoo.jobs import Job
+from vidssl.zoo.plan import PlannedRun, TimedJob
 
-ROOT = Path(__file__).resolve().parents[2]
-PYTHON = [sys.executable, "-u"]
-# What compare.py leaves to the rows, but decides which rows there are.
+PYTHON = [sys.executable, "-u", "-m"]
+# What a comparison leaves to the rows, but decides which rows there are.
 DECIDE_ROWS = {f"data.{key}" for key in ("train", "test", "labels", "train_fractions", "seeds")} | {
     "probe.controls"
 }
@@ -26,7 +24,7 @@ MUTABLE = {"encoder", "out", "dry_run"} | (NO_CONDITIONS - DECIDE_ROWS)  # keys 
 
 
 def train_job(zoo: ZooConfig, name: str, title: str, out: Path, result: Path | None, *more: str) -> Job:
-    command = [*PYTHON, str(ROOT / "vidssl/train.py"), *zoo.train_arguments(name, out, *more)]
+    command = [*PYTHON, "vidssl.train", *zoo.train_arguments(name, out, *more)]
     return Job(title, command, out, zoo.folder / "logs" / f"{title.replace(' ', '-')}.txt", result)
 
 
@@ -35,7 +33,7 @@ def probe_job(
 ) -> Job:
     """of: the encoder's name."""
     title = f"probe {probe} of {of}"
-    command = [*PYTHON, str(ROOT / "vidssl/probe.py"), *zoo.probe_arguments(probe, encoder, out, *more)]
+    command = [*PYTHON, "vidssl.probe", *zoo.probe_arguments(probe, encoder, out, *more)]
     log = zoo.folder / "logs" / f"{title.replace(' ', '-')}.txt"
     return Job(title, command, out, log, out / "probe.json", needs)
 

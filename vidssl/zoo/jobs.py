@@ -12,8 +12,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from quickstart import error_of
-
 from vidssl.core.cpus import available_cpus
 from vidssl.core.io import LOCK_FILE, make_folder
 
@@ -88,6 +86,13 @@ def _next_job(waiting: Sequence[Job], outcomes: Mapping[str, Outcome]) -> Job | 
     """The first job that may start."""
     ready = (job for job in waiting if job.needs is None or job.needs in outcomes)
     return next((job for job in ready if not is_held(job.folder)), None)
+
+
+def error_of(log: Path) -> str:
+    """Returns the error line of a job's output, or its last line, and the path of the output."""
+    lines = [line for line in log.read_text().splitlines() if line.strip()] or ["no output"]
+    line = next((s for s in reversed(lines) if s.startswith("error: ")), lines[-1])
+    return f"{line.removeprefix('error: ')} (full output: {log})"
 
 
 def _outcome(job: Job, status: int, seconds: float) -> Outcome:

@@ -11,10 +11,10 @@ from typing import Any
 from vidssl.config import to_tree
 from vidssl.core.errors import UserError
 from vidssl.core.io import atomic_write
-from zoo.config import ZooConfig
-from zoo.jobs import Outcome, run_jobs
-from zoo.plan import PlannedRun, RunFacts, equal_steps, longest_factor, planned_run
-from zoo.programs import timed_jobs, train_job, untrained_jobs
+from vidssl.zoo.config import ZooConfig
+from vidssl.zoo.jobs import Outcome, run_jobs
+from vidssl.zoo.plan import PlannedRun, RunFacts, equal_steps, longest_factor, planned_run
+from vidssl.zoo.programs import timed_jobs, train_job, untrained_jobs
 
 TRIAL_STEPS = 8
 WARM_STEPS = 2  # whose times are not counted
@@ -31,7 +31,7 @@ def known_facts(zoo: ZooConfig) -> dict[str, RunFacts]:
 
 def with_flops(zoo: ZooConfig, facts: Mapping[str, RunFacts]) -> dict[str, RunFacts]:
     """The facts with counted FLOPs of a step."""
-    from zoo.flops import step_flops  # imported late: it imports torch
+    from vidssl.zoo.flops import step_flops  # imported late: it imports torch
 
     counted = {}
     for name, known in facts.items():

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from vidssl.core.errors import UserError
-from zoo.config import Equal
+from vidssl.zoo.config import Equal
 
 BISECTIONS = 30
 
@@ -55,10 +55,16 @@ class TimedJob(NamedTuple):
 def equal_steps(runs: Mapping[str, RunFacts], equal: Equal, budget: float | None) -> dict[str, float]:
     """Steps with which every run sees the same number of clips, or computes the same FLOPs: `budget`, or as
     many as the first run is configured for."""
-    costs = {name: facts.batch if equal == "clips" else facts.flops for name, facts in runs.items()}
+    costs = {name: facts.batch if equal == "clips" else flops_of(facts) for name, facts in runs.items()}
     first = next(iter(runs))
     total = budget if budget is not None else runs[first].steps * costs[first]
     return {name: total / cost for name, cost in costs.items()}
+
+
+def flops_of(facts: RunFacts) -> float:
+    """FLOPs of a step, which must be known."""
+    assert facts.flops is not None
+    return facts.flops
 
 
 def planned_run(facts: RunFacts, steps: float, factor: float, snapshots: int) -> PlannedRun:
@@ -117,9 +123,8 @@ def plan_lines(runs: Mapping[str, PlannedRun], seeds: int, probes: Sequence[str]
     head = f"{'run':{width}s} {'seeds':>5s} {'steps':>8s} {'batch':>6s} {'clips':>10s}"
     lines = [f"{head} {'FLOPs/step':>11s} {'FLOPs':>9s} {'minutes':>8s}"]
     for name, run in runs.items():
-        counted = run.flops is not None
-        each = f"{run.flops:.3g}" if counted else "-"
-        all_steps = f"{run.flops * run.steps:.3g}" if counted else "-"
+        each = f"{run.flops:.3g}" if run.flops is not None else "-"
+        all_steps = f"{run.flops * run.steps:.3g}" if run.flops is not None else "-"
         minutes = f"{run.seconds / 60:.1f}" if run.seconds else "-"
         size = f"{run.steps:8,d} {run.batch:6,d} {run.steps * run.batch:10,d}"
         lines.append(f"{name:{width}s} {seeds:5d} {size} {each:>11s} {all_steps:>9s} {minutes:>8s}")

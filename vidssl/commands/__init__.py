@@ -1,0 +1,1 @@
+"""Programs of the command `vidssl` that are not entry points of Accelerate."""

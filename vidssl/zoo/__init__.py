@@ -1,0 +1,1 @@
+"""Runs compared at equal clips or FLOPs: the parts of `vidssl zoo-run`."""
