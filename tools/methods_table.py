@@ -97,6 +97,7 @@ def describe_agreement(part: dict[str, Any]) -> str:
     counts = " + ".join(str(group.get("count", 1)) for group in part.get("views", ()))
     words = [f"{counts} views", describe(part.get("agreement", {}))]
     words += [f"branch {part['branch']}"] if "branch" in part else []
+    words += ["hidden patches"] if "patches" in part else []
     return "; ".join([", ".join(words), *map(describe, part.get("aux", ()))])
 
 

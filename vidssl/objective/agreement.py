@@ -5,7 +5,8 @@ e_a  = projector(pool(encoder(view_a, kept_a)))
 
 A pair is an online view a and a target view b, another one. The branch is the trained network itself, the
 same without gradients, or its exponential moving average. kept_a is the context of a mask of the first
-formula. With data.windows = W, view v is cut from window v modulo W.
+formula. With data.windows = W, view v is cut from window v modulo W. With method.agree.patches the encoder
+sees hidden tokens, too, as a learned vector, and a loss of them is added (patch_agreement.py).
 """
 
 from collections.abc import Callable, Sequence
@@ -18,19 +19,28 @@ from vidssl.config import Choice, Fraction, PositiveFloat, Spec
 from vidssl.core.errors import UserError
 from vidssl.core.precision import without_autocast
 from vidssl.core.rng import KeyedRNG
+from vidssl.model.grid import Mask, gather_tokens
 from vidssl.model.vit import Encoder
 from vidssl.objective.averages import average_of, update_averages
 from vidssl.objective.embedding_aux import EmbeddingAux
 from vidssl.objective.masks import needs_video
 from vidssl.objective.objective import Masker, Masks, Objective
 from vidssl.objective.pair_losses import PairLoss
+from vidssl.objective.patch_agreement import PatchAgreement, Replaced, build_patch_agreement
 from vidssl.objective.projector import Projector, Prototypes, build_projector
 from vidssl.objective.schema import MASK_PARTS
-from vidssl.objective.view_schema import EMBEDDING_AUX_PARTS, PAIR_PARTS, HeadConfig, ViewGroup
+from vidssl.objective.view_schema import (
+    EMBEDDING_AUX_PARTS,
+    PAIR_PARTS,
+    HeadConfig,
+    PatchConfig,
+    ViewGroup,
+)
 from vidssl.objective.views import cut_view
 
 Pool = Literal["class", "mean"]
 Branch = Literal["same", "detached", "ema"]
+KINDS = ("context", "target")  # of the tokens of a mask
 
 
 class MovingAverage(nn.Module):
@@ -72,6 +82,7 @@ class ViewAgreement(Objective):
         evaluates_average: bool = False,
         against_mean: bool = False,
         weight: float = 1.0,
+        patches: PatchAgreement | None = None,
     ):
         """views: one for each view; average: of encoder, projector and, unless they are shared, prototypes;
         aux: (name, part). The other arguments are those of `build_view_agreement`."""
@@ -84,7 +95,8 @@ class ViewAgreement(Objective):
         self.mask: Any = mask
         self.aux = list(aux)
         self.pool = pool
-        self.trains_class_only = pool == "class"
+        self.trains_class_only = pool == "class" and patches is None
+        self.patches = patches
         self.branch = branch
         self.average = average
         self.prototypes = prototypes
@@ -116,13 +128,15 @@ class ViewAgreement(Objective):
     def check_clip(self, frames: int, size: int) -> None:
         """Raises UserError if the views of clips of so many frames of size x size pixels cannot be encoded or
         masked."""
-        (clip, *_) = self.windows_of(torch.zeros(1, 3, frames, size, size))
+        device = "cpu" if needs_video(self.mask) else "meta"
+        (clip, *_) = self.windows_of(torch.zeros(1, 3, frames, size, size, device=device))
+        first = torch.zeros(1, dtype=torch.int64, device="cpu")
         for i, view in enumerate(self.views):
             side = view.size or size
             cut = clip.new_zeros(*clip.shape[:3], side, side)
             grid = self.encoder.grid_of(cut)
             if i in self.masked:
-                masks = self.mask(cut, grid, KeyedRNG(0, 0, torch.zeros(1, dtype=torch.int64)))
+                masks = self.mask(cut, grid, KeyedRNG(0, 0, first))
                 if len(masks) > 1:
                     raise UserError(
                         f"method.agree.mask: {len(masks)} masks of a view, of which one is needed"
@@ -136,8 +150,11 @@ class ViewAgreement(Objective):
         return self.make_masks([clip.new_empty(*clip.shape[:3], s, s) for s in sizes], rng)
 
     def make_masks(self, clips: Sequence[Tensor], rng: KeyedRNG) -> Masks:
-        """Returns a mask for each of the views `clips`, of which only the contexts are used."""
+        """Returns a mask for each of the views `clips`; without a loss of patches only the contexts are
+        used."""
         drawn = [self.mask(clip, self.encoder.grid_of(clip), rng)[0] for clip in clips]
+        if self.patches is not None:
+            return drawn
         return [mask._replace(target=mask.target[:, :0], weight=None) for mask in drawn]
 
     def forward(self, video: Tensor, rng: KeyedRNG, masks: Masks = None) -> dict[str, Tensor]:
@@ -147,10 +164,12 @@ class ViewAgreement(Objective):
         views = [cut_view(windows[i % len(windows)], view, rng, i) for i, view in enumerate(self.views)]
         if masks is None:
             masks = self.make_masks([views[i] for i in self.masked], rng)
-        kept = {i: mask.context.to(video.device) for i, mask in zip(self.masked, masks, strict=True)}
-        embeddings = self.projector(self.embed(self.encoder, views, self.online, kept, rng))
+        hidden = {i: mask.to(video.device) for i, mask in zip(self.masked, masks, strict=True)}
+        tokens = self.encode(self.encoder, views, self.online, hidden, rng)
+        embeddings = self.projector(self.pooled(tokens, self.online))
         pred = self.predictor(embeddings)
-        target = self.other_branch(views, embeddings)
+        target_tokens = self.averaged_tokens(views)
+        target = self.other_branch(target_tokens, embeddings)
         if self.prototypes is not None:
             self.prototypes.is_frozen = rng.step < self.loss.freeze
             pred = self.prototypes(pred)
@@ -165,43 +184,85 @@ class ViewAgreement(Objective):
                 cosines = None if self.prototypes is None else pred.float()
                 parts[name] = aux(embeddings.float(), cosines, rng)
                 loss = loss + aux.weight * parts[name]
+        if self.patches is not None:
+            parts["patches"] = self.patch_loss(tokens, target_tokens, hidden, rng.step)
+            loss = loss + self.patches.weight * parts["patches"]
         return {"loss": loss, **parts}
 
-    def embed(
+    def encode(
         self,
         encoder: Encoder,
         views: Sequence[Tensor],
         chosen: Sequence[int],
-        kept: dict[int, Tensor],
+        hidden: dict[int, Mask],
         rng: KeyedRNG | None,
-    ) -> Tensor:
-        """Returns the pooled features [V, B, D] of the chosen views; those of one size are encoded at once.
+    ) -> dict[int, Tensor]:
+        """Returns the tokens [B, (1 +) n, D] of the chosen views; those of one size are encoded at once.
 
-        kept: the tokens i64 [B, Nc] that are seen of a view; all of views that have none.
+        hidden: the masks of views of which the encoder sees the context, or, with a loss of patches, a vector
+        in place of the hidden ones; it sees all of views that have none.
         """
         batches: dict[tuple[int, int], list[int]] = {}
         for i in chosen:
-            seen = kept[i].shape[1] if i in kept else 0
+            seen = hidden[i].context.shape[1] if i in hidden else 0
             batches.setdefault((views[i].shape[-1], seen), []).append(i)
         found: dict[int, Tensor] = {}
         for members in batches.values():
             clips = torch.cat([views[i] for i in members])
-            ids = torch.cat([kept[i] for i in members]) if members[0] in kept else None
+            ids: Tensor | None = None
+            replaced: Replaced | None = None
+            if members[0] in hidden:
+                mask = Mask(*(torch.cat([getattr(hidden[i], name) for i in members]) for name in KINDS))
+                if self.patches is None:
+                    ids = mask.context
+                else:
+                    replaced = self.patches.replaced(mask, encoder.grid_of(clips))
             own = None if rng is None else rng.of_views(len(members))
-            z = encoder(clips, ids, return_levels=True, rng=own)
-            z = z[:, 0] if self.pool == "class" else z[:, int(encoder.class_token is not None) :].mean(1)
+            z = encoder(clips, ids, return_levels=True, rng=own, replaced=replaced)
             found |= zip(members, z.chunk(len(members)), strict=True)
-        return torch.stack([found[i] for i in chosen])
+        return found
 
-    def other_branch(self, views: Sequence[Tensor], embeddings: Tensor) -> Tensor:
-        """Returns the embeddings [G, B, K] of the target views."""
+    def pooled(self, tokens: dict[int, Tensor], chosen: Sequence[int]) -> Tensor:
+        """The features [V, B, D] of the chosen views, of their tokens [B, (1 +) n, D]."""
+        first = int(self.encoder.class_token is not None)
+        features = [tokens[i][:, 0] if self.pool == "class" else tokens[i][:, first:].mean(1) for i in chosen]
+        return torch.stack(features)
+
+    @torch.no_grad()
+    def averaged_tokens(self, views: Sequence[Tensor]) -> dict[int, Tensor]:
+        """The tokens that the averaged branch, if there is one, has of the target views."""
+        if self.branch != "ema":
+            return {}
+        assert self.average is not None
+        return self.encode(self.average.encoder, views, self.targets, {}, None)
+
+    def other_branch(self, tokens: dict[int, Tensor], embeddings: Tensor) -> Tensor:
+        """Returns the embeddings [G, B, K] of the target views. tokens: of averaged_tokens."""
         if self.branch == "ema":
             assert self.average is not None
             with torch.no_grad():
-                features = self.embed(self.average.encoder, views, self.targets, {}, None)
-                return self.average.others[0](features)
+                return self.average.others[0](self.pooled(tokens, self.targets))
         target = torch.stack([embeddings[self.online.index(i)] for i in self.targets])
         return target.detach() if self.branch == "detached" else target
+
+    def patch_loss(
+        self,
+        tokens: dict[int, Tensor],
+        target_tokens: dict[int, Tensor],
+        hidden: dict[int, Mask],
+        step: int,
+    ) -> Tensor:
+        """Of the hidden patches of the masked views. tokens: of the trained and of the averaged encoder."""
+        assert self.patches is not None and self.prototypes is not None and self.average is not None
+        first = int(self.encoder.class_token is not None)
+        cosines, targets = [], []
+        for i, mask in hidden.items():
+            own = gather_tokens(tokens[i][:, first:], mask.target.flatten(1))
+            cosines.append(self.prototypes(self.predictor(self.projector(own))))
+            with torch.no_grad():
+                projected = self.average.others[0](target_tokens[i][:, first:])
+            targets.append(self.target_cosines(projected))
+        return self.patches(cosines, targets, list(hidden.values()), step)
 
     def target_cosines(self, target: Tensor) -> Tensor:
         """Of the target embeddings with the prototypes, or with their moving average."""
@@ -227,12 +288,13 @@ def build_view_agreement(
     against: Literal["others", "mean"] = "others",
     weight: PositiveFloat = 1.0,
     frozen_patches: bool = False,
+    patches: PatchConfig | None = None,
 ) -> ViewAgreement:
     """views: groups of views; agreement: of a pair of views; aux: added to it; mask: its context is what the
     online encoder sees; pool: the clip's feature, the class token or the mean of all others; branch: that of
     the targets; momentum: of the moving average, at the first and the last step; evaluate: which encoder is;
     against: the targets are the other views, or the mean of all target views; weight: of the agreement;
-    frozen_patches: the patch embedding stays as drawn (MoCo v3)."""
+    frozen_patches: the patch embedding stays as drawn (MoCo v3); patches: a loss of hidden patches (iBOT)."""
     each = [group for group in views for _ in range(group.count)]
     loss: PairLoss = agreement.build()
     width = encoder.feature_width
@@ -248,12 +310,18 @@ def build_view_agreement(
     needs_average = branch == "ema" or evaluate == "ema"
     if needs_average != (momentum is not None):
         raise UserError("method.agree.momentum goes with branch or evaluate ema: give both or neither")
+    second = build_projector(predictor, head.width)
+    of_patches = None
+    if patches is not None:
+        of_patches = build_patch_agreement(
+            patches, encoder, each, loss, (head, second), branch, not mask.is_absent
+        )
     return ViewAgreement(
         encoder,
         each,
         loss,
         head,
-        build_projector(predictor, head.width),
+        second,
         mask.build(),
         [(str(spec.kind), spec.build()) for spec in aux],
         pool,
@@ -263,6 +331,7 @@ def build_view_agreement(
         evaluate == "ema",
         against == "mean",
         weight,
+        of_patches,
     )
 
 

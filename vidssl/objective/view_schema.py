@@ -5,7 +5,7 @@ from typing import ClassVar, Literal
 
 from pydantic import ConfigDict
 
-from vidssl.config import Fraction, NonNegativeFloat, PositiveInt, Range
+from vidssl.config import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Range
 from vidssl.config.signatures import PartTable
 from vidssl.core.errors import UserError
 
@@ -44,7 +44,9 @@ class ViewGroup:
     solarise: Fraction = 0.0  # probability
     # online: the trained branch sees it; target: the other branch does, others agree with it
     role: Literal["both", "online", "target"] = "both"
-    masked: bool = True  # whether the online encoder sees only the context of method.agree.mask
+    # whether the online encoder sees only the context of method.agree.mask, or with method.agree.patches a
+    # learned vector in place of the others
+    masked: bool = True
 
     def __post_init__(self) -> None:
         if self.scale[1] > 1:
@@ -62,3 +64,16 @@ class HeadConfig:
     last_norm: bool = False  # a norm without weights follows the last layer, too
     last_bias: bool = True  # the last layer has a bias
     join_views: bool = False  # batch norm takes the statistics of all views together, not of each apart
+
+
+@dataclass(frozen=True)
+class PatchConfig:
+    """The loss of hidden patches: its weight, and what a cross_entropy of views has, too."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = {"extra": "forbid"}
+    weight: PositiveFloat = 1.0
+    temperature: PositiveFloat = 0.1
+    target_temperature: PositiveFloat = 0.04
+    final_target_temperature: PositiveFloat | None = None  # reached linearly; null: it stays
+    temperature_warmup: NonNegativeInt = 0  # steps
+    centre_momentum: Fraction = 0.9

@@ -1,4 +1,4 @@
-"""The sum of several formulas over one encoder: ViC-MAE, iBOT."""
+"""The sum of several formulas over one encoder: ViC-MAE."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -191,6 +191,68 @@ def test_the_loss_and_its_gradients_are_those_of_the_paper(method, monkeypatch):
         assert (a - b).abs().max() < 1e-4 * max(b.abs().max(), 1e-3 * largest)
 
 
+def test_ibot(monkeypatch):
+    """Section 3.2: class tokens of the other views, and hidden patches of the same view, both from the masked
+    views, through one head; the loss of a patch is a mean over the hidden ones of a view."""
+    objective = small("ibot").build_objective()
+    rng = KeyedRNG(0, 2, torch.arange(CLIPS))
+    torch.manual_seed(1)
+    views = [torch.randn(CLIPS, 3, 1, size, size) for size in (24, 24, 16, 16)]
+    monkeypatch.setattr(agreement, "cut_view", lambda video, group, rng, index: views[index])
+    head, average = objective.projector, objective.average
+    with torch.no_grad():
+        for name, p in objective.named_parameters():
+            if name.startswith("average."):
+                p.add_(0.1 * torch.randn_like(p))
+        objective.loss.centre.normal_(std=0.1)
+        objective.patches.clusters.centre.normal_(std=0.1)
+    before = objective.patches.clusters.centre.clone()
+    video = torch.zeros(CLIPS, 3, 1, 32, 32)
+    masks = objective.draw_masks(video.shape, rng)
+    assert len(masks) == 2 and masks[0].target.shape == (CLIPS, 1, 3)
+    ours = objective(video, rng, masks)["loss"]
+
+    def name(tokens: Tensor, network: nn.Sequential, prototypes: Tensor) -> Tensor:
+        return F.normalize(mlp(network, tokens), dim=-1) @ F.normalize(prototypes, dim=-1).T
+
+    student, teacher = [], []
+    for i, view in enumerate(views):
+        encoder = objective.encoder
+        patches = view.reshape(CLIPS, 3, view.shape[-1] // 8, 8, view.shape[-1] // 8, 8)
+        x = torch.einsum("bchpwq,dcpq->bhwd", patches, encoder.patch_embed.proj.weight[:, :, 0]).flatten(1, 2)
+        x = x + encoder.patch_embed.proj.bias
+        if i < 2:
+            hidden = torch.ones(x.shape[:2], dtype=torch.bool).scatter(1, masks[i].context, False)
+            x = torch.where(hidden[..., None], objective.patches.hidden.token, x)
+        x = x + encoder.positions.embedding(encoder.grid_of(view), None)
+        x = torch.cat([encoder.class_token.expand(CLIPS, 1, -1), x], 1)
+        for block in encoder.blocks:
+            x = block(x)
+        student.append(name(encoder.norm(x), head, objective.prototypes.weight))
+        if i < 2:
+            whole = average.encoder(view, with_class=True)
+            teacher.append(name(whole, average.others[0], average.others[1].weight).detach())
+    temperature = 0.04 + 2 / 3 * 0.03  # step 2 of 3 of the warm-up
+    of_class, of_patches = [], []
+    for q, target in enumerate(teacher):
+        wanted = ((target[:, 0] - objective.loss.centre) / temperature).softmax(-1)
+        for v, own in enumerate(student):
+            log_p = (own / 0.1).log_softmax(-1)
+            if v != q:
+                of_class.append(-(wanted * log_p[:, 0]).sum(-1).mean())
+                continue
+            wanted_patches = ((target[:, 1:] - objective.patches.clusters.centre) / temperature).softmax(-1)
+            each = -(wanted_patches * log_p[:, 1:]).sum(-1)
+            hidden = masks[q].target[:, 0]
+            of_patches += [each[b, hidden[b]].mean() for b in range(CLIPS)]
+    want = sum(of_class) / 6 + sum(of_patches) / (2 * CLIPS)
+    torch.testing.assert_close(ours, want, rtol=1e-5, atol=1e-6)
+    objective.update(0.0)  # the centre of patches is that of all of them
+    rows = torch.stack([t[:, 1:] for t in teacher]).flatten(0, 2).mean(0)
+    centre = objective.patches.clusters.centre
+    torch.testing.assert_close(centre, 0.99 * before + 0.01 * rows)
+
+
 def test_the_average_follows_the_trained_networks():
     objective = small("dino", "model.depth=1").build_objective()
     average = objective.average
@@ -260,6 +322,10 @@ def test_streams_of_equal_clips_have_equal_windows():
         ("simclr", "agreement.kind=ncee", "no kind 'ncee'; allowed: mse, cosine, nce, cross_entropy"),
         ("simclr", "aux=[{kind: me_max}]", "me_max needs prototypes"),
         ("levjepa", "mask={kind: multiblock_3d}", "2 masks of a view"),
+        ("dino", "patches={}", "patches: needs method.agree.mask"),
+        ("ibot", "agreement={kind: cosine}", "patches: needs branch: ema and agreement.kind: cross_entropy"),
+        ("ibot", "views=[{count: 2}, {role: online}]", "masked views must have the role both"),
+        ("ibot", "projector.norm=batch", "with norm: none or layer"),
     ],
 )
 def test_mistakes_are_named(method, change, error):
