@@ -1,6 +1,6 @@
 r"""Fine-tuning: trains encoder and head end to end on labelled shards; one evaluation on test -> probe.json.
 
-    accelerate launch vidssl/finetune.py configs/finetune/videomae_k400.yaml encoder=RUN \
+    vidssl finetune configs/finetune/videomae_k400.yaml encoder=RUN \
         data.train=SHARDS data.test=SHARDS out=DIR
 
 The epoch is selected on a part of train that is held out by groups. The same command resumes after a kill

@@ -1,6 +1,9 @@
-"""Pre-training, top to bottom: configuration, loader, objective, training loop, checkpoints.
+r"""Pre-training, top to bottom: configuration, loader, objective, training loop, checkpoints.
 
-accelerate launch vidssl/train.py FILES.yaml ... key=value ...
+    vidssl train configs/method/vjepa.yaml configs/data/vjepa_16x4.yaml model.kind=vit_base \
+        data.train=SHARDS run.out=RUN run.steps=10000 run.batch=192
+
+The same command continues the run, after SIGTERM (exit status 75), Ctrl-C (130) or a kill.
 """
 
 from vidssl.config.command_line import check_command_line

@@ -20,8 +20,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from vidssl.config import load_config
-from vidssl.config.command_line import help_lines
-from vidssl.core.errors import asks_for_help, run_cli
+from vidssl.config.command_line import answer
+from vidssl.core.errors import run_cli
 from vidssl.core.io import claim_folder
 from vidssl.zoo.config import ZooConfig
 from vidssl.zoo.jobs import Outcome, run_jobs
@@ -33,8 +33,7 @@ from vidssl.zoo.results import read_results, write_results, write_table
 
 
 def main(argv: list[str]) -> None:
-    if asks_for_help(argv):
-        print("\n".join([__doc__.strip(), "", *help_lines(ZooConfig, ("zoo", "ablation"))]))
+    if answer(argv, ZooConfig, __doc__, ("zoo", "ablation")):
         return
     began_s = time.monotonic()
     zoo = load_config(argv, ZooConfig)

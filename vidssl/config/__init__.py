@@ -206,8 +206,8 @@ def merge(argv: Sequence[str]) -> tuple[dict[str, Any], dict[str, Source]]:
 
 def _merge(argv: Sequence[str]) -> tuple[dict[str, Any], dict[str, Source]]:
     """As `merge`; the leaves of the tree keep their texts."""
-    files = [item for item in argv if _is_file(item)]
-    arguments = [_split_argument(item) for item in argv if not _is_file(item)]
+    files = [item for item in argv if is_config_file(item)]
+    arguments = [_split_argument(item) for item in argv if not is_config_file(item)]
     overridden = [key for _, key, _ in arguments]
     tree: dict[str, Any] = {}
     origin: dict[str, Source] = {}
@@ -258,7 +258,7 @@ def _is_other_kind(old: dict[str, Any], new: dict[str, Any]) -> bool:
     return isinstance(new, TextMapping) and None not in kinds and kinds[0] != kinds[1]
 
 
-def _is_file(item: str) -> bool:
+def is_config_file(item: str) -> bool:
     """Whether an argument names a YAML file; its path may contain "="."""
     if not item.endswith((".yaml", ".yml")):
         return False

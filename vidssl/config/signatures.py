@@ -78,6 +78,23 @@ class Part(NamedTuple):
         """Its parameters, from the source."""
         return _arguments_of(self.table.expressions()[self.kind], self.table.module)
 
+    def docstring(self) -> str:
+        """Its docstring, from the source."""
+        node: ast.expr = self.table.expressions()[self.kind]
+        while isinstance(node, ast.Call):
+            node = node.args[0]
+        definition = _definition(node.id, self.table.module)[0] if isinstance(node, ast.Name) else None
+        return (ast.get_docstring(definition) if isinstance(definition, Definition) else "") or ""
+
+    def given(self) -> dict[str, Any]:
+        """The arguments that its entry in the table gives: those of a partial."""
+        node = self.table.expressions()[self.kind]
+        found: dict[str, Any] = {}
+        while isinstance(node, ast.Call):
+            found = {k.arg: _evaluate(k.value, self.table.module) for k in node.keywords if k.arg} | found
+            node = node.args[0]
+        return found
+
 
 @lru_cache
 def _source(module: str) -> str:
@@ -120,7 +137,7 @@ def _arguments_of(node: ast.expr, module: str) -> dict[str, Declaration]:
 def _definition(name: str, module: str) -> tuple[Any, str]:
     """Returns (definition of a name, module that contains it), through the project's imports."""
     found = _top_level(module).get(name)
-    while isinstance(found, tuple) and found[0].startswith("vidssl"):
+    while isinstance(found, tuple) and found[0].startswith(("vidssl", "data_prep")):
         module, name = found[0], found[1]
         found = _top_level(module).get(name)
     return found, module
@@ -151,7 +168,8 @@ def _fields(node: ast.ClassDef, module: str) -> dict[str, Declaration]:
             if isinstance(default, dataclasses.Field):
                 default = default.default_factory() if callable(default.default_factory) else default.default
             hint = _evaluate(item.annotation, module)
-            fields[item.target.id] = Declaration(hint, default, _comment(module, item))
+            meaning = _comment(module, item) or _from_docstring(item.target.id, ast.get_docstring(node) or "")
+            fields[item.target.id] = Declaration(hint, default, meaning)
         elif isinstance(item, ast.Assign) and isinstance(item.targets[0], ast.Name):
             # a base's field with another default
             name = item.targets[0].id
@@ -174,12 +192,12 @@ def _parameters(node: Definition, module: str) -> dict[str, Declaration]:
     defaults = [None] * (len(positional) - len(arguments.defaults)) + list(arguments.defaults)
     pairs = [*zip(positional, defaults, strict=True)]
     pairs += zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)
-    texts = ast.get_docstring(function) or ast.get_docstring(node) or ""
+    texts = [ast.get_docstring(function) or "", ast.get_docstring(node) or ""]
     return {
         a.arg: Declaration(
             Any if a.annotation is None else _evaluate(a.annotation, module),
             Parameter.empty if default is None else _evaluate(default, module),
-            _comment(module, a) or _from_docstring(a.arg, texts),
+            _comment(module, a) or next(filter(None, (_from_docstring(a.arg, t) for t in texts)), ""),
         )
         for a, default in pairs
         if a.arg != "self"
@@ -253,7 +271,10 @@ def _comment(module: str, node: ast.stmt | ast.arg) -> str:
 
 def _from_docstring(name: str, text: str) -> str:
     """What a docstring says of an argument: the sentence that begins with its name and a colon."""
-    match = re.search(rf"(?:^|[.;:]\s+|, ){name}(?:, \w+)*: (.*?)(?:[.;](?=\s|$)|$)", " ".join(text.split()))
+    # what is in parentheses may have a full stop
+    sentence = r"((?:\([^()]*\)|[.;](?!\s|$)|[^.;])*)"
+    begin = rf"(?:^|[.;:]\s+|, )`?{name}`?(?:, \w+)*: (?:- )?"
+    match = re.search(begin + sentence, " ".join(text.split()))
     return match[1] if match else ""
 
 

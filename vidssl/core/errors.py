@@ -5,10 +5,12 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from vidssl.core.log import configure_logging, logger
 
+QUIET = "--quiet"  # warnings, errors and the last line alone
 EXIT_USER_ERROR = 2  # somebody must mend something: the same command would fail again
 EXIT_REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: schedulers start the same command again
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells count it
@@ -73,22 +75,23 @@ def disk_error_line(error: OSError) -> str | None:
     return f"{where}{os.strerror(number)}{correction}"
 
 
-def asks_for_help(argv: list[str]) -> bool:
+def asks_for_help(argv: Sequence[str]) -> bool:
     """Whether a command line has -h or --help."""
     return bool({"-h", "--help"} & set(argv))
 
 
-def run_cli(main: Callable[[list[str]], None], about: str | None = None) -> None:
+def run_cli(main: Callable[[list[str]], Any], about: str | None = None) -> None:
     """Runs main(argv) and ends the process with the exit status of its outcome.
 
     UserError and errors of the disk: one line on stderr, EXIT_USER_ERROR. Preempted: EXIT_REQUEUE. Ctrl-C:
     EXIT_INTERRUPTED. Any other exception, in any thread, is a fault of the program: a traceback and 1.
-    about: printed for --help.
+    about: printed for --help. --quiet, which every program has, is no part of argv.
     """
-    if about and asks_for_help(sys.argv[1:]):
+    argv = [word for word in sys.argv[1:] if word != QUIET]
+    if about and asks_for_help(argv):
         print(about)
         return
-    configure_logging()
+    configure_logging(quiet=QUIET in sys.argv[1:])
     failed_threads: list[str] = []
     report = threading.excepthook
 
@@ -98,7 +101,7 @@ def run_cli(main: Callable[[list[str]], None], about: str | None = None) -> None
 
     threading.excepthook = record
     try:
-        main(sys.argv[1:])
+        main(argv)
         sys.stdout.flush()
         if failed_threads:
             print(f"error: {failed_threads[0]} has failed: its traceback is above", file=sys.stderr)

@@ -1,11 +1,10 @@
 """Which frames of a video make a clip, and where the repeats of a sample are in the stream."""
 
 import math
-from typing import Literal
 
 import numpy as np
 
-Rule = Literal["exact", "vjepa"]
+from vidssl.data.schema import Rule
 
 SAME_TIME_S = 1e-6  # seconds; a frame must be nearer by more than this to win over the earlier one
 SAME_RATE = 0.01  # frames per second; time stamps may be rounded to milliseconds

@@ -11,9 +11,9 @@ from pydantic import ConfigDict, Field
 from vidssl.config import Fraction, IntRange, Names, NonNegativeFloat, PositiveFloat, PositiveInt, Range, Text
 from vidssl.config.signatures import PartTable
 from vidssl.core.errors import UserError
-from vidssl.data.sampling import Rule
 
 AUGMENT_PARTS = PartTable("vidssl.data.augment", "AUGMENTS")
+Rule = Literal["exact", "vjepa"]  # how stride and fps select frames (data/sampling.py)
 Decoder = Literal["auto", "decord", "pyav", "torchcodec"]
 Weights = tuple[PositiveFloat, ...]
 Stride = PositiveInt | IntRange  # a range: each clip draws its own, uniform in what fits in the video

@@ -83,7 +83,7 @@ class NeighbourProtocol(ProbeProtocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Knn(NeighbourProtocol):
-    """Weighted k nearest neighbours on mean tokens; see `knn_predict`."""
+    """Weighted k nearest neighbours on mean tokens, by their cosine."""
 
     k: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (
         1,

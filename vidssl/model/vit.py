@@ -261,8 +261,9 @@ class Encoder(nn.Module):
         depth_rescale: bool = False,
         drop_path: Fraction = 0.0,
     ):
-        """frames, height, width: size of a native clip, in frames and pixels; tubelet in frames, patch in
-        pixels.
+        """frames, height, width: size of a native clip, in frames and pixels; dim: width of the tokens;
+        depth: number of blocks; heads: of each block's attention; mlp_ratio: width of an MLP's hidden layer,
+        in dim; tubelet: frames of a token; patch: side of a token, in pixels.
 
         positions: see model/positions.py. rope_grid: side of the grid onto which rotary rows and columns are
         stretched whatever the input (V-JEPA 2.1: 16). mlp: the feed-forward layer. block_norm: post, after

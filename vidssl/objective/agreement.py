@@ -290,11 +290,14 @@ def build_view_agreement(
     frozen_patches: bool = False,
     patches: PatchConfig | None = None,
 ) -> ViewAgreement:
-    """views: groups of views; agreement: of a pair of views; aux: added to it; mask: its context is what the
+    """Views of each clip are made and their embeddings compared.
+
+    views: groups of views; agreement: of a pair of views; aux: added to it; mask: its context is what the
     online encoder sees; pool: the clip's feature, the class token or the mean of all others; branch: that of
     the targets; momentum: of the moving average, at the first and the last step; evaluate: which encoder is;
     against: the targets are the other views, or the mean of all target views; weight: of the agreement;
-    frozen_patches: the patch embedding stays as drawn (MoCo v3); patches: a loss of hidden patches (iBOT)."""
+    frozen_patches: the patch embedding stays as drawn (MoCo v3); patches: a loss of hidden patches (iBOT).
+    """
     each = [group for group in views for _ in range(group.count)]
     loss: PairLoss = agreement.build()
     width = encoder.feature_width

@@ -17,20 +17,22 @@ ErrorFunction = Callable[[Tensor, Tensor], Tensor]  # prediction and target [B, 
 
 
 def l1(scale: PositiveFloat = 1.0) -> ErrorFunction:
+    """Mean absolute difference over K: V-JEPA."""
     return lambda pred, target: scale * (pred - target).abs().mean(-1)
 
 
 def l2(scale: PositiveFloat = 1.0) -> ErrorFunction:
+    """Mean squared difference over K: MAE, VideoMAE."""
     return lambda pred, target: scale * F.mse_loss(pred, target, reduction="none").mean(-1)
 
 
 def smooth_l1(scale: PositiveFloat = 1.0, beta: PositiveFloat = 1.0) -> ErrorFunction:
-    """beta: below it the error is squared."""
+    """Mean of Huber's loss over K: I-JEPA. beta: below it the error is squared."""
     return lambda pred, target: scale * F.smooth_l1_loss(pred, target, reduction="none", beta=beta).mean(-1)
 
 
 def cross_entropy(temperature: PositiveFloat = 0.1, scale: PositiveFloat = 1.0) -> ErrorFunction:
-    """Of softmax(prediction / temperature) with the probabilities of the target: CAPI, iBOT."""
+    """Cross-entropy of softmax(prediction / temperature) with the probabilities of the target: CAPI, iBOT."""
     return lambda pred, target: -scale * (target * (pred / temperature).log_softmax(-1)).sum(-1)
 
 

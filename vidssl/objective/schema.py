@@ -61,23 +61,28 @@ class MethodConfig:
     """The `method` section: the parts of a masked prediction (masked_prediction.py), or another formula in
     its place or beside it."""
 
+    # which tokens the encoder sees, and which are predicted
     mask: Annotated[Spec, Choice(MASK_PARTS, is_optional=True)]
+    # what is predicted
     target: Annotated[
         Spec, Choice(TARGET_PARTS, supplied=("encoder", "teacher", "teachers"), is_optional=True)
     ]
+    # where the predictor starts from at a hidden token
     query: Annotated[Spec, Choice(QUERY_PARTS, supplied=("width", "encoder"), is_optional=True)]
+    # the network that predicts
     predictor: Annotated[Spec, Choice(PREDICTOR_PARTS, supplied=("encoder", "out"), is_optional=True)]
+    # how a prediction is compared with its target
     error: Annotated[Spec, Choice(ERROR_PARTS, supplied=("width",), is_optional=True)]
     context: ContextLoss
-    # of what the encoder sees
+    # what the encoder sees in place of the clean video
     corrupt: Annotated[Spec, Choice(CORRUPTION_PARTS, supplied=("encoder",), is_optional=True)]
-    # of the tokens, for mask.kind=scored
+    # a number for each token, of which mask.kind=scored makes the mask
     score: Annotated[Spec, Choice(SCORE_PARTS, supplied=("encoder",), is_optional=True)]
-    # added to the loss
+    # losses that are added
     aux: Annotated[tuple[Spec, ...], Choice(AUX_PARTS, supplied=("encoder", "target_width"), is_list=True)]
-    # agreement of views
+    # views of a clip that agree
     agree: Annotated[Spec, Choice(AGREE_PARTS, supplied=("encoder",), is_optional=True)]
-    # naming a transformation
+    # which transformation of the clip is named
     pretext: Annotated[Spec, Choice(PRETEXT_PARTS, supplied=("encoder",), is_optional=True)]
     target_fraction: PositiveFraction = 1.0  # part of a mask's targets that is predicted, at random
     masks_per_clip: PositiveInt = 1  # draws of the mask for each clip, which share one pass of the target

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 from vidssl.core.errors import UserError
 from vidssl.core.io import check_no_shards, check_writable
 from vidssl.core.suggestions import divisors_near, multiples_near
-from vidssl.data.order import check_split
 
 if TYPE_CHECKING:
     from vidssl.training.schema import RunConfig, TrainConfig
@@ -116,6 +115,9 @@ def check_augmentation(cfg: TrainConfig) -> None:
 def check_batch(cfg: TrainConfig, world: int) -> None:
     """Raises UserError if the clips of a step cannot be divided evenly over lanes, processes and
     micro-batches."""
+    # imported here, so that --help is answered without NumPy
+    from vidssl.data.order import check_split
+
     for stream, clips in enumerate(cfg.data.clips(cfg.run.batch)):
         name = f"data.extra_streams[{stream - 1}].clips"
         if stream == 0:

@@ -112,7 +112,8 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """The `optim` section. Rates are absolute (without lr_batch), steps are optimizer steps.
+    """The `optim` section: AdamW and its schedules. Rates are absolute (without lr_batch), steps are
+    optimizer steps.
 
     An infinite run (Ibrahim et al. 2024, arXiv 2403.08763) has lr_decay "cosine" to the constant rate
     final_lr within `schedule_steps`; it can be continued with a larger run.steps. An annealing branch is a
@@ -120,7 +121,7 @@ class OptimConfig:
     in the paper) or another.
     """
 
-    lr: PositiveFloat
+    lr: PositiveFloat  # the largest, at the end of the warm-up
     warmup_lr: NonNegativeFloat = 0.0  # at the start of the warm-up
     final_lr: NonNegativeFloat = 0.0  # at the end of the decay
     lr_batch: PositiveInt | None = (
@@ -142,10 +143,10 @@ class OptimConfig:
     layer_lr_decay: Fraction = (
         1.0  # factor on the rate from each encoder layer to the one below (fine-tuning)
     )
-    weight_decay: NonNegativeFloat = 0.05
+    weight_decay: NonNegativeFloat = 0.05  # of AdamW
     final_weight_decay: NonNegativeFloat | None = None  # at the end of a cosine; None: constant
-    betas: tuple[Beta, Beta] = (0.9, 0.999)
-    eps: PositiveFloat = 1e-8
+    betas: tuple[Beta, Beta] = (0.9, 0.999)  # of AdamW
+    eps: PositiveFloat = 1e-8  # of AdamW
     clip_grad: PositiveFloat | None = None  # largest norm of the gradients
     clip_per_module: bool = (
         False  # clip the encoder and the rest separately (V-JEPA), not all parameters together
@@ -222,9 +223,9 @@ class TrainConfig:
     """All sections of vidssl/train.py."""
 
     method: MethodConfig
-    model: Annotated[Spec, Choice(MODEL_PARTS, NATIVE_SIZE_KEYS)]
+    model: Annotated[Spec, Choice(MODEL_PARTS, NATIVE_SIZE_KEYS)]  # the encoder
     data: DataConfig
-    augment: Annotated[Spec, Choice(AUGMENT_PARTS)]
+    augment: Annotated[Spec, Choice(AUGMENT_PARTS)]  # how a clip is cropped, and changed
     optim: OptimConfig
     run: RunConfig
     online_probe: OnlineProbeConfig
