@@ -1,7 +1,7 @@
 r"""Dense frozen evaluation: depth, mask or key point prediction from frozen tokens of frames, evaluated once
 on test.
 
-    python vidssl/dense.py configs/dense/propagation.yaml encoder=RUN data.test=DAVIS out=DIR
+    vidssl dense configs/dense/propagation.yaml encoder=RUN data.test=DAVIS out=DIR
 
 encoder: as in vidssl/probe.py. data.test: the folder of a data set, with its lists of train and test. Writes
 DIR/dense.json and sequences.csv. Finished controls are in DIR/finished.jsonl until then: after a kill the
@@ -26,6 +26,7 @@ import torch
 from vidssl.config import load_config, to_tree
 from vidssl.core.errors import run_cli
 from vidssl.core.io import check_no_shards, claim_folder
+from vidssl.core.log import show
 from vidssl.core.progress import track
 from vidssl.evaluation.controls import control_name
 from vidssl.evaluation.dense.frames import check_fits, make_frame_encoder
@@ -37,6 +38,7 @@ from vidssl.pretrained.external import open_encoder
 from vidssl.pretrained.load import LoadedEncoder
 from vidssl.training.malloc import tune_malloc
 from vidssl.training.preemption import exit_on_sigterm
+from vidssl.training.run_summary import RunEnd
 
 
 @exit_on_sigterm("SIGTERM")
@@ -44,6 +46,7 @@ def main(argv: list[str]) -> None:
     # Everything that can be known is checked before any sequence is decoded.
     cfg = load_config(argv, DenseConfig)
     data = cfg.data
+    end = RunEnd(Path(cfg.out))
     out = new_report_folder(Path(cfg.out), "dense.json")
     check_no_shards(out, "out")
     task = cfg.task.build()
@@ -55,6 +58,7 @@ def main(argv: list[str]) -> None:
         isolated(listed, data.decode_timeout_s, data.decode_memory_mb) as splits,
     ):
         evaluate_controls(cfg, task, splits, out)
+    end.log(f"{len(task.controls)} rows in dense.json")
 
 
 def evaluate_controls(cfg: DenseConfig, task: Any, splits: Splits, out: Path) -> None:
@@ -81,7 +85,7 @@ def evaluate_controls(cfg: DenseConfig, task: Any, splits: Splits, out: Path) ->
             result = row["result"]
             results.append(result)
             table += row["table"]
-            print(f"{control_name(control):15s} {result['metric']} {result['value']:.4g}  {result['ci95']}")
+            show(f"{control_name(control):15s} {result['metric']} {result['value']:.4g}  {result['ci95']}")
         write_csv(out / "sequences.csv", ("control", "sequence", "group", "row", *task.columns), table)
         report = {"results": results, "data": hashes, "seed": task.seed}
         write_json_report(out / "dense.json", to_tree(cfg), loaded, report)

@@ -1,7 +1,7 @@
 r"""Frozen evaluation: trains heads on frozen features of train, selects on held-out train, evaluates once on
 test.
 
-    accelerate launch vidssl/probe.py configs/probe/attentive.yaml encoder=RUN \
+    vidssl probe configs/probe/attentive.yaml encoder=RUN \
         data.train=SHARDS data.test=SHARDS out=DIR
 
 encoder: a run folder, a file of ours, a public checkpoint, timm:NAME or hf:FOLDER_OR_NAME (see
@@ -30,7 +30,7 @@ from accelerate.utils import broadcast_object_list
 
 from vidssl.config import load_config
 from vidssl.core.errors import run_cli
-from vidssl.core.log import set_log_level
+from vidssl.core.log import set_log_level, show
 from vidssl.evaluation.controls import control_name
 from vidssl.evaluation.extractor import (
     FeaturePlan,
@@ -104,7 +104,7 @@ def main(argv: list[str]) -> None:
                 print_plans(plans, missing, splits)
             plans = []
         for plan in plans:
-            accelerator.print(f"{control_name(plan.control)}: {plan.line}")
+            show(f"{control_name(plan.control)}: {plan.line}")
             features, scores = extract_features(plan)
             if accelerator.is_main_process:
                 finished.add_scores(plan.control, scores)

@@ -7,6 +7,13 @@ import sys
 from tqdm import tqdm
 
 logger = logging.getLogger("vidssl")
+RESULT = logging.INFO + 5  # level of the line that says what a program leaves
+
+
+class Shown:
+    """What the first process of a program shows: messages of this level and above."""
+
+    level = logging.INFO
 
 
 class StderrHandler(logging.Handler):
@@ -18,14 +25,21 @@ class StderrHandler(logging.Handler):
             tqdm.write(prefix + record.getMessage(), file=sys.stderr)
 
 
-def configure_logging() -> None:
-    """Sends messages of level INFO and above to stderr."""
+def configure_logging(quiet: bool = False) -> None:
+    """Sends messages of level INFO and above to stderr; quiet: only warnings, and a program's last line."""
     if not any(isinstance(handler, StderrHandler) for handler in logger.handlers):
         logger.addHandler(StderrHandler())
-    logger.setLevel(logging.INFO)
+    Shown.level = RESULT if quiet else logging.INFO
+    logger.setLevel(Shown.level)
     logger.propagate = False
 
 
 def set_log_level(is_main: bool) -> None:
     """Of several processes the first one logs everything, the others only warnings."""
-    logger.setLevel(logging.INFO if is_main else logging.WARNING)
+    logger.setLevel(Shown.level if is_main else logging.WARNING)
+
+
+def show(text: str) -> None:
+    """Prints a line on stdout where messages of level INFO are shown."""
+    if logger.isEnabledFor(logging.INFO):
+        print(text, flush=True)

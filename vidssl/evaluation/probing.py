@@ -10,6 +10,7 @@ from accelerate import Accelerator
 
 from vidssl import config
 from vidssl.core.io import make_folder
+from vidssl.core.log import show
 from vidssl.evaluation.controls import Control
 from vidssl.evaluation.evaluate import LabelledFeatures, evaluate
 from vidssl.evaluation.features import Features
@@ -145,7 +146,7 @@ def evaluate_run(
     finished.add(run.key, {**run.facts(), **row}, rows)
     low, high = row["ci95"]
     name = " ".join(part for part in run.key if part not in ("", "none"))
-    print(f"{name:22s} {row['metric']} {row['value']:6.2f}  [{low}, {high}]", flush=True)
+    show(f"{name:22s} {row['metric']} {row['value']:6.2f}  [{low}, {high}]")
 
 
 def write_probe_results(

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from vidssl.config import to_tree
+from vidssl.core.log import show
 from vidssl.evaluation.evaluate import LabelledFeatures, score_predictions
 from vidssl.evaluation.report import PredictionRow, write_json_report, write_tables
 from vidssl.model.heads import HEAD_EPS, AttentiveHead
@@ -67,4 +68,4 @@ def write_finetune_results(
         "libraries": libraries,
     }
     write_json_report(out / "probe.json", to_tree(cfg), loaded, report)
-    print(f"{row['label']} {row['metric']} {row['value']:.2f}  {row['ci95']}")
+    show(f"{row['label']} {row['metric']} {row['value']:.2f}  {row['ci95']}")

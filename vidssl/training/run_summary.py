@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from torch import nn
 from tqdm import tqdm
 
-from vidssl.core.log import logger
+from vidssl.core.log import RESULT, logger
 from vidssl.core.suggestions import counted
 from vidssl.data.clip_length import Corpus, length_text, look_at, short_line
 from vidssl.data.shards import Shards
@@ -57,11 +57,12 @@ class RunEnd:
     def log(self, done: str, *lines: str) -> None:
         """done: what the folder holds now; lines: what follows."""
         elapsed = tqdm.format_interval(time.monotonic() - self.start_s)
-        log_lines([f"{self.out}: {done} ({elapsed})", *lines])
+        logger.log(RESULT, f"{self.out}: {done} ({elapsed})")
+        log_lines(lines)
 
     def log_training(self, *lines: str) -> None:
         """Names the last step of log.jsonl and its loss. lines: what follows."""
-        if not logger.isEnabledFor(logging.INFO):  # not the first process
+        if not logger.isEnabledFor(RESULT):  # not the first process
             return
         row = last_row(self.out / "log.jsonl")
         loss = row.get("loss")
