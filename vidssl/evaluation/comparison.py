@@ -17,7 +17,7 @@ from vidssl.evaluation.controls import CONTROLS, control_name
 from vidssl.evaluation.metrics import bootstrap_ci
 
 RUN_KEYS = ("label", "control", "train_fraction", "seed")
-SCORES = ("rankme", "alpha")
+SCORES = ("rankme", "alpha", "learnability", "dimension")
 PLOT_SUFFIXES = (".png", ".pdf", ".svg")
 CONDITION_SECTIONS = ("data", "probe", "head", "optim", "tune", "augment")
 # Encoders of other clips can be ranked: an image model has no frames of its own.

@@ -17,6 +17,7 @@ from vidssl.core.log import logger
 from vidssl.core.precision import resolve_precision
 from vidssl.core.spectrum import MAX_TOKENS, alpha_req, rankme, singular_values
 from vidssl.core.splits import split_by_group
+from vidssl.evaluation.cluster_scores import cluster_scores
 from vidssl.evaluation.controls import Control
 from vidssl.evaluation.features import (
     FeatureStorage,
@@ -195,9 +196,10 @@ def mean_pool(
 
 
 def label_free_scores(source: TokenSource, indices: list[int], protocol: ProbeProtocol) -> dict[str, float]:
-    """Scores that need no labels (core/spectrum.py): RankMe and alpha-ReQ of the samples' centered mean
-    tokens, of at most MAX_TOKENS samples, evenly spaced. Comparable only at equal `samples`. Every process
-    must call it; the first one gets the scores, the others none."""
+    """Scores that need no labels, of the samples' mean tokens: RankMe and alpha-ReQ of centered ones
+    (core/spectrum.py), cluster learnability and intrinsic dimension (cluster_scores.py), of at most
+    MAX_TOKENS samples, evenly spaced. Comparable only at equal `samples`. Every process must call it; the
+    first one gets the scores, the others none."""
     indices = indices[:: -(-len(indices) // MAX_TOKENS)]
     pooled = mean_pool(source, indices, protocol, 1, torch.device("cpu"))
     if not source.processes.is_main:
@@ -205,6 +207,8 @@ def label_free_scores(source: TokenSource, indices: list[int], protocol: ProbePr
     means = pooled.tokens[indices].mean((1, 2))
     values = singular_values(means - means.mean(0))
     scores = {"rankme": rankme(values), "alpha": alpha_req(values)} if len(values) > 3 else {}
+    if len(means) > 3 and means.isfinite().all():
+        scores |= cluster_scores(means)
     finite = {name: round(score, 4) for name, score in scores.items() if np.isfinite(score)}
     return {**finite, "samples": len(indices)}
 

@@ -9,15 +9,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vidssl.core.io import atomic_write
-from vidssl.evaluation.comparison import Row, add_differences, merge_lists, read_probe
+from vidssl.evaluation.comparison import SCORES, Row, add_differences, merge_lists, read_probe
 from vidssl.evaluation.controls import CONTROLS, control_name
 from vidssl.zoo.config import UNTRAINED, ZooConfig
 from vidssl.zoo.jobs import Outcome
 from vidssl.zoo.plan import PlannedRun
+from vidssl.zoo.scores import correlation_table
 
 COLUMNS = (
     *("run", "seed", "step", "clips", "flops", "probe", "label", "control", "protocol", "metric"),
-    *("train_fraction", "list_seed", "accuracy", "low", "high", "chance", "n_test", "rankme", "alpha"),
+    *("train_fraction", "list_seed", "accuracy", "low", "high", "chance", "n_test", *SCORES),
 )
 
 
@@ -205,6 +206,9 @@ def write_table(path: Path, zoo: ZooConfig, rows: Sequence[Row], outcomes: Mappi
         ]
         pairs = pair_table(final)
         lines += [*pairs, ""] if pairs else []
+    correlations = correlation_table({panel.title: found for panel, found in panels_of(rows).items()})
+    if correlations:
+        lines += ["## Scores without labels against accuracy", "", *correlations, ""]
     problems = [
         (name, outcome) for name, outcome in outcomes.items() if outcome.status not in ("done", "skipped")
     ]
