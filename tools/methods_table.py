@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from vidssl.commands.catalogue import header_of, papers_of
 from vidssl.core.errors import run_cli
 
 ROOT = Path(__file__).parents[1]
@@ -59,7 +60,7 @@ def table() -> str:
 def cells(path: Path) -> list[str]:
     """The line of one method."""
     text = path.read_text()
-    header = " ".join(line.lstrip("# ") for line in text.splitlines() if line.startswith("#"))
+    header = header_of(path)
     method: dict[str, Any] = yaml.safe_load(text)["method"]
     parts = {key: describe(value) for key, value in method.items() if isinstance(value, dict | list)}
     if views := method.get("agree"):
@@ -113,8 +114,8 @@ def formula(method: dict[str, Any]) -> str:
 
 def paper(header: str) -> str:
     """Links to the papers that the first sentence names."""
-    numbers = re.findall(r"\b\d{4}\.\d{5}\b", header.split(":")[0] + header.split(":")[1])
-    return ", ".join(f"[{n}](https://arxiv.org/abs/{n})" for n in dict.fromkeys(numbers))
+    numbers = papers_of(":".join(header.split(":")[:2]))
+    return ", ".join(f"[{n}](https://arxiv.org/abs/{n})" for n in numbers)
 
 
 def published(header: str) -> str:

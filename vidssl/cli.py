@@ -26,6 +26,7 @@ COMMANDS = {
     "zoo-run": ("vidssl.commands.zoo_run", "train and probe a list of methods on equal terms"),
     "convert": ("vidssl.commands.convert", "checkpoints from one format to another"),
     "show-masks": ("vidssl.commands.show_masks", "draw masks on clips"),
+    "list": ("vidssl.commands.list", "methods, models, masks, targets, data, probes, ... by name"),
     "doctor": ("vidssl.doctor", "what this machine has, and what is missing"),
 }
 

@@ -155,7 +155,7 @@ def parameters_of(factory: Callable[..., Any]) -> dict[str, Declaration]:
     return part.declarations() if part else declarations(factory)
 
 
-def documentation(factory: Callable[..., Any]) -> str:
+def documentation(factory: Callable[..., Any] | Part) -> str:
     """The docstring of a part."""
     if part := _in_source(factory):
         return part.docstring()
@@ -165,7 +165,7 @@ def documentation(factory: Callable[..., Any]) -> str:
     return inspect.getdoc(inner) or ""
 
 
-def _in_source(factory: Callable[..., Any]) -> Part | None:
+def _in_source(factory: Callable[..., Any] | Part) -> Part | None:
     """The part, if it is in the table as the source has it, not added to it since."""
     return factory if isinstance(factory, Part) and factory.kind in factory.table.expressions() else None
 

@@ -86,6 +86,12 @@ class Part(NamedTuple):
         definition = _definition(node.id, self.table.module)[0] if isinstance(node, ast.Name) else None
         return (ast.get_docstring(definition) if isinstance(definition, Definition) else "") or ""
 
+    def module_docstring(self) -> str:
+        """The docstring of the module that it is defined in, from the source."""
+        node = self.table.expressions()[self.kind]
+        home = _definition(node.id, self.table.module)[1] if isinstance(node, ast.Name) else self.table.module
+        return ast.get_docstring(ast.parse(_source(home))) or ""
+
     def given(self) -> dict[str, Any]:
         """The arguments that its entry in the table gives: those of a partial."""
         node = self.table.expressions()[self.kind]
