@@ -31,7 +31,7 @@ from vidssl.training.distributed import Strategy
 from vidssl.training.finetune_loop import build_finetuner
 from vidssl.training.finetune_report import export_classifier, write_finetune_results
 from vidssl.training.finetune_schema import RESUME_MUTABLE, check_divisible
-from vidssl.training.finetuning import open_splits
+from vidssl.training.finetuning import has_unread_parameters, open_splits
 from vidssl.training.loss_guard import LossGuard
 from vidssl.training.malloc import configure_process
 from vidssl.training.preemption import exit_on_lost_peer, exit_on_sigterm, limited_requeues
@@ -67,7 +67,7 @@ def finetune(cfg: FinetuneConfig) -> None:
 
     strategy = Strategy.from_env(
         cfg.efficiency,
-        unused_parameters=loaded.encoder.patch_embed_img is not None or len(loaded.encoder.level_norms) > 0,
+        unused_parameters=has_unread_parameters(loaded.encoder),
         allow_sharding=False,
         log_with=list(tune.trackers) or None,
         project_dir=out,

@@ -117,6 +117,8 @@ class CrossPredictor(nn.Module):
     model.py). No dropout: CropMAE has 0.1.
     """
 
+    reads_class = True  # in the memory
+
     def __init__(
         self,
         encoder: Encoder,
@@ -170,10 +172,8 @@ class CrossPredictor(nn.Module):
                 "method.predictor.memory: mix reads the layers before the encoder's last norm, which would "
                 "not be trained: give model.final_norm: false"
             )
-        if class_query and positions.startswith("rope"):
-            raise UserError(
-                "method.predictor.class_query has no position, so it cannot be combined with rope"
-            )
+        if class_query:
+            check_class_query(self_attention, positions)
         self.width = width
         self.needs_all_layers = memory == "mix"
         self.memory_slices = memory_slices
@@ -257,3 +257,14 @@ class CrossPredictor(nn.Module):
         of_queries = self.positions.rope(grid, queries, queries.device)
         of_memory = self.positions.rope(grid, memory, queries.device, class_tokens)
         return None if of_queries is None or of_memory is None else (of_queries, of_memory)
+
+
+def check_class_query(self_attention: SelfAttention, positions: PositionKind) -> None:
+    """Raises UserError if a query without a position cannot be, or nothing would train it."""
+    if self_attention == "none":
+        raise UserError(
+            "method.predictor.class_query: without self_attention no other query sees it, so that it would "
+            "not be trained: leave it out, or give self_attention: before or after"
+        )
+    if positions.startswith("rope"):
+        raise UserError("method.predictor.class_query has no position, so it cannot be combined with rope")

@@ -80,6 +80,7 @@ class JointPredictor(nn.Module):
         if class_token == "encoder" and encoder.class_token is None:
             raise UserError("method.predictor.class_token: encoder needs model.class_token: true")
         self.width = width
+        self.reads_class = class_token == "encoder"
         self.drop_encoder_token = encoder.class_token is not None and class_token != "encoder"
         self.embed: nn.Module = nn.Linear(encoder.dim, width, bias=embed_bias)
         if encoder.feature_width > encoder.dim:

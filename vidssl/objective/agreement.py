@@ -95,6 +95,7 @@ class ViewAgreement(Objective):
         self.mask: Any = mask
         self.aux = list(aux)
         self.pool = pool
+        self.reads_class = pool == "class"
         self.trains_class_only = pool == "class" and patches is None
         self.patches = patches
         self.branch = branch

@@ -53,7 +53,7 @@ def build_objective(
             for count in clips:
                 term.check_clip(count, size)
             terms.append((1.0, term))
-    check_levels_are_read(encoder, [term for _, term in terms])
+    check_all_is_read(encoder, [term for _, term in terms])
     if len(terms) == 1:
         return terms[0][1]
     both = WeightedSum(encoder, terms)
@@ -113,15 +113,22 @@ def supply(spec: Spec, **offered: Any) -> Any:
     return spec.build(**{name: value for name, value in offered.items() if name in taken})
 
 
-def check_levels_are_read(encoder: Encoder, terms: Sequence[Objective]) -> None:
-    """Raises UserError if layers on the encoder's output would get no gradients, which ends a run of several
-    processes."""
+def check_all_is_read(encoder: Encoder, terms: Sequence[Objective]) -> None:
+    """Raises UserError if layers on the encoder's output, or its class token, would get no gradients, which
+    ends a run of several processes."""
     layers = {"model.levels": encoder.level_norms, "model.head_depth": encoder.output_head}
     unread = [key for key, module in layers.items() if list(module.children())]
     if unread and not any(term.reads_levels for term in terms):
         raise UserError(
             f"{', '.join(unread)}: method.pretext and predictor cross with memory: mix do not read these "
             "layers, so that they would not be trained: leave them out"
+        )
+    hides_class = encoder.class_token is not None and encoder.attention != "full"
+    if hides_class and not any(term.reads_class for term in terms):
+        raise UserError(
+            f"model.class_token: with model.attention={encoder.attention} no other token sees the class "
+            "token, and no loss of this method reads it, so that it would not be trained: give "
+            "model.class_token=false or model.attention=full"
         )
 
 

@@ -36,6 +36,7 @@ class FeatureSigreg(Auxiliary):
         """tokens: of which it is; directions: on which they are projected, new ones in each step."""
         super().__init__(weight)
         self.tokens = tokens
+        self.reads_class = tokens == "context"
         self.directions = directions
 
     def forward(self, predicted: Predicted) -> Tensor:
@@ -59,6 +60,7 @@ class FeatureVarianceCovariance(Auxiliary):
         """tokens: of which it is; variance, covariance: weights of the two terms, those of VICReg."""
         super().__init__(weight)
         self.tokens = tokens
+        self.reads_class = tokens == "context"
         self.variance = variance
         self.covariance = covariance
 
@@ -73,6 +75,8 @@ class ClassMean(Auxiliary):
     Source: data2vec 2.0 (arXiv 2212.07525; fairseq, data2vec2.py, cls_loss), whose sum over the clips and
     masks of a device, divided by the root of the width, is this times their number and that root.
     """
+
+    reads_class = True
 
     def __init__(self, weight: NonNegativeFloat, encoder: Encoder, target_width: int):
         super().__init__(weight)

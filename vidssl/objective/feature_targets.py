@@ -10,7 +10,7 @@ from vidssl.model.grid import gather_tokens
 from vidssl.model.prediction import Encoded
 from vidssl.model.vit import Encoder
 from vidssl.objective.averages import average_of, update_averages
-from vidssl.objective.ema_target import Ema
+from vidssl.objective.ema_target import Ema, without_class_token
 from vidssl.objective.global_batch import sinkhorn
 from vidssl.objective.pair_losses import ClusterCrossEntropy
 
@@ -122,7 +122,9 @@ class SelfAssigned(Ema):
     @torch.no_grad()
     def cosines(self, video: Tensor) -> Tensor:
         """[B, N, K]"""
-        return self.head(self.encoder(video)).float()
+        # what the student's head gets: all levels, after the encoder's own head
+        features = without_class_token(self.encoder, self.encoder(video, return_levels=True))
+        return self.head(features).float()
 
     @torch.no_grad()
     def forward(self, video: Tensor) -> Tensor:

@@ -59,6 +59,7 @@ class MaskedPrediction(Objective):
         self.aux = nn.ModuleList(aux)
         self.target_fraction = target_fraction
         self.masks_per_clip = masks_per_clip
+        self.reads_class = any(getattr(part, "reads_class", False) for part in (predictor, *aux))
         self.reads_levels = not getattr(predictor, "needs_all_layers", False) or target.has_gradients
         if bool(self.context_loss.weight) != (getattr(predictor, "proj_context", None) is not None):
             raise UserError(

@@ -28,6 +28,7 @@ class Objective(nn.Module):
     trains_class_only = False
     takes_windows = False  # whether it compares the windows of a clip (data.windows)
     reads_levels = True  # whether it trains on what the encoder returns with return_levels
+    reads_class = False  # whether it trains on the encoder's output at the class token
     windows: Mapping[int, int] = {}  # frames of a stream's clips -> data.windows; others have one
     mask: Masker | None  # which tokens the encoder sees; None: all
 

@@ -48,14 +48,15 @@ def provenance(cfg: dict[str, Any], data: str) -> dict[str, Any]:
 
 
 def network_hashes(tree: Any) -> dict[str, str]:
-    """Path -> SHA-256 of the files of each network that a tree of options names by `path` or `paths`. Of a
-    folder, its encoder, or all weight files."""
+    """Path -> SHA-256 of the files of each network that a tree of options names by `path`, `paths` or `flow`.
+    Of a folder, its encoder, or all weight files."""
     if not isinstance(tree, dict):
         return {}
     found: dict[str, str] = {}
     for key, value in tree.items():
         found |= network_hashes(value)
-        for path in [value] if key == "path" else value if key == "paths" else []:
+        is_named = key == "path" or (key == "flow" and isinstance(value, str) and Path(value).exists())
+        for path in [value] if is_named else value if key == "paths" else []:
             file = encoder_file(Path(path))
             files = [file] if file.is_file() else sorted(p for s in WEIGHTS for p in Path(path).glob(s))
             found[str(path)] = " ".join(file_sha256(name) for name in files)

@@ -63,6 +63,14 @@ def make_classifier(loaded: LoadedEncoder, head: Spec, classes: int, tune: TuneC
     return Classifier(encoder, new_head, arguments)
 
 
+def has_unread_parameters(encoder: Encoder) -> bool:
+    """Whether some parameters get no gradient from the encoder's output at the tokens of a clip: an image
+    tokenizer, norms of lower levels, the head before a predictor, a class token that no token sees."""
+    parts = (encoder.patch_embed_img, encoder.level_norms, encoder.output_head)
+    has_parts = any(part is not None and any(True for _ in part.parameters()) for part in parts)
+    return has_parts or (encoder.class_token is not None and encoder.attention != "full")
+
+
 class SubsetOrder:
     """An order (`order.Stream`) over a subset of the samples; each epoch visits every one of them once.
 

@@ -377,6 +377,7 @@ def check_same_run(
     before = checkpoint["provenance"]
     if before["data"] != provenance["data"]:
         raise UserError(f"{out}: this run was started on other data (the hash differs)")
+    check_same_networks(before.get("networks", {}), provenance.get("networks", {}), out)
     if checkpoint["step"] > steps:
         raise UserError(
             f"{out}: {checkpoint['step']} steps are done, more than the {steps} of this configuration"
@@ -405,6 +406,17 @@ def check_same_run(
             f"{out} holds another run: {'; '.join(differing[:3])}. "
             "Give another output folder, or the same values"
         )
+
+
+def check_same_networks(before: dict[str, str], now: dict[str, str], out: Path) -> None:
+    """Raises UserError if a network that the method reads is another than at the start of the run. before,
+    now: path -> hash of its files."""
+    for path, digest in now.items():
+        if before.get(path, digest) != digest:
+            raise UserError(
+                f"{out}: {path}, which the method reads, has changed since this run was started (its hash "
+                "differs): put the old file back, or give another output folder"
+            )
 
 
 def missing_keys(stored: Any, full: Any, key: str = "") -> list[str]:

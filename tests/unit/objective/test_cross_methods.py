@@ -296,6 +296,31 @@ def test_layers_that_nothing_reads_are_refused(layers):
     small("crossmae", layers, "method.predictor.memory=last").build_objective()
 
 
+@pytest.mark.parametrize("attention", ["causal", "frame"])
+def test_a_class_token_that_nothing_reads_is_refused(attention):
+    """No other token sees it then; with full attention all do."""
+    given = ["model.depth=1", "model.class_token=true", f"model.attention={attention}"]
+    aux = ["method.target={kind: ema, momentum: [0.9, 1.0]}", "method.aux=[{kind: class_mean, weight: 1}]"]
+    own = "method.predictor={kind: joint, width: 24, depth: 1, heads: 2, class_token: own}"
+    for method, more in (("videomae", []), ("videomae", [own]), ("pretext_arrow", []), ("maskfeat", [])):
+        with pytest.raises(UserError, match=f"model.class_token: with model.attention={attention} no other"):
+            small(method, *given, *more).build_objective()
+        small(method, *given[:2], *more).build_objective()
+    for method, more in (("mae", []), ("crossmae", ["model.final_norm=false"]), ("videomae", aux)):
+        small(method, *given, *more).build_objective()
+
+
+def test_the_head_of_ibot_sees_all_levels_in_both_branches():
+    objective = small("ibot_patch", "model.levels=[0,1]", "model.head_depth=2").build_objective()
+    video = torch.randn(2, 3, 1, 32, 32)
+    assert objective(video, KeyedRNG(0, 0, torch.arange(2)))["loss"].isfinite()
+
+
+def test_a_class_query_that_no_query_sees_is_refused():
+    with pytest.raises(UserError, match="class_query: without self_attention no other query sees it"):
+        small("crossmae", "method.predictor.class_query=true").build_objective()
+
+
 def test_a_teacher_sees_pixels_with_its_own_statistics(tmp_path):
     """And the run's provenance has the hash of its file."""
     objective, video = method_and_clips("salt_stage2", *make_teacher("salt_stage2", tmp_path))
@@ -306,6 +331,8 @@ def test_a_teacher_sees_pixels_with_its_own_statistics(tmp_path):
     tree = {"target": {"kind": "teacher", "path": str(tmp_path)}, "aux": [], "query": None}
     sha = hashlib.sha256((tmp_path / "encoder.safetensors").read_bytes()).hexdigest()
     assert network_hashes(tree) == {str(tmp_path): sha}
+    flow = str(tmp_path / "encoder.safetensors")
+    assert network_hashes({"score": {"flow": flow}, "target": {"flow": "blocks"}}) == {flow: sha}
     assert load_teacher(str(tmp_path)).pixels == ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 
 

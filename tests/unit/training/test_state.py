@@ -27,6 +27,16 @@ def check(stored: dict, tree: dict) -> None:
     check_same_run(state, provenance, CONFIG.run.steps, resume_mutable(CONFIG), Path("x"), TrainConfig)
 
 
+def test_a_run_is_not_continued_with_another_teacher():
+    tree = to_tree(CONFIG)
+    state = {"step": 1, "provenance": {"data": "hash", "config": tree, "networks": {"t": "1", "moved": "2"}}}
+    for digest, refused in (("1", False), ("3", True)):
+        now = {"data": "hash", "config": tree, "networks": {"t": digest, "here": "2"}}
+        context = pytest.raises(UserError, match="x: t, which the method reads, has changed since")
+        with context if refused else contextlib.nullcontext():
+            check_same_run(state, now, CONFIG.run.steps, (), Path("x"), TrainConfig)
+
+
 def test_options_added_since_the_checkpoint_have_their_defaults():
     tree = to_tree(CONFIG)
     stored = copy.deepcopy(tree)
