@@ -361,7 +361,7 @@ class Encoder(nn.Module):
         if self.patch_embed_img is not None:
             x = x + (self.img_mod_embed if grid.image else self.video_mod_embed)
         if self.class_token is not None:
-            x = torch.cat([self.class_token.expand(len(x), 1, -1), x], 1)
+            x = torch.cat([self.class_token.expand(x.shape[0], 1, -1), x], 1)
         x = self.input_norm(x)
         rope = self.positions.rope(grid, ids, x.device, int(self.class_token is not None))
         attends = attention_pattern(self.attention, grid, ids, x.shape[1], x.device)

@@ -1,9 +1,10 @@
-"""Exports checkpoints as Hugging Face folders (videomae, vjepa2), which transformers loads with the same
-outputs."""
+"""Exports checkpoints as Hugging Face folders (videomae, vjepa2, ijepa), which transformers loads with the
+same outputs."""
 
 import json
 import math
 import re
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,21 +14,27 @@ from torch import Tensor
 from vidssl.core.errors import UserError
 from vidssl.core.io import atomic_write, make_folder
 from vidssl.pretrained.files import write_tensors
+from vidssl.pretrained.hf_processor import processor_config
 from vidssl.pretrained.infer_config import Checkpoint
 
-# Our names inside a block: those of transformers. q, k and v are unpacked first.
-VIDEOMAE_BLOCK = {
-    "attn.q.weight": "attention.attention.query.weight",
-    "attn.k.weight": "attention.attention.key.weight",
-    "attn.v.weight": "attention.attention.value.weight",
-    "attn.q.bias": "attention.attention.q_bias",  # as published, and as transformers 4 and 5 read it
-    "attn.v.bias": "attention.attention.v_bias",
+# Our names inside a block: those of published files, which transformers 4 and 5 read. q, k and v are unpacked
+# first.
+IJEPA_BLOCK = {
+    "attn.q": "attention.attention.query",
+    "attn.k": "attention.attention.key",
+    "attn.v": "attention.attention.value",
     "attn.proj": "attention.output.dense",
     "mlp.fc1": "intermediate.dense",
     "mlp.fc2": "output.dense",
     "norm1": "layernorm_before",
     "norm2": "layernorm_after",
 }
+VIDEOMAE_BLOCK = {
+    "attn.q.bias": "attention.attention.q_bias",
+    "attn.v.bias": "attention.attention.v_bias",
+    **IJEPA_BLOCK,
+}
+Export = tuple[dict[str, Tensor], dict[str, Any]]  # weights and config.json
 VJEPA2_BLOCK = {
     "attn.q": "attention.query",
     "attn.k": "attention.key",
@@ -51,30 +58,51 @@ def save_hf(folder: Path, checkpoint: Checkpoint) -> str:
         raise UserError(
             f"transformers' models are square, this one is {model['height']} x {model['width']} px"
         )
-    unsupported = model.get("levels") or model.get("class_token") or model.get("image_tokenizer")
-    kinds = (model.get("mlp", "gelu"), model.get("attention", "full"), model.get("block_norm", "pre"))
-    if unsupported or kinds != ("gelu", "full", "pre"):
-        raise UserError(
-            "transformers has no model with levels, a class token, an image tokenizer, model.attention other "
-            "than full, post-norm blocks, or SwiGLU of this kind"
-        )
-    positions = model.get("positions", "sincos_uniform")
-    exporters = {"sincos_flat": export_videomae, "rope": export_vjepa2}
-    if positions not in exporters:
-        raise UserError(
-            f"no model of transformers has positions {positions!r}: videomae has sincos_flat, vjepa2 "
-            "has rope (tiled)"
-        )
-    weights, hf_config = exporters[positions](checkpoint)
+    check_supported(model)
+    weights, hf_config = exporter_of(model)(checkpoint)
     make_folder(folder)
     plain = {k: v.contiguous().clone() for k, v in weights.items()}
     atomic_write(
         folder / "model.safetensors", lambda temporary: write_tensors(temporary, plain, {"format": "pt"})
     )
-    pixels = {"image_mean": checkpoint.pixels["mean"], "image_std": checkpoint.pixels["std"]}
-    for name, content in (("preprocessor_config.json", pixels), ("config.json", hf_config)):
+    processor = processor_config(hf_config["model_type"], model["height"], checkpoint.pixels)
+    for name, content in (("preprocessor_config.json", processor), ("config.json", hf_config)):
         atomic_write(folder / name, partial(write_json, content))
     return hf_config["architectures"][0]
+
+
+def check_supported(model: dict[str, Any]) -> None:
+    """Raises UserError for a part of an encoder that no model of transformers has. model: its arguments."""
+    if model.get("levels") or model.get("image_tokenizer"):
+        raise UserError(
+            "transformers has no V-JEPA 2.1, whose model.levels and image tokenizer this encoder has: "
+            "--to torch and --to onnx write it"
+        )
+    kinds = (model.get("mlp", "gelu"), model.get("attention", "full"), model.get("block_norm", "pre"))
+    if model.get("class_token") or kinds != ("gelu", "full", "pre"):
+        raise UserError(
+            "transformers has no model for clips with a class token, model.attention other than full, "
+            "post-norm blocks, or SwiGLU of this kind: --to torch and --to onnx write them"
+        )
+
+
+def exporter_of(model: dict[str, Any]) -> Callable[[Checkpoint], Export]:
+    """The function for an encoder of these arguments; raises UserError if transformers lacks its
+    positions."""
+    positions = model.get("positions", "sincos_uniform")
+    exporters = {"sincos_flat": export_videomae, "rope": export_vjepa2}
+    if is_image_model(model) and not positions.startswith("rope"):
+        return export_ijepa
+    if positions not in exporters:
+        raise UserError(
+            f"no model of transformers has positions {positions!r}: videomae has sincos_flat, vjepa2 has "
+            "rope (tiled), ijepa (images) any table: --to torch and --to onnx write them"
+        )
+    return exporters[positions]
+
+
+def is_image_model(model: dict[str, Any]) -> bool:
+    return (model["frames"], model["tubelet"]) == (1, 1)
 
 
 def write_json(content: dict[str, Any], path: Path) -> None:
@@ -117,9 +145,6 @@ def without_key_bias(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return {k: v for k, v in unpack_attention(weights).items() if not k.endswith("attn.k.bias")}
 
 
-Export = tuple[dict[str, Tensor], dict[str, Any]]  # weights and config.json
-
-
 def export_videomae(checkpoint: Checkpoint) -> Export:
     m = checkpoint.model
     hf_config = {
@@ -156,6 +181,40 @@ def export_videomae(checkpoint: Checkpoint) -> Export:
         hf_config["architectures"] = ["VideoMAEForVideoClassification"]
         hf_config |= numbered_labels(checkpoint)
         weights |= rename_to_hf(checkpoint.head, "", {}, {"norm": "fc_norm", "linear": "classifier"})
+    return weights, hf_config
+
+
+def export_ijepa(checkpoint: Checkpoint) -> Export:
+    """Without the predictor, which transformers' I-JEPA does not have."""
+    m = checkpoint.model
+    if checkpoint.head or not m["final_norm"]:
+        raise UserError(
+            "transformers' I-JEPA has a final norm and no norm in its classifier; this one differs"
+        )
+    hf_config = {
+        "architectures": ["IJepaModel"],
+        "model_type": "ijepa",
+        "image_size": m["height"],
+        "patch_size": m["patch"],
+        "num_channels": 3,
+        "hidden_size": m["dim"],
+        "num_hidden_layers": m["depth"],
+        "num_attention_heads": m["heads"],
+        "intermediate_size": round(m["dim"] * m["mlp_ratio"]),
+        "hidden_act": "gelu",
+        "layer_norm_eps": m["eps"],
+        "qkv_bias": True,
+    }
+    encoder = checkpoint.build_encoder()
+    table = encoder.positions.embedding(encoder.grid, None)
+    assert isinstance(table, Tensor)
+    plain = {k: v for k, v in checkpoint.encoder.items() if not k.startswith("positions.")}
+    prefixes = {"patch_embed.proj": "embeddings.patch_embeddings.projection", "norm": "layernorm"}
+    weights = rename_to_hf(plain, "encoder.layer", IJEPA_BLOCK, prefixes)
+    kernel = "embeddings.patch_embeddings.projection.weight"
+    # one frame: a convolution over rows and columns
+    weights[kernel] = weights[kernel].squeeze(2)
+    weights["embeddings.position_embeddings"] = table.detach()[None]
     return weights, hf_config
 
 
