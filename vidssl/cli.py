@@ -17,7 +17,7 @@ COMMANDS = {
     "scan": ("data_prep.scan", "an index for WebDataset shards of others"),
     "verify": ("data_prep.verify", "check shards against their index"),
     "leaks": ("data_prep.leaks", "find test videos in training shards"),
-    "report": ("data_prep.report", "what shards hold, as a page"),
+    "report": ("vidssl.commands.report", "runs, a zoo or shards as pictures and tables on one page"),
     "train": ("vidssl.train", "pre-train an encoder"),
     "probe": ("vidssl.probe", "frozen evaluation: attentive, linear, k-NN, retrieval"),
     "finetune": ("vidssl.finetune", "train an encoder with a classifier"),

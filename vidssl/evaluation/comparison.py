@@ -4,7 +4,7 @@ import csv
 import json
 import textwrap
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ COLUMNS = (
     *("chance", "n_test", "difference", "difference_low", "difference_high", *SCORES, "conditions"),
 )
 Row = dict[str, Any]
+Hits = dict[tuple[str, int], tuple[float, str]]  # (key, occurrence of this key) -> (correct, group)
 
 
 def read_probe(path: Path, name: str) -> tuple[str, list[Row], Row]:
@@ -74,17 +75,32 @@ def make_row(name: str, result: Row, predictions: list[dict[str, str]]) -> Row:
     sample."""
     fraction, seed = (f"{result[k]:g}" if k in result else "" for k in ("train_fraction", "list_seed"))
     run = dict(zip(RUN_KEYS, (result["label"], result["control"], fraction, seed), strict=True))
-    hits = {}
+    hits: Hits = {}
     if result["metric"] == "top1":
-        occurrences: Counter[str] = Counter()
-        for p in predictions:
-            if all(p[k] == v for k, v in run.items()):
-                group = p["group"] or f"sample {p['key']}"
-                hits[p["key"], occurrences[p["key"]]] = (p["truth"] == p["predicted"], group)
-                occurrences[p["key"]] += 1
+        hits = hits_of(p for p in predictions if all(p[k] == v for k, v in run.items()))
     low, high = result["ci95"]
     copied = {k: result[k] for k in ("protocol", "metric", "value", "chance", "n_test")}
     return {"name": name, **run, **copied, "low": low, "high": high, "hits": hits}
+
+
+def hits_of(predictions: Iterable[Row]) -> Hits:
+    """(key, occurrence of this key) -> (correct, group) of the rows of predictions.csv of one result."""
+    hits: Hits = {}
+    occurrences: Counter[str] = Counter()
+    for p in predictions:
+        hits[p["key"], occurrences[p["key"]]] = (
+            p["truth"] == p["predicted"],
+            p["group"] or f"sample {p['key']}",
+        )
+        occurrences[p["key"]] += 1
+    return hits
+
+
+def paired_difference(hits: Hits, base: Hits) -> tuple[float, float, float]:
+    """The difference to `base` in percentage points with its 95 % interval, over the same test samples."""
+    values = np.array([float(hits[key][0]) - float(hit) for key, (hit, _) in base.items()])
+    low, high = bootstrap_ci(values, [group for _, group in base.values()])
+    return round(100 * float(values.mean()), 2), low, high
 
 
 def add_differences(rows: list[Row]) -> None:
@@ -96,10 +112,8 @@ def add_differences(rows: list[Row]) -> None:
             continue
         if base["hits"].keys() != row["hits"].keys():
             raise UserError(f"{row['name']} and {base['name']}: other test samples of '{row['label']}'")
-        values = np.array([float(row["hits"][key][0]) - float(hit) for key, (hit, _) in base["hits"].items()])
-        row["difference"] = round(100 * float(values.mean()), 2)
-        groups = [group for _, group in base["hits"].values()]
-        row["difference_low"], row["difference_high"] = bootstrap_ci(values, groups)
+        difference, low, high = paired_difference(row["hits"], base["hits"])
+        row |= {"difference": difference, "difference_low": low, "difference_high": high}
 
 
 def format_table(rows: list[Row]) -> str:

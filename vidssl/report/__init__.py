@@ -1,0 +1,1 @@
+"""Runs, their evaluations, a zoo and data sets as one self-contained page."""
