@@ -176,6 +176,14 @@ def tiny_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_shards(tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny corpus, packed. Do not write into it."""
+    out = tmp_path_factory.mktemp("tiny_shards") / "shards"
+    pack.main([str(tiny_corpus), str(out), "--workers", "2", "--samples-per-shard", "5"])
+    return out
+
+
+@pytest.fixture(scope="session")
 def odd_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One file of each kind that needs care, and some that are no video. Do not write into it."""
     root = tmp_path_factory.mktemp("odd_corpus")

@@ -27,6 +27,7 @@ from vidssl.evaluation.features import (
     choose_storage,
     compute_features,
 )
+from vidssl.evaluation.frozen_encoder import encode_tokens
 from vidssl.evaluation.protocol import ProbeProtocol, Tokens, label_free_scores
 from vidssl.evaluation.report import code_hash, weights_hash
 from vidssl.evaluation.views import PatchMeans, View
@@ -36,6 +37,7 @@ OpenEncoder = Callable[[int | None], LoadedEncoder]  # of a seed: untrained; Non
 FEATURE_CODE = (  # prefixes of modules; a change of their code computes features again
     *("core/pixels.py", "data/", "model/", "pretrained/"),
     *("evaluation/extractor.py", "evaluation/feature_cache.py", "evaluation/features.py"),
+    "evaluation/frozen_encoder.py",
     *("evaluation/transfers.py", "evaluation/views.py"),
 )
 # Libraries that decode, resize, encode; a change of their version has the same effect.
@@ -98,11 +100,7 @@ def make_extractor(
 
     def encode(video: Tensor) -> Tensor:
         with accelerator.autocast():
-            video = normalise(video, statistics)
-            if tokens == "patches":
-                return encoder(video).float()
-            features = encoder(video, with_class=True).float()
-        return features[:, :1] if tokens == "class" else features
+            return encode_tokens(encoder, video, statistics, tokens)
 
     provenance = {
         "encoder": weights_hash(encoder),
@@ -115,13 +113,15 @@ def make_extractor(
     return FeatureExtractor(encode, provenance, sum(p.nbytes for p in encoder.parameters()))
 
 
-def cache_provenance(extractor: FeatureExtractor, view: View, split: Split) -> dict[str, Any]:
-    """Everything that decides the features of a split; FeatureStore adds their shape and storage type."""
-    keys = "\n".join(sample.key for sample in split.samples)
+def cache_provenance(
+    extractor: FeatureExtractor, view: View, data_hash: str, samples: Sequence[Sample]
+) -> dict[str, Any]:
+    """Everything that decides the features of samples; FeatureStore adds their shape and storage type."""
+    keys = "\n".join(sample.key for sample in samples)
     return {
         **extractor.provenance,
         "view": view._asdict(),
-        "data": split.shards.hash,
+        "data": data_hash,
         "samples": hashlib.sha256(keys.encode()).hexdigest(),
         "code": code_hash(*FEATURE_CODE),
         "libraries": {name: version_of(name) for name in FEATURE_LIBRARIES},
@@ -170,7 +170,10 @@ def plan_features(
         dtype = CACHE_DTYPES[protocol.cache_dtype]
         stores = {
             name: FeatureStore(
-                Path(protocol.cache), cache_provenance(extractor, view, split), shapes[name], dtype
+                Path(protocol.cache),
+                cache_provenance(extractor, view, split.shards.hash, split.samples),
+                shapes[name],
+                dtype,
             )
             for name, split in splits.items()
         }

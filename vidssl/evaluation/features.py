@@ -22,12 +22,12 @@ from vidssl.core.cpus import available_cpus
 from vidssl.core.errors import UserError
 from vidssl.core.progress import track
 from vidssl.data.dataset import do_nothing
-from vidssl.data.shards import Sample, Shards
+from vidssl.data.shards import Sample
 from vidssl.evaluation.feature_cache import FeatureShape, FeatureStore, used_gb
 from vidssl.evaluation.isolated_clips import IsolatedEvalClips
 from vidssl.evaluation.processes import ONE_PROCESS, Processes, processes_of
 from vidssl.evaluation.transfers import downloads, in_order, uploads
-from vidssl.evaluation.views import EvalClips, View
+from vidssl.evaluation.views import EvalClips, MediaSource, View
 
 Encode = Callable[[Tensor], Tensor]  # video u8 [B, 3, T, S, S] -> f32 [B, N, D]
 Location = Literal["disk", "memory", "recompute"]
@@ -214,11 +214,20 @@ def stack_examples(items: list[tuple[int, Tensor | str]], with_clips: bool = Tru
     return DecodedExamples([number for number, _ in items], reasons, stacked)
 
 
+def videos_per_batch(view: View, device: torch.device, given: int | None = None) -> int:
+    """Videos that are encoded at once; `given`, if it is set."""
+    if given is not None:
+        return given
+    if device.type == "cpu":
+        return CPU_BATCH
+    return min(MAX_BATCH, max(1, DEVICE_PIXELS // (view.clips * view.frames * view.size**2)))
+
+
 class FeatureLoader(NamedTuple):
     """Decodes and encodes the samples of a data set under a view."""
 
     encode: Encode
-    shards: Shards
+    shards: MediaSource
     samples: list[Sample]
     view: View
     accelerator: Accelerator
@@ -226,6 +235,7 @@ class FeatureLoader(NamedTuple):
     name: str  # of the progress bar
     # called by every process before it meets the others in a collective, after work of any length
     wait: Callable[[], None] = do_nothing
+    spans: Sequence[tuple[float, float]] | None = None  # of each sample, see EvalClips
 
     @property
     def device(self) -> torch.device:
@@ -261,7 +271,7 @@ class FeatureLoader(NamedTuple):
     ) -> Iterator[DataLoader]:
         """A loader of batches of examples, decoded in child processes."""
         storage = self.storage
-        clips = EvalClips(self.shards, self.samples, self.view, clips_per_example)
+        clips = EvalClips(self.shards, self.samples, self.view, clips_per_example, self.spans)
         isolated = IsolatedEvalClips(clips, storage.decode_timeout_s, storage.decode_memory_mb << 20)
         with closing(isolated):
             yield DataLoader(
@@ -284,10 +294,8 @@ class FeatureLoader(NamedTuple):
 
     def examples_per_batch(self, clips_per_example: int) -> int:
         """Examples that are encoded at once, of whole videos."""
-        view = self.view
-        pixels = view.clips * view.frames * view.size**2
-        fitting = CPU_BATCH if self.device.type == "cpu" else min(MAX_BATCH, max(1, DEVICE_PIXELS // pixels))
-        return (self.storage.encode_batch or fitting) * view.clips // clips_per_example
+        videos = videos_per_batch(self.view, self.device, self.storage.encode_batch)
+        return videos * self.view.clips // clips_per_example
 
     @torch.no_grad()
     def shape(self, clips: int = 1) -> FeatureShape:
@@ -402,17 +410,29 @@ def _compute_in_memory(loader: FeatureLoader, shape: FeatureShape) -> Features:
 
 
 def _compute_on_disk(loader: FeatureLoader, store: FeatureStore) -> Features:
-    """Computes the blocks that are missing from the cache, and verifies the others."""
-    accelerator = loader.accelerator
+    fill_store(store, lambda numbers: loader.rows(numbers, store.shape), loader.accelerator, loader.wait)
+    tokens, unreadable = store.read()
+    return Features(StoredFeatures(tokens, loader.device, loader.processes), unreadable)
+
+
+def fill_store(
+    store: FeatureStore,
+    rows: Callable[[list[int]], Iterator[tuple[int, Tensor | str]]],
+    accelerator: Accelerator,
+    wait: Callable[[], None],
+) -> None:
+    """Computes the blocks that are missing from a store, each process its share, and verifies the others.
+    rows: maps numbers of samples to their rows, see FeatureStore.write; wait: see FeatureLoader."""
 
     def fill() -> None:
-        loader.wait()  # the first process holds the lock and has created the file
+        # The first process holds the lock and has created the file
+        wait()
         accelerator.wait_for_everyone()
         blocks = range(accelerator.process_index, store.num_blocks, accelerator.num_processes)
         missing = [block for block in blocks if not store.is_valid(block)]
         if missing:
-            store.write(loader.rows([n for block in missing for n in store.block_rows(block)], store.shape))
-        loader.wait()
+            store.write(rows([n for block in missing for n in store.block_rows(block)]))
+        wait()
         accelerator.wait_for_everyone()
 
     if accelerator.is_main_process:
@@ -420,5 +440,3 @@ def _compute_on_disk(loader: FeatureLoader, store: FeatureStore) -> Features:
             fill()
     else:
         fill()
-    tokens, unreadable = store.read()
-    return Features(StoredFeatures(tokens, loader.device, loader.processes), unreadable)

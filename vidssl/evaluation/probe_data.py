@@ -101,7 +101,8 @@ def encoder_view(
             stride = 1
         elif trained is None:
             raise UserError(
-                "a public checkpoint does not state the distance of its frames: give data.stride or data.fps"
+                "a public checkpoint does not state the distance of its frames: "
+                "give stride or fps (data.stride or data.fps of a probe)"
             )
         else:
             stride, fps = middle_rate(trained["data"]["stride"], trained["data"]["fps"])

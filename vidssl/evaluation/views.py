@@ -1,8 +1,8 @@
 """The clips of a video that an encoder sees in evaluation: segments x crops, and controls on their frames."""
 
 import hashlib
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -15,8 +15,10 @@ from vidssl.core.errors import DecodeError
 from vidssl.data.augment import CenterCrop
 from vidssl.data.dataset import do_nothing
 from vidssl.data.decoding import open_video
+from vidssl.data.decoding.base import Video
+from vidssl.data.decoding.in_memory import VideoSpan
 from vidssl.data.sampling import sample_indices, segment_starts
-from vidssl.data.shards import Sample, Shards
+from vidssl.data.shards import Sample
 from vidssl.evaluation.controls import FrameOrder
 
 
@@ -57,6 +59,41 @@ def square_crop(clip: np.ndarray, crop: int, crops: int) -> np.ndarray:
     return clip[:, start : start + side] if height > width else clip[:, :, start : start + side]
 
 
+class MediaSource(Protocol):
+    """What has the bytes of samples: shards, or files."""
+
+    def read(self, sample: Sample) -> bytes:
+        """Raises DecodeError if they cannot be had."""
+        ...
+
+
+def cut_segments(video: Video, view: View, segments: Sequence[int], key: str = "") -> dict[int, np.ndarray]:
+    """Number of a segment -> its frames u8 [T, H, W, 3] of an open video. key: of the sample, for the
+    permutations of order="shuffled"."""
+    starts = segment_starts(view.segments)
+    indices = [sample_indices(video.times, view.frames, view.stride, view.fps, starts[s]) for s in segments]
+    frames = video.get(np.concatenate(indices))
+    seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big")
+    rng = np.random.default_rng(seed)
+    permutations = [rng.permutation(view.frames) for _ in range(view.segments)]
+    return {
+        s: reorder_frames(clip, view.order, permutations[s])[: view.first_frames]
+        for s, clip in zip(segments, np.split(frames, len(segments)), strict=True)
+    }
+
+
+def stack_clips(segments: dict[int, np.ndarray], view: View, clips: Sequence[int]) -> Tensor:
+    """Clips u8 [len(clips), 3, T, S, S] of a sample by their numbers, see EvalClips."""
+    resize = CenterCrop(view.size)
+    numbers = [divmod(clip, view.segments) for clip in clips]
+    return torch.stack([resize(square_crop(segments[s], crop, view.crops)) for crop, s in numbers])
+
+
+def clips_of_video(video: Video, view: View) -> Tensor:
+    """All clips u8 [clips, 3, T, S, S] of an open video."""
+    return stack_clips(cut_segments(video, view, range(view.segments)), view, range(view.clips))
+
+
 class EvalClips(Dataset):
     """Item e is (e, clips u8 [clips_per_example, 3, T, S, S] of example e), or (e, reason why it cannot be
     decoded).
@@ -64,44 +101,40 @@ class EvalClips(Dataset):
     The clips of sample n are numbered n * C to (n + 1) * C - 1: crop by crop, the segments of a crop in
     order. Example e holds clips e * clips_per_example to (e + 1) * clips_per_example - 1."""
 
-    def __init__(self, shards: Shards, samples: list[Sample], view: View, clips_per_example: int):
+    def __init__(
+        self,
+        shards: MediaSource,
+        samples: list[Sample],
+        view: View,
+        clips_per_example: int,
+        spans: Sequence[tuple[float, float]] | None = None,
+    ):
+        """spans: seconds from and to which each sample is seen, as if it were cut there; None: all of it."""
         self.shards = shards
         self.samples = samples
         self.view = view
         self.clips_per_example = clips_per_example
-        self.resize = CenterCrop(view.size)
+        self.spans = spans
         self.on_decode: Callable[[], None] = do_nothing  # called when a sample's bytes have been read
 
     def __getitem__(self, example: int) -> tuple[int, Tensor | str]:
         view = self.view
         number, first = divmod(example * self.clips_per_example, view.clips)
-        clips = [divmod(clip, view.segments) for clip in range(first, first + self.clips_per_example)]
-        sample = self.samples[number]
+        clips = range(first, first + self.clips_per_example)
         try:
-            segments = self._decode(sample, sorted({segment for _, segment in clips}))
+            segments = self._decode(number, sorted({clip % view.segments for clip in clips}))
         except DecodeError as e:
             return example, e.reason
-        crops = [square_crop(segments[segment], crop, view.crops) for crop, segment in clips]
-        return example, torch.stack([self.resize(crop) for crop in crops])
+        return example, stack_clips(segments, view, clips)
 
-    def _decode(self, sample: Sample, segments: list[int]) -> dict[int, np.ndarray]:
+    def _decode(self, number: int, segments: list[int]) -> dict[int, np.ndarray]:
         """Segment number -> its frames u8 [T, H, W, 3]."""
-        view = self.view
+        sample = self.samples[number]
         data = self.shards.read(sample)
         self.on_decode()
-        starts = segment_starts(view.segments)
         with open_video(data, sample.ext, sample.meta) as video:
-            indices = [
-                sample_indices(video.times, view.frames, view.stride, view.fps, starts[s]) for s in segments
-            ]
-            frames = video.get(np.concatenate(indices))
-        seed = int.from_bytes(hashlib.sha256(sample.key.encode()).digest()[:8], "big")
-        rng = np.random.default_rng(seed)
-        permutations = [rng.permutation(view.frames) for _ in range(view.segments)]
-        return {
-            s: reorder_frames(clip, view.order, permutations[s])[: view.first_frames]
-            for s, clip in zip(segments, np.split(frames, len(segments)), strict=True)
-        }
+            part = video if self.spans is None else VideoSpan(video, *self.spans[number])
+            return cut_segments(part, self.view, segments, sample.key)
 
 
 class PatchMeans(nn.Module):

@@ -115,7 +115,7 @@ def open_encoder(
             external = from_transformers(name, trained, size)
         length = frames or external.frames or default_frames
         if length is None:
-            raise UserError(f"encoder={source} sees each frame alone: give data.frames")
+            raise UserError(f"encoder={source} sees each frame alone: give frames (data.frames of a probe)")
         if external.fixed and length != external.frames:
             raise UserError(
                 f"encoder={source} sees clips of {external.frames} frames, not data.frames={frames}"

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
@@ -13,7 +13,6 @@ from vidssl.core.rng import GlobalBatch, KeyedRNG
 from vidssl.data.loader import Batch
 from vidssl.objective.masks import count_cut_groups
 from vidssl.objective.objective import Masker, Masks, Objective
-from vidssl.training.distributed import Strategy
 from vidssl.training.schema import TrainConfig
 
 
@@ -73,13 +72,23 @@ def split_batch(batch: Batch, micro_batches: int, groups: int, rank: int, world:
     return parts
 
 
+class ProcessPlace(Protocol):
+    """A process among all: a Strategy, or less."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def world(self) -> int: ...
+
+
 class PartMaker:
     """Divides the batches of a step into micro-batches and draws their masks, on the host."""
 
     def __init__(
         self,
         objective: Objective,
-        strategy: Strategy,
+        strategy: ProcessPlace,
         seed: int,
         micro_batches: int = 1,
         cut_groups: Callable[[int], int] = lambda clips: 1,
@@ -107,7 +116,7 @@ class PartMaker:
         return made
 
 
-def make_part_maker(cfg: TrainConfig, objective: Objective, strategy: Strategy) -> PartMaker:
+def make_part_maker(cfg: TrainConfig, objective: Objective, strategy: ProcessPlace) -> PartMaker:
     """The PartMaker of a run. Raises UserError if the processes cannot share the clips that are masked
     together."""
     if objective.couples_clips and cfg.efficiency.micro_batches > 1:

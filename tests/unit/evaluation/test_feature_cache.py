@@ -207,7 +207,7 @@ def test_every_ingredient_changes_the_key(shards, tmp_path, monkeypatch):
         **changed: Any,
     ) -> str:
         extractor = FeatureExtractor(lambda video: video, {**encoder, **changed})
-        provenance = cache_provenance(extractor, view, Split(shards, samples))
+        provenance = cache_provenance(extractor, view, shards.hash, samples)
         return FeatureStore(tmp_path, provenance, shape, dtype).folder.name
 
     other = {**encoder, "encoder": "x", "model": {"dim": 9}, "precision": "bf16", "pixels": {}}
