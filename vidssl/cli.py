@@ -22,6 +22,8 @@ COMMANDS = {
     "probe": ("vidssl.probe", "frozen evaluation: attentive, linear, k-NN, retrieval"),
     "finetune": ("vidssl.finetune", "train an encoder with a classifier"),
     "dense": ("vidssl.dense", "frozen evaluation: depth, keypoints, propagation"),
+    "embed": ("vidssl.commands.embed", "features of videos: npy, Parquet, Zarr"),
+    "search": ("vidssl.commands.search", "find nearest clips among embedded videos"),
     "compare": ("vidssl.commands.compare", "probes side by side, with paired intervals"),
     "zoo-run": ("vidssl.commands.zoo_run", "train and probe a list of methods on equal terms"),
     "convert": ("vidssl.commands.convert", "checkpoints from one format to another"),

@@ -89,6 +89,7 @@ CONFIGURED = {"train": TrainConfig, "probe": ProbeConfig, "finetune": FinetuneCo
 PROGRAMS = [
     *(f"vidssl/{name}.py" for name in CONFIGURED),
     *(f"data_prep.{name}" for name in ("pack", "scan", "verify", "leaks", "synthetic", "report")),
+    *(f"vidssl.commands.{name}" for name in ("embed", "search")),
     *(f"tools/{name}.py" for name in ("convert", "compare", "show_masks", "quickstart", "zoo_run")),
 ]
 MISTAKES = [
@@ -123,6 +124,9 @@ MISTAKES = [
     (["data_prep.leaks", "a", "b", "--workers", "0"], "must be positive"),
     (["data_prep.synthetic", "OUT", "--test", "-1"], "must be positive"),
     (["data_prep.synthetic", "README.md"], "README.md is not a folder"),
+    (["vidssl.commands.embed", "nowhere", "--encoder", "docs", "--out", "OUT"], "nowhere: no such file or"),
+    (["vidssl.commands.embed", "docs", "--encoder", "docs", "--out", "OUT", "--hop", "1"], "--window, too"),
+    (["vidssl.commands.search", "docs", "a.mp4"], "docs: no embedding.json: no finished output of"),
     (["tools/convert.py", "nowhere", "OUT"], "nowhere: no such file"),
     (["tools/convert.py", "docs", "tools"], "is there already"),
     (["tools/compare.py", "nowhere"], "nowhere"),

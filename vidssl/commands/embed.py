@@ -1,0 +1,302 @@
+"""Features of videos on the disk, by a frozen encoder: sliding windows or whole videos, as a probe sees them.
+
+vidssl embed VIDEOS|SHARDS ... --encoder X --out DIR [--window SECONDS --hop SECONDS] [--tokens pooled]
+
+VIDEOS: files and folders of videos or images; SHARDS: packed folders or their URLs. Writes DIR/features.npy
+(or .parquet, .zarr), rows.csv (key, start and end in seconds of each row), rejected.jsonl (what could not be
+decoded, with reasons) and embedding.json. Several processes: torchrun --nproc_per_node N -m
+vidssl.commands.embed ...; the result is the same. The same command goes on after SIGTERM (exit status 75),
+Ctrl-C (130) or a kill. `vidssl search DIR QUERY` finds what is alike.
+"""
+
+import argparse
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vidssl.core.cpus import available_cpus
+from vidssl.core.errors import UserError, run_cli
+from vidssl.core.io import atomic_write, check_writable, make_folder
+from vidssl.core.log import logger, set_log_level
+from vidssl.core.progress import track
+from vidssl.data.addresses import is_url
+from vidssl.evaluation.embedding_files import PACKAGES, check_format, write_embedding_files
+from vidssl.pretrained.sources import check_source
+
+if TYPE_CHECKING:
+    from vidssl.evaluation.embedding import EmbeddingPlan, IdentifiedSource
+    from vidssl.evaluation.frozen_encoder import FrozenEncoder
+    from vidssl.evaluation.processes import Processes
+
+FILES_PER_PIECE = 64  # that are measured before their facts are written
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+
+
+def embed_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="vidssl embed", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("inputs", nargs="+", metavar="VIDEOS|SHARDS")
+    add("--encoder", required=True, help="a run folder, a checkpoint, timm:NAME or hf:FOLDER_OR_NAME")
+    add("--encoder-file", help="weights of a timm model")
+    add("--out", type=Path, required=True, metavar="DIR", help="a new folder, or that of a cut-off call")
+    tokens = "mean token of each row, class token, mean token of each time slice, or all tokens"
+    add("--tokens", choices=("pooled", "class", "slices", "dense"), default="pooled", help=tokens)
+    add("--window", type=float, metavar="SECONDS", help="rows are windows of videos; default: whole videos")
+    add("--hop", type=float, metavar="SECONDS", help="from one window to the next; default: the window")
+    add("--segments", type=int, default=1, metavar="N", help="clips evenly spread over a row; 1: the middle")
+    add("--crops", type=int, default=1, metavar="N", help="squares of a clip along the longer side")
+    add("--frames", type=int, metavar="N", help="of a clip; default: the encoder's")
+    add("--size", type=int, metavar="PIXELS", help="of a clip; default: the encoder's")
+    add("--stride", type=int, metavar="FRAMES", help="between frames of a clip; default: as trained")
+    add("--fps", type=float, metavar="RATE", help="frames per second of a clip, in place of --stride")
+    formats = "default: npy; the others need their packages"
+    add("--format", choices=("npy", *PACKAGES), default="npy", help=formats)
+    add("--dtype", choices=("fp16", "fp32"), default="fp16")
+    precision = "of matrix products; auto: bf16 on GPUs that have it"
+    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help=precision)
+    workers = "decoding processes of each process; default: 2 on a CPU, else by cores"
+    add("--workers", type=int, metavar="N", help=workers)
+    timeout = "until a file counts as hanging"
+    add("--timeout", type=float, default=60.0, metavar="SECONDS", help=timeout)
+    return parser
+
+
+def check_arguments(a: argparse.Namespace) -> None:
+    """Raises UserError for what can be known before torch is imported."""
+    positive = ("window", "hop", "segments", "crops", "frames", "size", "stride", "fps", "timeout")
+    for name in positive:
+        value = getattr(a, name)
+        if value is not None and not value > 0:
+            raise UserError(f"--{name} {value:g}: must be positive")
+    if a.workers is not None and a.workers < 0:
+        raise UserError(f"--workers {a.workers}: must not be negative")
+    if a.hop is not None and a.window is None:
+        raise UserError("--hop: is between windows; give --window, too")
+    if a.stride is not None and a.fps is not None:
+        raise UserError("--stride and --fps: give one of them")
+    if a.tokens == "dense" and a.crops > 1:
+        raise UserError("--tokens dense: the tokens of several crops show different places; give --crops 1")
+    check_format(a.format)
+    check_source(a.encoder, "--encoder", libraries=True)
+    for item in a.inputs:
+        if not is_url(item) and not Path(item).exists():
+            raise UserError(f"{item}: no such file or folder")
+    if len({is_packed_folder(item) for item in a.inputs}) > 1:
+        raise UserError("give videos or shards, not both: each has an --out of its own")
+    check_writable(a.out)
+
+
+def is_packed_folder(item: str) -> bool:
+    return is_url(item) or (Path(item) / "index.json").is_file()
+
+
+def main(argv: list[str]) -> None:
+    a = embed_parser().parse_args(argv)
+    check_arguments(a)
+    # Importing torch takes seconds: mistakes are answered before.
+    from vidssl.training.preemption import exit_on_lost_peer, exit_on_sigterm
+
+    with exit_on_lost_peer(), exit_on_sigterm("SIGTERM"):
+        embed(a)
+
+
+def embed(a: argparse.Namespace) -> None:
+    import torch
+    from accelerate import Accelerator, InitProcessGroupKwargs
+
+    from vidssl.evaluation.embedding import open_embedding_folder
+    from vidssl.evaluation.frozen_encoder import check_embedding_output, load_frozen_encoder
+    from vidssl.evaluation.probe_data import encoder_view
+    from vidssl.evaluation.processes import processes_of
+    from vidssl.training.malloc import tune_malloc
+    from vidssl.training.peers import Peers, claim_for_all
+
+    encoder = load_frozen_encoder(
+        a.encoder, file=a.encoder_file, frames=a.frames, size=a.size, precision=a.precision
+    )
+    check_embedding_output(encoder.loaded, a.tokens, a.crops)
+    view = encoder_view(
+        encoder.loaded, a.segments, a.crops, frames=a.frames, size=a.size, stride=a.stride, fps=a.fps
+    )
+    tune_malloc()
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT)],
+    )
+    set_log_level(accelerator.is_main_process)
+    with claim_for_all(a.out, "embed", processes_of(accelerator)), Peers(accelerator) as peers:
+        processes = processes_of(accelerator, peers.wait)
+        source, samples = open_inputs(a.inputs)
+        request = make_request(a, source, encoder)
+        if processes.run_on_main(partial(open_embedding_folder, a.out, request)):
+            accelerator.print(f"{a.out}: already complete")
+        else:
+            run_embedding(a, request, source, samples, encoder, view, accelerator, processes)
+        peers.wait()
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+def run_embedding(
+    a: argparse.Namespace,
+    request: dict[str, Any],
+    source: "IdentifiedSource",
+    samples: list[Any],
+    encoder: "FrozenEncoder",
+    view: Any,
+    accelerator: Any,
+    processes: "Processes",
+) -> None:
+    """Measures, computes and writes, in a folder that is claimed."""
+    from vidssl.evaluation.embedding import (
+        DTYPES,
+        RejectedRow,
+        compute_embedding,
+        make_embedding_plan,
+        short_windows,
+    )
+    from vidssl.evaluation.features import FeatureStorage
+
+    rejected: list[Any] = []
+    if not is_packed_folder(a.inputs[0]):
+        samples, rejected = measure_files(a, source, samples, processes)
+    if not samples:
+        raise UserError(f"{a.inputs[0]}: none of {len(rejected)} files can be decoded: {rejected[0].reason}")
+    plan = make_embedding_plan(source, samples, view, a.tokens, DTYPES[a.dtype], a.window, a.hop)
+    logger.info(f"embed: {len(samples)} videos, {len(plan.samples)} rows, {len(rejected)} rejected")
+    if line := short_windows(plan):
+        logger.warning(line)
+    storage = FeatureStorage(workers=a.workers, decode_timeout_s=a.timeout)
+    embedding = compute_embedding(plan, encoder, a.out, accelerator, storage, processes.wait)
+    rejected += embedding.rejected
+    if not embedding.kept:
+        raise UserError(f"{a.out}: no row could be decoded ({rejected[0].reason}); see {a.inputs[0]}")
+
+    def finish() -> None:
+        records = [RejectedRow(*row)._asdict() for row in rejected]
+        facts = embedding_facts(a, request, plan, encoder.resolved_precision)
+        features = embedding.features.numpy()
+        write_embedding_files(a.out, a.format, features, embedding.kept, plan.rows, records, facts)
+        remove_parts(a.out)
+
+    processes.run_on_main(finish)
+    counts = f"{len(embedding.kept)} rows of {list(embedding.features.shape[1:])} {a.dtype}"
+    accelerator.print(f"{a.out}: {counts}; {len(rejected)} rejected (rejected.jsonl)")
+    accelerator.print(f"next: vidssl search {a.out} KEY_OR_VIDEO --montage hits.png")
+
+
+def remove_parts(out: Path) -> None:
+    import shutil
+
+    from vidssl.evaluation.embedding import PARTS
+
+    shutil.rmtree(out / PARTS, ignore_errors=True)
+
+
+def make_request(
+    a: argparse.Namespace, source: "IdentifiedSource", encoder: "FrozenEncoder"
+) -> dict[str, Any]:
+    """What decides the rows, to tell one call from another."""
+    from vidssl.evaluation.report import weights_hash
+
+    names = ("inputs", "tokens", "window", "hop", "segments", "crops", "frames", "size", "stride", "fps")
+    options = {name: getattr(a, name) for name in (*names, "format", "dtype", "precision")}
+    return {**options, "data": source.hash, "encoder": weights_hash(encoder.net)}
+
+
+def embedding_facts(
+    a: argparse.Namespace, request: dict[str, Any], plan: "EmbeddingPlan", precision: str
+) -> dict[str, Any]:
+    """What embedding.json says of the rows."""
+    import vidssl
+
+    return {
+        "vidssl": vidssl.__version__,
+        "inputs": a.inputs,
+        "kind": "shards" if is_packed_folder(a.inputs[0]) else "files",
+        "root": os.getcwd(),
+        "data": request["data"],
+        "encoder": {"source": a.encoder, "file": a.encoder_file, "sha256": request["encoder"]},
+        "tokens": a.tokens,
+        "view": plan.view._asdict(),
+        "window": a.window,
+        "hop": a.hop or a.window,
+        "precision": precision,
+    }
+
+
+def open_inputs(inputs: list[str]) -> tuple["IdentifiedSource", list[Any]]:
+    """The shards or files, and their samples."""
+    if is_packed_folder(inputs[0]):
+        from vidssl.data.shards import Shards
+
+        shards = Shards(inputs)
+        return shards, shards.list_samples()
+    from vidssl.evaluation.media_files import MediaFiles, list_media
+
+    paths = list_media([Path(item) for item in inputs])
+    if not paths:
+        raise UserError(f"{inputs[0]}: no video or image in it")
+    files = MediaFiles(paths)
+    return files, files.samples
+
+
+def measure_files(
+    a: argparse.Namespace, source: "IdentifiedSource", samples: list[Any], processes: "Processes"
+) -> tuple[list[Any], list[Any]]:
+    """The files that decode, as samples with what pack measures, and the others as rejected rows. Each
+    process measures its share; the facts are kept in OUT/parts until the features are written."""
+    from vidssl.evaluation.embedding import PARTS, RejectedRow
+
+    folder = a.out / PARTS
+    make_folder(folder)
+    paths = [sample.key for sample in samples]
+    pieces = [paths[i : i + FILES_PER_PIECE] for i in range(0, len(paths), FILES_PER_PIECE)]
+    files = [folder / f"files-{source.hash[:16]}-{number:06d}.json" for number in range(len(pieces))]
+    own = {files[i]: pieces[i] for i in processes.share(len(pieces)) if not files[i].exists()}
+    measure_pieces(a, own, quiet=not processes.is_main)
+    processes.gather(None)
+    measured = []
+    rejected = []
+    for sample, fact in zip(
+        samples, (f for file in files for f in json.loads(file.read_text())), strict=True
+    ):
+        if "meta" in fact:
+            measured.append(sample._replace(meta=fact["meta"]))
+        else:
+            rejected.append(RejectedRow(sample.key, None, None, fact["reason"], fact["detail"]))
+    return measured, rejected
+
+
+def measure_pieces(a: argparse.Namespace, pieces: dict[Path, list[str]], quiet: bool) -> None:
+    """Measures files as pack does (frames, times, which decoder is right), in child processes, and writes the
+    facts of each piece to its file."""
+    from data_prep.filters import Rejected
+    from data_prep.inspect_file import FileInspector
+    from vidssl.evaluation.media_files import media_extension
+
+    cores = available_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    workers = max(1, cores if a.workers is None else a.workers)
+    inspector = FileInspector("auto", a.timeout)
+
+    def measure(path: str) -> dict[str, Any]:
+        (found,) = inspector(Path(path), media_extension(path))
+        if isinstance(found, Rejected):
+            return {"reason": found.reason, "detail": found.detail}
+        return {"meta": found.meta}
+
+    with closing(inspector), ThreadPoolExecutor(workers) as pool:
+        for file, paths in track(pieces.items(), "measure", f"x {FILES_PER_PIECE} files", quiet=quiet):
+            text = json.dumps(list(pool.map(measure, paths)))
+            atomic_write(file, partial(Path.write_text, data=text))
+
+
+if __name__ == "__main__":
+    run_cli(main)
