@@ -29,21 +29,34 @@ COMMANDS = {
     "convert": ("vidssl.commands.convert", "checkpoints from one format to another"),
     "show-masks": ("vidssl.commands.show_masks", "draw masks on clips"),
     "list": ("vidssl.commands.list", "methods, models, masks, targets, data, probes, ... by name"),
+    "completion": ("vidssl.commands.completion", "a script that completes words in bash, zsh or fish"),
     "doctor": ("vidssl.doctor", "what this machine has, and what is missing"),
 }
 
 
+# What --help shows together; commands that are not here stand under "other".
+GROUPS = {
+    "data": ("synthetic", "pack", "scan", "verify", "leaks"),
+    "training": ("train", "finetune", "zoo-run"),
+    "evaluation": ("probe", "dense", "compare", "report"),
+    "encoders": ("convert", "show-masks"),
+    "about": ("list", "doctor", "completion"),
+}
+
+
 def usage() -> str:
-    lines = [f"  {name:12s} {about}" for name, (_, about) in COMMANDS.items()]
-    return "\n".join(
-        [
-            "vidssl COMMAND ...      vidssl COMMAND --help shows its arguments",
-            "",
-            *lines,
-            "",
-            "On several GPUs: accelerate launch -m vidssl.train ... (also probe, finetune).",
-        ]
-    )
+    grouped = [name for names in GROUPS.values() for name in names]
+    other = tuple(name for name in COMMANDS if name not in grouped)
+    lines = ["vidssl COMMAND ...      vidssl COMMAND --help shows its arguments"]
+    for group, names in {**GROUPS, "other": other}.items():
+        lines += ["", f"{group}:"] * bool(names)
+        lines += [f"  {name:12s} {COMMANDS[name][1]}" for name in names]
+    lines += [
+        "",
+        "--quiet, of every command: warnings, errors and results alone. --version: which one this is.",
+    ]
+    lines += ["On several GPUs: accelerate launch -m vidssl.train ... (also probe, finetune)."]
+    return "\n".join(lines)
 
 
 def main(argv: list[str]) -> None:
@@ -56,6 +69,11 @@ def main(argv: list[str]) -> None:
         import vidssl
 
         print(f"vidssl {vidssl.__version__}")
+        return
+    if command == "complete":  # asked by the scripts of `vidssl completion`
+        from vidssl.commands.completion import complete
+
+        complete(rest, list(COMMANDS))
         return
     if command not in COMMANDS:
         near = difflib.get_close_matches(command, COMMANDS, n=1)

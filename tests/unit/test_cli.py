@@ -29,7 +29,10 @@ def test_a_command_runs_its_module_as_a_script(command, monkeypatch):
 def test_usage_lists_all_commands(arguments, capsys):
     cli.main(arguments)
     out = capsys.readouterr().out
-    assert [line.split()[0] for line in out.splitlines() if line.startswith("  ")] == list(cli.COMMANDS)
+    grouped = [name for names in cli.GROUPS.values() for name in names]
+    grouped += [name for name in cli.COMMANDS if name not in grouped]
+    assert len(grouped) == len(cli.COMMANDS)
+    assert [line.split()[0] for line in out.splitlines() if line.startswith("  ")] == grouped
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import inspect
 import os
 import re
 import resource
+import signal
 import subprocess
 import sys
 import threading
@@ -14,6 +15,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from vidssl.core import errors
 from vidssl.core.errors import DISK_ERRORS, Interrupted, Preempted, UserError, disk_error_line, run_cli
 from vidssl.model.vit import Encoder
 from vidssl.pretrained.files import save_native, write_tensors
@@ -159,6 +161,13 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(program, tmp_pa
     assert last.startswith("error: ") and "File too large" in last and "Traceback" not in ended.stderr
     assert not list(out.glob("*.tmp")) and not (out / "labels.csv").exists()
     assert not list(out.glob("*.safetensors"))
+
+
+def test_the_table_of_exit_statuses_has_all_that_a_program_may_end_with():
+    table = (ROOT / "docs/running.md").read_text().split("## Exit statuses")[1].split("\n## ")[0]
+    listed = {int(status) for status in re.findall(r"^\| (\d+)", table, re.MULTILINE)}
+    own = {value for name, value in vars(errors).items() if name.startswith("EXIT_")}
+    assert own | {0, 1, 128 + signal.SIGTERM} <= listed
 
 
 PROGRAMS = sorted(path for folder in ("vidssl", "data_prep", "tools") for path in ROOT.glob(f"{folder}/*.py"))
