@@ -127,7 +127,9 @@ def test_the_methods_of_the_front_page_exist():
 def test_every_page_is_in_the_site():
     """docs/index.md names each page once."""
     listed = re.findall(r"^([a-z_]+)$", (ROOT / "docs/index.md").read_text(), re.MULTILINE)
-    assert sorted(listed) == sorted(path.stem for path in (ROOT / "docs").glob("*.md") if path.stem != "index")
+    assert sorted(listed) == sorted(
+        path.stem for path in (ROOT / "docs").glob("*.md") if path.stem != "index"
+    )
 
 
 def test_the_site_is_built_without_a_warning(tmp_path):
