@@ -3,13 +3,16 @@ evaluation."""
 
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from vidssl.config import Spec
 from vidssl.core.errors import UserError
+from vidssl.core.pixels import MEAN, STD
 from vidssl.model.grid import Grid
 from vidssl.model.positions import resize_table
 from vidssl.objective.masked_prediction import MaskedPrediction
@@ -35,9 +38,11 @@ def pretrained_weights(
 
     The configuration must describe the same networks: rotary and fixed positions, heads and epsilons leave no
     trace in the weights, so that wrong ones would load without an error. Only the native clip size may
-    differ: learned positions are then interpolated, fixed and rotary ones are computed for the new size.
+    differ: learned positions are then interpolated, fixed and rotary ones are computed for the new size. An
+    encoder of pixels with other statistics becomes one of ours.
     """
     check_same_options("model", checkpoint.model, model.arguments, source)
+    checkpoint = with_pixels(checkpoint)
     parts = {"encoder": checkpoint.online or checkpoint.encoder}
     names = stored_names(objective)
     if names.average is not None:
@@ -61,6 +66,30 @@ def pretrained_weights(
         if (found := weights[name].shape) != shape:
             raise UserError(f"run.init: {source} does not fit: {name} is {tuple(found)}, not {tuple(shape)}")
     return weights
+
+
+def with_pixels(checkpoint: Checkpoint) -> Checkpoint:
+    """The same encoder for pixels that are normalised as in training (core/pixels.py): its patch embedding
+    takes up the difference."""
+    statistics = [torch.tensor(checkpoint.pixels[key]) for key in ("mean", "std")]
+    ours = torch.tensor(MEAN), torch.tensor(STD)
+    if all(torch.allclose(a, b, atol=1e-4) for a, b in zip(statistics, ours, strict=True)):
+        return checkpoint
+    scale = ours[1] / statistics[1]
+    shift = (ours[0] - statistics[0]) / statistics[1]
+
+    def converted(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        found = dict(weights)
+        for name in ("patch_embed.proj", "patch_embed_img.proj"):
+            if f"{name}.weight" in weights:
+                kernel = weights[f"{name}.weight"]
+                found[f"{name}.bias"] = weights[f"{name}.bias"] + kernel.sum((2, 3, 4)) @ shift
+                found[f"{name}.weight"] = kernel * scale[:, None, None, None]
+        return found
+
+    online = None if checkpoint.online is None else converted(checkpoint.online)
+    pixels = {"mean": list(MEAN), "std": list(STD)}
+    return replace(checkpoint, encoder=converted(checkpoint.encoder), online=online, pixels=pixels)
 
 
 def stored_names(objective: Objective) -> StoredNames:
