@@ -23,7 +23,7 @@ from vidssl.data.loader import open_shards
 from vidssl.training.blocks import configure_blocks
 from vidssl.training.config_checks import check_batch, check_output
 from vidssl.training.device_batches import DeviceBatches
-from vidssl.training.diagnostics import Diagnostics
+from vidssl.training.diagnostics import Diagnostics, ending
 from vidssl.training.distributed import Strategy
 from vidssl.training.malloc import configure_process
 from vidssl.training.metrics_log import count_samples, step_row
@@ -36,7 +36,7 @@ from vidssl.training.preemption import (
     exit_on_sigterm,
     limited_requeues,
 )
-from vidssl.training.run_folder import RunFolder, claim_run
+from vidssl.training.run_folder import RunEnding, RunFolder, claim_run
 from vidssl.training.run_summary import RunEnd, probe_command, start_pretraining, wait_advice
 from vidssl.training.state import TrainState
 from vidssl.training.step import forward_backward, load_steps
@@ -67,11 +67,11 @@ def pretrain(cfg: TrainConfig) -> None:
     optim_config = cfg.optim.scaled(run.batch)
     model, optimizer = strategy.prepare(objective, build_optimizer(objective, optim_config, efficiency.fused))
     diagnostics = Diagnostics(cfg, objective, strategy)
-    state = TrainState(cfg, strategy, objective, optimizer, diagnostics.stats, data_hash)
+    state = TrainState(cfg, strategy, objective, optimizer, diagnostics, data_hash)
     state.check_space()
     with claim_run(out, "train", strategy):
         start = state.restore_or_init()
-        if start == run.steps:
+        if start == run.steps or diagnostics.rule.is_over:
             state.export_missing(start)
             return
         # The training loop.
@@ -79,8 +79,9 @@ def pretrain(cfg: TrainConfig) -> None:
         loader = load_steps(cfg, shards, start, strategy)
         advice = wait_advice(cfg, strategy.device.type == "cuda")
         throughput = Throughput(strategy, strategy.precision, run.batch, objective, advice)
-        collapsed = False
+        diagnostics.measure_before(start)
         done = start
+        end: RunEnding | None = None
         with (
             RunFolder(
                 out, state.provenance["config"], start, run.steps, strategy, bool(run.trackers)
@@ -101,7 +102,7 @@ def pretrain(cfg: TrainConfig) -> None:
                     losses = forward_backward(strategy, model, parts)
                 norm = strategy.clip(model, optim_config, step)
                 throughput.overlap(inputs.prefetch)  # the host waits for the device below
-                signals = {"stop": preemption.requested, "collapsed": diagnostics.should_stop}
+                signals = {"stop": preemption.requested, **diagnostics.signals}
                 metrics = strategy.all_reduce_metrics(
                     {**losses, "grad_norm": norm}, count_samples(batches) | signals
                 )
@@ -122,15 +123,14 @@ def pretrain(cfg: TrainConfig) -> None:
                 for line in state.writer.pop_errors():
                     logger.warning(f"step {done}: {line}; the run goes on")
                 state.whole_step = done
-                collapsed = bool(metrics["collapsed"])
-                must_stop = bool(metrics["stop"]) or collapsed
+                end = ending(metrics)
                 is_due = done % run.save_every == 0 and not state.guard.consecutive_skips
-                if strategy.participates_in_save and (is_due or must_stop or done == run.steps):
+                if strategy.participates_in_save and (is_due or end or done == run.steps):
                     throughput.beside("save", state.save, done, folder.sync_log)
-                if must_stop:
+                if end:
                     break
     strategy.close()
-    folder.finish(done, collapsed, state.writer, preemption.signal)
+    folder.finish(done, end, state.writer, preemption.signal)
 
 
 def join_processes(cfg: TrainConfig) -> Strategy:

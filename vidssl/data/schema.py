@@ -45,6 +45,9 @@ class DataConfig:
 
     train: Names  # packed folders or their URLs (http, https, s3, ...); reader stream: see data/stream.py
     frames: PositiveInt  # per clip
+    # packed folders that are not trained on: the loss on the middle clips of their videos is the held-out
+    # error (run.validate_every, run.patience); None: it is not measured
+    val: Names | None = None
     # between the frames of a clip, in frames of the video; [4, 48]: each clip draws its own, uniform in the
     # part of the range with which it fits in its video
     stride: Stride | None = None

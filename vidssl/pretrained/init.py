@@ -184,12 +184,17 @@ def add_joint_predictor(checkpoint: Checkpoint, predictor: Spec, state: dict[str
     checkpoint.query = state[tokens]
 
 
-def save_run_encoder(out: Path, checkpoint: Checkpoint, metadata: dict[str, Any], snapshot: bool) -> None:
+def save_run_encoder(
+    out: Path, checkpoint: Checkpoint, metadata: dict[str, Any], snapshot: bool, is_best: bool = False
+) -> None:
     """Writes encoder.safetensors and its companions; with `snapshot` also
-    snapshots/step-00000100.safetensors, which is never overwritten."""
+    snapshots/step-00000100.safetensors, which is never overwritten, and with `is_best`
+    encoder_best.safetensors."""
     save_native(out, checkpoint, metadata)
+    header = native_header(checkpoint, metadata)
+    if is_best:
+        save_weights(out / "encoder_best.safetensors", checkpoint.encoder, header)
     if snapshot:
         folder = out / "snapshots"
         folder.mkdir(exist_ok=True)
-        header = native_header(checkpoint, metadata)
         save_weights(folder / f"step-{metadata['step']:08d}.safetensors", checkpoint.encoder, header)

@@ -112,6 +112,24 @@ def check_augmentation(cfg: TrainConfig) -> None:
         )
 
 
+def check_validation(cfg: TrainConfig) -> None:
+    """Raises UserError if a held-out error is asked for that cannot be measured, or its best step is not
+    saved."""
+    run = cfg.run
+    if cfg.data.val is None:
+        if run.patience is not None:
+            raise UserError("run.patience: is counted in measurements on data.val: give data.val, too")
+        return
+    if cfg.validate_every % run.save_every:
+        near = multiples_near(cfg.validate_every, run.save_every)
+        raise UserError(
+            f"run.validate_every {run.validate_every} is not a multiple of run.save_every {run.save_every}, "
+            f"so that the best step would not be saved: give {near}"
+        )
+    if cfg.data.windows > 1:
+        raise UserError("data.val: the held-out clips have one window: leave it out with data.windows")
+
+
 def check_batch(cfg: TrainConfig, world: int) -> None:
     """Raises UserError if the clips of a step cannot be divided evenly over lanes, processes and
     micro-batches."""

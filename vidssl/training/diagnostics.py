@@ -1,8 +1,10 @@
-"""Measurements of the features during training: statistics that show a collapse, and an online probe."""
+"""Measurements during training: statistics of the features that show a collapse, the held-out error, and an
+online probe."""
 
 import contextlib
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -13,14 +15,17 @@ from vidssl.objective.objective import Objective
 from vidssl.training.distributed import Strategy
 from vidssl.training.feature_stats import FeatureStats
 from vidssl.training.online_probe import OnlineProbe
+from vidssl.training.run_folder import RunEnding
 from vidssl.training.schema import TrainConfig
+from vidssl.training.validation import HeldOutRule, Validation
 
 
 class Diagnostics:
-    """Feature statistics (feature_stats.py) and online probe (online_probe.py) when they are due."""
+    """Feature statistics (feature_stats.py), held-out error (validation.py) and online probe
+    (online_probe.py) when they are due."""
 
     def __init__(self, cfg: TrainConfig, objective: Objective, strategy: Strategy):
-        """Collective if there is an online probe, whose clips are decoded here."""
+        """Collective if there is an online probe or a held-out error, whose clips are decoded here."""
         self.run = cfg.run
         self.compiled = cfg.efficiency.compile
         self.every = cfg.online_probe.every
@@ -29,6 +34,17 @@ class Diagnostics:
         self.objective = objective
         self.strategy = strategy
         self.stats = FeatureStats()
+        self.rule = HeldOutRule(cfg.run.patience)
+        self.validate_every = cfg.validate_every
+        self.validation: Validation | None = None
+        if cfg.data.val is not None:
+            self.validation = Validation(
+                cfg,
+                objective,
+                loads_clips=strategy.runs_diagnostics,
+                world=strategy.world,
+                barrier=strategy.barrier,
+            )
         self.probe: OnlineProbe | None = None
         if cfg.online_probe.train is not None:
             self.probe = OnlineProbe(
@@ -42,9 +58,17 @@ class Diagnostics:
             )
 
     @property
-    def should_stop(self) -> bool:
-        """Whether the run is to stop because its features have collapsed; decided by the first process."""
-        return self.strategy.is_main and self.run.stop_on_collapse and self.stats.collapsed
+    def signals(self) -> dict[str, bool]:
+        """Which measurements ask for the end of the run, for `ending`; decided by the first process."""
+        main = self.strategy.is_main
+        collapsed = main and self.run.stop_on_collapse and self.stats.collapsed
+        return {"collapsed": collapsed, "over": main and self.rule.is_over}
+
+    def measure_before(self, start: int) -> None:
+        """Measures the held-out error if no step is done; the row of the first step reports it. start: steps
+        that are done."""
+        if start == 0 and self.validation and self.strategy.runs_diagnostics:
+            self.rule.add(0, self.validation.measure(self.objective, self.strategy.autocast))
 
     def measure_if_due(self, step: int, batches: list[Batch]) -> dict[str, float]:
         """The measurements that are due after `step` steps, for the log, and the seconds that they took;
@@ -61,9 +85,22 @@ class Diagnostics:
                 warning = self.stats.detector.warning()
                 if warning and self.strategy.is_main:
                     logger.warning(f"step {step}: {warning}")
+            if self.validation and (step % self.validate_every == 0 or step == self.run.steps):
+                metrics |= self._validate(step)
+            if step == 1:
+                metrics |= {f"{name}_start": value for name, value in self.rule.first.items()}
             if self.probe and (step % self.every == 0 or step == self.run.steps):
                 metrics |= self.probe.measure(self.objective, self.strategy.autocast)
         return {**metrics, "diagnostics_s": time.perf_counter() - start_s} if metrics else {}
+
+    def _validate(self, step: int) -> dict[str, float]:
+        assert self.validation is not None
+        was_over = self.rule.is_over
+        found = self.validation.measure(self.objective, self.strategy.autocast)
+        self.rule.add(step, found)
+        if self.rule.is_over and not was_over and self.strategy.is_main:
+            logger.info(f"step {step}: the run ends here: {self.rule.line}")
+        return found
 
     def _warn_of_missing(self, step: int, metrics: dict[str, float]) -> None:
         missing = [name for name, value in metrics.items() if not math.isfinite(value)]
@@ -71,3 +108,12 @@ class Diagnostics:
             logger.warning(
                 f"step {step}: the features are not finite or have no spectrum: {', '.join(missing)}"
             )
+
+
+def ending(metrics: Mapping[str, float]) -> RunEnding | None:
+    """What ends the run now. metrics: sums over the processes of `stop` and of Diagnostics.signals."""
+    if metrics["stop"]:
+        return "stopped"
+    if metrics["collapsed"]:
+        return "collapsed"
+    return "over" if metrics["over"] else None

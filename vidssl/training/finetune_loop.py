@@ -165,7 +165,7 @@ class Finetuner:
                 if must_stop:
                     break
         self.strategy.barrier()
-        folder.finish(done, False, state.writer, preemption.signal, work_follows=True)
+        folder.finish(done, None, state.writer, preemption.signal, work_follows=True)
 
     def train_loader(self, start: int) -> Generator[list[Batch], None, None]:
         """Yields a list of one Batch for each step from `start` to the last one."""

@@ -4,7 +4,7 @@ import contextlib
 import signal
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from vidssl import config
 from vidssl.core.errors import Interrupted, Preempted, UserError
@@ -14,6 +14,10 @@ from vidssl.data.loader import Batch
 from vidssl.training.checkpoint import AsyncWriter, quarantine
 from vidssl.training.distributed import Strategy
 from vidssl.training.metrics_log import JsonlWriter, MetricsLog, drop_rows_after, start_trackers
+
+# Why a run ends before its last step: a signal; the features have collapsed, which is a failure; the held-out
+# error falls no more, which is not.
+RunEnding = Literal["stopped", "collapsed", "over"]
 
 
 class RunFolder:
@@ -77,23 +81,25 @@ class RunFolder:
     def finish(
         self,
         step: int,
-        collapsed: bool,
+        end: RunEnding | None,
         writer: AsyncWriter,
         signal_number: int | None,
         work_follows: bool = False,
     ) -> None:
         """Called after the last step. Raises UserError, Preempted or Interrupted unless the run is complete
-        and saved. signal_number: the signal that ended it, if any; work_follows: the run has more to do than
+        and saved. end: what ended it before its last step, if anything did; signal_number: the signal that
+        ended it, if one did; work_follows: the run has more to do than
         its steps."""
         for line in writer.pop_errors():
             logger.warning(f"step {step}: {line}")
         if writer.failed:
             raise UserError(f"{self.out}: the state after step {step} could not be written: {writer.failed}")
-        if step < self.steps and collapsed:
+        if step < self.steps and end == "collapsed":
             raise UserError(
                 f"{self.out}: stopped at step {step}: the features have collapsed (run.stop_on_collapse)"
             )
-        if step < self.steps or (work_follows and signal_number is not None):
+        is_cut_off = step < self.steps and end != "over"
+        if is_cut_off or (work_follows and signal_number is not None):
             ended = f"ended after step {step}, which is saved; the same command continues the run"
             if signal_number == signal.SIGINT:
                 raise Interrupted(f"{self.out}: Ctrl-C: {ended}")

@@ -62,6 +62,12 @@ class RunConfig:
     loss_spike_std: PositiveFloat | None = None
     feature_stats_every: PositiveInt = 100  # steps between measurements of the features
     stop_on_collapse: bool = False  # stop when the features have collapsed; else a collapse is only logged
+    # steps between measurements of the held-out error (data.val), a multiple of save_every; None: save_every
+    validate_every: PositiveInt | None = None
+    validate_clips: PositiveInt = 128  # of data.val, at most, evenly spaced
+    # measurements of the held-out error in a row without a lower one, after which the run ends, complete;
+    # None: it goes on to `steps`
+    patience: PositiveInt | None = None
     trackers: tuple[Tracker, ...] = ()  # besides log.jsonl
 
 
@@ -234,6 +240,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         config_checks.check_sizes(self)
         config_checks.check_augmentation(self)
+        config_checks.check_validation(self)
         if self.run.init is not None and Path(self.run.init) == Path(self.run.out):
             raise UserError("run.init: give another folder than run.out, which the same command continues")
         for key, (first, last) in self.method.momenta.items():
@@ -254,6 +261,7 @@ class TrainConfig:
                 check_local_folders("data.train", stream.train)
         if self.run.init is not None:
             check_source(self.run.init, "run.init")
+        check_local_folders("data.val", self.data.val or [])
         check_local_folders("online_probe.train", self.online_probe.train or [])
         check_local_folders("online_probe.test", self.online_probe.test or [])
         config_checks.check_batch(self, int(os.environ.get("WORLD_SIZE", "1")))
@@ -270,6 +278,11 @@ class TrainConfig:
         if self.data.reader == "stream" and self.efficiency.workers is None:
             return STREAM_WORKERS
         return self.efficiency.num_workers
+
+    @property
+    def validate_every(self) -> int:
+        """Steps between measurements of the held-out error."""
+        return self.run.validate_every or self.run.save_every
 
     @property
     def is_open_ended(self) -> bool:
@@ -317,8 +330,12 @@ RESUME_MUTABLE = (
     "run.loss_spike_std",
     "run.feature_stats_every",
     "run.stop_on_collapse",
+    "run.validate_every",
+    "run.validate_clips",
+    "run.patience",
     "run.trackers",
     "data.train",
+    "data.val",
     "data.cache",
     "data.augment_on",
     "data.cache_dir",

@@ -33,6 +33,7 @@ from vidssl.training.checkpoint import (
     read_checkpoint,
     save_checkpoint,
 )
+from vidssl.training.diagnostics import Diagnostics
 from vidssl.training.distributed import Strategy
 from vidssl.training.loss_guard import LossGuard
 from vidssl.training.schema import TrainConfig, resume_mutable
@@ -95,7 +96,8 @@ class RunState:
             return 0
         self.strategy.load_state(self.model, self.optimizer, checkpoint)
         for name, part in self.parts.items():
-            part.load(plain[name])
+            # a part that is newer than the checkpoint starts anew
+            part.load(plain.get(name, {}))
         self.saved_step = plain["step"]
         return self.saved_step
 
@@ -230,7 +232,7 @@ class TrainState(RunState):
         strategy: Strategy,
         objective: Objective,
         optimizer: Any,
-        feature_stats: Resumable,
+        diagnostics: Diagnostics,
         data_hash: str,
     ):
         """The state of the run `cfg` before anything is restored."""
@@ -259,8 +261,10 @@ class TrainState(RunState):
             resume_mutable(cfg),
             run.keep_last,
             run.keep_every,
-            feature_stats=feature_stats,
+            feature_stats=diagnostics.stats,
+            held_out=diagnostics.rule,
         )
+        self.rule = diagnostics.rule
         self.cfg = cfg
         self.objective = objective
 
@@ -301,7 +305,8 @@ class TrainState(RunState):
         """Writes encoder.safetensors and the files beside it. weights: the objective's whole state dict."""
         cfg = self.cfg
         found = to_checkpoint(self.objective, cfg.encoder_arguments(), cfg.method.predictor, weights)
-        save_run_encoder(self.out, found, {**self.provenance, "step": step}, cfg.run.snapshots)
+        is_best = self.rule.best_step == step
+        save_run_encoder(self.out, found, {**self.provenance, "step": step}, cfg.run.snapshots, is_best)
 
     def export_missing(self, step: int) -> None:
         """Exports the restored weights of a finished run whose encoder.safetensors is gone. Collective."""

@@ -1,0 +1,179 @@
+"""Held-out prediction error during training: the loss on fixed clips of data.val with fixed masks and draws,
+and the rule that ends a run by it."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+from torch.utils.data import Dataset
+
+from vidssl.core.constants import upload
+from vidssl.core.errors import UserError
+from vidssl.core.pixels import normalise
+from vidssl.core.rng import KeyedRNG
+from vidssl.data.shards import Shards
+from vidssl.data.timing import middle_rate
+from vidssl.evaluation.isolated_clips import IsolatedEvalClips
+from vidssl.evaluation.views import EvalClips, View
+from vidssl.objective.masked_prediction import MaskedPrediction
+from vidssl.objective.objective import Masks, Objective
+from vidssl.training.distributed import unsharded
+from vidssl.training.feature_stats import Autocast
+from vidssl.training.online_probe import decode_all, evenly_spaced
+from vidssl.training.schema import TrainConfig
+
+MIN_CLIPS_OF_MEAN = 8  # clips of a batch whose mean target is a prediction
+DISTANCES = ("l1", "l2", "smooth_l1")  # errors by which a mean can be compared with its parts
+
+
+class HeldOutRule:
+    """Judges the held-out errors of a run: the step with the lowest one, and whether the run is to end.
+
+    The error is val_ratio where there is one: a loss of features that change may fall because they have
+    become poorer, which the loss of their mean does as well. Else it is val_loss.
+    """
+
+    def __init__(self, patience: int | None):
+        """patience: measurements in a row without a lower error, after which the run ends; None: it goes on
+        to run.steps."""
+        self.patience = patience
+        self.first: dict[str, float] = {}  # measured before the first step
+        self.best: float | None = None
+        self.best_step: int | None = None
+        self.without_gain = 0
+
+    def add(self, step: int, metrics: dict[str, float]) -> None:
+        """metrics: of Validation.measure after `step` steps; those before the first step count as no best."""
+        if step == 0:
+            self.first = metrics
+            return
+        error = held_out_error(metrics)
+        if self.best is None or error < self.best:
+            self.best = error
+            self.best_step = step
+            self.without_gain = 0
+        else:
+            self.without_gain += 1
+
+    @property
+    def is_over(self) -> bool:
+        return self.patience is not None and self.without_gain >= self.patience
+
+    @property
+    def line(self) -> str:
+        """Why the run ends."""
+        return (
+            f"the held-out error has not fallen for {self.without_gain} measurements; it was lowest, "
+            f"{self.best:.4f}, after step {self.best_step}"
+        )
+
+    def state(self) -> dict[str, Any]:
+        """The state for a checkpoint, as plain data."""
+        names = ("first", "best", "best_step", "without_gain")
+        return {name: getattr(self, name) for name in names}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Restores what `state` returned; of a checkpoint without it nothing is known."""
+        self.__dict__.update(state)
+
+
+def held_out_error(metrics: dict[str, float]) -> float:
+    """Of a measurement, by which HeldOutRule judges."""
+    return metrics.get("val_ratio", metrics["val_loss"])
+
+
+class Validation:
+    """Decodes the clips once and keeps them in memory."""
+
+    def __init__(
+        self,
+        cfg: TrainConfig,
+        objective: Objective,
+        *,
+        loads_clips: bool = True,
+        world: int = 1,
+        barrier: Callable[[], None] = lambda: None,
+    ):
+        """Every process constructs it; only those with `loads_clips` decode and can measure. world: number of
+        processes. barrier: see OnlineProbe."""
+        assert cfg.data.val is not None
+        run = cfg.run
+        if objective.couples_clips and world > 1:
+            raise UserError(
+                "data.val: the method compares the clips of all processes with one another: leave data.val "
+                "out, or train in one process"
+            )
+        self.seed = run.seed
+        self.after = run.steps  # no training step has this number, and what rises over the run has risen
+        self.measures_mean = cfg.method.error.kind in DISTANCES
+        data = replace(cfg.data, frames=cfg.data.clip_frames)
+        size = cfg.augment.arguments["size"]
+        view = View(data.frames, *middle_rate(data.stride, data.fps), segments=1, crops=1, size=size)
+        shards = Shards(cfg.data.val, data.cache_dir, data.cache_gb)
+        samples = evenly_spaced(shards.list_samples(), run.validate_clips)
+        eval_clips = EvalClips(shards, samples, view, 1)
+        clips: Dataset = eval_clips
+        if cfg.efficiency.decode_in_subprocess:
+            clips = IsolatedEvalClips(eval_clips, data.decode_timeout_s, data.memory_mb << 20)
+        places = list(range(len(samples)))
+        decoded = decode_all(clips, places, cfg.num_workers, loads_clips, barrier)
+        self.clips = decoded.clips
+        if loads_clips and not len(self.clips):
+            raise UserError(f"data.val: {', '.join(shards.folders)}: no sample can be decoded")
+        share = cfg.data.clips(run.batch)[0] // (world * cfg.efficiency.micro_batches)
+        self.batch = min(share, max(1, len(self.clips)))
+        if len(self.clips) > self.batch and objective.couples_clips:
+            self.clips = self.clips[: len(self.clips) // self.batch * self.batch]
+
+    @torch.no_grad()
+    def measure(self, objective: Objective, autocast: Autocast = contextlib.nullcontext) -> dict[str, float]:
+        """val_loss: the loss, with the weights of its parts at the end of the run. val_ratio: that loss over
+        the one of predicting, at each place, the mean target of the clips; only of distances, where clips
+        have targets before their masks are known. With sharded weights (FSDP2) every process must call
+        this. autocast: context of the forward passes."""
+        device = next(objective.parameters()).device
+        total = of_mean = 0.0
+        was_training = objective.training
+        objective.eval()
+        with unsharded(objective), unchanged_buffers(objective), autocast():
+            for number, positions in enumerate(torch.arange(len(self.clips)).split(self.batch)):
+                video = normalise(self.clips[positions].to(device))
+                rng = KeyedRNG(self.seed, self.after + number, positions)
+                masks = draw_masks(objective, video, rng)
+                share = len(positions) / len(self.clips)
+                total += share * float(objective(video, rng.to(device), masks)["loss"])
+                of_mean += share * (self._loss_of_mean(objective, video) or float("nan"))
+        objective.train(was_training)
+        found = {"val_loss": total}
+        return found | {"val_ratio": total / of_mean} if of_mean == of_mean else found
+
+    def _loss_of_mean(self, objective: Objective, video: Tensor) -> float | None:
+        """The mean error of the clips' mean target at each place; None where that means nothing."""
+        if not (isinstance(objective, MaskedPrediction) and self.measures_mean):
+            return None
+        if len(self.clips) < MIN_CLIPS_OF_MEAN or (target := objective.target_features(video)) is None:
+            return None
+        target = target.float()[:, None]
+        return float(objective.error(target.mean(0, keepdim=True).expand_as(target), target).mean())
+
+
+def draw_masks(objective: Objective, video: Tensor, rng: KeyedRNG) -> Masks:
+    """The masks of clips, drawn on the host, on the device of the video."""
+    masks = objective.draw_masks(video.shape, rng)
+    return tree_map_only(Tensor, partial(upload, device=video.device), masks)
+
+
+@contextlib.contextmanager
+def unchanged_buffers(objective: Objective) -> Iterator[None]:
+    """Context after which running statistics, queues and centres are as before."""
+    before = {name: buffer.clone() for name, buffer in objective.named_buffers()}
+    try:
+        yield
+    finally:
+        for name, buffer in objective.named_buffers():
+            buffer.copy_(before[name])
