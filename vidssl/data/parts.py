@@ -1,0 +1,83 @@
+"""Parts of a packed data set: folders of their own that list some of its samples. The tars are linked, not
+copied, so a part costs its index alone."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vidssl.core.errors import UserError
+from vidssl.core.io import atomic_write, make_folder
+from vidssl.core.splits import GroupSplit, split_by_group
+from vidssl.data.addresses import is_url
+from vidssl.data.format import Sample, dumps_index, read_index
+from vidssl.data.shards import Shards
+
+
+def group_of(sample: Sample) -> str:
+    """The group of a sample, whose samples stay together; one without a group is alone."""
+    return str(sample.meta.get("group") or f"sample {sample.key}")
+
+
+def hold_out(samples: Sequence[Sample], fraction: float, seed: int) -> GroupSplit:
+    """Holds out whole groups, balanced over the classes of all label sets."""
+    classes = [list(_labels(sample.meta).items()) for sample in samples]
+    return split_by_group([group_of(s) for s in samples], classes, fraction, seed)
+
+
+def _labels(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """Label set -> number of the class, of those that the sample has one of."""
+    found = meta.get("labels") or {}
+    return {name: value for name, value in found.items() if isinstance(value, int) and value >= 0}
+
+
+def write_part(folder: str, keep: np.ndarray, out: Path) -> None:
+    """Writes a folder that has the samples of the local packed `folder` where `keep` (bool [n], in the order
+    of Shards.list_samples) is true. Raises UserError if that is a URL, or nothing is kept."""
+    if is_url(folder):
+        raise UserError(f"{folder}: parts are made of local shards only: copy them here first")
+    if not keep.any():
+        raise UserError(f"{out}: no sample would be in it")
+    make_folder(out)
+    index = read_index(folder)
+    entries = []
+    label_sets: set[str] = set()
+    first = 0
+    for entry in index["shards"]:
+        tar = Path(folder).resolve() / entry["name"]
+        kept = keep[first : first + entry["samples"]]
+        first += entry["samples"]
+        if not kept.any():
+            continue
+        lines = tar.with_suffix(".jsonl").read_bytes().splitlines(keepends=True)
+        lines = [line for line, is_kept in zip(lines, kept, strict=True) if is_kept]
+        label_sets.update(name for line in lines for name in json.loads(line)["meta"].get("labels") or ())
+        data = b"".join(lines)
+        records = (out / entry["name"]).with_suffix(".jsonl")
+        _link(tar, out / entry["name"])
+        atomic_write(records, partial(_write_bytes, data))
+        facts = {"samples": int(kept.sum()), "index_bytes": len(data)}
+        entries.append({**entry, **facts, "index_sha256": hashlib.sha256(data).hexdigest()})
+    made_by = {**index.get("pack", {}), "part_of": str(Path(folder).resolve())}
+    # a label set of which no sample is left would be no label set to learn
+    classes = {name: names for name, names in index["classes"].items() if name in label_sets}
+    text = dumps_index(classes, entries, 0, made_by)
+    atomic_write(out / "index.json", lambda beside: beside.write_text(text + "\n"))
+
+
+def _write_bytes(data: bytes, path: Path) -> None:
+    path.write_bytes(data)
+
+
+def _link(tar: Path, place: Path) -> None:
+    if not place.is_symlink():
+        place.symlink_to(tar)
+
+
+def list_folder(folder: str) -> list[Sample]:
+    """All samples of a packed folder, in order."""
+    return Shards([folder]).list_samples()
