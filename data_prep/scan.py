@@ -24,6 +24,7 @@ from data_prep.summary import (
 )
 from vidssl.core.errors import UserError, run_cli
 from vidssl.core.io import claim_folder
+from vidssl.core.progress import track
 from vidssl.core.suggestions import counted
 from vidssl.data.format import dumps, dumps_index, read_index, sample_record, select_media, shard_entry
 from vidssl.data.metadata import (
@@ -197,7 +198,7 @@ def main(argv: list[str]) -> None:
 def scan_shards(folder: Path, tars: list[Path]) -> None:
     """Indexes the shards of a folder, and prints what they hold."""
     findings = Findings()
-    by_tar = {tar: read_shard(tar, findings) for tar in tars}
+    by_tar = {tar: read_shard(tar, findings) for tar in track(tars, "scan", "shards")}
     records = [record for of_shard in by_tar.values() for record in of_shard]
     if not records:
         reasons = "".join(f";{line[1:]}" for line in left_out_lines(findings.left_out.entries()))

@@ -25,6 +25,8 @@ def completed(capsys, *words):
     [
         (["pro"], ["probe"]),
         (["train", "--pr"], ["--print-config"]),
+        (["train", "--d"], []),
+        (["probe", "--d"], ["--dry-run"]),
         (["train", "optim.lr_s"], ["optim.lr_scaling="]),
         (["train", "method.mas"], ["method.mask.", "method.masks_per_clip="]),
         (["train", "method.mask.k"], ["method.mask.kind=", "method.mask.keep_quantile="]),
