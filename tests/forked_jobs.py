@@ -1,4 +1,4 @@
-"""Programs that `vidssl zoo-run` starts, forked from this process: none of them imports torch again."""
+"""Programs that vidssl zoo-run and adapt start, forked from this process: none imports torch again."""
 
 import os
 import signal
@@ -8,11 +8,12 @@ from pathlib import Path
 
 import torch
 
+from data_prep import pack
 from vidssl import probe, train
 from vidssl.core.errors import run_cli
 from vidssl.zoo.jobs import Job, end_with_parent
 
-MAINS = {"vidssl.train": train.main, "vidssl.probe": probe.main}
+MAINS = {"vidssl.train": train.main, "vidssl.probe": probe.main, "data_prep.pack": pack.main}
 
 
 class ForkedProcess:

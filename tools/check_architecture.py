@@ -39,10 +39,10 @@ ALLOWED = {  # package: the packages of this project that it may import, besides
 ALLOWED["zoo"] = set(ALLOWED) - {"data_prep"}
 ALLOWED["pictures"] = set(ALLOWED) - {"zoo"}
 ALLOWED["report"] = set(ALLOWED) - {"zoo"}
+ALLOWED["adaptation"] = set(ALLOWED) - {"data_prep", "pictures", "report"}
 ALLOWED["commands"] = {*ALLOWED, *ENTRY_POINTS}
-ALLOWED |= {
-    entry: set(ALLOWED) - {"data_prep", "zoo", "pictures", "report", "commands"} for entry in ENTRY_POINTS
-}
+NOT_OF_ENTRY_POINTS = {"data_prep", "zoo", "pictures", "report", "adaptation", "commands"}
+ALLOWED |= {entry: set(ALLOWED) - NOT_OF_ENTRY_POINTS for entry in ENTRY_POINTS}
 SHARED_NAMES = {"main", "read"}  # every command has a main, every source format of data_prep a read
 LIBRARIES_IN_USE = {
     "PIL", "accelerate", "av", "datasets", "decord", "einops", "fsspec", "numpy", "pydantic",

@@ -26,6 +26,7 @@ COMMANDS = {
     "search": ("vidssl.commands.search", "find nearest clips among embedded videos"),
     "compare": ("vidssl.commands.compare", "probes side by side, with paired intervals"),
     "zoo-run": ("vidssl.commands.zoo_run", "train and probe a list of methods on equal terms"),
+    "adapt": ("vidssl.commands.adapt", "a checkpoint to your own videos, before and after compared"),
     "convert": ("vidssl.commands.convert", "checkpoints from one format to another"),
     "show-masks": ("vidssl.commands.show_masks", "draw masks on clips"),
     "list": ("vidssl.commands.list", "methods, models, masks, targets, data, probes, ... by name"),
