@@ -20,7 +20,7 @@ from vidssl.commands import embed, search
 from vidssl.core.errors import Preempted
 from vidssl.data.decoding import open_video
 from vidssl.data.shards import Shards
-from vidssl.evaluation.embedding import window_spans
+from vidssl.evaluation.embedding import WHOLE, window_spans
 from vidssl.evaluation.embedding_files import read_embedding
 from vidssl.evaluation.extractor import make_extractor
 from vidssl.evaluation.feature_cache import FeatureStore
@@ -90,11 +90,11 @@ def test_windows_of_files_are_what_the_video_is_there(run, tiny_corpus, tmp_path
 @pytest.mark.parametrize(
     "duration, expected",
     [
-        (0.5, [(0.0, 0.5)]),
-        (2.0, [(0.0, 2.0)]),
+        (0.5, [WHOLE]),
+        (2.0, [WHOLE]),
         (4.0, [(0.0, 2.0), (1.5, 3.5), (2.0, 4.0)]),
         (5.0, [(0.0, 2.0), (1.5, 3.5), (3.0, 5.0)]),
-        (0.0, [(0.0, 0.0)]),
+        (0.0, [WHOLE]),
     ],
 )
 def test_windows_cover_a_video(duration, expected):
@@ -144,13 +144,15 @@ def test_neither_processes_nor_an_early_end_change_a_bit(run, tiny_shards, tmp_p
 
 
 def test_broken_files_are_listed_and_end_nothing(run, odd_corpus, tmp_path):
-    embed.main(call(run, tmp_path / "out", odd_corpus))
+    embed.main(call(run, tmp_path / "out", odd_corpus, more=WINDOWS))
     found = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
     reasons = {Path(record["key"]).name: record["reason"] for record in found}
     assert set(reasons) == {"truncated.mp4", "text.mp4", "empty.mp4", "text.png"}
     assert reasons["empty.mp4"] == "empty" and reasons["text.png"] == "not_an_image"
-    names = [Path(key).name for key, _, _ in rows(tmp_path / "out")]
-    assert len(names) == 9 and len(np.load(tmp_path / "out" / "features.npy")) == 9
+    found = rows(tmp_path / "out")
+    whole = {Path(key).name: end for key, start, end in found if start == 0.0}
+    assert len(whole) == 9 and len(np.load(tmp_path / "out" / "features.npy")) == len(found) > 20
+    assert whole["picture.png"] == 0.0 and whole["short.mp4"] == 0.2 and whole["vfr.mp4"] == 0.4
     with pytest.raises(vidssl.UserError, match="none of 4 files can be decoded"):
         embed.main(call(run, tmp_path / "none", odd_corpus / "bad"))
 

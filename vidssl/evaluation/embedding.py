@@ -7,6 +7,7 @@ neither their number nor a kill changes a bit. embedding_files.py then writes th
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -30,6 +31,7 @@ from vidssl.evaluation.views import MediaSource, View
 PARTS = "parts"  # folder of OUT with what only an unfinished embedding needs
 PLAN = "plan.json"
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
+WHOLE = (0.0, math.inf)  # seconds
 SAME_TIME_S = 1e-6  # seconds; rests of a video shorter than this make no window
 
 
@@ -70,8 +72,9 @@ class EmbeddingPlan(NamedTuple):
 
     @property
     def rows(self) -> list[EmbeddingRow]:
-        spans = self.spans or [(0.0, duration_of(sample)) for sample in self.samples]
-        return [EmbeddingRow(s.key, *span) for s, span in zip(self.samples, spans, strict=True)]
+        spans = self.spans or [WHOLE] * len(self.samples)
+        pairs = zip(self.samples, spans, strict=True)
+        return [EmbeddingRow(s.key, start, min(end, duration_of(s))) for s, (start, end) in pairs]
 
 
 def duration_of(sample: Sample) -> float:
@@ -81,9 +84,9 @@ def duration_of(sample: Sample) -> float:
 
 def window_spans(duration: float, window: float, hop: float) -> list[tuple[float, float]]:
     """Windows of `window` seconds, one every `hop` seconds while they fit; one more at the end where a rest
-    is left. A video that is shorter than a window is one."""
+    is left. A video that is not longer than a window is one as a whole, an image too."""
     if duration <= window:
-        return [(0.0, duration)]
+        return [WHOLE]
     count = int((duration - window) / hop + SAME_TIME_S) + 1
     starts = [round(i * hop, 6) for i in range(count)]
     if starts[-1] + window < duration - SAME_TIME_S:
@@ -121,7 +124,8 @@ def short_windows(plan: EmbeddingPlan) -> str | None:
     pairs = list(zip(plan.samples, plan.spans, strict=True))
     rates = [view.fps or float(s.meta.get("fps") or 0) / (view.stride or 1) for s, _ in pairs]
     needed = [(view.frames - 1) / rate if rate else 0.0 for rate in rates]
-    short = [n for n, (_, (start, end)) in zip(needed, pairs, strict=True) if n > end - start]
+    lengths = [min(end, duration_of(sample)) - start for sample, (start, end) in pairs]
+    short = [n for n, length in zip(needed, lengths, strict=True) if n > length > 0]
     if not short:
         return None
     return (

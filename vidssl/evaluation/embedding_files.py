@@ -55,7 +55,7 @@ def write_embedding_files(
         out, shape, features, kept, kept_rows
     )
     atomic_write(out / "rows.csv", partial(write_rows, rows=kept_rows))
-    lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in rejected)
+    lines = "".join(json.dumps(record) + "\n" for record in rejected)
     atomic_write(out / "rejected.jsonl", partial(Path.write_text, data=lines, encoding="utf-8"))
     facts = {
         **facts,
@@ -108,7 +108,10 @@ def write_parquet(
     def write(path: Path) -> None:
         with parquet.ParquetWriter(path, schema) as writer:
             for place, values in pieces(features, kept):
-                columns = [pa.array(column) for column in zip(*rows[place], strict=True)]
+                keys, starts, ends = zip(*rows[place], strict=True)
+                # Names of files need not be UTF-8
+                keys = [key.encode(errors="backslashreplace").decode() for key in keys]
+                columns = [pa.array(column) for column in (keys, starts, ends)]
                 flat = pa.array(np.ascontiguousarray(values).ravel(), number)
                 columns.append(pa.FixedSizeListArray.from_arrays(flat, size))
                 writer.write_table(pa.Table.from_arrays(columns, schema=schema))
