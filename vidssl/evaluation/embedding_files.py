@@ -110,8 +110,8 @@ def write_parquet(
             for place, values in pieces(features, kept):
                 keys, starts, ends = zip(*rows[place], strict=True)
                 # Names of files need not be UTF-8
-                keys = [key.encode(errors="backslashreplace").decode() for key in keys]
-                columns = [pa.array(column) for column in (keys, starts, ends)]
+                names = [key.encode(errors="backslashreplace").decode() for key in keys]
+                columns = [pa.array(column) for column in (names, starts, ends)]
                 flat = pa.array(np.ascontiguousarray(values).ravel(), number)
                 columns.append(pa.FixedSizeListArray.from_arrays(flat, size))
                 writer.write_table(pa.Table.from_arrays(columns, schema=schema))
