@@ -20,6 +20,7 @@ class Encoded(NamedTuple):
     z: Tensor  # [B, (1 +) Nc, levels * D], the class token first if there is one
     scores: Tensor | None  # f32 [B, N], from which the mask was made; None: from no scores
     prepared: Tensor | None = None  # what the target made of the clips once for all masks
+    noise: Tensor | None = None  # f32 [B, 3, T, H, W], that the corruption mixed into the video
 
 
 class Prediction(NamedTuple):

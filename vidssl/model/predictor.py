@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from vidssl.config import NonNegativeFloat, PositiveFloat, PositiveInt
 from vidssl.core.errors import UserError
+from vidssl.model.conditioning import Modulation
 from vidssl.model.conv_predictor import ConvPredictor
 from vidssl.model.cross_predictor import CrossPredictor
 from vidssl.model.grid import Grid, Mask
@@ -68,12 +69,14 @@ class JointPredictor(nn.Module):
         init: Init = "trunc_normal",
         init_std: PositiveFloat = 0.02,
         depth_rescale: bool = False,
+        conditioned: bool = False,
     ):
         """out: width K of the target. embed_bias: of the layer from encoder to predictor (VideoMAE has none).
 
         class_token: the predictor's own (MAE-ST), or the encoder's, embedded (MAE). modality: adds a learned
         image or video embedding; context_head: a second head predicts at the context tokens too (both V-JEPA
-        2.1). For an encoder with several levels the embedding is an MLP (V-JEPA 2.1).
+        2.1). For an encoder with several levels the embedding is an MLP (V-JEPA 2.1). conditioned: blocks and
+        last norm are told the noise level, as the encoder is (UMD).
         """
         super().__init__()
         check_heads(width, heads)
@@ -93,7 +96,14 @@ class JointPredictor(nn.Module):
         self.class_token = nn.Parameter(0.02 * torch.randn(width)) if class_token == "own" else None
         # Row 0 is added for videos, row 1 for images.
         self.modality = nn.Parameter(1e-6 * torch.randn(2, width)) if modality else None
-        self.blocks = TransformerStack(Block(width, heads, mlp_ratio, mlp, eps) for _ in range(depth))
+        if conditioned and encoder.noise_level is None:
+            raise UserError("method.predictor.conditioned needs model.conditioned=true")
+        self.needs_condition = conditioned
+        of_condition = encoder.dim if conditioned else 0
+        self.blocks = TransformerStack(
+            Block(width, heads, mlp_ratio, mlp, eps, condition=of_condition) for _ in range(depth)
+        )
+        self.modulation = Modulation(encoder.dim, width, 2) if conditioned else None
         self.norm = nn.LayerNorm(width, eps=eps)
         self.proj = nn.Linear(width, out)
         self.proj_context = nn.Linear(width, out) if context_head else None
@@ -101,17 +111,25 @@ class JointPredictor(nn.Module):
         if depth_rescale:
             self.blocks.rescale()
 
-    def forward(self, z: Tensor, mask: Mask, query: Tensor, grid: Grid) -> Prediction:
-        """z [B, (1 +) Nc, D], query [width] or [B, M, Nt, width]. Target groups do not attend to each
-        other."""
+    def forward(
+        self, z: Tensor, mask: Mask, query: Tensor, grid: Grid, condition: Tensor | None = None
+    ) -> Prediction:
+        """z [B, (1 +) Nc, D], query [width] or [B, M, Nt, width]; condition [B, D] of the encoder, if it is
+        told one. Target groups do not attend to each other."""
         if self.proj_context is None:
-            return Prediction(self.proj(self.forward_tokens(z, mask, query, grid)))
-        x = self.forward_tokens(z, mask, query, grid, include_context=True)
+            return Prediction(self.proj(self.forward_tokens(z, mask, query, grid, False, condition)))
+        x = self.forward_tokens(z, mask, query, grid, True, condition)
         num_context = mask.context.shape[1]
         return Prediction(self.proj(x[:, :, num_context:]), self.proj_context(x[:, :, :num_context]))
 
     def forward_tokens(
-        self, z: Tensor, mask: Mask, query: Tensor, grid: Grid, include_context: bool = False
+        self,
+        z: Tensor,
+        mask: Mask,
+        query: Tensor,
+        grid: Grid,
+        include_context: bool = False,
+        condition: Tensor | None = None,
     ) -> Tensor:
         """Returns normed tokens [B, M, Nt, width]; with include_context [B, M, Nc + Nt, width], context
         first. Without, context tokens serve as keys and values only in the last block."""
@@ -135,8 +153,14 @@ class JointPredictor(nn.Module):
         ids = torch.cat([context_ids, rearrange(mask.target, "b m n -> (b m) n")], 1)
         num_outputs = num_targets + (num_context if include_context else 0)
         rope = self.positions.rope(grid, ids, x.device)
-        (x,) = self.blocks(x, rope, [len(self.blocks) - 1], num_outputs)
-        return rearrange(self.norm(x), "(b m) n d -> b m n d", m=groups)
+        if condition is not None:
+            condition = repeat(condition, "b d -> (b m) d", m=groups)
+        (x,) = self.blocks(x, rope, [len(self.blocks) - 1], num_outputs, condition=condition)
+        x = self.norm(x)
+        if self.modulation is not None:
+            shift, factor = self.modulation(condition)
+            x = x * (1 + factor) + shift
+        return rearrange(x, "(b m) n d -> b m n d", m=groups)
 
 
 class ParallelPredictor(nn.Module):

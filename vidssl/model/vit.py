@@ -21,6 +21,7 @@ from vidssl.core.pixels import MEAN, STD
 from vidssl.core.rng import KeyedRNG
 from vidssl.core.suggestions import divisors_near, multiples_near
 from vidssl.model.attention import AttentionPattern, attention_pattern
+from vidssl.model.conditioning import Modulation, NoiseLevel, block_changes, gated, shifted
 from vidssl.model.grid import Grid, ImageGrid, gather_tokens, patchify
 from vidssl.model.output_head import output_head
 from vidssl.model.positions import PositionEncoding, PositionKind, RotaryTable, apply_rope
@@ -41,9 +42,9 @@ def draw_weight(weight: Tensor, init: Init, std: float) -> None:
 
 
 def init_weights(module: nn.Module, init: Init, std: float = 0.02) -> None:
-    """Draws the weights of every linear layer in `module`; biases are zero."""
+    """Draws the weights of every linear layer in `module`; biases are zero, and modulations stay so."""
     for layer in module.modules():
-        if isinstance(layer, nn.Linear):
+        if isinstance(layer, nn.Linear) and not isinstance(layer, Modulation):
             draw_weight(layer.weight, init, std)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
@@ -92,7 +93,7 @@ class Attention(nn.Module):
 
 class Block(nn.Module):
     """Transformer block; norm: of the inputs of attention and MLP (pre), or of their sums with the residual
-    (post)."""
+    (post). condition: width of what changes the norms (conditioning.py); 0: none."""
 
     def __init__(
         self,
@@ -102,14 +103,18 @@ class Block(nn.Module):
         mlp: Feedforward = "gelu",
         eps: float = LAYER_NORM_EPS,
         norm: BlockNorm = "pre",
+        condition: int = 0,
     ):
         super().__init__()
+        if condition and norm == "post":
+            raise UserError("model.conditioned needs model.block_norm=pre")
         hidden_dim = round(dim * mlp_ratio)
         self.is_post = norm == "post"
         self.norm1 = nn.LayerNorm(dim, eps=eps)
         self.attn = Attention(dim, heads)
         self.norm2 = nn.LayerNorm(dim, eps=eps)
         self.mlp = Mlp(dim, hidden_dim) if mlp == "gelu" else SwiGLU(dim, swiglu_dim(hidden_dim))
+        self.modulation = Modulation(condition, dim, 6) if condition else None
 
     def forward(
         self,
@@ -119,15 +124,18 @@ class Block(nn.Module):
         path_scale: Tensor | None = None,
         attends: Tensor | None = None,
         mlp_output: bool = False,
+        condition: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """With num_outputs, only the last num_outputs tokens are returned; the others are keys and values.
         path_scale f32 [B, 2, 1, 1]: factors on the outputs of attention and MLP (stochastic depth); attends:
-        see Attention; mlp_output: returns that of the MLP, too."""
-        attended = self.attn(x if self.is_post else self.norm1(x), rope, num_outputs, attends)
+        see Attention; mlp_output: returns that of the MLP, too; condition: [B, C]."""
+        first, second = block_changes(self.modulation, condition)
+        normed = x if self.is_post else shifted(self.norm1(x), first)
+        attended = gated(self.attn(normed, rope, num_outputs, attends), first)
         attended = attended if path_scale is None else attended * path_scale[:, 0]
         x = (x if num_outputs is None else x[:, -num_outputs:]) + attended
         x = self.norm1(x) if self.is_post else x
-        hidden = self.mlp(x if self.is_post else self.norm2(x))
+        hidden = gated(self.mlp(x if self.is_post else shifted(self.norm2(x), second)), second)
         x = x + (hidden if path_scale is None else hidden * path_scale[:, 1])
         x = self.norm2(x) if self.is_post else x
         return (x, hidden) if mlp_output else x
@@ -157,22 +165,24 @@ class TransformerStack(nn.ModuleList):
         rng: KeyedRNG | None = None,
         attends: Tensor | None = None,
         mlp_outputs: bool = False,
+        condition: Tensor | None = None,
     ) -> list[Tensor]:
         """Outputs of the given 0-based layers, or of their MLPs; the final layer returns only its last
         `num_outputs` tokens. rng: of stochastic depth; without one no sample skips a layer. attends: see
-        Attention."""
+        Attention; condition: see Block."""
         scales = self._draw_path_scales(rng)
         outputs = []
         for i, (block, scale) in enumerate(zip(self, scales, strict=True)):
             block_outputs = num_outputs if i == len(self) - 1 else None
             if mlp_outputs:
-                x, output = block(x, rope, block_outputs, scale, attends, True)
+                x, output = block(x, rope, block_outputs, scale, attends, True, condition)
                 outputs += [output] if i in layers else []
                 continue
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, rope, block_outputs, scale, attends, use_reentrant=False)
+                arguments = (x, rope, block_outputs, scale, attends, False, condition)
+                x = checkpoint(block, *arguments, use_reentrant=False)
             else:
-                x = block(x, rope, block_outputs, scale, attends)
+                x = block(x, rope, block_outputs, scale, attends, False, condition)
             if i in layers:
                 outputs.append(x)
         return outputs
@@ -260,6 +270,7 @@ class Encoder(nn.Module):
         init_std: PositiveFloat = 0.02,
         depth_rescale: bool = False,
         drop_path: Fraction = 0.0,
+        conditioned: bool = False,
     ):
         """frames, height, width: size of a native clip, in frames and pixels; dim: width of the tokens;
         depth: number of blocks; heads: of each block's attention; mlp_ratio: width of an MLP's hidden layer,
@@ -274,7 +285,8 @@ class Encoder(nn.Module):
         the predictor receives (V-JEPA 2.1); the last layer must be among them. final_norm: False in models
         fine-tuned on the mean of tokens (VideoMAE). head_depth: layers of an MLP, head_width wide, on what
         the predictor receives and an EMA target is (Latent MIM); it is not evaluated. depth_rescale: see
-        TransformerStack.rescale; drop_path: see TransformerStack.drop_path.
+        TransformerStack.rescale; drop_path: see TransformerStack.drop_path. conditioned: the blocks are told
+        the noise level of the clip (UMD); without one it is clean.
         """
         super().__init__()
         check_heads(dim, heads)
@@ -297,8 +309,10 @@ class Encoder(nn.Module):
         self.class_token = nn.Parameter(0.02 * torch.randn(dim)) if class_token else None
         self.positions = PositionEncoding(positions, self.grid, dim, heads, rope_grid)
         self.blocks = TransformerStack(
-            Block(dim, heads, mlp_ratio, mlp, eps, block_norm) for _ in range(depth)
+            Block(dim, heads, mlp_ratio, mlp, eps, block_norm, dim if conditioned else 0)
+            for _ in range(depth)
         )
+        self.noise_level = NoiseLevel(dim) if conditioned else None
         post = block_norm == "post"
         self.input_norm = nn.LayerNorm(dim, eps=eps) if post else nn.Identity()
         self.norm = nn.LayerNorm(dim, eps=eps) if final_norm and not post else nn.Identity()
@@ -328,6 +342,13 @@ class Encoder(nn.Module):
         """The token grid of a video [B, 3, T, H, W]."""
         return self._grid(*video.shape[2:])
 
+    def condition_of(self, level: Tensor | None, clips: int, device: torch.device) -> Tensor | None:
+        """[B, D] for clips of these noise levels f32 [B]; None where the encoder is not conditioned. level
+        None: the clips are clean."""
+        if self.noise_level is None:
+            return None
+        return self.noise_level(torch.zeros(clips, device=device) if level is None else level)
+
     def patch_embed_of(self, grid: Grid) -> PatchEmbed:
         """The embedding of the patches of a grid, which may be an image's."""
         return self.patch_embed_img if self.patch_embed_img is not None and grid.image else self.patch_embed
@@ -341,13 +362,14 @@ class Encoder(nn.Module):
         replaced: tuple[Tensor, Tensor] | None = None,
         all_layers: bool | Literal["mlp"] = False,
         with_class: bool = False,
+        condition: Tensor | None = None,
     ) -> Tensor:
         """return_levels: returns the predictor's input [B, (1 +) Nc, levels * D], with the class token first
         if there is one; all_layers: so the input of the first block and the output of every block, without
         norms, [B, (1 +) Nc, (depth + 1) * D], or with "mlp" in their place the output of its MLP. rng: of
         stochastic depth; without one no sample skips a layer. replaced: (tokens bool [B, N], vector [D]) that
         stands in for their patches (MaskFeat, BEiT). with_class: the class token comes
-        first if there is one."""
+        first if there is one. condition: of condition_of; None: that of clean clips."""
         grid = self.grid_of(video)
         patches = patchify(video, video.shape[2] // grid.t, self.patch)
         if ids is not None:
@@ -365,12 +387,15 @@ class Encoder(nn.Module):
         x = self.input_norm(x)
         rope = self.positions.rope(grid, ids, x.device, int(self.class_token is not None))
         attends = attention_pattern(self.attention, grid, ids, x.shape[1], x.device)
+        if condition is None:
+            condition = self.condition_of(None, len(x), x.device)
         if all_layers:
             layers = range(len(self.blocks))
-            outputs = self.blocks(x, rope, layers, rng=rng, attends=attends, mlp_outputs=all_layers == "mlp")
+            options = {"rng": rng, "attends": attends, "condition": condition}
+            outputs = self.blocks(x, rope, layers, mlp_outputs=all_layers == "mlp", **options)
             return torch.cat([x, *outputs], -1)
         levels = self.levels if return_levels else self.levels[-1:]
-        *lower, last = self.blocks(x, rope, levels, rng=rng, attends=attends)
+        *lower, last = self.blocks(x, rope, levels, rng=rng, attends=attends, condition=condition)
         features = [norm(level) for norm, level in zip(self.level_norms, lower, strict=False)]
         x = torch.cat([*features, self.norm(last)], -1) if lower else self.norm(last)
         if return_levels:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vidssl.config import Fraction, Range
+from vidssl.core.errors import UserError
 from vidssl.core.rng import KeyedRNG
 from vidssl.model.grid import Grid, Mask
 from vidssl.objective.selection import lowest_ids, other_ids
@@ -76,6 +77,29 @@ class RandomBoxes:
         room = np.array([grid.h, grid.w, grid.t])[:, None, None] - size + 1
         start = np.floor(u[:, 3:].swapaxes(0, 1) * room)
         return np.concatenate([fits[None], start, start + size]).astype(np.int64).transpose(1, 2, 0)
+
+
+@dataclass(frozen=True)
+class RandomRatios:
+    """Several masks of a clip, each of tokens hidden at random with a ratio of its own. Source: UMD (arXiv
+    2406.17688), where some clips are clean and others noised."""
+
+    ratios: tuple[Fraction, ...] = (0.75, 0.375)  # fraction of tokens hidden, of each mask
+
+    counts_vary = False
+
+    def __call__(self, video: Tensor, grid: Grid, rng: KeyedRNG) -> list[Mask]:
+        masks = []
+        for ratio in self.ratios:
+            kept = int(grid.n * (1 - ratio))
+            if not 0 < kept < grid.n:
+                raise UserError(
+                    f"method.mask.ratios: {ratio} of {grid.n} tokens hides {grid.n - kept}; at least one "
+                    "must be hidden and one visible"
+                )
+            context = lowest_ids(rng.rand(grid.n), kept)
+            masks.append(Mask(context, other_ids(context, grid.n)[:, None]))
+        return masks
 
 
 @dataclass(frozen=True)

@@ -6,15 +6,17 @@ from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from einops import repeat
+from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from vidssl.config import NonNegativeFloat, PositiveFloat
+from vidssl.config import NonNegativeFloat, PositiveFloat, PositiveInt
 from vidssl.core.constants import constant
 from vidssl.core.errors import UserError
 from vidssl.core.pixels import channel_statistics
 from vidssl.core.rng import KeyedRNG
-from vidssl.model.grid import Grid, Mask
+from vidssl.model.grid import Grid, Mask, gather_tokens, patchify
+from vidssl.model.prediction import Encoded
+from vidssl.model.queries import NoiseSchedule, signal_shares
 from vidssl.model.vit import Encoder
 
 
@@ -23,6 +25,8 @@ class Corrupted(NamedTuple):
 
     video: Tensor  # f32 [B, 3, T, H, W]
     replaced: tuple[Tensor, Tensor] | None = None  # bool [B, N] and [D]: see Encoder.forward
+    level: Tensor | None = None  # f32 [B], steps of diffusion, of which the encoder is told; None: it is not
+    noise: Tensor | None = None  # f32 [B, 3, T, H, W], that was mixed in
 
 
 class Corruption(nn.Module):
@@ -30,9 +34,14 @@ class Corruption(nn.Module):
 
     sees_all = True  # the encoder sees all tokens, hidden ones corrupted; False: it sees the context alone
 
-    def forward(self, video: Tensor, mask: Mask, grid: Grid, rng: KeyedRNG) -> Corrupted:
-        """video f32 [B, 3, T, H, W], clean."""
+    def forward(self, video: Tensor, mask: Mask, grid: Grid, rng: KeyedRNG, index: int = 0) -> Corrupted:
+        """video f32 [B, 3, T, H, W], clean; index: number of the mask within the step."""
         raise NotImplementedError
+
+    def context_target(self, features: Tensor, encoded: Encoded) -> Tensor | None:
+        """What is predicted at the context tokens, [B, Nc, K], where the predictor has a context head; None:
+        nothing, with this mask. features: [B, N, K], the target of every token."""
+        return gather_tokens(features, encoded.mask.context)
 
 
 Where = Literal["hidden", "all"]
@@ -58,7 +67,7 @@ class Token(Corruption):
         if std > 0:
             nn.init.trunc_normal_(self.token, std=std)
 
-    def forward(self, video: Tensor, mask: Mask, grid: Grid, rng: KeyedRNG) -> Corrupted:
+    def forward(self, video: Tensor, mask: Mask, grid: Grid, rng: KeyedRNG, index: int = 0) -> Corrupted:
         return Corrupted(video, (hidden_tokens(mask, grid), self.token))
 
 
@@ -82,7 +91,7 @@ class PixelCorruption(Corruption):
         raise NotImplementedError
 
     @torch.no_grad()
-    def forward(self, video: Tensor, mask: Mask, grid: Grid, rng: KeyedRNG) -> Corrupted:
+    def forward(self, video: Tensor, mask: Mask, grid: Grid, rng: KeyedRNG, index: int = 0) -> Corrupted:
         changed = self.corrupted(video, grid, rng)
         if self.where == "all":
             return Corrupted(changed)
@@ -97,12 +106,19 @@ class PixelCorruption(Corruption):
         return Corrupted(torch.where(hidden, changed, video))
 
 
+def noise_like(video: Tensor, rng: KeyedRNG) -> Tensor:
+    """Normally distributed f32 [B, 3, T, H, W], drawn frame by frame: the integers that are hashed take
+    several times the memory of the pixels."""
+    channels, frames, *size = video.shape[1:]
+    return torch.stack([rng.normal(channels, *size) for _ in range(frames)], 2)
+
+
 class Gaussian(PixelCorruption):
     """Gaussian noise: of a fixed deviation added to the normalised pixels (denoising autoencoder, Vincent et
     al., JMLR 11, 2010), or a level of diffusion drawn for each clip.
 
     With levels the input is sqrt(a) x + sqrt(1 - a) noise, a = cos(pi t / 2)^2 with t uniform in [0, 1), the
-    cosine schedule without its offset. The encoder is not told t (diffusion models are).
+    cosine schedule without its offset. The encoder is not told t (kind diffused tells it).
     """
 
     def __init__(
@@ -118,13 +134,53 @@ class Gaussian(PixelCorruption):
         self.levels = levels
 
     def corrupted(self, video: Tensor, grid: Grid, rng: KeyedRNG) -> Tensor:
-        # frame by frame: the integers that are hashed take several times the memory of the pixels
-        channels, frames, *size = video.shape[1:]
-        noise = torch.stack([rng.normal(channels, *size) for _ in range(frames)], 2)
+        noise = noise_like(video, rng)
         if not self.levels:
             return video + self.sigma * noise
         angle = math.pi / 2 * rng.rand(1, 1, 1, 1)
         return angle.cos() * video + angle.sin() * noise
+
+
+class Diffused(Corruption):
+    """The visible patches after t steps of diffusion, of which the encoder is told: even masks of a clip are
+    of the clean clip (t = 0), odd ones of a noised one, t drawn from 1..steps for each clip.
+
+    x_t = sqrt(a_t) x + sqrt(1 - a_t) noise, of pixels in [-1, 1]. With a context head the noise is predicted
+    at the visible tokens of noised clips. Source: UMD (arXiv 2406.17688; train_ae.py, gaussian_diffusion.py).
+    """
+
+    sees_all = False
+    shares: Tensor
+
+    def __init__(self, encoder: Encoder, steps: PositiveInt = 1000, schedule: NoiseSchedule = "cosine"):
+        super().__init__()
+        if encoder.noise_level is None:
+            raise UserError(
+                "method.corrupt.kind: diffused needs model.conditioned=true, which tells the encoder the "
+                "level; kind gaussian with levels=true does without"
+            )
+        self.tubelet = encoder.tubelet
+        self.patch = encoder.patch
+        self.steps = steps
+        self.register_buffer("shares", signal_shares(schedule, steps), persistent=False)
+
+    @torch.no_grad()
+    def forward(self, video: Tensor, mask: Mask, grid: Grid, rng: KeyedRNG, index: int = 0) -> Corrupted:
+        if index % 2 == 0:
+            return Corrupted(video)
+        t = 1 + (rng.rand() * self.steps).long()
+        share = self.shares[t][:, None, None, None, None]
+        noise = noise_like(video, rng)
+        mean, std = channel_statistics(video)
+        pixels = 2 * (video.float() * std + mean) - 1
+        noised = share.sqrt() * pixels + (1 - share).sqrt() * noise
+        return Corrupted(((noised + 1) / 2 - mean) / std, None, t.float(), noise)
+
+    def context_target(self, features: Tensor, encoded: Encoded) -> Tensor | None:
+        if encoded.noise is None:
+            return None
+        patches = patchify(encoded.noise, self.tubelet, self.patch)
+        return gather_tokens(rearrange(patches, "b n c u p q -> b n (u p q c)"), encoded.mask.context)
 
 
 class Blur(PixelCorruption):
@@ -190,4 +246,5 @@ CORRUPTIONS: dict[str, Callable[..., Corruption]] = {
     "blur": Blur,
     "mix": Mix,
     "grey": Grey,
+    "diffused": Diffused,
 }

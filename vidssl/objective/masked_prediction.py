@@ -127,11 +127,7 @@ class MaskedPrediction(Objective):
             mask = predicted.encoded.mask
             loss = parts[f"loss_{i}"] = self.weighted_mean(predicted.error, mask)
             if predicted.prediction.context is not None:
-                assert features is not None
-                context_loss = parts[f"context_loss_{i}"] = self.context_error(
-                    predicted.prediction.context, features, mask, grid
-                )
-                loss = loss + self.context_loss.weight_at(rng.step) * context_loss
+                loss = self.with_context(loss, predicted, parts)
             for name, value in self.auxiliary_losses(predicted).items():
                 parts[f"{name}_{i}"] = value
                 loss = loss + value
@@ -151,16 +147,18 @@ class MaskedPrediction(Objective):
         prepared: Tensor | None = None,
     ) -> Predicted:
         """Encodes the context of a mask, predicts its targets and compares them."""
-        seen = Corrupted(video) if self.corruption is None else self.corruption(video, mask, grid, rng)
+        seen = Corrupted(video) if self.corruption is None else self.corruption(video, mask, grid, rng, index)
         context: Tensor | None = mask.context
         if self.corruption is not None and self.corruption.sees_all:
             context = None
             mask = mask._replace(context=torch.arange(grid.n, device=video.device).expand(len(video), -1))
         all_layers = getattr(self.predictor, "needs_all_layers", False)
-        z = self.encoder(seen.video, context, True, rng, seen.replaced, all_layers)
-        encoded = Encoded(video, seen.video, grid, index, mask, rng, z, scores, prepared)
+        condition = self.encoder.condition_of(seen.level, len(video), video.device)
+        z = self.encoder(seen.video, context, True, rng, seen.replaced, all_layers, condition=condition)
+        encoded = Encoded(video, seen.video, grid, index, mask, rng, z, scores, prepared, seen.noise)
         query = None if self.query is None else self.query(encoded, self.predictor)
-        prediction: Prediction = self.predictor(z, mask, query, grid)
+        told = [condition] if getattr(self.predictor, "needs_condition", False) else []
+        prediction: Prediction = self.predictor(z, mask, query, grid, *told)
         if features is None:
             target = self.target.for_mask(encoded)
         else:
@@ -176,10 +174,24 @@ class MaskedPrediction(Objective):
             found[name] = found.get(name, 0.0) + aux.weight * aux(predicted)
         return found
 
-    def context_error(self, pred: Tensor, target: Tensor, mask: Mask, grid: Grid) -> Tensor:
-        """Returns the mean error, a scalar, of pred [B, M, Nc, K] at the context tokens; target [B, N, K]."""
-        error = self.error(pred.float(), gather_tokens(target, mask.context)[:, None].float())
-        return (error * inverse_sqrt_distance(mask, grid) if self.context_loss.by_distance else error).mean()
+    def with_context(self, loss: Tensor, predicted: Predicted, parts: dict[str, Tensor]) -> Tensor:
+        """Returns the loss of a mask with that of its context tokens, which is added to `parts`, too."""
+        encoded = predicted.encoded
+        pred = predicted.prediction.context
+        assert predicted.features is not None and pred is not None
+        if self.corruption is None:
+            target: Tensor | None = gather_tokens(predicted.features, encoded.mask.context)
+        else:
+            target = self.corruption.context_target(predicted.features, encoded)
+        if target is None:
+            return loss
+        error = self.error(pred.float(), target[:, None].float())
+        if self.context_loss.by_distance:
+            error = error * inverse_sqrt_distance(encoded.mask, encoded.grid)
+        context_loss = parts[f"context_loss_{encoded.mask_index}"] = error.mean()
+        weight = self.context_loss.weight_at(encoded.rng.step)
+        loss = loss + weight * context_loss
+        return loss / (1 + weight) if self.context_loss.mean else loss
 
     @staticmethod
     def weighted_mean(error: Tensor, mask: Mask) -> Tensor:

@@ -20,7 +20,7 @@ from vidssl.core.errors import UserError
 from vidssl.core.rng import KeyedRNG
 from vidssl.model.grid import Grid, Mask
 from vidssl.objective.block_masks import MultiBlock2D, MultiBlock3D, SingleBlock
-from vidssl.objective.corruption_masks import RandomBoxes, Whole
+from vidssl.objective.corruption_masks import RandomBoxes, RandomRatios, Whole
 from vidssl.objective.objective import Masker
 from vidssl.objective.scored_mask import Scored
 from vidssl.objective.selection import indices_of, lowest_ids, other_ids
@@ -262,6 +262,7 @@ class RunningCell:
 
 MASKS = {
     "random": Random,
+    "random_ratios": RandomRatios,
     "tube": Tube,
     "frame": Frame,
     "future": Future,

@@ -27,15 +27,16 @@ class Pixels(Target):
     norm "channel": every colour of a patch has mean 0 and (unbiased) deviation 1, as in VideoMAE
     (engine_for_pretraining.py; epsilon 1e-6 outside the root); "patch": all colours of a patch together, as
     in MAE and MAE-ST (models_mae.py; epsilon inside the root); "none". space: pixels in [0, 1] ("rgb",
-    VideoMAE) or normalised as the encoder's input ("normalised", MAE and MAE-ST). per_tubelet: number of
-    frames of each tubelet to predict, spread evenly over the clip (MAE-ST: 1 of 2); None: all.
+    VideoMAE), in [-1, 1] ("signed", UMD) or normalised as the encoder's input ("normalised", MAE and
+    MAE-ST). per_tubelet: number of frames of each tubelet to predict, spread evenly over the clip (MAE-ST: 1
+    of 2); None: all.
     """
 
     def __init__(
         self,
         encoder: Encoder,
         norm: Literal["channel", "patch", "none"] = "channel",
-        space: Literal["rgb", "normalised"] = "rgb",
+        space: Literal["rgb", "signed", "normalised"] = "rgb",
         per_tubelet: PositiveInt | None = None,
     ):
         frames = per_tubelet or encoder.tubelet
@@ -64,6 +65,9 @@ class Pixels(Target):
                 eps = eps / std.view(3, 1)
             else:
                 video = video.float() * std + mean
+        elif self.space == "signed":
+            mean, std = channel_statistics(video)
+            video = 2 * (video.float() * std + mean) - 1
         if self.frames < self.tubelet:
             count = video.shape[2] // self.tubelet * self.frames
             frames = torch.linspace(0, video.shape[2] - 1, count, device="cpu").long().tolist()

@@ -155,7 +155,8 @@ def method_rows(cfg: TrainConfig, clip: Tensor, name: str = "") -> Rows:
         for i, mask in enumerate(masks[:MASKS_DRAWN]):
             context, target = paint(shown, mask, grid)
             if objective.corruption is not None:
-                rows.append((f"{name}mask {i + 1}\nseen", seen_row(objective, video, mask, grid, rng, step)))
+                seen = seen_row(objective, video, mask, grid, rng, step, i)
+                rows.append((f"{name}mask {i + 1}\nseen", seen))
             else:
                 rows.append((f"{name}mask {i + 1}\ncontext", context))
             rows.append((f"{name}mask {i + 1}\ntarget", target))
@@ -184,11 +185,17 @@ def maskable(cfg: TrainConfig) -> MaskedPrediction:
 
 
 def seen_row(
-    objective: MaskedPrediction, video: Tensor, mask: Mask, grid: Grid, rng: KeyedRNG, step: int
+    objective: MaskedPrediction,
+    video: Tensor,
+    mask: Mask,
+    grid: Grid,
+    rng: KeyedRNG,
+    step: int,
+    index: int,
 ) -> np.ndarray:
-    """What the encoder sees of a video f32 [1, 3, T, H, W], every `step`-th frame."""
+    """What the encoder sees of a video f32 [1, 3, T, H, W] with mask `index`, every `step`-th frame."""
     assert objective.corruption is not None
-    seen = objective.corruption(video, mask, grid, rng)
+    seen = objective.corruption(video, mask, grid, rng, index)
     mean, std = channel_statistics(video)
     pixels = rearrange((seen.video * std + mean)[0], "c t h w -> t h w c").clamp(0, 1)[::step]
     frames = (255 * pixels).round().numpy().astype(np.uint8)

@@ -117,13 +117,14 @@ def stack_flops(stack: nn.Module) -> Callable[..., int]:
     for block in stack:
         assert isinstance(block, Block)
         weights.append((weights_of(block.attn.qkv), weights_of(block.attn.proj), weights_of(block.mlp)))
+    of_condition = sum(weights_of(block.modulation) for block in stack if block.modulation is not None)
 
     def count(
         x: Tensor, rope: object, layers: object, num_outputs: int | None = None, **options: object
     ) -> int:
         """Of x [B, n, D]; the last block has num_outputs queries. Patterns of attention save nothing."""
         b, n, dim = x.shape
-        total = 0
+        total = 2 * b * of_condition
         for i, (qkv, proj, mlp) in enumerate(weights):
             queries = num_outputs if num_outputs is not None and i == len(weights) - 1 else n
             total += 2 * b * (n * qkv + queries * proj + 2 * queries * n * dim + queries * mlp)
