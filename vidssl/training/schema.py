@@ -257,8 +257,9 @@ class TrainConfig:
     def check_before_work(self) -> None:
         """Raises UserError for what can be known before torch is imported and data are opened."""
         if self.data.reader == "indexed":
-            for stream in self.data.streams():
-                check_local_folders("data.train", stream.train)
+            for i, stream in enumerate(self.data.streams()):
+                key = f"data.extra_streams[{i - 1}].train" if i else "data.train"
+                check_local_folders(key, stream.train)
         if self.run.init is not None:
             check_source(self.run.init, "run.init")
         check_local_folders("data.val", self.data.val or [])

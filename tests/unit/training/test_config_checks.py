@@ -51,6 +51,10 @@ TUNE = [str(ROOT / "configs/finetune/folder.yaml"), *("encoder=x", "out=x", "dat
             "not both",
         ),
         (["data.train=/no/such/folder"], "data.train: /no/such/folder: no such folder"),
+        (
+            ["data.extra_streams=[{train: [/no/such], frames: 2, clips: 1, stride: 1}]", "data.train=/"],
+            "data.extra_streams[0].train: /no/such: no such folder",
+        ),
         (["run.trackers=trackio"], "run.trackers: trackio is not installed"),
         (["run.steps=true"], "expected int >= 1"),
         (["optim.lr=true"], "optim.lr"),
