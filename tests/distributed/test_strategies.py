@@ -60,6 +60,16 @@ METHODS = {
     ],  # two of its steps are spoiled
     "vjepa": [str(ROOT / "configs/method/vjepa_tiny.yaml"), "model.depth=2", "optim.clip_per_module=true"],
 }
+# Predictors that METHODS do not have, for a run of one step each
+PREDICTORS = {
+    "cross": ["method.predictor={kind: cross, width: 16, depth: 1, heads: 2}"],
+    "parallel": ["method.predictor={kind: parallel, copies: 2, width: 16, depth: 1, heads: 2}"],
+    "conv": [
+        "method.predictor={kind: conv, depth: 1, conv_groups: 4}",
+        "method.query={kind: noise, std: 0.01}",
+    ],
+    "head": ["method.predictor={kind: head}", "method.corrupt={kind: token}", "method.query=null"],
+}
 LAUNCH = {name: ROOT / f"configs/accelerate/{name}.yaml" for name in ("ddp", "fsdp2", "zero1", "zero2")}
 
 
@@ -73,6 +83,13 @@ def arguments(method: str, shards: Path, out: Path, *more: str) -> list[str]:
             "online_probe.samples=4",
         ]
     return [*METHODS[method], *BOTH, *data, *more]
+
+
+def predictor_arguments(name: str, shards: Path, out: Path) -> list[str]:
+    """One step of a masked prediction with a predictor of PREDICTORS."""
+    method = str(ROOT / "configs/method/videomae_tiny.yaml")
+    data = [f"data.train={shards / 'train'}", f"run.out={out}", "run.steps=1", "model.depth=1"]
+    return [method, *BOTH, *data, *PREDICTORS[name]]
 
 
 def go(
@@ -204,6 +221,9 @@ def runs(synthetic_shards, tmp_path_factory) -> Path:
     two += [
         job(name, f"bf16-{name}", "efficiency.precision=bf16", stop=2) for name in ("ddp", "fsdp2", "zero2")
     ]
+    for name in PREDICTORS:
+        go(predictor_arguments(name, synthetic_shards, out / f"{name}-1"))
+        two.append(["fsdp2", predictor_arguments(name, synthetic_shards, out / f"{name}-2"), STEPS])
     launch = {name: launcher_variables(name) for name in LAUNCH}
     launch["kept"] = launch["fsdp2"] | {"FSDP_RESHARD_AFTER_FORWARD": "false"}
     plan = {"launch": launch, "groups": [[4, four], [2, two]]}
@@ -232,6 +252,16 @@ def test_the_same_run_on_any_number_of_processes_whole_or_in_shards(name, runs):
     assert [r.keys() - {"save_s"} for r in many] == [r.keys() - {"save_s"} for r in one]
     for key in ("loss", "grad_norm"):
         assert [r[key] for r in many] == pytest.approx([r[key] for r in one], rel=1e-5, nan_ok=True)
+
+
+@pytest.mark.parametrize("name", PREDICTORS)
+def test_every_predictor_takes_the_same_step_in_shards(name, runs):
+    whole, shards = (tensors(runs / f"{name}-{world}", "checkpoints/step-00000001/model") for world in (1, 2))
+    assert list(shards) == list(whole)
+    assert max(float((shards[k] - whole[k]).abs().max()) for k in whole) < 1e-5
+    (one,), (two,) = (rows(runs / f"{name}-{world}") for world in (1, 2))
+    for key in ("loss", "grad_norm"):
+        assert two[key] == pytest.approx(one[key], rel=1e-5)
 
 
 def test_feature_stats_and_online_probe_are_the_same_in_shards(runs):

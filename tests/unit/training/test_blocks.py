@@ -1,5 +1,6 @@
 """training/blocks.py: which graphs torch.compile makes of the blocks, and which kernels attention may use."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,9 @@ from torch._dynamo.utils import counters
 
 from vidssl.config import load_config
 from vidssl.core.rng import KeyedRNG
+from vidssl.model.cross_predictor import CrossBlock, CrossStack
 from vidssl.model.grid import Grid
-from vidssl.model.vit import Block
+from vidssl.model.vit import Block, TransformerStack
 from vidssl.objective.masks import MASKS
 from vidssl.objective.objective import Objective
 from vidssl.training.blocks import all_stacks, configure_blocks, varying_stacks
@@ -60,6 +62,36 @@ def test_blocks_are_not_compiled_again(method, sizes, most, monkeypatch):
     assert len(counts) > 1 or method == "videomae"
     assert graphs[0] == graphs[-1] <= most, graphs
     assert not counters["graph_break"]
+
+
+VIDEO = ["model.tubelet=2", "model.positions=sincos_uniform", "method.predictor.positions=sincos_uniform"]
+
+
+@pytest.mark.parametrize(
+    ("method", "stack"), [("crossmae", CrossStack), ("umd", TransformerStack)], ids=["cross", "conditioned"]
+)
+def test_compiled_stacks_of_predictors_give_the_same_loss_and_gradients(method, stack, monkeypatch):
+    backend = partial(nn.Module.compile, backend="aot_eager")
+    for block in (Block, CrossBlock):
+        monkeypatch.setattr(block, "compile", lambda self, **options: backend(self, **options))
+    torch._dynamo.reset()
+    counters.clear()
+    objective = build(method, *VIDEO, "model.depth=1", "method.predictor.depth=1")
+    assert isinstance(objective.predictor.blocks, stack)
+    with torch.no_grad():  # what starts at zero would hide what follows it
+        for name, p in objective.named_parameters():
+            if "modulation" in name:
+                p.normal_(std=0.1)
+    found = []
+    for compiled in (False, True):
+        configure_blocks(objective, activation_checkpointing=compiled, compile=compiled)
+        objective.zero_grad()
+        loss = objective(torch.ones(2, 3, 8, 32, 32), KeyedRNG(0, 0, torch.arange(2)))["loss"]
+        loss.backward()
+        found.append([loss.detach(), *(p.grad.clone() for p in objective.parameters() if p.requires_grad)])
+    for plain, same in zip(*found, strict=True):
+        torch.testing.assert_close(same, plain, rtol=1e-4, atol=1e-6)
+    assert counters["stats"]["unique_graphs"] > 1 and not counters["graph_break"]
 
 
 @pytest.mark.parametrize("kind", [k for k, mask in MASKS.items() if not getattr(mask, "counts_vary", True)])
