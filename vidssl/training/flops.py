@@ -113,11 +113,12 @@ def passes(module: nn.Module, x: Tensor) -> int:
 
 def stack_flops(stack: nn.Module) -> Callable[..., int]:
     assert isinstance(stack, TransformerStack)
+    of_condition = 0
     weights = []  # (of queries, keys and values; of the projection; of the MLP) in each block
     for block in stack:
         assert isinstance(block, Block)
+        of_condition += 0 if block.modulation is None else weights_of(block.modulation)
         weights.append((weights_of(block.attn.qkv), weights_of(block.attn.proj), weights_of(block.mlp)))
-    of_condition = sum(weights_of(block.modulation) for block in stack if block.modulation is not None)
 
     def count(
         x: Tensor, rope: object, layers: object, num_outputs: int | None = None, **options: object
