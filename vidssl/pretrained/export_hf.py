@@ -81,8 +81,8 @@ def check_supported(model: dict[str, Any]) -> None:
     kinds = (model.get("mlp", "gelu"), model.get("attention", "full"), model.get("block_norm", "pre"))
     if model.get("class_token") or model.get("conditioned") or kinds != ("gelu", "full", "pre"):
         raise UserError(
-            "transformers has no model for clips with a class token, noise levels, model.attention other than "
-            "full, post-norm blocks, or SwiGLU of this kind: --to torch and --to onnx write them"
+            "transformers has no model for clips with a class token, noise levels, model.attention other "
+            "than full, post-norm blocks, or SwiGLU of this kind: --to torch and --to onnx write them"
         )
 
 
