@@ -11,6 +11,13 @@ if [ "${1:-}" = "--fast" ]; then
   shift
   exec python -m pytest tests/unit -m "not slow" -n auto "$@"
 fi
+# tests/integration/test_report_page.py is skipped without a browser
+if [ "${CI:-}" = true ] && [ "$(id -u)" = 0 ] && ! command -v chromedriver > /dev/null && command -v apt-get > /dev/null; then
+  echo "installing Chromium for the tests of pages ..."
+  log="$(mktemp)"
+  { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends chromium chromium-driver; } \
+    > "$log" 2>&1 || { tail -3 "$log" >&2; echo "warning: apt-get has no Chromium: the tests of pages are skipped" >&2; }
+fi
 ruff check .
 ruff format --check .
 mypy

@@ -7,10 +7,13 @@ vidssl report SHARDS                              writes report.json and report.
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from vidssl.core.errors import UserError, run_cli
 from vidssl.core.io import check_writable, make_folder, os_errors_as_user_errors
+from vidssl.core.suggestions import counted
 
 
 def report_parser() -> argparse.ArgumentParser:
@@ -19,6 +22,8 @@ def report_parser() -> argparse.ArgumentParser:
     )
     p.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="runs, a zoo, or shards")
     p.add_argument("-o", "--out", type=Path, default=Path("report.html"), help="default: report.html")
+    p.add_argument("--watch", action="store_true", help="serve the page on this machine, and keep it new")
+    p.add_argument("--port", type=int, default=8713, help="of --watch; default: 8713; 0: a free one")
     return p
 
 
@@ -31,17 +36,30 @@ def main(argv: list[str]) -> None:
         return
     if a.out.suffix not in (".html", ".htm"):
         raise UserError(f"-o {a.out}: give a file name that ends in .html")
-    check_writable(a.out.parent)
+    if not a.watch:
+        check_writable(a.out.parent)
     from vidssl.report.contents import make_contents
-    from vidssl.report.page import MAX_BYTES, plotly_script, write_page
+    from vidssl.report.page import plotly_script
+    from vidssl.report.watch import serve_page
 
+    # What is missing is said before any work
     plotly_script()
-    contents = make_contents(a.folders, ["vidssl", "report", *argv])
-    make_folder(a.out.parent)
-    with os_errors_as_user_errors(a.out):
-        size = write_page(a.out, contents)
+    make = partial(make_contents, a.folders, ["vidssl", "report", *argv])
+    if a.watch:
+        serve_page(a.folders, make, a.port)
+    else:
+        write_report(a.out, make())
+
+
+def write_report(out: Path, contents: dict[str, Any]) -> None:
+    """Writes the page and says what it holds."""
+    from vidssl.report.page import MAX_BYTES, write_page
+
+    make_folder(out.parent)
+    with os_errors_as_user_errors(out):
+        size = write_page(out, contents)
     large = f", over {MAX_BYTES / 1e6:.0f} MB: give fewer runs" if size > MAX_BYTES else ""
-    print(f"{a.out}: {len(contents['runs'])} runs, {size / 1e6:.1f} MB{large}")
+    print(f"{out}: {counted(len(contents['runs']), 'run')}, {size / 1e6:.1f} MB{large}")
     print_verdicts(contents["runs"])
 
 

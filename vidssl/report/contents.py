@@ -1,7 +1,7 @@
 """What a page shows, as plain data: runs with verdicts, curves, probes, configuration; data sets; a zoo."""
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ from vidssl.report.evaluations import Evaluation, confusions, find_evaluations, 
 from vidssl.report.run_files import Row, RunFiles, flatten, number, read_json, read_run
 from vidssl.report.verdicts import as_plain, collapse_spans, verdicts_of
 from vidssl.report.zoo_results import read_zoo
+
+Draw = Callable[[Sequence[RunFiles]], list[dict[str, Any]]]
 
 
 def expand_folders(folders: Sequence[Path]) -> tuple[list[Path], list[Path]]:
@@ -46,8 +48,10 @@ def is_run(folder: Path) -> bool:
     return (folder / "log.jsonl").is_file() or (folder / "config.yaml").is_file()
 
 
-def make_contents(folders: Sequence[Path], command: Sequence[str]) -> dict[str, Any]:
-    """Everything but pictures. command: that made the page."""
+def make_contents(
+    folders: Sequence[Path], command: Sequence[str], draw: Draw | None = None
+) -> dict[str, Any]:
+    """The whole page. command: that made it; draw: makes the pictures of the runs; None: there are none."""
     run_folders, zoos = expand_folders(folders)
     names = short_names([folder / "log.jsonl" for folder in run_folders]) if run_folders else []
     runs = [read_run(folder, name) for folder, name in zip(run_folders, names, strict=True)]
@@ -65,6 +69,7 @@ def make_contents(folders: Sequence[Path], command: Sequence[str]) -> dict[str, 
             for run, own in zip(runs, evaluations, strict=True)
         ],
         "data": data_summaries(runs),
+        "pictures": [] if draw is None else draw(runs),
         "zoos": [read_zoo(folder) for folder in zoos],
     }
 

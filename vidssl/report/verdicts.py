@@ -283,8 +283,8 @@ def steps_verdict(run: RunFiles) -> Verdict:
         return Verdict(question, f"{run.last_step:,} steps so far", "info", written, rule)
     if run.last_step >= run.steps:
         return Verdict(question, f"Yes, {run.steps:,} steps", "good", written, rule)
-    part = run.last_step / run.steps
-    answer = f"{run.last_step:,} of {run.steps:,} steps ({part:.0%})"
+    percent = 100 * run.last_step // run.steps
+    answer = f"{run.last_step:,} of {run.steps:,} steps ({percent}%)"
     return Verdict(question, answer, "info", written, rule)
 
 

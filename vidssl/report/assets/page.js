@@ -77,14 +77,18 @@ const viewer = new IntersectionObserver((entries) => {
 }, { rootMargin: "500px" });
 
 function layoutWith(more) {
-  const axis = { gridcolor: css("--grid"), zerolinecolor: css("--line"), linecolor: css("--line"), automargin: true, title: { font: { size: 12 } } };
+  const axis = { gridcolor: css("--grid"), zerolinecolor: css("--line"), linecolor: css("--line"), automargin: true, title: { font: { size: 12 }, standoff: 8 } };
   const { xaxis, yaxis, ...rest } = more;
   return {
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { color: css("--ink"), size: 12, family: "system-ui, sans-serif" },
-    margin: { l: 54, r: 12, t: 12, b: 44 }, showlegend: false, hovermode: "x unified", dragmode: coarse.matches ? false : "zoom",
+    margin: { l: 54, r: 12, t: 12, b: 44 }, showlegend: false, modebar: { bgcolor: "rgba(0,0,0,0)", color: css("--quiet"), activecolor: css("--accent") }, hovermode: "x unified", dragmode: coarse.matches ? false : "zoom",
     hoverlabel: { bgcolor: css("--card"), bordercolor: css("--line"), font: { color: css("--ink"), size: 12 } },
-    xaxis: { ...axis, ...xaxis }, yaxis: { ...axis, ...yaxis }, ...rest,
+    xaxis: mergedAxis(axis, xaxis), yaxis: mergedAxis(axis, yaxis), ...rest,
   };
+}
+
+function mergedAxis(base, own = {}) {
+  return { ...base, ...own, title: { ...base.title, ...own.title } };
 }
 
 // A chart is drawn when it comes near the view. build(): {traces, layout, label}.
@@ -268,7 +272,7 @@ function table(caption, columns, rows, options = {}) {
       }))));
   }
   fill();
-  const scroller = el("div", { class: options.wraps ? "scroll wraps" : "scroll", tabindex: "0", role: "region", "aria-label": caption },
+  const scroller = el("div", { class: options.wraps ? "scroll wraps" : "scroll", tabindex: "0", role: "region", "aria-label": `Table: ${caption}` },
     el("table", {}, el("caption", {}, caption), el("thead", {}, el("tr", {}, heads)), body));
   scroller.refill = fill;
   return scroller;
@@ -303,7 +307,7 @@ function playerCard(item) {
     player.clips.push(clip);
     return el("figure", {}, clip, el("figcaption", {}, row.label));
   });
-  const card = el("article", { class: "card player" }, el("h4", {}, item.title), item.about ? el("p", { class: "note" }, item.about) : null,
+  const card = el("article", { class: "card player" }, el("h3", {}, item.title), item.about ? el("p", { class: "note" }, item.about) : null,
     el("div", { class: "strips", style: item.columns ? { gridTemplateColumns: `repeat(${item.columns}, 1fr)` } : {} }, figures));
   if (item.frames < 2) return card;
   player.button = el("button", { type: "button", onclick: () => setPlaying(player, !player.on) }, "Play");
@@ -469,7 +473,7 @@ function zooSections({ zoos }) {
     return section(i ? `zoo-${i + 1}` : "zoo", `Zoo: ${zoo.name}`, "Methods on the same data for the same clips or FLOPs; frozen probes of every snapshot.",
       zoo.missing.length ? el("ul", { class: "missing" }, zoo.missing.map((text) => el("li", {}, text))) : null,
       el("div", { class: "grid charts" }, [...panels].map(([title, rows]) => zooChart(title, rows))),
-      el("div", { class: "grid wide-tables" }, zoo.tables.map((t) => el("article", { class: "card" }, el("h3", {}, t.title), table(t.title, t.head.map((name, k) => [k, name]), t.rows.map((cells) => ({ ...cells.map(numberIfPlain) })))))),
+      el("div", { class: "grid wide-tables" }, zoo.tables.map((t, n) => el("article", { class: "card" }, el("h3", {}, t.title), table(`${t.title} (table ${n + 1} of ${zoo.name})`, t.head.map((name, k) => [k, name]), t.rows.map((cells) => ({ ...cells.map(numberIfPlain) })))))),
       zoo.rows.length ? filteredTable(`All results of ${zoo.name}`, columns, zoo.rows.map((row) => ({ ...row }))) : null);
   });
 }
@@ -557,19 +561,42 @@ function applyHidden() {
   redrawCharts();
 }
 
+// Sections by what they are made of: one is made anew when that has changed.
+const PARTS = [
+  [summarySection, ({ runs }) => runs.map(({ name, verdicts, facts, missing }) => [name, verdicts, facts, missing])],
+  [curveSections, ({ panels }) => panels],
+  [pictureSections, ({ pictures }) => pictures],
+  [zooSections, ({ zoos }) => zoos],
+  [probeSection, ({ runs }) => runs.map(({ name, probes }) => [name, probes])],
+  [confusionSection, ({ runs }) => runs.map(({ name, confusions }) => [name, confusions])],
+  [denseSection, ({ runs }) => runs.map(({ name, dense }) => [name, dense])],
+  [dataSection, ({ data }) => data],
+  [configSection, ({ runs }) => runs.map(({ name, config }) => [name, config])],
+  [versionSection, ({ runs, command }) => [command, runs.map(({ name, path, versions, command }) => [name, path, versions, command])]],
+];
+const made = PARTS.map(() => ({ key: null, nodes: [] }));
+
 function render() {
   const { contents } = state;
   const open = [...document.querySelectorAll("main details[open]")].map(pathOf);
-  players.clear();
-  onRuns.clear();
+  const focused = document.activeElement && document.activeElement.closest("main section") ? pathOf(document.activeElement) : null;
   document.getElementById("title").textContent = contents.title;
   document.getElementById("made").textContent = `made ${contents.made}`;
   document.getElementById("about").textContent = `vidssl ${contents.version}`;
   runChips();
-  const sections = [summarySection(contents), curveSections(contents), pictureSections(contents), zooSections(contents), probeSection(), confusionSection(contents), denseSection(), dataSection(contents), configSection(contents), versionSection(contents)].flat().filter((node) => node);
-  document.getElementById("main").replaceChildren(...sections);
+  PARTS.forEach(([build, keyOf], i) => {
+    const key = JSON.stringify(keyOf(contents)) || "";
+    if (key === made[i].key) return;
+    made[i] = { key, nodes: [build(contents)].flat().filter((node) => node) };
+  });
+  const sections = made.flatMap(({ nodes }) => nodes);
+  const main = document.getElementById("main");
+  for (const node of [...main.children]) if (!sections.includes(node)) node.remove();
+  sections.forEach((node, i) => { if (main.children[i] !== node) main.insertBefore(node, main.children[i] || null); });
+  for (const player of players) if (!player.button.isConnected) players.delete(player);
   document.getElementById("nav").replaceChildren(...sections.map((node) => el("a", { href: `#${node.id}` }, node.querySelector("h2").textContent)));
   for (const path of open) { const node = document.querySelector(path); if (node) node.open = true; }
+  if (focused && document.activeElement === document.body) { const node = document.querySelector(focused); if (node) node.focus({ preventScroll: true }); }
   applyHidden();
   followSections(sections);
 }
@@ -612,3 +639,24 @@ document.getElementById("theme").addEventListener("click", () => setTheme(isDark
 document.documentElement.dataset.theme = darkWanted.matches ? "dark" : "light";
 render();
 setTheme(document.documentElement.dataset.theme);
+
+// ---------------------------------------------------------------- while a run writes
+if (state.contents.watch) {
+  const live = document.getElementById("live");
+  live.hidden = false;
+  live.textContent = "Watching: the page follows the run's files.";
+  const ask = async () => {
+    try {
+      const answer = await fetch(`contents.json?since=${state.contents.number}`);
+      if (answer.status === 200) {
+        state.contents = { ...(await answer.json()), watch: true };
+        render();
+      }
+      live.textContent = answer.ok ? `Watching: version ${state.contents.number}.` : "Watching: the files cannot be read just now.";
+    } catch (error) {
+      live.textContent = "The program that serves this page has ended.";
+    }
+    setTimeout(ask, 3000);
+  };
+  setTimeout(ask, 3000);
+}

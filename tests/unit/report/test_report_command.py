@@ -1,0 +1,113 @@
+"""The command report: mistakes in a line, shards as before, and a served page that follows its run."""
+
+import json
+import sys
+import threading
+import types
+import urllib.error
+import urllib.request
+
+import pytest
+from report_runs import log_rows, make_run, write_log
+
+from vidssl.commands import report as command
+from vidssl.core.errors import UserError
+from vidssl.report import page, watch
+from vidssl.report.contents import make_contents
+
+
+@pytest.fixture(autouse=True)
+def no_plotly(monkeypatch):
+    """The library is 5 MB of text that no test here looks at."""
+    monkeypatch.setattr(page, "plotly_script", lambda: "/* plotly */")
+
+
+def test_a_page_is_written_and_its_verdicts_are_printed(tmp_path, capsys):
+    run = make_run(tmp_path / "a", collapse_at=20)
+    command.main([str(run), "-o", str(tmp_path / "pages" / "a.html")])
+    text = (tmp_path / "pages" / "a.html").read_text()
+    assert "%%" not in text and "/* plotly */" in text and '"name":"a"' in text
+    out = capsys.readouterr().out
+    assert "1 run, " in out and "a: Has it learned? No, its features have collapsed" in out
+
+
+def test_mistakes_are_said_before_any_work(tmp_path, monkeypatch):
+    run = make_run(tmp_path / "a")
+    with pytest.raises(UserError, match=r"ends in \.html"):
+        command.main([str(run), "-o", str(tmp_path / "a.pdf")])
+    with pytest.raises(UserError, match="no such folder"):
+        command.main([str(tmp_path / "none"), "-o", str(tmp_path / "a.html")])
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "plotly.offline", None)
+    with pytest.raises(UserError, match=r"pip install 'vidssl\[report\]'"):
+        command.main([str(run), "-o", str(tmp_path / "a.html")])
+
+
+def test_shards_are_reported_as_before(tmp_path, monkeypatch):
+    (tmp_path / "shards" / "train").mkdir(parents=True)
+    (tmp_path / "shards" / "train" / "index.json").write_text("{}")
+    seen = []
+    fake = types.SimpleNamespace(main=seen.append)
+    monkeypatch.setitem(sys.modules, "data_prep.report", fake)
+    monkeypatch.setattr("data_prep.report", fake, raising=False)
+    command.main([str(tmp_path / "shards")])
+    command.main([str(tmp_path / "shards" / "train")])
+    assert seen == [[str(tmp_path / "shards")], [str(tmp_path / "shards" / "train")]]
+    with pytest.raises(UserError, match="reports of their own"):
+        command.main([str(tmp_path / "shards"), str(make_run(tmp_path / "a"))])
+
+
+@pytest.fixture
+def served(tmp_path):
+    """(address, run folder) of a page that is served."""
+    run = make_run(tmp_path / "a")
+    write_log(run, log_rows(10))
+    live = watch.LiveContents([run], lambda: make_contents([run], ["vidssl"]))
+    with watch.open_server(live, 0) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}", run
+        server.shutdown()
+        thread.join()
+
+
+def get(address, **headers):
+    return urllib.request.urlopen(urllib.request.Request(address, headers=headers), timeout=60)
+
+
+def test_a_served_page_follows_its_run(served):
+    address, run = served
+    with get(f"{address}/") as answer:
+        assert "connect-src 'self'" in answer.read().decode()
+    with get(f"{address}/contents.json") as answer:
+        first = json.load(answer)
+    assert first["runs"][0]["last"]["step"] == 10
+    with get(f"{address}/contents.json?since={first['number']}") as answer:
+        assert answer.status == 204
+    write_log(run, log_rows(12), '{"step": 13, "lo')
+    with get(f"{address}/contents.json?since={first['number']}") as answer:
+        assert json.load(answer)["runs"][0]["last"]["step"] == 12
+
+
+@pytest.mark.parametrize(
+    "path, headers, status", [("/config.yaml", {}, 404), ("/", {"Host": "evil.org"}, 403)]
+)
+def test_nothing_else_is_served(served, path, headers, status):
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        get(served[0] + path, **headers)
+    assert refused.value.code == status
+
+
+def test_ctrl_c_ends_a_watch(tmp_path, monkeypatch, capsys):
+    run = make_run(tmp_path / "a")
+    servers = []
+
+    def interrupt(server):
+        servers.append(server)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(watch.ThreadingHTTPServer, "serve_forever", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        command.main([str(run), "--watch", "--port", "0"])
+    assert servers[0].socket.fileno() == -1
+    assert f"http://127.0.0.1:{servers[0].server_port}/" in capsys.readouterr().out
