@@ -18,6 +18,7 @@ COMMANDS = {
     "verify": ("data_prep.verify", "check shards against their index"),
     "leaks": ("data_prep.leaks", "find test videos in training shards"),
     "report": ("vidssl.commands.report", "runs, a zoo or shards as pictures and tables on one page"),
+    "plan": ("vidssl.commands.plan", "what a run will need: memory, FLOPs, time, data, energy"),
     "train": ("vidssl.train", "pre-train an encoder"),
     "probe": ("vidssl.probe", "frozen evaluation: attentive, linear, k-NN, retrieval"),
     "finetune": ("vidssl.finetune", "train an encoder with a classifier"),
@@ -38,7 +39,7 @@ COMMANDS = {
 # What --help shows together; commands that are not here stand under "other".
 GROUPS = {
     "data": ("synthetic", "pack", "scan", "verify", "leaks"),
-    "training": ("train", "finetune", "zoo-run"),
+    "training": ("plan", "train", "finetune", "zoo-run"),
     "evaluation": ("probe", "dense", "compare", "report"),
     "encoders": ("convert", "show-masks"),
     "about": ("list", "doctor", "completion"),

@@ -11,7 +11,7 @@ from vidssl.training.schema import TrainConfig
 
 if __name__ == "__main__":
     # Importing torch takes seconds: --help and mistakes in the configuration are answered before.
-    check_command_line(TrainConfig, __doc__, ("method", "model", "data", "run"))
+    check_command_line(TrainConfig, __doc__, ("recipe", "method", "model", "data", "run"))
 
 import contextlib
 from pathlib import Path

@@ -125,6 +125,7 @@ CATALOGUES = {
     "tasks": Catalogue(parts_in(TASKS), "vidssl dense ... task.kind=NAME"),
     "sources": Catalogue(sources, "encoder=..., run.init=...; vidssl pack FOLDER OUT --source NAME"),
     "recipes": Catalogue(
-        files_in("run", "finetune", "dense", "zoo", "ablation"), "configs/NAME.yaml among the arguments"
+        files_in("recipe", "run", "finetune", "dense", "zoo", "ablation"),
+        "configs/NAME.yaml among the arguments",
     ),
 }
