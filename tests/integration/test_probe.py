@@ -27,7 +27,9 @@ from server import serving
 from data_prep import pack
 from data_prep.synthetic import SHAPES, SIDE
 from vidssl import probe, train
+from vidssl.commands import show
 from vidssl.core.errors import Interrupted, Preempted, UserError
+from vidssl.core.pixels import normalise
 from vidssl.data.shards import Shards
 from vidssl.evaluation import extractor, probing
 from vidssl.evaluation.features import StoredFeatures
@@ -36,6 +38,7 @@ from vidssl.evaluation.neighbours import Knn
 from vidssl.evaluation.probe_data import encoder_view
 from vidssl.evaluation.protocol import label_free_scores
 from vidssl.evaluation.report import weights_hash
+from vidssl.evaluation.saved_heads import load_saved_head
 from vidssl.evaluation.views import EvalClips
 from vidssl.model.vit import Encoder
 from vidssl.pretrained.load import LoadedEncoder, load_encoder
@@ -129,6 +132,32 @@ def test_report_contains_encoder_data_seed_and_selection(probed, run, synthetic_
         assert [t["lr"] for t in tried] == [1e-3, 1e-4]
         assert row["chosen"]["lr"] == max(tried, key=lambda t: t["held_out_accuracy"])["lr"]
         assert 0 < row["chosen"]["n_held_out"] < row["n_train"]
+
+
+def test_the_chosen_heads_are_kept_and_their_attention_is_drawn(
+    probed, run, synthetic_corpus, synthetic_shards, tmp_path
+):
+    report, predictions = read(probed)
+    kept = [row for row in report["results"] if "head" in row]
+    assert sorted(row["label"] for row in kept) == ["appearance", "motion"]
+    assert all(row["control"] == "none" for row in kept)
+    saved, _ = load_saved_head(probed, "appearance")
+    loaded = load_encoder(run)
+    view = encoder_view(loaded, 2, 1)
+    shards = Shards([str(synthetic_shards / "test")])
+    samples = shards.list_samples()[:3]
+    for sample, (_, clips) in zip(samples, EvalClips(shards, samples, view, 2), strict=False):
+        tokens = loaded.encoder(normalise(clips)).flatten(0, 1)[None]
+        outputs = saved.head((tokens - saved.mean) / saved.std).softmax(-1)[0]
+        row = next(p for p in predictions if p["label"] == "appearance" and p["key"] == sample.key)
+        assert np.allclose(outputs.numpy(), np.array(row["outputs"].split(), float), atol=1e-3)
+    video = next((synthetic_corpus / "videos").glob("test_*.mp4"))
+    show.main(["attention", str(probed), str(video), str(tmp_path / "a.webp")])
+    assert Image.open(tmp_path / "a.webp").n_frames == 8
+    shutil.copytree(probed, tmp_path / "copy")
+    (tmp_path / "copy/heads/motion.safetensors").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"motion.safetensors: is not the head that probe.json names"):
+        load_saved_head(tmp_path / "copy", "motion")
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Trains on train, selects on held-out train, evaluates once on test; and the checks that keep train and test
 apart."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from vidssl.core.errors import UserError
 from vidssl.data.shards import Sample
 from vidssl.evaluation.features import TokenSource
-from vidssl.evaluation.protocol import ProbeProtocol, TrainingSet, select_and_train
+from vidssl.evaluation.protocol import ProbeProtocol, TrainedProbe, TrainingSet, select_and_train
 from vidssl.evaluation.tasks import Task
 
 
@@ -83,10 +84,12 @@ def evaluate(
     test: LabelledFeatures,
     subset: list[int] | None,
     device: torch.device,
+    keep: Callable[[TrainedProbe], dict[str, Any]] | None = None,
 ) -> tuple[dict[str, Any], list[SamplePrediction]]:
     """Returns a row of results, and predictions of all labelled test samples; unreadable ones count as wrong.
 
-    subset: indices of the train samples that may be used (low-shot).
+    subset: indices of the train samples that may be used (low-shot); keep: called with the chosen head,
+    returns what the row says of it.
     """
     indices = train.usable()
     if subset is not None:
@@ -111,6 +114,7 @@ def evaluate(
     extra = protocol.extra_metrics(probe.model, source, test_indices, task, test_labels)
     share = len(test_indices) / len(labelled)  # unreadable samples count as zero
     row |= {name: round(value * share, 4) for name, value in extra.items()}
+    row |= keep(probe) if keep is not None else {}
     return row, predictions
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +28,7 @@ from vidssl.evaluation.report import (
     write_lists,
     write_tables,
 )
+from vidssl.evaluation.saved_heads import save_head
 from vidssl.evaluation.splits import list_text, low_shot
 from vidssl.pretrained.load import LoadedEncoder
 
@@ -139,7 +141,10 @@ def evaluate_run(
         for split in ("train", "test")
     )
     subset = None if run.subset is None else run.subset.indices
-    row, predictions = evaluate(protocol, label_set.task, train, test, subset, accelerator.device)
+    # one head for each label set: those of controls and of low-shot lists answer no further question
+    is_kept = accelerator.is_main_process and run.control == "none" and run.subset is None
+    keep = partial(save_head, finished.path.parent) if is_kept else None
+    row, predictions = evaluate(protocol, label_set.task, train, test, subset, accelerator.device, keep)
     if not accelerator.is_main_process:
         return
     rows = [PredictionRow(*run.key, *prediction) for prediction in predictions]

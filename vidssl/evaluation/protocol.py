@@ -260,13 +260,23 @@ def _warn_once(line: str) -> None:
     logger.warning(line)
 
 
+@dataclass(frozen=True)
+class Standardisation:
+    """Standardises any source with train's statistics."""
+
+    mean: Tensor  # f32 [clips_per_example * N, D]
+    std: Tensor  # f32 [D]
+
+    def __call__(self, source: TokenSource) -> TokenSource:
+        return StandardisedFeatures(source, self.mean, self.std)
+
+
 def _make_standardisation(protocol: ProbeProtocol, data: TrainingSet) -> Callable[[TokenSource], TokenSource]:
     if not protocol.standardise:
         return lambda source: source
     own = [data.indices[position] for position in data.source.positions(data.indices)]
     batches = chunks(protocol.examples_of(own), POOL_BATCH)
-    mean, std = token_statistics(data.source, protocol.clips_per_example(data.source), batches)
-    return lambda source: StandardisedFeatures(source, mean, std)
+    return Standardisation(*token_statistics(data.source, protocol.clips_per_example(data.source), batches))
 
 
 def subset(data: TrainingSet, mask: np.ndarray) -> TrainingSet:

@@ -26,13 +26,19 @@ class CrossAttention(nn.Module):
         self.q = nn.Linear(dim, dim)
         self.kv = nn.Linear(dim, 2 * dim)
 
-    def forward(self, query: Tensor, tokens: Tensor) -> Tensor:
+    def weights(self, query: Tensor, tokens: Tensor) -> Tensor:
+        """[B, H, N]: the attention of each head to the tokens."""
         q = rearrange(self.q(query), "b 1 (h e) -> b h e", h=self.heads)
-        key, value = rearrange(self.kv.weight, "(kv h e) d -> kv h e d", kv=2, h=self.heads)
-        key_bias, value_bias = rearrange(self.kv.bias, "(kv h e) -> kv h e", kv=2, h=self.heads)
+        key = rearrange(self.kv.weight.chunk(2)[0], "(h e) d -> h e d", h=self.heads)
+        key_bias = rearrange(self.kv.bias.chunk(2)[0], "(h e) -> h e", h=self.heads)
         projected_query = torch.einsum("bhe,hed->bhd", q, key)
-        score = projected_query @ tokens.transpose(1, 2) + (q * key_bias).sum(-1, keepdim=True)  # [B, H, N]
-        pooled = (score / q.shape[-1] ** 0.5).softmax(-1) @ tokens  # [B, H, D]
+        score = projected_query @ tokens.transpose(1, 2) + (q * key_bias).sum(-1, keepdim=True)
+        return (score / q.shape[-1] ** 0.5).softmax(-1)
+
+    def forward(self, query: Tensor, tokens: Tensor) -> Tensor:
+        pooled = self.weights(query, tokens) @ tokens  # [B, H, D]
+        value = rearrange(self.kv.weight.chunk(2)[1], "(h e) d -> h e d", h=self.heads)
+        value_bias = rearrange(self.kv.bias.chunk(2)[1], "(h e) -> h e", h=self.heads)
         output = torch.einsum("bhd,hed->bhe", pooled, value) + value_bias
         return rearrange(output, "b h e -> b 1 (h e)")
 
@@ -61,9 +67,16 @@ class AttentiveHead(nn.Module):
         with torch.no_grad():
             self.mlp.fc2.weight.div_((2 * depth) ** 0.5)  # as TransformerStack.rescale does for layer `depth`
 
+    def attention(self, tokens: Tensor) -> Tensor:
+        """[B, heads, N]: where the query looks among tokens f32 [B, N, D]."""
+        query = self.query_tokens.expand(len(tokens), -1, -1)
+        return self.xattn.weights(query, self.norm1(self._after_blocks(tokens)))
+
+    def _after_blocks(self, tokens: Tensor) -> Tensor:
+        return self.blocks(tokens, None, [len(self.blocks) - 1])[0] if len(self.blocks) else tokens
+
     def forward(self, tokens: Tensor) -> Tensor:
-        if len(self.blocks):
-            (tokens,) = self.blocks(tokens, None, [len(self.blocks) - 1])
+        tokens = self._after_blocks(tokens)
         query = self.query_tokens.expand(len(tokens), -1, -1)
         query = query + self.xattn(query, self.norm1(tokens))
         query = query + self.mlp(self.norm2(query))
