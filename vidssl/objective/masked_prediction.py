@@ -147,6 +147,25 @@ class MaskedPrediction(Objective):
         prepared: Tensor | None = None,
     ) -> Predicted:
         """Encodes the context of a mask, predicts its targets and compares them."""
+        encoded, prediction = self.predict_hidden(video, grid, index, mask, rng, scores, prepared)
+        if features is None:
+            target = self.target.for_mask(encoded)
+        else:
+            target = gather_tokens(features, mask.target)
+        error = self.error(prediction.target.float(), target.float())
+        return Predicted(encoded, features, target, prediction, error)
+
+    def predict_hidden(
+        self,
+        video: Tensor,
+        grid: Grid,
+        index: int,
+        mask: Mask,
+        rng: KeyedRNG,
+        scores: Tensor | None = None,
+        prepared: Tensor | None = None,
+    ) -> tuple[Encoded, Prediction]:
+        """Encodes the context of a mask and predicts its targets."""
         seen = Corrupted(video) if self.corruption is None else self.corruption(video, mask, grid, rng, index)
         context: Tensor | None = mask.context
         if self.corruption is not None and self.corruption.sees_all:
@@ -158,13 +177,7 @@ class MaskedPrediction(Objective):
         encoded = Encoded(video, seen.video, grid, index, mask, rng, z, scores, prepared, seen.noise)
         query = None if self.query is None else self.query(encoded, self.predictor)
         told = [condition] if getattr(self.predictor, "needs_condition", False) else []
-        prediction: Prediction = self.predictor(z, mask, query, grid, *told)
-        if features is None:
-            target = self.target.for_mask(encoded)
-        else:
-            target = gather_tokens(features, mask.target)
-        error = self.error(prediction.target.float(), target.float())
-        return Predicted(encoded, features, target, prediction, error)
+        return encoded, self.predictor(z, mask, query, grid, *told)
 
     def auxiliary_losses(self, predicted: Predicted) -> dict[str, Tensor]:
         """The weighted losses of method.aux, and those of the score."""
