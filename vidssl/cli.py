@@ -29,9 +29,9 @@ COMMANDS = {
     "zoo-run": ("vidssl.commands.zoo_run", "train and probe a list of methods on equal terms"),
     "adapt": ("vidssl.commands.adapt", "a checkpoint to your own videos, before and after compared"),
     "convert": ("vidssl.commands.convert", "checkpoints from one format to another"),
-    "show-masks": ("vidssl.commands.show_masks", "draw masks on clips"),
     "list": ("vidssl.commands.list", "methods, models, masks, targets, data, probes, ... by name"),
     "completion": ("vidssl.commands.completion", "a script that completes words in bash, zsh or fish"),
+    "show": ("vidssl.commands.show", "pictures of masks, clips, data sets, features, attention"),
     "doctor": ("vidssl.doctor", "what this machine has, and what is missing"),
 }
 
@@ -41,7 +41,8 @@ GROUPS = {
     "data": ("synthetic", "pack", "scan", "verify", "leaks"),
     "training": ("plan", "train", "finetune", "zoo-run"),
     "evaluation": ("probe", "dense", "compare", "report"),
-    "encoders": ("convert", "show-masks"),
+    "encoders": ("convert",),
+    "pictures": ("show",),
     "about": ("list", "doctor", "completion"),
 }
 

@@ -1,4 +1,4 @@
-"""vidssl show-masks --method: what the pictures show."""
+"""vidssl show masks --method: what the pictures show."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from data_prep.synthetic import write_video
 from vidssl.core.errors import UserError
 from vidssl.model.grid import Grid
 from vidssl.pictures.masks import (
-    HIDDEN_LEVEL,
+    HIDDEN_GREY,
     TOKEN_COLOR,
     heat_map,
     make_clip,
@@ -27,7 +27,7 @@ def shown(picture: np.ndarray) -> np.ndarray:
     """bool [N]: the tokens of 2 slices x 4 x 4 that a row of 32 px frames does not leave grey."""
     frames = picture.reshape(32, 2, 33, 3)[:, :, :32].transpose(1, 0, 2, 3)
     tokens = frames.reshape(2, 4, 8, 4, 8, 3).transpose(0, 1, 3, 2, 4, 5)
-    return (tokens.reshape(32, -1) != HIDDEN_LEVEL).any(1)
+    return (tokens.reshape(32, -1) != HIDDEN_GREY).any(1)
 
 
 def test_context_targets_and_scores_are_drawn():

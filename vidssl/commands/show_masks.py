@@ -1,9 +1,9 @@
 """Draws masks on a clip: the context of each method, and its targets.
 
-vidssl show-masks RUN [RUN ...] OUT.png      RUN: folders written by vidssl/train.py
-vidssl show-masks --kinds OUT.png            every kind of mask with its defaults, on a random clip
-vidssl show-masks --method NAME [--clip VIDEO] OUT.png
-                                                      a file of configs/method: masks, scores, corrupted input
+vidssl show masks RUN [RUN ...] OUT.png      RUN: folders written by vidssl/train.py
+vidssl show masks --kinds OUT.png            every kind of mask with its defaults, on a random clip
+vidssl show masks --method NAME [--clip VIDEO] OUT.png
+                                             a file of configs/method: masks, scores, corrupted input
 """
 
 import argparse
@@ -13,12 +13,13 @@ from pathlib import Path
 from vidssl.config import SHIPPED
 from vidssl.core.errors import UserError, run_cli
 from vidssl.core.io import check_writable, make_folder
+from vidssl.pictures.formats import check_picture_name
 
 METHODS = SHIPPED / "method"
 
 
 def main(argv: list[str]) -> None:
-    p = argparse.ArgumentParser(prog="show_masks", description=__doc__.split("\n")[0])
+    p = argparse.ArgumentParser(prog="vidssl show masks", description=__doc__.split("\n")[0])
     p.add_argument("runs", nargs="*", type=Path)
     p.add_argument("out", type=Path)
     p.add_argument(
@@ -41,8 +42,8 @@ def main(argv: list[str]) -> None:
     for run in a.runs:
         if not (run / "config.yaml").is_file():
             raise UserError(f"{run}: no run folder: it has no config.yaml; give the run.out of a training")
-    if a.out.suffix not in (".png", ".pdf", ".svg"):
-        raise UserError(f"{a.out}: give a file name that ends in .png, .pdf or .svg")
+    if a.out.suffix not in (".pdf", ".svg"):
+        check_picture_name(a.out)
     check_writable(a.out.parent)
     # Importing torch takes seconds: mistakes are answered before.
     from vidssl.pictures.masks import show_kinds, show_method, show_runs

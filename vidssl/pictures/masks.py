@@ -17,20 +17,21 @@ from vidssl.core.pixels import channel_statistics, normalise
 from vidssl.core.rng import KeyedRNG
 from vidssl.data.augment import CenterCrop
 from vidssl.data.dataset import TrainClips
-from vidssl.data.decoding import open_video
 from vidssl.data.order import Order
 from vidssl.data.shards import Shards
-from vidssl.data.timing import choose_frames, draw_timing
 from vidssl.model.grid import Grid, Mask
 from vidssl.objective.build import supply
 from vidssl.objective.errors import ERRORS
 from vidssl.objective.masked_prediction import MaskedPrediction
 from vidssl.objective.masks import MASKS
 from vidssl.objective.target_base import Target
+from vidssl.pictures.clips import read_clip
+from vidssl.pictures.formats import is_animated
+from vidssl.pictures.panels import HIDDEN_GREY, PanelRow, VideoPanel, film_strip, write_panels
 from vidssl.training.schema import TrainConfig
 
-HIDDEN_LEVEL = 225  # grey level of tokens that are not shown
 TOKEN_COLOR = (150, 120, 200)  # of tokens that the encoder sees replaced by a vector
+PLAYED_FPS = 3.0  # time slices a second
 MASKS_DRAWN = 4  # of the masks of a clip
 GIVEN = {  # part -> settings that its method leaves to the user
     "teacher": ["method.target.path=x"],
@@ -49,7 +50,7 @@ def paint(video: np.ndarray, mask: Mask, grid: Grid) -> list[np.ndarray]:
         visible = torch.zeros(grid.n, dtype=torch.bool)
         visible[ids] = True
         pixels = to_pixels(visible, video, grid)[..., None]
-        rows.append(film_strip(np.where(pixels, video, HIDDEN_LEVEL)))
+        rows.append(film_strip(np.where(pixels, video, HIDDEN_GREY)))
     return rows
 
 
@@ -72,12 +73,11 @@ def heat_map(scores: Tensor, video: np.ndarray, grid: Grid) -> np.ndarray:
     return film_strip(255 * colormaps["inferno"](pixels)[..., :3])
 
 
-def film_strip(video: np.ndarray) -> np.ndarray:
-    """The frames of a video [T, H, W, 3] side by side, u8 [H, T * (W + gap), 3], with a white gap after
-    each."""
-    gap = -(-video.shape[2] // 40)
-    framed = np.pad(video, ((0, 0), (0, 0), (0, gap), (0, 0)), constant_values=255)
-    return rearrange(framed, "t h w c -> h (t w) c").astype(np.uint8)
+def strip_frames(strip: np.ndarray) -> np.ndarray:
+    """The square frames u8 [T, S, S, 3] of a film strip u8 [S, T * (S + gap), 3]."""
+    side = len(strip)
+    frames = rearrange(strip, "h (t w) c -> t h w c", w=side - (-side // 40))
+    return frames[:, :, :side]
 
 
 def show_runs(runs: list[Path], out: Path) -> None:
@@ -115,14 +115,6 @@ def small_config(method: Path, *more: str) -> TrainConfig:
         if re.search(rf"kind: {kind}\b", method.read_text()):
             settings += given
     return load_config([str(method), *(str(SHIPPED / name) for name in named), *settings, *more], TrainConfig)
-
-
-def read_clip(path: Path, cfg: TrainConfig) -> Tensor:
-    """u8 [3, T, S, S]: a clip of a video as the data section cuts it in time, its central square."""
-    timing = draw_timing(cfg.data, np.random.default_rng(cfg.run.seed))
-    with open_video(path.read_bytes(), path.suffix.lstrip(".").lower(), decoder="pyav") as video:
-        frames = video.get(choose_frames(video.times, cfg.data, timing))
-    return CenterCrop(cfg.augment.arguments["size"])(frames)
 
 
 def make_clip(cfg: TrainConfig) -> Tensor:
@@ -202,7 +194,7 @@ def seen_row(
     visible = torch.ones(grid.n, dtype=torch.bool)
     if not objective.corruption.sees_all:
         visible = torch.zeros_like(visible).scatter(0, mask.context[0], True)
-    frames = np.where(to_pixels(visible, frames, grid)[..., None], frames, HIDDEN_LEVEL)
+    frames = np.where(to_pixels(visible, frames, grid)[..., None], frames, HIDDEN_GREY)
     if seen.replaced is not None:
         frames = np.where(to_pixels(seen.replaced[0][0], frames, grid)[..., None], TOKEN_COLOR, frames)
     return film_strip(frames)
@@ -227,7 +219,11 @@ def show_kinds(out: Path, grid: Grid = Grid(4, 8, 8), pixels: int = 8) -> None:
 
 
 def draw_mask_rows(rows: Rows, out: Path) -> None:
-    """Named pictures, one below the other."""
+    """Named pictures, one below the other; in an animation they play side by side."""
+    if is_animated(out):
+        panels = [VideoPanel(name, strip_frames(picture)) for name, picture in rows]
+        write_panels(out, [PanelRow("", panels[i : i + 6]) for i in range(0, len(panels), 6)], PLAYED_FPS)
+        return
     figure = Figure(figsize=(10, 1.35 * len(rows)))
     axes = figure.subplots(len(rows), 1)
     for axis, (name, picture) in zip(np.atleast_1d(axes), rows, strict=True):
