@@ -31,6 +31,7 @@ COMMANDS = {
     "convert": ("vidssl.commands.convert", "checkpoints from one format to another"),
     "list": ("vidssl.commands.list", "methods, models, masks, targets, data, probes, ... by name"),
     "completion": ("vidssl.commands.completion", "a script that completes words in bash, zsh or fish"),
+    "decode": ("vidssl.commands.decode", "what a run predicts behind its masks, as pixels"),
     "show": ("vidssl.commands.show", "pictures of masks, clips, data sets, features, attention"),
     "doctor": ("vidssl.doctor", "what this machine has, and what is missing"),
 }
@@ -42,7 +43,7 @@ GROUPS = {
     "training": ("plan", "train", "finetune", "zoo-run"),
     "evaluation": ("probe", "dense", "compare", "report"),
     "encoders": ("convert",),
-    "pictures": ("show",),
+    "pictures": ("show", "decode"),
     "about": ("list", "doctor", "completion"),
 }
 

@@ -91,7 +91,7 @@ PROGRAMS = [
     *(f"data_prep.{name}" for name in ("pack", "scan", "verify", "leaks", "synthetic", "report")),
     *(f"vidssl.commands.{name}" for name in ("embed", "search")),
     *(f"tools/{name}.py" for name in ("convert", "compare", "show_masks", "quickstart", "zoo_run")),
-    *(f"vidssl.commands.{name}" for name in ("show",)),
+    *(f"vidssl.commands.{name}" for name in ("show", "decode")),
 ]
 MISTAKES = [
     ([*TRAIN, "run.step=3"], "did you mean run.steps?"),
@@ -136,6 +136,7 @@ MISTAKES = [
     (["tools/show_masks.py", "--method", "vjep", "OUT.png"], "did you mean vjepa?"),
     (["vidssl.commands.show", "clip", "nowhere.mp4", "OUT.png"], "nowhere.mp4: no such file"),
     (["vidssl.commands.show", "features", "docs", "README.md", "OUT.jpg"], "OUT.jpg: give a file name"),
+    (["vidssl.commands.decode", "docs", "--out", "OUT"], "docs: no run folder"),
     (["tools/quickstart.py", "nowhere"], "nowhere: no such folder"),
     (["tools/zoo_run.py", "configs/zoo/quickstart.yaml", "snapshot=1"], "did you mean snapshots?"),
     (["tools/zoo_run.py", "configs/zoo/quickstart.yaml", "out=OUT"], "runs.videomae_tiny: data.train: runs/"),
