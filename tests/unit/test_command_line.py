@@ -117,7 +117,7 @@ MISTAKES = [
     (["data_prep.pack", "tools", "docs"], "holds something else already"),
     (["data_prep.pack", "tools", "OUT", "--crf", "99"], "--crf 99: expected 1 to 51"),
     (["data_prep.pack", "tools", "OUT", "--source", "ssv3"], "ssv2"),
-    (["data_prep.pack", "docs", "OUT"], "docs: no video or image"),
+    (["data_prep.pack", "configs", "OUT"], "configs: no video or image"),
     (["data_prep.scan", "docs"], "docs: no .tar file in it"),
     (["data_prep.verify", "docs"], "docs: no index.json"),
     (["data_prep.report", "docs"], "docs: no index.json"),
