@@ -23,7 +23,7 @@ from vidssl.core.io import check_no_shards, check_writable
 MIN_SAMPLES = 2  # of which there is a deviation
 
 
-def parse(argv: list[str]) -> argparse.Namespace:
+def parse_decode(argv: list[str]) -> argparse.Namespace:
     lines = (__doc__ or "").split("\n")
     p = argparse.ArgumentParser(
         prog="vidssl decode",
@@ -47,7 +47,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return a
 
 
-def check(a: argparse.Namespace) -> None:
+def check_decode(a: argparse.Namespace) -> None:
     """Raises UserError for what can be known before torch is imported."""
     if not (a.run / "config.yaml").is_file():
         raise UserError(f"{a.run}: no run folder: it has no config.yaml; give the run.out of a training")
@@ -67,8 +67,8 @@ def check(a: argparse.Namespace) -> None:
 
 
 def main(argv: list[str]) -> None:
-    a = parse(argv)
-    check(a)
+    a = parse_decode(argv)
+    check_decode(a)
     # Importing torch takes seconds: mistakes are answered before.
     from vidssl.pictures.decode import DecodeSettings
     from vidssl.pictures.decode_run import decode_run

@@ -22,7 +22,7 @@ from vidssl.pictures.formats import ANIMATED, STILL, check_picture_name
 from vidssl.pretrained.sources import check_source
 
 
-def parser() -> argparse.ArgumentParser:
+def picture_parser() -> argparse.ArgumentParser:
     lines = (__doc__ or "").split("\n")
     p = argparse.ArgumentParser(
         prog="vidssl show",
@@ -131,7 +131,7 @@ def main(argv: list[str]) -> None:
     if argv[:1] == ["masks"]:
         show_masks.main(argv[1:])
         return
-    a = parser().parse_args(out_first(argv) if argv else argv)
+    a = picture_parser().parse_args(out_first(argv) if argv else argv)
     check_picture_arguments(a)
     # Importing torch takes seconds: mistakes are answered before.
     from vidssl.pictures import show
