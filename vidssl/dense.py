@@ -8,7 +8,7 @@ DIR/dense.json and sequences.csv. Finished controls are in DIR/finished.jsonl un
 same command goes on.
 """
 
-from vidssl.config.command_line import check_command_line
+from vidssl.config.command_line import check_command_line, without_dry_run
 from vidssl.evaluation.dense.schema import DenseConfig
 
 if __name__ == "__main__":
@@ -26,24 +26,26 @@ import torch
 from vidssl.config import load_config, to_tree
 from vidssl.core.errors import run_cli
 from vidssl.core.io import check_no_shards, claim_folder
-from vidssl.core.log import show
+from vidssl.core.log import logger, show
 from vidssl.core.progress import track
 from vidssl.evaluation.controls import control_name
 from vidssl.evaluation.dense.frames import check_fits, make_frame_encoder
 from vidssl.evaluation.dense.isolated_samples import Splits, isolated
 from vidssl.evaluation.dense.splits import read_sequences, split_hashes
+from vidssl.evaluation.extractor import OpenEncoder
 from vidssl.evaluation.finished_rows import FinishedRows, keeps
 from vidssl.evaluation.report import code_hash, new_report_folder, weights_hash, write_csv, write_json_report
 from vidssl.pretrained.external import open_encoder
 from vidssl.pretrained.load import LoadedEncoder
 from vidssl.training.malloc import tune_malloc
 from vidssl.training.preemption import exit_on_sigterm
-from vidssl.training.run_summary import RunEnd
+from vidssl.training.run_summary import RunEnd, log_dry_run, model_line
 
 
 @exit_on_sigterm("SIGTERM")
 def main(argv: list[str]) -> None:
     # Everything that can be known is checked before any sequence is decoded.
+    argv, dry_run = without_dry_run(argv)
     cfg = load_config(argv, DenseConfig)
     data = cfg.data
     end = RunEnd(Path(cfg.out))
@@ -52,6 +54,9 @@ def main(argv: list[str]) -> None:
     task = cfg.task.build()
     listed = read_sequences(data, task.label)
     task.check_train([sample.group for sample in listed["train"]])
+    if dry_run:
+        plan_controls(cfg, task, {name: len(samples) for name, samples in listed.items()})
+        return
     with (
         claim_folder(out, "dense"),
         # before the encoder starts threads
@@ -61,11 +66,26 @@ def main(argv: list[str]) -> None:
     end.log(f"{len(task.controls)} rows in dense.json")
 
 
-def evaluate_controls(cfg: DenseConfig, task: Any, splits: Splits, out: Path) -> None:
-    """Evaluates the encoder under each control that has not been yet, and writes the report."""
-    open_with_seed = partial(
+def plan_controls(cfg: DenseConfig, task: Any, sequences: dict[str, int]) -> None:
+    """Checks the encoder, and says what would be evaluated. sequences: their numbers by split."""
+    loaded = open_frame_encoder(cfg, task)(None)
+    check_fits(loaded, task)
+    logger.info(model_line(loaded.encoder))
+    numbers = ", ".join(f"{number:,} sequences of {name}" for name, number in sequences.items())
+    logger.info(f"data: {numbers}; controls: {', '.join(task.controls)}")
+    log_dry_run(Path(cfg.out), "dense.json and sequences.csv")
+
+
+def open_frame_encoder(cfg: DenseConfig, task: Any) -> OpenEncoder:
+    """Opens the encoder for the frames of a task: with its weights, or untrained by a seed."""
+    return partial(
         open_encoder, cfg.encoder, file=cfg.encoder_file, frames=task.frames, size=task.size, default_frames=1
     )
+
+
+def evaluate_controls(cfg: DenseConfig, task: Any, splits: Splits, out: Path) -> None:
+    """Evaluates the encoder under each control that has not been yet, and writes the report."""
+    open_with_seed = open_frame_encoder(cfg, task)
     loaded = open_with_seed(None)
     check_fits(loaded, task)
     tune_malloc()

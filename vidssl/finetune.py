@@ -7,7 +7,7 @@ The epoch is selected on a part of train that is held out by groups. The same co
 from the end of the last epoch, and after SIGTERM (exit status 75) from the step after which it was requested.
 """
 
-from vidssl.config.command_line import check_command_line
+from vidssl.config.command_line import check_command_line, without_dry_run
 from vidssl.training.finetune_schema import FinetuneConfig
 
 if __name__ == "__main__":
@@ -36,20 +36,22 @@ from vidssl.training.loss_guard import LossGuard
 from vidssl.training.malloc import configure_process
 from vidssl.training.preemption import exit_on_lost_peer, exit_on_sigterm, limited_requeues
 from vidssl.training.run_folder import claim_run
-from vidssl.training.run_summary import RunEnd, start_finetuning
+from vidssl.training.run_summary import RunEnd, log_dry_run, start_finetuning
 from vidssl.training.state import RunState
 
 
 def main(argv: list[str]) -> None:
+    argv, dry_run = without_dry_run(argv)
     cfg = load_config(argv, FinetuneConfig)
     out = Path(cfg.out)
     end = RunEnd(out)
     with limited_requeues(out), exit_on_lost_peer(), exit_on_sigterm():
-        finetune(cfg)
-    end.log_training(f"accuracy on test: {out / 'probe.json'}")
+        finetune(cfg, dry_run)
+    if not dry_run:
+        end.log_training(f"accuracy on test: {out / 'probe.json'}")
 
 
-def finetune(cfg: FinetuneConfig) -> None:
+def finetune(cfg: FinetuneConfig, dry_run: bool = False) -> None:
     tune = cfg.tune
     out = Path(cfg.out)
     check_no_shards(out, "out")
@@ -94,6 +96,12 @@ def finetune(cfg: FinetuneConfig) -> None:
         keep_last=1,
         selection=finetuner.selection,
     )
+    if dry_run:
+        state.restore()
+        start_finetuning(cfg, finetuner)
+        log_dry_run(out, "config.yaml, log.jsonl, checkpoints, the classifier and probe.json")
+        strategy.close()
+        return
     with claim_run(out, "finetune", strategy):
         start_finetuning(cfg, finetuner)
         finetuner.train(state)

@@ -6,7 +6,7 @@ r"""Pre-training, top to bottom: configuration, loader, objective, training loop
 The same command continues the run, after SIGTERM (exit status 75), Ctrl-C (130) or a kill.
 """
 
-from vidssl.config.command_line import check_command_line
+from vidssl.config.command_line import check_command_line, without_dry_run
 from vidssl.training.schema import TrainConfig
 
 if __name__ == "__main__":
@@ -37,21 +37,29 @@ from vidssl.training.preemption import (
     limited_requeues,
 )
 from vidssl.training.run_folder import RunEnding, RunFolder, claim_run
-from vidssl.training.run_summary import RunEnd, probe_command, start_pretraining, wait_advice
+from vidssl.training.run_summary import (
+    RunEnd,
+    plan_pretraining,
+    probe_command,
+    start_pretraining,
+    wait_advice,
+)
 from vidssl.training.state import TrainState
 from vidssl.training.step import forward_backward, load_steps
 
 
 def main(argv: list[str]) -> None:
+    argv, dry_run = without_dry_run(argv)
     cfg = load_config(argv, TrainConfig).resolved()
     out = Path(cfg.run.out)
     end = RunEnd(out)
     with limited_requeues(out), exit_on_lost_peer(), exit_on_sigterm():
-        pretrain(cfg)
-    end.log_training(f"encoder: {out / 'encoder.safetensors'}", probe_command(out, cfg.data.train))
+        pretrain(cfg, dry_run)
+    if not dry_run:
+        end.log_training(f"encoder: {out / 'encoder.safetensors'}", probe_command(out, cfg.data.train))
 
 
-def pretrain(cfg: TrainConfig) -> None:
+def pretrain(cfg: TrainConfig, dry_run: bool = False) -> None:
     # Mistakes in the configuration are reported before anything is written.
     run, efficiency = cfg.run, cfg.efficiency
     out = Path(run.out)
@@ -69,6 +77,9 @@ def pretrain(cfg: TrainConfig) -> None:
     diagnostics = Diagnostics(cfg, objective, strategy)
     state = TrainState(cfg, strategy, objective, optimizer, diagnostics, data_hash)
     state.check_space()
+    if dry_run:
+        plan_pretraining(cfg, state, shards)
+        return
     with claim_run(out, "train", strategy):
         start = state.restore_or_init()
         if start == run.steps or diagnostics.rule.is_over:
@@ -120,8 +131,7 @@ def pretrain(cfg: TrainConfig) -> None:
                     with folder.log_on_error(done, row, batches):
                         state.rollback(done, skip_reason)
                 folder.log(done, row | diagnostics.measure_if_due(done, batches), batches)
-                for line in state.writer.pop_errors():
-                    logger.warning(f"step {done}: {line}; the run goes on")
+                state.log_write_errors(done)
                 state.whole_step = done
                 end = ending(metrics)
                 is_due = done % run.save_every == 0 and not state.guard.consecutive_skips

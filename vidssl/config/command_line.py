@@ -32,6 +32,7 @@ from vidssl.core.log import logger
 WIDTH = 110
 COLUMN = 46  # of the second of two
 PRINT_CONFIG = "--print-config"
+DRY_RUN = "--dry-run"
 MAX_VALUES = 16  # of a key in the shipped files
 MAX_FILES = 4  # that are named beside a value
 
@@ -61,7 +62,7 @@ def answer(argv: Sequence[str], cls: type, about: str, folders: Sequence[str]) -
 
 def check_configuration(argv: Sequence[str], cls: type) -> None:
     """Raises UserError if the configuration is wrong, or names a local file that does not exist."""
-    cfg: Any = load_config(argv, cls)
+    cfg: Any = load_config(argv if _has_dry_run(cls) else without_dry_run(argv)[0], cls)
     cfg.check_before_work()
     notes = cfg.notes() if hasattr(cfg, "notes") and os.environ.get("RANK", "0") == "0" else []
     for note in notes:
@@ -71,6 +72,8 @@ def check_configuration(argv: Sequence[str], cls: type) -> None:
 def print_config(argv: Sequence[str], cls: type) -> None:
     """Prints the resolved configuration as a file that gives the same one, with the source of each value."""
     arguments = [word for word in argv if word != PRINT_CONFIG]
+    if not _has_dry_run(cls):
+        arguments, _ = without_dry_run(arguments)
     tree = to_tree(load_config(arguments, cls))
     print("\n".join(annotated_lines(tree, merge(arguments)[1])))
 
@@ -100,6 +103,15 @@ def _source_of(key: str, origin: Origin) -> str:
     return origin[key].text if origin[key].is_file else "command line"
 
 
+def without_dry_run(argv: Sequence[str]) -> tuple[list[str], bool]:
+    """Returns (argv without --dry-run, whether it was there), for programs where it is no key."""
+    return [word for word in argv if word != DRY_RUN], DRY_RUN in argv
+
+
+def _has_dry_run(cls: type) -> bool:
+    return any(field.name == "dry_run" for field in dataclasses.fields(cls))
+
+
 def print_help(argv: Sequence[str], cls: type, about: str, folders: Sequence[str]) -> None:
     """The overview, or what is known of the keys that are named beside --help."""
     topics = [word for word in argv if not word.startswith("-") and "=" not in word]
@@ -122,8 +134,7 @@ def overview(cls: type, about: str, folders: Sequence[str], program: str) -> Ite
     yield "\nOptions:"
     yield from _entry("  --help [KEY ...]", "this, or a section, part, kind or key; --help all: every key")
     yield from _entry("  --print-config", "the resolved configuration as YAML, with the source of each value")
-    if any(field.name == "dry_run" for field in dataclasses.fields(cls)):
-        yield from _entry("  --dry-run", "check everything, print the plan, write nothing")
+    yield from _entry(f"  {DRY_RUN}", "check everything, print the plan, write nothing")
     yield from _entry("  --quiet", "only warnings, errors and the last line")
     yield "\nFiles:"
     for folder in folders:

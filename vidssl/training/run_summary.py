@@ -24,6 +24,7 @@ from vidssl.training.distributed import Strategy
 from vidssl.training.finetune_loop import Finetuner
 from vidssl.training.finetune_schema import FinetuneConfig
 from vidssl.training.schema import TrainConfig, default_workers
+from vidssl.training.state import TrainState
 
 MAX_ROW_BYTES = 1 << 16  # of log.jsonl
 
@@ -114,6 +115,26 @@ def start_pretraining(
     for note, is_all in notes:
         if note:
             logger.log(logging.WARNING if is_all else logging.INFO, note)
+
+
+def log_dry_run(out: Path, files: str) -> None:
+    """Says what a run would write, and that it did not."""
+    there = f"; {out} is there already" if out.exists() else ""
+    logger.log(RESULT, f"dry run: nothing was written; the run would write {files} into {out}{there}")
+
+
+def plan_pretraining(cfg: TrainConfig, state: TrainState, shards: Sequence[Shards] | ShardUrls) -> None:
+    """What --dry-run does: reads what the run would start from, and says what it would do and write."""
+    run = cfg.run
+    start = state.restore_or_init()
+    start_pretraining(cfg, state.strategy, state.objective, shards, start)
+    steps = range(start + 1, run.steps + 1)
+    saved = sum(step % run.save_every == 0 or step == run.steps for step in steps)
+    kept = f"the last {run.keep_last} stay" + f", and every {run.keep_every} steps one" * bool(run.keep_every)
+    also = ", an encoder of each in snapshots" * run.snapshots
+    checkpoints = f"{counted(saved, 'checkpoint')} ({kept}{also})"
+    log_dry_run(Path(run.out), f"config.yaml, log.jsonl, {checkpoints} and encoder.safetensors")
+    state.strategy.close()
 
 
 def wait_advice(cfg: TrainConfig, has_gpu: bool) -> str:

@@ -130,6 +130,11 @@ class RunState:
         )
         return saved
 
+    def log_write_errors(self, step: int) -> None:
+        """Warns of checkpoints that could not be written."""
+        for line in self.writer.pop_errors():
+            logger.warning(f"step {step}: {line}; the run goes on")
+
     def save(self, step: int, before_write: Callable[[], None]) -> None:
         """Copies the state after `step` steps, and writes it while the next steps run.
 
