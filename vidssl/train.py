@@ -85,7 +85,6 @@ def pretrain(cfg: TrainConfig, dry_run: bool = False) -> None:
         if start == run.steps or diagnostics.rule.is_over:
             state.export_missing(start)
             return
-        # The training loop.
         start_pretraining(cfg, strategy, objective, shards, start)
         loader = load_steps(cfg, shards, start, strategy)
         advice = wait_advice(cfg, strategy.device.type == "cuda")
@@ -113,9 +112,9 @@ def pretrain(cfg: TrainConfig, dry_run: bool = False) -> None:
                     losses = forward_backward(strategy, model, parts)
                 norm = strategy.clip(model, optim_config, step)
                 throughput.overlap(inputs.prefetch)  # the host waits for the device below
-                signals = {"stop": preemption.requested, **diagnostics.signals}
                 metrics = strategy.all_reduce_metrics(
-                    {**losses, "grad_norm": norm}, count_samples(batches) | signals
+                    {**losses, "grad_norm": norm},
+                    count_samples(batches) | {"stop": preemption.requested, **diagnostics.signals},
                 )
 
                 state.whole_step = None
@@ -134,8 +133,7 @@ def pretrain(cfg: TrainConfig, dry_run: bool = False) -> None:
                 state.log_write_errors(done)
                 state.whole_step = done
                 end = ending(metrics)
-                is_due = done % run.save_every == 0 and not state.guard.consecutive_skips
-                if strategy.participates_in_save and (is_due or end or done == run.steps):
+                if strategy.participates_in_save and (end or state.is_due(done)):
                     throughput.beside("save", state.save, done, folder.sync_log)
                 if end:
                     break
