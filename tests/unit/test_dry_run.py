@@ -65,7 +65,7 @@ def test_of_pretraining_finds_what_a_run_would_find(synthetic_shards, tmp_path):
 
 def test_of_finetuning(dry_run, synthetic_shards, encoder, tmp_path):
     shards = [f"data.{split}={synthetic_shards / split}" for split in ("train", "test")]
-    more = ["data.label=appearance", "tune.batch=8", "efficiency.workers=0"]
+    more = ["data.label=appearance", "data.stride=2", "tune.batch=8", "efficiency.workers=0"]
     err = dry_run(
         finetune,
         "configs/finetune/folder.yaml",
