@@ -130,12 +130,6 @@ class RunState:
         )
         return saved
 
-    def is_due(self, step: int) -> bool:
-        """Whether the run is to be saved after `step` steps: the last one, or one of run.save_every that
-        follows no skipped step."""
-        run = self.cfg.run
-        return step == run.steps or (step % run.save_every == 0 and not self.guard.consecutive_skips)
-
     def log_write_errors(self, step: int) -> None:
         """Warns of checkpoints that could not be written."""
         for line in self.writer.pop_errors():
@@ -278,6 +272,12 @@ class TrainState(RunState):
         self.rule = diagnostics.rule
         self.cfg = cfg
         self.objective = objective
+
+    def is_due(self, step: int) -> bool:
+        """Whether the run is to be saved after `step` steps: the last one, or one of run.save_every that
+        follows no skipped step."""
+        run = self.cfg.run
+        return step == run.steps or (step % run.save_every == 0 and not self.guard.consecutive_skips)
 
     def restore_or_init(self) -> int:
         """Loads the newest checkpoint of the run's folder, or else the weights of run.init. Returns the step
