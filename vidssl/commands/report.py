@@ -22,6 +22,7 @@ def report_parser() -> argparse.ArgumentParser:
     )
     p.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="runs, a zoo, or shards")
     p.add_argument("-o", "--out", type=Path, default=Path("report.html"), help="default: report.html")
+    p.add_argument("--no-pictures", action="store_true", help="no clips, which need the run's data and torch")
     p.add_argument("--watch", action="store_true", help="serve the page on this machine, and keep it new")
     p.add_argument("--port", type=int, default=8713, help="of --watch; default: 8713; 0: a free one")
     return p
@@ -38,13 +39,20 @@ def main(argv: list[str]) -> None:
         raise UserError(f"-o {a.out}: give a file name that ends in .html")
     if not a.watch:
         check_writable(a.out.parent)
-    from vidssl.report.contents import make_contents
+    from vidssl.report.contents import expand_folders, make_contents
     from vidssl.report.page import plotly_script
     from vidssl.report.watch import serve_page
 
     # What is missing is said before any work
     plotly_script()
-    make = partial(make_contents, a.folders, ["vidssl", "report", *argv])
+    expand_folders(a.folders)
+    draw = None
+    if not a.no_pictures:
+        # Imported late: it imports torch
+        from vidssl.report.pictures import Pictures
+
+        draw = Pictures()
+    make = partial(make_contents, a.folders, ["vidssl", "report", *argv], draw)
     if a.watch:
         serve_page(a.folders, make, a.port)
     else:

@@ -24,7 +24,7 @@ def no_plotly(monkeypatch):
 
 def test_a_page_is_written_and_its_verdicts_are_printed(tmp_path, capsys):
     run = make_run(tmp_path / "a", collapse_at=20)
-    command.main([str(run), "-o", str(tmp_path / "pages" / "a.html")])
+    command.main([str(run), "-o", str(tmp_path / "pages" / "a.html"), "--no-pictures"])
     text = (tmp_path / "pages" / "a.html").read_text()
     assert "%%" not in text and "/* plotly */" in text and '"name":"a"' in text
     out = capsys.readouterr().out
@@ -108,6 +108,6 @@ def test_ctrl_c_ends_a_watch(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(watch.ThreadingHTTPServer, "serve_forever", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        command.main([str(run), "--watch", "--port", "0"])
+        command.main([str(run), "--watch", "--port", "0", "--no-pictures"])
     assert servers[0].socket.fileno() == -1
     assert f"http://127.0.0.1:{servers[0].server_port}/" in capsys.readouterr().out
