@@ -1,4 +1,4 @@
-"""Finds videos of an evaluation set in a training set: `python -m data_prep.leaks TRAIN TEST`.
+"""Finds videos of an evaluation set in a training set: `vidssl leaks TRAIN TEST`.
 
 Both are packed data sets. A test video is reported if TRAIN holds the same bytes (SHA-256 of the file) or the
 same pictures, even re-encoded, scaled, at another frame rate or trimmed (data_prep/leak_search.py says how).
@@ -32,7 +32,7 @@ def not_compared_lines(records: list[dict]) -> Iterator[str]:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m data_prep.leaks", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="vidssl leaks", description=__doc__.split("\n")[0])
     parser.add_argument("train", help="the packed training set, a folder or URL")
     parser.add_argument("test", help="the packed evaluation set, a folder or URL")
     parser.add_argument("--out", type=Path, help="where to write the pairs, one JSON object per line")

@@ -1,4 +1,4 @@
-"""Packs a corpus into shards: `python -m data_prep.pack SRC OUT`.
+"""Packs a corpus into shards: `vidssl pack SRC OUT`.
 
 A plan, made before any file is packed, holds everything that decides the bytes: which file goes to which data
 set and shard, and how it is encoded. Each shard is written under a temporary name and renamed, so a run that
@@ -33,7 +33,7 @@ def check_out_is_free(out: Path) -> None:
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m data_prep.pack",
+        prog="vidssl pack",
         description="Pack a folder of videos or images into shards with an index.",
     )
     add = parser.add_argument

@@ -1,4 +1,4 @@
-"""Reports the contents of a data set and what was rejected: `python -m data_prep.report FOLDER`.
+"""Reports the contents of a data set and what was rejected: `vidssl report FOLDER`.
 
 Writes report.json and report.png: histograms of frame rate, duration, short side and bytes of the samples,
 samples per class, codecs, reasons of rejection, bytes in (of the source's files) and out (of the shards). If
@@ -196,14 +196,14 @@ def write_dataset_report(folder: Path, contents: Contents) -> dict:
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m data_prep.report", description="Report the contents of packed data sets."
+        prog="vidssl report", description="Report the contents of packed data sets."
     )
     parser.add_argument("folder", type=Path, help="a folder with index.json in it or below it")
     args = parser.parse_args(argv)
     folders = sorted(p.parent for p in args.folder.rglob("index.json"))
     if not folders:
         raise UserError(
-            f"{args.folder}: no index.json in it or below it; other WebDataset shards need data_prep.scan"
+            f"{args.folder}: no index.json in it or below it; other WebDataset shards need vidssl scan"
         )
     for folder in folders:
         report = write_dataset_report(folder, read_contents(folder))

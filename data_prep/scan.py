@@ -1,4 +1,4 @@
-"""Writes the index of WebDataset shards that pack did not write: `python -m data_prep.scan DIR`.
+"""Writes the index of WebDataset shards that pack did not write: `vidssl scan DIR`.
 
 One pass over the tar headers and the small files; no video is opened. A sample's label comes from its .json
 or its .cls, in the usual spellings (see vidssl/data/metadata.py). What other tools say of frames, times and
@@ -184,7 +184,7 @@ def find_tars(folder: Path) -> list[Path]:
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m data_prep.scan", description="Index shards that were not written by pack."
+        prog="vidssl scan", description="Index shards that were not written by pack."
     )
     parser.add_argument("dir", type=Path, help="a folder of .tar shards; the index is written beside them")
     folder = parser.parse_args(argv).dir

@@ -1,6 +1,6 @@
 """Renders a small labelled corpus of H.264 files whose motion label cannot be told from a single frame.
 
-    python -m data_prep.synthetic OUT [--train 3000] [--test 800]
+    vidssl synthetic OUT [--train 3000] [--test 800]
 
 Each video shows one or two textured objects of one colour (the *appearance* label: 6 colours) and any shape,
 which all move in the same way (the *motion* label: 10 classes) over a still, random background. The contents
@@ -280,7 +280,7 @@ def write_labels(path: Path, rows: list[tuple[str, ...]]) -> None:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m data_prep.synthetic", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="vidssl synthetic", description=__doc__.split("\n")[0])
     parser.add_argument("out", type=Path, help="a new folder")
     parser.add_argument("--train", type=int, default=3000, help="number of training videos")
     parser.add_argument("--test", type=int, default=800, help="number of test videos")

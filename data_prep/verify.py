@@ -1,4 +1,4 @@
-"""Checks packed data sets: `python -m data_prep.verify OUT [--decode N]`.
+"""Checks packed data sets: `vidssl verify OUT [--decode N]`.
 
 OUT is a folder or the URL of a data set. Prints one line per problem; exit status 1 if there is any. Remote
 files are fetched one shard at a time, without the cache, into a temporary file.
@@ -153,7 +153,7 @@ def check_dataset(folder: str, decode: int, pool: WorkerPool) -> Iterator[str]:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m data_prep.verify", description="Check packed data sets.")
+    parser = argparse.ArgumentParser(prog="vidssl verify", description="Check packed data sets.")
     out_help = "a folder with index.json in it or below it, or a data set's URL"
     parser.add_argument("out", type=canonical_address, help=out_help)
     parser.add_argument(
@@ -170,7 +170,7 @@ def main(argv: list[str]) -> None:
         folders = sorted(str(p.parent) for p in Path(args.out).rglob("index.json"))
     if not folders:
         raise UserError(
-            f"{args.out}: no index.json in it or below it; other WebDataset shards need data_prep.scan"
+            f"{args.out}: no index.json in it or below it; other WebDataset shards need vidssl scan"
         )
     problems = 0
     # A sample that hangs or crashes its decoder is a problem of the data set, not the end of the check.

@@ -46,6 +46,7 @@ from vidssl.objective.targets import Pixels
 FEW_OPEN_FILES = 4096  # soft limit below which many loader workers run out of descriptors
 LITTLE_SHARED_MEMORY = 1 << 30  # bytes of /dev/shm, through which loader workers hand over batches
 LITTLE_DISK = 10 << 30  # bytes
+CODECS = ("h264", "hevc", "vp9", "av1", "mpeg4")
 FRAMES, SIDE = 8, 64  # of the video that is decoded
 
 
@@ -70,7 +71,8 @@ def package_lines() -> Iterator[str]:
             yield "packages: " + ", ".join(f"{n} {v or 'MISSING'}" for n, v in versions.items())
         else:
             missing = [name for name, version in versions.items() if version is None]
-            yield f"extra {extra}: " + (f"lacks {', '.join(missing)}" if missing else "complete")
+            lacks = f"lacks {', '.join(missing)}: pip install 'vidssl[{extra}]'"
+            yield f"extra {extra}: " + (lacks if missing else "complete")
 
 
 def device_lines() -> Iterator[str]:
@@ -81,7 +83,8 @@ def device_lines() -> Iterator[str]:
         properties = torch.cuda.get_device_properties(i)
         yield f"device {i}: {properties.name}, {properties.total_memory / 1e9:.0f} GB"
     bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    nccl = ".".join(map(str, torch.cuda.nccl.version()))
+    has_nccl = torch.distributed.is_available() and torch.distributed.is_nccl_available()
+    nccl = ".".join(map(str, torch.cuda.nccl.version())) if has_nccl else "no"
     yield f"CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}, NCCL {nccl}, bf16 {bf16}"
 
 
@@ -92,6 +95,9 @@ def limit_lines() -> Iterator[str]:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     advice = f" (few: ulimit -n {hard})" if soft < min(FEW_OPEN_FILES, hard) else ""
     yield f"open files: {soft}, at most {hard}{advice}"
+    largest = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    if largest != resource.RLIM_INFINITY:
+        yield f"files: at most {largest / 1e9:.3g} GB (ulimit -f): a larger checkpoint cannot be written"
     if os.path.isdir("/dev/shm"):
         size = shutil.disk_usage("/dev/shm").total
         advice = " (little: docker run --shm-size=8g)" if size < LITTLE_SHARED_MEMORY else ""
@@ -128,7 +134,24 @@ def decoder_line(decoder: str, video: bytes) -> tuple[bool, str]:
         return False, f"decoder {decoder}: {str(e).splitlines()[0]}"
 
 
-def step_line(device: str) -> str:
+def codec_line() -> str:
+    """Which of the common codecs PyAV's FFmpeg decodes."""
+    lacking = [name for name in CODECS if name not in av.codecs_available]
+    version = ".".join(map(str, av.library_versions["libavcodec"]))
+    return f"FFmpeg of PyAV: libavcodec {version}, " + (
+        f"LACKS {', '.join(lacking)}" if lacking else f"decodes {', '.join(CODECS)}"
+    )
+
+
+def step_line(device: str) -> tuple[bool, str]:
+    """(whether a small step can be taken, a line)."""
+    try:
+        return True, take_step(device)
+    except RuntimeError as e:
+        return False, f"step on {device}: FAILS: {str(e).strip().splitlines()[0]}"
+
+
+def take_step(device: str) -> str:
     """Takes a small step, forward and backward, and says how long it took."""
     torch.manual_seed(0)
     encoder = Encoder(FRAMES, SIDE, SIDE, dim=48, depth=2, heads=3, patch=16)
@@ -155,10 +178,15 @@ def main(argv: list[str]) -> None:
     for decoder in ("pyav", "decord", "torchcodec"):
         works[decoder], line = decoder_line(decoder, video)
         print(line)
+    print(codec_line())
+    steps = {}
     for device in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
-        print(step_line(device))
+        steps[device], line = step_line(device)
+        print(line)
     if not works["pyav"]:
         raise UserError("PyAV does not decode here: reinstall av, or see its line above")
+    if failed := [device for device, taken in steps.items() if not taken]:
+        raise UserError(f"no step can be taken on {failed[0]}: see its line above; reinstall torch for it")
 
 
 if __name__ == "__main__":

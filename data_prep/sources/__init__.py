@@ -1,6 +1,6 @@
 """Source formats: annotation files as they are published, and a folder of files. One module per format.
 
-WebDataset shards need no source: `python -m data_prep.scan DIR` makes their index.
+WebDataset shards need no source: `vidssl scan DIR` makes their index.
 """
 
 import os
@@ -55,7 +55,7 @@ def read_source(
     """Lists the files below `root` by annotations in the format `kind`. Raises UserError if there is no
     file."""
     if kind == "webdataset":
-        raise UserError(f"{root}: WebDataset shards are used as they are: python -m data_prep.scan {root}")
+        raise UserError(f"{root}: WebDataset shards are used as they are: vidssl scan {root}")
     if kind not in SOURCES:
         raise UserError(f"--source {kind}: expected one of {', '.join(SOURCES)}")
     if not root.is_dir():

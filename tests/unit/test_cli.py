@@ -61,7 +61,7 @@ def test_doctor_decodes_takes_a_step_and_names_what_extras_lack(capsys, monkeypa
     monkeypatch.setattr(doctor, "version_of", lambda name: None if name == "ray" else "1.0")
     doctor.main([])
     lines = capsys.readouterr().out.splitlines()
-    assert "decoder pyav: works" in lines and "extra ray: lacks ray" in lines
+    assert "decoder pyav: works" in lines and "extra ray: lacks ray: pip install 'vidssl[ray]'" in lines
     assert any(line.startswith("step on cpu: loss ") for line in lines)
     with pytest.raises(UserError, match="no arguments"):
         doctor.main(["x"])
@@ -75,6 +75,16 @@ def test_doctor_fails_where_no_video_can_be_decoded(capsys, monkeypatch):
     with pytest.raises(UserError, match="PyAV does not decode here"):
         doctor.main([])
     assert "decoder pyav: corrupt: made" in capsys.readouterr().out
+
+
+def test_doctor_fails_where_no_step_can_be_taken(capsys, monkeypatch):
+    def broken(device):
+        raise RuntimeError("CUDA error: no kernel image\nmore")
+
+    monkeypatch.setattr(doctor, "take_step", broken)
+    with pytest.raises(UserError, match="no step can be taken on cpu"):
+        doctor.main([])
+    assert "step on cpu: FAILS: CUDA error: no kernel image" in capsys.readouterr().out.splitlines()
 
 
 def test_every_requirement_is_named_once():

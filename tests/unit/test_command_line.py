@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -141,6 +142,17 @@ MISTAKES = [
     (["tools/zoo_run.py", "configs/zoo/quickstart.yaml", "snapshot=1"], "did you mean snapshots?"),
     (["tools/zoo_run.py", "configs/zoo/quickstart.yaml", "out=OUT"], "runs.videomae_tiny: data.train: runs/"),
 ]
+
+
+# Programs are named as a wheel has them; module headers may say how the files are run.
+OTHER_FORM = re.compile(r"python3? (-m )?(data_prep|vidssl|tools)[./]|(run|need|with|see) data_prep\.")
+
+
+@pytest.mark.parametrize("folder", ["vidssl", "data_prep", "configs"])
+def test_hints_name_commands_of_the_package(folder):
+    for path in sorted((ROOT / folder).rglob("*.py" if folder != "configs" else "*.yaml")):
+        lines = [line for line in path.read_text().splitlines() if OTHER_FORM.search(line)]
+        assert not lines or path == ROOT / "vidssl/cli.py", f"{path.name}: {lines}"
 
 
 @pytest.fixture(scope="module")

@@ -174,11 +174,11 @@ def _what_it_is(folder: Path) -> str:
     if tars:
         return (
             f"no index.json, but {_count(tars, '.tar file')}; "
-            f"make the index with python -m data_prep.scan {folder}, or use data.reader=stream"
+            f"make the index with vidssl scan {folder}, or use data.reader=stream"
         )
     found = sorted(p.name for p in folder.iterdir())
     contents = f"it holds {_first(found)}" if found else "it is empty"
-    return f"no index.json, so no folder of shards ({contents}); make one with python -m data_prep.pack"
+    return f"no index.json, so no folder of shards ({contents}); make one with vidssl pack"
 
 
 def _count(names: list[str], kind: str) -> str:

@@ -115,7 +115,7 @@ class DecodeErrorMonitor:
             last = exhausted.failures[-1]
             raise UserError(
                 f"{len(exhausted.failures)} samples in a row failed at position {exhausted.position}; "
-                f"last reason '{last.reason}' ({last.key}); python -m data_prep.verify names the files"
+                f"last reason '{last.reason}' ({last.key}); vidssl verify names the files"
             )
         self.samples += samples
         self.reasons.update(failure.reason for failure in failures)
@@ -126,7 +126,7 @@ class DecodeErrorMonitor:
                 f"{self.reasons.total()} of {self.samples} samples could not be decoded "
                 f"({dict(self.reasons)}; last {self.last_key}): "
                 f"over data.max_decode_error_rate {self.limit}; "
-                "python -m data_prep.verify names the files"
+                "vidssl verify names the files"
             )
 
 

@@ -98,7 +98,7 @@ class DataConfig:
             if names := [f"data.{name}" for name, used in unusable if used]:
                 raise UserError(
                     f"data.reader stream cannot serve {', '.join(names)}: it needs an index; "
-                    "run python -m data_prep.scan on the shards and use data.reader indexed"
+                    "run vidssl scan on the shards and use data.reader indexed"
                 )
 
     @property

@@ -220,7 +220,7 @@ class Shards:
 
     def _skip_or_raise(self, shard: int, e: ShardError) -> None:
         if self.on_missing == "error":
-            raise UserError(f"{e}; the index lists this shard: run data_prep.verify") from e
+            raise UserError(f"{e}; the index lists this shard: run vidssl verify") from e
         self._skipped[shard] = e.reason, str(e)
 
     def _open_tar(self, shard: int) -> AbstractContextManager[BinaryIO]:

@@ -303,7 +303,7 @@ def tar_stream_samples(name: str, stream: BinaryIO) -> Iterator[dict[str, Any]]:
                 if key in seen:
                     raise UserError(
                         f"{name}: the members of sample {key} do not follow each other, and a stream cannot "
-                        "join them; run python -m data_prep.scan on the shards and use data.reader indexed"
+                        "join them; run vidssl scan on the shards and use data.reader indexed"
                     )
                 seen.add(key)
             if ext in sample:

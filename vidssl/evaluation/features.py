@@ -389,7 +389,7 @@ def compute_features(
     if len(unreadable) == len(loader.samples):
         reason = next(iter(unreadable.values()))
         raise UserError(
-            f"none of the {len(loader.samples)} samples can be decoded ({reason}): run data_prep.verify"
+            f"none of the {len(loader.samples)} samples can be decoded ({reason}): run vidssl verify"
         )
     return features._replace(unreadable=unreadable)
 

@@ -16,7 +16,7 @@ def label_sets(train: Shards, test: Shards, requested: list[str] | None) -> list
         if name not in common:
             raise UserError(f"data.labels: no label '{name}' in both data sets; there is {common or 'none'}")
     if not common:
-        raise UserError("the data sets have no label in common: a probe needs labels (see data_prep.pack)")
+        raise UserError("the data sets have no label in common: a probe needs labels (vidssl pack)")
     return requested or common
 
 

@@ -205,5 +205,7 @@ def probe_command(out: Path, train: Sequence[str]) -> str:
     if first.name == "train" and (first.with_name("test") / "index.json").is_file():
         labelled = first
         test = first.with_name("test")
-    files = "vidssl/probe.py configs/probe/attentive.yaml"
-    return f"next: python {files} encoder={out} data.train={labelled} data.test={test} out={out / 'probe'}"
+    files = "configs/probe/attentive.yaml"
+    return (
+        f"next: vidssl probe {files} encoder={out} data.train={labelled} data.test={test} out={out / 'probe'}"
+    )

@@ -214,7 +214,7 @@ def _read_synthetic(video: Path, truth: Path, label: LabelKind) -> tuple[np.ndar
         frames = opened.get(np.arange(len(opened.times)))
     arrays = np.load(truth)
     if "depth_map" not in arrays:
-        raise ValueError(f"{truth} is of an older version; render the corpus again with data_prep.synthetic")
+        raise ValueError(f"{truth} is of an older version; render the corpus again with vidssl synthetic")
     if label == "depth":
         return frames, arrays["depth_map"].astype(np.float32)
     if label == "keypoints":
