@@ -202,6 +202,8 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     folders = sorted(p.parent for p in args.folder.rglob("index.json"))
     if not folders:
+        if not Path(args.folder).exists():
+            raise UserError(f"{args.folder}: no such folder")
         raise UserError(
             f"{args.folder}: no index.json in it or below it; other WebDataset shards need vidssl scan"
         )

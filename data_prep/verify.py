@@ -169,6 +169,8 @@ def main(argv: list[str]) -> None:
     if not is_url(args.out):
         folders = sorted(str(p.parent) for p in Path(args.out).rglob("index.json"))
     if not folders:
+        if not Path(args.out).exists():
+            raise UserError(f"{args.out}: no such folder")
         raise UserError(
             f"{args.out}: no index.json in it or below it; other WebDataset shards need vidssl scan"
         )

@@ -144,8 +144,21 @@ MISTAKES = [
 ]
 
 
+def listed_mistakes() -> list[tuple[list[str], str]]:
+    """The first table of docs/mistakes.md: arguments and the line."""
+    table = (ROOT / "docs/mistakes.md").read_text().split("These are known once")[0]
+    rows = re.findall(r"^\| [^|]+ \| `vidssl (.*)` \| (.*) \|$", table, re.M)
+    return [
+        (["vidssl.cli", *command.replace("TINY", " ".join(TRAIN[1:])).split()], line)
+        for command, line in rows
+    ]
+
+
+LISTED = listed_mistakes()
+
+
 # Programs are named as a wheel has them; module headers may say how the files are run.
-OTHER_FORM = re.compile(r"python3? (-m )?(data_prep|vidssl|tools)[./]|(run|need|with|see) data_prep\.")
+OTHER_FORM = re.compile(r"python3? (-m )?(data_prep|vidssl|tools)[./]|(run|need|with) data_prep\.")
 
 
 @pytest.mark.parametrize("folder", ["vidssl", "data_prep", "configs"])
@@ -159,7 +172,7 @@ def test_hints_name_commands_of_the_package(folder):
 def answers(tmp_path_factory):
     """(program, arguments) -> (exit status, heavy modules that were imported, stdout, stderr)."""
     out = tmp_path_factory.mktemp("command_line")
-    commands = [[program, "--help"] for program in PROGRAMS] + [argv for argv, _ in MISTAKES]
+    commands = [[program, "--help"] for program in PROGRAMS] + [argv for argv, _ in (*MISTAKES, *LISTED)]
     filled = [[a.replace("OUT", str(out / "OUT")) for a in argv] for argv in commands]
     run = subprocess.run(
         [sys.executable, "-c", RUN], input=json.dumps(filled), cwd=ROOT, capture_output=True, text=True
@@ -194,3 +207,16 @@ def test_a_mistake_is_answered_in_one_line_without_torch(argv, words, answers):
     assert words in err.splitlines()[-1] and "Traceback" not in err
     # argparse writes the usage before its line
     assert (err.startswith("error: ") and "\n" not in err) or err.startswith("usage: ")
+
+
+@pytest.mark.parametrize("argv, line", LISTED, ids=[" ".join(argv[1:]) for argv, _ in LISTED])
+def test_the_listed_mistakes_print_their_lines(argv, line, answers):
+    status, imported, _, err = answers[tuple(argv)]
+    assert (status, imported) == (2, []) and "Traceback" not in err
+    pattern = re.escape(line).replace(re.escape("..."), ".*")
+    assert re.fullmatch(f"(vidssl convert: )?error: {pattern}", err.splitlines()[-1])
+
+
+def test_forty_mistakes_are_listed():
+    text = (ROOT / "docs/mistakes.md").read_text()
+    assert len(re.findall(r"^\| [^|]+ \| `.*` \| .* \|$", text, re.M)) >= 40 and len(LISTED) >= 35

@@ -42,6 +42,8 @@ def main(argv: list[str]) -> None:
     p.add_argument("--plot", type=Path)
     p.add_argument("--rank", action="store_true", help="correlate label-free scores with the metric on test")
     a = p.parse_args(argv)
+    if missing := [path for path in a.probes if not path.exists()]:
+        raise UserError(f"{missing[0]}: no such file; give the probe.json of a probe, or its folder")
     paths = [path / "probe.json" if path.is_dir() else path for path in a.probes]
     names = a.names or short_names(paths)
     if len(names) != len(paths) or len(set(names)) < len(names):

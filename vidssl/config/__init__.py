@@ -369,6 +369,17 @@ def _where(key: str, origin: Origin) -> str:
     return key
 
 
+# Sections that one program has: the file of another program is given by mistake.
+SECTION_OWNERS = {
+    "method": "train",
+    "run": "train",
+    "probe": "probe",
+    "tune": "finetune",
+    "task": "dense",
+    "runs": "zoo-run",
+}
+
+
 class UnknownKeyError(UserError):
     """A key that does not exist. key: dotted; allowed: the names of its section; where: file and key, or the
     argument."""
@@ -386,6 +397,8 @@ class UnknownKeyError(UserError):
             return f"it is called {RENAMED[self.key]} now"
         if near := _nearest_key(self.key, self.allowed, all_keys):
             return f"did you mean {near}?"
+        if self.key in SECTION_OWNERS:
+            return f"it belongs to vidssl {SECTION_OWNERS[self.key]}"
         is_short = 0 < len(self.allowed) <= MAX_LISTED
         return f"allowed: {', '.join(self.allowed)}" if is_short else "see --help"
 

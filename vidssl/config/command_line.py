@@ -26,7 +26,7 @@ from vidssl.config.key_tree import (
     tree_of,
 )
 from vidssl.config.signatures import Declaration
-from vidssl.core.errors import asks_for_help, run_cli
+from vidssl.core.errors import UserError, asks_for_help, run_cli
 from vidssl.core.log import logger
 
 WIDTH = 110
@@ -62,6 +62,8 @@ def answer(argv: Sequence[str], cls: type, about: str, folders: Sequence[str]) -
 
 def check_configuration(argv: Sequence[str], cls: type) -> None:
     """Raises UserError if the configuration is wrong, or names a local file that does not exist."""
+    if not argv:
+        raise UserError("no configuration: give .yaml files and key=value; --help lists them")
     cfg: Any = load_config(argv if _has_dry_run(cls) else without_dry_run(argv)[0], cls)
     cfg.check_before_work()
     notes = cfg.notes() if hasattr(cfg, "notes") and os.environ.get("RANK", "0") == "0" else []

@@ -4,6 +4,7 @@ The program maps video f32 [batch, 3, T, H, W], normalised, to features f32 [bat
 clips and the native size. encoder.json beside it says the size, the statistics of pixels and the versions.
 """
 
+import io
 import json
 import os
 import tempfile
@@ -97,7 +98,10 @@ def save_program(folder: Path, checkpoint: Checkpoint, kind: Program, source: st
 
 
 def _write_torch(exported: torch.export.ExportedProgram, path: Path) -> None:
-    torch.export.save(exported, path)
+    """By way of memory: torch's own writer ends the process where the disk is full."""
+    buffer = io.BytesIO()
+    torch.export.save(exported, buffer)
+    path.write_bytes(buffer.getbuffer())
 
 
 def _run_torch(path: Path, video: Tensor) -> Tensor:
