@@ -40,7 +40,7 @@ class RunClips:
         if cfg.data.reader == "stream" and folders is None:
             raise UserError(
                 "the run's data.reader is stream: its shards have no index; make one with "
-                "python -m data_prep.scan, and give --train"
+                "vidssl scan, and give --train"
             )
         self.data = replace(cfg.data, windows=1, repeat=1, extra_streams=(), motion_vectors=False)
         self.augment = cfg.augment.build()

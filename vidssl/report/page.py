@@ -6,7 +6,6 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from vidssl.core.errors import UserError
 from vidssl.core.io import atomic_write
 
 MAX_BYTES = 15_000_000
@@ -15,10 +14,8 @@ SECURITY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-in
 
 def plotly_script() -> str:
     """The plotting library, as the package plotly brings it."""
-    try:
-        from plotly.offline import get_plotlyjs
-    except ImportError:
-        raise UserError("the page is drawn by plotly: pip install 'vidssl[report]'") from None
+    from plotly.offline import get_plotlyjs  # imported late: it takes a second
+
     return get_plotlyjs()
 
 
