@@ -68,6 +68,7 @@ def pass_on_tokens(
     path_scale: object = None,
     attends: object = None,
     mlp_output: bool = False,
+    condition: object = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """In the place of a Block's forward pass: its shapes without its work."""
     x = x if num_outputs is None else x[:, -num_outputs:]
