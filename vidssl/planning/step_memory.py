@@ -23,6 +23,8 @@ from vidssl.objective.objective import Objective
 from vidssl.training.micro_batches import MicroBatch
 from vidssl.training.schema import TrainConfig
 
+# Of large tensors they are false everywhere, since torch draws again what is outside of its bounds.
+COMPARISONS = ("lt", "le", "gt", "ge")
 LARGE = 2**14  # elements from which on the values of a tensor are not computed; masks have fewer
 
 
@@ -49,6 +51,8 @@ class WithoutValues(TorchFunctionMode):
                 return first
             if name == "clone":
                 return torch.empty_like(first)
+            if name.strip("_") in COMPARISONS:
+                return torch.zeros((), dtype=torch.bool).expand(first.shape)
         return func(*args, **kwargs)
 
 

@@ -10,6 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 from vidssl.core.pixels import normalise
 from vidssl.planning.step_memory import (
     StepMemory,
+    WithoutValues,
     build_without_values,
     count_step_memory,
     largest_part,
@@ -84,6 +85,13 @@ def test_planned_flops_are_those_that_torch_counts():
     planned = flops_without_values(cfg, build_without_values(cfg), [part])
     assert planned == pytest.approx(counted(), rel=0.1)
     assert planned < counted()
+
+
+def test_drawing_ends_whatever_the_memory_held_before():
+    weight = torch.full((300, 300), 1e3)
+    with WithoutValues():
+        torch.nn.init.trunc_normal_(weight, std=0.02)
+    assert weight.eq(1e3).all()
 
 
 def test_weights_without_values_take_no_room():
