@@ -15,7 +15,7 @@ PAGE = Path(__file__).parents[1] / "docs/configuration.md"
 HEAD = """# Configuration: all keys
 
 Written by `python tools/configuration_page.py` from the signatures of the code; `vidssl PROGRAM --help KEY`
-says the same, and which values the shipped files have. [running.md](running.md#commands-and-configuration)
+says the same, and which values the shipped files have. [running.md](running.md#configuration)
 says how files and `key=value` are put together. **required**: a key without a default. The last column of a
 part's table names the kinds that have the key (with that default).
 """
