@@ -37,12 +37,12 @@ class ContextLoss:
     """The error at the context tokens, added to the loss. Source: V-JEPA 2.1 (app/vjepa_2_1)."""
 
     weight: NonNegativeFloat = 0.0  # 0: none; V-JEPA 2.1: 0.5
-    mean: bool = False  # of both errors, not their sum: (error + weight * context error) / (1 + weight) (UMD)
     by_distance: bool = True  # multiplies each error by 1 / sqrt(distance in tokens to the nearest target)
     warmup: tuple[NonNegativeInt, NonNegativeInt] = (
         0,
         0,
     )  # the weight rises linearly from 0 between these steps
+    mean: bool = False  # of both errors, not their sum: (error + weight * context error) / (1 + weight) (UMD)
 
     def weight_at(self, step: int) -> float:
         first, last = self.warmup

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from data_prep import pack, scan, synthetic
-from tools import convert
+from vidssl.commands import convert
 from vidssl.core.errors import UserError
 from vidssl.core.io import LEFTOVER_AGE_S, LOCK_FILE, atomic_write, claim_folder, remove_leftovers
 from vidssl.evaluation.processes import ONE_PROCESS
@@ -130,7 +130,7 @@ def test_a_killed_convert_is_started_again(tmp_path, monkeypatch):
         assert [path.name for path in tmp_path.iterdir()] == [LOCK_FILE]
         raise UserError("read")
 
-    monkeypatch.setattr("tools.convert.check_source", lambda src: None)
+    monkeypatch.setattr("vidssl.commands.convert.check_source", lambda src: None)
     monkeypatch.setattr("vidssl.pretrained.load.read_checkpoint_file", read)
     with pytest.raises(UserError, match="read"):
         convert.main(["x", str(tmp_path)])

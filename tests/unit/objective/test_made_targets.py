@@ -151,7 +151,7 @@ def test_a_target_looks_at_the_clips_once_for_all_masks(method, network, tmp_pat
     called = objective.get_submodule(owner)
     look = getattr(called, name)
     calls: list[tuple] = []
-    monkeypatch.setattr(called, name, lambda *args: calls.append(args) or look(*args))
+    monkeypatch.setattr(called, name, lambda *args, **more: calls.append(args) or look(*args, **more))
     found = objective(torch.randn(2, 3, cfg.data.frames, 32, 32), KeyedRNG(0, 0, torch.arange(2)))
     assert len(calls) == 1 and "loss_2" in found
 
