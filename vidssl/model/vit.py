@@ -388,7 +388,7 @@ class Encoder(nn.Module):
         rope = self.positions.rope(grid, ids, x.device, int(self.class_token is not None))
         attends = attention_pattern(self.attention, grid, ids, x.shape[1], x.device)
         if condition is None:
-            condition = self.condition_of(None, len(x), x.device)
+            condition = self.condition_of(None, x.shape[0], x.device)
         if all_layers:
             layers = range(len(self.blocks))
             options = {"rng": rng, "attends": attends, "condition": condition}
