@@ -388,6 +388,7 @@ class Encoder(nn.Module):
         rope = self.positions.rope(grid, ids, x.device, int(self.class_token is not None))
         attends = attention_pattern(self.attention, grid, ids, x.shape[1], x.device)
         if condition is None:
+            # len() would fix the number of clips in a traced program
             condition = self.condition_of(None, x.shape[0], x.device)
         if all_layers:
             layers = range(len(self.blocks))
