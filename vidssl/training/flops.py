@@ -1,6 +1,7 @@
 """Model FLOPs of a step, and the published peak rates of accelerators."""
 
 import contextlib
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -189,7 +190,8 @@ def position_mean_flops(mean: nn.Module) -> Callable[[Tensor, Tensor, Tensor], i
 
 def conv_flops(layer: nn.Module) -> Callable[[Tensor], int]:
     assert isinstance(layer, nn.Conv3d)
-    inputs = layer.weight[0].numel()
+    # a sharded weight (FSDP2) has its whole shape; a part of it would be asked of the other processes
+    inputs = math.prod(layer.weight.shape[1:])
     # padding keeps the number of places
     return lambda x: 2 * x[:, 0].numel() * inputs * layer.out_channels
 
