@@ -3,7 +3,6 @@ errors."""
 
 import csv
 import hashlib
-import importlib
 import json
 import os
 import shutil
@@ -27,11 +26,12 @@ from server import serving
 from data_prep import pack
 from data_prep.synthetic import SHAPES, SIDE
 from vidssl import probe, train
-from vidssl.commands import show
+from vidssl.commands import compare, show
 from vidssl.core.errors import Interrupted, Preempted, UserError
 from vidssl.core.pixels import normalise
 from vidssl.data.shards import Shards
 from vidssl.evaluation import extractor, probing
+from vidssl.evaluation.comparison import spearman
 from vidssl.evaluation.features import StoredFeatures
 from vidssl.evaluation.metrics import accuracy, bootstrap_ci
 from vidssl.evaluation.neighbours import Knn
@@ -155,7 +155,7 @@ def test_the_chosen_heads_are_kept_and_their_attention_is_drawn(
     show.main(["attention", str(probed), str(video), str(tmp_path / "a.webp")])
     assert Image.open(tmp_path / "a.webp").n_frames == 8
     shutil.copytree(probed, tmp_path / "copy")
-    (tmp_path / "copy/heads/motion.safetensors").write_bytes(b"x")
+    shutil.copy(probed / "heads/appearance.safetensors", tmp_path / "copy/heads/motion.safetensors")
     with pytest.raises(UserError, match=r"motion.safetensors: is not the head that probe.json names"):
         load_saved_head(tmp_path / "copy", "motion")
 
@@ -582,10 +582,8 @@ def test_remote_shards_are_cached_in_data_cache_dir(run, synthetic_shards, tmp_p
             probe.main([*call, "data.cache_gb=1e-6", f"out={tmp_path / 'b'}"])
 
 
-def test_differences_are_paired_by_sample(probed, tmp_path, capsys, monkeypatch):
+def test_differences_are_paired_by_sample(probed, tmp_path, capsys):
     """Against a copy in which three samples of one label turn from wrong to right, lines in another order."""
-    monkeypatch.syspath_prepend(ROOT / "tools")
-    compare = importlib.import_module("compare")
     shutil.copytree(probed, tmp_path / "better")
     report, lines = read(probed)
     selected = [t for t in lines if (t["label"], t["control"]) == ("motion", "none")]
@@ -613,11 +611,9 @@ def test_differences_are_paired_by_sample(probed, tmp_path, capsys, monkeypatch)
         compare.main([str(probed), str(tmp_path / "better")])
 
 
-def test_spearman_p_is_exact(monkeypatch):
+def test_spearman_p_is_exact():
     """Spearman's rho as scipy has it; p counts the orders of three points, where a formula for many would say
     0."""
-    monkeypatch.syspath_prepend(ROOT / "tools")
-    spearman = importlib.import_module("compare").spearman
     assert spearman([1, 2, 3], [10, 30, 90]) == pytest.approx((1, 1 / 3))
     x, y = [3, 1, 4, 1, 5, 9, 2, 6], [2, 7, 1, 8, 2, 8, 1, 8]
     rho, p = spearman(x, y)

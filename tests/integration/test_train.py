@@ -174,7 +174,7 @@ def test_a_folder_holds_one_run(whole, synthetic_shards, capfd):
     "wrong, words",
     [
         (["run.stepz=3"], "'run.stepz=3': unknown key 'run.stepz'; did you mean run.steps?"),
-        (["method.mask.kind=tubes"], "no kind 'tubes'; allowed: random, tube, "),
+        (["method.mask.kind=tubes"], "no kind 'tubes'; allowed: random, "),
         (["optim.lr=fast"], "'fast'"),
         (["data.train=nowhere"], "nowhere: no such folder"),
         (["run.batch=12"], "run.batch 12 is not a multiple of run.lanes 8"),

@@ -211,7 +211,7 @@ def test_permanent_faults(server, tmp_path, fault, requests, says):
     shards = open_remote(server, tmp_path)
     server.faults["part 2.tar"] = [fault] * 99
     with pytest.raises(
-        UserError, match=rf"^http://[\w.:]+/set/part%202\.tar: {says}.*; .*run data_prep\.verify$"
+        UserError, match=rf"^http://[\w.:]+/set/part%202\.tar: {says}.*; .*run vidssl verify$"
     ):
         shards.read(shards.sample(2, 0))
     assert server.times_asked("part 2.tar") == requests and not files(tmp_path, ".tar")
@@ -553,7 +553,7 @@ def test_s3(made, tmp_path, monkeypatch):
         assert [batch.tolist() for batch in loader] == [[PAYLOAD] * SAMPLES] * SHARDS  # fsspec after a fork
         fs.rm("bucket/set/part 1.tar")
         again = Shards(["s3://bucket/set"], str(tmp_path / "3"))
-        with pytest.raises(UserError, match=r"^s3://bucket/set/part 1\.tar: .*run data_prep\.verify"):
+        with pytest.raises(UserError, match=r"^s3://bucket/set/part 1\.tar: .*run vidssl verify"):
             again.read(again.sample(1, 0))
     finally:
         server.stop()

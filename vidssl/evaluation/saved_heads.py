@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from vidssl.core.errors import UserError
-from vidssl.core.io import file_sha256, make_folder
+from vidssl.core.io import make_folder
 from vidssl.evaluation.protocol import Standardisation, TrainedProbe
 from vidssl.model.heads import AttentiveHead
-from vidssl.pretrained.files import load_weights, save_weights
+from vidssl.pretrained.files import content_hash, load_weights, save_weights
 
 FOLDER = "heads"
 
@@ -51,8 +51,9 @@ def save_head(out: Path, probe: TrainedProbe) -> dict[str, Any]:
     }
     make_folder(out / FOLDER)
     file = out / FOLDER / f"{task.label}.safetensors"
+    weights = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
     save_weights(file, weights, {"head": size, "label": task.label, "kind": task.kind, "names": task.names})
-    return {"head": {"file": f"{FOLDER}/{file.name}", "sha256": file_sha256(file)}}
+    return {"head": {"file": f"{FOLDER}/{file.name}", "sha256": content_hash(weights)}}
 
 
 def load_saved_head(probe: Path, label: str | None = None) -> tuple[SavedHead, dict[str, Any]]:
@@ -68,9 +69,9 @@ def load_saved_head(probe: Path, label: str | None = None) -> tuple[SavedHead, d
         raise UserError(f"{probe}: no head for label set '{label}'; it has {', '.join(entries)}")
     entry = entries[label or next(iter(entries))]
     file = probe / entry["file"]
-    if not file.is_file() or file_sha256(file) != entry["sha256"]:
-        raise UserError(f"{file}: is not the head that probe.json names; run the probe again")
     weights, header = load_weights(file)
+    if content_hash(weights) != entry["sha256"]:
+        raise UserError(f"{file}: is not the head that probe.json names; run the probe again")
     head = AttentiveHead(**header["head"])
     own = {name.removeprefix("head."): value for name, value in weights.items() if name.startswith("head.")}
     head.load_state_dict(own)

@@ -448,8 +448,8 @@ def test_errors_of_opening_shards(synthetic_shards, train, tmp_path):
         (tmp_path / "none" / "deeper", rf"deeper: no such folder; {tmp_path} is there$"),
         (train / "index.json", rf"index\.json: a file; name the folder, {train}$"),
         (tmp_path / "tars" / "a.tar", r"a\.tar: a file, not a folder of shards$"),
-        (tmp_path / "tars", r"no index\.json, but 1 \.tar file; .* data_prep\.scan .*data\.reader=stream$"),
-        (tmp_path / "videos", r"it holds a\.mp4\); make one with python -m data_prep\.pack$"),
+        (tmp_path / "tars", r"no index\.json, but 1 \.tar file; .* vidssl scan .*data\.reader=stream$"),
+        (tmp_path / "videos", r"it holds a\.mp4\); make one with vidssl pack$"),
         (tmp_path, r"no folder of shards \(it holds tars, videos\)"),
     ):
         with pytest.raises(UserError, match=says):
@@ -475,7 +475,7 @@ def test_records_that_differ_from_the_index(train, tmp_path):
         shards.sample(2, 0)
     for damage in ("{", None):
         file.unlink() if damage is None else file.write_text(damage)
-        with pytest.raises(UserError, match=rf"{file.name}.*: run data_prep\.verify"):
+        with pytest.raises(UserError, match=rf"{file.name}.*: run vidssl verify"):
             shards.sample(2, 0)
 
 

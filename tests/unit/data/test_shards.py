@@ -91,7 +91,7 @@ def test_missing_or_changed_shard(pictures, damage, read_before):
     if read_before and "tar" in says and damage is not missing:  # it is open when it changes
         assert strict.read(strict.sample(1, 0)) == lenient.read(lenient.sample(1, 0))
     damage(pictures)
-    with pytest.raises(UserError, match=rf"{says}.*; the index lists this shard: run data_prep\.verify$"):
+    with pytest.raises(UserError, match=rf"{says}.*; the index lists this shard: run vidssl verify$"):
         strict.read(strict.sample(1, 0))
     for _ in range(2):
         with pytest.raises(DecodeError, match=says) as e:

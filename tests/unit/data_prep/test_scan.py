@@ -73,7 +73,7 @@ LABELS = {"0": 0, "1": 1, "2": 0, "3": 1}
 def test_members_that_do_not_follow_each_other_are_joined(order, labelled, scanned, tmp_path):
     labels, said = scanned(tar_bytes(order(labelled)))
     assert labels == LABELS and "do not follow each other; they were joined" in said
-    with pytest.raises(UserError, match=r"a\.tar: the members of sample \w do not follow .*data_prep\.scan"):
+    with pytest.raises(UserError, match=r"a\.tar: the members of sample \w do not follow .*vidssl scan"):
         streamed(tmp_path, max_decode_error_rate=1.0)
 
 

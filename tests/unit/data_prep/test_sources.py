@@ -533,7 +533,7 @@ KIN, TWO = "kinetics", '[\n {"id": "1", "template": "a"},\n {"id": "2"}\n]'
         ),
         ("jsonl", {"l.jsonl": '{"path": "a.mp4", "start": true}\n'}, r":1: start True: expected seconds"),
         ("folder", {"x.csv": ""}, "--source csv does"),
-        ("webdataset", {}, r"python -m data_prep\.scan"),
+        ("webdataset", {}, r"vidssl scan"),
         ("kinetic", {}, "--source kinetic: expected one of folder, imagefolder, csv"),
     ],
 )
