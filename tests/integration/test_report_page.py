@@ -117,7 +117,8 @@ def test_a_page_shows_what_the_files_say(browser, page):
     # labels follow the keys with a delay, and at the last point a further key stays there
     text = until(
         browser,
-        f"const c = {loss}; c.dispatchEvent(new KeyboardEvent('keydown', {{key: 'ArrowRight', bubbles: true}}));"
+        f"const c = {loss};"
+        "c.dispatchEvent(new KeyboardEvent('keydown', {key: 'ArrowRight', bubbles: true}));"
         f"const t = c.querySelector('.hoverlayer').textContent; return t.includes('{last['loss']:.3g}') && t",
     )
     assert "healthy" in text
