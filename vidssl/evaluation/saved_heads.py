@@ -11,7 +11,8 @@ from vidssl.core.errors import UserError
 from vidssl.core.io import make_folder
 from vidssl.evaluation.protocol import Standardisation, TrainedProbe
 from vidssl.model.heads import AttentiveHead
-from vidssl.pretrained.files import content_hash, load_weights, save_weights
+from vidssl.pretrained.content import content_hash
+from vidssl.pretrained.files import load_weights, save_weights
 
 FOLDER = "heads"
 
