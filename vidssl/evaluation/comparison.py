@@ -132,14 +132,28 @@ def format_table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def centred_ranks(values: np.ndarray) -> np.ndarray:
+    """Ranks f64 [n] about their mean; equal values share their mean rank."""
+    below = (values[:, None] > values).sum(1)
+    equal = (values[:, None] == values).sum(1)
+    return below + (equal - 1) / 2 - (len(values) - 1) / 2
+
+
+def rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
+    """Spearman's correlation of x and y [n]; nan if one of them is constant."""
+    a, b = (centred_ranks(values) for values in (x, y))
+    norm = np.sqrt((a @ a) * (b @ b))
+    return float(a @ b / norm) if norm > 0 else float("nan")
+
+
 def spearman(x: list[float], y: list[float]) -> tuple[float, float]:
     """Returns (rho, p). Permutations give p = 1/3 for any three points in order, where an asymptotic test
     gives 0."""
     try:
-        from scipy.stats import permutation_test, rankdata
+        from scipy.stats import permutation_test
     except ImportError:
         raise UserError("--rank needs scipy: pip install scipy") from None
-    a, b = (rankdata(values) - (len(values) + 1) / 2 for values in (x, y))
+    a, b = (centred_ranks(np.array(values)) for values in (x, y))
     norm = np.sqrt((a @ a) * (b @ b))
     if norm == 0:  # all values are equal
         return 0.0, 1.0

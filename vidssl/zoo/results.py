@@ -193,7 +193,8 @@ def write_table(path: Path, zoo: ZooConfig, rows: Sequence[Row], outcomes: Mappi
         "",
     ]
     lines[-2] += "\nsamples; after ±: sample deviation over seeds and lists (their number)."
-    for panel, members in panels_of(rows).items():
+    panels = panels_of(rows)
+    for panel, members in panels.items():
         final = final_rows(members)
         tests = ", ".join(str(n) for n in dict.fromkeys(row["n_test"] for row in final))
         lines += [
@@ -206,7 +207,7 @@ def write_table(path: Path, zoo: ZooConfig, rows: Sequence[Row], outcomes: Mappi
         ]
         pairs = pair_table(final)
         lines += [*pairs, ""] if pairs else []
-    correlations = correlation_table({panel.title: found for panel, found in panels_of(rows).items()})
+    correlations = correlation_table({panel.title: found for panel, found in panels.items()})
     if correlations:
         lines += ["## Scores without labels against accuracy", "", *correlations, ""]
     problems = [

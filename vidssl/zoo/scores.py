@@ -4,24 +4,10 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from vidssl.evaluation.comparison import SCORES, Row
+from vidssl.evaluation.comparison import SCORES, Row, rank_correlation
 
 RESAMPLES = 1000
 MIN_ENCODERS = 4
-
-
-def average_ranks(values: np.ndarray) -> np.ndarray:
-    """Ranks f64 [n] from 0; equal values share their mean rank."""
-    below = (values[:, None] > values).sum(1)
-    equal = (values[:, None] == values).sum(1)
-    return below + (equal - 1) / 2
-
-
-def rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
-    """Spearman's correlation of x and y [n]; nan if one of them is constant."""
-    a, b = (average_ranks(values) - (len(values) - 1) / 2 for values in (x, y))
-    norm = np.sqrt((a @ a) * (b @ b))
-    return float(a @ b / norm) if norm > 0 else float("nan")
 
 
 def interval_over_runs(x: np.ndarray, y: np.ndarray, runs: Sequence[str]) -> tuple[float, float]:
