@@ -145,16 +145,12 @@ def without_key_bias(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return {k: v for k, v in unpack_attention(weights).items() if not k.endswith("attn.k.bias")}
 
 
-def export_videomae(checkpoint: Checkpoint) -> Export:
-    m = checkpoint.model
-    hf_config = {
-        "architectures": ["VideoMAEModel"],
-        "model_type": "videomae",
+def vit_config(m: dict[str, Any]) -> dict[str, Any]:
+    """What transformers' configurations of a ViT have in common. m: the model's section."""
+    return {
         "image_size": m["height"],
         "patch_size": m["patch"],
         "num_channels": 3,
-        "num_frames": m["frames"],
-        "tubelet_size": m["tubelet"],
         "hidden_size": m["dim"],
         "num_hidden_layers": m["depth"],
         "num_attention_heads": m["heads"],
@@ -162,6 +158,17 @@ def export_videomae(checkpoint: Checkpoint) -> Export:
         "hidden_act": "gelu",
         "layer_norm_eps": m["eps"],
         "qkv_bias": True,
+    }
+
+
+def export_videomae(checkpoint: Checkpoint) -> Export:
+    m = checkpoint.model
+    hf_config = {
+        "architectures": ["VideoMAEModel"],
+        "model_type": "videomae",
+        **vit_config(m),
+        "num_frames": m["frames"],
+        "tubelet_size": m["tubelet"],
         "use_mean_pooling": not m["final_norm"],
     }
     prefixes = {
@@ -191,20 +198,7 @@ def export_ijepa(checkpoint: Checkpoint) -> Export:
         raise UserError(
             "transformers' I-JEPA has a final norm and no norm in its classifier; this one differs"
         )
-    hf_config = {
-        "architectures": ["IJepaModel"],
-        "model_type": "ijepa",
-        "image_size": m["height"],
-        "patch_size": m["patch"],
-        "num_channels": 3,
-        "hidden_size": m["dim"],
-        "num_hidden_layers": m["depth"],
-        "num_attention_heads": m["heads"],
-        "intermediate_size": round(m["dim"] * m["mlp_ratio"]),
-        "hidden_act": "gelu",
-        "layer_norm_eps": m["eps"],
-        "qkv_bias": True,
-    }
+    hf_config = {"architectures": ["IJepaModel"], "model_type": "ijepa", **vit_config(m)}
     encoder = checkpoint.build_encoder()
     table = encoder.positions.embedding(encoder.grid, None)
     assert isinstance(table, Tensor)
