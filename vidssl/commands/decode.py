@@ -18,7 +18,7 @@ import argparse
 from pathlib import Path
 
 from vidssl.core.errors import UserError, run_cli
-from vidssl.core.io import check_no_shards, check_writable
+from vidssl.core.io import check_no_shards, check_run_folder, check_writable
 
 MIN_SAMPLES = 2  # of which there is a deviation
 
@@ -49,8 +49,7 @@ def parse_decode(argv: list[str]) -> argparse.Namespace:
 
 def check_decode(a: argparse.Namespace) -> None:
     """Raises UserError for what can be known before torch is imported."""
-    if not (a.run / "config.yaml").is_file():
-        raise UserError(f"{a.run}: no run folder: it has no config.yaml; give the run.out of a training")
+    check_run_folder(a.run)
     if a.clip and a.data:
         raise UserError("give --clip or --data, not both")
     for path in a.clip:

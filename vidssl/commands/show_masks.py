@@ -12,7 +12,7 @@ from pathlib import Path
 
 from vidssl.config import SHIPPED
 from vidssl.core.errors import UserError, run_cli
-from vidssl.core.io import check_writable, make_folder
+from vidssl.core.io import check_run_folder, check_writable, make_folder
 from vidssl.pictures.formats import check_picture_name
 
 METHODS = SHIPPED / "method"
@@ -40,8 +40,7 @@ def main(argv: list[str]) -> None:
     if a.clip and not a.clip.is_file():
         raise UserError(f"--clip {a.clip}: no such file")
     for run in a.runs:
-        if not (run / "config.yaml").is_file():
-            raise UserError(f"{run}: no run folder: it has no config.yaml; give the run.out of a training")
+        check_run_folder(run)
     if a.out.suffix not in (".pdf", ".svg"):
         check_picture_name(a.out)
     check_writable(a.out.parent)

@@ -170,6 +170,12 @@ def check_writable(out: Path) -> None:
         raise UserError(f"{out}: {existing} cannot be written to; choose another place")
 
 
+def check_run_folder(folder: Path) -> None:
+    """Raises UserError unless this is the folder of a training run."""
+    if not (folder / "config.yaml").is_file():
+        raise UserError(f"{folder}: no run folder: it has no config.yaml; give the run.out of a training")
+
+
 def check_no_shards(out: Path, option: str) -> None:
     """Raises UserError if the output folder is one of packed shards."""
     if (out / "index.json").exists() or any(out.glob("*.tar")):

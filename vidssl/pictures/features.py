@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange, reduce
 from matplotlib import colormaps
-from torch import Tensor
+from torch import Tensor, nn
 
 from vidssl.core.pixels import normalise
 from vidssl.model.grid import Grid
@@ -35,16 +35,18 @@ def grid_of_clips(model: dict[str, int], frames: int, size: int) -> Grid:
     return Grid(frames // model["tubelet"], side, side)
 
 
+def encode_on_grid(encoder: nn.Module, video: Tensor, grid: Grid) -> Tensor:
+    """Features f32 [n, t, h, w, D] of a normalised video f32 [n, 3, T, S, S], some clips at a time."""
+    features = torch.cat([encoder(some).float() for some in video.split(ENCODED_AT_ONCE)])
+    return rearrange(features, "n (t h w) d -> n t h w d", t=grid.t, h=grid.h)
+
+
 @torch.no_grad()
 def token_features(loaded: LoadedEncoder, clips: Tensor) -> Tensor:
     """Features f32 [n, t, h, w, D] of clips u8 [n, 3, T, S, S]."""
     pixels = loaded.metadata["pixels"]
     grid = grid_of_clips(loaded.metadata["model"], clips.shape[2], clips.shape[3])
-    parts = []
-    for some in clips.split(ENCODED_AT_ONCE):
-        features = loaded.encoder(normalise(some, (pixels["mean"], pixels["std"]))).float()
-        parts.append(rearrange(features, "n (t h w) d -> n t h w d", t=grid.t, h=grid.h))
-    return torch.cat(parts)
+    return encode_on_grid(loaded.encoder, normalise(clips, (pixels["mean"], pixels["std"])), grid)
 
 
 def shared_part(features: Tensor) -> Tensor:

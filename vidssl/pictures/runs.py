@@ -8,6 +8,7 @@ from torch import Tensor
 
 from vidssl.config import load_config
 from vidssl.core.errors import UserError
+from vidssl.core.io import check_run_folder
 from vidssl.core.pixels import normalise
 from vidssl.core.rng import KeyedRNG
 from vidssl.model.grid import Grid, Mask
@@ -15,6 +16,11 @@ from vidssl.objective.masked_prediction import MaskedPrediction
 from vidssl.objective.objective import Objective
 from vidssl.training.checkpoint import load_checkpoint
 from vidssl.training.schema import TrainConfig
+
+
+def masked_prediction_of(objective: Objective) -> MaskedPrediction | None:
+    """The part of an objective that predicts behind a mask; None: there is none."""
+    return next((m for m in objective.modules() if isinstance(m, MaskedPrediction)), None)
 
 
 class TrainedRun(NamedTuple):
@@ -28,22 +34,15 @@ class TrainedRun(NamedTuple):
     @property
     def prediction(self) -> MaskedPrediction:
         """The part that predicts behind a mask. Raises UserError if the method has none."""
-        found = (m for m in self.objective.modules() if isinstance(m, MaskedPrediction))
-        part = next(found, None)
+        part = masked_prediction_of(self.objective)
         if part is None:
             raise UserError(f"{self.folder}: its method predicts nothing behind a mask (no method.target)")
         return part
 
 
-def check_run(folder: Path) -> None:
-    """Raises UserError unless this is the folder of a training run."""
-    if not (folder / "config.yaml").is_file():
-        raise UserError(f"{folder}: no run folder: it has no config.yaml; give the run.out of a training")
-
-
 def open_run(folder: Path) -> TrainedRun:
     """Loads the newest checkpoint of a run's folder."""
-    check_run(folder)
+    check_run_folder(folder)
     cfg = load_config([str(folder / "config.yaml")], TrainConfig)
     saved = load_checkpoint(folder / "checkpoints")
     if saved is None:

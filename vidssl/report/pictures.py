@@ -27,11 +27,11 @@ from vidssl.model.grid import Grid, Mask, gather_tokens
 from vidssl.objective.masked_prediction import MaskedPrediction
 from vidssl.objective.objective import Objective
 from vidssl.objective.targets import Pixels
-from vidssl.pictures.features import heat_over, pca_videos
+from vidssl.pictures.features import encode_on_grid, heat_over, pca_videos
 from vidssl.pictures.masks import to_pixels
 from vidssl.pictures.panels import HIDDEN_GREY
 from vidssl.pictures.reconstruction import paste_patches, predicted_pixels, to_unit_range
-from vidssl.pictures.runs import draw_mask, predict_mask
+from vidssl.pictures.runs import draw_mask, masked_prediction_of, predict_mask
 from vidssl.report.contents import resolve_data
 from vidssl.report.run_files import RunFiles
 from vidssl.training.checkpoint import list_checkpoints, read_checkpoint, step_of
@@ -71,8 +71,7 @@ class Stage(NamedTuple):
     @property
     def prediction(self) -> MaskedPrediction | None:
         """The part that predicts behind a mask; None: there is none."""
-        modules = self.objective.modules()
-        return next((m for m in modules if isinstance(m, MaskedPrediction)), None)
+        return masked_prediction_of(self.objective)
 
 
 class Pictures:
@@ -247,9 +246,7 @@ def encode(stage: Stage, shown: Sequence[ReportClip]) -> Tensor:
     """Features f32 [n, t, h, w, D] of the evaluated encoder."""
     encoder = stage.objective.eval_encoder
     video = normalise(torch.stack([one.clip for one in shown]))
-    grid = encoder.grid_of(video)
-    features = torch.cat([encoder(some).float() for some in video.split(8)])
-    return rearrange(features, "n (t h w) d -> n t h w d", t=grid.t, h=grid.h)
+    return encode_on_grid(encoder, video, encoder.grid_of(video))
 
 
 def feature_items(name: str, shown: Sequence[ReportClip], stages: Sequence[Stage]) -> list[dict[str, Any]]:
