@@ -93,8 +93,9 @@ def deep_plan(path: Path, cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 # the others' headers come from the same function, and take as long again to plan
-@pytest.mark.parametrize("path", RECIPES[1:4:2], ids=lambda path: path.stem)
-def test_the_header_of_a_recipe_is_what_is_planned(path, monkeypatch):
+@pytest.mark.parametrize("recipe", ["laptop", "one_gpu_day_videomae"])
+def test_the_header_of_a_recipe_is_what_is_planned(recipe, monkeypatch):
+    path = ROOT / f"configs/recipe/{recipe}.yaml"
     comment = " ".join(line.lstrip("# ") for line in path.read_text().splitlines() if line.startswith("#"))
     header = HEADER.search(comment)
     assert header is not None
