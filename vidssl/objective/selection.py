@@ -9,10 +9,15 @@ import torch
 from torch import Tensor
 
 
+def has_array(tensor: Tensor) -> bool:
+    """Whether NumPy can read it: not on a GPU, nor where a plan's tensors have no values."""
+    return tensor.device.type == "cpu" and type(tensor) is Tensor
+
+
 def lowest_ids(score: Tensor, count: int) -> Tensor:
     """i64 [B, count]: ascending ids of the `count` lowest entries in each row of score f32 [B, N]; of equal
     ones, the first."""
-    if score.device.type != "cpu":
+    if not has_array(score):
         return score.argsort(dim=1, stable=True)[:, :count].sort(1)[0]
     rows, n = score.shape
     # Integers in the order of the scores (without a negative zero), made different by the ids.
@@ -26,7 +31,7 @@ def lowest_ids(score: Tensor, count: int) -> Tensor:
 
 def indices_of(chosen: Tensor, count: int) -> Tensor:
     """i64 [..., count]: ascending ids of the True entries of chosen bool [..., N], `count` in each row."""
-    if chosen.device.type != "cpu":
+    if not has_array(chosen):
         return (~chosen).int().argsort(dim=-1, stable=True)[..., :count]
     mask = chosen.numpy()
     assert (np.count_nonzero(mask, axis=-1) == count).all(), f"not {count} tokens in each row"

@@ -2,6 +2,7 @@
 
 from typing import Literal
 
+import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor
@@ -70,8 +71,8 @@ class Pixels(Target):
             video = 2 * (video.float() * std + mean) - 1
         if self.frames < self.tubelet:
             count = video.shape[2] // self.tubelet * self.frames
-            frames = torch.linspace(0, video.shape[2] - 1, count, device="cpu").long().tolist()
-            video = video.index_select(2, constant(tuple(frames), video.device, torch.int64))
+            frames = spread_frames(video.shape[2], count)
+            video = video.index_select(2, constant(frames, video.device, torch.int64))
         x = rearrange(patchify(video.float(), self.frames, self.patch), "b n c u p q -> b n c (u p q)")
         if self.norm != "none":
             x = self._normalise(x, eps)
@@ -85,6 +86,16 @@ class Pixels(Target):
         squares = torch.linalg.vector_norm(x, dim=dims, keepdim=True).square()
         variance = squares / (x[0, 0].numel() // squares[0, 0].numel() - 1)
         return x.div_(variance.sqrt() + eps if self.norm == "channel" else (variance + eps).sqrt())
+
+
+def spread_frames(frames: int, count: int) -> tuple[int, ...]:
+    """`count` of so many frames, evenly spread from the first to the last one, rounded as torch.linspace(0,
+    frames - 1, count).long() is on a CPU; by NumPy, since a plan's tensors have no values."""
+    ids = np.arange(count, dtype=np.float32)
+    last = np.float32(frames - 1)
+    step = last / np.float32(max(1, count - 1))
+    spread = np.where(ids < max(1, count // 2), step * ids, last - step * (count - 1 - ids))
+    return tuple(spread.astype(int).tolist())
 
 
 TARGETS = {

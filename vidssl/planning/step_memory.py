@@ -7,7 +7,8 @@ count.
 """
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -17,8 +18,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from vidssl.core.constants import constant
 from vidssl.core.pixels import normalise
 from vidssl.core.rng import KeyedRNG
+from vidssl.objective.noise_score import filter_matrix
 from vidssl.objective.objective import Objective
 from vidssl.training.micro_batches import MicroBatch
 from vidssl.training.schema import TrainConfig
@@ -132,7 +135,7 @@ def count_step_memory(objective: Objective, part: MicroBatch, precision: str) ->
     # the clips are counted apart
     with fake:
         video = torch.empty(part.video.shape, dtype=torch.uint8)
-    with fake, live:
+    with unchanged(objective), fake, live:
         masks = tree_map_only(Tensor, lambda t: torch.empty(t.shape, dtype=t.dtype), part.masks)
         with torch.autocast("cpu", torch.bfloat16, enabled=precision != "fp32"):
             losses = torch.func.functional_call(objective, own, (normalise(video), rng, masks))
@@ -140,6 +143,21 @@ def count_step_memory(objective: Objective, part: MicroBatch, precision: str) ->
         casts = live.cast_bytes
         losses["loss"].backward()
     return StepMemory(len(part.video), kept, live.peak, live.peak_beside, casts)
+
+
+@contextmanager
+def unchanged(objective: Objective) -> Iterator[None]:
+    """Context that ends with what the modules and the caches of constants held before, so that no tensor
+    without values is left there."""
+    before = [(module, dict(vars(module))) for module in objective.modules()]
+    try:
+        yield
+    finally:
+        for module, attributes in before:
+            vars(module).clear()
+            vars(module).update(attributes)
+        for made in (constant, filter_matrix):
+            made.cache_clear()
 
 
 def _fake_like(fake: FakeTensorMode, tensor: Tensor) -> Tensor:

@@ -7,7 +7,10 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from vidssl.core.pixels import normalise
+from vidssl.core.pixels import channel_statistics, normalise
+from vidssl.objective.targets import spread_frames
+from vidssl.planning.devices import DEVICES
+from vidssl.planning.run_plan import Assumptions, Cluster, plan_run
 from vidssl.planning.step_memory import (
     StepMemory,
     WithoutValues,
@@ -20,7 +23,7 @@ from vidssl.training.perf import count_flops, peak_memory
 from vidssl.zoo.flops import drawn_parts, flops_without_values
 
 sys.path.append(str(Path(__file__).parents[2] / "integration"))
-from test_methods import small
+from test_methods import make_teacher, small
 
 SIZES = ["augment.size=64", "model.dim=96", "model.depth=2", "run.batch=8"]
 
@@ -73,6 +76,31 @@ def test_planned_memory_is_that_of_a_step(method, precision, checkpointing):
     real = measured(cfg, precision, checkpointing)
     assert planned.kept == pytest.approx(real.kept, rel=0.1)
     assert planned.peak == pytest.approx(real.peak, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        "adamae",  # masks by scores of a network
+        "colormae",  # by filtered noise
+        "mgmae",  # by motion
+        "mae_st",  # a part of the frames is predicted
+        "ibot_patch",  # prototypes with a running mean
+        "given_tokens",  # classes by a given network
+    ],
+)
+def test_a_plan_of_every_kind_of_part(method, tmp_path):
+    """Nothing without values is left for what the process does next."""
+    cfg = small(method, *make_teacher(method, tmp_path))
+    found = plan_run(cfg, Cluster(DEVICES["H100"], 2, 1, "ddp"), Assumptions(0.3, 40.0))
+    assert found.flops_clip > 0 and found.memory.activations > 0
+    assert all(type(value) is torch.Tensor for value in channel_statistics(torch.zeros(1, 3, 1, 1, 1)))
+
+
+@pytest.mark.parametrize(("frames", "count"), [(16, 4), (160, 40), (2, 1), (10, 3)])
+def test_frames_are_spread_as_torch_does(frames, count):
+    """160 of them are rounded in f32, as in the published code: some differ from the quotient."""
+    assert list(spread_frames(frames, count)) == torch.linspace(0, frames - 1, count).long().tolist()
 
 
 def test_planned_flops_are_those_that_torch_counts():
