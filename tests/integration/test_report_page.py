@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 from report_runs import HOSTILE, STEPS, make_probe, make_run
+from shards_by_hand import write_shards
 
 from vidssl.report.contents import make_contents
+from vidssl.report.data_sets import make_data_contents
 from vidssl.report.page import MAX_BYTES, write_page
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -47,6 +49,27 @@ def page(tmp_path_factory) -> Path:
     contents["pictures"] = [{"id": "masks", "title": "Masks", "about": "", "items": [item]}]
     assert write_page(root / "report.html", contents) < MAX_BYTES
     return root / "report.html"
+
+
+@pytest.fixture(scope="module")
+def data_page(tmp_path_factory) -> Path:
+    """Of two data sets, the second with a rejected file and a class less."""
+    root = tmp_path_factory.mktemp("data_report")
+    facts = {"codec": "h264", "fps": 24.0, "width": 64, "height": 48}
+    samples = {
+        f"{i}": (b"x" * (9 + i), {**facts, "frames": 24 * i, "duration": float(i), "labels": {"move": i % 2}})
+        for i in range(1, 9)
+    }
+    write_shards(root / "train", samples, {"move": ["clap", HOSTILE]})
+    fewer = {key: sample for key, sample in samples.items() if int(key) % 2 == 0}
+    rejected = [{"path": f"{HOSTILE}.mp4", "reason": "not_a_video", "detail": "text"}]
+    write_shards(root / "test", fewer, {"move": ["clap", HOSTILE]}, rejected)
+    contents = make_data_contents([root], ["vidssl", "report"])
+    strip = {"label": "clap", "note": "1.mp4", "src": sprite(), "width": 8, "height": 8, "frames": FRAMES}
+    item = {"title": "train", "about": "", "frames": FRAMES, "fps": 20, "rows": [strip] * 3, "wide": True}
+    contents["pictures"] = [{"id": "clips", "title": "Clips", "about": "", "items": [item]}]
+    write_page(root / "data.html", contents)
+    return root / "data.html"
 
 
 @pytest.fixture(scope="module")
@@ -175,4 +198,28 @@ def test_phone_and_desktop_fit_and_are_accessible(browser, page, width, scheme):
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width
     found = Axe().run(browser)["violations"]
     assert [(v["id"], [n["html"][:200] for n in v["nodes"][:3]]) for v in found] == []
+    assert problems(browser) == []
+
+
+def test_a_page_of_data_sets_shows_their_classes_on_a_phone(browser, data_page):
+    from axe_core_python.selenium import Axe
+
+    show(browser, data_page, 390, "dark")
+    card = "document.querySelector('[data-labels=move]')"
+    counts = until(
+        browser,
+        f"const c = {card}.querySelector('.chart'); c.scrollIntoView();"
+        "return c.data && c.data.map(t => [t.name, ...t.y])",
+    )
+    assert counts == [["train", 4, 4], ["test", 4, 0]]
+    browser.execute_script(f"{card}.querySelector('details').open = true")
+    rows = (
+        f"return [...{card}.querySelectorAll('tbody tr')].map(r => [...r.children].map(c => c.textContent))"
+    )
+    assert until(browser, rows) == [["clap", "4", "4", "8"], [HOSTILE, "4", "0", "4"]]
+    reasons = browser.execute_script("return document.querySelector('#rejected tbody').textContent")
+    assert "not_a_video" in reasons and f"{HOSTILE}.mp4" in reasons
+    until(browser, f"return document.querySelector('.player output').textContent !== '1 / {FRAMES}'")
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= 390
+    assert [v["id"] for v in Axe().run(browser)["violations"]] == []
     assert problems(browser) == []

@@ -1,10 +1,5 @@
-"""Pictures of a page: what a run hides, predicts and sees in some clips, and which clips it holds alike.
+"""Pictures of a page: what a run hides, predicts and sees in some clips, and which clips it holds alike."""
 
-Videos are strips: the frames of a clip side by side in one picture, of which the page shows one at a time.
-"""
-
-import io
-from base64 import b64encode
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +8,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from PIL import Image
 from torch import Tensor
 
 from vidssl.config import load_config
@@ -34,6 +28,7 @@ from vidssl.pictures.reconstruction import paste_patches, predicted_pixels, to_u
 from vidssl.pictures.runs import draw_mask, masked_prediction_of, predict_mask
 from vidssl.report.contents import resolve_data
 from vidssl.report.run_files import RunFiles
+from vidssl.report.strips import Group, group, item, strip
 from vidssl.training.checkpoint import list_checkpoints, read_checkpoint, step_of
 from vidssl.training.schema import TrainConfig
 
@@ -43,10 +38,6 @@ CHECKPOINTS = 3  # beside the untrained objective
 QUERIES = 5
 SEARCHED = 96  # clips of train in which neighbours are sought
 NEIGHBOURS = 5
-SIDE = 112  # pixels, to which larger clips are scaled down
-FPS = 6
-QUALITY = 82  # of WebP
-Group = dict[str, Any]
 
 
 class ReportClip(NamedTuple):
@@ -105,10 +96,6 @@ def make_pictures(runs: Sequence[RunFiles]) -> list[Group]:
     if len(runs) > RUNS:
         masks["missing"].append(f"Only the first {RUNS} runs have pictures.")
     return [found for found in (masks, features, alike) if found["items"] or found["missing"]]
-
-
-def group(name: str, title: str, about: str) -> Group:
-    return {"id": name, "title": title, "about": about, "items": [], "missing": []}
 
 
 def add_run(run: RunFiles, masks: Group, features: Group, alike: Group) -> None:
@@ -296,35 +283,3 @@ def classes_text(sample: Sample, classes: dict[str, list[str]]) -> str:
         if isinstance(number, int) and 0 <= number < len(names):
             found.append(names[number])
     return ", ".join(found)
-
-
-def item(title: str, about: str, strips: list[dict[str, Any]], columns: int | None = None) -> dict[str, Any]:
-    """Strips that play together."""
-    frames = strips[0].pop("frames")
-    for other in strips[1:]:
-        other.pop("frames")
-    return {"title": title, "about": about, "frames": frames, "fps": FPS, "rows": strips, "columns": columns}
-
-
-def strip(label: str, video: np.ndarray, smooth: bool = False) -> dict[str, Any]:
-    """A video u8 [T, H, W, 3] as one picture. smooth: its pixels are not shown as squares."""
-    length, height, width = video.shape[:3]
-    images = [Image.fromarray(frame) for frame in video.astype(np.uint8)]
-    if height > SIDE:
-        size = (round(width * SIDE / height), SIDE)
-        images = [image.resize(size) for image in images]
-    width, height = images[0].size
-    whole = Image.new("RGB", (width * length, height))
-    for i, image in enumerate(images):
-        whole.paste(image, (i * width, 0))
-    out = io.BytesIO()
-    whole.save(out, "WEBP", quality=QUALITY)
-    source = f"data:image/webp;base64,{b64encode(out.getvalue()).decode()}"
-    return {
-        "label": label,
-        "src": source,
-        "width": width,
-        "height": height,
-        "smooth": smooth or height >= SIDE,
-        "frames": length,
-    }

@@ -1,9 +1,7 @@
-"""The command report: mistakes in a line, shards as before, and a served page that follows its run."""
+"""The command report: mistakes in a line, and a served page that follows its run."""
 
 import json
-import sys
 import threading
-import types
 import urllib.error
 import urllib.request
 
@@ -39,18 +37,14 @@ def test_mistakes_are_said_before_any_work(tmp_path):
         command.main([str(tmp_path / "none"), "-o", str(tmp_path / "a.html")])
 
 
-def test_shards_are_reported_as_before(tmp_path, monkeypatch):
+def test_shards_and_runs_are_not_mixed(tmp_path):
     (tmp_path / "shards" / "train").mkdir(parents=True)
     (tmp_path / "shards" / "train" / "index.json").write_text("{}")
-    seen = []
-    fake = types.SimpleNamespace(main=seen.append)
-    monkeypatch.setitem(sys.modules, "data_prep.report", fake)
-    monkeypatch.setattr("data_prep.report", fake, raising=False)
-    command.main([str(tmp_path / "shards")])
-    command.main([str(tmp_path / "shards" / "train")])
-    assert seen == [[str(tmp_path / "shards")], [str(tmp_path / "shards" / "train")]]
+    run = make_run(tmp_path / "a")
     with pytest.raises(UserError, match="reports of their own"):
-        command.main([str(tmp_path / "shards"), str(make_run(tmp_path / "a"))])
+        command.main([str(tmp_path / "shards"), str(run)])
+    with pytest.raises(UserError, match="are for shards"):
+        command.main([str(run), "--search", "none"])
 
 
 @pytest.fixture

@@ -286,8 +286,7 @@ const playing = new IntersectionObserver((entries) => {
 
 function showFrame(player, frame) {
   player.frame = frame;
-  const place = player.frames > 1 ? (100 * frame) / (player.frames - 1) : 0;
-  for (const clip of player.clips) clip.style.backgroundPosition = `${place}% 0`;
+  for (const { node, frames } of player.clips) node.style.backgroundPosition = `${frames > 1 ? (100 * (frame % frames)) / (frames - 1) : 0}% 0`;
   player.slider.value = String(frame);
   player.output.textContent = `${frame + 1} / ${player.frames}`;
 }
@@ -298,16 +297,16 @@ function setPlaying(player, on) {
   player.button.setAttribute("aria-label", `${on ? "Pause" : "Play"} ${player.title}`);
 }
 
-// item: {title, about, frames, fps, rows: [{label, src, width, height, smooth}]}
+// item: {title, about, frames, fps, wide, rows: [{label, note, src, width, height, smooth, frames}]}
 function playerCard(item) {
   const player = { ...item, frame: 0, on: false, visible: false, clips: [] };
   const figures = item.rows.map((row) => {
     const clip = el("div", { class: row.smooth ? "clip smooth" : "clip", role: "img", "aria-label": `${item.title}: ${row.label}` , style: {
-      backgroundImage: `url(${row.src})`, backgroundSize: `${100 * item.frames}% 100%`, aspectRatio: `${row.width} / ${row.height}` } });
-    player.clips.push(clip);
-    return el("figure", {}, clip, el("figcaption", {}, row.label));
+      backgroundImage: `url(${row.src})`, backgroundSize: `${100 * (row.frames || item.frames)}% 100%`, aspectRatio: `${row.width} / ${row.height}` } });
+    player.clips.push({ node: clip, frames: row.frames || item.frames });
+    return el("figure", {}, clip, el("figcaption", {}, row.label, row.note ? el("small", {}, row.note) : null));
   });
-  const card = el("article", { class: "card player" }, el("h3", {}, item.title), item.about ? el("p", { class: "note" }, item.about) : null,
+  const card = el("article", { class: item.wide ? "card player all" : "card player" }, el("h3", {}, item.title), item.about ? el("p", { class: "note" }, item.about) : null,
     el("div", { class: "strips", style: item.columns ? { gridTemplateColumns: `repeat(${item.columns}, 1fr)` } : {} }, figures));
   if (item.frames < 2) return card;
   player.button = el("button", { type: "button", onclick: () => setPlaying(player, !player.on) }, "Play");
@@ -346,10 +345,7 @@ function summarySection({ runs }) {
   const cards = runs.map((run) => {
     const [first] = run.verdicts;
     return el("article", { class: "card run-card", "data-run": run.name }, el("div", { class: "head" }, el("h3", {}, run.name), el("span", { class: `badge ${first.kind}` }, first.answer)),
-      definitions(run.facts),
-      el("ul", { class: "verdicts" }, run.verdicts.map((verdict) => el("li", {}, el("div", { class: "line" }, el("strong", {}, verdict.question), el("span", { class: `badge ${verdict.kind}` }, verdict.answer)),
-        verdict.why ? el("p", {}, verdict.why) : null, el("details", {}, el("summary", {}, "The rule"), el("p", {}, verdict.rule))))),
-      run.missing.length ? el("ul", { class: "missing", "aria-label": `What is missing in ${run.name}` }, run.missing.map((text) => el("li", {}, text))) : null);
+      definitions(run.facts), verdictList(run.verdicts), missingList(run.missing, `What is missing in ${run.name}`));
   });
   return section("summary", "Summary", "Each verdict follows a stated rule from the run's own files.", el("div", { class: "grid" }, cards));
 }
@@ -458,7 +454,7 @@ function matrixChart(item) {
 }
 
 function pictureSections({ pictures }) {
-  return (pictures || []).map((group) => section(group.id, group.title, group.about, group.missing && group.missing.length ? el("ul", { class: "missing" }, group.missing.map((text) => el("li", {}, text))) : null,
+  return (pictures || []).filter(({ id }) => id !== "rejected-files").map((group) => section(group.id, group.title, group.about, group.missing && group.missing.length ? el("ul", { class: "missing" }, group.missing.map((text) => el("li", {}, text))) : null,
     el("div", { class: "players" }, group.items.map(playerCard))));
 }
 
@@ -501,24 +497,105 @@ function zooChart(title, rows) {
   return el("article", { class: "card" }, el("h3", {}, title), el("p", { class: "note" }, "95 % intervals; dotted: untrained, mean colours, chance."), chartNode(build, true));
 }
 
-const HISTOGRAMS = [["duration", "seconds", 1], ["fps", "frames a second", 1], ["short_side", "short side, pixels", 1], ["bytes", "kilobytes a sample", 1e-3]];
+const HISTOGRAMS = [["duration", "Duration", "seconds", 1], ["fps", "Frame rate", "frames a second", 1], ["short_side", "Short side", "pixels", 1], ["bytes", "Size of a sample", "kilobytes", 1e-3]];
+const MOST_BARS = 40;
 
-function dataSection({ data }) {
+// Bars of all data sets in one chart; of several, as percent of each.
+function histogramCard(data, key, title, unit, factor) {
+  const own = data.map((one, index) => ({ ...one, index, found: one.report[key] })).filter(({ found }) => found && found.counts && found.counts.length);
+  if (!own.length) return null;
+  const several = own.length > 1;
+  const texts = own.map(({ name, found }) => `${several ? `${name}: ` : ""}median ${format(found.median * factor)}, ${format(found.min * factor)} to ${format(found.max * factor)}${found.outliers ? `, ${found.outliers} outliers in the bars at the ends` : ""}`);
+  const build = () => ({
+    label: `${title}, ${unit}; ${texts.join("; ")}`,
+    traces: own.map(({ name, index, found }) => {
+      const all = found.counts.reduce((a, b) => a + b, 0);
+      return { type: "bar", name: plain(name), x: found.counts.map((_, i) => factor * (found.edges[i] + found.edges[i + 1]) / 2), width: found.counts.map((_, i) => factor * (found.edges[i + 1] - found.edges[i])),
+        y: several ? found.counts.map((n) => 100 * n / all) : found.counts, customdata: found.counts, offsetgroup: String(index), opacity: several ? 0.6 : 1, marker: { color: colourOf(index), line: { width: 1, color: css("--card") } }, hovertemplate: `%{x:.3~g} ${unit}: %{customdata} samples<extra>${several ? plain(name) : ""}</extra>` };
+    }),
+    layout: { hovermode: "closest", uirevision: key, bargap: 0, barmode: "overlay", showlegend: several, legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0, font: { size: 11 } }, margin: { l: 54, r: 12, t: several ? 34 : 12, b: 44 }, xaxis: { title: { text: unit } }, yaxis: { title: { text: several ? "% of the set" : "samples" }, rangemode: "tozero" } },
+  });
+  const varies = own.some(({ found }) => found.counts.length > 1);
+  return el("article", { class: varies ? "card" : "card short" }, el("h3", {}, title), el("p", { class: "note" }, `${texts.join("; ")} ${unit}.`), varies ? chartNode(build) : null);
+}
+
+function codecCard(data) {
+  const original = data.filter(({ report }) => Object.keys((report.original || {}).codec || {}).length);
+  const own = [...data.map(({ name, report }, index) => ({ name, index, counts: report.codec || {} })), ...original.map(({ name, report }) => ({ name: `${name}, before encoding`, index: data.length + 1, counts: report.original.codec }))].filter(({ counts }) => Object.keys(counts).length);
+  const names = [...new Set(own.flatMap(({ counts }) => Object.keys(counts)))].slice(0, MOST_BARS);
+  if (names.length < 2) return null;
+  return el("article", { class: "card" }, el("h3", {}, "Codecs"), el("p", { class: "note" }, "Samples of each; logarithmic."), chartNode(() => ({
+    label: `Samples of each codec: ${own.map(({ name, counts }) => `${name} ${names.map((c) => `${c} ${counts[c] || 0}`).join(", ")}`).join("; ")}`,
+    traces: own.map(({ name, index, counts }) => ({ type: "bar", name: plain(name), x: names.map(plain), y: names.map((codec) => counts[codec] || null), marker: { color: colourOf(index) }, text: names.map((codec) => counts[codec] || ""), hovertemplate: "%{x}: %{y} samples" })),
+    layout: { hovermode: "closest", showlegend: own.length > 1, legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0, font: { size: 11 } }, uirevision: "codec", margin: { l: 46, r: 8, t: own.length > 1 ? 34 : 8, b: 60 }, xaxis: { tickangle: names.length > 6 ? -45 : 0 }, yaxis: { type: "log", dtick: 1, title: { text: "samples" } } },
+  })));
+}
+
+// Bars of the classes of a label set, the largest first, with a table of all.
+function classCard(label, data) {
+  const own = data.map(({ name, report }, index) => ({ name, index, sizes: (report.classes || {})[label] })).filter(({ sizes }) => sizes && Object.keys(sizes).length);
+  const total = {};
+  for (const { sizes } of own) for (const [name, n] of Object.entries(sizes)) total[name] = (total[name] || 0) + n;
+  const names = Object.keys(total).sort((a, b) => total[b] - total[a]);
+  if (!names.length) return null;
+  const filled = names.filter((name) => total[name] > 0);
+  const said = filled.length ? `${names.length} classes; largest ${filled[0]} (${total[filled[0]].toLocaleString("en")}), smallest ${filled.at(-1)} (${total[filled.at(-1)].toLocaleString("en")})` : `${names.length} classes, none with a sample`;
+  const few = names.length <= MOST_BARS;
+  const build = () => ({
+    label: `Samples of each class of ${label}: ${said}`,
+    traces: own.map(({ name, index, sizes }) => ({ type: "bar", name: plain(name), x: few ? names.map(plain) : names.map((_, i) => i + 1), y: names.map((c) => sizes[c] || 0), customdata: names.map(plain), marker: { color: colourOf(index) }, hovertemplate: "%{customdata}: %{y} samples" })),
+    layout: { hovermode: "closest", barmode: "stack", bargap: few ? 0.2 : 0, showlegend: own.length > 1, legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0, font: { size: 11 } }, uirevision: label, margin: { l: 46, r: 8, t: own.length > 1 ? 34 : 8, b: few ? 90 : 44 }, xaxis: few ? { tickangle: names.length > 3 ? -45 : 0, dtick: 1, tickfont: { size: 11 } } : { title: { text: "classes, the largest first" } }, yaxis: { title: { text: "samples" } } },
+  });
+  const details = el("details", {}, el("summary", {}, "All classes"));
+  details.addEventListener("toggle", () => {
+    if (!details.open || details.querySelector("table")) return;
+    details.append(table(`Classes of ${label}`, [["name", "class"], ...own.map(({ name }, i) => [i, name]), ...(own.length > 1 ? [["all", "all"]] : [])],
+      names.map((name) => ({ name, all: total[name], ...Object.fromEntries(own.map(({ sizes }, i) => [i, sizes[name] || 0])) })), { mark: (row) => own.some((_, i) => row[i] === 0) ? "differs" : null }));
+  });
+  return el("article", { class: "card", "data-labels": label }, el("h3", {}, `Classes of ${label}`), el("p", { class: "note" }, `${said}.`), chartNode(build), details);
+}
+
+function dataSection({ data, sets }) {
   if (!data.length) return null;
-  return section("data", "Data", "What the shards hold, from the report.json beside them.", data.map(({ name, report }) => {
-    const hours = (report.seconds || 0) / 3600;
+  const facts = sets ? [] : data.map(({ name, report }) => {
     const rejected = Object.entries(report.rejected || {}).map(([reason, n]) => `${reason} ${n}`).join(", ") || "none";
     const codecs = Object.entries(report.codec || {}).map(([codec, n]) => `${codec} ${n.toLocaleString("en")}`).join(", ");
-    const bars = Object.entries(report.classes || {}).filter(([, sizes]) => Object.keys(sizes).length).map(([label, sizes]) => el("article", { class: "card" }, el("h3", {}, `Samples of ${label}`), chartNode(() => {
-      const ordered = Object.entries(sizes).sort((a, b) => b[1] - a[1]);
-      return { label: `Samples of each class of ${label}`, traces: [{ type: "bar", x: ordered.map(([c]) => plain(c)), y: ordered.map(([, n]) => n), marker: { color: colourOf(0) }, hovertemplate: "%{y} samples<extra>%{x}</extra>" }], layout: { hovermode: "closest", uirevision: label, margin: { l: 46, r: 8, t: 8, b: 80 }, xaxis: { tickangle: -45 }, yaxis: { title: { text: "samples" } } } };
-    })));
-    const shapes = HISTOGRAMS.filter(([key]) => report[key] && report[key].counts && report[key].counts.length > 1).map(([key, unit, factor]) => el("article", { class: "card" }, el("h3", {}, unit), chartNode(() => {
-      const { counts, edges } = report[key];
-      return { label: `Histogram of ${unit}`, traces: [{ type: "bar", x: counts.map((_, i) => factor * (edges[i] + edges[i + 1]) / 2), y: counts, width: counts.map((_, i) => factor * (edges[i + 1] - edges[i])), marker: { color: colourOf(0), line: { width: 1, color: css("--card") } }, hovertemplate: "%{x:.3~g}: %{y} samples<extra></extra>" }], layout: { hovermode: "closest", uirevision: key, bargap: 0, xaxis: { title: { text: unit } }, yaxis: { title: { text: "samples" } } } };
-    })));
-    return el("div", { class: "wide" }, el("article", { class: "card" }, el("h3", {}, name), definitions([["samples", `${(report.samples || 0).toLocaleString("en")} of ${(report.files || 0).toLocaleString("en")} files`], ["hours", hours.toFixed(2)], ["codecs", codecs], ["rejected", rejected], ["size", `${((report.bytes_out || 0) / 1e6).toFixed(1)} MB`]])), el("div", { class: "grid" }, shapes, bars));
-  }));
+    return el("article", { class: "card" }, el("h3", {}, name), definitions([["samples", `${(report.samples || 0).toLocaleString("en")} of ${(report.files || 0).toLocaleString("en")} files`], ["hours", ((report.seconds || 0) / 3600).toFixed(2)], ["codecs", codecs], ["rejected", rejected], ["size", `${((report.bytes_out || 0) / 1e6).toFixed(1)} MB`]]));
+  });
+  const labels = [...new Set(data.flatMap(({ report }) => Object.keys(report.classes || {})))];
+  const bars = labels.map((label) => classCard(label, data)).filter((card) => card);
+  const shapes = [...HISTOGRAMS.map((histogram) => histogramCard(data, ...histogram)), codecCard(data)].filter((card) => card);
+  const about = "What the shards hold, from the files beside them.";
+  if (!sets) return section("data", "Data", about, el("div", { class: "wide" }, facts, el("div", { class: "grid" }, shapes, bars)));
+  return [bars.length ? section("labels", "Labels", "Samples of each class, from report.json.", el("div", { class: "grid" }, bars)) : null,
+    shapes.length ? section("data", "Durations, sizes, codecs", "Measured when the data were packed, from report.json.", el("div", { class: "grid" }, shapes)) : null];
+}
+
+// ---------------------------------------------------------------- pages of data sets
+function verdictList(verdicts) {
+  return el("ul", { class: "verdicts" }, verdicts.map((verdict) => el("li", {}, el("div", { class: "line" }, el("strong", {}, verdict.question), el("span", { class: `badge ${verdict.kind}` }, verdict.answer)),
+    verdict.why ? el("p", {}, verdict.why) : null, el("details", {}, el("summary", {}, "The rule"), el("p", {}, verdict.rule)))));
+}
+
+function missingList(texts, label) {
+  return texts && texts.length ? el("ul", { class: "missing", "aria-label": label }, texts.map((text) => el("li", {}, text))) : null;
+}
+
+function setsSection({ sets, between }) {
+  if (!sets) return null;
+  const cards = sets.map((one) => el("article", { class: "card run-card" }, el("h3", {}, one.name), definitions([...one.facts, ["folder", one.path]]), verdictList(one.verdicts), missingList(one.missing, `What is missing in ${one.name}`)));
+  const together = between && between.length ? el("article", { class: "card run-card" }, el("h3", {}, "The sets together"), verdictList(between)) : null;
+  return section("summary", "Summary", "Each verdict follows a stated rule from the files beside the shards.", el("div", { class: "grid" }, together, cards));
+}
+
+function rejectedSection({ sets, rejected, pictures }) {
+  if (!sets || !rejected.length) return null;
+  const shown = pictures.find(({ id }) => id === "rejected-files");
+  const rows = rejected.map((row) => ({ ...row, names: row.examples.map(([path]) => path).join(", ") }));
+  const columns = [...(sets.length > 1 ? [["set", "set"]] : []), ["reason", "reason"], ["n", "files or clips"], ["meaning", "meaning"],
+    ["names", "examples", (_, row) => el("ul", { class: "plain" }, row.examples.map(([path, detail]) => el("li", {}, path, detail ? el("small", {}, detail) : null)))]];
+  return section("rejected", "Rejected", "What is not in the shards and why, from rejected.jsonl.", el("article", { class: "card" }, el("h3", {}, "Reasons"), table("Rejected files by reason", columns, rows, { wraps: true })),
+    shown ? [missingList(shown.missing, "What is missing of rejected files"), shown.items.length ? el("h3", { class: "apart" }, shown.title) : null, el("div", { class: "players" }, shown.items.map(playerCard))] : null);
 }
 
 function configSection({ runs }) {
@@ -564,12 +641,14 @@ function applyHidden() {
 // Sections by what they are made of: one is made anew when that has changed.
 const PARTS = [
   [summarySection, ({ runs }) => runs.map(({ name, verdicts, facts, missing }) => [name, verdicts, facts, missing])],
+  [setsSection, ({ sets, between }) => [sets, between]],
   [curveSections, ({ panels }) => panels],
   [pictureSections, ({ pictures }) => pictures],
   [zooSections, ({ zoos }) => zoos],
   [probeSection, ({ runs }) => runs.map(({ name, probes }) => [name, probes])],
   [confusionSection, ({ runs }) => runs.map(({ name, confusions }) => [name, confusions])],
   [denseSection, ({ runs }) => runs.map(({ name, dense }) => [name, dense])],
+  [rejectedSection, ({ rejected, sets }) => [rejected, sets]],
   [dataSection, ({ data }) => data],
   [configSection, ({ runs }) => runs.map(({ name, config }) => [name, config])],
   [versionSection, ({ runs, command }) => [command, runs.map(({ name, path, versions, command }) => [name, path, versions, command])]],
