@@ -1,11 +1,10 @@
-"""Reports the contents of a data set and what was rejected: `vidssl report FOLDER`.
+"""Reports the contents of a data set and what was rejected, as `vidssl pack` writes it beside the shards.
 
-Writes report.json and report.png: histograms of frame rate, duration, short side and bytes of the samples,
+report.json and report.png: histograms of frame rate, duration, short side and bytes of the samples,
 samples per class, codecs, reasons of rejection, bytes in (of the source's files) and out (of the shards). If
 samples were re-encoded, "original" holds the same for the files from which they were cut.
 """
 
-import argparse
 import json
 from collections import Counter
 from collections.abc import Callable
@@ -15,12 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.index import Contents, read_contents, write_lines
+from data_prep.index import Contents, write_lines
 from data_prep.summary import make_summary
-from vidssl.core.errors import UserError, run_cli
 from vidssl.core.io import atomic_write
 from vidssl.core.suggestions import counted
-from vidssl.data.format import dumps
 
 BINS = 24
 OUTLIER_SPREADS = 3  # outliers lie this many distances from the 5 % to the 95 % quantile beyond these
@@ -192,25 +189,3 @@ def write_dataset_report(folder: Path, contents: Contents) -> dict:
     atomic_write(folder / "report.png", lambda temporary: draw(report, temporary))
     write_lines(folder / "report.json", [json.dumps(report, indent=1)])
     return report
-
-
-def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="vidssl report", description="Report the contents of packed data sets."
-    )
-    parser.add_argument("folder", type=Path, help="a folder with index.json in it or below it")
-    args = parser.parse_args(argv)
-    folders = sorted(p.parent for p in args.folder.rglob("index.json"))
-    if not folders:
-        if not Path(args.folder).exists():
-            raise UserError(f"{args.folder}: no such folder")
-        raise UserError(
-            f"{args.folder}: no index.json in it or below it; other WebDataset shards need vidssl scan"
-        )
-    for folder in folders:
-        report = write_dataset_report(folder, read_contents(folder))
-        print(f"{folder / 'report.png'}: {report['samples']} samples, {dumps(report['rejected'])} rejected")
-
-
-if __name__ == "__main__":
-    run_cli(main)

@@ -8,7 +8,7 @@ data_prep.dedup, between two as in data_prep.leak_search.
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Mapping, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from functools import partial
 from itertools import combinations

@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from data_prep.filters import Rejected
+from data_prep.fingerprint import MediaFile
 from data_prep.sample_search import SampleSearch, SimilarPair, search_samples
 from data_prep.workers import WorkerPool
 from vidssl.data.decoding import open_video
@@ -59,11 +60,11 @@ class ClipJob:
     def __call__(self, report: Reporter, request: ClipRequest) -> DecodedClip:
         if isinstance(request.where, str):
             path = Path(request.where)
-            data, ext, meta = path.read_bytes(), path.suffix.lstrip(".").lower(), None
+            file = MediaFile(path.read_bytes(), path.suffix.lstrip(".").lower())
         else:
             name, sample = request.where
-            data, ext, meta = self.shards[name].read(sample), sample.ext, sample.meta
-        with open_video(data, ext, meta) as video:
+            file = MediaFile(self.shards[name].read(sample), sample.ext, sample.meta)
+        with open_video(*file) as video:
             report.progress()
             last = float(video.times[-1])
             middle = max(0.0, (last - SHOWN_FRAMES / FPS) / 2)
@@ -95,13 +96,13 @@ class DataPictures:
             limits = {} if self.search == "some" else {"pixels": np.inf, "compared_pixels": np.inf}
             found = search_samples(shards, samples, self.workers, **limits)
         with closing(WorkerPool(ClipJob(shards), DECODE_TIMEOUT_S)) as pool:
-            decode = partial(decode_all, pool, self.workers)
+            decode = partial(decode_requests, pool, self.workers)
             groups = [clips_group(sets, decode), rejected_group(sets, self.source, decode)]
             groups += duplicate_groups(sets, found, self.source, decode)
         return [one for one in groups if one["items"] or one["missing"] or one.get("found")]
 
 
-def decode_all(
+def decode_requests(
     pool: WorkerPool, workers: int, requests: Sequence[ClipRequest]
 ) -> list[DecodedClip | Rejected]:
     return pool.map([(request,) for request in requests], workers, "decode", "clips") if requests else []

@@ -75,7 +75,7 @@ def read_set(folder: Path, name: str) -> DataSet:
     missing: list[str] = []
     index = read_index(folder)
     shards = Shards([str(folder)]) if index.get("samples") else None
-    samples = [] if shards is None else read_samples(shards, missing)
+    samples = [] if shards is None else sampled_records(shards, missing)
     report = read_json(folder / "report.json")
     if report is None and sum(entry["samples"] for entry in index["shards"]) > MAX_RECORDS:
         missing.append("report.json is not there, and there are too many samples to count them for a page.")
@@ -94,7 +94,7 @@ def read_set(folder: Path, name: str) -> DataSet:
     return found
 
 
-def read_samples(shards: Shards, missing: list[str]) -> list[Sample]:
+def sampled_records(shards: Shards, missing: list[str]) -> list[Sample]:
     """The samples, or those of evenly spaced shards where there are too many."""
     counts = shards.counts.tolist()
     if shards.n <= MAX_RECORDS:
@@ -160,9 +160,12 @@ def make_data_contents(
 
 def facts_of_set(one: DataSet) -> list[list[str]]:
     """What a data set is, in a few words."""
-    report, summary, made = one.report, one.summary, one.index.get("pack") or {}
+    report = one.report
+    summary = one.summary
+    made = one.index.get("pack") or {}
     seconds = report.get("seconds") or 0
-    videos, images = summary.get("videos", one.size), summary.get("images", 0)
+    videos = summary.get("videos", one.size)
+    images = summary.get("images", 0)
     kinds = [
         text
         for n, text in ((videos, counted_text(videos, "video")), (images, counted_text(images, "image")))
@@ -177,7 +180,7 @@ def facts_of_set(one: DataSet) -> list[list[str]]:
         ],
         ["hours", f"{seconds / 3600:,.2f}" if seconds else ""],
         ["codecs", ", ".join(f"{name} {n:,}" for name, n in (report.get("codec") or {}).items())],
-        ["size", size_text(report)],
+        ["size", bytes_text(report)],
         [
             "label sets",
             ", ".join(f"{name} ({len(sizes)})" for name, sizes in (report.get("classes") or {}).items()),
@@ -204,7 +207,7 @@ def counted_text(n: int, noun: str) -> str:
     return f"{n:,} {noun}{'s' * (n != 1)}"
 
 
-def size_text(report: Row) -> str:
+def bytes_text(report: Row) -> str:
     size = f"{(report.get('bytes_out') or 0) / 1e6:,.1f} MB"
     bytes_in = report.get("bytes_in")
     return size if not bytes_in else f"{size} of {bytes_in / 1e6:,.1f} MB"
