@@ -18,7 +18,7 @@ from pathlib import Path
 
 from vidssl.config import load_config
 from vidssl.core.errors import run_cli
-from vidssl.core.log import logger, set_log_level
+from vidssl.core.log import set_log_level
 from vidssl.data.loader import open_shards
 from vidssl.training.blocks import configure_blocks
 from vidssl.training.config_checks import check_batch, check_output
@@ -26,7 +26,7 @@ from vidssl.training.device_batches import DeviceBatches
 from vidssl.training.diagnostics import Diagnostics, ending
 from vidssl.training.distributed import Strategy
 from vidssl.training.malloc import configure_process
-from vidssl.training.metrics_log import count_samples, step_row
+from vidssl.training.metrics_log import count_samples
 from vidssl.training.micro_batches import make_part_maker
 from vidssl.training.optim import build_optimizer, schedule, schedule_progress, set_schedule
 from vidssl.training.perf import Throughput
@@ -46,6 +46,7 @@ from vidssl.training.run_summary import (
 )
 from vidssl.training.state import TrainState
 from vidssl.training.step import forward_backward, load_steps
+from vidssl.training.step_log import StepLog
 
 
 def main(argv: list[str]) -> None:
@@ -102,6 +103,7 @@ def pretrain(cfg: TrainConfig, dry_run: bool = False) -> None:
             state.save_last_step(folder.sync_log),
         ):
             in_time = preemption.until_requested(loader, alone=strategy.world == 1)
+            log = StepLog(run.log_every, strategy, state, throughput, folder)
             inputs = DeviceBatches(in_time, start, strategy.device, make_parts)
             for step, (batches, parts) in enumerate(throughput.timed(inputs), start):
                 done = step + 1
@@ -112,27 +114,21 @@ def pretrain(cfg: TrainConfig, dry_run: bool = False) -> None:
                     losses = forward_backward(strategy, model, parts)
                 norm = strategy.clip(model, optim_config, step)
                 throughput.overlap(inputs.prefetch)  # the host waits for the device below
-                metrics = strategy.all_reduce_metrics(
-                    {**losses, "grad_norm": norm},
-                    count_samples(batches) | {"stop": preemption.requested, **diagnostics.signals},
-                )
-
+                signals = {"stop": preemption.requested, **diagnostics.signals}
+                accepted = log.add(done, losses, norm, count_samples(batches) | signals, hparams)
                 state.whole_step = None
-                if skip_reason := state.guard.check_step(metrics):
-                    strategy.skip_step(optimizer)
-                    logger.info(f"step {done}: skipped: {skip_reason}")
-                else:
-                    strategy.step(optimizer)
-                    objective.update(schedule_progress(optim_config, step, run.steps))
+                taken = strategy.step_if(optimizer, accepted)
+                objective.update(schedule_progress(optim_config, step, run.steps), taken)
 
-                row = step_row(losses, metrics, hparams, throughput.row(), state.guard.skipped, skip_reason)
-                if state.guard.should_rollback:
+                ends_row = log.ends_row(done) or diagnostics.needs_row(done) or state.may_be_due(done)
+                row = log.row() if ends_row else {}
+                if row and state.guard.should_rollback:
                     with folder.log_on_error(done, row, batches):
-                        state.rollback(done, skip_reason)
+                        state.rollback(done, row["skip_reason"])
                 folder.log(done, row | diagnostics.measure_if_due(done, batches), batches)
                 state.log_write_errors(done)
                 state.whole_step = done
-                end = ending(metrics)
+                end = ending(log.metrics)
                 if strategy.participates_in_save and (end or state.is_due(done)):
                     throughput.beside("save", state.save, done, folder.sync_log)
                 if end:

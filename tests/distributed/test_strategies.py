@@ -100,7 +100,7 @@ def go(
     Of VideoMAE the losses of steps 3 and 4 are spoiled in the first process.
     """
     AcceleratorState._reset_state(reset_partial_state=True)
-    clip, reduce = Strategy.clip, Strategy.all_reduce_metrics
+    clip, reduce = Strategy.clip, Strategy.reduce_metrics
     spoil = "run.max_consecutive_skips=1" in argv
     current = 0
 
@@ -118,13 +118,13 @@ def go(
             means["loss"] = means["loss"] * float("nan")
         return reduce(self, means, sums)
 
-    Strategy.clip, Strategy.all_reduce_metrics = cut_off, spoiled  # type: ignore[method-assign]
+    Strategy.clip, Strategy.reduce_metrics = cut_off, spoiled  # type: ignore[method-assign]
     try:
         train.main(argv)
     except KeyboardInterrupt:
         assert stop < STEPS
     finally:
-        Strategy.clip, Strategy.all_reduce_metrics = clip, reduce  # type: ignore[method-assign]
+        Strategy.clip, Strategy.reduce_metrics = clip, reduce  # type: ignore[method-assign]
 
 
 def launcher_variables(name: str) -> dict[str, str]:
@@ -189,6 +189,7 @@ def run_plan(plan: dict) -> None:
         fork_world(world, partial(one_process, plan, world, jobs))
 
 
+LOGGED = ("ddp", "fsdp2", "zero1")  # where several steps have one row
 MANY = ["videomae-ddp-2", "videomae-fsdp2-2", "videomae-zero1-2", "videomae-fsdp2-4"]
 MANY += ["vjepa-ddp-2", "vjepa-fsdp2-2", "vjepa-zero1-2", "vjepa-zero2-2", "vjepa-ddp-4", "videomae-zero2-4"]
 
@@ -224,6 +225,10 @@ def runs(synthetic_shards, tmp_path_factory) -> Path:
     for name in PREDICTORS:
         go(predictor_arguments(name, synthetic_shards, out / f"{name}-1"))
         two.append(["fsdp2", predictor_arguments(name, synthetic_shards, out / f"{name}-2"), STEPS])
+    no_rollback = "run.max_consecutive_skips=3"
+    go(job("", "logged-1", no_rollback, method="videomae")[1])
+    for name in LOGGED:
+        two.append(job(name, f"logged-{name}", no_rollback, "run.log_every=4", method="videomae"))
     launch = {name: launcher_variables(name) for name in LAUNCH}
     launch["kept"] = launch["fsdp2"] | {"FSDP_RESHARD_AFTER_FORWARD": "false"}
     plan = {"launch": launch, "groups": [[4, four], [2, two]]}
@@ -281,6 +286,18 @@ def test_feature_stats_and_online_probe_are_the_same_in_shards(runs):
 def test_steps_that_are_not_taken_and_going_back_are_the_same_in_shards(runs):
     for name in ("1", *(n.removeprefix("videomae-") for n in MANY if "videomae" in n)):
         assert [r["skipped"] for r in rows(runs / f"videomae-{name}")] == [0, 0, 0, 1, 2, 2]
+
+
+@pytest.mark.parametrize("name", LOGGED)
+def test_steps_that_the_host_reads_together_are_the_same(name, runs):
+    """Two are spoiled in the first process only. Rows end with 4 steps, a measurement or a checkpoint."""
+    logged = runs / f"logged-{name}"
+    want, got = (tensors(run, FILES[2]) for run in (runs / "logged-1", logged))
+    assert list(got) == list(want) and max(float((got[k] - want[k]).abs().max()) for k in want) < 1e-5
+    assert [(r["step"], r.get("steps", 1), r["skipped"]) for r in rows(logged)] == [
+        *((1, 1, 0), (2, 1, 0), (3, 1, 0), (4, 1, 1)),
+        (6, 2, 2),
+    ]
 
 
 @pytest.mark.parametrize("name", [n for n in MANY if "zero" in n])

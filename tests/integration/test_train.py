@@ -2,6 +2,7 @@
 called."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from vidssl.data.shards import Shards
 from vidssl.pretrained.files import load_weights
 from vidssl.pretrained.load import load_encoder
 from vidssl.training.checkpoint import load_checkpoint
+from vidssl.training.distributed import Strategy
 
 ROOT = Path(__file__).parents[2]
 FILES = ["configs/method/vjepa_tiny.yaml", "configs/model/vit_micro.yaml", "configs/data/quickstart.yaml"]
@@ -156,6 +158,44 @@ def test_micro_batches(whole, synthetic_shards, tmp_path):
     assert [r["loss"] for r in log(tmp_path / "run")] == pytest.approx(
         [r["loss"] for r in log(whole)], rel=1e-5
     )
+
+
+def test_a_row_of_several_steps(whole, synthetic_shards, tmp_path, monkeypatch):
+    """The steps are the same, also those of a run that ends in the middle of a row and goes on."""
+    out = tmp_path / "run"
+    more = ("run.log_every=5",)
+    with monkeypatch.context() as patched:
+        clip = Strategy.clip
+
+        def end_in_step_7(self, model, config, step):
+            if step == 6:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return clip(self, model, config, step)
+
+        patched.setattr(Strategy, "clip", end_in_step_7)
+        assert train_here(synthetic_shards / "train", out, *more) == EXIT_REQUEUE
+    assert [p.name for p in (out / "checkpoints").iterdir()][-1:] == ["step-00000007"]
+    assert train_here(synthetic_shards / "train", out, *more) == 0
+    want, got = log(whole), log(out)
+    # a row ends with 5 steps, a measurement, a checkpoint, the run
+    assert [(r["step"], r.get("steps", 1)) for r in got] == [
+        *((1, 1), (4, 3), (5, 1), (7, 2)),
+        *((8, 1), (10, 2), (12, 2)),
+    ]
+    assert "steps" not in want[0] and got[0].keys() == want[0].keys()
+    for row in got:
+        steps = want[row["step"] - row.get("steps", 1) : row["step"]]
+        assert row["loss"] == pytest.approx(sum(r["loss"] for r in steps) / len(steps), rel=1e-12)
+        assert row["flops"] == pytest.approx(sum(r["flops"] for r in steps) / len(steps), abs=1)
+        assert [row[name] for name in ("lr", "ema")] == [steps[-1][name] for name in ("lr", "ema")]
+        hashed = sum(int(r["samples_hash"], 16) for r in steps) % 2**63
+        assert int(row["samples_hash"], 16) == hashed
+    assert {k: v for k, v in got[-1].items() if k.startswith("feature_")} == {
+        k: v for k, v in want[-1].items() if k.startswith("feature_")
+    }
+    for name in ("encoder", "encoder_online"):
+        same = load_file(out / f"{name}.safetensors")
+        assert all(v.equal(same[k]) for k, v in load_file(whole / f"{name}.safetensors").items())
 
 
 def test_a_finished_run_is_left_alone(whole, synthetic_shards, capfd):

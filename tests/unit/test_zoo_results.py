@@ -81,6 +81,7 @@ def test_points_of_a_curve_are_merged_over_seeds():
 def test_flops_are_summed_over_whole_rows(tmp_path):
     log = tmp_path / "log.jsonl"
     lines = [json.dumps({"step": step, "flops": 10 * step}) for step in (1, 2, 3)]
-    log.write_text("\n".join(lines) + '\n{"step": 4, "fl')
-    assert flops_by_step(log) == {1: 10, 2: 30, 3: 60}
+    lines.append(json.dumps({"step": 5, "steps": 2, "flops": 7}))
+    log.write_text("\n".join(lines) + '\n{"step": 6, "fl')
+    assert flops_by_step(log) == {1: 10, 2: 30, 3: 60, 5: 74}
     assert flops_by_step(tmp_path / "nothing") == {}

@@ -37,7 +37,7 @@ def pack_job(request: Request) -> Job:
 def trial_job(request: Request, config: Path) -> Job:
     """A few steps, whose times are measured."""
     out = request.run("trial")
-    steps = [f"run.steps={TRIAL_STEPS}", f"run.save_every={TRIAL_STEPS}", "optim.warmup=0"]
+    steps = [f"run.steps={TRIAL_STEPS}", f"run.save_every={TRIAL_STEPS}", "optim.warmup=0", "run.log_every=1"]
     steps += [f"run.validate_every={TRIAL_STEPS}", f"online_probe.every={TRIAL_STEPS}"]
     arguments = [str(config), f"run.out={out}", *steps]
     return job_of(request, "trial", "vidssl.train", arguments, out / "encoder.safetensors")

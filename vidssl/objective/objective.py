@@ -77,12 +77,23 @@ class Objective(nn.Module):
                 if hasattr(part, "start_from"):
                     part.start_from(self.encoder)  # type: ignore[operator]
 
-    def update(self, progress: float) -> None:
+    @torch.no_grad()
+    def update(self, progress: float, taken: Tensor | bool = True) -> None:
         """Called after every optimizer step. progress: of the schedules, 0 at the first step and 1 at the
-        last, with which the momentum of each part goes along its own line."""
+        last, with which the momentum of each part goes along its own line; taken: whether the step was taken,
+        perhaps as bool [] on the device, for which the host does not wait."""
         for part in self.parts:
-            if hasattr(part, "update"):
-                part.update(self.encoder, linear(*own_momentum(part), progress))  # type: ignore[operator]
+            if not hasattr(part, "update") or taken is False:
+                continue
+            momentum: Any = linear(*own_momentum(part), progress)
+            if taken is True:
+                part.update(self.encoder, momentum)  # type: ignore[operator]
+                continue
+            before = [buffer.clone() for buffer in part.buffers()]
+            momentum = torch.where(taken, torch.tensor(momentum, dtype=torch.float64), 1.0)
+            part.update(self.encoder, momentum)  # type: ignore[operator]
+            for buffer, old in zip(part.buffers(), before, strict=True):
+                buffer.copy_(torch.where(taken, buffer, old))
 
     def target_features(self, video: Tensor) -> Tensor | None:
         """[B, N, K]: what is predicted at each token; None where tokens have no target."""

@@ -97,7 +97,7 @@ PANELS = (
     ),
 )
 WITH_EXTREMES = {"loss", "grad_norm", "wait"}
-NOT_DRAWN = {"step", "feature_clips"}
+NOT_DRAWN = {"step", "steps", "feature_clips"}
 
 
 def columns_by_panel(rows: list[Row]) -> dict[str, list[str]]:
@@ -171,7 +171,7 @@ def cumulative_flops(rows: list[Row], points: int) -> dict[str, list[float]] | N
     total = 0.0
     steps, sums = [], []
     for row in rows:
-        total += number(row.get("flops")) or 0.0
+        total += row.get("steps", 1) * (number(row.get("flops")) or 0.0)
         steps.append(row["step"])
         sums.append(total)
     if not total:

@@ -84,8 +84,8 @@ def read_config(path: Path, missing: list[str]) -> Row:
 
 
 def read_log(path: Path, missing: list[str]) -> list[Row]:
-    """The rows of a log.jsonl, one a step. A row that repeats a step or goes back takes the place of those
-    from that step on; the last line of a log that is being written may be cut."""
+    """The rows of a log.jsonl. A row that repeats a step or goes back takes the place of those from that step
+    on; the last line of a log that is being written may be cut."""
     rows: list[Row] = []
     damaged = 0
     lines = path.read_bytes().split(b"\n")

@@ -64,6 +64,25 @@ class Diagnostics:
         collapsed = main and self.run.stop_on_collapse and self.stats.collapsed
         return {"collapsed": collapsed, "over": main and self.rule.is_over}
 
+    def stats_are_due(self, step: int) -> bool:
+        return step % self.run.feature_stats_every == 0 or step in (1, self.run.steps)
+
+    def error_is_due(self, step: int) -> bool:
+        return self.validation is not None and (step % self.validate_every == 0 or step == self.run.steps)
+
+    def probe_is_due(self, step: int) -> bool:
+        return self.probe is not None and (step % self.every == 0 or step == self.run.steps)
+
+    def needs_row(self, step: int) -> bool:
+        """Whether step `step` has a row of the log of its own end: for a measurement after it, or since one
+        before it may end the run."""
+        may_end = self.run.stop_on_collapse or self.run.patience is not None
+        return any(
+            is_due(after)
+            for is_due in (self.stats_are_due, self.error_is_due, self.probe_is_due)
+            for after in (step, *([step - 1] if may_end else []))
+        )
+
     def measure_before(self, start: int) -> None:
         """Measures the held-out error if no step is done; the row of the first step reports it. start: steps
         that are done."""
@@ -79,17 +98,17 @@ class Diagnostics:
         self.stats.add_clips(batches[0].video[:, :, : self.frames])
         metrics: dict[str, float] = {}
         with torch.compiler.set_stance("force_eager") if self.compiled else contextlib.nullcontext():
-            if step % self.run.feature_stats_every == 0 or step in (1, self.run.steps):
+            if self.stats_are_due(step):
                 metrics |= self.stats.measure(self.objective, self.strategy.autocast)
                 self._warn_of_missing(step, metrics)
                 warning = self.stats.detector.warning()
                 if warning and self.strategy.is_main:
                     logger.warning(f"step {step}: {warning}")
-            if self.validation and (step % self.validate_every == 0 or step == self.run.steps):
+            if self.error_is_due(step):
                 metrics |= self._validate(step)
             if step == 1:
                 metrics |= {f"{name}_start": value for name, value in self.rule.first.items()}
-            if self.probe and (step % self.every == 0 or step == self.run.steps):
+            if self.probe and self.probe_is_due(step):
                 metrics |= self.probe.measure(self.objective, self.strategy.autocast)
         return {**metrics, "diagnostics_s": time.perf_counter() - start_s} if metrics else {}
 
@@ -111,9 +130,10 @@ class Diagnostics:
 
 
 def ending(metrics: Mapping[str, float]) -> RunEnding | None:
-    """What ends the run now. metrics: sums over the processes of `stop` and of Diagnostics.signals."""
-    if metrics["stop"]:
+    """What ends the run now. metrics: sums over the processes of `stop` and of Diagnostics.signals,
+    of the last row of the log, if there is one."""
+    if metrics.get("stop"):
         return "stopped"
-    if metrics["collapsed"]:
+    if metrics.get("collapsed"):
         return "collapsed"
-    return "over" if metrics["over"] else None
+    return "over" if metrics.get("over") else None

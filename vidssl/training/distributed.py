@@ -61,8 +61,8 @@ class Strategy:
     """One process, or DDP: every process holds the whole model.
 
     The subclasses (Fsdp2, deepspeed.Zero) override what sharding changes. Collective methods must be called
-    by all processes: prepare, backward, clip, step, skip_step, all_reduce_metrics, run_on_main, load_state,
-    barrier; of the processes with `participates_in_save` also full_state.
+    by all processes: prepare, backward, clip, step, skip_step, step_if, reduce_metrics, all_reduce_metrics,
+    run_on_main, load_state, barrier; of the processes with `participates_in_save` also full_state.
     """
 
     def __init__(
@@ -185,15 +185,36 @@ class Strategy:
         if self.scaler is not None:
             self.scaler.update()
 
+    def step_if(self, optimizer: Any, accepted: Tensor | bool) -> Tensor | bool:
+        """Takes the step or skips it. accepted: the decision, perhaps as bool [] on the device; only a fused
+        AdamW on whole weights follows that without the host. Returns it, as the host knows it."""
+        inner: Any = unwrapped(optimizer)
+        if isinstance(accepted, Tensor) and self.scaler is None and is_fused(inner):
+            inner.found_inf = (~accepted).float()  # as a GradScaler tells it
+            try:
+                self.step(optimizer)
+            finally:
+                del inner.found_inf
+            return accepted
+        if accepted:
+            self.step(optimizer)
+        else:
+            self.skip_step(optimizer)
+        return bool(accepted)
+
     # Exchange between processes
 
-    def all_reduce_metrics(self, means: dict[str, Tensor], sums: dict[str, float]) -> dict[str, float]:
-        """Averages and sums over the processes, the same in each of them, with one all-reduce."""
+    def reduce_metrics(self, means: dict[str, Tensor], sums: dict[str, float]) -> Tensor:
+        """Averages and sums over the processes, the same in each of them, with one all-reduce: f64 [n] on the
+        device, for which the host does not wait."""
         values = [full_tensor(v.detach()).double().to(self.device) for v in means.values()]
         counts = upload(torch.tensor([*sums.values()], dtype=torch.float64), self.device)
-        total = self.accelerator.reduce(torch.cat([torch.stack(values), counts]), "sum").tolist()
-        averages = [value / self.world for value in total[: len(means)]]
-        return dict(zip([*means, *sums], [*averages, *total[len(means) :]], strict=True))
+        total = self.accelerator.reduce(torch.cat([torch.stack(values), counts]), "sum")
+        return torch.cat([total[: len(means)] / self.world, total[len(means) :]])
+
+    def all_reduce_metrics(self, means: dict[str, Tensor], sums: dict[str, float]) -> dict[str, float]:
+        """What `reduce_metrics` returns, as the host reads it."""
+        return dict(zip([*means, *sums], self.reduce_metrics(means, sums).tolist(), strict=True))
 
     def run_on_main(self, function: Callable[[], T]) -> T:
         """Calls `function` in the first process. Returns its (picklable) result, or raises its UserError,
@@ -358,6 +379,11 @@ def full_tensor(t: Tensor) -> Tensor:
 def unwrapped(optimizer: Any) -> torch.optim.Optimizer:
     """torch's optimizer inside Accelerate's."""
     return optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
+
+
+def is_fused(optimizer: Any) -> bool:
+    """Whether it is an optimizer of torch whose step is one kernel."""
+    return bool(getattr(optimizer, "defaults", {}).get("fused"))
 
 
 def copy_to_cpu(tree: Any, copy: bool = True) -> Any:

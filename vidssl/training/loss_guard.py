@@ -2,8 +2,14 @@
 
 import math
 import statistics
+import sys
 from collections import deque
 from typing import Any
+
+import torch
+from torch import Tensor
+
+from vidssl.core.constants import upload
 
 HISTORY = 128  # accepted steps whose mean and deviation define a spike
 MIN_HISTORY = 32  # accepted steps before a spike can be detected
@@ -45,8 +51,24 @@ class LossGuard:
             name: deque(maxlen=HISTORY) for name in ("loss", "grad_norm")
         }
 
-    def check_step(self, metrics: dict[str, float]) -> str | None:
-        """Counts a step by its loss and grad_norm. Returns the reason to skip it, or None to take it."""
+        self.limits = self._limits()  # of the next steps
+
+    def accepts(self, metrics: dict[str, Tensor]) -> Tensor:
+        """Whether to take a step, by its loss and grad_norm f64 []: bool [] on their device, as `check_step`
+        decides it."""
+        values = torch.stack([metrics[name] for name in self.history])
+        limits = torch.tensor([self.limits[name] for name in self.history], dtype=torch.float64)
+        return (values.isfinite() & (values <= upload(limits, values.device))).all()
+
+    def check_step(self, metrics: dict[str, float], keep_limits: bool = False) -> str | None:
+        """Counts a step by its loss and grad_norm. Returns the reason to skip it, or None to take it.
+        keep_limits: the next steps have the limits of this one."""
+        reason = self._count(metrics)
+        if not keep_limits:
+            self.limits = self._limits()
+        return reason
+
+    def _count(self, metrics: dict[str, float]) -> str | None:
         reasons = (self._reason(name, metrics[name]) for name in self.history)
         reason = next((r for r in reasons if r), None)
         if reason is not None:
@@ -64,13 +86,20 @@ class LossGuard:
     def _reason(self, name: str, value: float) -> str | None:
         if not math.isfinite(value):
             return f"{name} {value}"
-        values = self.history[name]
-        if self.loss_spike_std is not None and len(values) >= MIN_HISTORY:
-            limit = statistics.fmean(values) + self.loss_spike_std * statistics.pstdev(values)
-            if value > limit:
-                recent = f"mean + {self.loss_spike_std:g} std of the last {len(values)} accepted steps"
-                return f"{name} {value:.4g} exceeds {limit:.4g} ({recent})"
+        if value > self.limits[name]:
+            count = len(self.history[name])
+            recent = f"mean + {self.loss_spike_std:g} std of the last {count} accepted steps"
+            return f"{name} {value:.4g} exceeds {self.limits[name]:.4g} ({recent})"
         return None
+
+    def _limits(self) -> dict[str, float]:
+        """Above which loss and grad_norm are spikes."""
+        limits = {}
+        for name, values in self.history.items():
+            limits[name] = sys.float_info.max
+            if self.loss_spike_std is not None and len(values) >= MIN_HISTORY:
+                limits[name] = statistics.fmean(values) + self.loss_spike_std * statistics.pstdev(values)
+        return limits
 
     @property
     def should_rollback(self) -> bool:
@@ -88,8 +117,10 @@ class LossGuard:
             "consecutive_skips": self.consecutive_skips,
             "consecutive_overflows": self.consecutive_overflows,
             "skipped": self.skipped,
+            "loss_spike_std": self.loss_spike_std,
             "rollbacks": self.rollbacks,
             "history": {name: list(values) for name, values in self.history.items()},
+            "limits": self.limits,
         }
 
     def load(self, state: dict[str, Any]) -> None:
@@ -100,3 +131,6 @@ class LossGuard:
         self.rollbacks = state["rollbacks"]
         for name, values in self.history.items():
             values.extend(state["history"][name])
+        # their deviations may have been changed since
+        is_same = state.get("loss_spike_std") == self.loss_spike_std
+        self.limits = state["limits"] if is_same and "limits" in state else self._limits()

@@ -1,4 +1,4 @@
-"""log.jsonl: one JSON object per step; a progress line; and the trackers that run.trackers names."""
+"""log.jsonl: a JSON object a row, of one step or several; a progress line; the trackers of run.trackers."""
 
 import hashlib
 import json
@@ -150,7 +150,7 @@ class MetricsLog:
         self.progress = Progress(out.name, steps, "steps", start)
 
     def write(self, row: dict[str, Any]) -> None:
-        """row: step, loss, clips_per_s, wait, and more."""
+        """row: step, loss, clips_per_s, wait, and more; steps: their number, if there are several."""
         reason = self.rows.add(row)
         if bool(reason) != self.disk_full:
             self.disk_full = bool(reason)
@@ -169,7 +169,7 @@ class MetricsLog:
             shown["GB"] = f"{row['memory'] / 1e9:.1f}"
         if row.get("skipped"):
             shown["skipped"] = str(row["skipped"])
-        self.progress.update(shown=shown)
+        self.progress.update(row.get("steps", 1), shown)
 
     def close(self) -> None:
         self.rows.close()

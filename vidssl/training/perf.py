@@ -70,8 +70,8 @@ class Utilization:
         self.name = "mfu" if peak else "matmul_utilization"
         self.rate = peak or matmul_rate(device, dtype)  # FLOP a second
 
-    def row(self, seconds: float) -> dict[str, float]:
-        return {self.name: self.flops.total / seconds / self.rate}
+    def row(self, flops: float, seconds: float) -> dict[str, float]:
+        return {self.name: flops / seconds / self.rate}
 
 
 class Throughput:
@@ -88,27 +88,50 @@ class Throughput:
         self.utilization = Utilization(self.device, precision, model) if strategy.is_main else None
         self.world = strategy.world if strategy.is_main else 1
         self.start_s = 0.0
-        self.wait_s = 0.0
+        self.is_counted = True  # the present step, in the next row
+        self._start_row()
         self.beside_s: dict[str, float] = {}
         self.is_main = strategy.is_main
         self.wait_advice = wait_advice
         self.has_started = False
-        self.steps = 0  # whose time is in the sums, the first one left out: workers start in it
+        self.has_advised = False
+        self.steps = 0  # whose time is in the sums, the first row left out: workers start in it
         self.sum_s = 0.0
         self.sum_wait_s = 0.0
-        self.prefetch_events: list[torch.cuda.Event] = []  # on the GPU, before and after a prefetch
+
+    def _start_row(self) -> None:
+        """Of the steps since the last row: their number, seconds, seconds of waiting, FLOPs of this process,
+        and events on the GPU before and after each prefetch."""
+        self.row_steps = 0
+        self.row_s = 0.0
+        self.wait_s = 0.0
+        self.row_flops = 0
+        self.prefetches: list[list[torch.cuda.Event]] = []
 
     def timed(self, loader: Iterable[T]) -> Iterator[T]:
         """Yields what the loader yields. A step starts when the next batches are requested."""
         self.start_s = time.perf_counter()
         for batches in loader:
-            self.wait_s = time.perf_counter() - self.start_s
+            self.wait_s += time.perf_counter() - self.start_s
+            self.is_counted = False
             yield batches
+            if not self.is_counted:
+                self._count_step()
             self.start_s = time.perf_counter()
-            if self.steps == ADVISED_STEPS and self.wait_share > LONG_WAIT:
-                self._log_wait()
+            if self.steps >= ADVISED_STEPS and not self.has_advised:
+                self.has_advised = True
+                if self.wait_share > LONG_WAIT:
+                    self._log_wait()
         if self.steps > ADVISED_STEPS:
             self._log_wait()
+
+    def _count_step(self) -> None:
+        """Called when a step ends."""
+        self.is_counted = True
+        self.row_steps += 1
+        self.row_s += time.perf_counter() - self.start_s
+        if self.utilization:
+            self.row_flops += self.utilization.flops.total
 
     @property
     def wait_share(self) -> float:
@@ -123,9 +146,9 @@ class Throughput:
     def overlap(self, prefetch: Callable[[], None]) -> None:
         """Makes the next step's input while a GPU computes. The time for which the GPU has nothing to compute
         meanwhile counts as waiting."""
-        self.prefetch_events = self._mark()
+        before = self._mark()
         prefetch()
-        self.prefetch_events += self._mark()
+        self.prefetches.append([*before, *self._mark()])
 
     def _mark(self) -> list[torch.cuda.Event]:
         """An event on the GPU that tells when its work up to here was done; none without a GPU."""
@@ -146,29 +169,32 @@ class Throughput:
         self.beside_s[f"{name}_s"] = time.perf_counter() - start_s
 
     def row(self) -> dict[str, float]:
-        """Call after the optimizer step, before measurements and checkpoints, which are not part of the step,
-        and after the step's metrics were read.
+        """Of the steps since the last call, means over them. Call after the optimizer step, before
+        measurements and checkpoints, which are not part of a step, and after the metrics were read.
 
-        clips_per_s; wait: fraction of the step spent waiting for the loader; memory: peak, bytes; flops:
-        model FLOPs of the step, over all processes; mfu or matmul_utilization: see Utilization; save_s:
-        seconds that a checkpoint took after the previous step.
+        clips_per_s; wait: fraction of a step spent waiting for the loader; memory: peak, bytes; flops:
+        model FLOPs of a step, over all processes; mfu or matmul_utilization: see Utilization; save_s:
+        seconds that a checkpoint took after the previous row.
         """
-        seconds = time.perf_counter() - self.start_s
-        if self.prefetch_events:
-            before, after = self.prefetch_events
+        if not self.is_counted:
+            self._count_step()
+        seconds = self.row_s
+        for events in filter(None, self.prefetches):
+            before, after = events
             self.wait_s += before.elapsed_time(after) / 1000
         if self.has_started:
-            self.steps += 1
+            self.steps += self.row_steps
             self.sum_s += seconds
             self.sum_wait_s += self.wait_s
         self.has_started = True
-        row = {"clips_per_s": self.clips / seconds, "wait": self.wait_s / seconds}
+        row = {"clips_per_s": self.row_steps * self.clips / seconds, "wait": self.wait_s / seconds}
         row["memory"] = peak_memory(self.device)
         if self.utilization:
-            row["flops"] = self.utilization.flops.total * self.world
-            row |= self.utilization.row(seconds)
+            row["flops"] = self.row_flops // self.row_steps * self.world
+            row |= self.utilization.row(self.row_flops, seconds)
         row |= self.beside_s
         self.beside_s = {}
+        self._start_row()
         return row
 
 

@@ -53,8 +53,9 @@ class RunFolder:
             self.metrics_log = MetricsLog(self.out, self.start, self.steps, track)
 
     def log(self, step: int, row: dict[str, Any], batches: list[Batch]) -> None:
-        """Logs a step; every process lists the samples of its own batches that were replaced."""
-        if self.metrics_log:
+        """Writes the row of the log that ends with a step, if one does; every process lists the samples of
+        its own batches of the step that were replaced."""
+        if self.metrics_log and row:
             self.metrics_log.write({"step": step, **row})
         bad = [{"step": step, "key": key, "reason": reason} for b in batches for key, reason in b.failures]
         self.bad_samples.add(*bad)

@@ -68,6 +68,8 @@ class RunConfig:
     # measurements of the held-out error in a row without a lower one, after which the run ends, complete;
     # None: it goes on to `steps`
     patience: PositiveInt | None = None
+    # steps of a row of log.jsonl: more keep the device from waiting for the host
+    log_every: PositiveInt = 1
     trackers: tuple[Tracker, ...] = ()  # besides log.jsonl
 
 
@@ -334,6 +336,7 @@ RESUME_MUTABLE = (
     "run.validate_every",
     "run.validate_clips",
     "run.patience",
+    "run.log_every",
     "run.trackers",
     "data.train",
     "data.val",

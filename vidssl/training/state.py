@@ -82,6 +82,7 @@ class RunState:
         self.keep_last = keep_last
         self.keep_every = keep_every
         self.writer = AsyncWriter()
+        self.before_save: Callable[[], None] = lambda: None  # counts in the guard what it has not seen
         self.saved_step = 0
         # the step whose state is whole; None from the decision about a step until all of it has followed
         self.whole_step: int | None = None
@@ -141,6 +142,7 @@ class RunState:
         All processes with strategy.participates_in_save must call it; the first one writes. before_write:
         called first, so that the log on the disk is never behind a checkpoint.
         """
+        self.before_save()
         self.saved_step = step
         self.writer.wait()  # so that there is never more than one copy
         checkpoint = self.strategy.full_state(self.model, self.optimizer)
@@ -273,11 +275,16 @@ class TrainState(RunState):
         self.cfg = cfg
         self.objective = objective
 
+    def may_be_due(self, step: int) -> bool:
+        """Whether `is_due` may hold after `step` steps."""
+        run = self.cfg.run
+        return step == run.steps or step % run.save_every == 0
+
     def is_due(self, step: int) -> bool:
         """Whether the run is to be saved after `step` steps: the last one, or one of run.save_every that
         follows no skipped step."""
-        run = self.cfg.run
-        return step == run.steps or (step % run.save_every == 0 and not self.guard.consecutive_skips)
+        at_end = step == self.cfg.run.steps
+        return at_end or (self.may_be_due(step) and not self.guard.consecutive_skips)
 
     def restore_or_init(self) -> int:
         """Loads the newest checkpoint of the run's folder, or else the weights of run.init. Returns the step

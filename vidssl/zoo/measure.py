@@ -100,7 +100,7 @@ def measure_steps(zoo: ZooConfig, facts: Mapping[str, RunFacts]) -> tuple[dict[s
     """The facts with measured times and FLOPs, and an encoder that the first run has left. A run that fails
     has no times: it fails again."""
     folders = {name: zoo.folder / "trial" / name for name in facts}
-    more = [f"run.steps={TRIAL_STEPS}", f"run.save_every={TRIAL_STEPS}"]
+    more = [f"run.steps={TRIAL_STEPS}", f"run.save_every={TRIAL_STEPS}", "run.log_every=1"]
     jobs = [
         train_job(zoo, name, f"trial {name}", folder, folder / "encoder.safetensors", *more)
         for name, folder in folders.items()

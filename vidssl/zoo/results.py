@@ -74,7 +74,8 @@ def flops_by_step(log: Path) -> dict[int, int]:
     # the last line of a killed run may be cut short
     for line in log.read_text().split("\n")[:-1]:
         row = json.loads(line)
-        total += row["flops"]
+        # of a step, on average over those of the row
+        total += row.get("steps", 1) * row["flops"]
         spent[row["step"]] = total
     return spent
 

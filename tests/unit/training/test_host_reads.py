@@ -1,4 +1,4 @@
-"""A step waits for the device once: when its metrics are read.
+"""A step waits for the device once, when its metrics are read; with run.log_every not even then.
 
 Every method takes two steps on the meta device, on which each read of a value raises, while masks and keys
 are drawn on the CPU as in training. What crosses between the two, and what mixes them, is counted. This is
@@ -27,9 +27,11 @@ from vidssl.model.grid import Mask
 from vidssl.objective.masks import count_cut_groups, mask_from_scores
 from vidssl.training.device_batches import DeviceBatches
 from vidssl.training.distributed import Strategy
+from vidssl.training.loss_guard import LossGuard
 from vidssl.training.micro_batches import PartMaker
 from vidssl.training.optim import build_optimizer, schedule, schedule_progress, set_schedule
 from vidssl.training.step import forward_backward
+from vidssl.training.step_log import StepLog
 
 sys.path.append(str(Path(__file__).parents[2] / "integration"))
 from test_methods import METHODS, make_teacher, small
@@ -65,6 +67,12 @@ def meta_strategy() -> Strategy:
     return strategy
 
 
+def step_log(every: int, strategy: Strategy) -> StepLog:
+    state: Any = SimpleNamespace(guard=LossGuard(3, 2, None))
+    outside: Any = None  # throughput and folder, which a row needs
+    return StepLog(every, strategy, state, outside, outside)
+
+
 def batch_at(step: int, frames: int) -> Batch:
     video = torch.empty(CLIPS, 3, frames, 32, 32, dtype=torch.uint8)
     position = torch.arange(CLIPS) + CLIPS * step
@@ -72,25 +80,36 @@ def batch_at(step: int, frames: int) -> Batch:
 
 
 def take_step(
-    inputs: DeviceBatches, strategy: Strategy, objective: Any, cfg: Any, optimizer: Any, step: int
+    inputs: DeviceBatches,
+    strategy: Strategy,
+    objective: Any,
+    cfg: Any,
+    optimizer: Any,
+    step: int,
+    log: StepLog,
 ) -> list[str]:
-    """Returns what crossed after the input of the step was made."""
+    """Returns what crossed after the input of the step was made, besides the numbers for the log."""
     parts = next(inputs).parts
-    with Crossings() if step else contextlib.nullcontext() as crossings:
+    crossings = Crossings()
+    with crossings if step else contextlib.nullcontext():
         hparams = schedule(cfg.optim, step, 2, objective.momentum)
         set_schedule(optimizer, hparams)
         optimizer.zero_grad()
         losses = forward_backward(strategy, objective, parts)
         norm = strategy.clip(objective, cfg.optim, step)
+    accepted = log.add(step + 1, losses, norm, {"stop": False}, hparams)
+    with crossings if step else contextlib.nullcontext():
         optimizer.step()
-        objective.update(schedule_progress(cfg.optim, step, 2))
-    assert norm.device == META and all(loss.device == META for loss in losses.values())
-    return crossings.found if crossings else []
+        objective.update(schedule_progress(cfg.optim, step, 2), accepted)
+    assert isinstance(accepted, Tensor) and accepted.device == norm.device == META
+    assert all(loss.device == META for loss in losses.values())
+    return crossings.found
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_nothing_is_read_from_the_device_in_a_step(method, tmp_path):
-    """Constants are uploaded in the first step, nothing in the second."""
+    """Constants are uploaded in the first step, nothing in the second. The steps share a row of the log
+    (run.log_every), so that not even its numbers are read, and the device decides whether to take them."""
     more = ["model.drop_path=0.3", f"run.batch={CLIPS}", *make_teacher(method, tmp_path)]
     cfg = small(method, *more)
     objective = cfg.build_objective().to(META)
@@ -99,8 +118,11 @@ def test_nothing_is_read_from_the_device_in_a_step(method, tmp_path):
     make_parts = PartMaker(objective, strategy, 0, 1, partial(count_cut_groups, objective.mask))
     batches = ([batch_at(step, cfg.data.frames)] for step in range(2))
     inputs = DeviceBatches(batches, 0, META, make_parts)
-    take_step(inputs, strategy, objective, cfg, optimizer, 0)
-    assert take_step(inputs, strategy, objective, cfg, optimizer, 1) == []
+    log = step_log(10, strategy)
+    take_step(inputs, strategy, objective, cfg, optimizer, 0, log)
+    assert take_step(inputs, strategy, objective, cfg, optimizer, 1, log) == []
+    with pytest.raises((NotImplementedError, RuntimeError)):
+        log.read()
     with pytest.raises(StopIteration):
         next(inputs)
 

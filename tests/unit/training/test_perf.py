@@ -138,8 +138,7 @@ def test_utilization_of_an_unknown_device_is_not_called_mfu(known, monkeypatch):
     monkeypatch.setattr(perf.torch.cuda, "get_device_name", lambda _: "A device")
     monkeypatch.setattr(perf, "matmul_rate", lambda *_: 5e11)
     utilization = perf.Utilization(torch.device("cuda"), "bf16", nn.Linear(10, 10))
-    utilization.flops.total = 10**11
-    assert utilization.row(seconds=0.5) == {"mfu": 0.2} if known else {"matmul_utilization": 0.4}
+    assert utilization.row(10**11, seconds=0.5) == {"mfu": 0.2} if known else {"matmul_utilization": 0.4}
 
 
 FAULTS = """

@@ -164,6 +164,30 @@ def test_wait_is_only_the_time_in_the_loader(monkeypatch):
     assert [row.get("save_s") for _, row in rows] == [None, None, 7, None]
 
 
+def test_a_row_of_several_steps_has_their_means(monkeypatch):
+    clock = Clock(monkeypatch)
+    monkeypatch.setattr(perf, "peak_memory", lambda _: 0)
+    monkeypatch.setattr(perf, "matmul_rate", lambda *_: 1.0)
+
+    def loader():
+        for seconds in (1, 3, 0, 0):
+            clock.passes(seconds)
+            yield
+
+    strategy = SimpleNamespace(device=torch.device("cpu"), is_main=True, world=2)
+    throughput = perf.Throughput(strategy, "fp32", clips=8, model=torch.nn.Identity())
+    rows = []
+    for number, _ in enumerate(throughput.timed(loader())):
+        clock.passes(1)  # the step
+        throughput.utilization.flops.total = number
+        if number in (2, 3):
+            rows.append(throughput.row())
+            clock.passes(20)  # diagnostics and logging
+    several = {"clips_per_s": 24 / 7, "wait": 4 / 7, "flops": 2, "matmul_utilization": 3 / 7}
+    one = {"clips_per_s": 8, "wait": 0, "flops": 6, "matmul_utilization": 3}
+    assert rows == [{**several, "memory": 0}, {**one, "memory": 0}]
+
+
 def test_a_run_that_waits_for_data_says_so_after_100_steps_and_at_its_end(monkeypatch, caplog):
     clock = Clock(monkeypatch)
 
@@ -173,7 +197,7 @@ def test_a_run_that_waits_for_data_says_so_after_100_steps_and_at_its_end(monkey
             yield None
 
     strategy = SimpleNamespace(device=torch.device("cpu"), is_main=True, world=2)
-    utilization = SimpleNamespace(row=lambda _: {}, flops=SimpleNamespace(total=5))
+    utilization = SimpleNamespace(row=lambda *_: {}, flops=SimpleNamespace(total=5))
     monkeypatch.setattr(perf, "Utilization", lambda *_: utilization)
     throughput = perf.Throughput(strategy, "fp32", 8, torch.nn.Identity(), "take more of it")
     for _ in throughput.timed(loader()):
