@@ -36,7 +36,7 @@ from vidssl.objective.view_schema import (
     PatchConfig,
     ViewGroup,
 )
-from vidssl.objective.views import cut_view
+from vidssl.objective.views import cut_view, still
 
 Pool = Literal["class", "mean"]
 Branch = Literal["same", "detached", "ema"]
@@ -133,8 +133,7 @@ class ViewAgreement(Objective):
         (clip, *_) = self.windows_of(torch.zeros(1, 3, frames, size, size, device=device))
         first = torch.zeros(1, dtype=torch.int64, device="cpu")
         for i, view in enumerate(self.views):
-            side = view.size or size
-            cut = clip.new_zeros(*clip.shape[:3], side, side)
+            cut = self.blank_view(view, clip)
             grid = self.encoder.grid_of(cut)
             if i in self.masked:
                 masks = self.mask(cut, grid, KeyedRNG(0, 0, first))
@@ -147,8 +146,13 @@ class ViewAgreement(Objective):
         if not self.masked or needs_video(self.mask):
             return None
         (clip, *_) = self.windows_of(torch.empty(shape, device="meta"))  # only its shape may be read
-        sizes = [self.views[i].size or shape[-1] for i in self.masked]
-        return self.make_masks([clip.new_empty(*clip.shape[:3], s, s) for s in sizes], rng)
+        return self.make_masks([self.blank_view(self.views[i], clip) for i in self.masked], rng)
+
+    def blank_view(self, view: ViewGroup, clip: Tensor) -> Tensor:
+        """Zeros of the shape of a view of a clip [B, 3, T, H, W]."""
+        frames = clip.shape[2] if view.frames == "all" else self.encoder.tubelet
+        side = view.size or clip.shape[-1]
+        return clip.new_zeros(*clip.shape[:2], frames, side, side)
 
     def make_masks(self, clips: Sequence[Tensor], rng: KeyedRNG) -> Masks:
         """Returns a mask for each of the views `clips`; without a loss of patches only the contexts are
@@ -162,7 +166,13 @@ class ViewAgreement(Objective):
         masks = self.draw_masks(video.shape, rng) if masks is None else masks
         rng = rng.to(video.device)
         windows = self.windows_of(video)
-        views = [cut_view(windows[i % len(windows)], view, rng, i) for i, view in enumerate(self.views)]
+        clips = [windows[i % len(windows)] for i in range(len(self.views))]
+        frames = self.encoder.tubelet
+        shown = [
+            clip if view.frames == "all" else still(clip, frames, rng)
+            for clip, view in zip(clips, self.views, strict=True)
+        ]
+        views = [cut_view(shown[i], view, rng, i) for i, view in enumerate(self.views)]
         if masks is None:
             masks = self.make_masks([views[i] for i in self.masked], rng)
         hidden = {i: mask.to(video.device) for i, mask in zip(self.masked, masks, strict=True)}
@@ -198,15 +208,15 @@ class ViewAgreement(Objective):
         hidden: dict[int, Mask],
         rng: KeyedRNG | None,
     ) -> dict[int, Tensor]:
-        """Returns the tokens [B, (1 +) n, D] of the chosen views; those of one size are encoded at once.
+        """Returns the tokens [B, (1 +) n, D] of the chosen views; those of one shape are encoded at once.
 
         hidden: the masks of views of which the encoder sees the context, or, with a loss of patches, a vector
         in place of the hidden ones; it sees all of views that have none.
         """
-        batches: dict[tuple[int, int], list[int]] = {}
+        batches: dict[tuple[torch.Size, int], list[int]] = {}
         for i in chosen:
             seen = hidden[i].context.shape[1] if i in hidden else 0
-            batches.setdefault((views[i].shape[-1], seen), []).append(i)
+            batches.setdefault((views[i].shape[2:], seen), []).append(i)
         found: dict[int, Tensor] = {}
         for members in batches.values():
             clips = torch.cat([views[i] for i in members])

@@ -36,6 +36,8 @@ class ViewGroup:
     size: PositiveInt | None = None  # pixels; null: that of the clip
     scale: Range = (0.2, 1.0)  # area of the crop, as a part of the clip's
     aspect: Range = (0.75, 4 / 3)  # width / height of the crop
+    # all: those of the clip; one: a frame drawn for each clip, as an image (of as many frames as a token has)
+    frames: Literal["all", "one"] = "all"
     flip: Fraction = 0.5  # probability; leave 0 where left and right mean something
     color: ColorChange | None = None
     grey: Fraction = 0.0  # probability

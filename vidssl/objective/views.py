@@ -38,6 +38,13 @@ def cut_view(video: Tensor, group: ViewGroup, rng: KeyedRNG, index: int) -> Tens
     return x
 
 
+def still(video: Tensor, frames: int, rng: KeyedRNG) -> Tensor:
+    """A frame of each clip [B, 3, T, H, W], drawn for it, as `frames` frames."""
+    b, c, t, h, w = video.shape
+    drawn = (rng.rand(1, 1, 1, 1) * t).long().clamp(max=t - 1)
+    return video.gather(2, drawn.expand(b, c, frames, h, w))
+
+
 def crop_weights(group: ViewGroup, size: int, frame: tuple[int, int], rng: KeyedRNG) -> tuple[Tensor, Tensor]:
     """Draws crops of frames of (height, width) pixels and whether they are flipped. Returns the weights of
     rows f32 [B, size, height] and columns f32 [B, size, width]."""

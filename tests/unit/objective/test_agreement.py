@@ -361,6 +361,40 @@ def test_a_sum_reconstructs_each_window_by_itself_and_compares_them(monkeypatch)
     torch.testing.assert_close(found["loss"], 0.97 * errors + 0.03 * contrast)
 
 
+def test_clips_are_compared_with_one_another_and_with_a_frame(monkeypatch):
+    """0.97 * mean error of the clip's reconstruction + 0.03 * NT-Xent of the mean visible tokens of two clips
+    and of a frame, each pair both ways: the wrong answers are all other clips in either of the two views."""
+    objective = small("clip_frame_contrast", "model.depth=1").build_objective()
+    reconstruction, comparison = objective.terms
+    seen = []
+
+    def cut(video, *_):
+        seen.append(video)
+        return video[..., :16, :16]
+
+    monkeypatch.setattr(agreement, "cut_view", cut)
+    video = torch.randn(CLIPS, 3, 8, 32, 32, generator=torch.Generator().manual_seed(0))
+    rng = KeyedRNG(0, 0, torch.arange(CLIPS))
+    masks = objective.draw_masks(video.shape, rng)
+    loss = objective(video, rng, masks)["loss"]
+    error = reconstruction(video, rng, masks[0])["loss"]
+    frame = seen[2]
+    assert frame.shape == (CLIPS, 3, 2, 32, 32) and frame[:, :, 0].equal(frame[:, :, 1])
+    drawn = [[t for t in range(8) if frame[i, :, 0].equal(video[i, :, t])] for i in range(CLIPS)]
+    assert all(len(times) == 1 for times in drawn) and len({times[0] for times in drawn}) > 1
+    z = []
+    for view, mask in zip((video, video, frame), masks[1], strict=True):
+        visible = objective.encoder(view[..., :16, :16], mask.context, return_levels=True)[:, 1:]
+        z.append(F.normalize(mlp(comparison.projector, visible.mean(1)), dim=1))
+    total = 0.0
+    for a, b in ((0, 1), (0, 2), (1, 0), (1, 2), (2, 0), (2, 1)):
+        for i in range(CLIPS):
+            right = (z[a][i] @ z[b][i] / 0.1).exp()
+            wrong = [(z[a][i] @ z[v][j] / 0.1).exp() for v in (a, b) for j in range(CLIPS) if j != i]
+            total = total - (right / (right + sum(wrong))).log() / (6 * CLIPS)
+    torch.testing.assert_close(loss, 0.97 * error + 0.03 * total)
+
+
 def test_two_averages_of_one_encoder_are_refused():
     average = ["method.target={kind: ema, momentum: [0.9, 1]}", "method.agree.branch=ema"]
     with pytest.raises(UserError, match="only one of them may"):
