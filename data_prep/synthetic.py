@@ -2,20 +2,23 @@
 
     vidssl synthetic OUT [--train 3000] [--test 800]
 
-Each video shows one or two textured objects of one colour (the *appearance* label: 6 colours) and any shape,
-which all move in the same way (the *motion* label: 10 classes) over a still, random background. The contents
-of a frame are independent of the motion label by construction: positions are on a torus (an object that
-leaves on one side enters on the other) and uniform in every frame; sizes grow or shrink around a cycle and
-are log-uniform in every frame; angles are uniform in every frame. Eight classes are four pairs that are each
-other's time reversal, and so are the two orders of events.
+Each video shows two textured objects of one colour (the *appearance* label: 6 colours) and any shape, which
+both move in the same way (the *motion* label: 10 classes) over a still, random background. An object that
+moves out of the frame is wholly out of sight before it enters on the other side.
+
+The contents of a frame are independent of the motion label by construction: a position is a function of the
+size and of a phase for each axis (see `center_at`), which motion shifts around a circle and which is uniform
+in every frame; sizes grow or shrink around a cycle and are log-uniform in every frame; angles are uniform in
+every frame. Eight classes are four pairs that are each other's time reversal, and so are the two orders of
+events.
 
 The ground truth of each video is `truth/KEY.npz` (no pickles), for its n objects: `masks` u8 packed bits of
-[T, n, H, W] (visible pixels of each object) with `masks_shape` i64 [4], `position` f32 [T, n, 2] (x, y;
-pixels), `size` f32 [T, n] (radius; pixels), `angle` f32 [T, n] (radians), `shape` i64 [n] (index into
-SHAPES), `depth` i64 [n] (0 is the nearest, which occludes the others). For dense evaluation: `depth_map` u8
-[T, H, W] (1 + `depth` of the visible object, 3: background), and four key points per object, those of a
-missing second object invisible: `keypoints` f64 [T, 8, 2] (x, y; pixels from the center of the upper left
-pixel), `keypoints_visible` bool [T, 8], `keypoints_scale` f64 [T, 8] (diameter of the object; pixels).
+[T, n, H, W] (visible pixels of each object) with `masks_shape` i64 [4], `position` f32 [T, n, 2] (x, y of the
+center; pixels, also outside of the frame), `size` f32 [T, n] (radius; pixels), `angle` f32 [T, n] (radians),
+`shape` i64 [n] (index into SHAPES), `depth` i64 [n] (0 is the nearest, which occludes the others). For dense
+evaluation: `depth_map` u8 [T, H, W] (1 + `depth` of the visible object, 3: background), and four key points
+per object: `keypoints` f64 [T, 8, 2] (x, y; pixels from the center of the upper left pixel),
+`keypoints_visible` bool [T, 8], `keypoints_scale` f64 [T, 8] (diameter of the object; pixels).
 """
 
 import argparse
@@ -37,8 +40,11 @@ from vidssl.core.progress import track
 SIDE = 48  # pixels, of a frame
 FRAMES = 24
 FPS = 12
-MAX_OBJECTS = 2
-RADIUS = (8.0, 17.0)  # pixels; sizes are log-uniform in this range
+OBJECTS = 2  # of a video: of one, too much would be out of sight
+RADIUS = (7.0, 14.0)  # pixels; sizes are log-uniform in this range
+REACH = 1.2  # radii; no shape is larger
+UNSEEN = 4.0  # pixels on either side of the frame in which an object is out of sight
+HURRY = 4.0  # times faster outside of the frame than in it, so that no object is away for long
 MOTIONS = (
     "right",
     "left",
@@ -59,15 +65,29 @@ KEYPOINTS = np.array([(0.6, 0), (0, 0.6), (-0.6, 0), (0, -0.6)])  # x, y in an o
 class Track(NamedTuple):
     """Trajectories of n objects over T frames."""
 
-    position: np.ndarray  # f32 [T, n, 2]  x, y in pixels, on the torus
+    position: np.ndarray  # f32 [T, n, 2]  x, y in pixels
     size: np.ndarray  # f32 [T, n]     radius in pixels
     angle: np.ndarray  # f32 [T, n]     radians, clockwise on the screen (y points down)
+
+
+def path_length(size: np.ndarray) -> np.ndarray:
+    """Pixels from one end of the path of objects' centers to the other, as far as they would come in the same
+    time in the frame. size: radius in pixels, any shape."""
+    return SIDE + 2 * (REACH * size + UNSEEN) / HURRY
+
+
+def center_at(phase: np.ndarray, size: np.ndarray) -> np.ndarray:
+    """Coordinates of centers in pixels at phases in 0..1 of the path; both any shape, size: radius in pixels.
+    Objects are out of sight at both ends, and quick outside of the frame."""
+    at = phase * path_length(size) - path_length(size) / 2  # from the middle of the path
+    inside = at.clip(-SIDE / 2, SIDE / 2)
+    return SIDE / 2 + inside + HURRY * (at - inside)
 
 
 def make_tracks(motion: str, n: int, rng: np.random.Generator) -> Track:
     """Returns trajectories of n objects; the distribution of a single frame is the same for every motion."""
     t = np.arange(FRAMES)[:, None]
-    speed = rng.uniform(1.4, 2.4, n)  # pixels per frame
+    speed = rng.uniform(1.4, 2.4, n)  # pixels per frame, in the frame
     spin = rng.uniform(0.16, 0.28, n)  # radians per frame
     growth = rng.uniform(0.03, 0.045, n)  # fraction of the size cycle per frame
     shift = np.zeros((FRAMES, n, 2))  # pixels
@@ -89,9 +109,11 @@ def make_tracks(motion: str, n: int, rng: np.random.Generator) -> Track:
         shift = (sliding * speed)[..., None] * np.array([np.cos(heading), np.sin(heading)])
         rotation = spinning * spin * rng.choice([-1, 1])
     cycle = (rng.uniform(0, 1, n) + grown) % 1
+    size = RADIUS[0] * (RADIUS[1] / RADIUS[0]) ** cycle
+    phase = (rng.uniform(0, 1, (n, 2)) + shift / path_length(size)[..., None]) % 1
     return Track(
-        ((rng.uniform(0, SIDE, (n, 2)) + shift) % SIDE).astype(np.float32),
-        (RADIUS[0] * (RADIUS[1] / RADIUS[0]) ** cycle).astype(np.float32),
+        center_at(phase, size[..., None]).astype(np.float32),
+        size.astype(np.float32),
         ((rng.uniform(0, 2 * np.pi, n) + rotation) % (2 * np.pi)).astype(np.float32),
     )
 
@@ -155,12 +177,13 @@ def render(
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Returns one video u8 [T, H, W, 3] and its ground truth (see the module). shape: of all objects (None:
     random)."""
-    n = int(rng.integers(1, MAX_OBJECTS + 1))
-    shapes = rng.integers(0, len(SHAPES), n) if shape is None else np.full(n, SHAPES.index(shape))
-    track = make_tracks(motion, n, rng)
+    shapes = rng.integers(0, len(SHAPES), OBJECTS)
+    if shape is not None:
+        shapes = np.full(OBJECTS, SHAPES.index(shape))
+    track = make_tracks(motion, OBJECTS, rng)
     frames = np.broadcast_to(background(rng), (FRAMES, SIDE, SIDE, 3)).copy()
-    masks = np.zeros((FRAMES, n, SIDE, SIDE), bool)
-    for i in range(n):  # from the farthest to the nearest
+    masks = np.zeros((FRAMES, OBJECTS, SIDE, SIDE), bool)
+    for i in range(OBJECTS):  # from the farthest to the nearest
         x, y = object_coordinates(track, i)
         distance = shape_distance(SHAPES[shapes[i]], x, y) * track.size[:, i, None, None]
         coverage = np.clip(0.5 - distance, 0, 1)  # antialiased over one pixel
@@ -174,7 +197,7 @@ def render(
         "masks": np.packbits(masks),
         "masks_shape": np.array(masks.shape),
         "shape": shapes,
-        "depth": np.arange(n)[::-1].copy(),
+        "depth": np.arange(OBJECTS)[::-1].copy(),
         "depth_map": depth_map(masks),
         **track._asdict(),
         **keypoints(track, masks),
@@ -184,7 +207,7 @@ def render(
 
 def depth_map(masks: np.ndarray) -> np.ndarray:
     """Visible pixels bool [T, n, H, W] of objects, the farthest first -> u8 [T, H, W]; see the module."""
-    background_level = MAX_OBJECTS + 1
+    background_level = OBJECTS + 1
     levels = np.arange(masks.shape[1], 0, -1) - background_level
     return (background_level + (masks * levels[:, None, None]).sum(1)).astype(np.uint8)
 
@@ -195,15 +218,14 @@ def keypoints(track: Track, masks: np.ndarray) -> dict[str, np.ndarray]:
     cos, sin = np.cos(track.angle[..., None]), np.sin(track.angle[..., None])
     x, y = KEYPOINTS.T
     rotated = np.stack([cos * x - sin * y, sin * x + cos * y], -1)
-    xy = np.zeros((frames, MAX_OBJECTS, len(KEYPOINTS), 2))
-    visible = np.zeros(xy.shape[:3], bool)
-    scale = np.ones(xy.shape[:3])
-    points = track.position[:, :, None] + track.size[..., None, None] * rotated
-    xy[:, :n] = (points + 0.5) % (width, height) - 0.5  # on the torus
-    column, row = np.moveaxis(np.rint(xy[:, :n]).astype(int).clip(0, (width - 1, height - 1)), -1, 0)
+    xy = track.position[:, :, None] + track.size[..., None, None] * rotated.astype(np.float64)
+    pixel = np.rint(xy).astype(int)
+    nearest = pixel.clip(0, (width - 1, height - 1))
+    column, row = np.moveaxis(nearest, -1, 0)
     frame, owner = np.ogrid[:frames, :n]
-    visible[:, :n] = masks[frame[..., None], owner[..., None], row, column]
-    scale[:, :n] = 2 * track.size[..., None]
+    shown = masks[frame[..., None], owner[..., None], row, column]
+    visible = (pixel == nearest).all(-1) & shown
+    scale = np.broadcast_to(2.0 * track.size[..., None], visible.shape)
     arrays = {"keypoints": xy, "keypoints_visible": visible, "keypoints_scale": scale}
     return {name: rearrange(array, "t n k ... -> t (n k) ...") for name, array in arrays.items()}
 
@@ -211,10 +233,7 @@ def keypoints(track: Track, masks: np.ndarray) -> dict[str, np.ndarray]:
 def object_coordinates(track: Track, i: int) -> tuple[np.ndarray, np.ndarray]:
     """x and y of every pixel in the frame of object i, in radii: f32 [T, H, W] each."""
     rows, columns = np.mgrid[0:SIDE, 0:SIDE].astype(np.float32)
-    dx, dy = (
-        (pixels - track.position[:, i, k, None, None] + SIDE / 2) % SIDE - SIDE / 2
-        for k, pixels in enumerate((columns, rows))
-    )
+    dx, dy = (pixels - track.position[:, i, k, None, None] for k, pixels in enumerate((columns, rows)))
     cos, sin = np.cos(track.angle[:, i, None, None]), np.sin(track.angle[:, i, None, None])
     radius = track.size[:, i, None, None]
     return (cos * dx + sin * dy) / radius, (cos * dy - sin * dx) / radius

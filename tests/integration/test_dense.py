@@ -468,22 +468,20 @@ def test_synthetic_masks_depth_and_keypoints_agree(synthetic_corpus):
     """Depth and masks agree; a visible key point is on its object, and moves and rotates with it."""
     found = {what: READERS[what]["synthetic"](synthetic_corpus, "test") for what in READERS}
     assert len(found["masks"]) == 30 and len(READERS["masks"]["synthetic"](synthetic_corpus, "train")) == 60
-    pairs = 0
+    visible = []
     for n in range(0, 30, 3):
         (frames, ids), (_, level), (_, points) = (
             found[what][n].load() for what in ("masks", "depth", "keypoints")
         )
         assert frames.shape == (*ids.shape, 3) and ids.shape == (24, 48, 48)
         assert ((level == 3) == (ids == 0)).all()
-        if ids.max() == 2:  # the first of the truth is the farther one
-            pairs += 1
-            assert (level[ids == 1] == 2).all() and (level[ids == 2] == 1).all()
-        else:
-            assert set(np.unique(level)) == {1, 3} and not points.visible[:, 4:].any()
+        # The first of the truth is the farther one
+        assert (level[ids == 1] == 2).all() and (level[ids == 2] == 1).all()
         t, j = np.nonzero(points.visible)
-        x, y = np.rint(points.xy[t, j]).astype(int).clip(0, 47).T
-        assert (ids[t, y, x] == 1 + j // 4).all() and len(t) > 20
-    assert pairs > 1
+        x, y = np.rint(points.xy[t, j]).astype(int).T
+        assert (ids[t, y, x] == 1 + j // 4).all()
+        visible.append(len(t))
+    assert np.mean(visible) > 60
     changes = []
     for sample in (
         found["keypoints"][n] for n in (4, 5, 14, 15, 24, 25)

@@ -13,18 +13,25 @@ from data_prep.sources import read_source
 from data_prep.synthetic import (
     COLOURS,
     FRAMES,
+    HURRY,
     MOTIONS,
     RADIUS,
     SHAPES,
     SIDE,
     Track,
+    center_at,
     make_tracks,
+    path_length,
     render,
     write_example,
+)
+from data_prep.synthetic import (
+    OBJECTS as PER_VIDEO,
 )
 from vidssl.core.errors import UserError
 
 OBJECTS, CALLS = 20, 100  # of a distribution: objects per call of make_tracks, calls
+EDGE = [0, 1, SIDE - 2, SIDE - 1]  # rows and columns
 BOUND = (
     2.2  # of the scaled Kolmogorov-Smirnov distance: 1.4 is exceeded by chance once in 30 times, 2.2 in 8,000
 )
@@ -55,6 +62,11 @@ def test_masks_are_disjoint_and_cover_what_differs_from_the_background(scenes):
         for dy in range(-2, 3):
             for dx in range(-2, 3):
                 near |= np.roll(masks.any(1), (dy, dx), (1, 2))
+        reach = 1.2 * truth["size"][..., None]
+        outside = (truth["position"] < reach) | (truth["position"] > SIDE - 1 - reach)
+        # The rim of what is just out of sight, too
+        near[np.ix_(outside.any((1, 2)), EDGE, range(SIDE))] = True
+        near[np.ix_(outside.any((1, 2)), range(SIDE), EDGE)] = True
         away = np.where(near[..., None], np.nan, frames.astype(float))
         seen = (~near).sum(0) >= 3  # frames that show the background here
         assert np.nanstd(away[:, seen], axis=0).max() < 12  # the noise of a pixel, 2.6 levels, and no more
@@ -67,7 +79,7 @@ def test_masks_are_disjoint_and_cover_what_differs_from_the_background(scenes):
 
 
 def test_position_size_and_angle_match_the_pixels(scenes):
-    """For the nearest object, if it is not wrapped: centroid; area over size squared; direction of a
+    """For the nearest object, if all of it is in the frame: centroid; area over size squared; direction of a
     triangle."""
     shape, made = scenes
     areas, directions = [], []
@@ -80,7 +92,7 @@ def test_position_size_and_angle_match_the_pixels(scenes):
             size = truth["size"][t, front]
             mask = masks[t, front]
             if (at - 1.1 * size < 0).any() or (at + 1.1 * size > SIDE - 1).any():
-                continue  # wrapped
+                continue
             assert np.hypot(x[mask].mean() - at[0], y[mask].mean() - at[1]) < 0.7
             areas.append(mask.sum() / size**2)
             third = np.sum(((x - at[0]) + 1j * (y - at[1]))[mask] ** 3)
@@ -99,16 +111,64 @@ def test_nearer_objects_occlude_farther_ones():
         area = masks_of(truth).sum((2, 3)) / truth["size"] ** 2  # [T, n]: constant unless hidden
         order = np.argsort(truth["depth"])  # nearest first
         assert sorted(truth["depth"]) == list(range(len(order)))
-        assert area[:, order[0]].min() > 0.9 * np.pi * 0.95**2
-        hidden += (area[:, order[1:]] < 0.5 * np.pi * 0.95**2).sum()
-    assert hidden > 20
+        radius = truth["size"][..., None]
+        inside = ((truth["position"] > radius) & (truth["position"] < SIDE - 1 - radius)).all(-1)  # [T, n]
+        near = order[0]
+        far = order[1:]
+        assert (area[:, near] > 0.9 * np.pi * 0.95**2)[inside[:, near]].all()
+        hidden += (inside[:, far] & (area[:, far] < 0.8 * np.pi * 0.95**2)).sum()
+    assert hidden > 5
+
+
+def test_objects_are_out_of_sight_between_two_sides():
+    """A nearest object that comes in at another side was not to be seen in a frame between."""
+    crossings = 0
+    for seed in range(16):
+        _, truth = render("right", "green", np.random.default_rng(seed))
+        front = int(np.flatnonzero(truth["depth"] == 0)[0])
+        x = truth["position"][:, front, 0]
+        (jumps,) = np.nonzero(np.diff(x) < 0)
+        for t in jumps:
+            crossings += 1
+            assert x[t] > SIDE and x[t + 1] < 0
+            assert not masks_of(truth)[t : t + 2, front].any((1, 2)).all()
+    assert crossings > 6
+
+
+def test_an_object_is_visible_in_almost_all_frames():
+    """Visible: the center is at most half a radius beyond an edge."""
+    for motion in MOTIONS:
+        drawn = [make_tracks(motion, PER_VIDEO, np.random.default_rng((9, i))) for i in range(200)]
+        beyond = [np.maximum(-d.position, d.position - SIDE).max(-1) / d.size for d in drawn]
+        visible = (np.stack(beyond) < 0.5).any(-1)  # [videos, T]
+        assert visible.mean() > 0.9 and visible.any(1).mean() > 0.93, motion
+
+
+def test_key_points_are_visible_where_their_object_is():
+    """Those of the nearest object at its outline's inside: if and only if they are in the frame."""
+    _, truth = render("left", "green", np.random.default_rng(3), "disc")
+    front = int(np.flatnonzero(truth["depth"] == 0)[0])
+    points = truth["keypoints"].reshape(FRAMES, -1, 4, 2)[:, front]
+    visible = truth["keypoints_visible"].reshape(FRAMES, -1, 4)[:, front]
+    inside = ((points > -0.5) & (points < SIDE - 0.5)).all(-1)
+    assert (visible == inside).all() and inside.any() and not inside.all()
+
+
+def phases(track: Track) -> np.ndarray:
+    """The inverse of `center_at`: [T, n, 2] in 0..1."""
+    length = path_length(track.size)[..., None]
+    inside = track.position.clip(0, SIDE)
+    return 0.5 + (inside - SIDE / 2 + (track.position - inside) / HURRY) / length
 
 
 def test_motions_match_their_names():
     for motion in MOTIONS:
         track = make_tracks(motion, 6, np.random.default_rng(1))
         assert [a.shape for a in track] == [(FRAMES, 6, 2), (FRAMES, 6), (FRAMES, 6)]
-        step = (np.diff(track.position, axis=0) + SIDE / 2) % SIDE - SIDE / 2  # [T-1, n, 2]
+        phase = phases(track)
+        step = ((np.diff(phase, axis=0) + 0.5) % 1 - 0.5) * path_length(track.size)[
+            :-1, :, None
+        ]  # [T-1, n, 2]
         rotation = (np.diff(track.angle, axis=0) + np.pi) % (2 * np.pi) - np.pi
         moves = np.hypot(*np.moveaxis(step, 2, 0)) > 0.9
         spins = abs(rotation) > 0.1
@@ -132,9 +192,9 @@ def test_motions_match_their_names():
 
 
 def uniform_quantities(drawn: list[Track], t: int) -> list[np.ndarray]:
-    """Quantities of frame t that should be uniform in 0..1: x, y, size, angle; the sum of every two of them;
-    and the difference of two objects of a frame in each."""
-    at = np.stack([d.position[t] for d in drawn]) / SIDE  # [calls, objects, 2]
+    """Quantities of frame t that should be uniform in 0..1: the phases of x and y, size, angle; the sum of
+    every two of them; and the difference of two objects of a frame in each."""
+    at = np.stack([phases(d)[t] for d in drawn])  # [calls, objects, 2]
     size = np.log(np.stack([d.size[t] for d in drawn]) / RADIUS[0]) / np.log(RADIUS[1] / RADIUS[0])
     single = [at[..., 0], at[..., 1], size, np.stack([d.angle[t] for d in drawn]) / (2 * np.pi)]
     both = [(a + b) % 1 for a, b in itertools.combinations(single, 2)]
@@ -173,9 +233,11 @@ class BiasedGenerator(np.random.Generator):
 
 
 def bounded(motion: str, n: int, rng: np.random.Generator) -> Track:
-    """Objects that stop at the edge of the frame instead of entering at the opposite one."""
+    """Objects that stop at the end of their path instead of entering at the opposite one."""
     track = make_tracks(motion, n, rng)
-    return track._replace(position=np.unwrap(track.position, period=SIDE, axis=0).clip(0, SIDE))
+    return track._replace(
+        position=center_at(np.unwrap(phases(track), period=1, axis=0).clip(0, 1), track.size[..., None])
+    )
 
 
 def growing(motion: str, n: int, rng: np.random.Generator) -> Track:
@@ -196,10 +258,10 @@ def test_generators_that_reveal_the_motion_are_detected(broken):
 
 
 def test_same_seed_same_bytes(tmp_path):
-    for place, seed in (("a", 3), ("b", 3), ("c", 4)):
+    for folder, seed in (("a", 3), ("b", 3), ("c", 4)):
         for name in ("videos", "truth"):
-            (tmp_path / place / name).mkdir(parents=True)
-        write_example((tmp_path / place, "k", "approach", "blue", (seed, 0, 7)))
+            (tmp_path / folder / name).mkdir(parents=True)
+        write_example((tmp_path / folder, "k", "approach", "blue", (seed, 0, 7)))
     video = {p: (tmp_path / p / "videos/k.mp4").read_bytes() for p in "abc"}
     truth = {p: dict(np.load(tmp_path / p / "truth/k.npz")) for p in "abc"}
     assert video["a"] == video["b"] != video["c"]
