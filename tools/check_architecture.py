@@ -41,8 +41,18 @@ ALLOWED["pictures"] = set(ALLOWED) - {"zoo"}
 ALLOWED["report"] = set(ALLOWED) - {"zoo"}
 ALLOWED["adaptation"] = set(ALLOWED) - {"data_prep", "pictures", "report"}
 ALLOWED["planning"] = set(ALLOWED) - {"data_prep", "pictures", "report", "adaptation"}
+ALLOWED["quickstart"] = set(ALLOWED) - {"adaptation", "planning"}
 ALLOWED["commands"] = {*ALLOWED, *ENTRY_POINTS}
-NOT_OF_ENTRY_POINTS = {"data_prep", "zoo", "pictures", "report", "adaptation", "planning", "commands"}
+NOT_OF_ENTRY_POINTS = {
+    "data_prep",
+    "zoo",
+    "pictures",
+    "report",
+    "adaptation",
+    "planning",
+    "quickstart",
+    "commands",
+}
 ALLOWED |= {entry: set(ALLOWED) - NOT_OF_ENTRY_POINTS for entry in ENTRY_POINTS}
 SHARED_NAMES = {"main", "read"}  # every command has a main, every source format of data_prep a read
 LIBRARIES_IN_USE = {

@@ -12,6 +12,7 @@ from vidssl.core.errors import UserError, run_cli
 
 # Command -> (module, what it does)
 COMMANDS = {
+    "quickstart": ("vidssl.commands.quickstart", "videos to encoders, a table and a report, in minutes"),
     "synthetic": ("data_prep.synthetic", "render a small labelled corpus"),
     "pack": ("data_prep.pack", "videos and images to shards"),
     "scan": ("data_prep.scan", "an index for WebDataset shards of others"),
@@ -39,6 +40,7 @@ COMMANDS = {
 
 # What --help shows together; commands that are not here stand under "other".
 GROUPS = {
+    "to begin with": ("quickstart",),
     "data": ("synthetic", "pack", "scan", "verify", "leaks"),
     "training": ("plan", "train", "finetune", "zoo-run"),
     "evaluation": ("probe", "dense", "compare", "report"),

@@ -1,6 +1,7 @@
 """The commands of the README, as they stand there, at the smallest scale."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -19,18 +20,25 @@ SHORT = [
 ]
 
 
-def call(*words, **options) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [*map(str, words)], cwd=ROOT, capture_output=True, text=True, timeout=600, **options
-    )
+def call(*words, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [*map(str, words)]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)
+
+
+def quickstart(folder: Path) -> subprocess.CompletedProcess:
+    """The quickstart on the built-in corpus, a few steps long, as in a folder of the user's."""
+    small = ["--train", 64, "--test", 30, *SHORT]
+    return call(sys.executable, "-m", "vidssl.cli", "quickstart", *small, cwd=folder)
 
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory) -> Path:
-    """The quickstart on the built-in corpus, a few steps long."""
-    out = tmp_path_factory.mktemp("quick") / "quickstart"
-    done = call(sys.executable, "tools/quickstart.py", "--out", out, "--train", 64, "--test", 30, *SHORT)
+    folder = tmp_path_factory.mktemp("quick")
+    done = quickstart(folder)
     assert done.returncode == 0, done.stdout + done.stderr
+    out = folder / "runs/quickstart"
+    assert str(out / "report.html") in done.stdout and "vidssl quickstart FOLDER" in done.stdout
     return out
 
 
@@ -62,6 +70,19 @@ def test_the_pictures_are_there_and_not_blank(quick):
             assert len(picture.convert("L").getcolors(256)) > 20, name
 
 
+def test_the_report_has_both_runs_and_their_probes(quick):
+    page = (quick / "report.html").read_text()
+    assert all(str(quick / method) in page for method in ("videomae", "vjepa"))
+    assert "shuffled" in page
+
+
+def test_the_time_of_every_part_is_kept(quick):
+    seconds = json.loads((quick / "times.json").read_text())
+    probes = {f"probe {path.name}" for path in (quick / "probes").iterdir()}
+    assert set(seconds) == {"render", "pack", "videomae", "vjepa", "pictures", *probes}
+    assert min(seconds.values()) > 0
+
+
 def test_the_two_methods_saw_the_same_samples(quick):
     logs = [
         [json.loads(x) for x in (quick / m / "log.jsonl").read_text().splitlines()]
@@ -73,7 +94,7 @@ def test_the_two_methods_saw_the_same_samples(quick):
 
 def test_a_second_call_reuses_what_is_there(quick):
     before = {p: p.stat().st_mtime_ns for p in quick.rglob("*.safetensors")}
-    done = call(sys.executable, "tools/quickstart.py", "--out", quick, *SHORT)
+    done = quickstart(quick.parents[1])
     assert done.returncode == 0, done.stderr
     assert before == {p: p.stat().st_mtime_ns for p in quick.rglob("*.safetensors")}
 
@@ -84,12 +105,6 @@ def test_the_quickstart_on_a_folder_of_classes(tiny_corpus, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert {r["label"] for r in json.loads((tmp_path / "out" / "summary.json").read_text())} == {"label"}
     assert "frames shuffled" in done.stdout
-
-
-def test_a_folder_that_is_not_there(tmp_path):
-    done = call(sys.executable, "tools/quickstart.py", tmp_path / "nothing")
-    assert done.returncode == 2
-    assert done.stderr.strip() == f"error: {tmp_path / 'nothing'}: no such folder"
 
 
 def test_launched_by_accelerate_as_the_readme_says(synthetic_shards, tmp_path):

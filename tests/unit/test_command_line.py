@@ -26,7 +26,7 @@ TABLES = [
     *(value for value in vars(objective_schema).values() if isinstance(value, PartTable)),
 ]
 HEAVY = ("torch", "torchvision", "timm", "av", "decord", "accelerate", "matplotlib", "transformers")
-OWN = ("data_prep", "vidssl", "zoo", "compare", "quickstart")  # imported anew by each program
+OWN = ("data_prep", "vidssl", "zoo", "compare")  # imported anew by each program
 # Runs programs one after the other, and writes what each has answered and which of the modules it imported.
 RUN = f"""
 import contextlib, io, json, runpy, sys
@@ -84,8 +84,8 @@ CONFIGURED = {"train": TrainConfig, "probe": ProbeConfig, "finetune": FinetuneCo
 PROGRAMS = [
     *(f"vidssl/{name}.py" for name in CONFIGURED),
     *(f"data_prep.{name}" for name in ("pack", "scan", "verify", "leaks", "synthetic", "report")),
-    *(f"vidssl.commands.{name}" for name in ("embed", "search")),
-    *(f"tools/{name}.py" for name in ("convert", "compare", "show_masks", "quickstart", "zoo_run")),
+    *(f"vidssl.commands.{name}" for name in ("embed", "search", "quickstart")),
+    *(f"tools/{name}.py" for name in ("convert", "compare", "show_masks", "zoo_run")),
     *(f"vidssl.commands.{name}" for name in ("show", "decode")),
 ]
 MISTAKES = [  # beside those of docs/mistakes.md
@@ -103,7 +103,10 @@ MISTAKES = [  # beside those of docs/mistakes.md
     (["vidssl.commands.show", "clip", "nowhere.mp4", "OUT.png"], "nowhere.mp4: no such file"),
     (["vidssl.commands.show", "features", "docs", "README.md", "OUT.jpg"], "OUT.jpg: give a file name"),
     (["vidssl.commands.decode", "docs", "--out", "OUT"], "docs: no run folder"),
-    (["tools/quickstart.py", "nowhere"], "nowhere: no such folder"),
+    (["vidssl.commands.quickstart", "nowhere"], "nowhere: no such folder"),
+    (["vidssl.commands.quickstart", "--out", "OUT", "--set", "run.stepz=1"], "--set: "),
+    (["vidssl.commands.quickstart", "--out", "OUT", "--probe", "probe.epoch=1"], "--probe: "),
+    (["vidssl.commands.quickstart", "docs", "--out", "docs/OUT"], "lies inside"),
     (["tools/zoo_run.py", "configs/zoo/quickstart.yaml", "out=OUT"], "runs.videomae_tiny: data.train: runs/"),
 ]
 

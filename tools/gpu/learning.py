@@ -16,14 +16,14 @@ SIZES = {"cuda": ("3000", "800", "1200", "4500"), "cpu": ("200", "60", "100", "6
 def learning(a: argparse.Namespace) -> tuple[bool, str, dict[str, Any]]:
     train, test, labelled, steps = SIZES[a.device]
     settings = [f"run.steps={steps}", f"run.save_every={steps}", "optim.warmup=50", "data.cache=device"]
-    command = [sys.executable, str(ROOT / "tools/quickstart.py"), "--out", str(a.work / "quickstart")]
+    command = [sys.executable, "-m", "vidssl.cli", "quickstart", "--out", str(a.work / "quickstart")]
     command += ["--train", train, "--test", test, "--labelled", labelled]
     for setting in settings:
         command += ["--set", setting]
-    status = subprocess.run(command).returncode
+    status = subprocess.run(command, cwd=ROOT).returncode
     summary = a.work / "quickstart/summary.json"
     if status or not summary.exists():
-        return False, f"tools/quickstart.py ended with status {status}", {}
+        return False, f"vidssl quickstart ended with status {status}", {}
     rows = json.loads(summary.read_text())
     motion = {r["encoder"]: r for r in rows if (r["label"], r["control"]) == ("motion", "none")}
     untrained = motion.pop("random_init")

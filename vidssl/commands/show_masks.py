@@ -25,11 +25,14 @@ def main(argv: list[str]) -> None:
     p.add_argument(
         "--kinds", action="store_true", help="every kind of mask with its defaults, on a random clip"
     )
+    p.add_argument("--clips", type=int, default=1, metavar="N", help="of the data of RUN; default: 1")
     p.add_argument("--method", help="a file of configs/method, by its name")
     p.add_argument("--clip", type=Path, help="a video for --method; default: a rendered one")
     a = p.parse_args(argv)
     if bool(a.runs) + a.kinds + bool(a.method) != 1:
         p.error("give either runs, --kinds or --method")
+    if a.clips < 1:
+        raise UserError(f"--clips {a.clips}: give a number above 0")
     if a.clip and not a.method:
         p.error("--clip goes with --method")
     method = METHODS / f"{a.method}.yaml"
@@ -53,7 +56,7 @@ def main(argv: list[str]) -> None:
     elif a.method:
         show_method(method, a.clip, a.out)
     else:
-        show_runs(a.runs, a.out)
+        show_runs(a.runs, a.out, a.clips)
 
 
 if __name__ == "__main__":

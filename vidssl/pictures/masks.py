@@ -80,18 +80,26 @@ def strip_frames(strip: np.ndarray) -> np.ndarray:
     return frames[:, :, :side]
 
 
-def show_runs(runs: list[Path], out: Path) -> None:
-    """One clip of the first run's data; a row of context and a row of targets for each mask of every run."""
+def show_runs(runs: list[Path], out: Path, clips: int = 1) -> None:
+    """The first clips of the first run's data; for each a row of context and a row of targets for each mask
+    of every run."""
+    opened = [open_training_clips(run) for run in runs]
     rows: Rows = []
-    for run in runs:
-        cfg = load_config([str(run / "config.yaml")], TrainConfig)
-        shards = Shards(cfg.data.train)
-        order = Order(shards.counts, cfg.run.seed, cfg.run.lanes)
-        item = TrainClips(shards, order, cfg.data, cfg.augment.build())[0]
-        assert isinstance(item.video, Tensor)
-        found = method_rows(cfg, item.video, f"{run.name}\n")
-        rows += found[1 if rows else 0 :]
+    for i in range(clips):
+        for k, (run, (cfg, data)) in enumerate(zip(runs, opened, strict=True)):
+            item = data[i]
+            assert isinstance(item.video, Tensor)
+            found = method_rows(cfg, item.video, f"{run.name}\n", i)
+            rows += found[1 if k else 0 :]
     draw_mask_rows(rows, out)
+
+
+def open_training_clips(run: Path) -> tuple[TrainConfig, TrainClips]:
+    """The configuration of a run's folder, and the clips that it trains on, in order."""
+    cfg = load_config([str(run / "config.yaml")], TrainConfig)
+    shards = Shards(cfg.data.train)
+    order = Order(shards.counts, cfg.run.seed, cfg.run.lanes)
+    return cfg, TrainClips(shards, order, cfg.data, cfg.augment.build())
 
 
 def show_method(method: Path, clip: Path | None, out: Path) -> None:
@@ -124,17 +132,18 @@ def make_clip(cfg: TrainConfig) -> Tensor:
     return CenterCrop(cfg.augment.arguments["size"])(frames[chosen])
 
 
-def method_rows(cfg: TrainConfig, clip: Tensor, name: str = "") -> Rows:
+def method_rows(cfg: TrainConfig, clip: Tensor, name: str = "", number: int = 0) -> Rows:
     """The clip u8 [3, T, S, S]; for each mask context, targets and corrupted input; scores.
 
-    Networks have their initial weights. name: before those of the rows.
+    Networks have their initial weights. name: before those of the rows; number: of the clip among those of
+    the data, which its mask depends on.
     """
     objective = maskable(cfg)
     video = normalise(clip[None])
     grid = objective.encoder.grid_of(video)
     step = len(clip[0]) // grid.t  # one frame of each time slice
     shown = rearrange(clip, "c t h w -> t h w c").numpy()[::step]
-    rng = KeyedRNG(cfg.run.seed, 0, torch.tensor([0]))
+    rng = KeyedRNG(cfg.run.seed, 0, torch.tensor([number]))
     rows: Rows = [("clip", film_strip(shown))]
     with torch.no_grad():
         masks, scores = objective.make_masks(video, rng)

@@ -8,9 +8,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
+
+from tqdm import tqdm
 
 from vidssl.core.cpus import available_cpus
 from vidssl.core.io import LOCK_FILE, make_folder
@@ -40,12 +42,18 @@ class Outcome(NamedTuple):
     text: str = ""
 
 
-def run_jobs(jobs: Sequence[Job], at_once: int, deadline_s: float | None = None) -> dict[str, Outcome]:
+def run_jobs(
+    jobs: Sequence[Job],
+    at_once: int,
+    deadline_s: float | None = None,
+    look: Callable[[Sequence[str]], None] | None = None,
+) -> dict[str, Outcome]:
     """Runs the jobs that are not done, the first that may start whenever fewer than `at_once` run. Prints a
     line for each that ends.
 
     What needs a failed job is not started. deadline_s: of time.monotonic(), after which no job starts, and
-    those that run are ended as if from outside.
+    those that run are ended as if from outside. look: called with the names of those that run, again and
+    again.
     """
     outcomes = {job.name: Outcome("done", 0.0) for job in jobs if job.result and job.result.exists()}
     waiting = [job for job in jobs if job.name not in outcomes]
@@ -66,11 +74,19 @@ def run_jobs(jobs: Sequence[Job], at_once: int, deadline_s: float | None = None)
                     del running[name]
                     outcomes[name] = _outcome(job, process.returncode, time.monotonic() - began)
                     number = total - len(waiting) - len(running)
-                    print(_line(number, total, name, outcomes[name]), flush=True)
+                    say(_line(number, total, name, outcomes[name]))
+            if look:
+                look(list(running))
             time.sleep(POLL_S)
     finally:
         end([process for _, process, _ in running.values()])
     return outcomes
+
+
+def say(line: str) -> None:
+    """Prints a line, above the bars if there are any."""
+    tqdm.write(line)
+    sys.stdout.flush()
 
 
 def _drop_unneeded(waiting: list[Job], outcomes: dict[str, Outcome]) -> None:

@@ -1,0 +1,183 @@
+"""Runs the whole pipeline in minutes: videos, shards, two pre-trained encoders, probes, a table, a report.
+
+vidssl quickstart                a small corpus is rendered
+vidssl quickstart FOLDER         on your videos: FOLDER/<class>/<file>, or FOLDER/labels.csv
+
+Writes report.html, summary.json, masks.png, curves.png and accuracy.png into runs/quickstart
+(runs/quickstart_FOLDER) of the current folder. Every step is a command of its own (vidssl synthetic, pack,
+train, probe, report), whose output is in OUT/logs, and is skipped if its result exists: the same command goes
+on where it was cut off.
+"""
+
+import argparse
+import contextlib
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from data_prep.sources import read_source
+from vidssl.config import load_config
+from vidssl.core.cpus import available_cpus
+from vidssl.core.errors import UserError, run_cli
+from vidssl.core.io import check_writable, claim_folder
+from vidssl.evaluation.probe_config import ProbeConfig
+from vidssl.quickstart.programs import METHODS, Quickstart, probe_file, quickstart_jobs, training_files
+from vidssl.quickstart.progress import TrainingProgress
+from vidssl.quickstart.results import add_times, result_table, summary, write_results_json
+from vidssl.training.schema import TrainConfig
+from vidssl.zoo.jobs import run_jobs
+
+MASKED_CLIPS = 3  # in masks.png
+TRAIN = 3000
+TEST = 800
+LABELLED = 1200
+
+
+def parse_quickstart(argv: list[str]) -> Quickstart:
+    lines = (__doc__ or "").split("\n")
+    p = argparse.ArgumentParser(
+        prog="vidssl quickstart",
+        description=lines[0],
+        epilog="\n".join(lines[2:]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument("folder", nargs="?", type=Path, help="your videos; none: a corpus is rendered")
+    p.add_argument("--out", type=Path, help="default: runs/quickstart, or runs/quickstart_NAME for a folder")
+    p.add_argument("--train", type=int, default=TRAIN, help=f"videos rendered for training ({TRAIN})")
+    p.add_argument("--test", type=int, default=TEST, help=f"videos rendered for testing ({TEST})")
+    p.add_argument("--labelled", type=int, default=LABELLED, help=f"of those for training ({LABELLED})")
+    setting: dict[str, Any] = {"action": "append", "default": [], "metavar": "KEY=VALUE"}
+    p.add_argument("--set", help="override for both trainings", **setting)
+    p.add_argument("--probe", help="override for the probes", **setting)
+    a = p.parse_args(argv)
+    if a.folder is not None and not a.folder.is_dir():
+        raise UserError(f"{a.folder}: no such folder")
+    name = f"quickstart_{a.folder.resolve().name}" if a.folder else "quickstart"
+    out = (a.out or Path("runs") / name).absolute()
+    videos = a.folder.absolute() if a.folder else None
+    check_writable(out)
+    if videos and out.resolve().is_relative_to(videos.resolve()):
+        raise UserError(f"--out {out}: lies inside {a.folder}; choose a folder outside it")
+    quick = Quickstart(out, videos, a.train, a.test, a.labelled, a.set, a.probe)
+    check_settings(quick)
+    return quick
+
+
+def check_settings(quick: Quickstart) -> None:
+    """Raises UserError for a setting that a program would refuse."""
+    files = training_files(quick, METHODS[0])
+    with under_option("--set"):
+        load_config([*files, "run.out=x", "data.train=x", *quick.settings], TrainConfig)
+    given = ["encoder=x", "out=x", "data.train=x", "data.test=x"]
+    with under_option("--probe"):
+        load_config([probe_file(quick), *given, *quick.probe_settings], ProbeConfig)
+
+
+@contextlib.contextmanager
+def under_option(option: str) -> Iterator[None]:
+    """Names the option before what is wrong."""
+    try:
+        yield
+    except UserError as e:
+        raise UserError(f"{option}: {e}") from None
+
+
+def main(argv: list[str]) -> None:
+    quick = parse_quickstart(argv)
+    # The programs are ended, too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    began_s = time.monotonic()
+    with claim_folder(quick.out, "quickstart"):
+        label = prepare_data(quick)
+        has_news = run_programs(quick, label)
+        show_results(quick, has_news)
+    minutes = (time.monotonic() - began_s) / 60
+    print(f"\nin {minutes:.1f} minutes\n{next_steps(quick)}")
+
+
+def prepare_data(quick: Quickstart) -> str:
+    """Renders the videos if there are none, and packs them. Returns the first label set."""
+    from data_prep import pack
+    from data_prep.synthetic import make_corpus
+
+    began_s = time.monotonic()
+    took_s = {}
+    if quick.videos is None and not (quick.source / "labels.csv").exists():
+        workers = available_cpus()
+        make_corpus(quick.source, quick.train, quick.test, quick.labelled, workers=workers)
+        took_s["render"] = time.monotonic() - began_s
+    found = read_source(quick.source)
+    if not found.label_sets:
+        raise UserError(
+            f"{quick.source}: no labels, so nothing to probe; expected FOLDER/<class>/<file>, or labels.csv"
+        )
+    if not (quick.shards("train") / "index.json").exists():
+        began_s = time.monotonic()
+        split = [] if any(item.split for item in found.items) else ["--test-fraction", "0.3"]
+        pack.main([str(quick.source), str(quick.out / "shards"), *split])
+        took_s["pack"] = time.monotonic() - began_s
+    for name in ("train", "test"):
+        if not (quick.shards(name) / "index.json").exists():
+            raise UserError(f"{quick.source}: its splits must be called train and test")
+    add_times(quick.out / "times.json", took_s)
+    return found.label_sets[0]
+
+
+def run_programs(quick: Quickstart, label: str) -> bool:
+    """Trains and probes, and returns whether a probe was still to do. Raises UserError for the first program
+    that failed."""
+    import torch
+
+    cores = available_cpus()
+    # Small models use one core each better than all of them one after the other
+    at_once = 1 if torch.cuda.is_available() else min(len(METHODS), cores)
+    with TrainingProgress(quick) as progress:
+        jobs = quickstart_jobs(quick, label, max(1, cores // at_once))
+        outcomes = run_jobs(jobs, at_once, look=progress.look)
+    done = {name: o.seconds for name, o in outcomes.items() if o.status == "done" and o.seconds}
+    add_times(quick.out / "times.json", done)
+    for name, outcome in outcomes.items():
+        if outcome.status != "done":
+            raise UserError(f"{name} failed: {outcome.text}")
+    return any(name not in METHODS for name in done)
+
+
+def show_results(quick: Quickstart, has_news: bool) -> None:
+    """Prints the table, and writes the pictures and the report if they are missing or old."""
+    began_s = time.monotonic()
+    rows = summary(quick)
+    write_results_json(quick.out / "summary.json", rows)
+    print(f"\n{result_table(rows)}\n")
+    page = quick.out / "report.html"
+    if page.exists() and not has_news:
+        return
+    from vidssl.commands import report
+    from vidssl.pictures.masks import show_runs
+    from vidssl.quickstart.plots import draw_bar_table, draw_curves
+
+    draw_curves(quick)
+    draw_bar_table(quick, rows)
+    # Both methods draw the same masks
+    show_runs([quick.run(METHODS[0])], quick.out / "masks.png", MASKED_CLIPS)
+    print(f"wrote {quick.out}/summary.json, masks.png, curves.png, accuracy.png")
+    report.main([*(str(quick.run(method)) for method in METHODS), "-o", str(page)])
+    add_times(quick.out / "times.json", {"pictures": time.monotonic() - began_s})
+
+
+def next_steps(quick: Quickstart) -> str:
+    encoder = os.path.relpath(quick.run(METHODS[0]))
+    return f"""the report, for any browser: {quick.out / "report.html"}
+
+Next, with your own videos (FOLDER/<class>/<file>, or a folder with labels.csv):
+  vidssl quickstart FOLDER                                 the same on them
+  vidssl adapt --from {encoder} --videos FOLDER --out runs/adapted
+                                                           also from a published checkpoint
+  vidssl pack FOLDER runs/shards --test-fraction 0.2       then vidssl train --help"""
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,90 @@
+"""The programs of a quickstart: two pre-training runs, and probes of them and of an untrained encoder."""
+
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from vidssl import config
+from vidssl.zoo.jobs import Job
+
+METHODS = ("videomae", "vjepa")
+NOT_TRAINED = "random_init"  # the name of the untrained encoder in the results
+PYTHON = [sys.executable, "-u", "-m"]
+
+
+class Quickstart(NamedTuple):
+    """What is asked for."""
+
+    out: Path  # folder
+    videos: Path | None  # the user's folder; None: a corpus is rendered
+    train: int  # videos that are rendered for training
+    test: int  # and for testing
+    labelled: int  # of those for training
+    settings: list[str]  # key=value for both trainings
+    probe_settings: list[str]  # key=value for all probes
+
+    @property
+    def source(self) -> Path:
+        return self.videos or self.out / "corpus"
+
+    @property
+    def kind(self) -> str:
+        """The name of its files in configs/."""
+        return "folder" if self.videos else "quickstart"
+
+    def shards(self, split: str) -> Path:
+        return self.out / "shards" / split
+
+    def run(self, method: str) -> Path:
+        return self.out / method
+
+    def probe(self, name: str) -> Path:
+        return self.out / "probes" / name
+
+    def run_section(self) -> dict[str, Any]:
+        """The section `run` of both trainings."""
+        files = [f"configs/run/{self.kind}.yaml", *self.settings]
+        return config.merge(files)[0]["run"]
+
+
+def training_files(quick: Quickstart, method: str) -> list[str]:
+    names = (f"method/{method}_tiny", "model/vit_micro", f"data/{quick.kind}", f"run/{quick.kind}")
+    return [f"configs/{name}.yaml" for name in names]
+
+
+def probe_file(quick: Quickstart) -> str:
+    return f"configs/probe/{quick.kind}.yaml"
+
+
+def quick_training(quick: Quickstart, method: str, threads: int) -> Job:
+    """threads: for products of matrices."""
+    own = [f"run.out={quick.run(method)}", f"data.train={quick.shards('train')}"]
+    arguments = [*training_files(quick, method), *own, f"efficiency.threads={threads}"]
+    command = [*PYTHON, "vidssl.train", *arguments, *quick.settings]
+    log = quick.out / "logs" / f"{method}.txt"
+    return Job(method, command, quick.run(method), log, None)
+
+
+def quick_probe(quick: Quickstart, name: str, method: str, encoder: Path, *more: str) -> Job:
+    """A probe of an encoder that the training of `method` leaves."""
+    arguments = [probe_file(quick), f"encoder={encoder}", f"out={quick.probe(name)}"]
+    arguments += [f"data.{split}={quick.shards(split)}" for split in ("train", "test")]
+    command = [*PYTHON, "vidssl.probe", *arguments, *more, *quick.probe_settings]
+    log = quick.out / "logs" / f"probe_{name}.txt"
+    return Job(f"probe {name}", command, quick.probe(name), log, quick.probe(name) / "probe.json", method)
+
+
+def quickstart_jobs(quick: Quickstart, label: str, threads: int) -> list[Job]:
+    """Two trainings that differ in the method file only, a probe of each and of an untrained encoder, and
+    probes of `label` on the snapshots."""
+    jobs = [quick_training(quick, method, threads) for method in METHODS]
+    jobs += [quick_probe(quick, method, method, quick.run(method)) for method in METHODS]
+    first = METHODS[0]
+    jobs.append(quick_probe(quick, NOT_TRAINED, first, quick.run(first), "random_init=true"))
+    run = quick.run_section()
+    for method in METHODS:
+        for step in range(run["save_every"], run["steps"], run["save_every"]):
+            snapshot = quick.run(method) / "snapshots" / f"step-{step:08d}.safetensors"
+            only = ("probe.controls=[none]", f"data.labels={label}")
+            jobs.append(quick_probe(quick, f"{method}@{step}", method, snapshot, *only))
+    return jobs
