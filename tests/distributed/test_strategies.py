@@ -270,17 +270,21 @@ def test_every_predictor_takes_the_same_step_in_shards(name, runs):
 
 
 def test_feature_stats_and_online_probe_are_the_same_in_shards(runs):
-    """They are of the main process's clips, so that they differ with the number of processes."""
-    whole, *others = (
+    """They are of the clips of all processes; those of the target depend on their number."""
+    whole, *others, one = (
         [
             {k: v for k, v in r.items() if k.startswith(("feature_", "online_probe_"))}
-            for r in rows(runs / f"vjepa-{name}-2")
+            for r in rows(runs / f"vjepa-{name}")
         ]
-        for name in LAUNCH
+        for name in (*(f"{launch}-2" for launch in LAUNCH), "1")
     )
     assert [len(r) for r in whole] == [16, 0, 18, 0, 0, 18]
     for shards in others:
         assert all(a == pytest.approx(b, rel=1e-3) for a, b in zip(shards, whole, strict=True))
+    for row in (*whole, *one):
+        row.pop("feature_target_var", None)
+        row.pop("feature_drift_features", None)
+    assert all(a == pytest.approx(b, rel=1e-3) for a, b in zip(whole, one, strict=True))
 
 
 def test_steps_that_are_not_taken_and_going_back_are_the_same_in_shards(runs):

@@ -16,8 +16,13 @@ def singular_values(x: Tensor) -> Tensor:
     rows = x.flatten(0, -2)
     rows = rows[:: -(-len(rows) // MAX_TOKENS)].double()
     tall = len(rows) >= rows.shape[1]
-    gram = rows.T @ rows if tall else rows @ rows.T
-    missing = rows.new_full((len(gram),), torch.nan, dtype=torch.float32)
+    return gram_roots(rows.T @ rows if tall else rows @ rows.T)
+
+
+def gram_roots(gram: Tensor) -> Tensor:
+    """The singular values f32 [n], descending, of a matrix by its Gram matrix f64 [n, n]; nan if that is not
+    finite or its eigenvalues are not found."""
+    missing = gram.new_full((len(gram),), torch.nan, dtype=torch.float32)
     if not gram.isfinite().all():
         return missing
     try:

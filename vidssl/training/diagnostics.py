@@ -33,7 +33,7 @@ class Diagnostics:
         self.frames = cfg.encoder_arguments()["frames"]
         self.objective = objective
         self.strategy = strategy
-        self.stats = FeatureStats()
+        self.stats = FeatureStats(strategy.clip_share)
         self.rule = HeldOutRule(cfg.run.patience)
         self.validate_every = cfg.validate_every
         self.validation: Validation | None = None
@@ -92,9 +92,8 @@ class Diagnostics:
     def measure_if_due(self, step: int, batches: list[Batch]) -> dict[str, float]:
         """The measurements that are due after `step` steps, for the log, and the seconds that they took;
         batches: those of the last step."""
-        if not self.strategy.runs_diagnostics:
-            return {}
         start_s = time.perf_counter()
+        measures = self.strategy.runs_diagnostics
         self.stats.add_clips(batches[0].video[:, :, : self.frames])
         metrics: dict[str, float] = {}
         with torch.compiler.set_stance("force_eager") if self.compiled else contextlib.nullcontext():
@@ -104,11 +103,11 @@ class Diagnostics:
                 warning = self.stats.detector.warning()
                 if warning and self.strategy.is_main:
                     logger.warning(f"step {step}: {warning}")
-            if self.error_is_due(step):
+            if measures and self.error_is_due(step):
                 metrics |= self._validate(step)
             if step == 1:
                 metrics |= {f"{name}_start": value for name, value in self.rule.first.items()}
-            if self.probe and self.probe_is_due(step):
+            if measures and self.probe and self.probe_is_due(step):
                 metrics |= self.probe.measure(self.objective, self.strategy.autocast)
         return {**metrics, "diagnostics_s": time.perf_counter() - start_s} if metrics else {}
 

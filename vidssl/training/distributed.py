@@ -37,6 +37,7 @@ from vidssl.core.constants import upload
 from vidssl.core.errors import UserError, disk_error_line
 from vidssl.core.precision import Precision, ResolvedPrecision, resolve_precision, use_tf32
 from vidssl.training.blocks import all_stacks
+from vidssl.training.clip_share import ClipShare
 
 if TYPE_CHECKING:
     from vidssl.training.schema import OptimConfig
@@ -216,6 +217,16 @@ class Strategy:
         """What `reduce_metrics` returns, as the host reads it."""
         return dict(zip([*means, *sums], self.reduce_metrics(means, sums).tolist(), strict=True))
 
+    @property
+    def clip_share(self) -> ClipShare:
+        """This process's part of clips that all measure together."""
+        return ClipShare(self.rank, self.world, self.sum)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum over the processes; collective."""
+        total: Tensor = self.accelerator.reduce(values.to(self.device), "sum")
+        return total
+
     def run_on_main(self, function: Callable[[], T]) -> T:
         """Calls `function` in the first process. Returns its (picklable) result, or raises its UserError,
         also for an error of the disk, in all: none waits for a first process that has ended."""
@@ -248,7 +259,7 @@ class Strategy:
 
     @property
     def runs_diagnostics(self) -> bool:
-        """Whether this process takes part when the features are measured."""
+        """Whether this process measures what is not shared: held-out error and online probe."""
         return self.is_main
 
     @property

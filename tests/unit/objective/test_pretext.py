@@ -13,6 +13,7 @@ from vidssl.core.rng import KeyedRNG
 from vidssl.model.vit import Encoder
 from vidssl.objective.pretext import PRETEXTS, FrameRotation, Jigsaw, Pace, PieceOrder, crop_apart, draw_class
 from vidssl.objective.pretext_frames import paced_length, piece_length
+from vidssl.training.clip_share import ClipShare
 from vidssl.training.diagnostics import Diagnostics
 
 sys.path.append(str(Path(__file__).parents[2] / "integration"))
@@ -171,7 +172,8 @@ def test_the_encoder_is_made_for_the_frames_that_it_gets(kind, frames):
 @pytest.mark.parametrize("method", ["pretext_pace", "pretext_order"])
 def test_features_are_measured_on_clips_as_long_as_the_encoder_sees_them(method):
     cfg = small(method)
-    diagnostics = Diagnostics(cfg, cfg.build_objective(), SimpleNamespace(runs_diagnostics=True))
+    strategy = SimpleNamespace(runs_diagnostics=True, clip_share=ClipShare())
+    diagnostics = Diagnostics(cfg, cfg.build_objective(), strategy)
     loaded = torch.zeros(2, 3, cfg.data.frames, 32, 32, dtype=torch.uint8)
     diagnostics.measure_if_due(2, [SimpleNamespace(video=loaded)])
     grid = diagnostics.objective.encoder.grid_of(diagnostics.stats.clips[0])

@@ -2,7 +2,11 @@
 
 import math
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +18,8 @@ from vidssl.core.rng import KeyedRNG
 from vidssl.core.spectrum import alpha_req, rankme, singular_values
 from vidssl.objective.ema_target import level_norm
 from vidssl.objective.target_base import Target
-from vidssl.training.feature_stats import FeatureStats, feature_statistics
+from vidssl.training.clip_share import ClipShare
+from vidssl.training.feature_stats import FeatureStats, feature_statistics, target_variance
 from vidssl.training.optim import build_optimizer, schedule, schedule_progress, set_schedule
 from vidssl.training.schema import TrainConfig
 
@@ -61,6 +66,41 @@ def test_rank_and_alpha_of_known_spectra():
 
 def test_non_finite_features_do_not_raise():
     assert feature_statistics(torch.full((4, 8, 6), torch.inf), 2)["rank"] != 0
+
+
+class Exchange:
+    """Sums tensors over threads that stand for processes."""
+
+    def __init__(self, world: int):
+        self.barrier = threading.Barrier(world)
+        self.given: list[Any] = [None] * world
+
+    def reduce(self, rank: int, values: torch.Tensor) -> torch.Tensor:
+        self.given[rank] = values
+        self.barrier.wait()
+        total = sum(self.given)
+        self.barrier.wait()
+        return total
+
+
+@pytest.mark.parametrize(("shares", "tokens"), [((5, 3), 36), ((1, 1), 4), ((4, 4), 1024)])
+def test_processes_measure_their_clips_together(shares, tokens):
+    """The last ones have more tokens than the spectrum is made of."""
+    world = len(shares)
+    x = noise(sum(shares), tokens, 16)
+    # clip k of a process is clip k * world + rank of all
+    parts = [x[rank::world] for rank in range(world)] if shares[0] == shares[1] else x.split(shares)
+    exchange = Exchange(world)
+
+    def measure(rank: int) -> dict[str, float]:
+        share = ClipShare(rank, world, partial(exchange.reduce, rank))
+        target_var = target_variance(parts[rank], share)
+        return feature_statistics(parts[rank], 4, share) | {"target_var": target_var}
+
+    with ThreadPoolExecutor(world) as threads:
+        first, second = threads.map(measure, range(world))
+    want = feature_statistics(x, 4) | {"target_var": float(x.flatten(0, 1).var(0).mean())}
+    assert first == second == pytest.approx(want, rel=1e-4, abs=1e-6)
 
 
 def test_small_batches_are_buffered_over_steps():
