@@ -1,12 +1,51 @@
 """Attention of an attentive probe: where the query of its head looks in a clip."""
 
+from pathlib import Path
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from einops import rearrange, reduce
 from torch import Tensor
 
-from vidssl.evaluation.saved_heads import SavedHead
+from vidssl.core.errors import UserError
+from vidssl.evaluation.probe_data import encoder_view
+from vidssl.evaluation.report import weights_hash
+from vidssl.evaluation.saved_heads import SavedHead, load_saved_head
+from vidssl.evaluation.views import View
 from vidssl.pictures.features import heat_over
+from vidssl.pretrained.external import open_encoder
+from vidssl.pretrained.load import LoadedEncoder
+
+
+class OpenedProbe(NamedTuple):
+    """An attentive head, its encoder, and the single clips that both see."""
+
+    saved: SavedHead
+    loaded: LoadedEncoder
+    view: View
+
+
+def open_probe(probe: Path, label: str | None = None, encoder: str | None = None) -> OpenedProbe:
+    """Opens a probe's folder. encoder: where the evaluated encoder is now; None: where probe.json says.
+    Raises UserError if it is another one, or the head has no attention over a clip."""
+    saved, report = load_saved_head(probe, label)
+    settings = report["config"]
+    data = settings["data"]
+    source = encoder or settings["encoder"]
+    loaded = open_encoder(
+        source,
+        settings["probe"].get("seed", 0) if settings.get("random_init") else None,
+        file=settings.get("encoder_file"),
+        frames=data.get("frames"),
+        size=data.get("size"),
+    )
+    if weights_hash(loaded.encoder) != report["encoder"]["sha256"]:
+        raise UserError(f"{source}: is not the encoder that {probe / 'probe.json'} evaluated")
+    if settings["probe"].get("tokens", "patches") != "patches":
+        raise UserError(f"{probe}: its head sees the class token, which has no place in a clip")
+    view_options = {name: data.get(name) for name in ("frames", "size", "stride", "fps")}
+    return OpenedProbe(saved, loaded, encoder_view(loaded, 1, 1, **view_options))
 
 
 @torch.no_grad()

@@ -22,11 +22,14 @@ from vidssl.pictures.decoded import (
     render_all,
     still_row,
 )
-from vidssl.pictures.panels import encode_still, play, write_panels
+from vidssl.pictures.panels import PanelRow, encode_still, play, write_panels
 from vidssl.pictures.run_clips import HeldOutClip, RunClips
 from vidssl.pictures.runs import TrainedRun, open_run
+from vidssl.pictures.strips import item, strip
 from vidssl.training.preemption import exit_on_sigterm
 
+CLIPS_FILE = "decoded_clips.json"  # in DIR: the panels of the picture, for the page of vidssl report
+MOST_ITEMS = 4  # clips in it
 OTHERS_STEP = 1 << 41  # of the clips whose predictions are a baseline; no step of the training
 SLOWER = 0.6  # than the video: the predicted frames are few
 
@@ -43,7 +46,7 @@ def decode_run(
     samples: int,
     shown: int,
 ) -> dict[str, Any]:
-    """Trains the decoder, writes decoded.json, decoded.webp and decoded.png. Returns the figures.
+    """Trains the decoder, writes decoded.json, its pictures and decoded_clips.json. Returns the figures.
 
     train: shards in place of the run's; data, videos: whose clips are rendered, in place of held-out
     training data; clips, samples, shown: numbers of clips that are measured, of samples of each, and of clips
@@ -76,7 +79,7 @@ def decode_run(
         write_pictures(out, rendered, shown_clips, shown)
     for line in decoder_verdict(report):
         logger.info(line)
-    logger.info(f"{out}: decoded.webp, decoded.png, decoded.json")
+    logger.info(f"{out}: decoded.webp, decoded.png, decoded_clips.json, decoded.json")
     return report
 
 
@@ -98,5 +101,20 @@ def find_clips(
 def write_pictures(out: Path, rendered: Sequence[Rendered], clips: Sequence[HeldOutClip], shown: int) -> None:
     rows = decoded_rows(rendered, shown)
     write_panels(out / "decoded.webp", rows, SLOWER * clips[0].fps)
+    items = clip_items(rows, clips, SLOWER * clips[0].fps)
+    atomic_write(out / CLIPS_FILE, partial(Path.write_text, data=json.dumps({"items": items})))
     still = encode_still(play([still_row(row) for row in rows])[0])
     atomic_write(out / "decoded.png", partial(Path.write_bytes, data=still))
+
+
+def clip_items(rows: Sequence[PanelRow], clips: Sequence[HeldOutClip], fps: float) -> list[dict[str, Any]]:
+    """Players of a page: the panels of each clip, which play together."""
+    return [
+        item(
+            Path(clip.name).stem,
+            "",
+            [strip(panel.name.replace("\n", " ").strip(), panel.frames) for panel in row.panels],
+            fps=fps,
+        )
+        for row, clip in zip(rows[:MOST_ITEMS], clips, strict=False)
+    ]

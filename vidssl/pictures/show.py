@@ -18,10 +18,8 @@ from vidssl.data.extensions import IMAGE_EXTENSIONS
 from vidssl.data.shards import Sample, Shards
 from vidssl.data.timing import choose_frames, draw_timing
 from vidssl.evaluation.probe_data import encoder_view
-from vidssl.evaluation.report import weights_hash
-from vidssl.evaluation.saved_heads import load_saved_head
 from vidssl.model.grid import Grid
-from vidssl.pictures.attention import attention_video, predicted_class, query_attention
+from vidssl.pictures.attention import attention_video, open_probe, predicted_class, query_attention
 from vidssl.pictures.clips import ShownClip, open_file, playing_rate, read_frames, read_windows
 from vidssl.pictures.features import (
     liveliest_token,
@@ -207,22 +205,7 @@ def show_attention(
     probe: Path, videos: Sequence[Path], out: Path, label: str | None = None, windows: int = 4
 ) -> None:
     """Where the query of an attentive probe looks, and what the head predicts."""
-    saved, report = load_saved_head(probe, label)
-    settings = report["config"]
-    data = settings["data"]
-    loaded = open_encoder(
-        settings["encoder"],
-        settings["probe"].get("seed", 0) if settings.get("random_init") else None,
-        file=settings.get("encoder_file"),
-        frames=data.get("frames"),
-        size=data.get("size"),
-    )
-    if weights_hash(loaded.encoder) != report["encoder"]["sha256"]:
-        raise UserError(f"{settings['encoder']}: is not the encoder that {probe / 'probe.json'} evaluated")
-    if settings["probe"].get("tokens", "patches") != "patches":
-        raise UserError(f"{probe}: its head sees the class token, which has no place in a clip")
-    view_options = {name: data.get(name) for name in ("frames", "size", "stride", "fps")}
-    view = encoder_view(loaded, 1, 1, **view_options)
+    saved, loaded, view = open_probe(probe, label)
     rows = []
     clips = [read_windows(path, view, windows) for path in videos]
     for clip in clips:

@@ -21,9 +21,9 @@ from data_prep.workers import WorkerPool
 from vidssl.data.decoding import open_video
 from vidssl.data.isolation import Reporter
 from vidssl.data.shards import Sample, Shards
+from vidssl.pictures.strips import FPS, Group, fitted_frames, group, item, strip
 from vidssl.report.data_sets import DataSet
 from vidssl.report.run_files import Row
-from vidssl.report.strips import FPS, Group, fitted_frames, group, item, strip
 
 CLIPS = 48  # of all data sets of a page
 LEAST_CLIPS = 8  # of a data set

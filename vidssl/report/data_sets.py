@@ -19,8 +19,8 @@ from vidssl.core.suggestions import counted
 from vidssl.data.format import read_index
 from vidssl.data.shards import Sample, Shards
 from vidssl.evaluation.comparison import short_names
+from vidssl.pictures.strips import Group
 from vidssl.report.run_files import Row, read_json
-from vidssl.report.strips import Group
 
 MAX_RECORDS = 200_000  # samples of a data set whose records are read; of a larger one those of some shards
 MAX_REJECTED = 100_000  # records of rejected.jsonl that are read

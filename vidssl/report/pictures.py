@@ -14,21 +14,25 @@ from vidssl.config import load_config
 from vidssl.core.errors import UserError
 from vidssl.core.pixels import normalise
 from vidssl.core.rng import KeyedRNG
-from vidssl.data.shards import Sample, Shards
-from vidssl.data.timing import middle_rate
-from vidssl.evaluation.views import EvalClips, View
 from vidssl.model.grid import Grid, Mask, gather_tokens
 from vidssl.objective.masked_prediction import MaskedPrediction
 from vidssl.objective.objective import Objective
 from vidssl.objective.targets import Pixels
-from vidssl.pictures.features import encode_on_grid, heat_over, pca_videos
+from vidssl.pictures.features import (
+    encode_on_grid,
+    heat_over,
+    liveliest_token,
+    pca_videos,
+    similarity_video,
+)
 from vidssl.pictures.masks import to_pixels
 from vidssl.pictures.panels import HIDDEN_GREY
 from vidssl.pictures.reconstruction import paste_patches, predicted_pixels, to_unit_range
 from vidssl.pictures.runs import draw_mask, masked_prediction_of, predict_mask
-from vidssl.report.contents import resolve_data
+from vidssl.pictures.strips import Group, group, item, strip
+from vidssl.report.clips import ReportClip, clip_view, open_data, read_clips, spread_samples
+from vidssl.report.probe_pictures import DECODED_ABOUT, add_attention, add_decoded
 from vidssl.report.run_files import RunFiles
-from vidssl.report.strips import Group, group, item, strip
 from vidssl.training.checkpoint import list_checkpoints, read_checkpoint, step_of
 from vidssl.training.schema import TrainConfig
 
@@ -36,21 +40,9 @@ RUNS = 4  # of a page that have pictures
 CLIPS = 4  # of each run
 CHECKPOINTS = 3  # beside the untrained objective
 QUERIES = 5
+MIN_WIDTH = 8  # channels of a target whose tokens have a direction
 SEARCHED = 96  # clips of train in which neighbours are sought
 NEIGHBOURS = 5
-
-
-class ReportClip(NamedTuple):
-    """A clip that is shown."""
-
-    key: str
-    label: str  # its classes
-    clip: Tensor  # u8 [3, T, S, S]
-
-    @property
-    def frames(self) -> np.ndarray:
-        """u8 [T, S, S, 3]"""
-        return rearrange(self.clip, "c t h w -> t h w c").numpy()
 
 
 class Stage(NamedTuple):
@@ -74,11 +66,16 @@ class Pictures:
 
     def __call__(self, runs: Sequence[RunFiles]) -> list[Group]:
         """The groups of a page."""
-        state = [(run.name, list_checkpoints(run.folder / "checkpoints")) for run in runs]
+        state = [(run.name, list_checkpoints(run.folder / "checkpoints"), further_files(run)) for run in runs]
         if state != self.state:
             self.groups = make_pictures(runs)
             self.state = state
         return self.groups
+
+
+def further_files(run: RunFiles) -> list[Path]:
+    """Files that add pictures when they appear."""
+    return sorted([*run.folder.glob("*/decoded.json"), *run.folder.glob("*/heads/*")])
 
 
 def make_pictures(runs: Sequence[RunFiles]) -> list[Group]:
@@ -88,14 +85,19 @@ def make_pictures(runs: Sequence[RunFiles]) -> list[Group]:
         "pca", "Features as colours", "The first three principal components of the tokens, one basis a run."
     )
     alike = group("neighbours", "Nearest neighbours", "Clips of train whose mean features are most alike.")
+    looks = group("attention", "Attention of the probe", "Bright: where the query of its head looks.")
+    decoded = group("decoded", "Decoded predictions", DECODED_ABOUT)
     for run in runs[:RUNS]:
         try:
             add_run(run, masks, features, alike)
+            add_attention(run, looks)
         except UserError as e:
             masks["missing"].append(f"{run.name}: {e}")
+        add_decoded(run, decoded)
     if len(runs) > RUNS:
         masks["missing"].append(f"Only the first {RUNS} runs have pictures.")
-    return [found for found in (masks, features, alike) if found["items"] or found["missing"]]
+    groups = (masks, decoded, features, looks, alike)
+    return [found for found in groups if found["items"] or found["missing"]]
 
 
 def add_run(run: RunFiles, masks: Group, features: Group, alike: Group) -> None:
@@ -106,7 +108,8 @@ def add_run(run: RunFiles, masks: Group, features: Group, alike: Group) -> None:
     train, test = open_data(run)
     stages = load_stages(run.folder, cfg)
     samples = spread_samples(test, CLIPS + QUERIES)
-    shown = read_clips(cfg, test, samples)
+    view = clip_view(cfg)
+    shown = read_clips(view, test, samples)
     last = stages[-1]
     for i, clip in enumerate(shown[:CLIPS]):
         if last.prediction is None:
@@ -115,42 +118,8 @@ def add_run(run: RunFiles, masks: Group, features: Group, alike: Group) -> None:
     if last.prediction is None:
         masks["missing"].append(f"{run.name}: its method predicts nothing behind a mask.")
     features["items"] += feature_items(run.name, shown[:CLIPS], stages)
-    gallery = read_clips(cfg, train, spread_samples(train, SEARCHED))
+    gallery = read_clips(view, train, spread_samples(train, SEARCHED))
     alike["items"] += neighbour_items(run.name, shown[-QUERIES:], gallery, last)
-
-
-def open_data(run: RunFiles) -> tuple[Shards, Shards]:
-    """The shards of train, and those of test beside them (else the same)."""
-    named = run.section("data").get("train") or []
-    first = str(named if isinstance(named, str) else named[0]) if named else ""
-    folder = resolve_data(run, first)
-    if folder is None:
-        raise UserError(f"data.train {first}: no shards there, so no pictures of clips")
-    test = folder.with_name("test")
-    has_test = folder.name == "train" and (test / "index.json").is_file()
-    train_shards = Shards([str(folder)])
-    return train_shards, Shards([str(test)]) if has_test else train_shards
-
-
-def spread_samples(shards: Shards, count: int) -> list[Sample]:
-    """At most `count` samples, evenly spaced."""
-    samples = shards.list_samples()
-    numbers = np.unique(np.linspace(0, len(samples) - 1, count).round().astype(int))
-    return [samples[i] for i in numbers] if samples else []
-
-
-def read_clips(cfg: TrainConfig, shards: Shards, samples: list[Sample]) -> list[ReportClip]:
-    """The middle clips of the samples that decode."""
-    stride, fps = middle_rate(cfg.data.stride, cfg.data.fps)
-    arguments = cfg.encoder_arguments()
-    view = View(arguments["frames"], stride, fps, segments=1, crops=1, size=arguments["height"])
-    clips = EvalClips(shards, samples, view, 1)
-    found = (clips[i] for i in range(len(samples)))
-    return [
-        ReportClip(samples[i].key, classes_text(samples[i], shards.classes), clip[0])
-        for i, clip in found
-        if isinstance(clip, Tensor)
-    ]
 
 
 def load_stages(folder: Path, cfg: TrainConfig) -> list[Stage]:
@@ -244,11 +213,34 @@ def feature_items(name: str, shown: Sequence[ReportClip], stages: Sequence[Stage
     frames, size = shown[0].clip.shape[1:3]
     videos = [pca_videos(encode(stage, shown), frames, size) for stage in ends]
     texts = ["untrained" if stage.step == 0 else f"step {stage.step:,}" for stage in ends]
+    name_of_map, alike = similarity_videos(stages[-1], shown)
     items = []
     for i, clip in enumerate(shown):
         strips = [strip(text, video[i], smooth=True) for text, video in zip(texts, videos, strict=True)]
-        items.append(item(f"{name}: {clip.key}", clip.label, [strip("clip", clip.frames), *strips], 3))
+        strips = [strip("clip", clip.frames), *strips, strip(f"{name_of_map}, {texts[-1]}", alike[i])]
+        items.append(item(f"{name}: {clip.key}", clip.label, strips, 2))
     return items
+
+
+@torch.no_grad()
+def similarity_videos(stage: Stage, shown: Sequence[ReportClip]) -> tuple[str, list[np.ndarray]]:
+    """For each clip the cosine of the place that moves most to all others, of what is predicted where that is
+    features, else of the encoder's features; and what it is of."""
+    encoder = stage.objective.eval_encoder
+    video = normalise(torch.stack([one.clip for one in shown]))
+    part = stage.prediction
+    target = None
+    if part is not None and not isinstance(part.target, Pixels):
+        target = part.target_features(video)
+    if part is None or target is None or target.dtype.is_complex or target.shape[-1] < MIN_WIDTH:
+        name = "features like the marked token"
+        maps = encode_on_grid(encoder, video, encoder.grid_of(video))
+    else:
+        grid = part.encoder.grid_of(video)
+        name = "target like the marked token"
+        maps = rearrange(target.float(), "n (t h w) k -> n t h w k", t=grid.t, h=grid.h)
+    places = [liveliest_token(one.frames, Grid(*maps.shape[1:4])) for one in shown]
+    return name, [similarity_video(one.frames, maps[i], places[i]) for i, one in enumerate(shown)]
 
 
 def neighbour_items(
@@ -273,13 +265,3 @@ def neighbour_items(
         about = f"of {len(gallery)} clips; {query.label}"
         items.append(item(f"{name}: {query.key}", about, strips, columns=3))
     return items
-
-
-def classes_text(sample: Sample, classes: dict[str, list[str]]) -> str:
-    """The classes of a sample by their names."""
-    found = []
-    for label_set, number in (sample.meta.get("labels") or {}).items():
-        names = classes.get(label_set, [])
-        if isinstance(number, int) and 0 <= number < len(names):
-            found.append(names[number])
-    return ", ".join(found)

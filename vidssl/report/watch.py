@@ -13,7 +13,7 @@ from vidssl.report.page import make_page
 
 HOST = "127.0.0.1"
 WATCHED = ("config.yaml", "log.jsonl", "encoder.safetensors", "results.csv", "table.md")
-REPORTS = ("*/probe.json", "*/*/probe.json", "*/dense.json")
+REPORTS = ("*/probe.json", "*/*/probe.json", "*/dense.json", "*/decoded.json")
 Contents = dict[str, Any]
 
 

@@ -114,6 +114,8 @@ def test_files_and_figures_of_a_run_that_predicts_pixels(run, tmp_path):
     # two rows of truth, input, two samples, mean, deviation, given nothing, copied frame, own prediction
     assert image.n_frames == 6 and image.size[0] > 9 * 128 and image.size[1] > 2 * 128
     assert Image.open(tmp_path / "out" / "decoded.png").size == image.size
+    items = json.loads((tmp_path / "out" / "decoded_clips.json").read_text())["items"]
+    assert [len(item["rows"]) for item in items] == [9, 9] and items[0]["frames"] == 6
 
 
 def test_a_training_that_was_cut_off_goes_on_as_if_it_were_not(run, tmp_path, monkeypatch):
