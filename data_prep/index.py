@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from vidssl.core.errors import UserError
-from vidssl.core.io import atomic_write
+from vidssl.core.io import atomic_write_text
 from vidssl.data.format import read_index
 from vidssl.data.tar_files import TarFiles, split_name
 
@@ -44,7 +44,7 @@ def sample_key(path: str, start: float | None = None, end: float | None = None) 
 def write_lines(path: Path, lines: Iterable[str]) -> None:
     """Writes `path` atomically, one line each."""
     text = "".join(line + "\n" for line in lines)
-    atomic_write(path, lambda temporary: temporary.write_bytes(text.encode()))
+    atomic_write_text(path, text)
 
 
 def read_lines(path: Path) -> list[str]:

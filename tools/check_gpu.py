@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from vidssl.core.errors import UserError, run_cli
-from vidssl.core.io import atomic_write, check_writable
+from vidssl.core.io import atomic_write_text, check_writable
 
 ROOT = Path(__file__).resolve().parents[1]
 SKIPPED = 77  # exit status of a check that cannot run here; its last line says why
@@ -170,7 +170,7 @@ def main(argv: list[str]) -> None:
         print(f"{outcome.status:8s} {outcome.name:15s} {outcome.seconds:6.0f} s  {outcome.text}", flush=True)
         rows.append({**outcome._asdict(), "figures": read_figures(out, outcome.name)})
         text = json.dumps({**report, "checks": rows}, indent=1)
-        atomic_write(out / "report.json", lambda beside, text=text: beside.write_text(text))
+        atomic_write_text(out / "report.json", text)
     print(f"wrote {out / 'report.json'}")
     if any(row["status"] == "failed" for row in rows):
         sys.exit(1)

@@ -35,7 +35,7 @@ from vidssl.adaptation.start import Start, read_start, save_start
 from vidssl.adaptation.table import compared_rows, held_out_lines, label_tables
 from vidssl.config import load_config, merge
 from vidssl.core.errors import UserError
-from vidssl.core.io import atomic_write, claim_folder
+from vidssl.core.io import atomic_write_text, claim_folder
 from vidssl.training.schema import TrainConfig
 from vidssl.zoo.jobs import Outcome, run_jobs
 
@@ -189,7 +189,7 @@ def write_outcome(
     if best.exists():
         lines += [f"The adapted encoder: {best}", "(vidssl probe, finetune and embed read it.)", ""]
     text = "\n".join(lines)
-    atomic_write(request.folder / "table.md", lambda beside: beside.write_text(text))
+    atomic_write_text(request.folder / "table.md", text)
     content = json.dumps(found, indent=1)
-    atomic_write(request.folder / "results.json", lambda beside: beside.write_text(content))
+    atomic_write_text(request.folder / "results.json", content)
     return text

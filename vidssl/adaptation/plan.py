@@ -15,7 +15,7 @@ from vidssl.adaptation.request import Request
 from vidssl.adaptation.start import Start
 from vidssl.config import load_config, merge
 from vidssl.core.errors import UserError
-from vidssl.core.io import atomic_write
+from vidssl.core.io import atomic_write_text
 from vidssl.core.memory import free_memory
 from vidssl.data.parts import hold_out, write_part
 from vidssl.data.shards import Shards
@@ -122,7 +122,7 @@ def write_config(path: Path, tree: dict[str, Any], reasons: Sequence[str]) -> No
         f"# {line}\n" for line in ("Written by vidssl adapt; the reasons of its values:", *reasons)
     )
     text = head + yaml.safe_dump(tree, sort_keys=False, default_flow_style=None, width=100)
-    atomic_write(path, lambda beside: beside.write_text(text, "utf-8"))
+    atomic_write_text(path, text)
 
 
 def write_parts(request: Request, corpus: OwnVideos) -> None:

@@ -5,14 +5,13 @@ import json
 import statistics
 import sys
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 from vidssl.adaptation.plan import OwnVideos
 from vidssl.adaptation.proposal import EVALUATIONS, scratch_rate
 from vidssl.adaptation.request import Request
 from vidssl.adaptation.start import Start
-from vidssl.core.io import atomic_write
+from vidssl.core.io import atomic_write_text
 from vidssl.training.schema import TrainConfig
 from vidssl.zoo.jobs import Job, Outcome, run_jobs
 
@@ -123,7 +122,7 @@ def run_once(request: Request, jobs: Sequence[Job]) -> dict[str, Outcome]:
         outcomes |= run_jobs([job], 1)
         if outcomes[job.name].status == "done":
             seconds = str(outcomes[job.name].seconds)
-            atomic_write(mark, partial(Path.write_text, data=seconds))
+            atomic_write_text(mark, seconds)
     return outcomes
 
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from vidssl.config import merge
 from vidssl.core.errors import UserError
-from vidssl.core.io import atomic_write
+from vidssl.core.io import atomic_write_text
 
 OPTIONS = {"source": "--from", "settings": "key=value", "facts": "key=value"}  # how they are given
 DECIDED = {  # keys of the configuration that an option decides
@@ -91,7 +91,7 @@ def check_request(request: Request) -> None:
 def keep_request(request: Request) -> None:
     """Writes the request beside its results, for check_request."""
     text = json.dumps(_asked(request), indent=1) + "\n"
-    atomic_write(request.folder / "adapt.json", lambda beside: beside.write_text(text))
+    atomic_write_text(request.folder / "adapt.json", text)
 
 
 def _asked(request: Request) -> dict[str, Any]:

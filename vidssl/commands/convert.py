@@ -15,7 +15,6 @@ opset 18), and encoder.json, which says what it takes.
 
 import argparse
 import re
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +23,7 @@ from vidssl.core.errors import UserError, run_cli
 from vidssl.core.io import (
     LEFTOVER,
     LOCK_FILE,
-    atomic_write,
+    atomic_write_text,
     check_writable,
     claim_folder,
     remove_leftovers,
@@ -118,7 +117,7 @@ def write_hf_folder(a: argparse.Namespace, checkpoint: "Checkpoint", metadata: d
     architecture = save_hf(a.dst, checkpoint)
     hf_config = load_json(a.dst / "config.json")
     facts = CardFacts(a.dst.name, hf_config, checkpoint, metadata, probes, a.license, a.dataset)
-    atomic_write(a.dst / "README.md", partial(Path.write_text, data=make_card(facts)))
+    atomic_write_text(a.dst / "README.md", make_card(facts))
     print(f"{a.dst}: transformers.{architecture}.from_pretrained('{a.dst}')")
     print(f"{a.dst / 'README.md'}: the model card, with {len(probes)} probes")
     if not a.license:

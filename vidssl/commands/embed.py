@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from vidssl.core.cpus import available_cpus
 from vidssl.core.errors import UserError, run_cli
-from vidssl.core.io import atomic_write, check_writable, make_folder
+from vidssl.core.io import atomic_write_text, check_writable, make_folder
 from vidssl.core.log import logger, set_log_level
 from vidssl.core.progress import track
 from vidssl.data.addresses import is_url
@@ -295,7 +295,7 @@ def measure_pieces(a: argparse.Namespace, pieces: dict[Path, list[str]], quiet: 
     with closing(inspector), ThreadPoolExecutor(workers) as pool:
         for file, paths in track(pieces.items(), "measure", f"x {FILES_PER_PIECE} files", quiet=quiet):
             text = json.dumps(list(pool.map(measure, paths)))
-            atomic_write(file, partial(Path.write_text, data=text))
+            atomic_write_text(file, text)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from pydantic.fields import FieldInfo
 from vidssl.config.signatures import Declaration, Part
 from vidssl.config.yaml_text import Argument, Scalar, parse_yaml, plain
 from vidssl.core.errors import UserError
-from vidssl.core.io import atomic_write
+from vidssl.core.io import atomic_write_text
 from vidssl.core.log import logger
 
 # Types of values; each states its bounds once.
@@ -760,7 +760,7 @@ def build_from_header(
 
 def save(tree: dict[str, Any], path: Path) -> None:
     """Writes a resolved tree as YAML."""
-    atomic_write(path, lambda temporary: temporary.write_text(yaml.safe_dump(tree, sort_keys=False), "utf-8"))
+    atomic_write_text(path, yaml.safe_dump(tree, sort_keys=False))
 
 
 def differences(

@@ -45,6 +45,11 @@ def atomic_write(path: Path, write: Callable[[Path], Any]) -> None:
     fsync_path(path.parent)
 
 
+def atomic_write_text(path: Path, text: str) -> None:
+    """Writes the text as UTF-8, whole or not at all."""
+    atomic_write(path, lambda temporary: temporary.write_bytes(text.encode()))
+
+
 def fsync_path(path: Path) -> None:
     """Forces the content of a file, or the entries of a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from vidssl.core.errors import UserError
-from vidssl.core.io import atomic_write, make_folder
+from vidssl.core.io import atomic_write, atomic_write_text, make_folder
 from vidssl.core.splits import GroupSplit, split_by_group
 from vidssl.data.addresses import is_url
 from vidssl.data.format import Sample, dumps_index, read_index
@@ -66,7 +66,7 @@ def write_part(folder: str, keep: np.ndarray, out: Path) -> None:
     # a label set of which no sample is left would be no label set to learn
     classes = {name: names for name, names in index["classes"].items() if name in label_sets}
     text = dumps_index(classes, entries, 0, made_by)
-    atomic_write(out / "index.json", lambda beside: beside.write_text(text + "\n"))
+    atomic_write_text(out / "index.json", text + "\n")
 
 
 def _write_bytes(data: bytes, path: Path) -> None:

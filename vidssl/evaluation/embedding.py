@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from vidssl.core.errors import UserError
-from vidssl.core.io import atomic_write, check_free_space
+from vidssl.core.io import atomic_write_text, check_free_space
 from vidssl.data.dataset import do_nothing
 from vidssl.data.shards import Sample
 from vidssl.evaluation.extractor import FeatureExtractor, cache_provenance
@@ -220,5 +220,5 @@ def open_embedding_folder(out: Path, request: dict[str, Any]) -> bool:
     if others := [p.name for p in out.iterdir() if not p.name.startswith((".", PLAN))]:
         raise UserError(f"{out}: holds something else already ({others[0]}); choose a new folder")
     text = json.dumps(request, indent=1)
-    atomic_write(file, partial(Path.write_text, data=text))
+    atomic_write_text(file, text)
     return False

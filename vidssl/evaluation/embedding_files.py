@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from vidssl.core.errors import UserError
-from vidssl.core.io import atomic_write
+from vidssl.core.io import atomic_write, atomic_write_text
 
 Format = Literal["npy", "parquet", "zarr"]
 PACKAGES = {"parquet": "pyarrow", "zarr": "zarr"}
@@ -56,7 +56,7 @@ def write_embedding_files(
     )
     atomic_write(out / "rows.csv", partial(write_rows, rows=kept_rows))
     lines = "".join(json.dumps(record) + "\n" for record in rejected)
-    atomic_write(out / "rejected.jsonl", partial(Path.write_text, data=lines, encoding="utf-8"))
+    atomic_write_text(out / "rejected.jsonl", lines)
     facts = {
         **facts,
         "format": fmt,
@@ -65,7 +65,7 @@ def write_embedding_files(
         "rejected": len(rejected),
     }
     text = json.dumps(facts, indent=1)
-    atomic_write(out / "embedding.json", partial(Path.write_text, data=text))
+    atomic_write_text(out / "embedding.json", text)
 
 
 def write_rows(path: Path, rows: list[tuple[str, float, float]]) -> None:

@@ -14,7 +14,6 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +21,7 @@ import torch
 from torch import Tensor
 
 from vidssl.core.errors import UserError
-from vidssl.core.io import atomic_write, check_writable, exclusive_lock, make_folder
+from vidssl.core.io import atomic_write_text, check_writable, exclusive_lock, make_folder
 from vidssl.evaluation.isolated_clips import FAILURES_OF_A_PROCESS
 
 ROWS_PER_BLOCK = 64  # samples
@@ -83,7 +82,7 @@ class FeatureStore:
                 return
             if not (self.folder / "provenance.json").exists():
                 text = json.dumps(self.provenance, indent=1, sort_keys=True)
-                atomic_write(self.folder / "provenance.json", partial(Path.write_text, data=text))
+                atomic_write_text(self.folder / "provenance.json", text)
             with open(self.file, "ab") as rows:
                 size = self.shape.samples * self.row_bytes
                 if rows.tell() < size:  # only grows: another process may have the file mapped
@@ -134,7 +133,7 @@ class FeatureStore:
                     f.flush()
                     os.fsync(f.fileno())
                     text = json.dumps({"sha256": digest.hexdigest(), "unreadable": unreadable})
-                    atomic_write(self.record_path(block), partial(Path.write_text, data=text))
+                    atomic_write_text(self.record_path(block), text)
                     digest = hashlib.sha256()
                     unreadable = {}
 

@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +15,7 @@ from torch import nn
 
 import vidssl
 from vidssl.core.errors import UserError
-from vidssl.core.io import atomic_write, check_writable, make_folder
+from vidssl.core.io import atomic_write, atomic_write_text, check_writable, make_folder
 from vidssl.pretrained.load import LoadedEncoder
 
 
@@ -78,7 +77,7 @@ def write_lists(out: Path, lists: dict[str, str]) -> None:
     if lists:
         make_folder(out / "lists")
     for name, text in lists.items():
-        atomic_write(out / "lists" / name, partial(Path.write_text, data=text))
+        atomic_write_text(out / "lists" / name, text)
 
 
 def low_shot_summary(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -143,4 +142,4 @@ def write_json_report(
         "config": config,
     }
     text = json.dumps(report, indent=1, allow_nan=False)
-    atomic_write(path, partial(Path.write_text, data=text))
+    atomic_write_text(path, text)

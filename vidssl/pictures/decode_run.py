@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 import vidssl
-from vidssl.core.io import atomic_write, claim_folder
+from vidssl.core.io import atomic_write, atomic_write_text, claim_folder
 from vidssl.core.log import logger
 from vidssl.pictures.clips import data_clip
 from vidssl.pictures.decode import DecoderTraining, DecodeSettings
@@ -75,7 +75,7 @@ def decode_run(
             "versions": {"vidssl": vidssl.__version__, "torch": str(torch.__version__)},
         }
         text = json.dumps(report, indent=1, allow_nan=False)
-        atomic_write(out / "decoded.json", partial(Path.write_text, data=text))
+        atomic_write_text(out / "decoded.json", text)
         write_pictures(out, rendered, shown_clips, shown)
     for line in decoder_verdict(report):
         logger.info(line)

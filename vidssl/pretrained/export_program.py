@@ -9,7 +9,6 @@ import json
 import os
 import tempfile
 import warnings
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 
 import vidssl
 from vidssl.core.errors import UserError
-from vidssl.core.io import atomic_write, fsync_path, make_folder
+from vidssl.core.io import atomic_write_text, fsync_path, make_folder
 from vidssl.core.versions import version_of
 from vidssl.model.vit import Encoder
 from vidssl.pretrained.infer_config import Checkpoint
@@ -93,7 +92,7 @@ def save_program(folder: Path, checkpoint: Checkpoint, kind: Program, source: st
         | {name: version_of(name) for name in (ONNX_PACKAGES if kind == "onnx" else ())},
     }
     text = json.dumps(about, indent=1)
-    atomic_write(folder / "encoder.json", partial(Path.write_text, data=text))
+    atomic_write_text(folder / "encoder.json", text)
     return about
 
 

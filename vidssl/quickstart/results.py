@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vidssl.core.io import atomic_write
+from vidssl.core.io import atomic_write_text
 from vidssl.quickstart.programs import METHODS, NOT_TRAINED, Quickstart
 
 KEPT = ("label", "protocol", "control", "accuracy", "ci95", "n_test", "chance")
@@ -27,7 +27,7 @@ def summary(quick: Quickstart) -> list[Result]:
 
 def write_results_json(path: Path, content: Any) -> None:
     text = json.dumps(content, indent=1)
-    atomic_write(path, lambda beside: beside.write_text(text))
+    atomic_write_text(path, text)
 
 
 def add_times(path: Path, seconds: Mapping[str, float]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from vidssl.core.io import atomic_write
+from vidssl.core.io import atomic_write_text
 from vidssl.core.log import logger
 from vidssl.core.progress import Progress
 from vidssl.data.loader import Batch
@@ -104,7 +104,7 @@ def drop_rows_after(path: Path, step: int) -> None:
     """Removes rows after `step`, and a line that a kill cut short: a continued run writes them again."""
     if path.exists():
         kept = [line + "\n" for line in path.read_text().splitlines() if _step_of(line) <= step]
-        atomic_write(path, lambda temporary: temporary.write_text("".join(kept)))
+        atomic_write_text(path, "".join(kept))
 
 
 def _step_of(line: str) -> float:

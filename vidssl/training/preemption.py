@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 
 from vidssl.core.errors import EXIT_INTERRUPTED, Preempted, UserError
-from vidssl.core.io import atomic_write
+from vidssl.core.io import atomic_write_text
 from vidssl.training.checkpoint import list_checkpoints, step_of
 
 # folders of gloo's source, whose names occur in its untyped errors (RuntimeError) of a lost connection or a
@@ -175,5 +175,5 @@ def _count_end(path: Path, step: int) -> int:
             count += before["ends"]
     content = json.dumps({"step": step, "ends": count})
     with contextlib.suppress(OSError):  # a full disk does not hide why the run ends
-        atomic_write(path, lambda temporary: temporary.write_text(content))
+        atomic_write_text(path, content)
     return count

@@ -10,7 +10,7 @@ from typing import Any
 
 from vidssl.config import to_tree
 from vidssl.core.errors import UserError
-from vidssl.core.io import atomic_write
+from vidssl.core.io import atomic_write_text
 from vidssl.zoo.config import ZooConfig
 from vidssl.zoo.jobs import Outcome, run_jobs
 from vidssl.zoo.plan import PlannedRun, RunFacts, equal_steps, longest_factor, planned_run
@@ -92,7 +92,7 @@ def measured_plan(zoo: ZooConfig, facts: Mapping[str, RunFacts], began_s: float)
     text = json.dumps(
         {"settings": settings_of(zoo), "factor": factor, "probe_s": probe_s, "runs": stored}, indent=1
     )
-    atomic_write(zoo.folder / "plan.json", lambda beside: beside.write_text(text))
+    atomic_write_text(zoo.folder / "plan.json", text)
     return runs
 
 

@@ -8,7 +8,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vidssl.core.io import atomic_write
+from vidssl.core.io import atomic_write, atomic_write_text
 from vidssl.evaluation.comparison import SCORES, Row, add_differences, merge_lists, read_probe
 from vidssl.evaluation.controls import CONTROLS, control_name
 from vidssl.zoo.config import UNTRAINED, ZooConfig
@@ -217,7 +217,7 @@ def write_table(path: Path, zoo: ZooConfig, rows: Sequence[Row], outcomes: Mappi
     if problems:
         lines += ["## Not done", "", *(f"- {name}: {o.status}: {o.text}" for name, o in problems), ""]
     text = "\n".join(lines)
-    atomic_write(path, lambda beside: beside.write_text(text))
+    atomic_write_text(path, text)
     return text
 
 
