@@ -8,7 +8,7 @@ import difflib
 import runpy
 import sys
 
-from vidssl.core.errors import UserError, run_cli
+from vidssl.core.errors import QUIET, UserError, run_cli
 
 # Command -> (module, what it does)
 COMMANDS = {
@@ -61,7 +61,7 @@ def usage() -> str:
         "",
         "--quiet, of every command: warnings, errors and results alone. --version: which one this is.",
     ]
-    lines += ["On several GPUs: accelerate launch -m vidssl.train ... (also probe, finetune)."]
+    lines += ["On N GPUs: vidssl train ... --processes N (also probe, finetune, dense, embed)."]
     return "\n".join(lines)
 
 
@@ -85,7 +85,8 @@ def main(argv: list[str]) -> None:
         near = difflib.get_close_matches(command, COMMANDS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"commands: {', '.join(COMMANDS)}"
         raise UserError(f"no command '{command}'; {hint}")
-    sys.argv = [command, *rest]
+    # run_cli has taken --quiet from argv, and the program's own looks for it again
+    sys.argv = [command, *rest, *[QUIET] * (QUIET in sys.argv)]
     runpy.run_module(COMMANDS[command][0], run_name="__main__", alter_sys=True)
 
 

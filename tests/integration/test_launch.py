@@ -107,21 +107,23 @@ def test_the_quickstart_on_a_folder_of_classes(tiny_corpus, tmp_path):
     assert "frames shuffled" in done.stdout
 
 
-def test_launched_by_accelerate_as_the_readme_says(synthetic_shards, tmp_path):
+def test_launched_as_the_readme_says(synthetic_shards, tmp_path):
+    """Training by accelerate, too; the probe in two processes that the command starts."""
     readme = (ROOT / "README.md").read_text()
-    block = readme[readme.index("vidssl/train.py configs/method/vjepa_tiny.yaml") :].split("```")[0]
-    commands = re.sub(r" +#.*", "", block).replace("\\\n", " ").split("accelerate launch ")
+    block = readme[readme.index("vidssl train configs/method/vjepa_tiny.yaml") :].split("```")[0]
+    commands = re.sub(r" +#.*", "", block).replace("\\\n", " ").split("vidssl ")[1:]
     given = ("data.", "run.out=", "encoder=", "out=")
-    train, probe = ([w for w in c.split() if not w.startswith(given)] for c in commands)
+    (_, *train), (_, *probe) = ([w for w in c.split() if not w.startswith(given)] for c in commands)
     small = ["model.depth=1", "method.predictor.depth=1", "augment.size=32", "run.steps=2", "run.batch=8"]
     shards = [f"data.train={synthetic_shards / 'train'}"]
-    done = call(*LAUNCH, *train, *shards, f"run.out={tmp_path / 'run'}", *small)
+    done = call(*LAUNCH, "vidssl/train.py", *train, *shards, f"run.out={tmp_path / 'run'}", *small)
     assert done.returncode == 0, done.stderr
     where = [
         f"encoder={tmp_path / 'run'}",
         f"data.test={synthetic_shards / 'test'}",
         f"out={tmp_path / 'probe'}",
     ]
-    done = call(*LAUNCH, *probe, *shards, *where, "probe.epochs=1", "probe.segments=2", "probe.workers=0")
+    short = ["probe.epochs=1", "probe.segments=2", "probe.workers=0", "--processes", "2"]
+    done = call(sys.executable, "-m", "vidssl.cli", "probe", *probe, *shards, *where, *short)
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "probe" / "probe.json").read_text())["results"]

@@ -25,6 +25,14 @@ def test_a_command_runs_its_module_as_a_script(command, monkeypatch):
     assert sys.argv[1:] == ["a=1", "--help"]
 
 
+def test_quiet_reaches_the_program(monkeypatch):
+    seen = []
+    monkeypatch.setattr(cli.runpy, "run_module", lambda *args, **options: seen.append(list(sys.argv)))
+    monkeypatch.setattr(sys, "argv", ["vidssl", "--quiet", "train", "a=1"])
+    cli.console()
+    assert seen == [["train", "a=1", "--quiet"]]
+
+
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]])
 def test_usage_lists_all_commands(arguments, capsys):
     cli.main(arguments)

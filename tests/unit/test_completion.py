@@ -24,7 +24,7 @@ def completed(capsys, *words):
     "words, found",
     [
         (["pro"], ["probe"]),
-        (["train", "--pr"], ["--print-config"]),
+        (["train", "--pr"], ["--print-config", "--processes"]),
         (["train", "--d"], []),
         (["probe", "--d"], ["--dry-run"]),
         (["train", "optim.lr_s"], ["optim.lr_scaling="]),

@@ -90,6 +90,7 @@ def program_words(program: Program, words: Sequence[str]) -> Iterator[str]:
     cls = program.cls()
     if word.startswith("-"):
         yield from OPTIONS
+        yield from ["--processes"] * program.shares_work
         yield from ["--dry-run"] * ("dry_run" in tree_of(cls).children)
     elif "=" in word:
         yield from (f"{word.partition('=')[0]}={value}" for value in values_of(cls, word.partition("=")[0]))

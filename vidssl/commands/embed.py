@@ -4,9 +4,9 @@ vidssl embed VIDEOS|SHARDS ... --encoder X --out DIR [--window SECONDS --hop SEC
 
 VIDEOS: files and folders of videos or images; SHARDS: packed folders or their URLs. Writes DIR/features.npy
 (or .parquet, .zarr), rows.csv (key, start and end in seconds of each row), rejected.jsonl (what could not be
-decoded, with reasons) and embedding.json. Several processes: torchrun --nproc_per_node N -m
-vidssl.commands.embed ...; the result is the same. The same command goes on after SIGTERM (exit status 75),
-Ctrl-C (130) or a kill. `vidssl search DIR QUERY` finds what is alike.
+decoded, with reasons) and embedding.json. --processes N shares the work; the result is the same. The same
+command goes on after SIGTERM (exit status 75), Ctrl-C (130) or a kill. `vidssl search DIR QUERY` finds what
+is alike.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from vidssl.core.cpus import available_cpus
 from vidssl.core.errors import UserError, run_cli
 from vidssl.core.io import atomic_write_text, check_writable, make_folder
+from vidssl.core.launch import parse_processes, relaunch
 from vidssl.core.log import logger, set_log_level
 from vidssl.core.progress import track
 from vidssl.data.addresses import is_url
@@ -63,6 +64,8 @@ def embed_parser() -> argparse.ArgumentParser:
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help=precision)
     workers = "decoding processes of each process; default: 2 on a CPU, else by cores"
     add("--workers", type=int, metavar="N", help=workers)
+    processes = "of this machine that share the work, one for each of its GPUs"
+    add("--processes", type=parse_processes, default=1, metavar="N", help=processes)
     timeout = "until a file counts as hanging"
     add("--timeout", type=float, default=60.0, metavar="SECONDS", help=timeout)
     return parser
@@ -100,6 +103,8 @@ def is_packed_folder(item: str) -> bool:
 def main(argv: list[str]) -> None:
     a = embed_parser().parse_args(argv)
     check_arguments(a)
+    if a.processes > 1:
+        relaunch(a.processes)
     # Importing torch takes seconds: mistakes are answered before.
     from vidssl.training.preemption import exit_on_lost_peer, exit_on_sigterm
 

@@ -5,11 +5,13 @@ from typing import NamedTuple
 
 
 class Program(NamedTuple):
-    """module and name of a configuration class; folders: of configs/ that hold files for it."""
+    """module and name of a configuration class; folders: of configs/ that hold files for it; shares_work:
+    whether it takes --processes."""
 
     module: str
     name: str
     folders: tuple[str, ...]
+    shares_work: bool = True
 
     def cls(self) -> type:
         return getattr(importlib.import_module(self.module), self.name)
@@ -20,5 +22,5 @@ PROGRAMS = {
     "probe": Program("vidssl.evaluation.probe_config", "ProbeConfig", ("probe",)),
     "finetune": Program("vidssl.training.finetune_schema", "FinetuneConfig", ("finetune",)),
     "dense": Program("vidssl.evaluation.dense.schema", "DenseConfig", ("dense",)),
-    "zoo-run": Program("vidssl.zoo.config", "ZooConfig", ("zoo", "ablation")),
+    "zoo-run": Program("vidssl.zoo.config", "ZooConfig", ("zoo", "ablation"), shares_work=False),
 }

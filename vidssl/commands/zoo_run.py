@@ -33,7 +33,7 @@ from vidssl.zoo.results import read_results, write_results, write_table
 
 
 def main(argv: list[str]) -> None:
-    if answer(argv, ZooConfig, __doc__, ("zoo", "ablation")):
+    if answer(argv, ZooConfig, __doc__, ("zoo", "ablation"), shares_work=False):
         return
     began_s = time.monotonic()
     zoo = load_config(argv, ZooConfig)

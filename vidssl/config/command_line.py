@@ -27,6 +27,7 @@ from vidssl.config.key_tree import (
 )
 from vidssl.config.signatures import Declaration
 from vidssl.core.errors import UserError, asks_for_help, run_cli
+from vidssl.core.launch import PROCESSES, relaunch, take_processes
 from vidssl.core.log import logger
 
 WIDTH = 110
@@ -39,20 +40,36 @@ MAX_FILES = 4  # that are named beside a value
 
 def check_command_line(cls: type, about: str, folders: Sequence[str]) -> None:
     """Prints what is asked for, or the first mistake in the configuration, and exits; returns if there is
-    neither.
+    neither. With --processes N it starts them and exits with their status.
 
     folders: of configs/ that hold files for this program. A program calls this before it imports torch.
     """
     if asks_for_help(sys.argv[1:]) or PRINT_CONFIG in sys.argv[1:]:
         run_cli(partial(answer, cls=cls, about=about, folders=folders))
         sys.exit(0)
-    run_cli(partial(check_configuration, cls=cls))
+    run_cli(partial(check_processes, cls=cls))
+    if (count := take_processes(sys.argv)) > 1:
+        relaunch(count)
 
 
-def answer(argv: Sequence[str], cls: type, about: str, folders: Sequence[str]) -> bool:
-    """Prints help or the resolved configuration; False if the command line does not ask for them."""
+def check_processes(argv: Sequence[str], cls: type) -> None:
+    """Raises UserError if the configuration is wrong, also of as many processes as are asked for."""
+    arguments = list(argv)
+    if (count := take_processes(arguments)) > 1:
+        os.environ["WORLD_SIZE"] = str(count)
+    # what is worth a note is said by the first process
+    check_configuration(arguments, cls, says_notes=count == 1 and os.environ.get("RANK", "0") == "0")
+
+
+def answer(
+    argv: Sequence[str], cls: type, about: str, folders: Sequence[str], shares_work: bool = True
+) -> bool:
+    """Prints help or the resolved configuration; False if the command line does not ask for them.
+
+    shares_work: whether the program takes --processes.
+    """
     if asks_for_help(argv):
-        print_help(argv, cls, about, folders)
+        print_help(argv, cls, about, folders, shares_work)
     elif PRINT_CONFIG in argv:
         print_config(argv, cls)
     else:
@@ -60,13 +77,13 @@ def answer(argv: Sequence[str], cls: type, about: str, folders: Sequence[str]) -
     return True
 
 
-def check_configuration(argv: Sequence[str], cls: type) -> None:
+def check_configuration(argv: Sequence[str], cls: type, says_notes: bool = True) -> None:
     """Raises UserError if the configuration is wrong, or names a local file that does not exist."""
     if not argv:
         raise UserError("no configuration: give .yaml files and key=value; --help lists them")
     cfg: Any = load_config(argv if _has_dry_run(cls) else without_dry_run(argv)[0], cls)
     cfg.check_before_work()
-    notes = cfg.notes() if hasattr(cfg, "notes") and os.environ.get("RANK", "0") == "0" else []
+    notes = cfg.notes() if says_notes and hasattr(cfg, "notes") else []
     for note in notes:
         logger.warning(note)
 
@@ -114,7 +131,9 @@ def _has_dry_run(cls: type) -> bool:
     return any(field.name == "dry_run" for field in dataclasses.fields(cls))
 
 
-def print_help(argv: Sequence[str], cls: type, about: str, folders: Sequence[str]) -> None:
+def print_help(
+    argv: Sequence[str], cls: type, about: str, folders: Sequence[str], shares_work: bool = True
+) -> None:
     """The overview, or what is known of the keys that are named beside --help."""
     topics = [word for word in argv if not word.startswith("-") and "=" not in word]
     topics = [word for word in topics if not is_config_file(word)]
@@ -122,10 +141,10 @@ def print_help(argv: Sequence[str], cls: type, about: str, folders: Sequence[str
     for topic in topics:
         lines += [*all_lines(cls, folders)] if topic == "all" else [*topic_lines(cls, topic, folders)]
     program = Path(sys.argv[0]).stem.replace("_", "-")
-    print("\n".join(lines or overview(cls, about, folders, program)))
+    print("\n".join(lines or overview(cls, about, folders, program, shares_work)))
 
 
-def overview(cls: type, about: str, folders: Sequence[str], program: str) -> Iterator[str]:
+def overview(cls: type, about: str, folders: Sequence[str], program: str, shares_work: bool) -> Iterator[str]:
     """Sections and parts with a line each, options and files."""
     yield about.strip()
     yield ""
@@ -137,6 +156,8 @@ def overview(cls: type, about: str, folders: Sequence[str], program: str) -> Ite
     yield from _entry("  --help [KEY ...]", "this, or a section, part, kind or key; --help all: every key")
     yield from _entry("  --print-config", "the resolved configuration as YAML, with the source of each value")
     yield from _entry(f"  {DRY_RUN}", "check everything, print the plan, write nothing")
+    if shares_work:
+        yield from _entry(f"  {PROCESSES} N", "so many processes of this machine, one for each of its GPUs")
     yield from _entry("  --quiet", "only warnings, errors and the last line")
     yield "\nFiles:"
     for folder in folders:

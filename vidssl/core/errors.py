@@ -6,15 +6,19 @@ import re
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
-from vidssl.core.log import configure_logging, logger
+from vidssl.core.log import configure_logging
 
 QUIET = "--quiet"  # warnings, errors and the last line alone
 EXIT_USER_ERROR = 2  # somebody must mend something: the same command would fail again
 EXIT_REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: schedulers start the same command again
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells count it
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE: the reader of the output has gone, as in `... | head`
+# Environment variable: the file into which a process of several writes why it ends, so that who started them
+# prints it once
+ERROR_FILE = "VIDSSL_ERROR_FILE"
 # The disk or its rights, not a fault of the program
 DISK_ERRORS = {
     errno.ENOSPC,
@@ -80,6 +84,14 @@ def asks_for_help(argv: Sequence[str]) -> bool:
     return bool({"-h", "--help"} & set(argv))
 
 
+def print_last_line(line: str) -> None:
+    """Prints why a program ends on stderr, or leaves that to who has started this process."""
+    try:
+        Path(os.environ[ERROR_FILE]).write_text(line)
+    except (KeyError, OSError):
+        print(line, file=sys.stderr)
+
+
 def run_cli(main: Callable[[list[str]], Any], about: str | None = None) -> None:
     """Runs main(argv) and ends the process with the exit status of its outcome.
 
@@ -109,10 +121,10 @@ def run_cli(main: Callable[[list[str]], Any], about: str | None = None) -> None:
     except UserError as e:
         # Raised in a loader worker, the message ends with the worker's traceback.
         last = str(e).strip().splitlines()[-1]
-        print(f"error: {last.removeprefix('vidssl.core.errors.UserError: ')}", file=sys.stderr)
+        print_last_line(f"error: {last.removeprefix('vidssl.core.errors.UserError: ')}")
         sys.exit(EXIT_USER_ERROR)
     except Preempted as e:
-        logger.warning(str(e))
+        print_last_line(f"warning: {e}")
         sys.exit(EXIT_REQUEUE)
     except BrokenPipeError:
         # Python flushes stdout once more when it ends
@@ -122,10 +134,10 @@ def run_cli(main: Callable[[list[str]], Any], about: str | None = None) -> None:
         line = disk_error_line(e)
         if line is None:
             raise
-        print(f"error: {line}", file=sys.stderr)
+        print_last_line(f"error: {line}")
         sys.exit(EXIT_USER_ERROR)
     except KeyboardInterrupt as e:
-        print(str(e) or "interrupted", file=sys.stderr)
+        print_last_line(str(e) or "interrupted")
         sys.exit(EXIT_INTERRUPTED)
     finally:
         threading.excepthook = report
