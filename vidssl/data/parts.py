@@ -59,7 +59,7 @@ def write_part(folder: str, keep: np.ndarray, out: Path) -> None:
         data = b"".join(lines)
         records = (out / entry["name"]).with_suffix(".jsonl")
         _link(tar, out / entry["name"])
-        atomic_write(records, partial(_write_bytes, data))
+        atomic_write(records, partial(Path.write_bytes, data=data))
         facts = {"samples": int(kept.sum()), "index_bytes": len(data)}
         entries.append({**entry, **facts, "index_sha256": hashlib.sha256(data).hexdigest()})
     made_by = {**index.get("pack", {}), "part_of": str(Path(folder).resolve())}
@@ -67,10 +67,6 @@ def write_part(folder: str, keep: np.ndarray, out: Path) -> None:
     classes = {name: names for name, names in index["classes"].items() if name in label_sets}
     text = dumps_index(classes, entries, 0, made_by)
     atomic_write_text(out / "index.json", text + "\n")
-
-
-def _write_bytes(data: bytes, path: Path) -> None:
-    path.write_bytes(data)
 
 
 def _link(tar: Path, place: Path) -> None:

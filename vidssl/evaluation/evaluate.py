@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from vidssl.core.errors import UserError
+from vidssl.data.parts import group_of
 from vidssl.data.shards import Sample
 from vidssl.evaluation.features import TokenSource
 from vidssl.evaluation.protocol import ProbeProtocol, TrainedProbe, TrainingSet, select_and_train
@@ -43,11 +44,6 @@ def check_readable(
             f"or set {section}.allow_unreadable=true (unreadable test samples then count as wrong and are "
             "listed)"
         )
-
-
-def groups_of(samples: list[Sample]) -> list[str]:
-    """The group of each sample; a sample without one is a group of its own."""
-    return [sample.meta.get("group") or f"sample {sample.key}" for sample in samples]
 
 
 class LabelledFeatures(NamedTuple):
@@ -100,7 +96,8 @@ def evaluate(
             raise UserError(f"no usable sample of {name}: none is both labelled '{task.label}' and readable")
     labels = [train.labels[index] for index in indices]
     data = TrainingSet(train.source, indices, labels, task.label_tensor(labels, device))
-    probe = select_and_train(protocol, task, data, groups_of([train.samples[index] for index in indices]))
+    groups = [group_of(train.samples[index]) for index in indices]
+    probe = select_and_train(protocol, task, data, groups)
     task = probe.task
 
     source = probe.apply_standardisation(test.source)
@@ -129,7 +126,7 @@ def score_predictions(
     unreadable = {
         s.key: test.unreadable[i] for i, s in zip(indices, samples, strict=True) if i in test.unreadable
     }
-    metrics = task.test_metrics(outputs, labels, groups_of(samples), seed)
+    metrics = task.test_metrics(outputs, labels, [group_of(sample) for sample in samples], seed)
     row = {"label": task.label, **metrics, "n_test": len(samples), "unreadable": unreadable}
     predictions = []
     for sample, label, output in zip(samples, labels, outputs, strict=True):
