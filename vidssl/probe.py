@@ -13,7 +13,7 @@ With --dry-run it only prints what it would take: features, decoding, encoding, 
 rate measured here), device memory and disk space.
 """
 
-from vidssl.config.command_line import check_command_line
+from vidssl.config.command_line import check_command_line, without_dry_run
 from vidssl.evaluation.probe_config import ProbeConfig
 
 if __name__ == "__main__":
@@ -60,6 +60,7 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 @exit_on_sigterm("SIGTERM")
 def main(argv: list[str]) -> None:
     # Everything that can be known is checked before any video is decoded.
+    argv, dry_run = without_dry_run(argv)
     cfg = load_config(argv, ProbeConfig)
     data = cfg.data
     protocol = cfg.probe.build().resolved()
@@ -99,7 +100,7 @@ def main(argv: list[str]) -> None:
             arguments = (protocol, extractor, views[control], splits.splits, accelerator, control)
             heads = loaded.metadata["model"].get("heads")
             plans.append(plan_features(*arguments, heads, peers.wait, plans))
-        if cfg.dry_run:
+        if dry_run:
             if accelerator.is_main_process:
                 print_plans(plans, missing, splits)
             plans = []
@@ -115,11 +116,11 @@ def main(argv: list[str]) -> None:
             # Freed before those of the next control are computed
             del features
             peers.wait()
-        if accelerator.is_main_process and not cfg.dry_run:
+        if accelerator.is_main_process and not dry_run:
             write_probe_results(out, runs, finished, cfg, splits, loaded, protocol)
     accelerator.wait_for_everyone()
     accelerator.end_training()
-    if not cfg.dry_run:
+    if not dry_run:
         compare = f"vidssl compare {out} OTHER_PROBE --plot {out / 'compare.png'}"
         end.log(f"{len(runs)} rows in probe.json", f"next: {compare}")
 

@@ -26,7 +26,7 @@ def completed(capsys, *words):
     [
         (["pro"], ["probe"]),
         (["train", "--pr"], ["--print-config", "--processes"]),
-        (["train", "--d"], []),
+        (["train", "--d"], ["--dry-run"]),
         (["probe", "--d"], ["--dry-run"]),
         (["train", "optim.lr_s"], ["optim.lr_scaling="]),
         (["train", "method.mas"], ["method.mask.", "method.masks_per_clip="]),

@@ -15,7 +15,7 @@ from vidssl.config import SHIPPED
 from vidssl.config.key_tree import KeyNode, PartNode, SectionNode, find_topic, tree_of
 from vidssl.core.errors import UserError, run_cli
 
-OPTIONS = ("--help", "--print-config", "--quiet")
+OPTIONS = ("--help", "--print-config", "--dry-run", "--quiet")
 # Each calls `vidssl complete WORDS`: the words behind vidssl, up to the one that is completed. Words that end
 # with "=", "." or "/" go on. Where nothing is known, files are completed.
 SCRIPTS = {
@@ -96,7 +96,6 @@ def program_words(program: Program, words: Sequence[str]) -> Iterator[str]:
     if word.startswith("-"):
         yield from OPTIONS
         yield from ["--processes"] * program.shares_work
-        yield from ["--dry-run"] * ("dry_run" in tree_of(cls).children)
     elif "=" in word:
         yield from (f"{word.partition('=')[0]}={value}" for value in values_of(cls, word.partition("=")[0]))
     else:

@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from vidssl.config import load_config
-from vidssl.config.command_line import answer
+from vidssl.config.command_line import answer, without_dry_run
 from vidssl.core.errors import run_cli
 from vidssl.core.io import claim_folder
 from vidssl.zoo.config import ZooConfig
@@ -36,9 +36,10 @@ def main(argv: list[str]) -> None:
     if answer(argv, ZooConfig, __doc__, ("zoo", "ablation"), shares_work=False):
         return
     began_s = time.monotonic()
+    argv, dry_run = without_dry_run(argv)
     zoo = load_config(argv, ZooConfig)
     zoo.check_before_work()
-    if zoo.dry_run:
+    if dry_run:
         print_plan(zoo, read_plan(zoo) or full_plan(zoo, with_flops(zoo, known_facts(zoo))))
         if zoo.minutes is not None and not (zoo.folder / "plan.json").exists():
             print(

@@ -151,6 +151,7 @@ RENAMED = {
 # Key that no longer exists -> what there is instead; stored configurations are read without it.
 REMOVED = {
     "efficiency.cache_mb": "data.cache keeps decoded videos",
+    "dry_run": "give --dry-run",
 }
 # The same for values: (key, old value) -> present value.
 RENAMED_VALUES = {
@@ -162,7 +163,6 @@ RENAMED_VALUES = {
 MAX_LISTED = 8  # names in a message
 # key=value, or --key=value
 ARGUMENT = re.compile(r"(?:--)?((?:\w+\.)*\w+)=(.*)", re.DOTALL)
-FLAG = re.compile(r"--([a-z]+(?:-[a-z]+)+)")  # --dry-run
 
 
 def load_config(argv: Sequence[str], cls: type[Config]) -> Config:
@@ -302,10 +302,8 @@ def _nearest_file(path: str) -> str:
 
 
 def _split_argument(item: str) -> tuple[Source, str, dict[str, Any]]:
-    """Returns (source, dotted key, tree with that key) of a key=value argument; --key=value is the same, and
-    --some-key is some_key=true."""
-    flag = FLAG.fullmatch(item)
-    match = ARGUMENT.match(f"{flag[1].replace('-', '_')}=true" if flag else item)
+    """Returns (source, dotted key, tree with that key) of a key=value argument; --key=value is the same."""
+    match = ARGUMENT.match(item)
     if not match:
         example = f"{item.lstrip('-')}=VALUE" if re.fullmatch(r"-*[\w.]+", item) else "key=value"
         raise UserError(f"'{item}' is neither a .yaml file nor key=value, such as {example}")

@@ -81,7 +81,7 @@ def check_configuration(argv: Sequence[str], cls: type, says_notes: bool = True)
     """Raises UserError if the configuration is wrong, or names a local file that does not exist."""
     if not argv:
         raise UserError("no configuration: give .yaml files and key=value; --help lists them")
-    cfg: Any = load_config(argv if _has_dry_run(cls) else without_dry_run(argv)[0], cls)
+    cfg: Any = load_config(without_dry_run(argv)[0], cls)
     cfg.check_before_work()
     notes = cfg.notes() if says_notes and hasattr(cfg, "notes") else []
     for note in notes:
@@ -90,9 +90,7 @@ def check_configuration(argv: Sequence[str], cls: type, says_notes: bool = True)
 
 def print_config(argv: Sequence[str], cls: type) -> None:
     """Prints the resolved configuration as a file that gives the same one, with the source of each value."""
-    arguments = [word for word in argv if word != PRINT_CONFIG]
-    if not _has_dry_run(cls):
-        arguments, _ = without_dry_run(arguments)
+    arguments = [word for word in argv if word not in (PRINT_CONFIG, DRY_RUN)]
     tree = to_tree(load_config(arguments, cls))
     print("\n".join(annotated_lines(tree, merge(arguments)[1])))
 
@@ -123,12 +121,8 @@ def _source_of(key: str, origin: Origin) -> str:
 
 
 def without_dry_run(argv: Sequence[str]) -> tuple[list[str], bool]:
-    """Returns (argv without --dry-run, whether it was there), for programs where it is no key."""
+    """Returns (argv without --dry-run, whether it was there)."""
     return [word for word in argv if word != DRY_RUN], DRY_RUN in argv
-
-
-def _has_dry_run(cls: type) -> bool:
-    return any(field.name == "dry_run" for field in dataclasses.fields(cls))
 
 
 def print_help(

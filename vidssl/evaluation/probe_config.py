@@ -48,7 +48,6 @@ class ProbeConfig:
     encoder_file: Text | None = None  # weights of a timm model; None: timm downloads them
     out: Text  # folder
     random_init: bool = False  # the same encoder untrained, for comparison
-    dry_run: bool = False  # print what the probe takes, and end before a video is decoded; also: --dry-run
     data: ProbeData
     probe: Annotated[Spec, Choice(PROTOCOLS)]
 

@@ -99,7 +99,6 @@ def probe_fingerprint(cfg: ProbeConfig, splits: ProbeSplits, loaded: LoadedEncod
     """SHA-256 of everything that decides the rows of a probe. precision: resolved."""
     tree = config.to_tree(cfg)
     tree.pop("out")
-    tree.pop("dry_run")
     for name in ("cache_dir", "cache_gb"):
         tree["data"].pop(name)
     tree["probe"] = {name: value for name, value in tree["probe"].items() if name not in RESUME_MUTABLE}

@@ -36,7 +36,6 @@ class ZooConfig:
     at_once: PositiveInt = 1  # programs that run at the same time
     # limit of all work; steps are measured first, and all runs shortened alike; None: no limit
     minutes: PositiveFloat | None = None
-    dry_run: bool = False  # print the plan, and end before anything runs; also: --dry-run
 
     def __post_init__(self) -> None:
         if not self.runs:

@@ -20,7 +20,7 @@ TRIAL_STEPS = 8
 WARM_STEPS = 2  # whose times are not counted
 KEPT_FREE = 0.1  # of the time, for what is not measured
 TABLES_S = 5.0  # seconds for tables and plots
-FREE_TO_CHANGE = ("out", "at_once", "dry_run")
+FREE_TO_CHANGE = ("out", "at_once")
 
 
 def known_facts(zoo: ZooConfig) -> dict[str, RunFacts]:

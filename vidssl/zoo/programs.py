@@ -20,7 +20,7 @@ PYTHON = [sys.executable, "-u", "-m"]
 DECIDE_ROWS = {f"data.{key}" for key in ("train", "test", "labels", "train_fractions", "seeds")} | {
     "probe.controls"
 }
-MUTABLE = {"encoder", "out", "dry_run"} | (NO_CONDITIONS - DECIDE_ROWS)  # keys of a probe
+MUTABLE = {"encoder", "out"} | (NO_CONDITIONS - DECIDE_ROWS)  # keys of a probe
 
 
 def train_job(zoo: ZooConfig, name: str, title: str, out: Path, result: Path | None, *more: str) -> Job:

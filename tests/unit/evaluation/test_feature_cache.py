@@ -253,7 +253,7 @@ KEYED_ELSEWHERE = {  # field -> the ingredient of the key that it changes
     "probe.seed": "weights under the control random_init",
 }
 OF_HEADS = {  # fields that are used after the features are read, or do not change them
-    *("out", "dry_run", "probe.kind", "data.tags", "data.numbers", "data.train_fractions", "data.seeds"),
+    *("out", "probe.kind", "data.tags", "data.numbers", "data.train_fractions", "data.seeds"),
     *("data.cache_dir", "data.cache_gb"),
     *("probe.cache", "probe.cache_gb", "probe.memory_gb", "probe.recompute", "probe.allow_unreadable"),
     *("probe.workers", "probe.encode_batch", "probe.aggregate", "probe.controls", "probe.standardise"),

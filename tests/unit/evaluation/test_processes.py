@@ -81,11 +81,11 @@ def test_sigterm_while_an_evaluation_loads_asks_for_a_requeue(
         signal.signal(signal.SIGTERM, before)
 
 
-def test_a_dry_run_suits_the_rows_of_an_unfinished_probe():
+def test_an_unfinished_probe_goes_on_if_its_rows_would_be_the_same():
     def fingerprint(*more: str) -> str:
         path = str(ROOT / "configs/probe/knn.yaml")
         cfg = load_config([path, "encoder=x", "data.train=x", "data.test=x", "out=x", *more], ProbeConfig)
         loaded = LoadedEncoder(torch.nn.Identity(), {})
         return probe_fingerprint(cfg, SimpleNamespace(splits={}), loaded, "fp32")
 
-    assert fingerprint("dry_run=true") == fingerprint() != fingerprint("probe.k=3")
+    assert fingerprint("out=y") == fingerprint() != fingerprint("probe.k=3")
