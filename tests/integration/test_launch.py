@@ -68,6 +68,9 @@ def test_the_pictures_are_there_and_not_blank(quick):
     for name in ("masks", "curves", "accuracy"):
         with Image.open(quick / f"{name}.png") as picture:
             assert len(picture.convert("L").getcolors(256)) > 20, name
+    with Image.open(quick / "masks.png") as picture:
+        # Three rows for each of several clips
+        assert picture.height > 1.5 * picture.width
 
 
 def test_the_report_has_both_runs_and_their_probes(quick):
