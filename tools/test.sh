@@ -20,9 +20,16 @@ if [ "${CI:-}" = true ] && [ "$(id -u)" = 0 ] && ! command -v chromedriver > /de
 fi
 ruff check .
 ruff format --check .
-mypy
 python tools/check_architecture.py
 if [ $# -gt 0 ]; then
+  mypy
   exec python -m pytest "$@"
 fi
-exec python -m pytest -n auto --dist loadfile
+# Types are checked beside the tests. The files are taken in their order, in which the long ones come first.
+types="$(mktemp)"
+mypy > "$types" 2>&1 &
+failed=0
+python -m pytest -n auto --dist loadfile --no-loadscope-reorder || failed=$?
+wait $! || failed=1
+cat "$types"
+exit $failed
