@@ -54,6 +54,8 @@ NOT_OF_ENTRY_POINTS = {
     "commands",
 }
 ALLOWED |= {entry: set(ALLOWED) - NOT_OF_ENTRY_POINTS for entry in ENTRY_POINTS}
+# Imported only where a run has trackers, to which it sends pictures
+ALLOWED["train"].add("pictures")
 SHARED_NAMES = {"main", "read"}  # every command has a main, every source format of data_prep a read
 LIBRARIES_IN_USE = {
     "PIL", "accelerate", "av", "datasets", "decord", "einops", "fsspec", "numpy", "pydantic",

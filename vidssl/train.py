@@ -20,10 +20,11 @@ from vidssl.config import load_config
 from vidssl.core.errors import run_cli
 from vidssl.core.log import set_log_level
 from vidssl.data.loader import open_shards
+from vidssl.objective.objective import Objective
 from vidssl.training.blocks import configure_blocks
 from vidssl.training.config_checks import check_batch, check_output
 from vidssl.training.device_batches import DeviceBatches
-from vidssl.training.diagnostics import Diagnostics, ending
+from vidssl.training.diagnostics import Diagnostics, PictureLog, ending
 from vidssl.training.distributed import Strategy
 from vidssl.training.malloc import configure_process
 from vidssl.training.metrics_log import count_samples
@@ -75,7 +76,7 @@ def pretrain(cfg: TrainConfig, dry_run: bool = False) -> None:
     configure_blocks(objective, efficiency.activation_checkpointing, efficiency.compile)
     optim_config = cfg.optim.scaled(run.batch)
     model, optimizer = strategy.prepare(objective, build_optimizer(objective, optim_config, efficiency.fused))
-    diagnostics = Diagnostics(cfg, objective, strategy)
+    diagnostics = Diagnostics(cfg, objective, strategy, picture_log(cfg, objective, strategy))
     state = TrainState(cfg, strategy, objective, optimizer, diagnostics, data_hash)
     state.check_space()
     if dry_run:
@@ -135,6 +136,18 @@ def pretrain(cfg: TrainConfig, dry_run: bool = False) -> None:
                     break
     strategy.close()
     folder.finish(done, end, state.writer, preemption.signal)
+
+
+def picture_log(cfg: TrainConfig, objective: Objective, strategy: Strategy) -> PictureLog | None:
+    """Returns what sends pictures to the trackers of the run, in the first process; None without trackers,
+    and where a forward pass takes weights or clips of all processes."""
+    needs_all = not strategy.saves_alone or (objective.couples_clips and strategy.world > 1)
+    if not cfg.run.trackers or not strategy.is_main or needs_all:
+        return None
+    # Imported late, since it draws
+    from vidssl.pictures.tracked import TrackedPictures
+
+    return TrackedPictures(strategy.accelerator, cfg.run.seed, cfg.encoder_arguments()["frames"])
 
 
 def join_processes(cfg: TrainConfig) -> Strategy:

@@ -428,6 +428,10 @@ def test_online_probe_and_trackers(run, tmp_path, synthetic_shards):
 
     events = EventAccumulator(str(tmp_path / "run" / "vidssl")).Reload()
     assert [e.value for e in events.Scalars("loss")] == pytest.approx([r["loss"] for r in got])
+    for name in ("masks", "prediction", "features"):
+        pictures = events.Images(f"pictures/{name}")
+        assert {1, 12} <= {e.step for e in pictures} and pictures[0].width > 100
+    assert all("pictures_s" in got[e.step - 1] for e in pictures)
 
 
 def test_a_tracker_that_is_not_installed(run, tmp_path, monkeypatch):

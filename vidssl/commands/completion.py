@@ -50,7 +50,12 @@ compdef _vidssl vidssl
   set -l words (commandline -opc)
   set -l current (commandline -ct)
   vidssl complete $words[2..-1] "$current" 2>/dev/null
-  or __fish_complete_path "$current"
+  and return
+  # a path may follow the "=" of a key
+  set -l key (string match -r '^.*=' -- "$current")
+  for path in (__fish_complete_path (string replace -r '^.*=' '' -- "$current"))
+    echo "$key$path"
+  end
 end
 complete -c vidssl -f -a '(__vidssl_words)'
 """,

@@ -17,6 +17,8 @@ from vidssl.pictures.features import heat_over
 from vidssl.pretrained.external import open_encoder
 from vidssl.pretrained.load import LoadedEncoder
 
+BRIGHT = 3.0  # times an even attention, below which nothing is shown as bright
+
 
 class OpenedProbe(NamedTuple):
     """An attentive head, its encoder, and the single clips that both see."""
@@ -60,8 +62,9 @@ def query_attention(saved: SavedHead, features: Tensor) -> Tensor:
 
 def attention_video(video: np.ndarray, weights: Tensor) -> np.ndarray:
     """A video u8 [T, S, S, 3] with the attention f32 [heads, t, h, w] of a clip, the mean over heads, as
-    colours."""
-    return heat_over(video, reduce(weights, "k t h w -> t h w", "mean"))
+    colours: bright is the largest, but at least BRIGHT times an even attention."""
+    values = reduce(weights, "k t h w -> t h w", "mean")
+    return heat_over(video, values, max(float(values.max()), BRIGHT * float(values.mean())))
 
 
 @torch.no_grad()

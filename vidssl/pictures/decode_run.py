@@ -25,7 +25,7 @@ from vidssl.pictures.decoded import (
 from vidssl.pictures.panels import PanelRow, encode_still, play, write_panels
 from vidssl.pictures.run_clips import HeldOutClip, RunClips
 from vidssl.pictures.runs import TrainedRun, open_run
-from vidssl.pictures.strips import item, strip
+from vidssl.pictures.strips import item, short_name, strip
 from vidssl.training.preemption import exit_on_sigterm
 
 CLIPS_FILE = "decoded_clips.json"  # in DIR: the panels of the picture, for the page of vidssl report
@@ -111,7 +111,7 @@ def clip_items(rows: Sequence[PanelRow], clips: Sequence[HeldOutClip], fps: floa
     """Players of a page: the panels of each clip, which play together."""
     return [
         item(
-            Path(clip.name).stem,
+            short_name(Path(clip.name).stem),
             "",
             [strip(panel.name.replace("\n", " ").strip(), panel.frames) for panel in row.panels],
             fps=fps,

@@ -14,6 +14,14 @@ QUALITY = 82  # of WebP
 Group = dict[str, Any]
 
 
+SHOWN_NAME = 28  # characters of a file name
+
+
+def short_name(name: str) -> str:
+    """A file name without its middle if it is long: its ends tell files apart."""
+    return name if len(name) <= SHOWN_NAME else f"{name[: SHOWN_NAME // 2]}…{name[-SHOWN_NAME // 2 :]}"
+
+
 def group(name: str, title: str, about: str) -> Group:
     """A section of a page: players of clips, and what is missing."""
     return {"id": name, "title": title, "about": about, "items": [], "missing": []}

@@ -1,6 +1,7 @@
 """The clips of a run's page: the middles of some videos of its data."""
 
 from collections.abc import Sequence
+from pathlib import PurePath
 from typing import NamedTuple
 
 import numpy as np
@@ -11,6 +12,7 @@ from vidssl.core.errors import UserError
 from vidssl.data.shards import Sample, Shards
 from vidssl.data.timing import middle_rate
 from vidssl.evaluation.views import EvalClips, View
+from vidssl.pictures.strips import short_name
 from vidssl.report.contents import resolve_data
 from vidssl.report.run_files import RunFiles
 from vidssl.training.schema import TrainConfig
@@ -20,6 +22,7 @@ class ReportClip(NamedTuple):
     """A clip that is shown."""
 
     key: str
+    name: str  # of its file, short
     label: str  # its classes
     clip: Tensor  # u8 [3, T, S, S]
 
@@ -64,10 +67,15 @@ def read_clips(view: View, shards: Shards, samples: list[Sample]) -> list[Report
     clips = EvalClips(shards, samples, view, 1)
     found = (clips[i] for i in range(len(samples)))
     return [
-        ReportClip(samples[i].key, classes_text(samples[i], shards.classes), clip[0])
+        ReportClip(samples[i].key, file_name(samples[i]), classes_text(samples[i], shards.classes), clip[0])
         for i, clip in found
         if isinstance(clip, Tensor)
     ]
+
+
+def file_name(sample: Sample) -> str:
+    """The name of the file that a sample was packed from, short."""
+    return short_name(PurePath(str(sample.meta.get("source") or sample.key)).name)
 
 
 def classes_text(sample: Sample, classes: dict[str, list[str]]) -> str:

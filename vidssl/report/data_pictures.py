@@ -21,7 +21,7 @@ from data_prep.workers import WorkerPool
 from vidssl.data.decoding import open_video
 from vidssl.data.isolation import Reporter
 from vidssl.data.shards import Sample, Shards
-from vidssl.pictures.strips import FPS, Group, fitted_frames, group, item, strip
+from vidssl.pictures.strips import FPS, Group, fitted_frames, group, item, short_name, strip
 from vidssl.report.data_sets import DataSet
 from vidssl.report.run_files import Row
 
@@ -30,7 +30,6 @@ LEAST_CLIPS = 8  # of a data set
 SHOWN_FRAMES = 12
 SHOWN_PAIRS = 10  # duplicates, and leaks
 SHOWN_OF_ONE = 3  # pairs with the same kept file
-SHOWN_NAME = 28  # characters of a file name
 SHOWN_OF_REASON = 4  # rejected files of each reason whose decoding is tried
 MAX_FILE_BYTES = 500_000_000  # of a rejected file that is opened
 DECODE_TIMEOUT_S = 20.0  # without progress
@@ -155,11 +154,6 @@ def shuffled_evenly(members: Sequence[Sample]) -> list[Sample]:
 
 def source_name(sample: Sample) -> str:
     return short_name(Path(str(sample.meta.get("source") or sample.key)).name)
-
-
-def short_name(name: str) -> str:
-    """A file name without its middle if it is long: its ends tell files apart."""
-    return name if len(name) <= SHOWN_NAME else f"{name[: SHOWN_NAME // 2]}…{name[-SHOWN_NAME // 2 :]}"
 
 
 def label_of(one: DataSet, sample: Sample) -> str:

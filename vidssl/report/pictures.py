@@ -14,21 +14,18 @@ from vidssl.config import load_config
 from vidssl.core.errors import UserError
 from vidssl.core.pixels import normalise
 from vidssl.core.rng import KeyedRNG
-from vidssl.model.grid import Grid, Mask, gather_tokens
+from vidssl.model.grid import Grid
 from vidssl.objective.masked_prediction import MaskedPrediction
 from vidssl.objective.objective import Objective
 from vidssl.objective.targets import Pixels
 from vidssl.pictures.features import (
     encode_on_grid,
-    heat_over,
     liveliest_token,
     pca_videos,
     similarity_video,
 )
-from vidssl.pictures.masks import to_pixels
-from vidssl.pictures.panels import HIDDEN_GREY
-from vidssl.pictures.reconstruction import paste_patches, predicted_pixels, to_unit_range
-from vidssl.pictures.runs import draw_mask, masked_prediction_of, predict_mask
+from vidssl.pictures.predictions import mask_videos, predicted_videos
+from vidssl.pictures.runs import draw_mask, masked_prediction_of
 from vidssl.pictures.strips import Group, group, item, strip
 from vidssl.report.clips import ReportClip, clip_view, open_data, read_clips, spread_samples
 from vidssl.report.probe_pictures import DECODED_ABOUT, add_attention, add_decoded
@@ -149,52 +146,14 @@ def mask_item(
     assert last is not None
     mask = draw_mask(last, clip, rng)
     grid = last.encoder.grid_of(normalise(clip))
-    strips = [strip("clip", shown.frames), *mask_strips(shown.frames, mask, grid)]
+    strips = [strip("clip", shown.frames)]
+    strips += [strip(text, video) for text, video in mask_videos(shown.frames, mask, grid).items()]
     for stage in stages:
         assert stage.prediction is not None
-        strips.append(strip(*predicted_video(stage, clip, mask, rng, shown.frames)))
-    return item(f"{name}: {shown.key}", shown.label, strips)
-
-
-def mask_strips(frames: np.ndarray, mask: Mask, grid: Grid) -> list[dict[str, Any]]:
-    """What is seen, and what is predicted, of a video u8 [T, S, S, 3]."""
-    target = mask.target[0] if mask.weight is None else mask.target[0][mask.weight[0] > 0]
-    found = []
-    for text, ids in (("seen", mask.context[0]), ("to predict", target.flatten())):
-        visible = torch.zeros(grid.n, dtype=torch.bool)
-        visible[ids] = True
-        found.append(strip(text, np.where(to_pixels(visible, frames, grid)[..., None], frames, HIDDEN_GREY)))
-    return found
-
-
-def predicted_video(
-    stage: Stage, clip: Tensor, mask: Mask, rng: KeyedRNG, frames: np.ndarray
-) -> tuple[str, np.ndarray]:
-    """A name and a video u8 [T, S, S, 3]: pixels that are predicted, pasted behind the mask, or of features
-    the cosine of prediction and target, 0 dark and 1 bright."""
-    part = stage.prediction
-    assert part is not None
-    when = "untrained" if stage.step == 0 else f"step {stage.step:,}"
-    found = predict_mask(part, clip, mask, rng)
-    if isinstance(part.target, Pixels):
-        pixels = predicted_pixels(part.target, found.values, found.video, found.ids, found.grid)
-        video = paste_patches(to_unit_range(found.video), pixels, found.ids, found.grid)
-        return f"predicted, {when}", to_u8(video[0])
-    target = part.target_features(found.video)
-    if target is None:
-        return f"no target without a mask, {when}", np.zeros_like(frames)
-    true = gather_tokens(target, found.ids).float()
-    # About the mean of the clip's targets, which alone would make all alike
-    mean = target.float().mean(1, keepdim=True)
-    cosine = F.cosine_similarity(found.values - mean, true - mean, dim=-1)[0]
-    values = torch.zeros(found.grid.n).scatter(0, found.ids[0], cosine.clamp_min(0))
-    text = f"cosine to target {float(cosine.mean()):.2f}, {when}"
-    return text, heat_over(frames, values.reshape(found.grid), 1.0)
-
-
-def to_u8(video: Tensor) -> np.ndarray:
-    """f32 [3, T, S, S] in 0..1 -> u8 [T, S, S, 3]"""
-    return (255 * rearrange(video, "c t h w -> t h w c").clamp(0, 1)).round().numpy().astype(np.uint8)
+        when = "untrained" if stage.step == 0 else f"step {stage.step:,}"
+        text, videos = predicted_videos(stage.prediction, clip, mask, rng, [shown.frames])
+        strips.append(strip(f"{text}, {when}", videos[0]))
+    return item(f"{name}: {shown.name}", shown.label, strips)
 
 
 @torch.no_grad()
@@ -218,7 +177,7 @@ def feature_items(name: str, shown: Sequence[ReportClip], stages: Sequence[Stage
     for i, clip in enumerate(shown):
         strips = [strip(text, video[i], smooth=True) for text, video in zip(texts, videos, strict=True)]
         strips = [strip("clip", clip.frames), *strips, strip(f"{name_of_map}, {texts[-1]}", alike[i])]
-        items.append(item(f"{name}: {clip.key}", clip.label, strips, 2))
+        items.append(item(f"{name}: {clip.name}", clip.label, strips, 2))
     return items
 
 
@@ -260,8 +219,8 @@ def neighbour_items(
     for i, query in enumerate(queries):
         strips = [strip("query", query.frames)]
         for value, place in zip(values[i].tolist(), places[i].tolist(), strict=True):
-            text = gallery[place].label or gallery[place].key
+            text = gallery[place].label or gallery[place].name
             strips.append(strip(f"{value:.2f}  {text}", gallery[place].frames))
         about = f"of {len(gallery)} clips; {query.label}"
-        items.append(item(f"{name}: {query.key}", about, strips, columns=3))
+        items.append(item(f"{name}: {query.name}", about, strips, columns=3))
     return items

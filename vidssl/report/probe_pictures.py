@@ -66,7 +66,7 @@ def attention_items(name: str, opened: OpenedProbe, shown: Sequence[ReportClip])
         said = predicted_class(opened.saved, features[i : i + 1])
         heat = attention_video(one.frames, weights[i])
         strips = [strip(f"true: {one.label}", one.frames), strip(f"says: {said}", heat)]
-        items.append(item(f"{name}: {one.key}", f"probe of {opened.saved.label}", strips, 2))
+        items.append(item(f"{name}: {one.name}", f"probe of {opened.saved.label}", strips, 2))
     return items
 
 

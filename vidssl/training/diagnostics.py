@@ -1,11 +1,12 @@
 """Measurements during training: statistics of the features that show a collapse, the held-out error, and an
-online probe."""
+online probe; pictures for trackers."""
 
 import contextlib
 import math
 import time
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Protocol
 
 import torch
 
@@ -13,19 +14,36 @@ from vidssl.core.log import logger
 from vidssl.data.loader import Batch
 from vidssl.objective.objective import Objective
 from vidssl.training.distributed import Strategy
-from vidssl.training.feature_stats import FeatureStats
+from vidssl.training.feature_stats import Autocast, FeatureStats
 from vidssl.training.online_probe import OnlineProbe
 from vidssl.training.run_folder import RunEnding
 from vidssl.training.schema import TrainConfig
 from vidssl.training.validation import HeldOutRule, Validation
 
 
+class PictureLog(Protocol):
+    """Pictures of what a run sees and predicts, for its trackers (vidssl/pictures/tracked.py)."""
+
+    def log(
+        self, step: int, objective: Objective, video: torch.Tensor, autocast: Autocast
+    ) -> dict[str, float]:
+        """Sends the pictures after `step` steps. Returns what the log says of it."""
+
+
 class Diagnostics:
     """Feature statistics (feature_stats.py), held-out error (validation.py) and online probe
     (online_probe.py) when they are due."""
 
-    def __init__(self, cfg: TrainConfig, objective: Objective, strategy: Strategy):
-        """Collective if there is an online probe or a held-out error, whose clips are decoded here."""
+    def __init__(
+        self,
+        cfg: TrainConfig,
+        objective: Objective,
+        strategy: Strategy,
+        pictures: PictureLog | None = None,
+    ):
+        """Collective if there is an online probe or a held-out error, whose clips are decoded here. pictures:
+        of the first process; None: there are no trackers."""
+        self.pictures = pictures
         self.run = cfg.run
         self.compiled = cfg.efficiency.compile
         self.every = cfg.online_probe.every
@@ -109,6 +127,9 @@ class Diagnostics:
                 metrics |= {f"{name}_start": value for name, value in self.rule.first.items()}
             if measures and self.probe and self.probe_is_due(step):
                 metrics |= self.probe.measure(self.objective, self.strategy.autocast)
+            if self.pictures and (step % self.run.save_every == 0 or step in (1, self.run.steps)):
+                video = batches[0].video
+                metrics |= self.pictures.log(step, self.objective, video, self.strategy.autocast)
         return {**metrics, "diagnostics_s": time.perf_counter() - start_s} if metrics else {}
 
     def _validate(self, step: int) -> dict[str, float]:

@@ -70,7 +70,7 @@ class RunConfig:
     patience: PositiveInt | None = None
     # steps of a row of log.jsonl: more keep the device from waiting for the host
     log_every: PositiveInt = 1
-    trackers: tuple[Tracker, ...] = ()  # besides log.jsonl
+    trackers: tuple[Tracker, ...] = ()  # besides log.jsonl; with pictures at each save
 
 
 def default_workers() -> int:
