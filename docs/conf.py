@@ -13,3 +13,5 @@ suppress_warnings = ["myst.header"]
 
 html_theme = "furo"
 html_title = f"vidssl {release}"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
