@@ -79,7 +79,10 @@ def make_pictures(runs: Sequence[RunFiles]) -> list[Group]:
     """The groups of pictures of a page, each with what is missing in it."""
     masks = group("masks", "Masks and predictions", "What the encoder sees, what is predicted, and how well.")
     features = group(
-        "pca", "Features as colours", "The first three principal components of the tokens, one basis a run."
+        "pca",
+        "Features as colours",
+        "The first three principal components of the tokens, one basis a run, scaled to what varies: where "
+        "the spread (deviation over root mean square) is near 0, tokens are alike and colours show the rest.",
     )
     alike = group("neighbours", "Nearest neighbours", "Clips of train whose mean features are most alike.")
     looks = group("attention", "Attention of the probe", "Bright: where the query of its head looks.")
@@ -170,15 +173,26 @@ def feature_items(name: str, shown: Sequence[ReportClip], stages: Sequence[Stage
         return []
     ends = [stages[0], stages[-1]] if len(stages) > 1 else list(stages)
     frames, size = shown[0].clip.shape[1:3]
-    videos = [pca_videos(encode(stage, shown), frames, size) for stage in ends]
+    encoded = [encode(stage, shown) for stage in ends]
+    videos = [pca_videos(features, frames, size) for features in encoded]
+    notes = [f"spread {spread_of_tokens(features):.2g}" for features in encoded]
     texts = ["untrained" if stage.step == 0 else f"step {stage.step:,}" for stage in ends]
     name_of_map, alike = similarity_videos(stages[-1], shown)
     items = []
     for i, clip in enumerate(shown):
-        strips = [strip(text, video[i], smooth=True) for text, video in zip(texts, videos, strict=True)]
+        strips = [
+            strip(text, video[i], smooth=True, note=note)
+            for text, video, note in zip(texts, videos, notes, strict=True)
+        ]
         strips = [strip("clip", clip.frames), *strips, strip(f"{name_of_map}, {texts[-1]}", alike[i])]
         items.append(item(f"{name}: {clip.name}", clip.label, strips, 2))
     return items
+
+
+def spread_of_tokens(features: Tensor) -> float:
+    """The deviation of all tokens f32 [n, t, h, w, D] over their root mean square."""
+    deviation = features - features.mean((0, 1, 2, 3))
+    return float(deviation.square().mean().sqrt() / features.square().mean().sqrt().clamp_min(1e-12))
 
 
 @torch.no_grad()
