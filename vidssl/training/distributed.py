@@ -187,8 +187,8 @@ class Strategy:
             self.scaler.update()
 
     def step_if(self, optimizer: Any, accepted: Tensor | bool) -> Tensor | bool:
-        """Takes the step or skips it. accepted: the decision, perhaps as bool [] on the device; only a fused
-        AdamW on whole weights follows that without the host. Returns it, as the host knows it."""
+        """Takes the step or skips it. accepted: the decision, perhaps as bool [] on the device; a fused AdamW
+        follows that without the host. Returns it, as the host knows it."""
         inner: Any = unwrapped(optimizer)
         if isinstance(accepted, Tensor) and self.scaler is None and is_fused(inner):
             inner.found_inf = (~accepted).float()  # as a GradScaler tells it
