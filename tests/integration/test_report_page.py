@@ -217,7 +217,7 @@ def test_a_page_of_data_sets_shows_their_classes_on_a_phone(browser, data_page):
         f"return [...{card}.querySelectorAll('tbody tr')].map(r => [...r.children].map(c => c.textContent))"
     )
     assert until(browser, rows) == [["clap", "4", "4", "8"], [HOSTILE, "4", "0", "4"]]
-    reasons = browser.execute_script("return document.querySelector('#rejected tbody').textContent")
+    reasons = browser.execute_script("return document.querySelector('#rejected').textContent")
     assert "not_a_video" in reasons and f"{HOSTILE}.mp4" in reasons
     until(browser, f"return document.querySelector('.player output').textContent !== '1 / {FRAMES}'")
     assert browser.execute_script("return document.documentElement.scrollWidth") <= 390

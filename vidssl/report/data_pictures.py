@@ -232,7 +232,7 @@ def duplicate_groups(
         before = len(one["items"])
         add_pairs(one, pairs, by_name, decode)
         number = len(one["items"]) - before
-        shown = f"{number} of {len(pairs):,} pairs are shown." if pairs else "None was found."
+        shown = f"{number} of {len(pairs):,} pairs are shown." if pairs else "None was found in the shards."
         one["about"] += f" Compared: {searched}. {shown}"
     if any(by_name[name].size > n for name, n in found.searched.items()):
         duplicates["missing"].append("The others were not searched: --search all compares every video.")

@@ -591,10 +591,10 @@ function setsSection({ sets, between }) {
 function rejectedSection({ sets, rejected, pictures }) {
   if (!sets || !rejected.length) return null;
   const shown = pictures.find(({ id }) => id === "rejected-files");
-  const rows = rejected.map((row) => ({ ...row, names: row.examples.map(([path]) => path).join(", ") }));
-  const columns = [...(sets.length > 1 ? [["set", "set"]] : []), ["reason", "reason"], ["n", "files or clips"], ["meaning", "meaning"],
-    ["names", "examples", (_, row) => el("ul", { class: "plain" }, row.examples.map(([path, detail]) => el("li", {}, path, detail ? el("small", {}, detail) : null)))]];
-  return section("rejected", "Rejected", "What is not in the shards and why, from rejected.jsonl.", el("article", { class: "card" }, el("h3", {}, "Reasons"), table("Rejected files by reason", columns, rows, { wraps: true })),
+  const cards = rejected.map((row) => el("article", { class: "card" }, el("div", { class: "head" }, el("h3", {}, sets.length > 1 ? `${row.set}: ${row.reason}` : row.reason), el("span", { class: "badge warn" }, row.n.toLocaleString("en"))),
+    row.meaning ? el("p", { class: "note" }, row.meaning) : null,
+    el("ul", { class: "plain" }, row.examples.map(([path, detail]) => el("li", {}, path, detail ? el("small", {}, detail) : null)))));
+  return section("rejected", "Rejected", "Files and clips that are not in the shards, by reason, with the first of each, from rejected.jsonl.", el("div", { class: "grid" }, cards),
     shown ? [missingList(shown.missing, "What is missing of rejected files"), shown.items.length ? el("h3", { class: "apart" }, shown.title) : null, el("div", { class: "players" }, shown.items.map(playerCard))] : null);
 }
 
