@@ -57,9 +57,9 @@ def test_the_summary_has_the_promised_rows(quick):
 
 
 def test_snapshots_are_probed_along_the_way(quick):
-    for m in ("videomae", "vjepa"):
-        report = json.loads((quick / "probes" / f"{m}@2" / "probe.json").read_text())
-        assert report["trained"]["step"] == 2 and [r["label"] for r in report["results"]] == ["motion"]
+    for m, step in (("videomae", 2), ("vjepa", 1)):
+        report = json.loads((quick / "probes" / f"{m}@{step}" / "probe.json").read_text())
+        assert report["trained"]["step"] == step and [r["label"] for r in report["results"]] == ["motion"]
 
 
 def test_the_pictures_are_there_and_not_blank(quick):
@@ -91,7 +91,8 @@ def test_the_two_methods_saw_the_same_samples(quick):
         [json.loads(x) for x in (quick / m / "log.jsonl").read_text().splitlines()]
         for m in ("videomae", "vjepa")
     ]
-    assert [r["samples_hash"] for r in logs[0]] == [r["samples_hash"] for r in logs[1]]
+    assert [len(rows) for rows in logs] == [4, 2]
+    assert [r["samples_hash"] for r in logs[0][:2]] == [r["samples_hash"] for r in logs[1]]
     assert logs[0][0]["loss"] != logs[1][0]["loss"]
 
 

@@ -13,6 +13,7 @@ from vidssl.quickstart.programs import METHODS, quickstart_jobs
 from vidssl.quickstart.progress import last_step
 from vidssl.quickstart.results import accuracy_over_steps, add_times, result_table, summary
 from vidssl.training.schema import TrainConfig
+from vidssl.zoo.flops import step_flops
 
 
 @pytest.fixture
@@ -44,7 +45,7 @@ def test_the_programs_are_those_of_valid_configurations(quick):
     assert [job.name for job in jobs] == [
         *METHODS,
         *(f"probe {name}" for name in (*METHODS, "random_init")),
-        *(f"probe {method}@{step}" for method in METHODS for step in (3, 6)),
+        *(f"probe {at}" for at in ("videomae@3", "videomae@6", "vjepa@2")),
     ]
     for job in jobs:
         module, *arguments = job.command[3:]
@@ -53,10 +54,21 @@ def test_the_programs_are_those_of_valid_configurations(quick):
         assert job.needs is None or job.needs in METHODS
 
 
-def test_the_two_trainings_differ_in_the_method_alone(quick):
+def test_the_two_trainings_differ_in_method_and_length_alone(quick):
     commands = [set(job.command) for job in quickstart_jobs(quick, "motion", 1)[:2]]
     differing = {text for text in commands[0] ^ commands[1] if "run.out=" not in text}
-    assert differing == {f"configs/method/{method}_tiny.yaml" for method in METHODS}
+    methods = {f"configs/method/{method}_tiny.yaml" for method in METHODS}
+    # Steps and save_every of the first are those that were given for both
+    assert differing == {*methods, "run.steps=4", "run.save_every=2"}
+
+
+def test_the_two_trainings_cost_the_same(tmp_path):
+    jobs = quickstart_jobs(parse_quickstart(["--out", str(tmp_path / "out")]), "motion", 1)[:2]
+    flops = []
+    for job in jobs:
+        cfg = load_config(job.command[4:], TrainConfig)
+        flops.append(cfg.run.steps * step_flops(cfg))
+    assert flops[0] == pytest.approx(flops[1], rel=0.05)
 
 
 def test_the_results_are_read_from_the_probes(quick):

@@ -27,7 +27,7 @@ class TrainingProgress:
 
     def __init__(self, quick: Quickstart):
         self.quick = quick
-        steps = int(quick.run_section()["steps"]) * len(METHODS)
+        steps = sum(quick.lengths(method)["steps"] for method in METHODS)
         self.progress = Progress("pre-training", steps, "steps", self.done())
 
     def done(self) -> int:
