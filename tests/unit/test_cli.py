@@ -43,9 +43,7 @@ def test_usage_lists_all_commands(arguments, capsys):
     assert [line.split()[0] for line in out.splitlines() if line.startswith("  ")] == grouped
 
 
-@pytest.mark.parametrize(
-    "wrong, words", [("trian", "did you mean train?"), ("xyz", "commands: synthetic, pack")]
-)
+@pytest.mark.parametrize("wrong, words", [("trian", "did you mean train?"), ("xyz", "synthetic, pack, scan")])
 def test_an_unknown_command(wrong, words, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["vidssl", wrong])
     with pytest.raises(SystemExit) as end:
