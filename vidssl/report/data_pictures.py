@@ -302,8 +302,10 @@ def side_by_side(rows: Sequence[SideBySide], decode: Any) -> list[Row]:
     for i, row in enumerate(rows):
         both = [clip for clip in clips[2 * i : 2 * i + 2] if isinstance(clip, DecodedClip)]
         if len(both) == 2:
+            # As long as the shorter one, so that they stay in step
+            length = min(len(clip.frames) for clip in both)
             strips = [
-                strip(label, clip.frames, note=f"{name}, {clip.text}")
+                strip(label, clip.frames[:length], note=f"{name}, {clip.text}")
                 for label, name, clip in zip(row.labels, row.names, both, strict=True)
             ]
             items.append(item(row.title, "", strips, columns=2))

@@ -115,6 +115,7 @@ def test_clips_play_and_copies_stand_side_by_side(contents):
     assert verdict(contents["sets"][1]["verdicts"], "twice")["answer"] == "No"
     (leak,) = groups["leaks"]["items"]
     assert [row["label"].split(":")[0] for row in leak["rows"]] == ["train", "test"]
+    assert len({row["frames"] for row in leak["rows"]}) == 1
     assert verdict(contents["between"], "in another")["answer"] == "Yes, 1 pair"
     # The text does not decode, and a path out of the folder is not opened
     (dark,) = groups["rejected-files"]["items"]
