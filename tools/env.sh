@@ -12,7 +12,6 @@ fi
 stamp="${VIRTUAL_ENV:-$CONDA_PREFIX}/.vidssl-$(printf '%s' "$PWD $1" | cat - pyproject.toml | cksum | cut -d' ' -f1)"
 if [ ! -f "$stamp" ]; then
   echo "installing vidssl$1 (the first time: several minutes and, on Linux, some GB of torch) ..."
-  # --no-compile: Python compiles at the first import what is imported; all of torch takes a minute
-  python -m pip install --quiet --disable-pip-version-check --no-compile -e ".$1"
+  python -m pip install --quiet --disable-pip-version-check -e ".$1"
   touch "$stamp"
 fi
