@@ -25,11 +25,11 @@ if [ $# -gt 0 ]; then
   mypy
   exec python -m pytest "$@"
 fi
-# Types are checked beside the tests. The files are taken in their order, in which the long ones come first.
+# Types are checked beside the tests.
 types="$(mktemp)"
 mypy > "$types" 2>&1 &
 failed=0
-python -m pytest -n auto --dist loadfile --no-loadscope-reorder || failed=$?
+python -m pytest -n auto --dist loadfile || failed=$?
 wait $! || failed=1
 cat "$types"
 exit $failed
