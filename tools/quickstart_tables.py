@@ -6,10 +6,10 @@ The table of README.md and docs/experiments.md, the accuracy of snapshots, the s
 """
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
+from vidssl.core.errors import run_cli
 from vidssl.quickstart.results import with_interval
 
 ENCODERS = {
@@ -69,4 +69,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_cli(main)

@@ -1,5 +1,6 @@
 """The commands of the README, as they stand there, at the smallest scale."""
 
+import importlib
 import json
 import os
 import re
@@ -8,6 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from programs import run_here
+
+from vidssl.commands.quickstart import parse_quickstart, prepare_data
+from vidssl.quickstart.programs import quickstart_jobs
+from vidssl.quickstart.results import summary
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--num_processes", "1", "--cpu"]
@@ -104,11 +110,20 @@ def test_a_second_call_reuses_what_is_there(quick):
 
 
 def test_the_quickstart_on_a_folder_of_classes(tiny_corpus, tmp_path):
+    """Its programs, in this process."""
     short = ["--set=run.steps=2", "--set=run.batch=8", "--probe=probe.epochs=1"]
-    done = call("bash", "tools/quickstart.sh", tiny_corpus, "--out", tmp_path / "out", *short)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert {r["label"] for r in json.loads((tmp_path / "out" / "summary.json").read_text())} == {"label"}
-    assert "frames shuffled" in done.stdout
+    quick = parse_quickstart([str(tiny_corpus), "--out", str(tmp_path / "out"), *short])
+    for job in quickstart_jobs(quick, prepare_data(quick), threads=1):
+        program = importlib.import_module(job.command[3])
+        assert run_here(program.main, *job.command[4:]) == 0, job.name
+    rows = summary(quick)
+    assert {(row["label"], row["control"]) for row in rows} == {("label", "none"), ("label", "shuffled")}
+
+
+def test_the_script_installs_and_takes_a_folder_from_where_one_is(tmp_path):
+    (tmp_path / "films").mkdir()
+    done = call("bash", ROOT / "tools/quickstart.sh", "films", "--out", tmp_path / "out", cwd=tmp_path)
+    assert done.returncode == 2 and str(tmp_path / "films") in done.stderr
 
 
 def test_launched_as_the_readme_says(synthetic_shards, tmp_path):

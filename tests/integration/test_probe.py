@@ -59,7 +59,7 @@ def zero_first_test_sample(shards: Path) -> str:
 @pytest.fixture(scope="module")
 def odd(synthetic_corpus, tmp_path_factory) -> Path:
     """25 train and 13 test videos, one of these broken, with labels: the shapes (tags), the number of
-    objects, and the distance of the nearest one from the center in pixels."""
+    different ones, and the distance of the nearest one from the center in pixels."""
     root = tmp_path_factory.mktemp("odd")
     (root / "corpus").mkdir()
     rows = []
@@ -69,7 +69,7 @@ def odd(synthetic_corpus, tmp_path_factory) -> Path:
             with np.load(synthetic_corpus / "truth" / f"{path.stem}.npz") as truth:
                 shapes = "|".join(sorted({SHAPES[i] for i in truth["shape"]}))
                 far = np.hypot(*(truth["position"][0, -1] - SIDE / 2))
-                rows.append((path.name, shapes, len(truth["shape"]), f"{far:.2f}", split))
+                rows.append((path.name, shapes, len(set(truth["shape"])), f"{far:.2f}", split))
     with open(root / "corpus" / "labels.csv", "w", newline="") as f:
         csv.writer(f).writerows([("path", "label_shapes", "label_count", "label_distance", "split"), *rows])
     pack.main([str(root / "corpus"), str(root / "shards"), "--workers", "2"])

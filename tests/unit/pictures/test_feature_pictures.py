@@ -111,8 +111,18 @@ def test_the_query_looks_where_its_keys_are():
     assert torch.allclose(head.xattn(query, head.norm1(tokens))[:, 0], expected, atol=1e-5)
     best = int(head(tokens).softmax(-1).mean(0).argmax())
     assert predicted_class(saved, features).startswith("abc"[best])
-    picture = attention_video(np.zeros((4, 32, 32, 3), np.uint8), weights[0])
-    assert picture.shape == (4, 32, 32, 3) and picture.max() > 100
+
+
+def test_attention_to_a_place_is_bright_there_and_an_even_one_stays_dark():
+    video = np.zeros((4, 32, 32, 3), np.uint8)
+    even = torch.full((2, *GRID), 1 / GRID.n)
+    focused = torch.zeros(2, *GRID)
+    focused[:, 0, 0, 0] = 1
+    pictures = [attention_video(video, weights) for weights in (even, focused)]
+    assert [picture.shape for picture in pictures] == [video.shape] * 2
+    assert pictures[0].max() < 100 and pictures[1].max() > 150
+    # Early frames, upper left
+    assert pictures[1][0, 0, 0].max() > 150 and pictures[1][-1, -1, -1].max() < 100
 
 
 class Patches(nn.Module):

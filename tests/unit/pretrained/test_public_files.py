@@ -130,7 +130,7 @@ class Calls:
 
 
 @pytest.mark.parametrize(
-    "function", [os.system, os.mkdir, subprocess.Popen, eval, exec, print, getattr, __import__, open]
+    "function", [os.system, os.mkdir, subprocess.Popen, eval, exec, input, getattr, __import__, open]
 )
 def test_functions_of_the_standard_library_are_refused_and_not_run(function, tmp_path):
     made = tmp_path / "made"
