@@ -3,7 +3,6 @@ earlier one was cut off."""
 
 import json
 import statistics
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,9 +12,8 @@ from vidssl.adaptation.request import Request
 from vidssl.adaptation.start import Start
 from vidssl.core.io import atomic_write_text
 from vidssl.training.schema import TrainConfig
-from vidssl.zoo.jobs import Job, Outcome, run_jobs
+from vidssl.zoo.jobs import PYTHON, Job, Outcome, run_jobs
 
-PYTHON = [sys.executable, "-u", "-m"]
 TRIAL_STEPS = 8
 WARM_STEPS = 2  # whose times are not counted
 MAX_BINS = 4  # parts of a clip in time, of a linear probe

@@ -18,7 +18,6 @@ off.
 """
 
 import argparse
-import signal
 import sys
 from pathlib import Path
 
@@ -27,6 +26,7 @@ from vidssl.core.errors import UserError, run_cli
 from vidssl.core.io import check_no_shards, check_writable
 from vidssl.data.schema import check_local_folders
 from vidssl.pretrained.sources import check_source
+from vidssl.zoo.jobs import exit_at_sigterm
 
 
 def parse_request(argv: list[str]) -> tuple[Request, bool]:
@@ -70,7 +70,7 @@ def parse_request(argv: list[str]) -> tuple[Request, bool]:
 
 def main(argv: list[str]) -> None:
     request, dry_run = parse_request(argv)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the programs are ended, too
+    exit_at_sigterm()
     # Importing torch takes seconds: mistakes are answered before.
     from vidssl.adaptation.flow import adapt
 

@@ -12,8 +12,6 @@ on where it was cut off.
 import argparse
 import contextlib
 import os
-import signal
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,7 +27,7 @@ from vidssl.quickstart.programs import METHODS, Quickstart, probe_file, quicksta
 from vidssl.quickstart.progress import TrainingProgress
 from vidssl.quickstart.results import add_times, result_table, summary, write_results_json
 from vidssl.training.schema import TrainConfig
-from vidssl.zoo.jobs import run_jobs
+from vidssl.zoo.jobs import exit_at_sigterm, run_jobs
 
 MASKED_CLIPS = 3  # in masks.png
 TRAIN = 3000
@@ -88,8 +86,7 @@ def under_option(option: str) -> Iterator[None]:
 
 def main(argv: list[str]) -> None:
     quick = parse_quickstart(argv)
-    # The programs are ended, too
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    exit_at_sigterm()
     began_s = time.monotonic()
     with claim_folder(quick.out, "quickstart"):
         label = prepare_data(quick)

@@ -13,7 +13,6 @@ Writes OUT/results.csv, table.md, accuracy.png and rankme.png, from the files th
 OUT/runs and OUT/probes; their output is in OUT/logs. --dry-run only prints the plan, with counted FLOPs.
 """
 
-import signal
 import sys
 import time
 from collections.abc import Mapping
@@ -24,7 +23,7 @@ from vidssl.config.command_line import answer, without_dry_run
 from vidssl.core.errors import run_cli
 from vidssl.core.io import claim_folder
 from vidssl.zoo.config import ZooConfig
-from vidssl.zoo.jobs import Outcome, run_jobs
+from vidssl.zoo.jobs import Outcome, exit_at_sigterm, run_jobs
 from vidssl.zoo.measure import full_plan, known_facts, measured_plan, read_plan, with_flops
 from vidssl.zoo.plan import PlannedRun, plan_lines
 from vidssl.zoo.plots import draw_accuracy, draw_rankme
@@ -46,7 +45,7 @@ def main(argv: list[str]) -> None:
                 f"in {zoo.minutes:g} minutes: steps are measured at the start, and all runs shortened alike"
             )
         return
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the programs are ended, too
+    exit_at_sigterm()
     with claim_folder(zoo.folder, "zoo_run"):
         outcomes = run_zoo(zoo, began_s)
     if any(outcome.status != "done" for outcome in outcomes.values()):

@@ -22,6 +22,7 @@ from vidssl.core.errors import UserError
 
 LOCK_FILE = ".lock"
 LEFTOVER = re.compile(r".*\.[0-9a-f]{8}\.tmp")  # names of atomic_write's temporary files
+MAX_ROW_BYTES = 1 << 16  # of a log
 LEFTOVER_AGE_S = 3600  # seconds since the last write, after which a temporary file has no writer any more
 
 
@@ -203,6 +204,16 @@ def raise_open_file_limit() -> None:
     if soft != hard:
         with contextlib.suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def last_json_row(path: Path) -> dict[str, Any]:
+    """The last whole row of a file of JSON lines that may still grow; {} if there is none."""
+    if not path.exists():
+        return {}
+    with open(path, "rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - MAX_ROW_BYTES))
+        *rows, _ = file.read().split(b"\n")
+    return json.loads(rows[-1]) if rows else {}
 
 
 def make_folder(folder: Path) -> None:

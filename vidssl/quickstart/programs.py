@@ -1,17 +1,15 @@
 """The programs of a quickstart: two pre-training runs, and probes of them and of an untrained encoder."""
 
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
 from vidssl import config
-from vidssl.zoo.jobs import Job
+from vidssl.zoo.jobs import PYTHON, Job
 
 METHODS = ("videomae", "vjepa")
 # of the steps that are configured: a step of vjepa_tiny costs 1.94 times the FLOPs of one of videomae_tiny
 SHARE_OF_STEPS = {"videomae": 1.0, "vjepa": 0.5}
 NOT_TRAINED = "random_init"  # the name of the untrained encoder in the results
-PYTHON = [sys.executable, "-u", "-m"]
 
 
 class Quickstart(NamedTuple):

@@ -1,24 +1,16 @@
 """How far the trainings of a quickstart are, from the logs that they write."""
 
-import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from vidssl.core.io import last_json_row
 from vidssl.core.progress import Progress
 from vidssl.quickstart.programs import METHODS, Quickstart
 
-MAX_ROW_BYTES = 4096  # of a log, or more
-
 
 def last_step(log: Path) -> int:
-    """The step of the last whole row of a log.jsonl that may still grow; 0: there is none."""
-    if not log.exists():
-        return 0
-    with open(log, "rb") as file:
-        file.seek(max(0, file.seek(0, os.SEEK_END) - MAX_ROW_BYTES))
-        *rows, _ = file.read().split(b"\n")
-    return json.loads(rows[-1])["step"] if rows else 0
+    """The step of the last row of a log.jsonl; 0: there is none."""
+    return last_json_row(log).get("step", 0)
 
 
 class TrainingProgress:

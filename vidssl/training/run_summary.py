@@ -1,18 +1,16 @@
 """What a program says when it starts and when it has ended: a few lines, of the first process."""
 
-import json
 import logging
-import os
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import nn
 from tqdm import tqdm
 
+from vidssl.core.io import last_json_row
 from vidssl.core.log import RESULT, logger
 from vidssl.core.suggestions import counted
 from vidssl.data.clip_length import Corpus, length_text, look_at, short_line
@@ -25,8 +23,6 @@ from vidssl.training.finetune_loop import Finetuner
 from vidssl.training.finetune_schema import FinetuneConfig
 from vidssl.training.schema import TrainConfig, default_workers
 from vidssl.training.state import TrainState
-
-MAX_ROW_BYTES = 1 << 16  # of log.jsonl
 
 
 def machine_line(device: torch.device, processes: int, precision: str, workers: int | None) -> str:
@@ -65,7 +61,7 @@ class RunEnd:
         """Names the last step of log.jsonl and its loss. lines: what follows."""
         if not logger.isEnabledFor(RESULT):  # not the first process
             return
-        row = last_row(self.out / "log.jsonl")
+        row = last_json_row(self.out / "log.jsonl")
         loss = row.get("loss")
         steps = f"{row['step']} steps are done" if row else "is complete"
         self.log(steps + ("" if loss is None else f", loss {loss:.4f}"), *lines)
@@ -74,16 +70,6 @@ class RunEnd:
 def log_lines(lines: Iterable[str]) -> None:
     for line in lines:
         logger.info(line)
-
-
-def last_row(log: Path) -> dict[str, Any]:
-    """The last row of a log.jsonl."""
-    if not log.exists():
-        return {}
-    with open(log, "rb") as file:
-        file.seek(max(0, file.seek(0, os.SEEK_END) - MAX_ROW_BYTES))
-        rows = file.read().splitlines()
-    return json.loads(rows[-1]) if rows else {}
 
 
 def start_pretraining(

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from vidssl.core.cpus import available_cpus
 from vidssl.core.io import LOCK_FILE, make_folder
 
+PYTHON = [sys.executable, "-u", "-m"]  # and a module
 POLL_S = 0.2  # seconds between two looks at the programs that run
 SAVE_S = 120.0  # seconds in which a program may save its state after SIGTERM
 PR_SET_PDEATHSIG = 1  # prctl(2): the signal that a process gets when its parent ends
@@ -81,6 +82,11 @@ def run_jobs(
     finally:
         end([process for _, process, _ in running.values()])
     return outcomes
+
+
+def exit_at_sigterm() -> None:
+    """Lets SIGTERM end this process by SystemExit, so that `run_jobs` ends the programs, too."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 
 
 def say(line: str) -> None:

@@ -1,7 +1,6 @@
 """The programs of a zoo: its training runs, the probes of their snapshots, and of an untrained encoder."""
 
 import json
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,9 @@ from vidssl.evaluation.comparison import NO_CONDITIONS
 from vidssl.evaluation.probe_config import ProbeConfig
 from vidssl.training.schema import TrainConfig, resume_mutable
 from vidssl.zoo.config import UNTRAINED, ZooConfig
-from vidssl.zoo.jobs import Job
+from vidssl.zoo.jobs import PYTHON, Job
 from vidssl.zoo.plan import PlannedRun, TimedJob
 
-PYTHON = [sys.executable, "-u", "-m"]
 # What a comparison leaves to the rows, but decides which rows there are.
 DECIDE_ROWS = {f"data.{key}" for key in ("train", "test", "labels", "train_fractions", "seeds")} | {
     "probe.controls"
