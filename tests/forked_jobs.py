@@ -11,7 +11,8 @@ import torch
 from data_prep import pack
 from vidssl import probe, train
 from vidssl.core.errors import run_cli
-from vidssl.zoo.jobs import Job, end_with_parent
+from vidssl.core.launch import end_with_parent
+from vidssl.zoo.jobs import Job
 
 MAINS = {"vidssl.train": train.main, "vidssl.probe": probe.main, "data_prep.pack": pack.main}
 

@@ -66,7 +66,7 @@ def run_processes(call: Sequence[str], count: int) -> int:
         for rank in range(count):
             env = os.environ | process_variables(rank, count, port) | {ERROR_FILE: f"{folder}/{rank:06d}"}
             # a group of its own: Ctrl-C of a terminal comes from here alone
-            children.append(subprocess.Popen(call, env=env, process_group=0, preexec_fn=end_with_launcher))
+            children.append(subprocess.Popen(call, env=env, process_group=0, preexec_fn=end_with_parent))
         for number in list(told):
             send_signal(children, number)
         status = joint_status(wait_for_all(children))
@@ -96,8 +96,9 @@ def process_variables(rank: int, count: int, port: str) -> dict[str, str]:
     }
 
 
-def end_with_launcher() -> None:
-    """Lets the system send SIGTERM to this process when the one that started it has been killed."""
+def end_with_parent() -> None:
+    """Lets the system send SIGTERM, at which a program saves its state, to this process when the one that
+    started it has been killed."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))
 

@@ -1,7 +1,6 @@
 """Runs programs, several at a time. A failure ends only what needs it, an end from outside ends all."""
 
 import contextlib
-import ctypes
 import fcntl
 import os
 import signal
@@ -16,11 +15,11 @@ from tqdm import tqdm
 
 from vidssl.core.cpus import available_cpus
 from vidssl.core.io import LOCK_FILE, make_folder
+from vidssl.core.launch import end_with_parent
 
 PYTHON = [sys.executable, "-u", "-m"]  # and a module
 POLL_S = 0.2  # seconds between two looks at the programs that run
 SAVE_S = 120.0  # seconds in which a program may save its state after SIGTERM
-PR_SET_PDEATHSIG = 1  # prctl(2): the signal that a process gets when its parent ends
 Status = Literal["done", "failed", "skipped", "not started", "stopped"]  # skipped: what it needs has failed
 
 
@@ -143,12 +142,6 @@ def start(job: Job, at_once: int) -> subprocess.Popen:
             start_new_session=True,
             preexec_fn=end_with_parent,
         )
-
-
-def end_with_parent() -> None:
-    """Asks for SIGTERM, at which a program saves its state, when the parent was killed."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def end(processes: Sequence[subprocess.Popen]) -> None:
