@@ -1,19 +1,21 @@
 """A report's page in headless Chromium: figures, hovering, playing, sorting, hiding, phone and desktop, light
-and dark; no error, no request, no violation that axe finds."""
+and dark, and while a run writes; no error, no request, no violation that axe finds."""
 
 import io
 import json
 import shutil
 import tempfile
+import threading
 from base64 import b64encode
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
-from report_runs import HOSTILE, STEPS, make_probe, make_run
+from report_runs import HOSTILE, STEPS, log_rows, make_probe, make_run
 from shards_by_hand import write_shards
 
+from vidssl.report import watch
 from vidssl.report.contents import make_contents
 from vidssl.report.data_sets import make_data_contents
 from vidssl.report.page import MAX_BYTES, write_page
@@ -94,13 +96,13 @@ def browser():
             driver.quit()
 
 
-def show(browser, page: Path, width: int, scheme: str) -> None:
-    """Opens the page as a screen of this width shows it."""
+def show(browser, page: Path | str, width: int, scheme: str) -> None:
+    """Opens the page, a file or an address, as a screen of this width shows it."""
     size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     feature = {"name": "prefers-color-scheme", "value": scheme}
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
-    browser.get(page.as_uri())
+    browser.get(page if isinstance(page, str) else page.as_uri())
 
 
 def until(browser, script: str):
@@ -110,14 +112,14 @@ def until(browser, script: str):
     return WebDriverWait(browser, PATIENCE_S, poll_frequency=0.05).until(lambda b: b.execute_script(script))
 
 
-def problems(browser) -> list[str]:
-    """Messages of the console, and addresses that were asked for."""
+def problems(browser, server: str = "file:") -> list[str]:
+    """Messages of the console, and addresses of others than the server that were asked for."""
     found = [entry["message"] for entry in browser.get_log("browser") if "favicon" not in entry["message"]]
     for entry in browser.get_log("performance"):
         event = json.loads(entry["message"])["message"]
         if event["method"] == "Network.requestWillBeSent":
             url = event["params"]["request"]["url"]
-            if not url.startswith(("file:", "data:", "blob:", "chrome:", "chrome-untrusted:")):
+            if not url.startswith((server, "data:", "blob:", "chrome:", "chrome-untrusted:")):
                 found.append(url)
     return found
 
@@ -223,3 +225,72 @@ def test_a_page_of_data_sets_shows_their_classes_on_a_phone(browser, data_page):
     assert browser.execute_script("return document.documentElement.scrollWidth") <= 390
     assert [v["id"] for v in Axe().run(browser)["violations"]] == []
     assert problems(browser) == []
+
+
+@pytest.fixture
+def watched(tmp_path, monkeypatch):
+    """(address, folders) of a page of two runs that is served while they write."""
+    runs = [make_run(tmp_path / "runs" / name) for name in ("first", "second")]
+    monkeypatch.setattr(watch, "ASK_EVERY_S", 0.1)
+    live = watch.LiveContents(runs, lambda: make_contents(runs, ["vidssl", "report", "--watch"]))
+    with watch.open_server(live, 0) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}/", runs
+        server.shutdown()
+        thread.join()
+
+
+READING = """
+const card = (title) => document.querySelector(`[data-panel="${title}"]`);
+const features = document.querySelector('#features');
+return {
+  step: card('Loss').querySelector('.chart').data.map((t) => t.x.at(-1)),
+  zoom: card('Loss').querySelector('.chart')._fullLayout.xaxis.range,
+  values: [...card('Loss').querySelectorAll('tbody tr')].map((r) => r.lastChild.textContent),
+  column: card('Spread within a clip').querySelector('select').value,
+  log: card('Clips a second').querySelector('button').getAttribute('aria-pressed'),
+  rules: [...document.querySelectorAll('#summary details')].map((d) => d.open),
+  runs: [...document.querySelectorAll('#runs input')].map((i) => i.checked),
+  focus: document.activeElement.dataset.run,
+  place: Math.round(features.getBoundingClientRect().top),
+  opened: window.openedOnce,
+};
+"""
+
+
+def test_a_watched_page_follows_its_run_and_keeps_what_the_reader_does(browser, watched):
+    address, (run, _) = watched
+    show(browser, address, 1280, "light")
+    loss = CHART.format("Loss")
+    until(browser, f"const c = {loss}; c.scrollIntoView(); return c.data && c.data.length === 2")
+    browser.execute_script(
+        """
+        window.openedOnce = true;
+        const card = (title) => document.querySelector(`[data-panel="${title}"]`);
+        Plotly.relayout(card('Loss').querySelector('.chart'), {'xaxis.range': [5, 15]});
+        card('Loss').querySelector('details').open = true;
+        const select = card('Spread within a clip').querySelector('select');
+        select.value = 'feature_std_tokens';
+        select.dispatchEvent(new Event('change'));
+        card('Clips a second').querySelector('button').click();
+        document.querySelectorAll('#summary details')[2].open = true;
+        const second = document.querySelectorAll('#runs input')[1];
+        second.click();
+        second.focus({preventScroll: true});
+        document.querySelector('#features').scrollIntoView({behavior: 'instant'});
+        """
+    )
+    before = until(browser, READING.replace("return", "const now =") + "return now.values.length && now")
+    assert before["step"] == [STEPS] and before["rules"].index(True) == 2
+
+    # A new column is a chart more above what is read, and the summary has other figures
+    rows = [row | {"online_probe_knn": 50.0} for row in log_rows(STEPS + 5)[STEPS:]]
+    with open(run / "log.jsonl", "a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    until(browser, f"return {loss}.data[0].x.at(-1) === {STEPS + 5} && {CHART.format('Online probe')} && true")
+    after = browser.execute_script(READING)
+    assert float(after["values"][0]) == pytest.approx(rows[-1]["loss"], rel=1e-3)
+    kept = [name for name in before if name not in ("step", "values")]
+    assert {name: after[name] for name in kept} == {name: before[name] for name in kept}
+    assert problems(browser, address) == []

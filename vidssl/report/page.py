@@ -30,15 +30,15 @@ def embedded_json(contents: Any) -> str:
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
 
-def make_page(contents: dict[str, Any], watch: bool = False) -> str:
-    """The HTML of a page. watch: it asks its server for new data."""
-    connect = "; connect-src 'self'" if watch else ""
+def make_page(contents: dict[str, Any], ask_every_s: float | None = None) -> str:
+    """The HTML of a page. ask_every_s: seconds after which it asks its server for new data; None: never."""
+    connect = "" if ask_every_s is None else "; connect-src 'self'"
     parts = {
         "SECURITY": SECURITY + connect,
         "TITLE": html.escape(f"{contents['title']} - vidssl report"),
         "STYLE": asset("page.css"),
         "PLOTLY": plotly_script(),
-        "CONTENTS": embedded_json({**contents, "watch": watch}),
+        "CONTENTS": embedded_json({**contents, "ask_every_s": ask_every_s}),
         "SCRIPT": asset("page.js"),
     }
     pieces = asset("page.html").split("%%")

@@ -12,6 +12,7 @@ from vidssl.core.errors import UserError
 from vidssl.report.page import make_page
 
 HOST = "127.0.0.1"
+ASK_EVERY_S = 3.0  # of an open page
 WATCHED = ("config.yaml", "log.jsonl", "encoder.safetensors", "results.csv", "table.md")
 REPORTS = ("*/probe.json", "*/*/probe.json", "*/dense.json", "*/decoded.json")
 Contents = dict[str, Any]
@@ -70,7 +71,7 @@ class PageHandler(BaseHTTPRequestHandler):
         try:
             if path == "/":
                 number, contents = self.live.current()
-                self._send(make_page({**contents, "number": number}, watch=True), "text/html")
+                self._send(make_page({**contents, "number": number}, ASK_EVERY_S), "text/html")
             elif path == "/contents.json":
                 number, contents = self.live.current()
                 if query == f"since={number}":

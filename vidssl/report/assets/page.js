@@ -66,6 +66,9 @@ function shownRuns() {
   return state.contents.runs.map((run, index) => ({ run, index })).filter(({ run }) => !state.hidden.has(run.name));
 }
 
+// Nodes, and what makes them show other runs or figures.
+const onRuns = new Map();
+
 // ---------------------------------------------------------------- charts
 const charts = new Map();
 const viewer = new IntersectionObserver((entries) => {
@@ -163,8 +166,13 @@ function xOf(run, steps) {
 
 const X_TITLES = { step: "step", clips: "clips seen", flops: "model FLOPs of training" };
 
+// Cards by the title of their chart. One is kept when other charts come, and with it what the reader chose.
+const curveCards = new Map();
+
 // A card with a curve of each run: one column of the log at a time.
 function curveCard(panel) {
+  const known = curveCards.get(panel.title);
+  if (known && known.isConnected) { known.update(panel); return known; }
   const own = { column: panel.columns[0], log: panel.log };
   const build = () => {
     const traces = [];
@@ -199,18 +207,24 @@ function curveCard(panel) {
   };
   const node = chartNode(build);
   const refresh = () => { charts.get(node).stale = true; drawIfStale(node); };
-  const tools = el("div", { class: "tools" });
-  if (panel.columns.length > 1) {
-    tools.append(el("select", { "aria-label": `Column of ${panel.title}`, onchange: (e) => { own.column = e.target.value; refresh(); } },
-      panel.columns.map((name) => el("option", { value: name }, name))));
-  }
-  tools.append(el("button", { type: "button", "aria-pressed": String(own.log), "aria-label": `Logarithmic axis of ${panel.title}`, onclick: (e) => {
+  const select = el("select", { "aria-label": `Column of ${panel.title}`, onchange: (e) => { own.column = e.target.value; refresh(); } });
+  const log = el("button", { type: "button", "aria-pressed": String(own.log), "aria-label": `Logarithmic axis of ${panel.title}`, onclick: (e) => {
     own.log = !own.log;
     e.target.setAttribute("aria-pressed", String(own.log));
     refresh();
-  } }, "log"));
-  return el("article", { class: "card", "data-panel": panel.title }, el("div", { class: "head" }, el("h3", {}, panel.title), tools),
-    el("p", { class: "note" }, panel.about), node, valuesOf(panel));
+  } }, "log");
+  const values = valuesOf(panel.title);
+  const card = el("article", { class: "card", "data-panel": panel.title }, el("div", { class: "head" }, el("h3", {}, panel.title), el("div", { class: "tools" }, select, log)),
+    el("p", { class: "note" }, panel.about), node, values);
+  card.update = ({ columns }) => {
+    if (!columns.includes(own.column)) own.column = columns[0];
+    select.replaceChildren(...columns.map((name) => el("option", { value: name, selected: name === own.column }, name)));
+    select.hidden = columns.length < 2;
+    values.columns = columns;
+  };
+  card.update(panel);
+  curveCards.set(panel.title, card);
+  return card;
 }
 
 function collapseMarks(run, column, x, colour, traces, shapes) {
@@ -227,23 +241,28 @@ function collapseMarks(run, column, x, colour, traces, shapes) {
   }
 }
 
-// First, lowest, highest and last values: what a chart says, as a table.
-function valuesOf(panel) {
+// First, lowest, highest and last values: what a chart says, as a table, which follows the runs while it is open.
+function valuesOf(title) {
   const details = el("details", {}, el("summary", {}, "Values"));
-  details.addEventListener("toggle", () => {
-    if (!details.open || details.querySelector("table")) return;
-    const rows = [];
-    for (const run of state.contents.runs) {
-      for (const name of panel.columns) {
-        const column = run.curves.columns[name];
-        if (!column) continue;
-        rows.push({ run: run.name, column: name, first: column.y[0], lowest: Math.min(...(column.low || column.y)),
-          highest: Math.max(...(column.high || column.y)), last: run.last[name] ?? column.y[column.y.length - 1] });
-      }
-    }
-    details.append(table(`${panel.title}: values`, [["run", "run"], ["column", "column"], ["first", "first"], ["lowest", "lowest"], ["highest", "highest"], ["last", "last"]], rows));
-  });
+  const rows = [];
+  let scroller = null;
+  const fill = () => {
+    if (!details.open) return;
+    rows.splice(0, rows.length, ...state.contents.runs.flatMap((run) => valueRows(run, details.columns)));
+    if (scroller) { scroller.refill(); return; }
+    scroller = table(`${title}: values`, [["run", "run"], ["column", "column"], ["first", "first"], ["lowest", "lowest"], ["highest", "highest"], ["last", "last"]], rows);
+    details.append(scroller);
+  };
+  details.addEventListener("toggle", fill);
+  onRuns.set(details, fill);
   return details;
+}
+
+function valueRows(run, names) {
+  return names.filter((name) => run.curves.columns[name]).map((name) => {
+    const column = run.curves.columns[name];
+    return { run: run.name, column: name, first: column.y[0], lowest: Math.min(...(column.low || column.y)), highest: Math.max(...(column.high || column.y)), last: run.last[name] ?? column.y[column.y.length - 1] };
+  });
 }
 
 // ---------------------------------------------------------------- tables
@@ -408,7 +427,7 @@ function filteredTable(caption, columns, rows) {
   const used = columns.filter(([key]) => rows.some((row) => row[key] !== null && row[key] !== undefined && row[key] !== ""));
   const scroller = table(caption, used, rows, { keep: (row) => !state.hidden.has(row.run) && (!wanted || used.some(([key, , text]) => String(text ? text(row[key], row) : row[key]).toLowerCase().includes(wanted))) });
   const search = el("input", { type: "search", placeholder: "Filter", "aria-label": `Filter ${caption}`, oninput: (e) => { wanted = e.target.value.toLowerCase(); scroller.refill(); } });
-  onRuns.add(() => scroller.isConnected && scroller.refill());
+  onRuns.set(scroller, scroller.refill);
   return el("article", { class: "card" }, el("div", { class: "head" }, el("h3", {}, caption), el("div", { class: "tools" }, search)), scroller);
 }
 
@@ -622,9 +641,10 @@ function versionSection({ runs, command, version, made }) {
 }
 
 // ---------------------------------------------------------------- the page
-const onRuns = new Set();
+let chipsOf = []; // names of the runs that have a box
 
 function runChips() {
+  chipsOf = state.contents.runs.map(({ name }) => name);
   const chips = state.contents.runs.map((run, index) => el("label", {}, el("input", { type: "checkbox", checked: !state.hidden.has(run.name), "data-run": run.name, onchange: (e) => {
     if (e.target.checked) state.hidden.delete(run.name); else state.hidden.add(run.name);
     applyHidden();
@@ -634,7 +654,9 @@ function runChips() {
 
 function applyHidden() {
   for (const card of document.querySelectorAll(".run-card")) card.hidden = state.hidden.has(card.dataset.run);
-  for (const refill of onRuns) refill();
+  for (const [node, refill] of onRuns) {
+    if (node.isConnected) refill(); else onRuns.delete(node);
+  }
   redrawCharts();
 }
 
@@ -658,11 +680,12 @@ const made = PARTS.map(() => ({ key: null, nodes: [] }));
 function render() {
   const { contents } = state;
   const open = [...document.querySelectorAll("main details[open]")].map(pathOf);
-  const focused = document.activeElement && document.activeElement.closest("main section") ? pathOf(document.activeElement) : null;
+  const active = document.activeElement;
+  const focused = active && active.closest("main section") ? pathOf(active) : null;
   document.getElementById("title").textContent = contents.title;
   document.getElementById("made").textContent = `made ${contents.made}`;
   document.getElementById("about").textContent = `vidssl ${contents.version}`;
-  runChips();
+  if (String(contents.runs.map(({ name }) => name)) !== String(chipsOf)) runChips();
   PARTS.forEach(([build, keyOf], i) => {
     const key = JSON.stringify(keyOf(contents)) || "";
     if (key === made[i].key) return;
@@ -673,11 +696,34 @@ function render() {
   for (const node of [...main.children]) if (!sections.includes(node)) node.remove();
   sections.forEach((node, i) => { if (main.children[i] !== node) main.insertBefore(node, main.children[i] || null); });
   for (const player of players) if (!player.button.isConnected) players.delete(player);
-  document.getElementById("nav").replaceChildren(...sections.map((node) => el("a", { href: `#${node.id}` }, node.querySelector("h2").textContent)));
+  const nav = document.getElementById("nav");
+  const links = [...nav.children];
+  if (String(links.map(({ hash }) => hash)) !== String(sections.map(({ id }) => `#${id}`))) {
+    nav.replaceChildren(...sections.map((node) => links.find(({ hash }) => hash === `#${node.id}`) || el("a", { href: `#${node.id}` }, node.querySelector("h2").textContent)));
+  }
   for (const path of open) { const node = document.querySelector(path); if (node) node.open = true; }
-  if (focused && document.activeElement === document.body) { const node = document.querySelector(focused); if (node) node.focus({ preventScroll: true }); }
+  if (document.activeElement === document.body && active) {
+    const node = active.isConnected ? active : focused && document.querySelector(focused);
+    if (node) node.focus({ preventScroll: true });
+  }
   applyHidden();
   followSections(sections);
+}
+
+// Changes the page and leaves what stands at the top of the view where it is. The browser does so by itself only
+// for nodes that stay, and not every browser does.
+function keepPlace(change) {
+  const root = document.documentElement;
+  const top = Math.max(0, document.getElementById("top").getBoundingClientRect().bottom);
+  const node = window.scrollY ? [...document.querySelectorAll("main h2, main article")].find((one) => one.getBoundingClientRect().bottom > top) : null;
+  if (!node) { change(); return; }
+  const before = node.getBoundingClientRect().top;
+  const path = pathOf(node);
+  root.style.overflowAnchor = "none";
+  change();
+  const now = node.isConnected ? node : document.querySelector(path);
+  if (now) window.scrollBy({ top: now.getBoundingClientRect().top - before, behavior: "instant" });
+  root.style.overflowAnchor = "";
 }
 
 function pathOf(node) {
@@ -720,22 +766,25 @@ render();
 setTheme(document.documentElement.dataset.theme);
 
 // ---------------------------------------------------------------- while a run writes
-if (state.contents.watch) {
+const askEvery = 1000 * state.contents.ask_every_s;
+if (askEvery) {
   const live = document.getElementById("live");
   live.hidden = false;
-  live.textContent = "Watching: the page follows the run's files.";
+  // It is read aloud, so only what is new is put there
+  const say = (text) => { if (live.textContent !== text) live.textContent = text; };
+  say("Watching: the page follows the run's files.");
   const ask = async () => {
     try {
       const answer = await fetch(`contents.json?since=${state.contents.number}`);
       if (answer.status === 200) {
-        state.contents = { ...(await answer.json()), watch: true };
-        render();
+        state.contents = await answer.json();
+        keepPlace(render);
       }
-      live.textContent = answer.ok ? `Watching: version ${state.contents.number}.` : "Watching: the files cannot be read just now.";
+      say(answer.ok ? `Watching: version ${state.contents.number}.` : "Watching: the files cannot be read just now.");
     } catch (error) {
-      live.textContent = "The program that serves this page has ended.";
+      say("The program that serves this page has ended.");
     }
-    setTimeout(ask, 3000);
+    setTimeout(ask, askEvery);
   };
-  setTimeout(ask, 3000);
+  setTimeout(ask, askEvery);
 }
