@@ -232,7 +232,7 @@ def watched(tmp_path, monkeypatch):
     """(address, folders) of a page of two runs that is served while they write."""
     runs = [make_run(tmp_path / "runs" / name) for name in ("first", "second")]
     monkeypatch.setattr(watch, "ASK_EVERY_S", 0.1)
-    live = watch.LiveContents(runs, lambda: make_contents(runs, ["vidssl", "report", "--watch"]))
+    live = watch.LiveContents(runs, lambda _: make_contents(runs, ["vidssl", "report", "--watch"]))
     with watch.open_server(live, 0) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()

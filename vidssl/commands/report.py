@@ -58,7 +58,7 @@ def main(argv: list[str]) -> None:
 
 def report_runs(a: argparse.Namespace, command: Sequence[str]) -> None:
     from vidssl.report.contents import expand_folders, make_contents
-    from vidssl.report.watch import serve_page
+    from vidssl.report.watch import LiveContents, serve_page
 
     expand_folders(a.folders)
     draw = None
@@ -67,11 +67,11 @@ def report_runs(a: argparse.Namespace, command: Sequence[str]) -> None:
         from vidssl.report.pictures import Pictures
 
         draw = Pictures()
-    make = partial(make_contents, a.folders, command, draw)
+    make = partial(make_contents, a.folders, command)
     if a.watch:
-        serve_page(a.folders, make, a.port)
+        serve_page(LiveContents(a.folders, make, draw), a.port)
         return
-    contents = make()
+    contents = make(draw)
     write_report(a.out, contents, counted(len(contents["runs"]), "run"))
     print_verdicts(contents["runs"])
 

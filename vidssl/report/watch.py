@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from vidssl.core.errors import UserError
+from vidssl.pictures.strips import Group, group
+from vidssl.report.contents import Draw
 from vidssl.report.page import make_page
+from vidssl.report.run_files import RunFiles
 
 HOST = "127.0.0.1"
 ASK_EVERY_S = 3.0  # of an open page
@@ -35,12 +38,43 @@ def files_state(folders: Sequence[Path]) -> tuple[tuple[str, int, int], ...]:
     return tuple(found)
 
 
-class LiveContents:
-    """The contents of a page, made anew when a file has changed."""
+class LaterPictures:
+    """Draws in a thread, so that figures wait for no picture. Until it is done there are those of before."""
 
-    def __init__(self, folders: Sequence[Path], make: Callable[[], Contents]):
+    def __init__(self, draw: Draw):
+        self.draw = draw
+        self.drawn: list[Group] = [group("pictures", "Pictures", "They are being drawn.")]
+        self.number = 0  # of the drawings so far that differ
+        self.thread: threading.Thread | None = None
+
+    def __call__(self, runs: Sequence[RunFiles]) -> list[Group]:
+        """The groups of a page."""
+        if self.thread is None or not self.thread.is_alive():
+            # A daemon, so that Ctrl-C does not wait for it
+            self.thread = threading.Thread(target=self._draw, args=(runs,), daemon=True)
+            self.thread.start()
+        return self.drawn
+
+    def _draw(self, runs: Sequence[RunFiles]) -> None:
+        drawn = self.draw(runs)
+        if drawn is not self.drawn:
+            self.drawn = drawn
+            self.number += 1
+
+
+class LiveContents:
+    """The contents of a page, made anew when a file has changed or pictures are drawn."""
+
+    def __init__(
+        self,
+        folders: Sequence[Path],
+        make: Callable[[Draw | None], Contents],
+        draw: Draw | None = None,
+    ):
+        """make: the contents with pictures that a function draws, or without any."""
         self.folders = folders
         self.make = make
+        self.pictures = None if draw is None else LaterPictures(draw)
         self.lock = threading.Lock()
         self.state: Any = None
         self.contents: Contents = {}
@@ -49,9 +83,10 @@ class LiveContents:
     def current(self) -> tuple[int, Contents]:
         """The number of the version, and its contents."""
         with self.lock:
-            state = files_state(self.folders)
+            pictures = self.pictures
+            state = (files_state(self.folders), pictures and pictures.number)
             if state != self.state:
-                self.contents = self.make()
+                self.contents = self.make(pictures)
                 self.state = state
                 self.number += 1
             return self.number, self.contents
@@ -110,9 +145,8 @@ def open_server(live: LiveContents, port: int) -> ThreadingHTTPServer:
         raise UserError(f"--port {port}: {e.strerror}; give another one, or 0 for any that is free") from e
 
 
-def serve_page(folders: Sequence[Path], make: Callable[[], Contents], port: int) -> None:
+def serve_page(live: LiveContents, port: int) -> None:
     """Serves until Ctrl-C."""
-    live = LiveContents(folders, make)
     live.current()
     with open_server(live, port) as server:
         print(

@@ -6,10 +6,11 @@ import urllib.error
 import urllib.request
 
 import pytest
-from report_runs import log_rows, make_run, write_log
+from report_runs import STEPS, log_rows, make_run, write_log
 
 from vidssl.commands import report as command
 from vidssl.core.errors import UserError
+from vidssl.pictures.strips import group
 from vidssl.report import page, watch
 from vidssl.report.contents import make_contents
 
@@ -52,7 +53,7 @@ def served(tmp_path):
     """(address, run folder) of a page that is served."""
     run = make_run(tmp_path / "a")
     write_log(run, log_rows(10))
-    live = watch.LiveContents([run], lambda: make_contents([run], ["vidssl"]))
+    live = watch.LiveContents([run], lambda _: make_contents([run], ["vidssl"]))
     with watch.open_server(live, 0) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
@@ -77,6 +78,28 @@ def test_a_served_page_follows_its_run(served):
     write_log(run, log_rows(12), '{"step": 13, "lo')
     with get(f"{address}/contents.json?since={first['number']}") as answer:
         assert json.load(answer)["runs"][0]["last"]["step"] == 12
+
+
+def test_figures_of_a_watched_page_do_not_wait_for_pictures(tmp_path):
+    run = make_run(tmp_path / "a")
+    may_draw = threading.Event()
+    groups = [group("masks", "Masks", "")]
+
+    def draw(_):
+        may_draw.wait(60)
+        return groups
+
+    live = watch.LiveContents([run], lambda draw: make_contents([run], ["vidssl"], draw), draw)
+    first, contents = live.current()
+    assert contents["runs"][0]["last"]["step"] == STEPS
+    assert [shown["about"] for shown in contents["pictures"]] == ["They are being drawn."]
+    assert live.current()[0] == first
+    may_draw.set()
+    live.pictures.thread.join()
+    second, contents = live.current()
+    assert second > first and contents["pictures"] == groups
+    live.pictures.thread.join()
+    assert live.current()[0] == second
 
 
 @pytest.mark.parametrize(

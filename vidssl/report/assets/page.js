@@ -772,7 +772,8 @@ if (askEvery) {
   live.hidden = false;
   // It is read aloud, so only what is new is put there
   const say = (text) => { if (live.textContent !== text) live.textContent = text; };
-  say("Watching: the page follows the run's files.");
+  const following = "Watching: the page follows the run's files.";
+  say(following);
   const ask = async () => {
     try {
       const answer = await fetch(`contents.json?since=${state.contents.number}`);
@@ -780,7 +781,7 @@ if (askEvery) {
         state.contents = await answer.json();
         keepPlace(render);
       }
-      say(answer.ok ? `Watching: version ${state.contents.number}.` : "Watching: the files cannot be read just now.");
+      say(answer.ok ? following : "Watching: the files cannot be read just now.");
     } catch (error) {
       say("The program that serves this page has ended.");
     }
