@@ -288,7 +288,7 @@ def test_a_watched_page_follows_its_run_and_keeps_what_the_reader_does(browser, 
     rows = [row | {"online_probe_knn": 50.0} for row in log_rows(STEPS + 5)[STEPS:]]
     with open(run / "log.jsonl", "a") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
-    until(browser, f"return {loss}.data[0].x.at(-1) === {STEPS + 5} && {CHART.format('Online probe')} && true")
+    until(browser, f"return {loss}.data[0].x.at(-1) === {STEPS + 5} && {CHART.format('Online probe')}")
     after = browser.execute_script(READING)
     assert float(after["values"][0]) == pytest.approx(rows[-1]["loss"], rel=1e-3)
     kept = [name for name in before if name not in ("step", "values")]
