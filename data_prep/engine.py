@@ -1,9 +1,5 @@
-"""Makes shards: with a pool of processes on this machine, or one task per shard on a Ray cluster; the bytes
-are equal.
-
-On Ray, source and OUT must be on a file system that all nodes see under the same path. A shard whose worker
-or node is lost before it is finished is made again on another.
-"""
+"""Makes shards: with a pool of processes on this machine, or one job per shard on a Ray cluster (see
+core/cluster.py); the bytes are equal."""
 
 import contextlib
 import os
@@ -11,8 +7,6 @@ import socket
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from functools import lru_cache
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +18,13 @@ from data_prep.index import sample_key, tar_samples, write_lines
 from data_prep.inspect_file import FileInspector
 from data_prep.plan import Plan, ShardPlan
 from data_prep.sources import SourceItem
+from vidssl.core.cluster import check_seen_by_node, run_on_cluster
 from vidssl.core.errors import UserError
 from vidssl.core.io import make_folder, os_errors_as_user_errors
 from vidssl.data.format import dumps, sample_record, select_media
 from vidssl.data.metadata import packed_mark
 
 Inspected = list[EncodedSample | Rejected]  # results of inspecting one source file
-MAX_RETRIES = 20  # of a shard whose worker or node is lost
 # Owner, time and mode are constant, so that the bytes of a shard are a function of its samples.
 TAR_HEADER: dict[str, Any] = {"user": "", "group": "", "mode": 0o644, "mtime": 0}
 
@@ -144,59 +138,33 @@ def make_locally(
 def make_on_ray(
     plan: Plan, shards: list[ShardPlan], timeout: float, on_items: Callable[[int], object]
 ) -> None:
-    """Makes each shard in a task of the Ray cluster at RAY_ADDRESS or on this machine, or of a new local
-    one.
-    """
-    try:
-        import ray
-        from ray.exceptions import RayError
-    except ImportError:
-        raise UserError("--engine ray: Ray is not installed; pip install 'vidssl[ray]'") from None
-    running: dict[Any, ShardPlan] = {}
-    where = "the cluster"  # what an error line names
-    try:
-        if not ray.is_initialized():
-            ray.init(log_to_driver=False)
-        task = ray.remote(num_cpus=1, max_retries=MAX_RETRIES)(make_on_node)
-        common = ray.put(plan._replace(datasets={}, rejected={}, source=plan.source.resolve()))
-        waiting = iter(shards)
-        while True:
-            free_slots = 2 * max(1, int(ray.cluster_resources().get("CPU", 1))) - len(running)
-            for shard in islice(waiting, max(0, free_slots)):
-                running[task.remote(common, shard._replace(tar=shard.tar.resolve()), timeout)] = shard
-            if not running:
-                return
-            for ready in ray.wait(list(running), timeout=10)[0]:
-                shard = running.pop(ready)
-                where = shard.tar.name
-                ray.get(ready)
-                on_items(len(shard.items))
-    except (RayError, ConnectionError) as e:
-        cause = getattr(e, "cause", None)
-        line = str(cause if isinstance(cause, UserError) else e).strip().splitlines()[-1]
-        raise UserError(f"{where}: {line} (call again: finished shards stay)") from e
-    finally:
-        for ref in running:
-            ray.cancel(ref)
-
-
-def make_on_node(plan: Plan, shard: ShardPlan, timeout: float) -> None:
-    """Makes one shard in a worker of the cluster."""
-    node = socket.gethostname()
-    for folder in (plan.source, shard.tar.parent):
-        if not folder.is_dir():
-            raise UserError(f"{folder}: not there on node {node}; all nodes must see it under this path")
-    if shard.is_finished():
-        return
-    inspector = _inspector_of_worker(plan.options["decoder"], timeout, plan.recipe, plan.filters)
-    inspected = (
-        inspector(plan.source / path, items[0].ext, [item.span for item in items], items[0].frame_rate)
-        for path, items in shard.files()
+    """Makes each shard in a worker of a Ray cluster."""
+    common = plan._replace(datasets={}, rejected={}, source=plan.source.resolve())
+    run_on_cluster(
+        shard_maker,
+        (common, timeout),
+        [shard._replace(tar=shard.tar.resolve()) for shard in shards],
+        on_done=lambda shard, _: on_items(len(shard.items)),
+        name=lambda shard: shard.tar.name,
     )
-    write_shard(shard, inspected, plan, suffix=f".{node}-{os.getpid()}")
 
 
-_inspector_of_worker = lru_cache(maxsize=1)(FileInspector)  # reused for all shards that a worker makes
+def shard_maker(plan_and_timeout: tuple[Plan, float]) -> Callable[[ShardPlan], None]:
+    """The function that makes one shard in a worker of the cluster, whose inspector all shards share."""
+    plan, timeout = plan_and_timeout
+    inspector = FileInspector(plan.options["decoder"], timeout, plan.recipe, plan.filters)
+
+    def make_shard(shard: ShardPlan) -> None:
+        check_seen_by_node([plan.source, shard.tar.parent])
+        if shard.is_finished():
+            return
+        inspected = (
+            inspector(plan.source / path, items[0].ext, [item.span for item in items], items[0].frame_rate)
+            for path, items in shard.files()
+        )
+        write_shard(shard, inspected, plan, suffix=f".{socket.gethostname()}-{os.getpid()}")
+
+    return make_shard
 
 
 def make(

@@ -4,14 +4,15 @@ vidssl embed VIDEOS|SHARDS ... --encoder X --out DIR [--window SECONDS --hop SEC
 
 VIDEOS: files and folders of videos or images; SHARDS: packed folders or their URLs. Writes DIR/features.npy
 (or .parquet, .zarr), rows.csv (key, start and end in seconds of each row), rejected.jsonl (what could not be
-decoded, with reasons) and embedding.json. --processes N shares the work; the result is the same. The same
-command goes on after SIGTERM (exit status 75), Ctrl-C (130) or a kill. `vidssl search DIR QUERY` finds what
-is alike.
+decoded, with reasons) and embedding.json. --processes N shares the work, --engine ray on the cluster at
+RAY_ADDRESS (default: this machine); the result is the same. The same command goes on after SIGTERM (exit
+status 75), Ctrl-C (130) or a kill. `vidssl search DIR QUERY` finds what is alike.
 """
 
 import argparse
 import json
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from datetime import timedelta
@@ -19,18 +20,20 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vidssl.core.cluster import check_seen_by_node, run_on_cluster
 from vidssl.core.cpus import available_cpus
 from vidssl.core.errors import UserError, run_cli
 from vidssl.core.io import atomic_write_text, check_writable, make_folder
 from vidssl.core.launch import parse_processes, relaunch
 from vidssl.core.log import logger, set_log_level
-from vidssl.core.progress import track
+from vidssl.core.progress import Progress, track
 from vidssl.data.addresses import is_url
 from vidssl.evaluation.embedding_files import PACKAGES, check_format, write_embedding_files
 from vidssl.pretrained.sources import check_source
 
 if TYPE_CHECKING:
-    from vidssl.evaluation.embedding import EmbeddingPlan, IdentifiedSource
+    from data_prep.inspect_file import FileInspector
+    from vidssl.evaluation.embedding import Embedding, EmbeddingPlan, IdentifiedSource
     from vidssl.evaluation.frozen_encoder import FrozenEncoder
     from vidssl.evaluation.processes import Processes
 
@@ -62,10 +65,17 @@ def embed_parser() -> argparse.ArgumentParser:
     add("--dtype", choices=("fp16", "fp32"), default="fp16")
     precision = "of matrix products; auto: bf16 on GPUs that have it"
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help=precision)
-    workers = "decoding processes of each process; default: 2 on a CPU, else by cores"
+    workers = "decoding processes of each process; default: on a CPU 2 (with --engine ray 0), else by cores"
     add("--workers", type=int, metavar="N", help=workers)
-    processes = "of this machine that share the work, one for each of its GPUs"
-    add("--processes", type=parse_processes, default=1, metavar="N", help=processes)
+    engine = "ray: processes of a Ray cluster, whose nodes see inputs and DIR under the same paths"
+    add("--engine", choices=("local", "ray"), default="local", help=engine)
+    processes = (
+        "that share the work: of this machine, one for each of its GPUs; with --engine ray of the cluster "
+        "(default: as many as it has room for)"
+    )
+    add("--processes", type=parse_processes, metavar="N", help=processes)
+    gpus = "with --engine ray; default: 1 where the cluster has GPUs, else 0"
+    add("--gpus-per-process", type=float, metavar="X", help=gpus)
     timeout = "until a file counts as hanging"
     add("--timeout", type=float, default=60.0, metavar="SECONDS", help=timeout)
     return parser
@@ -80,6 +90,10 @@ def check_arguments(a: argparse.Namespace) -> None:
             raise UserError(f"--{name} {value:g}: must be positive")
     if a.workers is not None and a.workers < 0:
         raise UserError(f"--workers {a.workers}: must not be negative")
+    if a.gpus_per_process is not None and not (a.engine == "ray" and 0 <= a.gpus_per_process <= 1):
+        raise UserError(f"--gpus-per-process {a.gpus_per_process:g}: from 0 to 1, and with --engine ray")
+    if a.engine == "ray" and "RANK" in os.environ:
+        raise UserError("--engine ray: a launcher has started this process already (RANK is set)")
     if a.hop is not None and a.window is None:
         raise UserError("--hop: is between windows; give --window, too")
     if a.stride is not None and a.fps is not None:
@@ -103,7 +117,7 @@ def is_packed_folder(item: str) -> bool:
 def main(argv: list[str]) -> None:
     a = embed_parser().parse_args(argv)
     check_arguments(a)
-    if a.processes > 1:
+    if a.engine == "local" and (a.processes or 1) > 1:
         relaunch(a.processes)
     # Importing torch takes seconds: mistakes are answered before.
     from vidssl.training.preemption import exit_on_lost_peer, exit_on_sigterm
@@ -132,13 +146,13 @@ def embed(a: argparse.Namespace) -> None:
     )
     tune_malloc()
     accelerator = Accelerator(
-        cpu=not torch.cuda.is_available(),
+        cpu=a.engine == "ray" or not torch.cuda.is_available(),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT)],
     )
     set_log_level(accelerator.is_main_process)
     with claim_for_all(a.out, "embed", processes_of(accelerator)), Peers(accelerator) as peers:
         processes = processes_of(accelerator, peers.wait)
-        source, samples = open_inputs(a.inputs)
+        source, samples = open_inputs(a.inputs, absolute=a.engine == "ray")
         request = make_request(a, source, encoder)
         if processes.run_on_main(partial(open_embedding_folder, a.out, request)):
             accelerator.print(f"{a.out}: already complete")
@@ -163,11 +177,9 @@ def run_embedding(
     from vidssl.evaluation.embedding import (
         DTYPES,
         RejectedRow,
-        compute_embedding,
         make_embedding_plan,
         short_windows,
     )
-    from vidssl.evaluation.features import FeatureStorage
 
     rejected: list[Any] = []
     if not is_packed_folder(a.inputs[0]):
@@ -178,15 +190,14 @@ def run_embedding(
     logger.info(f"embed: {len(samples)} videos, {len(plan.samples)} rows, {len(rejected)} rejected")
     if line := short_windows(plan):
         logger.warning(line)
-    storage = FeatureStorage(workers=a.workers, decode_timeout_s=a.timeout)
-    embedding = compute_embedding(plan, encoder, a.out, accelerator, storage, processes.wait)
+    embedding = compute_rows(a, plan, encoder, accelerator, processes)
     rejected += embedding.rejected
     if not embedding.kept:
         raise UserError(f"{a.out}: no row could be decoded ({rejected[0].reason}); see {a.inputs[0]}")
 
     def finish() -> None:
         records = [RejectedRow(*row)._asdict() for row in rejected]
-        facts = embedding_facts(a, request, plan, encoder.resolved_precision)
+        facts = embedding_facts(a, request, plan, embedding.precision)
         features = embedding.features.numpy()
         write_embedding_files(a.out, a.format, features, embedding.kept, plan.rows, records, facts)
         remove_parts(a.out)
@@ -195,6 +206,26 @@ def run_embedding(
     counts = f"{len(embedding.kept)} rows of {list(embedding.features.shape[1:])} {a.dtype}"
     accelerator.print(f"{a.out}: {counts}; {len(rejected)} rejected (rejected.jsonl)")
     accelerator.print(f"next: vidssl search {a.out} KEY_OR_VIDEO --montage hits.png")
+
+
+def compute_rows(
+    a: argparse.Namespace,
+    plan: "EmbeddingPlan",
+    encoder: "FrozenEncoder",
+    accelerator: Any,
+    processes: "Processes",
+) -> "Embedding":
+    from vidssl.evaluation.embedding import compute_embedding
+    from vidssl.evaluation.features import FeatureStorage
+
+    storage = FeatureStorage(workers=a.workers, decode_timeout_s=a.timeout)
+    if a.engine == "local":
+        return compute_embedding(plan, encoder, a.out, accelerator, storage, processes.wait)
+    from vidssl.evaluation.cluster_embedding import ClusterSettings, compute_embedding_on_cluster
+
+    settings = ClusterSettings(a.processes, a.gpus_per_process, a.workers)
+    local = [item for item in a.inputs if not is_url(item)]
+    return compute_embedding_on_cluster(plan, encoder, a.out, storage, local, settings)
 
 
 def remove_parts(out: Path) -> None:
@@ -237,19 +268,20 @@ def embedding_facts(
     }
 
 
-def open_inputs(inputs: list[str]) -> tuple["IdentifiedSource", list[Any]]:
-    """The shards or files, and their samples."""
+def open_inputs(inputs: list[str], absolute: bool) -> tuple["IdentifiedSource", list[Any]]:
+    """The shards or files, and their samples. absolute: they are found from every folder."""
+    root = os.getcwd() if absolute else ""
     if is_packed_folder(inputs[0]):
         from vidssl.data.shards import Shards
 
-        shards = Shards(inputs)
+        shards = Shards([item if is_url(item) else os.path.join(root, item) for item in inputs])
         return shards, shards.list_samples()
     from vidssl.evaluation.media_files import MediaFiles, list_media
 
     paths = list_media([Path(item) for item in inputs])
     if not paths:
         raise UserError(f"{inputs[0]}: no video or image in it")
-    files = MediaFiles(paths)
+    files = MediaFiles(paths, root)
     return files, files.samples
 
 
@@ -266,7 +298,10 @@ def measure_files(
     pieces = [paths[i : i + FILES_PER_PIECE] for i in range(0, len(paths), FILES_PER_PIECE)]
     files = [folder / f"files-{source.hash[:16]}-{number:06d}.json" for number in range(len(pieces))]
     own = {files[i]: pieces[i] for i in processes.share(len(pieces)) if not files[i].exists()}
-    measure_pieces(a, own, quiet=not processes.is_main)
+    if a.engine == "ray":
+        measure_on_cluster(a, own)
+    else:
+        measure_pieces(a, own, quiet=not processes.is_main)
     processes.gather(None)
     measured = []
     rejected = []
@@ -283,24 +318,53 @@ def measure_files(
 def measure_pieces(a: argparse.Namespace, pieces: dict[Path, list[str]], quiet: bool) -> None:
     """Measures files as pack does (frames, times, which decoder is right), in child processes, and writes the
     facts of each piece to its file."""
-    from data_prep.filters import Rejected
     from data_prep.inspect_file import FileInspector
-    from vidssl.evaluation.media_files import media_extension
 
     cores = available_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     workers = max(1, cores if a.workers is None else a.workers)
     inspector = FileInspector("auto", a.timeout)
-
-    def measure(path: str) -> dict[str, Any]:
-        (found,) = inspector(Path(path), media_extension(path))
-        if isinstance(found, Rejected):
-            return {"reason": found.reason, "detail": found.detail}
-        return {"meta": found.meta}
-
     with closing(inspector), ThreadPoolExecutor(workers) as pool:
         for file, paths in track(pieces.items(), "measure", f"x {FILES_PER_PIECE} files", quiet=quiet):
-            text = json.dumps(list(pool.map(measure, paths)))
+            text = json.dumps(list(pool.map(partial(measure, inspector), paths)))
             atomic_write_text(file, text)
+
+
+def measure_on_cluster(a: argparse.Namespace, pieces: dict[Path, list[str]]) -> None:
+    """As measure_pieces, a piece in a job of the Ray cluster."""
+    jobs = [(file.absolute(), [os.path.abspath(path) for path in paths]) for file, paths in pieces.items()]
+    seen = [Path(item).absolute() for item in a.inputs]
+    with Progress("measure", len(jobs), f"x {FILES_PER_PIECE} files") as progress:
+        run_on_cluster(
+            piece_measurer, (seen, a.timeout), jobs, lambda *_: progress.update(), lambda _: str(a.out)
+        )
+
+
+def piece_measurer(common: tuple[list[Path], float]) -> Callable[[tuple[Path, list[str]]], None]:
+    """The function that measures a piece in a worker of the cluster. common: the inputs, and seconds until a
+    file counts as hanging."""
+    from data_prep.inspect_file import FileInspector
+
+    inputs, timeout = common
+    check_seen_by_node(inputs)
+    inspector = FileInspector("auto", timeout)
+
+    def measure_piece(piece: tuple[Path, list[str]]) -> None:
+        file, paths = piece
+        check_seen_by_node([file.parent])
+        atomic_write_text(file, json.dumps([measure(inspector, path) for path in paths]))
+
+    return measure_piece
+
+
+def measure(inspector: "FileInspector", path: str) -> dict[str, Any]:
+    """The facts of a file, or why it is rejected."""
+    from data_prep.filters import Rejected
+    from vidssl.evaluation.media_files import media_extension
+
+    (found,) = inspector(Path(path), media_extension(path))
+    if isinstance(found, Rejected):
+        return {"reason": found.reason, "detail": found.detail}
+    return {"meta": found.meta}
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from vidssl.evaluation.extractor import FeatureExtractor, cache_provenance
 from vidssl.evaluation.feature_cache import ROWS_PER_BLOCK, FeatureShape, FeatureStore
 from vidssl.evaluation.features import FeatureLoader, FeatureStorage, fill_store, videos_per_batch
 from vidssl.evaluation.frozen_encoder import FrozenEncoder, Output, join_clips, row_shape
+from vidssl.evaluation.processes import Processes
 from vidssl.evaluation.report import weights_hash
 from vidssl.evaluation.views import MediaSource, View
 
@@ -140,18 +141,26 @@ class Embedding(NamedTuple):
     features: Tensor  # [rows of the plan, ...], mapped from the disk
     kept: list[int]
     rejected: list[RejectedRow]
+    precision: str  # of matrix products
 
 
-def compute_embedding(
+class RowComputer(NamedTuple):
+    """Computes rows of a plan in this process."""
+
+    store: FeatureStore
+    rows: Callable[[list[int]], Iterator[tuple[int, Tensor | str]]]  # of numbers in the plan
+    processes: Processes
+
+
+def make_row_computer(
     plan: EmbeddingPlan,
     encoder: FrozenEncoder,
     out: Path,
     accelerator: Accelerator,
     storage: FeatureStorage,
     wait: Callable[[], None] = do_nothing,
-) -> Embedding:
-    """Computes the rows that OUT/parts does not have yet, each process its share. Collective. storage:
-    workers and limits of decoding; wait: see FeatureLoader."""
+) -> RowComputer:
+    """storage: workers and limits of decoding; wait: see FeatureLoader."""
     fitting = videos_per_batch(plan.view, accelerator.device, storage.encode_batch)
     # A divisor of a block: then its batches are the same wherever computing starts
     batch = max(n for n in range(1, ROWS_PER_BLOCK + 1) if ROWS_PER_BLOCK % n == 0 and n <= max(1, fitting))
@@ -171,23 +180,45 @@ def compute_embedding(
     tokens = join_clips(torch.zeros(per_clip[1:]), plan.output, plan.view.segments).shape[0]
     shape = FeatureShape(len(plan.samples), 1, tokens, per_clip.width)
     store = FeatureStore(out / PARTS, provenance_of(plan, encoder, accelerator), shape, plan.dtype)
-    size = shape.samples * store.row_bytes
-    loader.processes.run_on_main(
-        lambda: check_free_space(out, 2 * size, "features", "free some, or give --tokens pooled")
-    )
 
     def rows(numbers: list[int]) -> Iterator[tuple[int, Tensor | str]]:
         for number, value in loader.rows(numbers, per_clip):
             joined = value if isinstance(value, str) else join_clips(value, plan.output, plan.view.segments)
             yield number, joined
 
-    fill_store(store, rows, accelerator, wait)
+    return RowComputer(store, rows, loader.processes)
+
+
+def compute_embedding(
+    plan: EmbeddingPlan,
+    encoder: FrozenEncoder,
+    out: Path,
+    accelerator: Accelerator,
+    storage: FeatureStorage,
+    wait: Callable[[], None] = do_nothing,
+) -> Embedding:
+    """Computes the rows that OUT/parts does not have yet, each process its share. Collective."""
+    computer = make_row_computer(plan, encoder, out, accelerator, storage, wait)
+    computer.processes.run_on_main(partial(check_space_for_rows, out, computer.store))
+    fill_store(computer.store, computer.rows, accelerator, wait)
+    return read_embedding_rows(plan, encoder, computer.store)
+
+
+def check_space_for_rows(out: Path, store: FeatureStore) -> None:
+    """Raises UserError unless the rows fit on the disk, and again as the written features."""
+    size = store.shape.samples * store.row_bytes
+    check_free_space(out, 2 * size, "features", "free some, or give --tokens pooled")
+
+
+def read_embedding_rows(plan: EmbeddingPlan, encoder: FrozenEncoder, store: FeatureStore) -> Embedding:
+    """The rows of a complete store."""
     features, unreadable = store.read()
     all_rows = plan.rows
     kept = [number for number in range(len(all_rows)) if number not in unreadable]
     rejected = [RejectedRow(*all_rows[number], reason) for number, reason in sorted(unreadable.items())]
     dims = row_shape(encoder.metadata["model"], plan.view, plan.output)
-    return Embedding(features.view(len(all_rows), *dims, shape.width), kept, rejected)
+    features = features.view(len(all_rows), *dims, store.shape.width)
+    return Embedding(features, kept, rejected, store.provenance["precision"])
 
 
 def provenance_of(plan: EmbeddingPlan, encoder: FrozenEncoder, accelerator: Accelerator) -> dict[str, Any]:
