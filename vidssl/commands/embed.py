@@ -24,7 +24,7 @@ from vidssl.core.cluster import check_seen_by_node, run_on_cluster
 from vidssl.core.cpus import available_cpus
 from vidssl.core.errors import UserError, run_cli
 from vidssl.core.io import atomic_write_text, check_writable, make_folder
-from vidssl.core.launch import parse_processes, relaunch
+from vidssl.core.launch import check_gpus, parse_processes, relaunch
 from vidssl.core.log import logger, set_log_level
 from vidssl.core.progress import Progress, track
 from vidssl.data.addresses import is_url
@@ -118,6 +118,7 @@ def main(argv: list[str]) -> None:
     a = embed_parser().parse_args(argv)
     check_arguments(a)
     if a.engine == "local" and (a.processes or 1) > 1:
+        check_gpus(a.processes)
         relaunch(a.processes)
     # Importing torch takes seconds: mistakes are answered before.
     from vidssl.training.preemption import exit_on_lost_peer, exit_on_sigterm

@@ -27,7 +27,7 @@ from vidssl.config.key_tree import (
 )
 from vidssl.config.signatures import Declaration
 from vidssl.core.errors import UserError, asks_for_help, run_cli
-from vidssl.core.launch import PROCESSES, relaunch, take_processes
+from vidssl.core.launch import PROCESSES, check_gpus, relaunch, take_processes
 from vidssl.core.log import logger
 
 WIDTH = 110
@@ -57,6 +57,7 @@ def check_processes(argv: Sequence[str], cls: type) -> None:
     arguments = list(argv)
     if (count := take_processes(arguments)) > 1:
         os.environ["WORLD_SIZE"] = str(count)
+        check_gpus(count)
     # what is worth a note is said by the first process
     check_configuration(arguments, cls, says_notes=count == 1 and os.environ.get("RANK", "0") == "0")
 

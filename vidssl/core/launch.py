@@ -25,6 +25,8 @@ NCCL_ABORT = 128 + signal.SIGABRT  # its watchdog ends a process that has waited
 # Once a process has failed, the others get so many seconds to end by themselves, and so many after SIGTERM.
 GRACE_S = (60.0, 600.0)
 PR_SET_PDEATHSIG = 1  # of prctl(2)
+# Of NVIDIA's driver, of AMD's, and of WSL: without them no GPU is looked for, since torch takes seconds
+GPU_DRIVERS = (Path("/dev/nvidiactl"), Path("/dev/kfd"), Path("/dev/dxg"))
 
 
 def take_processes(words: list[str]) -> int:
@@ -46,6 +48,25 @@ def parse_processes(value: str) -> int:
     if "RANK" in os.environ:
         raise UserError(f"{PROCESSES} {value}: a launcher has started this process already (RANK is set)")
     return int(value)
+
+
+def check_gpus(count: int) -> None:
+    """Raises UserError if there are GPUs, but not one for each of `count` processes."""
+    gpus = visible_gpus()
+    if 0 < gpus < count:
+        raise UserError(
+            f"{PROCESSES} {count}: each process takes a GPU, and {gpus} can be seen here; give {PROCESSES} "
+            f"{gpus}, or CUDA_VISIBLE_DEVICES= for CPUs alone"
+        )
+
+
+def visible_gpus() -> int:
+    """GPUs that torch would use; 0, without importing it, where there is no driver."""
+    if not any(driver.exists() for driver in GPU_DRIVERS):
+        return 0
+    import torch
+
+    return torch.cuda.device_count()
 
 
 def relaunch(count: int) -> None:

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from vidssl.commands import embed
 from vidssl.config import command_line
 from vidssl.core import launch
 from vidssl.core.errors import UserError
@@ -44,6 +45,26 @@ def test_what_is_wrong_for_so_many_processes_is_said_before_they_start(monkeypat
         command_line.check_processes(
             [*(f"configs/{name}.yaml" for name in files), "--processes=3", "data.train=tests"], TrainConfig
         )
+
+
+def test_each_process_has_a_gpu_where_there_are_any(monkeypatch, tmp_path):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    # Without a driver nothing asks torch
+    monkeypatch.setattr(launch, "GPU_DRIVERS", (tmp_path / "no",))
+    launch.check_gpus(3)
+    monkeypatch.setattr(launch, "GPU_DRIVERS", (tmp_path,))
+    launch.check_gpus(2)
+    more = ["--processes=3", "data.train=tests", "run.lanes=12"]
+    files = ["method/vjepa_tiny", "model/vit_micro", "data/quickstart", "run/smoke"]
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with pytest.raises(UserError, match="--processes 3: each process takes a GPU, and 2 can be seen here"):
+        command_line.check_processes([*(f"configs/{name}.yaml" for name in files), *more], TrainConfig)
+    monkeypatch.setattr(embed, "relaunch", lambda count: pytest.fail("started"))
+    arguments = ["tests", "--encoder", "timm:x", "--out", str(tmp_path / "out"), "--processes", "3"]
+    with pytest.raises(UserError, match="--processes 3: each process takes a GPU"):
+        embed.main(arguments)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    launch.check_gpus(3)
 
 
 def test_processes_know_each_other(capfd):
