@@ -26,6 +26,7 @@ from vidssl.data.shards import Shards
 SEARCHED_PIXELS = 1_000_000_000  # that are decoded to find candidates: about 20 seconds on a core
 COMPARED_PIXELS = 500_000_000  # that are decoded to decide about them
 PIXELS_A_BYTE = 100  # of a video that nobody has measured
+OPENING_PIXELS = 250_000  # as long as these pixels takes what a video takes besides its own, however small
 TIMEOUT_S = 60.0  # without progress until a video counts as hanging
 
 
@@ -56,11 +57,11 @@ class SampleSearch(NamedTuple):
 
 
 def pixels_of(sample: Sample) -> int:
-    """The pixels that decoding a whole video takes, roughly."""
+    """The pixels that decoding a whole video takes, roughly, with those that opening it is counted as."""
     frames, height, width = (sample.meta.get(name) for name in ("frames", "height", "width"))
     if isinstance(frames, int) and isinstance(height, int) and isinstance(width, int):
-        return frames * height * width
-    return PIXELS_A_BYTE * sample.size
+        return OPENING_PIXELS + frames * height * width
+    return OPENING_PIXELS + PIXELS_A_BYTE * sample.size
 
 
 def choose_searched(samples: Mapping[str, Sequence[Sample]], pixels: float) -> dict[str, list[Sample]]:

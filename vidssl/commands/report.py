@@ -2,7 +2,8 @@
 
 vidssl report RUN [RUN ...] [-o report.html]      RUN: folders written by vidssl train or finetune, or a zoo's
 vidssl report RUN --watch                         serves the page and updates it while the run writes
-vidssl report SHARDS [SHARDS ...]                 packed data sets: clips, labels, damage, copies and leaks
+vidssl report SHARDS [SHARDS ...]                 packed data sets: clips, labels, damage, copies and leaks;
+                                                  folders, or addresses such as https://... and s3://...
 """
 
 import argparse
@@ -14,13 +15,14 @@ from typing import Any
 from vidssl.core.errors import UserError, run_cli
 from vidssl.core.io import check_writable, make_folder, os_errors_as_user_errors
 from vidssl.core.suggestions import counted
+from vidssl.data.addresses import canonical_address, is_url, without_query
 
 
 def report_parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="vidssl report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    p.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="runs, a zoo, or shards")
+    p.add_argument("folders", nargs="+", type=address, metavar="FOLDER", help="runs, a zoo, or shards")
     p.add_argument("-o", "--out", type=Path, default=Path("report.html"), help="default: report.html")
     p.add_argument("--no-pictures", action="store_true", help="no clips, which need the run's data and torch")
     p.add_argument("--watch", action="store_true", help="serve the page on this machine, and keep it new")
@@ -38,7 +40,9 @@ def main(argv: list[str]) -> None:
         raise UserError(f"-o {a.out}: give a file name that ends in .html")
     shards = [folder for folder in a.folders if is_data(folder)]
     if shards and len(shards) < len(a.folders):
-        raise UserError(f"{shards[0]}: holds shards; give shards and runs to reports of their own")
+        raise UserError(
+            f"{without_query(str(shards[0]))}: holds shards; give shards and runs to reports of their own"
+        )
     if not shards and (a.source or a.search != "some"):
         raise UserError("--source and --search are for shards; a run has neither")
     if a.watch and shards:
@@ -102,8 +106,16 @@ def write_report(out: Path, contents: dict[str, Any], holds: str) -> None:
     print(f"{out}: {holds}, {size / 1e6:.1f} MB{large}")
 
 
-def is_data(folder: Path) -> bool:
-    """Whether a folder is of packed shards, or holds such folders only."""
+def address(text: str) -> Path | str:
+    """A folder, or the address of a remote one as it is."""
+    text = canonical_address(text)
+    return text if is_url(text) else Path(text)
+
+
+def is_data(folder: Path | str) -> bool:
+    """Whether a folder is of packed shards, or holds such folders only; remote ones always are."""
+    if isinstance(folder, str):
+        return True
     if (folder / "index.json").is_file():
         return True
     runs = ("log.jsonl", "config.yaml", "results.csv")

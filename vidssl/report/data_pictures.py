@@ -91,7 +91,8 @@ class DataPictures:
         shards = {one.name: one.shards for one in sets if one.shards is not None}
         found = None
         if self.search != "none" and shards:
-            samples = {name: one.samples for one in sets if (name := one.name) in shards}
+            is_whole = self.search == "all"
+            samples = {one.name: one.samples if is_whole else one.opened for one in sets if one.shards}
             limits = {} if self.search == "some" else {"pixels": np.inf, "compared_pixels": np.inf}
             found = search_samples(shards, samples, self.workers, **limits)
         with closing(WorkerPool(ClipJob(shards), DECODE_TIMEOUT_S)) as pool:
@@ -112,7 +113,7 @@ def clips_group(sets: Sequence[DataSet], decode: Any) -> Group:
     found = group("clips", "Clips", "Two seconds from the middle of each, as a training decodes them.")
     number = max(LEAST_CLIPS, CLIPS // max(1, len(sets)))
     for one in sets:
-        chosen = spread_over_classes(one.samples, number)
+        chosen = spread_over_classes(one.opened, number)
         clips = decode([ClipRequest((one.name, sample)) for sample in chosen])
         strips = []
         for sample, clip in zip(chosen, clips, strict=True):

@@ -2,8 +2,10 @@
 
 import json
 import shlex
+import tempfile
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -12,10 +14,11 @@ from typing import Any
 import numpy as np
 
 import vidssl
-from data_prep.index import read_contents
+from data_prep.index import Contents
 from data_prep.report import make_report
 from vidssl.core.errors import UserError
 from vidssl.core.suggestions import counted
+from vidssl.data.addresses import ShardError, is_url, join, without_query
 from vidssl.data.format import read_index
 from vidssl.data.shards import Sample, Shards
 from vidssl.evaluation.comparison import short_names
@@ -26,6 +29,10 @@ MAX_RECORDS = 200_000  # samples of a data set whose records are read; of a larg
 MAX_REJECTED = 100_000  # records of rejected.jsonl that are read
 EXAMPLES = 5  # rejected files of each reason that are named
 MAX_CLASSES = 1000  # of a label set that the page holds
+BESIDE = ("report.json", "summary.json", "rejected.jsonl")  # what pack writes beside the shards
+MAX_BESIDE_BYTES = 256 << 20  # of one of these, from a server
+FETCHED_BYTES = 500_000_000  # of a remote data set whose videos are opened: the shards of at most so many
+Address = Path | str  # str: of a remote data set
 DrawSets = Callable[[Sequence["DataSet"]], list[Group]]
 
 
@@ -34,13 +41,14 @@ class DataSet:
     """A packed or scanned data set as its files describe it."""
 
     name: str
-    folder: Path
+    address: str  # as it may be shown: a signature is left out
     index: Row
     report: Row  # as report.json
     summary: Row  # as summary.json; {}: there is none
     rejected: list[Row]  # records of rejected.jsonl
     shards: Shards | None  # None: it has no sample
     samples: list[Sample]
+    opened: list[Sample]  # those whose videos may be opened: of a remote data set some
     missing: list[str] = field(default_factory=list)  # sentences
 
     @property
@@ -54,10 +62,14 @@ class DataSet:
         return "plan" not in (self.index.get("pack") or {})
 
 
-def find_sets(folders: Sequence[Path]) -> list[DataSet]:
-    """The data sets in folders or below them, the largest first. Raises UserError if there is none in one."""
-    found: list[Path] = []
+def find_sets(folders: Sequence[Address]) -> list[DataSet]:
+    """The data sets at addresses, and in folders or below them, the largest first. Raises UserError if there
+    is none in one."""
+    found: list[Address] = []
     for folder in folders:
+        if isinstance(folder, str):
+            found.append(folder)
+            continue
         inside = sorted(path.parent for path in folder.rglob("index.json"))
         if not inside:
             raise UserError(
@@ -65,33 +77,77 @@ def find_sets(folders: Sequence[Path]) -> list[DataSet]:
             )
         found += inside
     found = list(dict.fromkeys(found))
-    names = short_names([folder / "index.json" for folder in found])
+    names = short_names([Path(shown(folder)) / "index.json" for folder in found])
     sets = [read_set(folder, name) for folder, name in zip(found, names, strict=True)]
     return sorted(sets, key=lambda one: -one.size)
 
 
-def read_set(folder: Path, name: str) -> DataSet:
+def shown(folder: Address) -> str:
+    """An address as a page may show it."""
+    return without_query(str(folder))
+
+
+def read_set(folder: Address, name: str) -> DataSet:
     """Reads the files beside the shards. What pack has counted is not counted again."""
     missing: list[str] = []
     index = read_index(folder)
     shards = Shards([str(folder)]) if index.get("samples") else None
     samples = [] if shards is None else sampled_records(shards, missing)
-    report = read_json(folder / "report.json")
+    with files_beside(folder) as beside:
+        report = read_json(beside / "report.json")
+        rejected = read_rejected(beside / "rejected.jsonl", missing)
+        summary = read_json(beside / "summary.json")
     if report is None and sum(entry["samples"] for entry in index["shards"]) > MAX_RECORDS:
         missing.append("report.json is not there, and there are too many samples to count them for a page.")
         report = {"samples": index.get("samples"), "bytes_out": sum(e["bytes"] for e in index["shards"])}
     elif report is None:
-        report = make_report(read_contents(folder))
-    rejected = read_rejected(folder / "rejected.jsonl", missing)
-    summary = read_json(folder / "summary.json")
+        report = make_report(Contents(index, [sample._asdict() for sample in samples], rejected))
     if summary is None:
         missing.append(
             "There is no summary.json, which tells of groups, repaired times and what was left out."
         )
-    found = DataSet(name, folder, index, report, summary or {}, rejected, shards, samples, missing)
+    opened = samples if shards is None or not is_url(str(folder)) else fetched(shards, samples, missing)
+    found = DataSet(
+        name, shown(folder), index, report, summary or {}, rejected, shards, samples, opened, missing
+    )
     if found.is_scanned and not report.get("frames"):
         missing.append("vidssl scan opens no video: durations, sizes and frame rates are not known.")
     return found
+
+
+@contextmanager
+def files_beside(folder: Address) -> Iterator[Path]:
+    """The folder of what pack wrote beside the shards; of a remote data set one with copies."""
+    if not is_url(str(folder)):
+        yield Path(folder)
+        return
+    from vidssl.data.remote import fetch_small  # aiohttp takes a third of a second
+
+    with tempfile.TemporaryDirectory() as copies:
+        for name in BESIDE:
+            # The page says what is not there
+            with suppress(ShardError):
+                (Path(copies) / name).write_bytes(fetch_small(join(str(folder), name), MAX_BESIDE_BYTES))
+        yield Path(copies)
+
+
+def fetched(shards: Shards, samples: list[Sample], missing: list[str]) -> list[Sample]:
+    """The samples of evenly spaced shards of FETCHED_BYTES, at least of one: with a video its whole shard is
+    fetched."""
+    number = max(1, int(FETCHED_BYTES / max(shards.sizes.tolist())))
+    if number >= len(shards.sizes):
+        return samples
+    chosen = evenly_spaced(len(shards.sizes), number)
+    missing.append(
+        f"The data set is remote: videos are of {counted(len(chosen), 'shard')} of {len(shards.sizes):,}, "
+        "which were fetched."
+    )
+    return [sample for sample in samples if sample.shard in chosen]
+
+
+def evenly_spaced(count: int, number: int) -> list[int]:
+    """At most `number` numbers from 0 to count - 1."""
+    return np.unique(np.linspace(0, count - 1, number).round().astype(int)).tolist()
 
 
 def sampled_records(shards: Shards, missing: list[str]) -> list[Sample]:
@@ -100,7 +156,7 @@ def sampled_records(shards: Shards, missing: list[str]) -> list[Sample]:
     if shards.n <= MAX_RECORDS:
         return shards.list_samples()
     wanted = max(1, int(MAX_RECORDS / max(counts)))
-    chosen = np.unique(np.linspace(0, len(counts) - 1, wanted).round().astype(int)).tolist()
+    chosen = evenly_spaced(len(counts), wanted)
     missing.append(f"Clips and groups are of {counted(len(chosen), 'shard')} of {len(counts):,}.")
     return [shards.sample(shard, i) for shard in chosen for i in range(counts[shard])]
 
@@ -125,7 +181,7 @@ def read_rejected(path: Path, missing: list[str]) -> list[Row]:
 
 
 def make_data_contents(
-    folders: Sequence[Path], command: Sequence[str], draw: DrawSets | None = None
+    folders: Sequence[Address], command: Sequence[str], draw: DrawSets | None = None
 ) -> dict[str, Any]:
     """The whole page of data sets. draw: makes its pictures and searches for copies; None: there are none."""
     from vidssl.report.data_verdicts import verdicts_between, verdicts_of_set
@@ -134,17 +190,17 @@ def make_data_contents(
     pictures = [] if draw is None else draw(sets)
     facts = {group["id"]: group.get("found") for group in pictures}
     return {
-        "title": ", ".join(folder.resolve().name for folder in folders[:4]),
+        "title": ", ".join(Path(shown(folder)).resolve().name for folder in folders[:4]),
         "made": datetime.now().isoformat(" ", "seconds"),
         "version": vidssl.__version__,
-        "command": shlex.join(command),
+        "command": shlex.join(map(shown, command)),
         "panels": [],
         "runs": [],
         "zoos": [],
         "sets": [
             {
                 "name": one.name,
-                "path": str(one.folder),
+                "path": one.address,
                 "facts": facts_of_set(one),
                 "verdicts": [verdict._asdict() for verdict in verdicts_of_set(one, facts.get("duplicates"))],
                 "missing": one.missing,

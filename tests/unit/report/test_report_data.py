@@ -6,15 +6,16 @@ import numpy as np
 import pytest
 from films import encode, film
 from report_runs import HOSTILE
-from shards_by_hand import write_shards
+from server import serving
+from shards_by_hand import merge_shards, write_shards
 
 from data_prep import sample_search
-from data_prep.sample_search import choose_searched, search_samples
+from data_prep.sample_search import SEARCHED_PIXELS, choose_searched, search_samples
 from data_prep.workers import reject_on_error, rejected_or_partial
 from vidssl.commands import report as command
 from vidssl.core.errors import UserError
 from vidssl.data.isolation import Failure
-from vidssl.report import data_pictures, page
+from vidssl.report import data_pictures, data_sets, page
 from vidssl.report.data_pictures import DataPictures
 from vidssl.report.data_sets import find_sets, make_data_contents, rejected_rows
 
@@ -127,13 +128,37 @@ def test_a_search_is_bounded_and_says_of_what(corpus, monkeypatch):
     sets = {one.name: one for one in find_sets([corpus / "shards"])}
     shards = {name: one.shards for name, one in sets.items()}
     samples = {name: one.samples for name, one in sets.items()}
-    found = search_samples(shards, samples, 1, pixels=2.5 * 48 * 96 * 128)
+    film_pixels = 48 * 96 * 128 + sample_search.OPENING_PIXELS
+    found = search_samples(shards, samples, 1, pixels=2.5 * film_pixels)
     assert sum(found.searched.values()) == 2
     undecided = search_samples(shards, samples, 1, compared_pixels=0)
     assert undecided.pairs == [] and undecided.undecided >= 2
     twins = [one._replace(size=7) for one in samples["train"][1:]]
-    chosen = choose_searched({"train": [samples["train"][0], *twins]}, 2.3 * 48 * 96 * 128)
+    chosen = choose_searched({"train": [samples["train"][0], *twins]}, 2.3 * film_pixels)
     assert {one.size for one in chosen["train"]} == {7}
+    # What opening takes counts too: of 10,000 small videos not all are searched
+    small = [one._replace(meta={"frames": 8, "height": 16, "width": 16}) for one in samples["train"]]
+    assert 0 < len(choose_searched({"train": small * 4000}, SEARCHED_PIXELS)["train"]) < 10_000
+
+
+def test_a_remote_set_is_read_and_some_of_its_shards_are_opened(tmp_path, monkeypatch, corpus):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(data_sets, "FETCHED_BYTES", 1)
+    for module in (sample_search, data_pictures):
+        monkeypatch.setattr(module, "WorkerPool", InlinePool)
+    shards = tmp_path / "set"
+    films = [corpus / "shards" / "train", corpus / "shards" / "test"]
+    merge_shards(shards, films)
+    with serving(tmp_path) as server:
+        url = server.url("set?signature=secret")
+        contents = make_data_contents([url], ["vidssl", "report", url], DataPictures())
+        assert server.times_asked(".tar") == 1
+    (one,) = contents["sets"]
+    assert one["name"] == "set" and "1 shard of 2" in " ".join(one["missing"])
+    assert dict(one["facts"])["holds"] == "5 videos of 4 files"
+    assert [len(item["rows"]) for item in contents["pictures"][0]["items"]] == [3]
+    assert "3 of 5 of set" in contents["pictures"][1]["about"]
+    assert "secret" not in json.dumps(contents)
 
 
 def test_a_scanned_set_and_one_without_samples(tmp_path, corpus):
