@@ -33,6 +33,7 @@ SHOWN_OF_ONE = 3  # pairs with the same kept file
 SHOWN_OF_REASON = 4  # rejected files of each reason whose decoding is tried
 MAX_FILE_BYTES = 500_000_000  # of a rejected file that is opened
 DECODE_TIMEOUT_S = 20.0  # without progress
+GOLDEN = 0.618  # multiples of it, without their whole part, are spread over 0..1
 Search = Literal["some", "all", "none"]
 
 
@@ -138,7 +139,8 @@ def spread_over_classes(samples: Sequence[Sample], number: int) -> list[Sample]:
         )
         by_class[first].append(sample)
     # Samples without a label come last
-    order = [shuffled_evenly(by_class[one]) for one in sorted(by_class, key=lambda one: (one[0] == "", one))]
+    classes = sorted(by_class, key=lambda one: (one[0] == "", one))
+    order = [shuffled_evenly(by_class[one], i * GOLDEN) for i, one in enumerate(classes)]
     chosen: list[Sample] = []
     for turn in range(max(map(len, order), default=0)):
         chosen += [members[turn] for members in order if turn < len(members)]
@@ -147,9 +149,12 @@ def spread_over_classes(samples: Sequence[Sample], number: int) -> list[Sample]:
     return chosen[:number]
 
 
-def shuffled_evenly(members: Sequence[Sample]) -> list[Sample]:
-    """All of them: the middle one, then those between, so that any first few are spread."""
-    places = sorted(range(len(members)), key=lambda i: f"{i + 1:032b}"[::-1])
+def shuffled_evenly(members: Sequence[Sample], shift: float) -> list[Sample]:
+    """All of them, any first few of which are spread: the middle one, those between it and the ends, and so
+    on. shift: fraction by which these places are moved, so that the first ones of classes lie apart."""
+    bits = len(members).bit_length()
+    numbers = [int(f"{i:0{bits}b}"[::-1], 2) for i in (*range(1, 1 << bits), 0)]
+    places = dict.fromkeys(int((number / (1 << bits) + shift) % 1 * len(members)) for number in numbers)
     return [members[i] for i in places]
 
 

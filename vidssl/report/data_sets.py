@@ -137,7 +137,7 @@ def fetched(shards: Shards, samples: list[Sample], missing: list[str]) -> list[S
     number = max(1, int(FETCHED_BYTES / max(shards.sizes.tolist())))
     if number >= len(shards.sizes):
         return samples
-    chosen = evenly_spaced(len(shards.sizes), number)
+    chosen = spread_numbers(len(shards.sizes), number)
     missing.append(
         f"The data set is remote: videos are of {counted(len(chosen), 'shard')} of {len(shards.sizes):,}, "
         "which were fetched."
@@ -145,7 +145,7 @@ def fetched(shards: Shards, samples: list[Sample], missing: list[str]) -> list[S
     return [sample for sample in samples if sample.shard in chosen]
 
 
-def evenly_spaced(count: int, number: int) -> list[int]:
+def spread_numbers(count: int, number: int) -> list[int]:
     """At most `number` numbers from 0 to count - 1."""
     return np.unique(np.linspace(0, count - 1, number).round().astype(int)).tolist()
 
@@ -156,7 +156,7 @@ def sampled_records(shards: Shards, missing: list[str]) -> list[Sample]:
     if shards.n <= MAX_RECORDS:
         return shards.list_samples()
     wanted = max(1, int(MAX_RECORDS / max(counts)))
-    chosen = evenly_spaced(len(counts), wanted)
+    chosen = spread_numbers(len(counts), wanted)
     missing.append(f"Clips and groups are of {counted(len(chosen), 'shard')} of {len(counts):,}.")
     return [shards.sample(shard, i) for shard in chosen for i in range(counts[shard])]
 

@@ -14,9 +14,10 @@ from data_prep.sample_search import SEARCHED_PIXELS, choose_searched, search_sam
 from data_prep.workers import reject_on_error, rejected_or_partial
 from vidssl.commands import report as command
 from vidssl.core.errors import UserError
+from vidssl.data.format import Sample
 from vidssl.data.isolation import Failure
 from vidssl.report import data_pictures, data_sets, page
-from vidssl.report.data_pictures import DataPictures
+from vidssl.report.data_pictures import DataPictures, spread_over_classes
 from vidssl.report.data_sets import find_sets, make_data_contents, rejected_rows
 
 CLASSES = {"move": ["clap", HOSTILE]}
@@ -123,6 +124,18 @@ def test_clips_play_and_copies_stand_side_by_side(contents):
     assert dark["title"] == "too_dark" and len(dark["rows"]) == 1
 
 
+def test_clips_are_spread_over_classes_and_each_class():
+    def samples(number, classes):
+        return [Sample(str(i), "mp4", 0, i, 1, {"labels": {"move": i % classes}}) for i in range(number)]
+
+    alone = [one.offset for one in spread_over_classes(samples(1000, 1), 3)]
+    assert alone == [500, 250, 750]
+    of_classes = spread_over_classes(samples(12_000, 60), 48)
+    assert len({one.meta["labels"]["move"] for one in of_classes}) == 48
+    assert {one.offset // 2000 for one in of_classes} == set(range(6))
+    assert {one.key for one in spread_over_classes(samples(77, 5), 77)} == set(map(str, range(77)))
+
+
 def test_a_search_is_bounded_and_says_of_what(corpus, monkeypatch):
     monkeypatch.setattr(sample_search, "WorkerPool", InlinePool)
     sets = {one.name: one for one in find_sets([corpus / "shards"])}
@@ -157,7 +170,8 @@ def test_a_remote_set_is_read_and_some_of_its_shards_are_opened(tmp_path, monkey
     assert one["name"] == "set" and "1 shard of 2" in " ".join(one["missing"])
     assert dict(one["facts"])["holds"] == "5 videos of 4 files"
     assert [len(item["rows"]) for item in contents["pictures"][0]["items"]] == [3]
-    assert "3 of 5 of set" in contents["pictures"][1]["about"]
+    (copies,) = [group for group in contents["pictures"] if group["id"] == "duplicates"]
+    assert "3 of 5 of set" in copies["about"]
     assert "secret" not in json.dumps(contents)
 
 

@@ -558,7 +558,7 @@ function classCard(label, data) {
   const names = Object.keys(total).sort((a, b) => total[b] - total[a]);
   if (!names.length) return null;
   const filled = names.filter((name) => total[name] > 0);
-  const said = filled.length ? `${names.length} classes; largest ${filled[0]} (${total[filled[0]].toLocaleString("en")}), smallest ${filled.at(-1)} (${total[filled.at(-1)].toLocaleString("en")})` : `${names.length} classes, none with a sample`;
+  const said = filled.length ? `${names.length} classes; largest ${filled[0]} (${total[filled[0]].toLocaleString("en")}), smallest ${filled.at(-1)} (${total[filled.at(-1)].toLocaleString("en")})${filled.length < names.length ? `; ${(names.length - filled.length).toLocaleString("en")} without a sample` : ""}` : `${names.length} classes, none with a sample`;
   const few = names.length <= MOST_BARS;
   const build = () => ({
     label: `Samples of each class of ${label}: ${said}`,
