@@ -71,16 +71,19 @@ class Video:
         [n] for each clip (see `PlaneBuffer`), all of one format.
         """
         unique = self._check_indices(np.concatenate(clips), sum(r.height * r.width for r in regions))
+        places: dict[int, list[tuple[int, int]]] = {}  # frame -> clip, and index in that
+        for i, clip in enumerate(clips):
+            for place, index in enumerate(clip.tolist()):
+                places.setdefault(index, []).append((i, place))
         buffers: list[PlaneBuffer] = []
         format = RGB
         decoded = 0
-        for index, (format, planes) in zip(unique, self.iter_planes(unique), strict=False):
+        for index, (format, planes) in zip(sorted(places), self.iter_planes(unique), strict=False):
             if not buffers:
                 pairs = zip(clips, regions, strict=True)
                 buffers = [PlaneBuffer(format.chroma, len(clip), region) for clip, region in pairs]
-            for clip, buffer in zip(clips, buffers, strict=True):
-                for place in np.flatnonzero(clip == index).tolist():
-                    buffer.write(place, planes)
+            for i, place in places[index]:
+                buffers[i].write(place, planes)
             decoded += 1
         self._check_decoded(decoded, unique)
         return format, [buffer.pixels for buffer in buffers]

@@ -1,5 +1,6 @@
 """Frames as a decoder gives them: planes of brightness and colour, not yet converted to RGB."""
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -72,9 +73,9 @@ def planar_format(frame: av.VideoFrame) -> PixelFormat | None:
 
 
 def frame_planes(frame: av.VideoFrame) -> list[np.ndarray]:
-    """The planes of a frame, each u8 [H, W], without a copy."""
-    rows = [np.frombuffer(memoryview(plane), np.uint8).reshape(-1, plane.line_size) for plane in frame.planes]
-    return [r[: p.height, : p.width] for r, p in zip(rows, frame.planes, strict=True)]
+    """The planes of a frame, each u8 [rows, columns], without a copy. Behind the columns of the picture there
+    may be others, of any content."""
+    return [np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size) for plane in frame.planes]
 
 
 def plane_shapes(chroma: tuple[int, int], frames: int, height: int, width: int) -> list[tuple[int, ...]]:
@@ -90,7 +91,7 @@ def split_planes(pixels, shapes: Sequence[tuple[int, ...]]) -> list:
     planes = []
     start = 0
     for shape in shapes:
-        stop = start + int(np.prod(shape))
+        stop = start + math.prod(shape)
         planes.append(pixels[start:stop].reshape(shape))
         start = stop
     return planes
@@ -100,15 +101,16 @@ class PlaneBuffer:
     """The planes of a clip, cropped to a region with even corners. pixels: u8 [n], plane after plane."""
 
     def __init__(self, chroma: tuple[int, int], frames: int, region: Box):
-        self._chroma = chroma
-        self._region = region
         shapes = plane_shapes(chroma, frames, region.height, region.width)
-        self.pixels = np.empty(sum(int(np.prod(shape)) for shape in shapes), np.uint8)
+        self.pixels = np.empty(sum(map(math.prod, shapes)), np.uint8)
         self._planes = split_planes(self.pixels, shapes)
+        self._parts: list[tuple[slice, slice]] = []  # of the planes of a frame
+        for i, (_, height, width, *_) in enumerate(shapes):
+            rows, columns = chroma if i else (1, 1)
+            top, left = region.top // rows, region.left // columns
+            self._parts.append((slice(top, top + height), slice(left, left + width)))
 
     def write(self, place: int, planes: Sequence[np.ndarray]) -> None:
         """Copies the region of a frame. place: index of the frame in the clip."""
-        for i, (own, plane) in enumerate(zip(self._planes, planes, strict=True)):
-            rows, columns = self._chroma if i else (1, 1)
-            top, left = self._region.top // rows, self._region.left // columns
-            own[place] = plane[top : top + own.shape[1], left : left + own.shape[2]]
+        for own, plane, part in zip(self._planes, planes, self._parts, strict=True):
+            own[place] = plane[part]
