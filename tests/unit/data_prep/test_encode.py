@@ -26,6 +26,7 @@ from data_prep.thumbnails import block_means, thumbnail
 from vidssl.core.errors import UserError
 from vidssl.data.decoding import open_video
 from vidssl.data.decoding.pyav import PyAVVideo
+from vidssl.data.decoding.video_stream import VideoStream
 from vidssl.data.format import read_index
 from vidssl.report.data_sets import find_sets
 
@@ -110,6 +111,53 @@ def test_stream_properties():
             box.seek(round(start / 10 / box.streams.video[0].time_base), stream=box.streams.video[0])
             alone = [f.to_ndarray(format="rgb24") for f in box.decode(video=0)]
         assert (alone[0] == whole[0]).all() and (alone[4] == whole[1]).all()
+
+
+@pytest.mark.parametrize("recipe", [{"fps": "10"}, {}])
+def test_clips_open_quickly_with_the_same_frames(recipe, make_video, monkeypatch):
+    """Neither frames nor packets are needed to find times, and no packet after those of the frames."""
+    [clip] = encode(make_video(20), keyframe_every=5, **recipe)
+    stream = VideoStream(io.BytesIO(clip.data))
+    stamps = stream.packet_pts()
+    stream.rewind()
+    frames = [frame.to_ndarray(format="rgb24") for frame in stream.decode()]
+    packets = []
+    frames_of = VideoStream._frames_of
+    monkeypatch.setattr(VideoStream, "rewind", lambda _: pytest.fail("read from the start"))
+    monkeypatch.setattr(VideoStream, "_frames_of", lambda self, p: packets.append(p) or frames_of(self, p))
+    video = PyAVVideo(clip.data, clip.meta)
+    assert video._pts == stamps and len(video) == len(frames)
+    assert not packets
+    for wanted in ([7], [19], [6, 8, 12]):
+        assert (video.get(wanted) == np.stack([frames[i] for i in wanted])).all()
+        assert len([p for p in packets if p is not None]) <= 1 + wanted[-1] - wanted[0] // 5 * 5
+        packets.clear()
+
+
+def test_nothing_is_decoded_after_the_packets_of_the_wanted_frames(make_video, frame_index, monkeypatch):
+    """Frames that B-frames delay are taken from the decoder."""
+    data = make_video(20)
+    video = PyAVVideo(data, {"frames": 20, "height": 48, "width": 64, "fps": 10, "decoder": "pyav"})
+    sent = []
+    frames_of = VideoStream._frames_of
+    monkeypatch.setattr(VideoStream, "_frames_of", lambda self, p: sent.append(p) or frames_of(self, p))
+    for wanted in ([0], [2], [3, 5], [17, 19], list(range(20))):
+        assert [frame_index(frame) for frame in video.get(wanted)] == wanted
+        last = [packet.pts for packet in sent if packet is not None and packet.pts is not None][-1]
+        assert last in [video._pts[i] for i in wanted]
+        sent.clear()
+
+
+def test_a_changed_clip_is_measured_anew(make_video, frame_index):
+    """What pack recorded of another file does not hold: a clip with B-frames, of another length."""
+    [clip] = encode(make_video(20), keyframe_every=5)
+    video = PyAVVideo(make_video(12), clip.meta)
+    assert [frame_index(f) for f in video.get(np.arange(12))] == list(range(12)) and len(video) == 12
+
+
+def test_clips_are_cheap_to_decode():
+    [clip] = encode(textured(20))
+    assert b"cabac=0" in clip.data  # the options that x264 writes into its stream
 
 
 def test_frames_keep_their_times_without_fps(make_video, frame_index):

@@ -1,7 +1,7 @@
 """Frames by PyAV, the decoder that is right for any file."""
 
 import io
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from itertools import chain
 from types import MappingProxyType
 
@@ -35,7 +35,8 @@ class PyAVVideo(Video):
 
     def __init__(self, data: bytes, meta: dict | None = None, motion_vectors: bool = False):
         """motion_vectors: `motion` can tell those of frames that were decoded."""
-        self._stream = VideoStream(io.BytesIO(data), motion_vectors)
+        is_ours = meta is not None and "original" in meta and "times" not in meta  # pack encoded it
+        self._stream = VideoStream(io.BytesIO(data), motion_vectors, quick=is_ours)
         self._motion = MotionReader() if motion_vectors else None
         self._reformat = VideoReformatter().reformat
         self._read_rotation = RotationReader()
@@ -128,7 +129,7 @@ class PyAVVideo(Video):
                 self._motion.keep(index, frame, self._read_rotation(frame), self.crop)
             yield frame
 
-    def _decode(self, only: Container[int] | None = None) -> Iterator[av.VideoFrame]:
+    def _decode(self, only: Collection[int] | None = None) -> Iterator[av.VideoFrame]:
         for frame in self._stream.decode(only):
             if self._motion is not None:
                 self._motion.see(frame)

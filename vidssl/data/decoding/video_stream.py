@@ -3,7 +3,7 @@
 import errno
 import gc
 import io
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from fractions import Fraction
 from itertools import islice
 from typing import Any, BinaryIO, NamedTuple
@@ -25,6 +25,10 @@ CONTAINERS = (
     *("m4v", "mpegts", "asf", "flv", "live_flv", "ogg", "gif"),
 )
 OPEN_OPTIONS = {"format_whitelist": ",".join(CONTAINERS), "protocol_whitelist": "none"}
+# As it opens a file of H.264, FFmpeg decodes up to 20 frames to find how far frames are reordered. For files
+# that pack encoded it need not: their headers say it. One packet is parsed, and no frame decoded.
+QUICK_OPTIONS = {"probesize": "32", "formatprobesize": str(1 << 20)}
+QUICK_CODEC_OPTIONS = {"skip_frame": "all"}
 
 ERRORS = (av.FFmpegError, OSError, ValueError)  # ValueError: a seek before the start of a file in memory
 RATES = (0.01, 1000.0)  # frames per second that a file may name
@@ -48,9 +52,11 @@ class VideoStream:
     time stamp.
     """
 
-    def __init__(self, file: BinaryIO, motion_vectors: bool = False):
-        """motion_vectors: decoded frames carry those that the codec stored."""
+    def __init__(self, file: BinaryIO, motion_vectors: bool = False, quick: bool = False):
+        """motion_vectors: decoded frames carry those that the codec stored. quick: open it without decoding
+        frames, as the headers of a file that pack encoded allow."""
         self._file = file
+        self._quick = quick
         self._codec_options = {"flags2": "+export_mvs"} if motion_vectors else {}
         self._container: Any = None
         self._stream: Any = None
@@ -77,7 +83,7 @@ class VideoStream:
         self._close_container()
         self._file.seek(0)
         try:
-            self._container = open_container(self._file)
+            self._container = open_container(self._file, self._quick)
         except ERRORS as e:
             if is_disk_error(e):
                 raise
@@ -145,8 +151,10 @@ class VideoStream:
         return delay if SAME_START_S < delay <= MAX_GAP_S else 0.0
 
     def rewind(self) -> None:
-        """Goes back to the first packet. Opens the file again: not every container seeks to its start."""
-        if not self._at_start:
+        """Goes back to the first packet. Opens the file again, since not every container seeks to its start;
+        not quickly, since this is asked only of a file that is not as pack left it."""
+        if self._quick or not self._at_start:
+            self._quick = False
             self._open()
 
     def seek(self, pts: int) -> None:
@@ -159,6 +167,11 @@ class VideoStream:
 
     def packet_pts(self) -> list[int]:
         """Returns the sorted time stamps of all packets to be displayed. Decodes nothing."""
+        if self._quick and not self._stream.codec_context.has_b_frames:
+            # Frames are stored in the order of display, so those of the container's index are the same.
+            entries = self._stream.index_entries
+            check_length(len(entries))
+            return [entry.timestamp for entry in entries]
         self.rewind()
         self._at_start = False
         displayed = (
@@ -173,36 +186,49 @@ class VideoStream:
         check_length(len(pts))
         return pts
 
-    def decode(self, only: Container[int] | None = None) -> Iterator[av.VideoFrame]:
+    def decode(self, only: Collection[int] | None = None) -> Iterator[av.VideoFrame]:
         """Yields every frame that decodes, from the present position to the end.
 
-        only: time stamps; a frame with another one is decoded only if further frames refer to it. With x264's
-        default B-frames that spares about half of the frames.
+        only: time stamps; a frame with another one is decoded only if further frames refer to it, and none
+        after the packets of all of them. With x264's default B-frames that spares about half of the frames.
         """
         self._at_start = False
         context = self._stream.codec_context
+        waiting = set(only or ())
         skip_frame = ""
         try:
             for packet in self._container.demux(self._stream):
-                skip = "DEFAULT" if only is None or packet.pts in only else "NONREF"
+                stamp = packet.pts
+                # What has no stamp may be the second field of a frame.
+                is_last = only is not None and not waiting and stamp is not None
+                waiting.discard(stamp)
+                skip = "DEFAULT" if only is None or stamp in only else "NONREF"
                 if skip != skip_frame:
                     context.skip_frame = skip_frame = skip
-                try:
-                    frames = packet.decode()
-                except av.FFmpegError:
-                    self.damaged_packets += 1
-                    continue
-                for frame in frames:
+                for frame in self._frames_of(None if is_last else packet):
                     check_size(frame.width, frame.height)
                     yield frame
+                if is_last:
+                    return
         except ERRORS as e:
             if is_disk_error(e):
                 raise
             self.damaged_packets += 1  # the container ends early; the frames before are valid
 
+    def _frames_of(self, packet: av.Packet | None) -> list[av.VideoFrame]:
+        """The frames that a packet makes ready; None: those that the decoder still holds."""
+        try:
+            return self._stream.codec_context.decode(packet)
+        except av.FFmpegError:
+            self.damaged_packets += 1
+            return []
 
-def open_container(file: BinaryIO) -> Any:
-    """Opens a file of one of CONTAINERS for reading; other content raises av.error.ArgumentError."""
+
+def open_container(file: BinaryIO, quick: bool = False) -> Any:
+    """Opens a file of one of CONTAINERS for reading; other content raises av.error.ArgumentError. quick: see
+    VideoStream."""
+    if quick:
+        return av.open(file, options=QUICK_CODEC_OPTIONS, container_options={**OPEN_OPTIONS, **QUICK_OPTIONS})
     return av.open(file, container_options=OPEN_OPTIONS)
 
 
