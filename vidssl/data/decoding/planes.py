@@ -75,7 +75,7 @@ def planar_format(frame: av.VideoFrame) -> PixelFormat | None:
 def frame_planes(frame: av.VideoFrame) -> list[np.ndarray]:
     """The planes of a frame, each u8 [rows, columns], without a copy. Behind the columns of the picture there
     may be others, of any content."""
-    return [np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size) for plane in frame.planes]
+    return [np.frombuffer(memoryview(plane), np.uint8).reshape(-1, plane.line_size) for plane in frame.planes]
 
 
 def plane_shapes(chroma: tuple[int, int], frames: int, height: int, width: int) -> list[tuple[int, ...]]:
