@@ -127,7 +127,7 @@ def run_contents(
         "versions": versions_of(run),
         "command": train_command(run),
     }
-    if not evaluations:
+    if not evaluations and not run.section("tune"):
         run.missing.append(
             "No probe of this run was found: vidssl probe configs/probe/attentive.yaml "
             f"encoder={run.folder} data.train=... data.test=... out={run.folder / 'probe'}"
@@ -154,6 +154,7 @@ def facts_of(run: RunFiles) -> list[list[str]]:
         ["method", ", ".join(text for text in parts if not text.endswith(" "))],
         ["model", ", ".join(f"{k} {model[k]}" for k in ("kind", "dim", "depth", "patch") if k in model)],
         ["clips", f"{data.get('frames')} frames, {size} px" if data.get("frames") else ""],
+        ["fine-tuned", f"{run.config.get('encoder')}, all of its weights" if run.section("tune") else ""],
         ["data", ", ".join(map(str, data.get("train") or []))],
         ["batch", "" if run.batch is None else f"{run.batch} clips"],
         ["seed", str(run.section("run").get("seed", ""))],

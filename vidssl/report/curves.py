@@ -22,7 +22,9 @@ class CurvePanel(NamedTuple):
 
 
 PANELS = (
-    CurvePanel("Loss", r"loss", "loss", "What is minimised, mean of the step's clips.", True),
+    CurvePanel(
+        "Loss", r"loss|epoch_loss", "loss", "What is minimised, mean of the step's or epoch's clips.", True
+    ),
     CurvePanel(
         "Parts of the loss",
         r"(?:\w+_)?loss_\w+|aux_.*|clustering.*|terms?_.*|\w+_\d+",
@@ -34,6 +36,13 @@ PANELS = (
         r"online_probe_.*|val_.*|accuracy.*",
         "accuracy, %",
         "k-NN and ridge regression on labelled clips while the run trains.",
+    ),
+    CurvePanel(
+        "Accuracy on held-out train",
+        r"held_out_accuracy",
+        "accuracy, %",
+        "Of each epoch of a fine-tuning: the middle clips of videos of train that it does not see. It "
+        "selects the epoch.",
     ),
     CurvePanel("Gradient norm", r"grad_norm", "L2 norm", "Of all gradients, before they are clipped.", True),
     CurvePanel("Learning rate", r"lr|weight_decay|ema", "value", "The schedules."),
@@ -97,7 +106,7 @@ PANELS = (
     ),
 )
 WITH_EXTREMES = {"loss", "grad_norm", "wait"}
-NOT_DRAWN = {"step", "steps", "feature_clips"}
+NOT_DRAWN = {"step", "steps", "epoch", "feature_clips"}
 
 
 def columns_by_panel(rows: list[Row]) -> dict[str, list[str]]:

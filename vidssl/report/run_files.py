@@ -64,9 +64,8 @@ def read_run(folder: Path, name: str) -> RunFiles:
     if encoder.is_file():
         run.header = read_header(encoder, run.missing)
     else:
-        run.missing.append(
-            "There is no encoder.safetensors yet; it is written when the run saves (run.save_every)."
-        )
+        when = "after the last epoch" if run.section("tune") else "when the run saves (run.save_every)"
+        run.missing.append(f"There is no encoder.safetensors yet; it is written {when}.")
     return run
 
 

@@ -26,6 +26,14 @@ class Verdict(NamedTuple):
 
 def verdicts_of(run: RunFiles, evaluations: list[Evaluation], others: list[Evaluation]) -> list[Verdict]:
     """All verdicts on a run. others: evaluations of untrained encoders of the same model."""
+    if run.section("tune"):
+        tuned = [
+            accuracy_verdict(run, evaluations),
+            data_verdict(run),
+            epochs_verdict(run),
+            numbers_verdict(run),
+        ]
+        return [verdict for verdict in tuned if verdict is not None]
     collapse = collapse_verdict(run)
     untrained = untrained_verdict(evaluations, others, run.missing)
     found = [
@@ -64,6 +72,41 @@ def learned_verdict(run: RunFiles, collapse: Verdict, untrained: Verdict) -> Ver
     if fall < FALL:
         return Verdict(question, "The loss has not fallen", "warn", text, rule)
     return Verdict(question, "The loss fell; no probe yet", "info", text, rule)
+
+
+def accuracy_verdict(run: RunFiles, evaluations: list[Evaluation]) -> Verdict:
+    """What a fine-tuned classifier reaches on test."""
+    question = "How well does it classify?"
+    rule = (
+        "Accuracy on test, which is read once, after the last epoch, with its 95 % interval over groups of "
+        "test samples: good where the whole interval is above chance."
+    )
+    rows = [row for e in evaluations if e.path.parent == run.folder for row in e.results]
+    value = number(rows[-1].get("value")) if rows else None
+    chance = number(rows[-1].get("chance")) if rows else None
+    if value is None:
+        return Verdict(question, "Not known yet", "unknown", "Test is read after the last epoch.", rule)
+    low, high = interval_of(rows[-1])
+    interval = "" if low is None or high is None else f" [{low:.1f}, {high:.1f}]"
+    text = f"{rows[-1].get('label')}: {value:.1f} % of {rows[-1].get('n_test', 0):,} test samples{interval}"
+    text += "." if chance is None else f", chance {chance:.1f} %."
+    chosen = rows[-1].get("chosen") or {}
+    if (held_out := number(chosen.get("held_out_accuracy"))) is not None:
+        text += f" Epoch {chosen['epoch']} of {chosen['epochs']} was the best on held-out train"
+        text += f" ({held_out:.1f} % of {chosen['n_held_out']:,})."
+    is_above = low is not None and chance is not None and low > chance
+    return Verdict(question, f"{value:.1f} %{interval}", "good" if is_above else "warn", text, rule)
+
+
+def epochs_verdict(run: RunFiles) -> Verdict:
+    """How far a fine-tuning is."""
+    written = f"Last written {run.written:%Y-%m-%d %H:%M:%S}." if run.written else ""
+    done = int(max(numbers(run.rows, "epoch"), default=0))
+    epochs = run.section("tune").get("epochs")
+    is_done = isinstance(epochs, int) and done >= epochs
+    answer = f"Yes, {done:,} epochs" if is_done else f"{done:,} of {epochs} epochs, {run.last_step:,} steps"
+    rule = "The epochs of log.jsonl against tune.epochs."
+    return Verdict("Is it complete?", answer, "good" if is_done else "info", written, rule)
 
 
 def loss_fall(rows: list[Row]) -> float | None:

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import yaml
 from report_runs import HOSTILE, STEPS, log_rows, make_probe, make_run, write_log
 
 from vidssl.core.errors import UserError
@@ -53,6 +54,35 @@ def test_a_healthy_run_without_a_probe(tmp_path):
     assert verdict(run, "untrained")["kind"] == "unknown"
     assert verdict(run, "data")["answer"] == "No" and verdict(run, "complete")["kind"] == "good"
     assert any("No probe of this run was found" in text for text in run["missing"])
+
+
+def test_a_fine_tuning_is_judged_by_its_accuracy(tmp_path):
+    run = make_run(tmp_path / "tuned")
+    config = {"encoder": "runs/a", "tune": {"epochs": 2, "batch": 4}, "data": {"train": ["nowhere/train"]}}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    epochs = {20: {"epoch": 1}, 40: {"epoch": 2}}
+    of_epoch = {"epoch_loss": 1.0, "held_out_accuracy": 70.0}
+    rows = [{"step": i, "loss": 1 / i, **(of_epoch | epochs[i] if i in epochs else {})} for i in range(1, 41)]
+    write_log(run, rows[:30])
+    page = run_of(run)
+    assert verdict(page, "classify")["kind"] == "unknown"
+    assert verdict(page, "complete")["answer"] == "1 of 2 epochs, 30 steps"
+    assert not any("probe" in text for text in page["missing"])
+
+    write_log(run, rows)
+    right = make_probe(tmp_path / "made", "runs/a", {"none": 27})
+    report = json.loads((right / "probe.json").read_text())
+    chosen = {"epoch": 2, "epochs": 2, "held_out_accuracy": 70.0, "n_held_out": 10}
+    report["results"][0] |= {"protocol": "finetune", "chosen": chosen}
+    (run / "probe.json").write_text(json.dumps(report))
+    (right / "predictions.csv").rename(run / "predictions.csv")
+    contents = make_contents([run], ["vidssl", "report"])
+    page = contents["runs"][0]
+    assert page["verdicts"][0]["answer"] == "90.0 % [85.0, 95.0]" and page["verdicts"][0]["kind"] == "good"
+    assert "Epoch 2 of 2 was the best on held-out train (70.0 % of 10)." in page["verdicts"][0]["why"]
+    assert verdict(page, "complete")["answer"] == "Yes, 2 epochs"
+    assert [panel["title"] for panel in contents["panels"]] == ["Loss", "Accuracy on held-out train"]
+    assert page["confusions"][0]["n"] == 30 and page["probes"][0]["value"] == 90.0
 
 
 @pytest.mark.parametrize("wait, answer", [(0.05, "No"), (0.2, "In part"), (0.5, "Yes")])
