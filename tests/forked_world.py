@@ -30,6 +30,9 @@ def fork_world(world: int, work: Callable[[int, int], object]) -> None:
         children.append(child)
     while children:
         child, status = os.wait()
+        # Compilers of torch have processes of their own
+        if child not in children:
+            continue
         children.remove(child)
         if status:
             for other in children:

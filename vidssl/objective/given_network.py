@@ -10,8 +10,11 @@ from torch import Tensor, nn
 
 from vidssl.core.errors import UserError
 
-# a file that only this format has among the members of its archive
-MARKERS = {"export": "archive_format", "script": "constants.pkl"}
+# Ends of names that only this format has among the members of its archive; torch 2.6 writes no archive_format
+MARKERS = {
+    "export": ("archive_format", "serialized_exported_program.json"),
+    "script": ("constants.pkl",),
+}
 
 
 class GivenNetwork:
