@@ -115,7 +115,9 @@ def prepare_data(quick: Quickstart) -> str:
     if not (quick.shards("train") / "index.json").exists():
         began_s = time.monotonic()
         split = [] if any(item.split for item in found.items) else ["--test-fraction", "0.3"]
-        pack.main([str(quick.source), str(quick.out / "shards"), *split])
+        # What was rendered a moment ago need not be compared with a second decoder
+        decoder = [] if quick.videos else ["--decoder", "pyav"]
+        pack.main([str(quick.source), str(quick.out / "shards"), *split, *decoder])
         took_s["pack"] = time.monotonic() - began_s
     for name in ("train", "test"):
         if not (quick.shards(name) / "index.json").exists():

@@ -78,15 +78,24 @@ def quick_probe(quick: Quickstart, name: str, method: str, encoder: Path, *more:
 
 def quickstart_jobs(quick: Quickstart, label: str, threads: int) -> list[Job]:
     """Two trainings that differ in method file and steps only, a probe of each and of an untrained encoder,
-    and probes of `label` on the snapshots."""
+    and probes of `label` on the snapshots. The training of fewer steps ends first: its probes, and that of
+    the untrained encoder, which is the same for both, run beside the other training."""
     jobs = [quick_training(quick, method, threads) for method in METHODS]
-    jobs += [quick_probe(quick, method, method, quick.run(method)) for method in METHODS]
-    first = METHODS[0]
-    jobs.append(quick_probe(quick, NOT_TRAINED, first, quick.run(first), "random_init=true"))
-    for method in METHODS:
-        run = quick.lengths(method)
-        for step in range(run["save_every"], run["steps"], run["save_every"]):
-            snapshot = quick.run(method) / "snapshots" / f"step-{step:08d}.safetensors"
-            only = ("probe.controls=[none]", f"data.labels={label}")
-            jobs.append(quick_probe(quick, f"{method}@{step}", method, snapshot, *only))
+    first_to_end = METHODS[-1]
+    for method in reversed(METHODS):
+        jobs.append(quick_probe(quick, method, method, quick.run(method)))
+        if method == first_to_end:
+            jobs.append(quick_probe(quick, NOT_TRAINED, method, quick.run(method), "random_init=true"))
+        jobs += snapshot_probes(quick, method, label)
+    return jobs
+
+
+def snapshot_probes(quick: Quickstart, method: str, label: str) -> list[Job]:
+    """Probes of one label set on the snapshots before the last."""
+    run = quick.lengths(method)
+    jobs = []
+    for step in range(run["save_every"], run["steps"], run["save_every"]):
+        snapshot = quick.run(method) / "snapshots" / f"step-{step:08d}.safetensors"
+        only = ("probe.controls=[none]", f"data.labels={label}")
+        jobs.append(quick_probe(quick, f"{method}@{step}", method, snapshot, *only))
     return jobs
