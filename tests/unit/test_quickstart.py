@@ -9,7 +9,7 @@ from vidssl.commands.quickstart import next_steps, parse_quickstart
 from vidssl.config import load_config
 from vidssl.core.errors import UserError
 from vidssl.evaluation.probe_config import ProbeConfig
-from vidssl.quickstart.programs import METHODS, quickstart_jobs
+from vidssl.quickstart.programs import METHOD_FILES, METHODS, quickstart_jobs
 from vidssl.quickstart.progress import last_step
 from vidssl.quickstart.results import accuracy_over_steps, add_times, result_table, summary
 from vidssl.training.schema import TrainConfig
@@ -59,7 +59,7 @@ def test_the_programs_are_those_of_valid_configurations(quick):
 def test_the_two_trainings_differ_in_method_and_length_alone(quick):
     commands = [set(job.command) for job in quickstart_jobs(quick, "motion", 1)[:2]]
     differing = {text for text in commands[0] ^ commands[1] if "run.out=" not in text}
-    methods = {f"configs/method/{method}_tiny.yaml" for method in METHODS}
+    methods = {f"configs/method/{METHOD_FILES[method]}.yaml" for method in METHODS}
     # Steps and save_every of the first are those that were given for both
     assert differing == {*methods, "run.steps=4", "run.save_every=2"}
 

@@ -7,7 +7,8 @@ from vidssl import config
 from vidssl.zoo.jobs import PYTHON, Job
 
 METHODS = ("videomae", "vjepa")
-# of the steps that are configured: a step of vjepa_tiny costs 1.94 times the FLOPs of one of videomae_tiny
+METHOD_FILES = {"videomae": "videomae_tiny", "vjepa": "vjepa_layers_tiny"}
+# of the steps that are configured: a step of the second file costs 1.94 times the FLOPs of one of the first
 SHARE_OF_STEPS = {"videomae": 1.0, "vjepa": 0.5}
 NOT_TRAINED = "random_init"  # the name of the untrained encoder in the results
 
@@ -49,7 +50,7 @@ class Quickstart(NamedTuple):
 
 
 def training_files(quick: Quickstart, method: str) -> list[str]:
-    names = (f"method/{method}_tiny", "model/vit_micro", f"data/{quick.kind}", f"run/{quick.kind}")
+    names = (f"method/{METHOD_FILES[method]}", "model/vit_micro", f"data/{quick.kind}", f"run/{quick.kind}")
     return [f"configs/{name}.yaml" for name in names]
 
 
