@@ -50,5 +50,5 @@ def test_a_lost_process_ends_the_others(what, expected, tmp_path):
     for process in processes:
         process.start()
     for process in processes:
-        process.join(100)
+        process.join(600)
     assert list(statuses) == expected
