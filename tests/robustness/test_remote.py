@@ -348,6 +348,7 @@ def test_concurrent_processes_fetch_a_shard_once(server, tmp_path):
 
 
 def test_kill_during_a_transfer(server, tmp_path, made, monkeypatch):
+    monkeypatch.setattr(remote, "REQUEST_TIMEOUT_S", 1)  # a held answer keeps its connection
     monkeypatch.setattr(remote, "MAX_BLOCK_BYTES", 10_000)
     monkeypatch.setattr(remote, "MIN_BLOCK_BYTES", 10_000)
     shards = open_remote(server, tmp_path)
