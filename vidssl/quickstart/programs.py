@@ -6,8 +6,8 @@ from typing import NamedTuple
 from vidssl import config
 from vidssl.zoo.jobs import PYTHON, Job
 
-METHODS = ("videomae", "vjepa")
 METHOD_FILES = {"videomae": "videomae_tiny", "vjepa": "vjepa_layers_tiny"}
+METHODS = tuple(METHOD_FILES)
 # of the steps that are configured: a step of the second file costs 1.94 times the FLOPs of one of the first
 SHARE_OF_STEPS = {"videomae": 1.0, "vjepa": 0.5}
 NOT_TRAINED = "random_init"  # the name of the untrained encoder in the results
@@ -81,14 +81,15 @@ def quickstart_jobs(quick: Quickstart, label: str, threads: int) -> list[Job]:
     """Two trainings that differ in method file and steps only, a probe of each and of an untrained encoder,
     and probes of `label` on the snapshots. The training of fewer steps ends first: its probes, and that of
     the untrained encoder, which is the same for both, run beside the other training."""
-    jobs = [quick_training(quick, method, threads) for method in METHODS]
-    first_to_end = METHODS[-1]
-    for method in reversed(METHODS):
-        jobs.append(quick_probe(quick, method, method, quick.run(method)))
-        if method == first_to_end:
-            jobs.append(quick_probe(quick, NOT_TRAINED, method, quick.run(method), "random_init=true"))
-        jobs += snapshot_probes(quick, method, label)
-    return jobs
+    longer, shorter = METHODS
+    return [
+        *(quick_training(quick, method, threads) for method in METHODS),
+        quick_probe(quick, shorter, shorter, quick.run(shorter)),
+        quick_probe(quick, NOT_TRAINED, shorter, quick.run(shorter), "random_init=true"),
+        *snapshot_probes(quick, shorter, label),
+        quick_probe(quick, longer, longer, quick.run(longer)),
+        *snapshot_probes(quick, longer, label),
+    ]
 
 
 def snapshot_probes(quick: Quickstart, method: str, label: str) -> list[Job]:
