@@ -127,7 +127,7 @@ def run_contents(
         "versions": versions_of(run),
         "command": train_command(run),
     }
-    if not evaluations and not run.section("tune"):
+    if not evaluations and not run.is_fine_tuning:
         run.missing.append(
             "No probe of this run was found: vidssl probe configs/probe/attentive.yaml "
             f"encoder={run.folder} data.train=... data.test=... out={run.folder / 'probe'}"
@@ -154,7 +154,7 @@ def facts_of(run: RunFiles) -> list[list[str]]:
         ["method", ", ".join(text for text in parts if not text.endswith(" "))],
         ["model", ", ".join(f"{k} {model[k]}" for k in ("kind", "dim", "depth", "patch") if k in model)],
         ["clips", f"{data.get('frames')} frames, {size} px" if data.get("frames") else ""],
-        ["fine-tuned", f"{run.config.get('encoder')}, all of its weights" if run.section("tune") else ""],
+        ["fine-tuned", f"{run.config.get('encoder')}, all of its weights" if run.is_fine_tuning else ""],
         ["data", ", ".join(map(str, data.get("train") or []))],
         ["batch", "" if run.batch is None else f"{run.batch} clips"],
         ["seed", str(run.section("run").get("seed", ""))],
@@ -180,7 +180,7 @@ def train_command(run: RunFiles) -> str:
     """The command that trains the same again: config.yaml is resolved, and itself a configuration."""
     if not run.config:
         return ""
-    program = "finetune" if run.section("tune") else "train"
+    program = "finetune" if run.is_fine_tuning else "train"
     key = "out" if program == "finetune" else "run.out"
     return shlex.join(["vidssl", program, str(run.folder / "config.yaml"), f"{key}={run.folder}_again"])
 

@@ -18,7 +18,7 @@ from data_prep.index import Contents
 from data_prep.report import make_report
 from vidssl.core.errors import UserError
 from vidssl.core.suggestions import counted
-from vidssl.data.addresses import ShardError, is_url, join, without_query
+from vidssl.data.addresses import ShardError, join, without_query
 from vidssl.data.format import read_index
 from vidssl.data.shards import Sample, Shards
 from vidssl.evaluation.comparison import short_names
@@ -106,7 +106,7 @@ def read_set(folder: Address, name: str) -> DataSet:
         missing.append(
             "There is no summary.json, which tells of groups, repaired times and what was left out."
         )
-    opened = samples if shards is None or not is_url(str(folder)) else fetched(shards, samples, missing)
+    opened = samples if shards is None or isinstance(folder, Path) else fetched(shards, samples, missing)
     found = DataSet(
         name, shown(folder), index, report, summary or {}, rejected, shards, samples, opened, missing
     )
@@ -118,8 +118,8 @@ def read_set(folder: Address, name: str) -> DataSet:
 @contextmanager
 def files_beside(folder: Address) -> Iterator[Path]:
     """The folder of what pack wrote beside the shards; of a remote data set one with copies."""
-    if not is_url(str(folder)):
-        yield Path(folder)
+    if isinstance(folder, Path):
+        yield folder
         return
     from vidssl.data.remote import fetch_small  # aiohttp takes a third of a second
 
@@ -127,7 +127,7 @@ def files_beside(folder: Address) -> Iterator[Path]:
         for name in BESIDE:
             # The page says what is not there
             with suppress(ShardError):
-                (Path(copies) / name).write_bytes(fetch_small(join(str(folder), name), MAX_BESIDE_BYTES))
+                (Path(copies) / name).write_bytes(fetch_small(join(folder, name), MAX_BESIDE_BYTES))
         yield Path(copies)
 
 

@@ -88,7 +88,7 @@ def make_pictures(runs: Sequence[RunFiles]) -> list[Group]:
     looks = group("attention", "Attention of the probe", "Bright: where the query of its head looks.")
     decoded = group("decoded", "Decoded predictions", DECODED_ABOUT)
     for run in runs[:RUNS]:
-        if run.section("tune"):
+        if run.is_fine_tuning:
             masks["missing"].append(f"{run.name}: a fine-tuning hides and predicts nothing.")
             continue
         try:

@@ -44,6 +44,10 @@ class RunFiles:
         batch = self.section("run").get("batch") or self.section("tune").get("batch")
         return batch if isinstance(batch, int) else None
 
+    @property
+    def is_fine_tuning(self) -> bool:
+        return bool(self.section("tune"))
+
     def section(self, name: str) -> Row:
         """A section of the configuration; {} where there is none."""
         found = self.config.get(name)
@@ -64,7 +68,7 @@ def read_run(folder: Path, name: str) -> RunFiles:
     if encoder.is_file():
         run.header = read_header(encoder, run.missing)
     else:
-        when = "after the last epoch" if run.section("tune") else "when the run saves (run.save_every)"
+        when = "after the last epoch" if run.is_fine_tuning else "when the run saves (run.save_every)"
         run.missing.append(f"There is no encoder.safetensors yet; it is written {when}.")
     return run
 

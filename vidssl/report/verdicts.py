@@ -26,7 +26,7 @@ class Verdict(NamedTuple):
 
 def verdicts_of(run: RunFiles, evaluations: list[Evaluation], others: list[Evaluation]) -> list[Verdict]:
     """All verdicts on a run. others: evaluations of untrained encoders of the same model."""
-    if run.section("tune"):
+    if run.is_fine_tuning:
         tuned = [
             accuracy_verdict(run, evaluations),
             data_verdict(run),
