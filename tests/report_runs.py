@@ -2,12 +2,16 @@
 
 import csv
 import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from vidssl.evaluation.report import PredictionRow
+from vidssl.report import watch
 
 STEPS = 40
 HOSTILE = "<script>alert(1)</script>"  # a class name is what users call it
@@ -89,3 +93,14 @@ def make_probe(folder: Path, encoder: str, right: dict[str, int], n: int = 30) -
     with open(folder / "predictions.csv", "w", newline="") as file:
         csv.writer(file).writerows([PredictionRow._fields, *predictions])
     return folder
+
+
+@contextmanager
+def serving(live: watch.LiveContents) -> Iterator[str]:
+    """The address of a page that is served."""
+    with watch.open_server(live, 0) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()

@@ -5,14 +5,13 @@ import io
 import json
 import shutil
 import tempfile
-import threading
 from base64 import b64encode
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
-from report_runs import HOSTILE, STEPS, log_rows, make_probe, make_run
+from report_runs import HOSTILE, STEPS, log_rows, make_probe, make_run, serving
 from shards_by_hand import write_shards
 
 from vidssl.report import watch
@@ -233,12 +232,8 @@ def watched(tmp_path, monkeypatch):
     runs = [make_run(tmp_path / "runs" / name) for name in ("first", "second")]
     monkeypatch.setattr(watch, "ASK_EVERY_S", 0.1)
     live = watch.LiveContents(runs, lambda _: make_contents(runs, ["vidssl", "report", "--watch"]))
-    with watch.open_server(live, 0) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}/", runs
-        server.shutdown()
-        thread.join()
+    with serving(live) as address:
+        yield f"{address}/", runs
 
 
 READING = """

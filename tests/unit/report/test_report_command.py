@@ -6,7 +6,7 @@ import urllib.error
 import urllib.request
 
 import pytest
-from report_runs import STEPS, log_rows, make_run, write_log
+from report_runs import STEPS, log_rows, make_run, serving, write_log
 
 from vidssl.commands import report as command
 from vidssl.core.errors import UserError
@@ -54,12 +54,8 @@ def served(tmp_path):
     run = make_run(tmp_path / "a")
     write_log(run, log_rows(10))
     live = watch.LiveContents([run], lambda _: make_contents([run], ["vidssl"]))
-    with watch.open_server(live, 0) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}", run
-        server.shutdown()
-        thread.join()
+    with serving(live) as address:
+        yield address, run
 
 
 def get(address, **headers):
