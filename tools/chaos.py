@@ -32,6 +32,7 @@ from data_prep import pack
 from data_prep.synthetic import make_corpus
 from vidssl import train
 from vidssl.core.errors import EXIT_REQUEUE, run_cli
+from vidssl.core.io import last_json_row
 from vidssl.training.checkpoint import list_checkpoints
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -71,12 +72,9 @@ class RunningTraining:
 
     def step(self) -> int:
         """Returns the last logged step."""
-        with (
-            contextlib.suppress(OSError, ValueError, IndexError, KeyError),
-            open(self.out / "log.jsonl", "rb") as f,
-        ):
-            f.seek(max(0, f.seek(0, os.SEEK_END) - 4096))
-            return json.loads(f.read().split(b"\n")[-2])["step"]
+        # A fault may have damaged or removed the log
+        with contextlib.suppress(OSError, ValueError):
+            return last_json_row(self.out / "log.jsonl").get("step", 0)
         return 0
 
     def alive(self) -> bool:
