@@ -78,7 +78,7 @@ class Video:
         buffers: list[PlaneBuffer] = []
         format = RGB
         decoded = 0
-        for index, (format, planes) in zip(sorted(places), self.iter_planes(unique), strict=False):
+        for index, (format, planes) in zip(unique.tolist(), self.iter_planes(unique), strict=False):
             if not buffers:
                 pairs = zip(clips, regions, strict=True)
                 buffers = [PlaneBuffer(format.chroma, len(clip), region) for clip, region in pairs]
