@@ -38,6 +38,9 @@ RUN = ["run.out=x", f"run.steps={STEPS}", "run.batch=8", "data.train=x"]
 SMALL = ["data.stride=1", "augment.kind=center_crop", "augment.size=32", "optim.warmup=0", "optim.lr=1e-3"]
 SMALL += ["model.kind=vit", "model.dim=48", "model.depth=2", "model.heads=3", "model.patch=8"]
 PREDICTOR = {"width": 24, "depth": 1, "heads": 2}
+# They compare clips with each other. Of clips of noise alone, whose features are nearly equal, batch norm or
+# a centre magnifies a processor's rounding (AVX2 and AVX-512: 1e-3 after five steps, with colours 2e-6).
+COLOURED = ("byol", "dino", "moco_v3", "simclr", "simsiam", "swav", "vicreg")
 TINY = ROOT / "tests/tiny_methods"  # files of keys that a method needs beside these
 
 
@@ -105,23 +108,27 @@ def write_teacher(folder: Path, of_images: bool) -> None:
     save_run_encoder(folder, found, {"config": to_tree(larger), "step": 0}, snapshot=False)
 
 
-def losses(cfg: TrainConfig, device: str = "cpu", precision: str = "fp32") -> list[float]:
-    """Five steps of a tiny encoder on moving noise."""
-    objective = cfg.build_objective().to(device)
+def moving_noise(frames: int, coloured: bool) -> torch.Tensor:
+    """u8 [8, 3, T, 32, 32]: noise that moves to the right. coloured: half of it is a colour of the clip."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randint(0, 256, (8, 3, 1, 32, 32), dtype=torch.uint8, generator=generator)
+    if coloured:
+        noise = noise // 2 + torch.randint(0, 128, (8, 3, 1, 1, 1), dtype=torch.uint8, generator=generator)
+    return torch.cat([noise.roll(t, -1) for t in range(frames)], 2)
+
+
+def losses(cfg: TrainConfig, video: torch.Tensor) -> list[float]:
+    """Five steps of a tiny encoder on clips u8 [8, 3, T, 32, 32]."""
+    objective = cfg.build_objective()
     optim = cfg.optim
     optimizer = build_optimizer(objective, optim)
     strategy = Strategy(Accelerator())
-    noise = torch.randint(
-        0, 256, (8, 3, 1, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
-    )
-    video = torch.cat([noise.roll(t, -1) for t in range(cfg.data.frames)], 2).to(device)
-    positions = torch.arange(8, device=device)
+    positions = torch.arange(8)
     out = []
     for step in range(STEPS):
         now = schedule(optim, step, STEPS, objective.momentum)
         set_schedule(optimizer, now)
-        with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
-            loss = objective(normalise(video), KeyedRNG(0, step, positions + 8 * step))["loss"]
+        loss = objective(normalise(video), KeyedRNG(0, step, positions + 8 * step))["loss"]
         optimizer.zero_grad()
         loss.backward()
         strategy.clip(objective, optim, step)
@@ -133,7 +140,8 @@ def losses(cfg: TrainConfig, device: str = "cpu", precision: str = "fp32") -> li
 
 def losses_of(method: str) -> list[float]:
     with tempfile.TemporaryDirectory() as folder:
-        return losses(small(method, *make_teacher(method, Path(folder))))
+        cfg = small(method, *make_teacher(method, Path(folder)))
+        return losses(cfg, moving_noise(cfg.data.frames, method in COLOURED))
 
 
 def write(method: str) -> str:
@@ -163,7 +171,8 @@ def test_golden_losses(method):
         float(line.split()[1]) for line in (ROOT / f"tests/losses/{method}.txt").read_text().splitlines()
     ]
     assert losses_of(method) == pytest.approx(golden, rel=1e-4)  # other processors round differently
-    if "pretext" not in own(method)["method"]:  # its classes are drawn anew in each step
+    # Classes of a pretext are drawn anew in each step; the loss of DINO rises until its centre has settled
+    if "pretext" not in own(method)["method"] and method != "dino":
         assert golden[-1] < golden[0]
 
 
