@@ -66,7 +66,7 @@ def configure(run: str, folder: Path) -> TrainConfig:
     from test_methods import make_teacher, small  # of tests/integration
 
     method, _, over = run.partition("/")
-    more = ["model.drop_path=0.3", f"run.batch={CLIPS}", "optim.eps=1e-3", *make_teacher(method, folder)]
+    more = ["model.drop_path=0.3", f"run.batch={CLIPS}", "optim.eps=1e-2", *make_teacher(method, folder)]
     return small(method, *more, *([f"method.mask.truncate_over={over}"] if over else []))
 
 
