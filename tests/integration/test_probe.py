@@ -92,7 +92,7 @@ def run(synthetic_shards, tmp_path_factory) -> Path:
 
 
 def arguments(run: Path, shards: Path, out: Path, *more: str, test: str = "test") -> list[str]:
-    files = [str(ROOT / "configs/probe/quickstart.yaml")]
+    files = [str(ROOT / "configs/probe/attentive_tiny.yaml")]
     data = [f"data.train={shards / 'train'}", f"data.test={shards / test}"]
     return [*files, f"encoder={run}", *data, f"out={out}", "probe.epochs=2", "probe.lr=[1e-3]", *more]
 

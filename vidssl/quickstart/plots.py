@@ -50,9 +50,10 @@ def draw_bar_table(quick: Quickstart, rows: Sequence[Result]) -> None:
     labels = list(dict.fromkeys(row["label"] for row in rows))
     figure = Figure(figsize=(5 * len(labels), 4), layout="constrained")
     axes = figure.subplots(1, len(labels), squeeze=False)[0]
+    protocol = rows[0]["protocol"]
     for axis, label in zip(axes, labels, strict=True):
         draw_label(axis, [row for row in rows if row["label"] == label])
-        axis.set_title(f"{label}: frozen attentive probe (95 % interval)")
+        axis.set_title(f"{label}: frozen {protocol} probe (95 % interval)")
     handles, names = axes[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside upper center", ncols=3, frameon=False)
     save_figure(figure, quick, "accuracy.png")
