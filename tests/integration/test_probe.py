@@ -279,24 +279,24 @@ def test_wrong_calls(wrong, words, run, synthetic_shards, tmp_path, monkeypatch)
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("kind", ["folder", "knn"])
+@pytest.mark.parametrize("kind", ["attentive_tiny", "knn"])
 def test_a_dry_run_says_what_a_probe_takes(kind, run, synthetic_shards, tmp_path, monkeypatch, capsys):
     """And decodes and writes nothing. 60 + 30 videos of 2 clips are decoded in every pass: once to find
     those that cannot be, once for the scores of train (60), and by the heads of two label sets."""
     monkeypatch.delattr(extractor, "compute_features")
     settings = ["--dry-run", "probe.recompute=always", "probe.controls=[none]", "probe.segments=2"]
     data = [f"data.{part}={synthetic_shards / part}" for part in ("train", "test")]
-    if kind == "folder":
+    if kind == "attentive_tiny":
         settings += ["probe.epochs=2", "probe.depth=2", "probe.standardise=false"]
     out = tmp_path / "out"
     probe.main([str(ROOT / f"configs/probe/{kind}.yaml"), f"encoder={run}", f"out={out}", *data, *settings])
     text = capsys.readouterr().out
     fit, held_out = 48, 12
-    clips = 2 * 2 * (fit * 2 + held_out + 60 * 2 + 30) if kind == "folder" else 2 * 90
+    clips = 2 * 2 * (fit * 2 + held_out + 60 * 2 + 30) if kind == "attentive_tiny" else 2 * 90
     assert f"encoding: {clips + 2 * 60} clips of" in text
     assert f"decoding: {clips + 2 * 60 + 2 * 90} clips," in text
     assert "computed in every epoch" in text and "in all: about" in text and "TFLOP/s as measured" in text
-    examples = 2 * (fit * 2 + 60 * 2) if kind == "folder" else 0
+    examples = 2 * (fit * 2 + 60 * 2) if kind == "attentive_tiny" else 0
     assert f"heads: {examples} examples in training" in text
     assert not out.exists()
 
