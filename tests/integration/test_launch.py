@@ -58,7 +58,7 @@ def test_the_summary_has_the_promised_rows(quick):
         for control in ("none", "shuffled")
     }
     for r in rows:
-        assert r["protocol"] == "attentive" and r["n_test"] == 30
+        assert r["protocol"] == "linear" and r["n_test"] == 30
         assert 0 <= r["ci95"][0] <= r["accuracy"] <= r["ci95"][1] <= 100
 
 
