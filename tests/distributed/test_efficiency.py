@@ -36,8 +36,8 @@ CLIPS, STEPS = 16, 2
 PARTS = {1: (1, 2, 4), 2: (1, 2, 4), 4: (1, 4)}  # processes: micro-batches
 RECOMPUTED = "recomputed"
 TOLERANCE = 1e-5  # of a tensor's largest entry; 2e-6 was measured
-# Adam divides a gradient by its own size, so an entry that is nearly zero moves by its rounding, if less with
-# the eps below.
+# Adam divides a gradient by its own size, so an entry that is nearly zero moves by its rounding; the large
+# eps of `configure` damps that.
 WEIGHT_TOLERANCE = 5e-5
 VARIANTS = [f"{world}x{parts}" for world in PARTS for parts in PARTS[world]] + [f"1x1-{RECOMPUTED}"]
 # Parts that other methods share: all variants. The others are tried on two processes and in two parts.
@@ -77,9 +77,8 @@ def batch_at(step: int, frames: int, rank: int, world: int) -> Batch:
     clips = []
     for p in positions:
         generator = torch.Generator().manual_seed(p)
-        colour, noise = (
-            torch.randint(0, 128, (3, *size), generator=generator) for size in ((1, 1, 1), (frames, 32, 32))
-        )
+        colour = torch.randint(0, 128, (3, 1, 1, 1), generator=generator)
+        noise = torch.randint(0, 128, (3, frames, 32, 32), generator=generator)
         clips.append((colour + noise).byte())
     return Batch(torch.stack(clips), torch.zeros(len(clips)), torch.tensor(positions), [""] * len(clips), [])
 
