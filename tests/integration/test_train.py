@@ -31,7 +31,7 @@ STEPS = 12
 def command(shards: Path, out: Path, *more: str, processes: int = 1) -> list[str]:
     run = [sys.executable]
     if processes > 1:
-        run += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "29611"]
+        run += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     settings = [
         f"data.train={shards}",
         f"run.out={out}",

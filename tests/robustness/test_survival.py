@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 from vidssl import train
 from vidssl.core.errors import EXIT_REQUEUE, Interrupted, Preempted, UserError, run_cli
+from vidssl.core.launch import free_port
 from vidssl.core.log import configure_logging
 from vidssl.pretrained import files as native_files
 from vidssl.training import checkpoint, collapse, feature_stats, metrics_log
@@ -336,10 +337,14 @@ def test_preempted_has_the_exit_status_of_a_requeue(monkeypatch):
     assert ended.value.code == EXIT_REQUEUE == 75
 
 
+ALL_PIPES = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
 PEER = """
 import os, signal, sys
 from vidssl import train
 from vidssl.core.errors import run_cli
+# On a loaded machine the imports may end further apart than a process waits for the other one.
+print("ready", flush=True)
+input()
 original = train.forward_backward
 def spoiled(strategy, model, parts):
     got = original(strategy, model, parts)
@@ -364,16 +369,18 @@ def test_bad_step_and_lost_peer_with_two_processes(number, synthetic_shards, tmp
         f"efficiency.peer_timeout_s={600 if number == 'SIGKILL' else 20}",
         "efficiency.workers=0",
     ]
-    port = "29612" if number == "SIGKILL" else "29613"
-    env = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    env = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     script = [sys.executable, "-c", PEER.replace("{number}", number), *FILES, *SMALL, *more]
     both = [
-        subprocess.Popen(
-            script, cwd=ROOT, env={**env, "RANK": r, "LOCAL_RANK": r}, stderr=subprocess.PIPE, text=True
-        )
+        subprocess.Popen(script, cwd=ROOT, env={**env, "RANK": r, "LOCAL_RANK": r}, text=True, **ALL_PIPES)
         for r in "01"
     ]
     try:
+        for process in both:
+            assert process.stdout.readline() == "ready\n"
+        for process in both:
+            process.stdin.write("go\n")
+            process.stdin.flush()
         said = both[0].communicate(timeout=600)[1].strip().splitlines()
     finally:
         both[1].kill()

@@ -23,6 +23,7 @@ from vidssl.training.checkpoint import list_checkpoints, step_of
 GLOO_SOURCES = ("gloo/transport/", "gloo/rendezvous/")
 # NCCL's codes of wrong use, which fails again after a restart
 NCCL_USAGE_ERRORS = ("ncclInvalidUsage", "ncclInvalidArgument")
+PORT_IN_USE = "EADDRINUSE"  # in the error of the process that opens the port
 MAX_STARTS_WITHOUT_PROGRESS = 3  # after which a run is not queued again
 T = TypeVar("T")
 
@@ -106,15 +107,20 @@ def _block_signals_in_child() -> None:
 
 @contextlib.contextmanager
 def exit_on_lost_peer() -> Iterator[None]:
-    """Raises Preempted when another process of the run has died or does not answer, so that the job is
-    requeued."""
+    """Raises Preempted when another process of the run has died, does not answer or has not come, so that the
+    job is requeued; UserError when the port at which the processes meet is taken."""
     try:
         yield
     except RuntimeError as e:
-        has_peers = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
-        if not has_peers or not is_lost_peer(e):
+        is_alone = torch.distributed.is_initialized() and torch.distributed.get_world_size() == 1
+        if is_alone or not is_lost_peer(e):
             raise
         reason = str(e).strip().splitlines()[0][:200]
+        if PORT_IN_USE in str(e):
+            raise UserError(
+                f"the port at which the processes meet is in use, perhaps by another run ({reason}); set "
+                "MASTER_PORT (accelerate launch: --main_process_port) to a free one"
+            ) from e
         raise Preempted(f"error: another process of this run is gone or does not answer ({reason})") from e
 
 

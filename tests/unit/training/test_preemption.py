@@ -3,12 +3,21 @@
 import multiprocessing
 import os
 import signal
+import socket
+from datetime import timedelta
 
 import pytest
 import torch
 
 from vidssl.core.errors import Preempted, UserError
-from vidssl.training.preemption import PreemptionHandler, exit_on_sigterm, is_lost_peer, limited_requeues
+from vidssl.core.launch import free_port
+from vidssl.training.preemption import (
+    PreemptionHandler,
+    exit_on_lost_peer,
+    exit_on_sigterm,
+    is_lost_peer,
+    limited_requeues,
+)
 
 GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/"
 
@@ -28,6 +37,29 @@ GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/"
 )
 def test_only_lost_connections_and_timeouts_are_requeued(error, lost):
     assert is_lost_peer(error) is lost
+
+
+def join_alone(rank: int, port: int) -> None:
+    """Joins a run of two processes, of which the other one does not come."""
+    timeout = timedelta(seconds=1)
+    where = f"tcp://127.0.0.1:{port}"
+    torch.distributed.init_process_group("gloo", where, rank=rank, world_size=2, timeout=timeout)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_does_not_come_is_a_lost_one(rank):
+    with (
+        pytest.raises(Preempted, match=r"is gone or does not answer \(.*[Tt]imed out"),
+        exit_on_lost_peer(),
+    ):
+        join_alone(rank, int(free_port()))
+
+
+def test_a_port_in_use_is_for_the_user():
+    with socket.create_server(("", 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(UserError, match=rf"{port}.*in use.*; set MASTER_PORT"), exit_on_lost_peer():
+            join_alone(0, port)
 
 
 @pytest.fixture
