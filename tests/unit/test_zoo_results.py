@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from vidssl.core.errors import UserError
 from vidssl.zoo.results import (
     accuracy_table,
     as_points,
@@ -39,19 +40,34 @@ B = [0] * 20 + [1] * 10 + [0] * 10
 def test_the_better_of_two_comes_first_and_says_whether_that_is_decided():
     rows = [row("b", B), row("a", A), row("same", A[:29] + [0] + A[30:])]
     pairs = ordered_pairs(rows)
-    assert [(p["better"], p["other"]) for p in pairs] == [("a", "same"), ("a", "b"), ("same", "b")]
-    assert [p["difference"] for p in pairs] == [2.5, 50.0, 47.5]
+    assert [(p.better, p.other) for p in pairs] == [("a", "same"), ("a", "b"), ("same", "b")]
+    assert [p.difference for p in pairs] == [2.5, 50.0, 47.5]
     lines = pair_table(rows)
     assert lines[2].startswith("| a - same | +2.5 | [+0.0, ") and lines[2].endswith("| undecided |")
     assert lines[3].endswith("| a is better |")
 
 
-def test_a_pair_is_over_the_mean_of_its_seeds():
-    rows = [row("a", A, 0), row("a", B, 1), row("b", B, 0), row("b", B, 1)]
+def test_the_interval_of_a_pair_holds_how_its_seeds_differ():
+    alike = [row("a", A, 0), row("a", A, 1), row("b", B, 0), row("b", B, 1)]
+    differing = [row("a", A, 0), row("a", B, 1), row("b", B, 0), row("b", B, 1)]
+    (one,), (other,) = ordered_pairs(alike), ordered_pairs(differing)
+    # A and B differ in 20 of 40 samples, which are resampled
+    assert one.difference == 50.0 and 30 < one.low < 40 and 60 < one.high < 70
+    assert other.difference == 25.0
+    # in a quarter of the resamples both seeds of `a` are the one that equals `b`
+    assert other.low == 0.0 and 55 < other.high < one.high
+    assert (one.order, other.order) == ("a is better", "undecided")
+
+
+def test_of_several_lists_of_one_seed_the_mean_is_compared():
+    rows = [row("a", A), row("a", B), row("b", B)]
     (pair,) = ordered_pairs(rows)
-    assert pair["difference"] == 25.0
-    # half of 20 of 40 samples, resampled
-    assert 15 < pair["difference_low"] < 25 < pair["difference_high"] < 35
+    assert pair.difference == 25.0 and 15 < pair.low < 25 < pair.high < 35
+
+
+def test_other_test_samples_are_refused():
+    with pytest.raises(UserError, match="b: other test samples of 'motion' than another run"):
+        ordered_pairs([row("a", A), row("b", B[:30])])
 
 
 def test_metrics_without_hits_have_no_pairs():

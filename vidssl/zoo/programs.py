@@ -41,10 +41,11 @@ def run_title(name: str, seed: int) -> str:
 
 
 def run_jobs_of(zoo: ZooConfig, runs: Mapping[str, PlannedRun]) -> list[Job]:
-    """Each run with each seed, followed by the probes of its snapshots."""
+    """Each run with each seed, followed by the probes of its snapshots. All runs with one seed come before
+    the next seed, so that what a cut-off zoo has can be compared."""
     jobs = []
-    for name, run in runs.items():
-        for seed in zoo.seeds:
+    for seed in zoo.seeds:
+        for name, run in runs.items():
             out = zoo.run_folder(name, seed)
             title = run_title(name, seed)
             snapshots = {
@@ -75,8 +76,8 @@ def timed_jobs(
     zoo: ZooConfig, runs: Mapping[str, PlannedRun], probe_s: Mapping[str, float]
 ) -> Iterator[TimedJob]:
     """What `run_jobs_of` gives, with planned durations. probe_s: seconds of a probe of each name."""
-    for name, run in runs.items():
-        for seed in zoo.seeds:
+    for seed in zoo.seeds:
+        for name, run in runs.items():
             title = run_title(name, seed)
             yield TimedJob(title, run.seconds)
             for step in run.snapshot_steps:

@@ -8,9 +8,13 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
+from vidssl.core.errors import UserError
 from vidssl.core.io import atomic_write, atomic_write_text
-from vidssl.evaluation.comparison import SCORES, Row, add_differences, merge_lists, read_probe
+from vidssl.evaluation.comparison import SCORES, Row, merge_lists, read_probe
 from vidssl.evaluation.controls import CONTROLS, control_name
+from vidssl.evaluation.metrics import bootstrap_seeds_ci
 from vidssl.zoo.config import UNTRAINED, ZooConfig
 from vidssl.zoo.jobs import Outcome
 from vidssl.zoo.plan import PlannedRun
@@ -142,29 +146,49 @@ def accuracy_table(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
-def mean_hits(name: str, rows: Sequence[Row]) -> Row:
-    """One row whose hit of each test sample is the mean over the seeds and lists of a run."""
-    samples = rows[0]["hits"]
-    hits = {
-        key: (sum(float(row["hits"][key][0]) for row in rows) / len(rows), samples[key][1]) for key in samples
-    }
-    return {**rows[0], "name": name, "seed": "", "hits": hits}
+class Pair(NamedTuple):
+    """Two encoders of a panel, the one with the higher mean accuracy first."""
+
+    better: str
+    other: str
+    difference: float  # of the means, percentage points
+    low: float  # 95 % interval
+    high: float
+
+    @property
+    def order(self) -> str:
+        return f"{self.better} is better" if self.low > 0 else "undecided"
 
 
-def ordered_pairs(rows: Sequence[Row]) -> list[Row]:
-    """For each two encoders of a panel their difference on unchanged clips with its paired interval
-    (compare.py), the better one first. Metrics without hits have none."""
+def hits_by_seed(rows: Sequence[Row], samples: Sequence[tuple[str, int]]) -> np.ndarray:
+    """f64 [seeds, samples]: hits of the runs of one method, each the mean over its low-shot lists."""
+    seeds: dict[Any, list[list[float]]] = {}
+    for row in rows:
+        if row["hits"].keys() != set(samples):
+            raise UserError(f"{row['run']}: other test samples of '{row['label']}' than another run")
+        seeds.setdefault(row["run_seed"], []).append([float(row["hits"][key][0]) for key in samples])
+    return np.array([np.mean(lists, axis=0) for lists in seeds.values()])
+
+
+def ordered_pairs(rows: Sequence[Row]) -> list[Pair]:
+    """For each two encoders of a panel their difference on unchanged clips. Its interval is paired by test
+    sample, and of several seeds holds how the runs of a method differ, too (bootstrap_seeds_ci). Metrics
+    without hits have none."""
     plain = [row for row in rows if row["control"] == "none" and row["hits"]]
-    names = dict.fromkeys(row["run"] for row in plain)
-    means = {name: mean_hits(name, [row for row in plain if row["run"] == name]) for name in names}
-    average = {name: sum(hit for hit, _ in row["hits"].values()) for name, row in means.items()}
-    ranked = sorted(means, key=average.__getitem__, reverse=True)
+    if not plain:
+        return []
+    samples = list(plain[0]["hits"])
+    groups = [plain[0]["hits"][key][1] for key in samples]
+    hits = {
+        name: hits_by_seed([row for row in plain if row["run"] == name], samples)
+        for name in dict.fromkeys(row["run"] for row in plain)
+    }
+    ranked = sorted(hits, key=lambda name: hits[name].mean(), reverse=True)
     pairs = []
     for better, other in combinations(ranked, 2):
-        base = dict(means[other])
-        first = dict(means[better])
-        add_differences([base, first])
-        pairs.append({"better": better, "other": other, **first})
+        difference = round(100 * float(hits[better].mean() - hits[other].mean()), 2)
+        interval = bootstrap_seeds_ci(hits[better], hits[other], groups)
+        pairs.append(Pair(better, other, difference, *interval))
     return pairs
 
 
@@ -173,14 +197,10 @@ def pair_table(rows: Sequence[Row]) -> list[str]:
     pairs = ordered_pairs(rows)
     if not pairs:
         return []
-    lines = ["| pair | difference, points | 95 %, paired | order |", "|---|---|---|---|"]
+    lines = ["| pair | difference, points | 95 % | order |", "|---|---|---|---|"]
     for pair in pairs:
-        low = pair["difference_low"]
-        interval = f"[{low:+.1f}, {pair['difference_high']:+.1f}]"
-        order = f"{pair['better']} is better" if low > 0 else "undecided"
-        lines.append(
-            f"| {pair['better']} - {pair['other']} | {pair['difference']:+.1f} | {interval} | {order} |"
-        )
+        interval = f"[{pair.low:+.1f}, {pair.high:+.1f}]"
+        lines.append(f"| {pair.better} - {pair.other} | {pair.difference:+.1f} | {interval} | {pair.order} |")
     return lines
 
 
@@ -188,12 +208,18 @@ def write_table(path: Path, zoo: ZooConfig, rows: Sequence[Row], outcomes: Mappi
     """Writes table.md: final figures and ordered pairs of each label. Returns its text."""
     same = "clips seen" if zoo.equal == "clips" else "counted FLOPs"
     seeds = ", ".join(map(str, zoo.seeds))
-    lines = [f"# {os.path.basename(zoo.folder.resolve())}", ""]
-    lines += [
+    between_seeds = (
+        "pairs over seeds, too"
+        if len(zoo.seeds) > 1
+        else "one training each, and another seed may differ by more"
+    )
+    lines = [
+        f"# {os.path.basename(zoo.folder.resolve())}",
+        "",
         f"Frozen encoders at equal {same}; seeds {seeds}. In brackets: 95 % interval over groups of test",
+        f"samples, of {between_seeds}; after ±: sample deviation over seeds and lists (their number).",
         "",
     ]
-    lines[-2] += "\nsamples; after ±: sample deviation over seeds and lists (their number)."
     panels = panels_of(rows)
     for panel, members in panels.items():
         final = final_rows(members)
