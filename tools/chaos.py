@@ -1,29 +1,32 @@
 """Injects faults into a short training run and compares it with the same run undisturbed.
 
-python tools/chaos.py [--faults 100] [--minutes 60] [--processes 1] [--seed 0] [--out runs/chaos]
+python tools/chaos.py [--faults 100] [--minutes 60] [--processes 1] [--log-every 1] [--out runs/chaos]
 
 Faults are kills, signals, full disks, unwritable folders and damaged files. Rounds of the run are disturbed
 until --faults faults and --minutes minutes are reached; a round is continued by the same command until it is
 finished. Its weights, optimizer state and log must equal the undisturbed ones bit for bit, else the exit
-status is 1. Processes are forked from this one, so that a start costs no imports.
+status is 1. With --log-every 4 the log of a round has a row for four steps, fewer where it was cut off, which
+must sum up the undisturbed run's rows of these steps. Processes are forked from this one, so that a start
+costs no imports.
 """
 
 import argparse
 import contextlib
 import json
+import math
 import multiprocessing
 import os
 import random
 import resource
 import shutil
 import signal
-import socket
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -33,6 +36,7 @@ from data_prep.synthetic import make_corpus
 from vidssl import train
 from vidssl.core.errors import EXIT_REQUEUE, run_cli
 from vidssl.core.io import last_json_row
+from vidssl.core.launch import free_port
 from vidssl.training.checkpoint import list_checkpoints
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -52,14 +56,12 @@ FORK = multiprocessing.get_context("fork")
 class RunningTraining:
     """The processes of one start of the run in `out`; their output goes to `out`.txt."""
 
-    def __init__(self, out: Path, shards: Path, processes: int, steps: int):
+    def __init__(self, out: Path, shards: Path, processes: int, steps: int, log_every: int = 1):
         self.out = out
         self.write_blocked = False
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
         argv = [*FILES, *SMALL, f"run.steps={steps}", f"run.out={out}", f"data.train={shards / 'train'}"]
-        world = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        argv.append(f"run.log_every={log_every}")
+        world = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
         ranks = [
             {**world, "RANK": str(r), "LOCAL_RANK": str(r)} if processes > 1 else {} for r in range(processes)
         ]
@@ -237,15 +239,43 @@ def differences(undisturbed: Path, other: Path, steps: int) -> list[str]:
     for name in names:
         a, b = load_file(undisturbed / name), load_file(other / name)
         wrong += [f"{name}: {k}" for k in a if k not in b or not a[k].equal(b[k])]
-    logs = [
-        [json.loads(line) for line in (p / "log.jsonl").read_text().splitlines()]
-        for p in (undisturbed, other)
-    ]
-    rows = [[{k: v for k, v in row.items() if k not in VOLATILE} for row in log] for log in logs]
-    wrong += [f"log.jsonl: step {a['step']}" for a, b in zip(*rows, strict=False) if a != b]
+    wrong += log_differences(*(p / "log.jsonl" for p in (undisturbed, other)))
     states = [json.loads((p / last / "state.json").read_text()) for p in (undisturbed, other)]
     wrong += [k for k in ("guard", "feature_stats", "scaler") if states[0][k] != states[1][k]]
-    return wrong + (["log.jsonl: length"] if len(rows[0]) != len(rows[1]) else [])
+    return wrong
+
+
+def log_differences(undisturbed: Path, other: Path) -> list[str]:
+    """Returns what is wrong in the rows of `other`. Each must sum up the undisturbed rows of its steps, of
+    which there is one for each step; a row of one step must equal it."""
+    logs = [[json.loads(line) for line in path.read_text().splitlines()] for path in (undisturbed, other)]
+    steps = {row["step"]: row for row in logs[0]}
+    wrong = []
+    end = 0  # of the row before
+    for row in logs[1]:
+        begin = row["step"] - row.get("steps", 1)
+        if begin != end:
+            wrong.append(f"log.jsonl: steps {begin + 1} to {row['step']} after step {end}")
+        end = row["step"]
+        members = [steps[step] for step in range(begin + 1, end + 1)]
+        wrong += [
+            f"log.jsonl: {key} of step {end}"
+            for key in members[-1]
+            if key not in VOLATILE and not sums_up(key, row.get(key), [member.get(key) for member in members])
+        ]
+    return wrong + ([] if end == logs[0][-1]["step"] else [f"log.jsonl: ends with step {end}"])
+
+
+def sums_up(key: str, value: Any, values: list[Any]) -> bool:
+    """Whether a value of a row is right for these values of its steps: a sum of hashes or counts, the mean of
+    a loss, or the last."""
+    if len(values) == 1:
+        return value == values[0]
+    if key == "samples_hash":
+        return int(value, 16) == sum(int(v, 16) for v in values) % (1 << 63)
+    if key == "undecodable_samples":
+        return value == sum(values)
+    return value == values[-1] or math.isclose(value, sum(values) / len(values), rel_tol=1e-9)
 
 
 def disturbed(
@@ -293,6 +323,7 @@ def main(argv: list[str]) -> None:
     p.add_argument("--faults", type=int, default=100)
     p.add_argument("--minutes", type=float, default=0, help="least duration")
     p.add_argument("--processes", type=int, default=1)
+    p.add_argument("--log-every", type=int, default=1, help="steps in a row of the disturbed run's log")
     p.add_argument("--steps", type=int, default=240, help="optimizer steps of a round")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--shards", type=Path, help="packed data with `train`; default: rendered here")
@@ -318,7 +349,8 @@ def main(argv: list[str]) -> None:
     wrong: list[str] = []
     while faults.total() < a.faults or time.time() < until:
         finished = lambda: faults.total() >= a.faults and time.time() >= until  # noqa: E731
-        starts += disturbed(out / f"round_{rounds}", start, a.steps, rng, finished, faults)
+        disturb = partial(start, log_every=a.log_every)
+        starts += disturbed(out / f"round_{rounds}", disturb, a.steps, rng, finished, faults)
         wrong += [
             f"round {rounds}: {w}" for w in differences(out / "undisturbed", out / f"round_{rounds}", a.steps)
         ]

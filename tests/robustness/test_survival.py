@@ -392,12 +392,15 @@ def test_bad_step_and_lost_peer_with_two_processes(number, synthetic_shards, tmp
 
 
 def test_five_faults(synthetic_shards, tmp_path):
+    """The disturbed run has a row for two steps, the undisturbed one for each."""
     call = [
         "tools/chaos.py",
         "--faults",
         "5",
         "--steps",
         "60",
+        "--log-every",
+        "2",
         "--shards",
         synthetic_shards,
         "--out",
