@@ -201,11 +201,18 @@ class ListingBuilder:
         return SourceListing(items, list(label_sets), rejected, left_out, notes, splits)
 
 
+# Other words for a split; "trainval", "eval" and "dev" may be meant beside train, val and test
+SAME_SPLITS = {"training": "train", "trn": "train", "valid": "val", "validation": "val"}
+SAME_SPLITS |= {"testing": "test", "tst": "test"}
+
+
 def check_spelling(splits: Mapping[str, str]) -> None:
-    """Raises UserError for splits that differ in case only. splits: name -> FILE:LINE."""
+    """Raises UserError for splits that differ in spelling only, such as Train, train and training. splits:
+    name -> FILE:LINE."""
     known: dict[str, str] = {}
     for split, where in splits.items():
-        first = known.setdefault(split.casefold(), split)
+        word = split.casefold()
+        first = known.setdefault(SAME_SPLITS.get(word, word), split)
         if first != split:
             raise UserError(f"{where}: split {split!r}, but {first!r} in {splits[first]}; write one of them")
 
@@ -356,11 +363,16 @@ def _check_header(file: Path, columns: list[str], required: Sequence[str]) -> No
             raise UserError(f"{file}:1: two columns {name!r}; expected each name once")
 
 
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written as UTF-8; an escape of JSON may give half of a surrogate pair."""
+    return text.encode("utf-8", "ignore").decode() == text
+
+
 def read_json_file(file: Path) -> Any:
     """Returns the value of a JSON file."""
     try:
         return json.loads("\n".join(text_lines(file)))
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise UserError(f"{file}:{getattr(e, 'lineno', 1)}: not JSON: {e}") from e
 
 

@@ -30,9 +30,12 @@ def read_diving48(root: Path, annotations: Sequence[Path]) -> SourceListing:
     vocabulary: list[str] | None = None
     for file in annotations:
         if "vocab" in file.stem:
+            listed = read_json_file(file)
+            if not isinstance(listed, list):
+                raise UserError(f"{file}:1: expected a list with the attributes of each class")
             vocabulary = [
                 " ".join(map(str, attributes)) if isinstance(attributes, list) else str(attributes)
-                for attributes in read_json_file(file)
+                for attributes in listed
             ]
     files = FileFinder(root)
     listing = ListingBuilder()

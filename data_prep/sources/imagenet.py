@@ -4,14 +4,17 @@ ILSVRC2012_val_N.JPEG.
 The class name is the WordNet id, such as n01440764. A flat val needs the development kit's
 ILSVRC2012_validation_ground_truth.txt (one class number per line, of image 1, 2, ...) and its meta.mat, or
 instead of that a text file with the WordNet ids of class number 1, 2, ..., one per line. Splits follow from
-the names of the files.
+the folders, since subsets such as Imagenette have images of train in val/; without such a folder, from the
+names of the files.
 """
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 from data_prep.sources.common import FileFinder, ListingBuilder, SourceItem, SourceListing, text_lines
+from data_prep.sources.names import parse_split
 from vidssl.core.errors import UserError
 from vidssl.data.extensions import IMAGE_EXTENSIONS
 
@@ -29,13 +32,17 @@ def read_imagenet(root: Path, annotations: Sequence[Path]) -> SourceListing:
     val_labels = _val_labels(ground_truth[0], metas[0]) if ground_truth else {}
     files = FileFinder(root, IMAGE_EXTENSIONS)
     listing = ListingBuilder()
+    moved = Counter[str]()
     for name in sorted(files.paths):
         match = re.fullmatch(rf"({SYNSET})_\d+|ILSVRC2012_(val|test)_\d{{8}}(?:_({SYNSET}))?", name)
         path = files.find(name) if match else None
         if not match or path is None:
             continue
-        split = match[2] or "train"
-        folders = reversed(path.split("/")[:-1])
+        folders = path.split("/")[-2::-1]  # the innermost first
+        named = match[2] or "train"
+        split = next((found.split for folder in folders if (found := parse_split(folder))), named)
+        if split != named:
+            moved[f"{named} in a folder of {split}"] += 1
         synset_folder = next((folder for folder in folders if re.fullmatch(SYNSET, folder)), None)
         label = match[1] or match[3] or synset_folder or val_labels.get(name)
         if split == "val" and label is None:
@@ -48,7 +55,8 @@ def read_imagenet(root: Path, annotations: Sequence[Path]) -> SourceListing:
     for name in val_labels:
         if name not in files.paths:
             listing.add(str(ground_truth[0]), SourceItem(f"{name}.JPEG", {}, None, "val"), "missing")
-    return listing.build(["label"], files.ignored_files(), files.notes)
+    notes = [f"{n} images are named as {what}: the folder decides" for what, n in sorted(moved.items())]
+    return listing.build(["label"], files.ignored_files(), [*files.notes, *notes])
 
 
 def _val_labels(ground_truth: Path, meta: Path) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """Lists of videos without labels, such as HowTo100M (arXiv 1906.03327).
 
 FILE.txt: one path per line, relative to the source. FILE.csv: a column video_id (HowTo100M_v1.csv), and
-optionally start and end in seconds; the file of a video is called VIDEO_ID, in any folder.
+optionally start and end in seconds, group and split; the file of a video is called VIDEO_ID, in any folder.
 """
 
 from collections.abc import Sequence
@@ -25,25 +25,30 @@ from data_prep.sources.common import (
 )
 from vidssl.core.errors import UserError
 
+COLUMNS = ("video_id", "group", "split", "start", "end")
+
 
 def read_unlabelled(
     root: Path, annotations: Sequence[Path], options: FolderOptions = FolderOptions()
 ) -> SourceListing:
-    """Group, if a csv file names the video: the video."""
+    """Group, if a csv file has no such column: the video."""
     require_annotations(annotations, "unlabelled", "a .txt of paths, or a .csv with video_id")
     listing = ListingBuilder()
     files: FileFinder | None = None
+    unread: dict[str, None] = {}
     splits = splits_of_lists(annotations, options)
     for file in splits:
         if file.suffix == ".csv":
             files = files or FileFinder(root)
             for where, row in csv_rows(file, ["video_id"]):
+                unread |= dict.fromkeys(name for name in row if name not in COLUMNS)
                 video_id = row["video_id"]
                 if not video_id:
                     raise UserError(f"{where}: no video_id")
                 path = files.find(video_id)
                 span = parse_span(where, row.get("start"), row.get("end"))
-                item = SourceItem(path or video_id, {}, video_id, splits[file], *span)
+                group = row.get("group") or video_id
+                item = SourceItem(path or video_id, {}, group, row.get("split") or splits[file], *span)
                 listing.add(where, item, None if path else "missing")
         elif file.suffix == ".txt":
             for number, line in enumerate(text_lines(file), 1):
@@ -55,7 +60,8 @@ def read_unlabelled(
         else:
             raise UserError(f"{file}: expected a .txt of paths or a .csv with video_id")
     if files is not None:
-        source = listing.build([], files.ignored_files(), files.notes)
+        notes = [f"columns that are not read: {', '.join(unread)}"] if unread else []
+        source = listing.build([], files.ignored_files(), [*files.notes, *notes])
     else:
         source = listing.build([], root=root)
     check_splits_of_lists(source.items, splits, options)
