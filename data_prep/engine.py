@@ -91,13 +91,14 @@ def sample_meta(item: SourceItem, encoded: EncodedSample, plan: Plan) -> dict:
     """Returns the contents of KEY.json."""
     first = plan.main_label_set or ""
     labels = {s: plan.classes[s].index(name) for s, name in item.labels.items()}
+    is_clip = encoded.start is not None or encoded.end is not None  # others may be of the same file
     return {
         **encoded.meta,
         **{k: t for k, t in (("start", encoded.start), ("end", encoded.end)) if t is not None},
         "label": labels.get(first, -1),
         "class": item.labels.get(first),
         "labels": labels,
-        "group": item.group,
+        "group": item.group or (item.path if is_clip else None),
         "source": item.path,
     }
 

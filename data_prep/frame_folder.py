@@ -45,7 +45,12 @@ def folder_as_video(folder: Path, rate: str, on_progress: Callable[[], None]) ->
     if sum(file.stat().st_size for _, file in files) > MAX_BYTES:
         raise DecodeError("too_large", f"more than {MAX_BYTES} bytes")
     numbers = [number for number, _ in files]
-    step = min((b - a for a, b in pairwise(numbers)), default=1) or 1
+    step = min((b - a for a, b in pairwise(numbers)), default=1)
+    if step == 0:
+        same = next(b for a, b in pairwise(files) if a[0] == b[0])
+        raise DecodeError(
+            "frames_differ", f"two images have the number {same[0]}, one of them {same[1].name}"
+        )
     out = io.BytesIO()
     first: tuple[str, tuple[int, int]] | None = None
     stream: Any = None

@@ -9,6 +9,7 @@ import argparse
 import hashlib
 import math
 from collections import Counter, defaultdict
+from collections.abc import Mapping
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
@@ -75,14 +76,19 @@ class Duplicate(NamedTuple):
 
 
 def split_train_test(
-    items: list[SourceItem], label_sets: list[str], fraction: float, seed: int
+    items: list[SourceItem],
+    label_sets: list[str],
+    fraction: float,
+    seed: int,
+    duplicates: Mapping[str, Duplicate] = {},
 ) -> dict[str, list[SourceItem]]:
     """Splits items by whole groups, `fraction` of them to test; a file without a group is a group of its own.
+    duplicates: path -> a file that stays on the same side, with its group.
 
     The classes of all label sets are balanced (core/splits.py); of the first alone if all together do not
     allow the fraction.
     """
-    group_of = [f"group {item.group}" if item.group else f"file {item.path}" for item in items]
+    group_of = joined_groups(items, duplicates)
     split = split_by_group(group_of, item_classes(items, label_sets), fraction, seed)
     if split.is_far and len(label_sets) > 1:
         first = split_by_group(group_of, item_classes(items, label_sets[:1]), fraction, seed)
@@ -93,6 +99,30 @@ def split_train_test(
     for item, is_test in zip(items, split.held_out, strict=True):
         splits["test" if is_test else "train"].append(item)
     return {name: sorted(members, key=lambda item: item.sort_key) for name, members in splits.items()}
+
+
+def joined_groups(items: list[SourceItem], duplicates: Mapping[str, Duplicate]) -> list[str]:
+    """The group of each item, or its file. Groups that share a file, or a file and its duplicate, are one."""
+    joined: dict[str, str] = {}  # a group or file -> one that it belongs to
+
+    def find(name: str) -> str:
+        while name in joined:
+            name = joined[name]
+        return name
+
+    def join(one: str, other: str) -> None:
+        one, other = find(one), find(other)
+        if one != other:
+            # a group keeps its name, which decides its side
+            kept, gone = sorted((one, other), key=lambda name: (name.startswith("file "), name))
+            joined[gone] = kept
+
+    for item in items:
+        if item.group:
+            join(f"group {item.group}", f"file {item.path}")
+    for path, duplicate in duplicates.items():
+        join(f"file {duplicate.of}", f"file {path}")
+    return [find(f"file {item.path}") for item in items]
 
 
 def item_classes(items: list[SourceItem], label_sets: list[str]) -> list[set[tuple[str, str]]]:
@@ -122,18 +152,28 @@ def make_plan(source: SourceListing, root: Path, out: Path, args: argparse.Names
     """args: the arguments of pack, with `recipe` and `filters`. Raises UserError if they contradict the
     source."""
     main_label_set = source.label_sets[0] if source.label_sets else None
-    datasets = assign_datasets(source, root, out, args)
+    named = named_splits(source, root, out, args)
     recipe = choose_recipe(source.items, root, args)
     sizes = {item.path: item_bytes(root, item) for item in source.items}
     options = bytes_options(args, recipe)
-    digest = hashlib.sha256(dumps({"version": 4, **options}).encode())
+    digest = hashlib.sha256(dumps({"version": 5, **options}).encode())
     for item in source.items:
         digest.update(dumps([*item, sizes[item.path]]).encode())
     digest.update(dumps(source.rejected).encode())
-    bytes_in = {
-        folder: sum(sizes[path] for path in {item.path for item in items})
-        for folder, items in datasets.items()
-    }
+    # Duplicates are dropped before --test-fraction, so that none is on the other side.
+    dropped: dict[Path, list[dict]] = defaultdict(list)
+    for folder, items in named.items():
+        if args.drop_duplicates:
+            items, dropped[folder] = drop_duplicates(items, identical_files(items, root))
+        if args.drop_duplicates == "near":
+            near = near_duplicates(items, root, out / f"{NEAR_PREFIX}{folder.name}.jsonl", args)
+            digest.update(dumps(near).encode())
+            items, records = drop_duplicates(items, near)
+            dropped[folder] += records
+        named[folder] = items
+    if args.drop_duplicates and len(named) > 1:
+        warn_of_shared_files(named, root)
+    datasets = split_by_fraction(named, source.label_sets, root, out, args) if args.test_fraction else named
     rejected: dict[Path, list[dict]] = defaultdict(list)
     # A file of which no split is known, or of a split without any file, is listed in the first data set.
     for path, reason in source.rejected.items():
@@ -142,16 +182,12 @@ def make_plan(source: SourceListing, root: Path, out: Path, args: argparse.Names
         rejected[folder if folder in datasets else min(datasets)].append(
             {"path": path, "reason": reason, "detail": detail}
         )
-    for folder, items in datasets.items():
-        if args.drop_duplicates:
-            items, dropped = drop_duplicates(items, identical_files(items, root))
-            rejected[folder] += dropped
-        if args.drop_duplicates == "near":
-            near = near_duplicates(items, root, out / f"{NEAR_PREFIX}{folder.name}.jsonl", args)
-            digest.update(dumps(near).encode())
-            items, dropped = drop_duplicates(items, near)
-            rejected[folder] += dropped
-        datasets[folder] = items
+    read = {folder: {item.path for item in items} for folder, items in datasets.items()}
+    for folder, records in dropped.items():
+        listed_in = folder if folder in datasets else min(datasets)
+        rejected[listed_in] += records
+        read[listed_in] |= {record["path"] for record in records}
+    bytes_in = {folder: sum(sizes[path] for path in paths) for folder, paths in read.items()}
     return Plan(
         source=root,
         datasets={folder: plan_shards(folder, datasets[folder], sizes, args) for folder in sorted(datasets)},
@@ -172,21 +208,50 @@ def item_bytes(root: Path, item: SourceItem) -> int:
     return path.stat().st_size if item.frame_rate is None else folder_bytes(path)
 
 
-def assign_datasets(
+def named_splits(
     source: SourceListing, root: Path, out: Path, args: argparse.Namespace
 ) -> dict[Path, list[SourceItem]]:
-    """Returns folder -> items: a folder per split of the source or of --test-fraction, or `out` itself."""
-    if any(item.split for item in source.items):
-        if args.test_fraction:
-            raise UserError(f"{root}: names its own splits; leave out --test-fraction")
-        datasets: dict[Path, list[SourceItem]] = defaultdict(list)
-        for item in source.items:
-            datasets[out / str(item.split)].append(item)
-        return datasets
+    """Returns folder -> items: a folder per split that the source names, or `out` itself."""
+    if not any(item.split for item in source.items):
+        return {out: source.items}
     if args.test_fraction:
-        splits = split_train_test(source.items, source.label_sets, args.test_fraction, args.seed)
-        return {out / split: items for split, items in splits.items() if items}
-    return {out: source.items}
+        raise UserError(f"{root}: names its own splits; leave out --test-fraction")
+    splits: dict[Path, list[SourceItem]] = defaultdict(list)
+    for item in source.items:
+        splits[out / str(item.split)].append(item)
+    return splits
+
+
+def split_by_fraction(
+    named: Mapping[Path, list[SourceItem]],
+    label_sets: list[str],
+    root: Path,
+    out: Path,
+    args: argparse.Namespace,
+) -> dict[Path, list[SourceItem]]:
+    """Splits the one data set by --test-fraction. Copies of a file stay together."""
+    (items,) = named.values()
+    copies = identical_files([item for item in items if item.frame_rate is None], root)
+    if copies:
+        logger.info(
+            f"{len(copies)} files have the bytes of another one, such as {min(copies)}: they stay together "
+            "in train or test; --drop-duplicates keeps one of them"
+        )
+    splits = split_train_test(items, label_sets, args.test_fraction, args.seed, copies)
+    return {out / split: members for split, members in splits.items() if members}
+
+
+def warn_of_shared_files(named: Mapping[Path, list[SourceItem]], root: Path) -> None:
+    """Warns of files whose bytes are in two of the source's own splits, which are left as they are."""
+    splits = {item.path: folder.name for folder, items in named.items() for item in items}
+    copies = identical_files([item for items in named.values() for item in items], root)
+    shared = {path: copy.of for path, copy in copies.items() if splits[path] != splits[copy.of]}
+    if shared:
+        path, of = min(shared.items())
+        logger.warning(
+            f"{len(shared)} files have the bytes of one in another split, such as {path} ({splits[path]}) of "
+            f"{of} ({splits[of]}): both are kept, since the source names its splits"
+        )
 
 
 def choose_recipe(items: list[SourceItem], root: Path, args: argparse.Namespace) -> Recipe | None:

@@ -10,6 +10,7 @@ from typing import Any
 from data_prep.index import write_lines
 from vidssl.core.suggestions import counted
 from vidssl.data.extensions import IMAGE_EXTENSIONS, MEDIA_EXTENSIONS
+from vidssl.data.metadata import group_in
 
 EXAMPLES = 3  # names that are kept of each reason
 NAME_LENGTH = 80  # characters of a name in a printed line
@@ -100,8 +101,8 @@ def make_summary(
                 counts[number] += 1
             if not known:
                 unlabelled.note(label_set, name)
-        if meta.get("group") is not None:
-            groups[str(meta["group"])] += 1
+        if (group := group_in(meta)) is not None:
+            groups[group] += 1
         for reason, stamps in time_repairs(meta).items():
             repaired.note(reason, name, stamps)
         for fact in display_notes(meta):

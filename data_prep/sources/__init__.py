@@ -18,7 +18,7 @@ from data_prep.sources.imagenet import read_imagenet
 from data_prep.sources.jester import read_jester
 from data_prep.sources.json_lines import read_json_lines
 from data_prep.sources.kinetics import read_kinetics
-from data_prep.sources.names import media_stem
+from data_prep.sources.names import media_stem, recording
 from data_prep.sources.ssv2 import read_ssv2
 from data_prep.sources.ucf101 import read_ucf101
 from data_prep.sources.unlabelled import read_unlabelled
@@ -99,12 +99,14 @@ def spelling(name: str) -> str:
 
 
 def group_related(root: Path, listing: SourceListing) -> SourceListing:
-    """Groups the files of a folder that share a name without extension, and paths of one file, unless they
-    have groups."""
+    """Groups the files of a folder that share a name without extension, clips whose names are those of one
+    recording, and paths of one file, unless they have groups."""
     members: dict[tuple, list[str]] = defaultdict(list)
     for path in {item.path: None for item in listing.items if item.group is None}:
         folder, _, name = path.rpartition("/")
         members["name", folder, media_stem(name)].append(path)
+        if shared := recording(name):
+            members["recording", shared].append(path)
         facts = os.stat(root / path)
         members["file", facts.st_dev, facts.st_ino].append(path)
     group_of: dict[str, str] = {}
@@ -117,5 +119,5 @@ def group_related(root: Path, listing: SourceListing) -> SourceListing:
     if not group_of:
         return listing
     items = [item._replace(group=item.group or group_of.get(item.path)) for item in listing.items]
-    note = f"{len(group_of)} files are grouped by a common name or file, such as {min(group_of)}"
+    note = f"{len(group_of)} files are grouped by a common name, recording or file, such as {min(group_of)}"
     return listing._replace(items=items, notes=[*listing.notes, note])

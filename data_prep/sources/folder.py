@@ -51,6 +51,7 @@ def read_folder(
     paths = find_media(root, ignored, rejected, notes)
     paths = leave_out_images(paths, options, ignored)
     frames = find_frames(root, paths, options)
+    notes += frames.notes
     recordings = {} if options.frames == "images" and not frames.grouped else numbered_recordings(paths)
     if recordings:
         example = min(recordings.values())

@@ -1,7 +1,7 @@
 """Folders of numbered images: the frames of a video each, or images of a class."""
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -16,22 +16,30 @@ FOLDERS_READ = 200  # folders whose images are compared
 
 
 class Frames(NamedTuple):
-    """Folders that are a video each, the paths of their frames, and groups of images that stay images."""
+    """Folders that are a video each, the paths of their frames, groups of images that stay images, and lines
+    about them."""
 
     folders: list[str]
     paths: set[str]
     grouped: dict[str, str]  # path -> group
+    notes: Sequence[str] = ()
 
 
 def find_frames(root: Path, paths: list[str], options: FolderOptions) -> Frames:
     """Returns the folders of frames. Raises UserError if images can be read in two ways."""
-    candidates = frame_folders(paths)
     if options.frame_rate is not None:
-        members = {path for names in candidates.values() for path in names}
-        return Frames(sorted(candidates), members, {})
+        videos = frame_folders(paths, any_gaps=True)
+        members = {path for names in videos.values() for path in names}
+        others = numbered_folders(set(paths) - members)
+        notes = [
+            f"{len(others)} folders of numbered images are not one series each, such as {folder}: "
+            "their images stay images"
+            for folder in sorted(others)[:1]
+        ]
+        return Frames(sorted(videos), members, grouped_by_folder(others), notes)
+    candidates = frame_folders(paths)
     if options.frames == "images":
-        deep = {folder: names for folder, names in candidates.items() if "/" in folder}
-        return Frames([], set(), {path: folder for folder, names in deep.items() for path in names})
+        return Frames([], set(), grouped_by_folder(candidates))
     for folder, names in islice(candidates.items(), FOLDERS_READ):
         if have_one_size(root, names):
             raise UserError(
@@ -42,9 +50,26 @@ def find_frames(root: Path, paths: list[str], options: FolderOptions) -> Frames:
     return Frames([], set(), {})
 
 
-def frame_folders(paths: Iterable[str]) -> dict[str, list[str]]:
+def grouped_by_folder(folders: Mapping[str, list[str]]) -> dict[str, str]:
+    """Returns path -> folder of the images in folders below those of classes."""
+    return {path: folder for folder, names in folders.items() if "/" in folder for path in names}
+
+
+def numbered_folders(paths: Iterable[str]) -> dict[str, list[str]]:
+    """Returns folder -> paths of folders of two or more images, of which each has a number."""
+    members: dict[str, list[str]] = defaultdict(list)
+    for path in filter(is_image, paths):
+        members[path.rpartition("/")[0]].append(path)
+    return {
+        folder: names
+        for folder, names in members.items()
+        if folder and len(names) > 1 and all(frame_number(PurePosixPath(name).name) for name in names)
+    }
+
+
+def frame_folders(paths: Iterable[str], any_gaps: bool = False) -> dict[str, list[str]]:
     """Returns folder -> the paths of its images, of folders that may hold the frames of a video and nothing
-    else."""
+    else (see are_frames)."""
     members: dict[str, list[str]] = defaultdict(list)
     for path in paths:
         members[path.rpartition("/")[0]].append(path)
@@ -53,7 +78,7 @@ def frame_folders(paths: Iterable[str]) -> dict[str, list[str]]:
         for folder, names in sorted(members.items())
         if folder
         and all(is_image(path) for path in names)
-        and are_frames(PurePosixPath(p).name for p in names)
+        and are_frames((PurePosixPath(p).name for p in names), any_gaps)
     }
 
 

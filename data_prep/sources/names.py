@@ -20,6 +20,7 @@ GENERIC = {
 }  # fmt: skip
 SUFFIX = r"(set|list|data|split|videos|clips|frames|images)?"
 FRAME_WORDS = ("img", "image", "frame", "frm", "f", "rgb", "im", "pic", "thumb")
+MIN_DENSITY = 0.8  # part of the frames of a video that is there
 UNFINISHED = re.compile(r"\.(part|ytdl|crdownload|download|temp|tmp|partial|aria2)(-frag\d+)?(\.|$)", re.I)
 THUMBNAIL = re.compile(r"[-_. ](thumb|thumbnail|poster|cover|preview|fanart|\d{2,4}x\d{2,4})s?$", re.I)
 THUMBNAILS = {"thumb", "thumbnail", "poster", "cover", "preview", "fanart", "folder"}
@@ -102,14 +103,23 @@ def is_frame_prefix(prefix: str) -> bool:
     return prefix.strip("-_ .").lower() in FRAME_WORDS
 
 
-def are_frames(names: Iterable[str]) -> bool:
-    """Whether images of one folder may be the frames of a video: one prefix and evenly spaced numbers."""
+def are_frames(names: Iterable[str], any_gaps: bool = False) -> bool:
+    """Whether images of one folder may be the frames of a video: one prefix and a number each, of which most
+    are there. Numbers in the names of other images are further apart. any_gaps: that many may be missing."""
     numbered = [frame_number(name) for name in names]
     if len(numbered) < 2 or None in numbered:
         return False
     prefixes = {found[0] for found in numbered if found}
     numbers = sorted(found[1] for found in numbered if found)
-    steps = {b - a for a, b in pairwise(numbers)}
-    if len(prefixes) > 1 or len(steps) > 1 or 0 in steps:
+    step = min(b - a for a, b in pairwise(numbers))
+    if len(prefixes) > 1 or step == 0:
         return False
-    return len(numbers) > 2 or is_frame_prefix(prefixes.pop())
+    is_dense = len(numbers) >= MIN_DENSITY * ((numbers[-1] - numbers[0]) / step + 1)
+    return (is_dense or any_gaps) and (len(numbers) > 2 or is_frame_prefix(prefixes.pop()))
+
+
+def recording(name: str) -> str | None:
+    """Returns what the names of the clips of one recording share, as UCF101 (v_Run_g01_c02.avi) and Kinetics
+    (an ID of 11 characters, start and end: dQw4w9WgXcQ_000010_000020.mp4) name them; None of other names."""
+    match = re.fullmatch(r"(.+_g\d+)_c\d+|([\w-]{11})_\d{6}_\d{6}", media_stem(name), re.IGNORECASE)
+    return (match[1] or match[2]) if match else None

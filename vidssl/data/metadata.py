@@ -99,6 +99,14 @@ def parse_meta(where: str, members: Mapping[str, bytes], size: int) -> dict[str,
     return meta
 
 
+def group_in(meta: Mapping[str, Any]) -> str | None:
+    """Returns the group that a sample's metadata name, whose samples stay together: `group`, else of a clip
+    the file that it is cut from; None of a sample that is alone."""
+    file = meta.get("source") if "start" in meta or "end" in meta else None
+    group = meta.get("group") or file
+    return None if group is None else str(group)
+
+
 def _without_foreign_fields(meta: dict[str, Any], label: Label) -> dict[str, Any]:
     """Returns metadata without the fields that have another meaning under the same names in pack's."""
     if label != Label():

@@ -15,12 +15,13 @@ from vidssl.core.io import atomic_write, atomic_write_text, make_folder
 from vidssl.core.splits import GroupSplit, split_by_group
 from vidssl.data.addresses import is_url
 from vidssl.data.format import Sample, dumps_index, read_index
+from vidssl.data.metadata import group_in
 from vidssl.data.shards import Shards
 
 
 def group_of(sample: Sample) -> str:
-    """The group of a sample, whose samples stay together; one without a group is alone."""
-    return str(sample.meta.get("group") or f"sample {sample.key}")
+    """The group of a sample, whose samples stay together (group_in); one without a group is alone."""
+    return group_in(sample.meta) or f"sample {sample.key}"
 
 
 def hold_out(samples: Sequence[Sample], fraction: float, seed: int) -> GroupSplit:

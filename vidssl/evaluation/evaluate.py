@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from vidssl.core.errors import UserError
+from vidssl.data.metadata import group_in
 from vidssl.data.parts import group_of
 from vidssl.data.shards import Sample
 from vidssl.evaluation.features import TokenSource
@@ -25,8 +26,8 @@ def check_disjoint(train: list[Sample], test: list[Sample]) -> int:
             f"{len(shared)} sample(s) are in train and in test, {shared[0]} first: "
             "train and test must be disjoint"
         )
-    groups = {s.meta.get("group") for s in train} - {None}
-    return sum(s.meta.get("group") in groups for s in test)
+    groups = {group_in(s.meta) for s in train} - {None}
+    return sum(group_in(s.meta) in groups for s in test)
 
 
 def check_readable(
@@ -133,7 +134,7 @@ def score_predictions(
         readable = not np.isnan(output).all()
         prediction = SamplePrediction(
             sample.key,
-            sample.meta.get("group") or "",
+            group_in(sample.meta) or "",
             task.format_label(label),
             task.format_prediction(output) if readable else "",
             " ".join(f"{value:.4g}" for value in output) if readable else "",

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from itertools import combinations
 
 from vidssl.core.suggestions import counted
+from vidssl.data.metadata import group_in
 from vidssl.report.data_sets import DataSet
 from vidssl.report.run_files import Row
 from vidssl.report.verdicts import Verdict
@@ -149,8 +150,7 @@ def verdicts_between(sets: Sequence[DataSet], found: Row | None) -> list[Verdict
 
 def shared_groups_verdict(sets: Sequence[DataSet]) -> Iterator[Verdict]:
     groups = {
-        one.name: {str(s.meta["group"]) for s in one.samples if s.meta.get("group") is not None}
-        for one in sets
+        one.name: {group for s in one.samples if (group := group_in(s.meta)) is not None} for one in sets
     }
     if not any(groups.values()):
         return

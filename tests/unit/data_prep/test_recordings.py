@@ -1,0 +1,233 @@
+"""What is of one recording, or has the same bytes, is in train or in test (data_prep)."""
+
+import argparse
+import json
+from pathlib import Path
+
+import pytest
+
+from data_prep import pack
+from data_prep.filters import NO_FILTERS
+from data_prep.plan import Plan, make_plan
+from data_prep.sources import FolderOptions, read_source
+from data_prep.sources.names import are_frames, recording
+from data_prep.synthetic import make_corpus
+from vidssl.core.errors import DecodeError, UserError
+from vidssl.data.format import Sample
+from vidssl.data.parts import group_of, hold_out
+from vidssl.data.shards import Shards
+
+
+def fill(root: Path, *names: str) -> Path:
+    """Makes files of their own names."""
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(name.encode())
+    return root
+
+
+def plan_of(source: Path, out: Path, **more) -> Plan:
+    args = {"test_fraction": 0.3, "seed": 0, "recipe": None, "filters": NO_FILTERS, "drop_duplicates": None}
+    args |= {"decoder": "auto", "samples_per_shard": 0, "workers": 1, "timeout": 60.0, **more}
+    return make_plan(read_source(source), source, out, argparse.Namespace(**args))
+
+
+def split_of(plan: Plan) -> dict[str, str]:
+    return {
+        item.path: folder.name
+        for folder, shards in plan.datasets.items()
+        for shard in shards
+        for item in shard.items
+    }
+
+
+@pytest.mark.parametrize("drop", [None, "exact"])
+@pytest.mark.parametrize("grouped", [False, True])
+def test_copies_are_on_one_side(tmp_path, drop, grouped):
+    names = [f"{c}/{i}.mp4" for c in "ab" for i in range(10)]
+    source = fill(tmp_path / "src", *names)
+    for name in names:
+        (source / name.replace(".mp4", "copy.mp4")).write_bytes(name.encode())
+    if grouped:  # by a number of their own each, so that only the bytes tell which belong together
+        rows = [f"{path.relative_to(source)},{path.parent.name},{path.stem}{path.parent.name}\n"
+                for path in sorted(source.rglob("*.mp4"))]  # fmt: skip
+        (source / "labels.csv").write_text("path,label,group\n" + "".join(rows))
+    plan = plan_of(source, tmp_path / "out", drop_duplicates=drop)
+    splits = split_of(plan)
+    if drop is None:
+        assert len(splits) == 40
+        assert all(splits[name] == splits[name.replace(".mp4", "copy.mp4")] for name in names)
+    else:
+        assert sorted(splits) == sorted(names)
+        dropped = [record["path"] for records in plan.rejected.values() for record in records]
+        assert sorted(dropped) == sorted(name.replace(".mp4", "copy.mp4") for name in names)
+    assert list(splits.values()).count("test") == pytest.approx(0.3 * len(splits), abs=1)
+
+
+def test_copies_in_splits_of_the_source_are_said(tmp_path, caplog):
+    source = fill(tmp_path / "src", "train/a/1.mp4", "train/a/2.mp4", "test/a/3.mp4")
+    (source / "test/a/3.mp4").write_bytes((source / "train/a/1.mp4").read_bytes())
+    with caplog.at_level("WARNING", "vidssl"):
+        plan = plan_of(source, tmp_path / "out", test_fraction=0.0, drop_duplicates="exact")
+    assert len(split_of(plan)) == 3
+    assert "1 files have the bytes of one in another split, such as train/a/1.mp4 (train) of" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        [f"v_{c}_g{g:02d}_c{k:02d}.avi" for c in ("Run", "Walk") for g in range(1, 6) for k in (1, 2, 3)],
+        [
+            f"{i:06d}abc_D_{k:06d}_{k + 10:06d}.mp4".replace("abc_D", "a-c_D")
+            for i in range(8)
+            for k in (0, 20)
+        ],
+    ],
+    ids=["UCF101", "Kinetics"],
+)
+def test_clips_of_a_recording_are_on_one_side(tmp_path, names):
+    source = fill(tmp_path / "src", *(f"{'ab'[i % 2]}/{name}" for i, name in enumerate(names)))
+    assert any("grouped by a common name, recording" in note for note in read_source(source).notes)
+    sides: dict[str | None, set[str]] = {}
+    for path, split in split_of(plan_of(source, tmp_path / "out")).items():
+        sides.setdefault(recording(path.rpartition("/")[2]), set()).add(split)
+    assert len(sides) in (8, 10) and all(len(found) == 1 for found in sides.values())
+    assert set.union(*sides.values()) == {"train", "test"}
+
+
+def test_other_names_are_of_no_recording():
+    for name in ("a.mp4", "walk_01.mp4", "v_Run_c01.avi", "000010_000020.mp4", "abc_000010_000020.mp4"):
+        assert recording(name) is None
+
+
+# Clips of one file
+
+
+@pytest.fixture(scope="module")
+def windows(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("windows")
+    make_corpus(root / "corpus", train=4, test=2, workers=1)
+    pack.main([str(root / "corpus"), str(root / "out"), "--window", "0.4", "--workers", "1"])
+    return root / "out" / "train"
+
+
+def test_windows_of_a_video_are_one_group(windows):
+    samples = Shards([str(windows)]).list_samples()
+    sources = [sample.meta["source"] for sample in samples]
+    assert len(samples) > len(set(sources)) == 4
+    assert [group_of(sample) for sample in samples] == sources
+    without_labels = [sample._replace(meta=sample.meta | {"labels": {}}) for sample in samples]
+    held = hold_out(without_labels, 0.25, 0).held_out
+    sides = {(source, bool(is_held)) for source, is_held in zip(sources, held, strict=True)}
+    assert len(sides) == 4 and sum(is_held for _, is_held in sides) == 1
+
+
+def test_clips_that_were_packed_without_a_group_have_that_of_their_file():
+    def sample(key: str, **meta) -> Sample:
+        return Sample(key, "mp4", 0, 0, 1, meta)
+
+    assert group_of(sample("x", source="a.mp4", start=0.0, end=1.0, group=None)) == "a.mp4"
+    assert group_of(sample("x", source="a.mp4", start=0.0, group="film 1")) == "film 1"
+    assert group_of(sample("x", source="a.mp4", group=None)) == "sample x"
+    assert group_of(sample("x", start=1.0)) == "sample x"
+
+
+# Folders of frames
+
+
+def test_frames_with_gaps_are_the_frames_of_a_video(tmp_path):
+    from PIL import Image
+
+    for v in range(3):
+        for i in range(1, 13):
+            if i != 4 + v:
+                path = tmp_path / f"run/v{v}/img_{i:05d}.jpg"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.new("RGB", (16, 16)).save(path)
+    with pytest.raises(UserError, match=r"--frame-rate RATE .* or --frames images"):
+        read_source(tmp_path)
+    source = read_source(tmp_path, options=FolderOptions(frame_rate="12"))
+    assert [item.path for item in source.items] == [f"run/v{v}" for v in range(3)] and not source.notes
+    images = read_source(tmp_path, options=FolderOptions(frames="images"))
+    assert {item.group for item in images.items} == {f"run/v{v}" for v in range(3)}
+
+
+def test_how_many_numbers_may_be_missing():
+    def named(*numbers: int) -> list[str]:
+        return [f"img_{number}.jpg" for number in numbers]
+
+    assert are_frames(named(1, 2, 3, 5)) and are_frames(named(*range(1, 60, 2), 70))
+    assert not are_frames(named(1, 2, 9)) and are_frames(named(1, 2, 9), any_gaps=True)
+    assert not are_frames([*named(1, 2), "img_01.jpg"], any_gaps=True)
+
+
+def test_two_series_in_a_folder_are_named(tmp_path):
+    fill(tmp_path, *(f"run/v1/{side}_{i:03d}.jpg" for side in ("left", "right") for i in range(4)))
+    fill(tmp_path, *(f"run/v2/{i:03d}.jpg" for i in range(4)))
+    source = read_source(tmp_path, options=FolderOptions(frame_rate="12"))
+    assert len(source.items) == 9 and any("run/v1: their images stay images" in note for note in source.notes)
+    assert all(item.group for item in source.items if item.frame_rate is None)
+    from data_prep.frame_folder import folder_as_video
+
+    with pytest.raises(DecodeError, match="frames_differ: two images have the number 0"):
+        folder_as_video(tmp_path / "run/v1", "12", lambda: None)
+
+
+# Splits
+
+
+def test_the_folder_of_an_imagenet_subset_decides_over_the_name(tmp_path):
+    for split, numbers in (("train", (0, 1)), ("val", (7,))):
+        for c in (1, 2):
+            fill(tmp_path, *(f"{split}/n0144076{c}/n0144076{c}_{k}.JPEG" for k in numbers))
+    source = read_source(tmp_path, "imagenet")
+    assert {item.path.split("/")[0]: item.split for item in source.items} == {"train": "train", "val": "val"}
+    assert "2 images are named as train in a folder of val: the folder decides" in source.notes
+
+
+def test_splits_and_groups_of_a_list_without_labels(tmp_path):
+    source = fill(tmp_path / "src", "a.mp4", "b.mp4")
+    file = tmp_path / "list.csv"
+    file.write_text("video_id,split,group,rank\na,train,film,1\nb,test,,2\n")
+    found = read_source(source, "unlabelled", [file])
+    items = {item.path: (item.split, item.group) for item in found.items}
+    assert items == {"a.mp4": ("train", "film"), "b.mp4": ("test", "b")}
+    assert "columns that are not read: rank" in found.notes
+
+
+@pytest.mark.parametrize("one, other", [("train", "training"), ("val", "validation"), ("Test", "testing")])
+def test_splits_in_two_spellings_are_refused(tmp_path, one, other):
+    source = fill(tmp_path / "src", "a.mp4", "b.mp4")
+    (source / "labels.csv").write_text(f"path,label,split\na.mp4,x,{one}\nb.mp4,x,{other}\n")
+    with pytest.raises(UserError, match=f"labels.csv:3: split '{other}', but '{one}'"):
+        read_source(source)
+
+
+# Lists that are not what they should be
+
+
+@pytest.mark.parametrize(
+    "line, says",
+    [
+        (json.dumps({"path": "a.mp4", "label": "\ud800"}), "half of a surrogate pair"),
+        (json.dumps({"path": "a.mp4", "group": "x\udfff"}), "half of a surrogate pair"),
+        ("[" * 100_000, "not JSON"),
+        ('{"path": ' + '{"a":' * 100_000, "not JSON"),
+    ],
+)
+def test_a_line_that_cannot_be_read_is_named(tmp_path, line, says):
+    source = fill(tmp_path / "src", "a.mp4")
+    file = tmp_path / "list.jsonl"
+    file.write_text('{"path": "a.mp4"}\n' + line + "\n")
+    with pytest.raises(UserError, match=rf"list\.jsonl:2: .*{says}"):
+        read_source(source, "jsonl", [file])
+
+
+@pytest.mark.parametrize("vocabulary", ["7", '{"a": 1}', "[" * 100_000])
+def test_a_vocabulary_that_is_no_list_is_named(tmp_path, vocabulary):
+    source = fill(tmp_path / "src", "d_001.mp4")
+    lists = [tmp_path / "Diving48_V2_train.json", tmp_path / "Diving48_vocab.json"]
+    lists[0].write_text(json.dumps([{"vid_name": "d_001", "label": 0}]))
+    lists[1].write_text(vocabulary)
+    with pytest.raises(UserError, match=r"Diving48_vocab\.json:1: "):
+        read_source(source, "diving48", lists)
