@@ -1,25 +1,34 @@
 """The held-out error of a run (data.val), and the rule that ends a run by it."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
-from programs import run_here
+from programs import run_here, run_world
 
 from vidssl import train
+from vidssl.adaptation.table import held_out_lines
+from vidssl.config import load_config
 from vidssl.pretrained.files import load_weights
 from vidssl.pretrained.load import load_encoder
-from vidssl.training.validation import HeldOutRule
+from vidssl.training.schema import TrainConfig
+from vidssl.training.validation import HeldOutRule, Validation
 
 FILES = ["configs/model/vit_micro.yaml", "configs/data/quickstart.yaml", "configs/run/smoke.yaml"]
+ROOT = Path(__file__).parents[2]
 NO_CHANGE = "optim.lr=1e-30"  # the weights stay what they are
 
 
-def run(shards: Path, out: Path, *more: str, method: str = "vjepa_tiny") -> int:
+def arguments(shards: Path, out: Path, *more: str, method: str = "vjepa_tiny") -> list[str]:
     data = [f"data.train={shards / 'train'}", f"data.val={shards / 'test'}", f"run.out={out}"]
     small = ["model.depth=1", "run.steps=4", "run.save_every=2", "run.validate_clips=8", "optim.warmup=0"]
     small += ["augment.size=16", "efficiency.decode_in_subprocess=false"]
-    return run_here(train.main, f"configs/method/{method}.yaml", *FILES, *data, *small, *more)
+    return [f"configs/method/{method}.yaml", *FILES, *data, *small, *more]
+
+
+def run(shards: Path, out: Path, *more: str, method: str = "vjepa_tiny") -> int:
+    return run_here(train.main, *arguments(shards, out, *more, method=method))
 
 
 def rows(out: Path) -> list[dict]:
@@ -62,9 +71,81 @@ def test_a_loss_of_poorer_features_is_no_lower_error():
     for step, (loss, ratio) in enumerate([(0.5, 0.9), (0.4, 0.95), (0.3, 0.99)], 1):
         rule.add(step, {"val_loss": loss, "val_ratio": ratio})
     assert rule.is_over and rule.best_step == 1
+    rule = HeldOutRule(patience=2)
+    for step, ratio in enumerate([math.nan, 0.9, math.nan, 0.8], 1):
+        rule.add(step, {"val_loss": 0.5, "val_ratio": ratio})
+    assert rule.best == 0.8 and rule.without_gain == 0
+
+
+def test_the_rule_goes_on_where_it_was():
+    rule = HeldOutRule(patience=2)
+    for step, ratio in enumerate([0.9, 0.95, 0.99], 1):
+        rule.add(step, {"val_loss": 0.5, "val_ratio": ratio})
     again = HeldOutRule(patience=4)
     again.load(rule.state())
     assert again.best == 0.9 and not again.is_over
+
+
+def test_a_measurement_that_is_not_finite_is_not_the_lowest(tmp_path):
+    measured = [{"val_loss": None, "val_ratio": None}, {"val_loss": 0.5, "val_ratio": None}]
+    measured += [{"val_loss": 0.5, "val_ratio": 0.9}]
+    before = {"val_loss_start": 0.7, "val_ratio_start": None}
+    log = [{"step": step, **(before if step == 1 else {}), **row} for step, row in enumerate(measured, 1)]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
+    line = held_out_lines(tmp_path / "log.jsonl", 3)[0]
+    assert line.startswith(
+        "held-out error: 0.7000 before, 0.5000 (ratio 0.900) after step 3, the lowest of 3"
+    )
+
+
+@pytest.mark.parametrize(
+    "method, more",
+    [
+        ("videomae_tiny", []),
+        ("vjepa_tiny", []),
+        ("vjepa", ["method.mask.truncate_over=null"]),
+        ("vjepa", ["method.mask.truncate_over=4"]),
+        ("everest", []),
+    ],
+    ids=["pixels", "features", "cut blocks", "blocks cut by fours", "masks from pixels"],
+)
+def test_the_held_out_error_does_not_depend_on_how_a_step_is_divided(
+    method, more, synthetic_shards, monkeypatch
+):
+    """20 clips are two steps of 8 and a part of a third one."""
+    monkeypatch.chdir(ROOT)
+    more += ["method.predictor.width=24", "method.predictor.depth=1", "method.predictor.heads=2"]
+    found = []
+    for world, micro_batches in ((1, 1), (1, 2), (2, 4)):
+        divided = ["run.batch=8", "run.validate_clips=20", f"efficiency.micro_batches={micro_batches}"]
+        argv = arguments(synthetic_shards, Path("x"), *more, *divided, method=method)
+        cfg = load_config(argv, TrainConfig)
+        objective = cfg.build_objective()
+        found.append(Validation(cfg, objective, world=world).measure(objective))
+    assert len(found[0]) == 2
+    assert found == [pytest.approx(found[0], rel=1e-4)] * len(found)
+
+
+def test_processes_and_micro_batches_measure_the_same(synthetic_shards, tmp_path):
+    more = ["run.steps=2", "run.batch=8", "run.lanes=2"]
+    assert run(synthetic_shards, tmp_path / "1", *more, "efficiency.micro_batches=4") == 0
+    done = run_world(2, "vidssl.train", *arguments(synthetic_shards, tmp_path / "2", *more))
+    assert done.returncode == 0, done.stderr
+    of_one, of_two = (
+        [{k: v for k, v in row.items() if k.startswith("val_")} for row in rows(tmp_path / str(world))]
+        for world in (1, 2)
+    )
+    assert [sorted(row) for row in of_one] == [
+        ["val_loss_start", "val_ratio_start"],
+        ["val_loss", "val_ratio"],
+    ]
+    assert of_two == [pytest.approx(row, rel=1e-3) for row in of_one]
+
+
+def test_too_few_clips_for_a_ratio_are_named(synthetic_shards, tmp_path, caplog):
+    assert run(synthetic_shards, tmp_path / "run", "run.validate_clips=7", "run.steps=2") == 0
+    assert "val_loss" in rows(tmp_path / "run")[-1] and "val_ratio" not in rows(tmp_path / "run")[-1]
+    assert "data.val: 7 clips are too few for val_ratio (8 or more)" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The outcome of an adaptation: accuracies with intervals and paired differences, and the held-out error."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -93,9 +94,13 @@ def held_out_lines(log: Path, steps: int) -> list[str]:
 
 
 def error_of_row(row: Mapping[str, Any]) -> float:
-    return row.get("val_ratio", row["val_loss"])
+    """Infinite where the log has null, for what is not finite."""
+    error = row.get("val_ratio", row["val_loss"])
+    return math.inf if error is None else error
 
 
 def error_text(row: Mapping[str, Any], suffix: str = "") -> str:
-    loss = f"{row[f'val_loss{suffix}']:.4f}"
-    return f"{loss} (ratio {row[f'val_ratio{suffix}']:.3f})" if f"val_ratio{suffix}" in row else loss
+    loss = row[f"val_loss{suffix}"]
+    ratio = row.get(f"val_ratio{suffix}")
+    text = "not finite" if loss is None else f"{loss:.4f}"
+    return text if ratio is None else f"{text} (ratio {ratio:.3f})"

@@ -2,6 +2,7 @@
 and the rule that ends a run by it."""
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -14,20 +15,24 @@ from torch.utils.data import Dataset
 
 from vidssl.core.constants import upload
 from vidssl.core.errors import UserError
+from vidssl.core.log import logger
 from vidssl.core.pixels import normalise
-from vidssl.core.rng import KeyedRNG
+from vidssl.core.rng import GlobalBatch, KeyedRNG
 from vidssl.data.shards import Shards
 from vidssl.data.timing import middle_rate
 from vidssl.evaluation.isolated_clips import IsolatedEvalClips
 from vidssl.evaluation.views import EvalClips, View
 from vidssl.objective.masked_prediction import MaskedPrediction
+from vidssl.objective.masks import count_cut_groups
 from vidssl.objective.objective import Masks, Objective
 from vidssl.training.distributed import unsharded
 from vidssl.training.feature_stats import Autocast
 from vidssl.training.online_probe import decode_all, evenly_spaced
 from vidssl.training.schema import TrainConfig
 
-MIN_CLIPS_OF_MEAN = 8  # clips of a batch whose mean target is a prediction
+MIN_CLIPS_OF_MEAN = 8  # clips whose mean target is a prediction
+# No training step has this number, what rises over the run has risen at it, and run.steps may change
+FIRST_STEP = 1 << 40
 DISTANCES = ("l1", "l2", "smooth_l1")  # errors by which a mean can be compared with its parts
 
 
@@ -53,7 +58,8 @@ class HeldOutRule:
             self.first = metrics
             return
         error = held_out_error(metrics)
-        if self.best is None or error < self.best:
+        # NaN, of weights that were not finite, is no bound
+        if self.best is None or math.isnan(self.best) or error < self.best:
             self.best = error
             self.best_step = step
             self.without_gain = 0
@@ -109,8 +115,7 @@ class Validation:
                 "out, or train in one process"
             )
         self.seed = run.seed
-        self.after = run.steps  # no training step has this number, and what rises over the run has risen
-        self.measures_mean = cfg.method.error.kind in DISTANCES
+        self.has_ratio = isinstance(objective, MaskedPrediction) and cfg.method.error.kind in DISTANCES
         data = replace(cfg.data, frames=cfg.data.clip_frames)
         size = cfg.augment.arguments["size"]
         view = View(data.frames, *middle_rate(data.stride, data.fps), segments=1, crops=1, size=size)
@@ -125,41 +130,68 @@ class Validation:
         self.clips = decoded.clips
         if loads_clips and not len(self.clips):
             raise UserError(f"data.val: {', '.join(shards.folders)}: no sample can be decoded")
-        share = cfg.data.clips(run.batch)[0] // (world * cfg.efficiency.micro_batches)
-        self.batch = min(share, max(1, len(self.clips)))
-        if len(self.clips) > self.batch and objective.couples_clips:
-            self.clips = self.clips[: len(self.clips) // self.batch * self.batch]
+        # Clips that share the draws of a step, as in training: by the configuration, so that the error does
+        # not depend on how the processes divide a step
+        clips_of_step = cfg.data.clips(run.batch)[0]
+        group = clips_of_step // count_cut_groups(objective.mask, clips_of_step)
+        self.group = min(group, max(1, len(self.clips)))
+        if objective.couples_clips:
+            self.clips = self.clips[: len(self.clips) // self.group * self.group]
+        # clips of a forward pass: no more than in training, for the memory
+        self.batch = min(self.group, clips_of_step // (world * cfg.efficiency.micro_batches))
+        if loads_clips and self.has_ratio and len(self.clips) < MIN_CLIPS_OF_MEAN:
+            self.has_ratio = False
+            logger.info(
+                f"data.val: {len(self.clips)} clips are too few for val_ratio ({MIN_CLIPS_OF_MEAN} or more): "
+                "the held-out error is val_loss"
+            )
 
     @torch.no_grad()
     def measure(self, objective: Objective, autocast: Autocast = contextlib.nullcontext) -> dict[str, float]:
         """val_loss: the loss, with the weights of its parts at the end of the run. val_ratio: that loss over
-        the one of predicting, at each place, the mean target of the clips; only of distances, where clips
-        have targets before their masks are known. With sharded weights (FSDP2) every process must call
-        this. autocast: context of the forward passes."""
+        the one of predicting, at each place, the mean target of all clips; only of distances, where clips
+        have targets before their masks are known; NaN where the targets do not differ. With sharded weights
+        (FSDP2) every process must call this. autocast: context of the forward passes."""
         device = next(objective.parameters()).device
         total = of_mean = 0.0
         was_training = objective.training
         objective.eval()
         with unsharded(objective), unchanged_buffers(objective), autocast():
-            for number, positions in enumerate(torch.arange(len(self.clips)).split(self.batch)):
-                video = normalise(self.clips[positions].to(device))
-                rng = KeyedRNG(self.seed, self.after + number, positions)
-                masks = draw_masks(objective, video, rng)
-                share = len(positions) / len(self.clips)
-                total += share * float(objective(video, rng.to(device), masks)["loss"])
-                of_mean += share * (self._loss_of_mean(objective, video) or float("nan"))
+            mean = self._mean_target(objective, device)
+            for number, group in enumerate(torch.arange(len(self.clips)).split(self.group)):
+                for positions in group.split(self.batch):
+                    video = normalise(self.clips[positions].to(device))
+                    batch = GlobalBatch(int(group[0]), len(group))
+                    rng = KeyedRNG(self.seed, FIRST_STEP + number, positions, batch)
+                    masks = draw_masks(objective, video, rng)
+                    share = len(positions) / len(self.clips)
+                    total += share * float(objective(video, rng.to(device), masks)["loss"])
+                    if mean is not None:
+                        of_mean += share * error_of_mean(objective, video, mean)
         objective.train(was_training)
         found = {"val_loss": total}
-        return found | {"val_ratio": total / of_mean} if of_mean == of_mean else found
+        return found if mean is None else found | {"val_ratio": total / of_mean if of_mean else math.nan}
 
-    def _loss_of_mean(self, objective: Objective, video: Tensor) -> float | None:
-        """The mean error of the clips' mean target at each place; None where that means nothing."""
-        if not (isinstance(objective, MaskedPrediction) and self.measures_mean):
+    def _mean_target(self, objective: Objective, device: torch.device) -> Tensor | None:
+        """f32 [1, N, K]: the mean over the clips of the target at each place; None where that means
+        nothing."""
+        if not self.has_ratio:
             return None
-        if len(self.clips) < MIN_CLIPS_OF_MEAN or (target := objective.target_features(video)) is None:
-            return None
-        target = target.float()[:, None]
-        return float(objective.error(target.mean(0, keepdim=True).expand_as(target), target).mean())
+        total: Tensor | None = None
+        for clips in self.clips.split(self.batch):
+            target = objective.target_features(normalise(clips.to(device)))
+            if target is None:
+                return None
+            of_clips = target.double().sum(0, keepdim=True)
+            total = of_clips if total is None else total + of_clips
+        return None if total is None else (total / len(self.clips)).float()
+
+
+def error_of_mean(objective: Any, video: Tensor, mean: Tensor) -> float:
+    """The mean error of `mean` f32 [1, N, K] as the prediction of the targets of clips; objective: a
+    MaskedPrediction."""
+    target = objective.target_features(video).float()[:, None]
+    return float(objective.error(mean[:, None].expand_as(target), target).mean())
 
 
 def draw_masks(objective: Objective, video: Tensor, rng: KeyedRNG) -> Masks:
