@@ -65,6 +65,47 @@ def test_without_a_lower_error_the_run_ends_complete(synthetic_shards, tmp_path,
     assert (tmp_path / "run" / "log.jsonl").read_bytes() == before
 
 
+@pytest.mark.parametrize("changed", ["data.val", "run.validate_clips"])
+def test_errors_on_other_clips_are_not_compared(changed, synthetic_shards, tmp_path, capfd):
+    """A run that patience has ended goes on with other held-out clips, and with the same ones it does not."""
+    more = [NO_CHANGE, "run.patience=2", "run.steps=40"]
+    other = {
+        "data.val": f"data.val={synthetic_shards / 'train'}",
+        "run.validate_clips": "run.validate_clips=9",
+    }
+
+    def steps(*changes: str) -> int:
+        assert run(synthetic_shards, tmp_path / "run", *more, *changes, method="videomae_tiny") == 0
+        return len(rows(tmp_path / "run"))
+
+    assert steps() == 7
+    capfd.readouterr()
+    # the best after step 8, then 10 and 12 without a lower one
+    assert [steps(other[changed]) for _ in range(2)] == [13, 13]
+    line = f"{changed}: the held-out clips are others than in the checkpoint, so the lowest error"
+    assert capfd.readouterr().err.count(line) == 1
+    assert load_weights(tmp_path / "run" / "encoder_best.safetensors")[1]["step"] == 8
+
+
+def test_the_rule_starts_anew_on_other_clips_alone():
+    one, two = ({"data": data, "number": 8} for data in "ab")
+    rule = HeldOutRule(patience=2, clips=one)
+    rule.add(1, {"val_loss": 0.5})
+    state = rule.state()
+    old = {name: value for name, value in state.items() if name != "clips"}
+    for clips, loaded, best in (
+        (one, state, 0.5),
+        (two, state, None),
+        ({**one, "number": 9}, state, None),
+        (None, state, 0.5),  # data.val is left out for a while
+        (two, old, 0.5),  # a state of before clips were named
+        (one, {}, None),  # a checkpoint without a rule
+    ):
+        again = HeldOutRule(patience=2, clips=clips)
+        again.load(loaded)
+        assert again.best == best and again.clips == (clips or one)
+
+
 def test_a_loss_of_poorer_features_is_no_lower_error():
     rule = HeldOutRule(patience=2)
     rule.add(0, {"val_loss": 9.0, "val_ratio": 0.1})

@@ -52,7 +52,6 @@ class Diagnostics:
         self.objective = objective
         self.strategy = strategy
         self.stats = FeatureStats(strategy.clip_share)
-        self.rule = HeldOutRule(cfg.run.patience)
         self.validate_every = cfg.validate_every
         self.validation: Validation | None = None
         if cfg.data.val is not None:
@@ -63,6 +62,8 @@ class Diagnostics:
                 world=strategy.world,
                 barrier=strategy.barrier,
             )
+        identity = None if self.validation is None else self.validation.identity
+        self.rule = HeldOutRule(cfg.run.patience, identity)
         self.probe: OnlineProbe | None = None
         if cfg.online_probe.train is not None:
             self.probe = OnlineProbe(

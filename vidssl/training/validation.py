@@ -3,7 +3,7 @@ and the rule that ends a run by it."""
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -43,10 +43,11 @@ class HeldOutRule:
     become poorer, which the loss of their mean does as well. Else it is val_loss.
     """
 
-    def __init__(self, patience: int | None):
+    def __init__(self, patience: int | None, clips: Mapping[str, Any] | None = None):
         """patience: measurements in a row without a lower error, after which the run ends; None: it goes on
-        to run.steps."""
+        to run.steps. clips: Validation.identity of what is measured; None: nothing is."""
         self.patience = patience
+        self.clips = clips
         self.first: dict[str, float] = {}  # measured before the first step
         self.best: float | None = None
         self.best_step: int | None = None
@@ -80,12 +81,22 @@ class HeldOutRule:
 
     def state(self) -> dict[str, Any]:
         """The state for a checkpoint, as plain data."""
-        names = ("first", "best", "best_step", "without_gain")
+        names = ("first", "best", "best_step", "without_gain", "clips")
         return {name: getattr(self, name) for name in names}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Restores what `state` returned; of a checkpoint without it nothing is known."""
-        self.__dict__.update(state)
+        """Restores what `state` returned; of a checkpoint without it nothing is known. Errors on other clips
+        are not compared: the rule then starts anew. States that do not name the clips are of these."""
+        before = state.get("clips") or self.clips
+        if before is None or self.clips in (None, before):
+            self.__dict__.update({**state, "clips": before})
+            return
+        if state["best"] is not None:
+            changed = "data.val" if self.clips["data"] != before["data"] else "run.validate_clips"
+            logger.warning(
+                f"{changed}: the held-out clips are others than in the checkpoint, so the lowest error "
+                f"({state['best']:.4f} after step {state['best_step']}) and run.patience count anew"
+            )
 
 
 def held_out_error(metrics: dict[str, float]) -> float:
@@ -125,6 +136,8 @@ class Validation:
         clips: Dataset = eval_clips
         if cfg.efficiency.decode_in_subprocess:
             clips = IsolatedEvalClips(eval_clips, data.decode_timeout_s, data.memory_mb << 20)
+        # The same in all processes, also where no clips are decoded
+        self.identity = {"data": shards.hash, "number": len(samples)}
         places = list(range(len(samples)))
         decoded = decode_all(clips, places, cfg.num_workers, loads_clips, barrier)
         self.clips = decoded.clips
