@@ -10,8 +10,11 @@ from programs import run_here, run_world
 from vidssl import train
 from vidssl.adaptation.table import held_out_lines
 from vidssl.config import load_config
+from vidssl.data.schema import DataConfig, ExtraStream
+from vidssl.data.shards import Shards
 from vidssl.pretrained.files import load_weights
 from vidssl.pretrained.load import load_encoder
+from vidssl.training import validation
 from vidssl.training.schema import TrainConfig
 from vidssl.training.validation import HeldOutRule, Validation
 
@@ -139,6 +142,24 @@ def test_a_measurement_that_is_not_finite_is_not_the_lowest(tmp_path):
     )
 
 
+@pytest.mark.parametrize("compared", [10**6, 0], ids=["all samples", "those in common shards"])
+def test_held_out_videos_that_are_trained_on_are_named(compared, synthetic_shards, monkeypatch, caplog):
+    monkeypatch.setattr(validation, "MAX_COMPARED", compared)
+    train, test = (str(synthetic_shards / part) for part in ("train", "test"))
+    stream = ExtraStream([test], frames=8, clips=8, stride=2)
+    val = Shards([test])
+    for data, shared in (
+        (DataConfig([train], 8, stride=2), 0),
+        (DataConfig([test], 8, stride=2), val.n),
+        (DataConfig([train, test], 8, stride=2), val.n),
+        (DataConfig([train], 8, stride=2, extra_streams=(stream,)), val.n),
+    ):
+        caplog.clear()
+        validation.warn_of_training_samples(data, val, val.list_samples())
+        line = f"data.val: {shared} of its {val.n} samples are in data.train, too"
+        assert [line in record.message for record in caplog.records] == [True] * bool(shared)
+
+
 @pytest.mark.parametrize(
     "method, more",
     [
@@ -162,7 +183,9 @@ def test_the_held_out_error_does_not_depend_on_how_a_step_is_divided(
         argv = arguments(synthetic_shards, Path("x"), *more, *divided, method=method)
         cfg = load_config(argv, TrainConfig)
         objective = cfg.build_objective()
-        found.append(Validation(cfg, objective, world=world).measure(objective))
+        measured = Validation(cfg, objective, world=world)
+        found.append(measured.measure(objective))
+        assert len(measured.clips) == 20
     assert len(found[0]) == 2
     assert found == [pytest.approx(found[0], rel=1e-4)] * len(found)
 

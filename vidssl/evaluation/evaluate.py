@@ -1,7 +1,7 @@
 """Trains on train, selects on held-out train, evaluates once on test; and the checks that keep train and test
 apart."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,18 +16,25 @@ from vidssl.evaluation.protocol import ProbeProtocol, TrainedProbe, TrainingSet,
 from vidssl.evaluation.tasks import Task
 
 
-def check_disjoint(train: list[Sample], test: list[Sample]) -> int:
+def check_disjoint(train: list[Sample], test: list[Sample], section: str | None = None) -> int:
     """Raises UserError if a sample is in both. Returns the number of test samples whose group (such as a
-    source video) is also in train."""
-    in_train = {(s.key, s.size) for s in train}
-    shared = [s.key for s in test if (s.key, s.size) in in_train]
+    source video) is also in train. section: of the configuration, for the message."""
+    shared = shared_keys(train, test)
     if shared:
+        where = f"{section}: " if section else ""
         raise UserError(
-            f"{len(shared)} sample(s) are in train and in test, {shared[0]} first: "
+            f"{where}{len(shared)} sample(s) are in train and in test, {shared[0]} first: "
             "train and test must be disjoint"
         )
     groups = {group_in(s.meta) for s in train} - {None}
     return sum(group_in(s.meta) in groups for s in test)
+
+
+def shared_keys(train: Iterable[Sample], test: list[Sample]) -> list[str]:
+    """The keys of the test samples that are in train, too."""
+    in_test = {(s.key, s.size) for s in test}
+    shared = in_test.intersection((s.key, s.size) for s in train)
+    return [s.key for s in test if (s.key, s.size) in shared]
 
 
 def check_readable(

@@ -14,6 +14,7 @@ from vidssl.core.pixels import normalise
 from vidssl.data.schema import DataConfig
 from vidssl.data.shards import Sample, Shards
 from vidssl.data.timing import middle_rate
+from vidssl.evaluation.evaluate import check_disjoint
 from vidssl.evaluation.isolated_clips import IsolatedEvalClips
 from vidssl.evaluation.neighbours import knn_predict
 from vidssl.evaluation.solvers import ridge_predict
@@ -72,9 +73,9 @@ class OnlineProbe:
         shards = {"train": Shards(config.train), "test": Shards(config.test)}
         label_set = config.label or next(iter(shards["train"].classes), "")
         classes = {part: classes_of(s, label_set, part) for part, s in shards.items()}
-        samples = {
-            part: evenly_spaced(labelled(s, [label_set]), config.samples) for part, s in shards.items()
-        }
+        of_parts = {part: labelled(s, [label_set]) for part, s in shards.items()}
+        check_disjoint(of_parts["train"], of_parts["test"], "online_probe")
+        samples = {part: evenly_spaced(listed, config.samples) for part, listed in of_parts.items()}
         self.task: Task
         self.task, *labels = make_task(
             label_set, classes["train"], samples["train"], samples["test"], "class", classes["test"]

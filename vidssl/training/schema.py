@@ -209,7 +209,7 @@ class OnlineProbeConfig:
     mean token of the middle clip of each video. Report the results of probe.py instead."""
 
     train: Names | None = None  # packed folders with labels; None: no online probe
-    test: Names | None = None
+    test: Names | None = None  # the same labels on other samples
     every: PositiveInt = 1000  # steps
     samples: PositiveInt = 512  # at most, of train and of test each, evenly spaced
     label: Text | None = None  # the label set; None: the first

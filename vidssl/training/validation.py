@@ -6,8 +6,10 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
+from itertools import starmap
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
@@ -18,8 +20,10 @@ from vidssl.core.errors import UserError
 from vidssl.core.log import logger
 from vidssl.core.pixels import normalise
 from vidssl.core.rng import GlobalBatch, KeyedRNG
-from vidssl.data.shards import Shards
+from vidssl.data.schema import DataConfig
+from vidssl.data.shards import Sample, Shards
 from vidssl.data.timing import middle_rate
+from vidssl.evaluation.evaluate import shared_keys
 from vidssl.evaluation.isolated_clips import IsolatedEvalClips
 from vidssl.evaluation.views import EvalClips, View
 from vidssl.objective.masked_prediction import MaskedPrediction
@@ -33,6 +37,8 @@ from vidssl.training.schema import TrainConfig
 MIN_CLIPS_OF_MEAN = 8  # clips whose mean target is a prediction
 # No training step has this number, what rises over the run has risen at it, and run.steps may change
 FIRST_STEP = 1 << 40
+# Samples of data.train up to which all are compared with data.val, in seconds; of more those in common shards
+MAX_COMPARED = 1_000_000
 DISTANCES = ("l1", "l2", "smooth_l1")  # errors by which a mean can be compared with its parts
 
 
@@ -131,7 +137,10 @@ class Validation:
         size = cfg.augment.arguments["size"]
         view = View(data.frames, *middle_rate(data.stride, data.fps), segments=1, crops=1, size=size)
         shards = Shards(cfg.data.val, data.cache_dir, data.cache_gb)
-        samples = evenly_spaced(shards.list_samples(), run.validate_clips)
+        listed = shards.list_samples()
+        if loads_clips:
+            warn_of_training_samples(cfg.data, shards, listed)
+        samples = evenly_spaced(listed, run.validate_clips)
         eval_clips = EvalClips(shards, samples, view, 1)
         clips: Dataset = eval_clips
         if cfg.efficiency.decode_in_subprocess:
@@ -198,6 +207,26 @@ class Validation:
             of_clips = target.double().sum(0, keepdim=True)
             total = of_clips if total is None else total + of_clips
         return None if total is None else (total / len(self.clips)).float()
+
+
+def warn_of_training_samples(data: DataConfig, val: Shards, listed: list[Sample]) -> None:
+    """Warns if samples of data.val are trained on, as may be meant: to see how well they are learned. listed:
+    the samples of `val`. Without an index (data.reader=stream) it is not known."""
+    if data.reader == "stream":
+        return
+    shared: set[str] = set()
+    for stream in data.streams():
+        train = Shards(stream.train, data.cache_dir, data.cache_gb, data.on_missing)
+        is_read = np.isin(train.table.sha256, val.table.sha256) | (train.n <= MAX_COMPARED)
+        numbers = [
+            (shard, i) for shard in np.flatnonzero(is_read).tolist() for i in range(train.counts[shard])
+        ]
+        shared.update(shared_keys(starmap(train.sample, numbers), listed))
+    if shared:
+        logger.warning(
+            f"data.val: {len(shared)} of its {len(listed)} samples are in data.train, too, {min(shared)} "
+            "first: the error on them is not one on held-out videos"
+        )
 
 
 def error_of_mean(objective: Any, video: Tensor, mean: Tensor) -> float:

@@ -36,7 +36,7 @@ def write_shards(folder: Path, count: int, multi_label: bool = False) -> str:
             if multi_label:
                 meta["labels"] = {"label": [i % 3]}
             for ext, data in (("json", json.dumps(meta).encode()), ("png", png.getvalue())):
-                info = tarfile.TarInfo(f"{i:03d}.{ext}")
+                info = tarfile.TarInfo(f"{folder.name}-{i:03d}.{ext}")
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
     scan.main([str(folder)])
@@ -108,6 +108,17 @@ def test_clips_over_the_memory_limit_are_an_error(tmp_path):
     config = OnlineProbeConfig(train=["x"], test=["x"], samples=10**6)
     with pytest.raises(UserError, match=r"online_probe\.memory_mb is 512"):
         OnlineProbe(config, DataConfig(train=["x"], frames=16, stride=1), 224)
+
+
+@pytest.mark.parametrize("loads_clips", [True, False])
+def test_train_and_test_that_share_samples_are_an_error(loads_clips, tmp_path):
+    """Also samples that the probe would not choose, and in processes that measure nothing."""
+    both, other = write_shards(tmp_path / "both", 9), write_shards(tmp_path / "other", 4)
+    data = DataConfig(train=[both], frames=2, stride=1)
+    for test in ([both], [other, both]):
+        config = OnlineProbeConfig(train=[both], test=test, samples=3)
+        with pytest.raises(UserError, match=r"^online_probe: 9 sample.* both-000 first: .* must be disjoint"):
+            OnlineProbe(config, data, 8, loads_clips=loads_clips)
 
 
 def test_another_label_set_is_an_error(tmp_path):
