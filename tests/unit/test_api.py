@@ -1,5 +1,7 @@
 """The public Python API: what `vidssl.__all__` names."""
 
+import json
+import shutil
 import subprocess
 import sys
 from importlib.metadata import version
@@ -113,6 +115,42 @@ def test_a_stream_of_clips_goes_on_where_it_was_on_other_processes(tiny_shards, 
         positions(1, {**end, "batch": 8})
     with pytest.raises(vidssl.UserError, match=r"unknown key 'data\.frame_rate'"):
         vidssl.open_dataset(tiny_shards, batch=4, frame_rate=3)
+
+
+def test_a_stream_of_clips_takes_no_state_of_other_clips(tiny_shards, tmp_path, caplog):
+    """What decides the clips is compared, also after JSON; where the data lie and how fast they come is
+    not."""
+    options: dict[str, Any] = {"batch": 4, "frames": 4, "size": 16, "workers": 0, "stride": [1, 2]}
+    stream = vidssl.open_dataset(tiny_shards, **options, augment={"kind": "random_crop", "scale": [0.5, 1]})
+    stream.step = 2
+    state = json.loads(json.dumps(stream.state_dict()))
+    options["augment"] = {"scale": [0.5, 1.0]}
+    moved = shutil.copytree(tiny_shards, tmp_path / "moved")
+    speed = {"workers": 1, "steps": 9, "decode_timeout_s": 5, "max_decode_error_rate": 0.5}
+    again = vidssl.open_dataset(moved, **{**options, **speed})
+    again.load_state_dict(state)
+    assert again.step == 2 and not caplog.records
+    for change, line in (
+        ({"seed": 1}, "seed 0, this one 1"),
+        ({"lanes": 2}, "lanes 4, this one 2"),
+        ({"frames": 2}, "data.frames 4, this one 2"),
+        ({"stride": 1}, r"data.stride \[1, 2\], this one 1"),
+        ({"stride": None, "fps": 5}, r"data.stride \[1, 2\], this one None"),
+        ({"repeat": 2}, "lanes 4, this one 2"),
+        ({"repeat": 2, "lanes": 4, "batch": 8}, "batch 4, this one 8"),
+        ({"size": 8}, "augment.size 16, this one 8"),
+        ({"augment": None}, r"augment.scale \[0.5, 1.0\], this one \[0.3, 1.0\]"),
+        ({"augment": {"kind": "center_crop"}}, "augment.kind random_crop, this one center_crop"),
+    ):
+        other = vidssl.open_dataset(tiny_shards, **{**options, **change})
+        with pytest.raises(vidssl.UserError, match=f"^open_dataset: the state has {line}$"):
+            other.load_state_dict(state)
+        assert other.step == 0
+    earlier = {key: state[key] for key in ("step", "batch", "data_hash")}
+    again.load_state_dict(earlier)
+    assert [record.message for record in caplog.records] == [
+        "open_dataset: the state does not name seed, lanes, data and augment: not checked"
+    ]
 
 
 def test_an_objective_of_ones_own_loop_computes_the_losses_of_a_run():

@@ -9,12 +9,13 @@ from typing import Annotated, Any
 
 import torch
 
-from vidssl.config import Choice, Spec, from_tree
+from vidssl.config import Choice, Spec, from_tree, to_tree
 from vidssl.core.errors import UserError
+from vidssl.core.log import logger
 from vidssl.data.loader import Batch, make_streams, open_shards, train_steps
 from vidssl.data.order import check_split
 from vidssl.data.planes import place_augmentation
-from vidssl.data.schema import AUGMENT_PARTS, DataConfig
+from vidssl.data.schema import AUGMENT_PARTS, MUTABLE_KEYS, DataConfig
 
 ENDLESS = 1 << 40  # steps
 DEFAULT_LANES = 8
@@ -31,8 +32,9 @@ class ClipConfig:
 class ClipStream:
     """Batches of augmented clips, step by step; this process's part of each.
 
-    Iterating goes on after the last step taken, also of an earlier iteration, and `state_dict` is the number
-    of steps taken: the same clips follow whatever the number of processes and of loader workers is then."""
+    Iterating goes on after the last step taken, also of an earlier iteration. `state_dict` is the number of
+    steps taken, and what decides the clips: the same ones follow whatever the number of processes and of
+    loader workers is then. With reader="stream" a new pass over newly shuffled shards follows."""
 
     def __init__(
         self, cfg: ClipConfig, batch: int, steps: int | None, seed: int, lanes: int, workers: int, place: Any
@@ -42,6 +44,9 @@ class ClipStream:
         self.rank, self.world = place
         check_split(batch, lanes, self.world, "open_dataset: batch", cfg.data.repeat)
         self.batch = batch
+        self.seed = seed
+        self.lanes = lanes
+        self.config = clip_config(cfg)
         self.workers = workers
         self.stop = ENDLESS if steps is None else steps
         self.step = 0  # steps taken
@@ -67,16 +72,35 @@ class ClipStream:
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
-        return {"step": self.step, "batch": self.batch, "data_hash": self.data_hash}
+        """The steps taken and what decides the clips, as plain data that JSON can hold."""
+        names = ("step", "batch", "data_hash", "seed", "lanes", "config")
+        return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on after the steps of a saved state. Raises UserError for a state of other data or another
-        batch."""
-        own = self.state_dict()
-        for key in ("batch", "data_hash"):
-            if state.get(key) != own[key]:
-                raise UserError(f"open_dataset: the state has {key} {state.get(key)}, this one {own[key]}")
+        """Goes on after the steps of a saved state. Raises UserError for a state of other data, or of another
+        batch, seed, number of lanes or configuration of the clips; what a state of an earlier version does
+        not name is not checked."""
+        own: dict[str, Any] = {"batch": self.batch, "data_hash": self.data_hash}
+        given = {key: state.get(key) for key in own}
+        own |= {"seed": self.seed, "lanes": self.lanes, **self.config}
+        given |= {key: state[key] for key in ("seed", "lanes") if key in state} | state.get("config", {})
+        for key, value in given.items():
+            if value != own.get(key):
+                raise UserError(f"open_dataset: the state has {key} {value}, this one {own.get(key)}")
+        if "seed" not in state:
+            logger.warning("open_dataset: the state does not name seed, lanes, data and augment: not checked")
         self.step = int(state["step"])
+
+
+def clip_config(cfg: ClipConfig) -> dict[str, Any]:
+    """Dotted key -> value, of what decides the clips beside data, seed and lanes; plain data."""
+    ignored = (*MUTABLE_KEYS, "max_decode_error_rate")
+    return {
+        f"{section}.{key}": value
+        for section, values in to_tree(cfg).items()
+        for key, value in values.items()
+        if section != "data" or key not in ignored
+    }
 
 
 def this_process() -> tuple[int, int]:

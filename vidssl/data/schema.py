@@ -12,6 +12,17 @@ from vidssl.config import Fraction, IntRange, Names, NonNegativeFloat, PositiveF
 from vidssl.config.signatures import PartTable
 from vidssl.core.errors import UserError
 
+# Keys of the section that do not decide the clips. Data may move, since their hash is compared
+MUTABLE_KEYS = (
+    "train",
+    "val",
+    "cache",
+    "augment_on",
+    "cache_dir",
+    "cache_gb",
+    "decode_timeout_s",
+    "memory_mb",
+)
 AUGMENT_PARTS = PartTable("vidssl.data.augment", "AUGMENTS")
 Rule = Literal["exact", "vjepa"]  # how stride and fps select frames (data/sampling.py)
 Decoder = Literal["auto", "decord", "pyav", "torchcodec"]

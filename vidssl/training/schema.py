@@ -21,7 +21,7 @@ from vidssl.config import (
 )
 from vidssl.core.cpus import available_cpus
 from vidssl.core.errors import UserError
-from vidssl.data.schema import AUGMENT_PARTS, DataConfig, check_local_folders
+from vidssl.data.schema import AUGMENT_PARTS, MUTABLE_KEYS, DataConfig, check_local_folders
 from vidssl.model.schema import MODEL_PARTS, NATIVE_SIZE_KEYS
 from vidssl.objective.schema import MethodConfig
 from vidssl.pretrained.sources import check_source
@@ -338,14 +338,7 @@ RESUME_MUTABLE = (
     "run.patience",
     "run.log_every",
     "run.trackers",
-    "data.train",
-    "data.val",
-    "data.cache",
-    "data.augment_on",
-    "data.cache_dir",
-    "data.cache_gb",
-    "data.decode_timeout_s",
-    "data.memory_mb",
+    *(f"data.{key}" for key in MUTABLE_KEYS),
 )
 
 
