@@ -17,6 +17,7 @@ from data_prep.recipe import add_encoding_options, check_rate_option, make_recip
 from data_prep.sources import SOURCES, FolderOptions, read_source
 from vidssl.core.errors import UserError, run_cli
 from vidssl.core.io import LOCK_FILE, check_writable, claim_folder
+from vidssl.core.launch import check_one_process
 from vidssl.core.log import logger
 
 # Prefixes of file names in OUT before it has a plan.json
@@ -121,6 +122,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 
 
 def main(argv: list[str]) -> None:
+    check_one_process(argv)
     args = parse_arguments(argv)
     if args.out.resolve().is_relative_to(args.src.resolve()):
         raise UserError(f"{args.out}: lies inside {args.src}; choose a folder outside the source")

@@ -24,6 +24,7 @@ from data_prep.summary import (
 )
 from vidssl.core.errors import UserError, run_cli
 from vidssl.core.io import claim_folder
+from vidssl.core.launch import check_one_process
 from vidssl.core.progress import track
 from vidssl.core.suggestions import counted
 from vidssl.data.format import dumps, dumps_index, read_index, sample_record, select_media, shard_entry
@@ -183,6 +184,7 @@ def find_tars(folder: Path) -> list[Path]:
 
 
 def main(argv: list[str]) -> None:
+    check_one_process(argv)
     parser = argparse.ArgumentParser(
         prog="vidssl scan", description="Index shards that were not written by pack."
     )

@@ -35,6 +35,7 @@ from einops import rearrange
 from data_prep.x264 import x264_options
 from vidssl.core.errors import UserError, run_cli
 from vidssl.core.io import atomic_write, check_writable, claim_folder, make_folder
+from vidssl.core.launch import check_one_process
 from vidssl.core.progress import track
 
 SIDE = 48  # pixels, of a frame
@@ -299,6 +300,7 @@ def write_labels(path: Path, rows: list[tuple[str, ...]]) -> None:
 
 
 def main(argv: list[str]) -> None:
+    check_one_process(argv)
     parser = argparse.ArgumentParser(prog="vidssl synthetic", description=__doc__.split("\n")[0])
     parser.add_argument("out", type=Path, help="a new folder")
     parser.add_argument("--train", type=int, default=3000, help="number of training videos")

@@ -61,7 +61,7 @@ def usage() -> str:
         "",
         "--quiet, of every command: warnings, errors and results alone. --version: which one this is.",
     ]
-    lines += ["On N GPUs: vidssl train ... --processes N (also probe, finetune, dense, embed)."]
+    lines += ["On N GPUs: vidssl train ... --processes N (also probe, finetune, embed)."]
     return "\n".join(lines)
 
 

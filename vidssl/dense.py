@@ -13,7 +13,7 @@ from vidssl.evaluation.dense.schema import DenseConfig
 
 if __name__ == "__main__":
     # Importing torch takes seconds: --help and mistakes in the configuration are answered before.
-    check_command_line(DenseConfig, __doc__, ("dense",))
+    check_command_line(DenseConfig, __doc__, ("dense",), shares_work=False)
 
 import hashlib
 import json

@@ -28,6 +28,7 @@ from vidssl.core.io import (
     claim_folder,
     remove_leftovers,
 )
+from vidssl.core.launch import check_one_process
 from vidssl.pretrained.sources import check_source
 
 if TYPE_CHECKING:
@@ -77,6 +78,7 @@ def parse_conversion(argv: list[str]) -> argparse.Namespace:
 
 
 def main(argv: list[str]) -> None:
+    check_one_process(argv)
     a = parse_conversion(argv)
     # Importing torch takes seconds: mistakes are answered before.
     from vidssl.pretrained.export_program import check_program_packages, save_program

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from vidssl.core.errors import UserError, run_cli
 from vidssl.core.io import check_no_shards, check_run_folder, check_writable
+from vidssl.core.launch import check_one_process
 
 MIN_SAMPLES = 2  # of which there is a deviation
 
@@ -66,6 +67,7 @@ def check_decode(a: argparse.Namespace) -> None:
 
 
 def main(argv: list[str]) -> None:
+    check_one_process(argv)
     a = parse_decode(argv)
     check_decode(a)
     # Importing torch takes seconds: mistakes are answered before.

@@ -21,6 +21,6 @@ PROGRAMS = {
     "train": Program("vidssl.training.schema", "TrainConfig", ("recipe", "method", "model", "data", "run")),
     "probe": Program("vidssl.evaluation.probe_config", "ProbeConfig", ("probe",)),
     "finetune": Program("vidssl.training.finetune_schema", "FinetuneConfig", ("finetune",)),
-    "dense": Program("vidssl.evaluation.dense.schema", "DenseConfig", ("dense",)),
+    "dense": Program("vidssl.evaluation.dense.schema", "DenseConfig", ("dense",), shares_work=False),
     "zoo-run": Program("vidssl.zoo.config", "ZooConfig", ("zoo", "ablation"), shares_work=False),
 }

@@ -22,6 +22,7 @@ from vidssl.config import load_config
 from vidssl.core.cpus import available_cpus
 from vidssl.core.errors import UserError, run_cli
 from vidssl.core.io import check_writable, claim_folder
+from vidssl.core.launch import check_one_process
 from vidssl.evaluation.probe_config import ProbeConfig
 from vidssl.quickstart.programs import METHODS, Quickstart, probe_file, quickstart_jobs, training_files
 from vidssl.quickstart.progress import TrainingProgress
@@ -85,6 +86,7 @@ def under_option(option: str) -> Iterator[None]:
 
 
 def main(argv: list[str]) -> None:
+    check_one_process(argv)
     quick = parse_quickstart(argv)
     exit_at_sigterm()
     began_s = time.monotonic()

@@ -22,6 +22,7 @@ from vidssl.config import load_config
 from vidssl.config.command_line import answer, without_dry_run
 from vidssl.core.errors import run_cli
 from vidssl.core.io import claim_folder
+from vidssl.core.launch import check_one_process
 from vidssl.zoo.config import ZooConfig
 from vidssl.zoo.jobs import Outcome, exit_at_sigterm, run_jobs
 from vidssl.zoo.measure import full_plan, known_facts, measured_plan, read_plan, with_flops
@@ -34,6 +35,7 @@ from vidssl.zoo.results import read_results, write_results, write_table
 def main(argv: list[str]) -> None:
     if answer(argv, ZooConfig, __doc__, ("zoo", "ablation"), shares_work=False):
         return
+    check_one_process(argv)
     began_s = time.monotonic()
     argv, dry_run = without_dry_run(argv)
     zoo = load_config(argv, ZooConfig)

@@ -27,7 +27,7 @@ from vidssl.config.key_tree import (
 )
 from vidssl.config.signatures import Declaration
 from vidssl.core.errors import UserError, asks_for_help, run_cli
-from vidssl.core.launch import PROCESSES, check_gpus, relaunch, take_processes
+from vidssl.core.launch import PROCESSES, check_gpus, check_one_process, relaunch, take_processes
 from vidssl.core.log import logger
 
 WIDTH = 110
@@ -38,15 +38,18 @@ MAX_VALUES = 16  # of a key in the shipped files
 MAX_FILES = 4  # that are named beside a value
 
 
-def check_command_line(cls: type, about: str, folders: Sequence[str]) -> None:
+def check_command_line(cls: type, about: str, folders: Sequence[str], shares_work: bool = True) -> None:
     """Prints what is asked for, or the first mistake in the configuration, and exits; returns if there is
     neither. With --processes N it starts them and exits with their status.
 
-    folders: of configs/ that hold files for this program. A program calls this before it imports torch.
+    folders: of configs/ that hold files for this program. shares_work: whether it takes --processes. A
+    program calls this before it imports torch.
     """
     if asks_for_help(sys.argv[1:]) or PRINT_CONFIG in sys.argv[1:]:
-        run_cli(partial(answer, cls=cls, about=about, folders=folders))
+        run_cli(partial(answer, cls=cls, about=about, folders=folders, shares_work=shares_work))
         sys.exit(0)
+    if not shares_work:
+        run_cli(check_one_process)
     run_cli(partial(check_processes, cls=cls))
     if (count := take_processes(sys.argv)) > 1:
         relaunch(count)

@@ -50,6 +50,20 @@ def parse_processes(value: str) -> int:
     return int(value)
 
 
+def check_one_process(argv: Sequence[str]) -> None:
+    """Raises UserError if several processes are asked for, or a launcher has started several: for programs
+    that do not share their work, of which each process would do all of it."""
+    alone = "this program runs in one process and shares no work"
+    if any(word.partition("=")[0] == PROCESSES for word in argv):
+        raise UserError(f"{PROCESSES}: {alone}; leave the option out")
+    count = os.environ.get("WORLD_SIZE", "1")
+    # Every launcher gives its processes LOCAL_RANK; WORLD_SIZE alone may be known to the script of a job
+    if "LOCAL_RANK" in os.environ and count != "1":
+        raise UserError(
+            f"WORLD_SIZE is {count}: {alone}; start it once, without torchrun or accelerate launch"
+        )
+
+
 def check_gpus(count: int) -> None:
     """Raises UserError if there are GPUs, but not one for each of `count` processes."""
     gpus = visible_gpus()

@@ -1,11 +1,14 @@
 """--processes: how the command line asks for it, and what becomes of statuses, signals and error lines."""
 
+import importlib.util
 import os
 import sys
 
 import pytest
 
+from vidssl.cli import COMMANDS, usage
 from vidssl.commands import embed
+from vidssl.commands.programs import PROGRAMS
 from vidssl.config import command_line
 from vidssl.core import launch
 from vidssl.core.errors import UserError
@@ -114,3 +117,64 @@ def test_signals_are_passed_on(tmp_path):
     code += f"open({str(pipe)!r}, 'rw'[rank])\n"
     code += "if rank == 0: os.kill(os.getppid(), signal.SIGTERM)\n"
     assert run(code + "signal.sigwait({signal.SIGTERM})\nsys.exit(75)") == 75
+
+
+ALONE = {  # programs that share no work, and arguments
+    "vidssl.commands.zoo_run": ["configs/zoo/quickstart.yaml"],
+    "vidssl.commands.adapt": ["--from=runs/x", "--videos=videos", "--out=x"],
+    "vidssl.commands.quickstart": [],
+    "vidssl.commands.convert": ["a", "b"],
+    "vidssl.commands.decode": ["runs/x"],
+    "data_prep.pack": ["videos", "x"],
+    "data_prep.scan": ["shards"],
+    "data_prep.synthetic": ["x"],
+}
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_a_program_that_shares_no_work_refuses_several_processes(name, monkeypatch, tmp_path):
+    """With the option, or started several times by a launcher."""
+    monkeypatch.chdir(tmp_path)
+    main = importlib.import_module(name).main
+    for words in (["--processes", "2"], ["--processes=2"]):
+        with pytest.raises(UserError, match="--processes: this program runs in one process"):
+            main([*ALONE[name], *words])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(UserError, match="WORLD_SIZE is 2: this program runs in one process"):
+        main(ALONE[name])
+    assert not [*tmp_path.iterdir()]
+
+
+def test_one_process_of_a_launcher_and_a_variable_of_the_whole_job_are_no_several_processes(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    launch.check_one_process([])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("LOCAL_RANK")
+    launch.check_one_process([])
+
+
+@pytest.mark.parametrize("command", PROGRAMS)
+def test_a_command_line_takes_processes_where_the_program_shares_its_work(command, monkeypatch, capsys):
+    """What is answered before torch is imported, of programs with a configuration; help says the same."""
+    program = PROGRAMS[command]
+    source = importlib.util.find_spec(COMMANDS[command][0]).loader.get_source(COMMANDS[command][0])
+    assert ("shares_work=False" not in source) == program.shares_work
+    monkeypatch.setattr(sys, "argv", [command, "--help"])
+    with pytest.raises(SystemExit):
+        command_line.check_command_line(program.cls(), "", program.folders, program.shares_work)
+    assert ("--processes N" in capsys.readouterr().out) == program.shares_work
+    if not program.shares_work:
+        monkeypatch.setattr(sys, "argv", [command, "no.such=1", "--processes=2"])
+        with pytest.raises(SystemExit, match="2"):
+            command_line.check_command_line(program.cls(), "", program.folders, program.shares_work)
+        assert capsys.readouterr().err.startswith("error: --processes: this program runs in one process")
+
+
+def test_the_usage_names_the_programs_that_share_their_work():
+    line = usage().splitlines()[-1]
+    named = [word.strip("(),.") for word in line.split("also")[1].split()]
+    assert named == [
+        name for name, program in PROGRAMS.items() if program.shares_work and name != "train"
+    ] + ["embed"]
