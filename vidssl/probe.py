@@ -20,6 +20,7 @@ if __name__ == "__main__":
     # Importing torch takes seconds: --help and mistakes in the configuration are answered before.
     check_command_line(ProbeConfig, __doc__, ("probe",))
 
+import shlex
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -121,8 +122,8 @@ def main(argv: list[str]) -> None:
     accelerator.wait_for_everyone()
     accelerator.end_training()
     if not dry_run:
-        compare = f"vidssl compare {out} OTHER_PROBE --plot {out / 'compare.png'}"
-        end.log(f"{len(runs)} rows in probe.json", f"next: {compare}")
+        compare = ["vidssl", "compare", str(out), "OTHER_PROBE", "--plot", str(out / "compare.png")]
+        end.log(f"{len(runs)} rows in probe.json", f"next: {shlex.join(compare)}")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ WebDataset shards need no source: `vidssl scan DIR` makes their index.
 """
 
 import os
+import shlex
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -55,7 +56,9 @@ def read_source(
     """Lists the files below `root` by annotations in the format `kind`. Raises UserError if there is no
     file."""
     if kind == "webdataset":
-        raise UserError(f"{root}: WebDataset shards are used as they are: vidssl scan {root}")
+        raise UserError(
+            f"{root}: WebDataset shards are used as they are: vidssl scan {shlex.quote(str(root))}"
+        )
     if kind not in SOURCES:
         raise UserError(f"--source {kind}: expected one of {', '.join(SOURCES)}")
     if not root.is_dir():

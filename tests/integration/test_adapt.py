@@ -116,6 +116,15 @@ def test_a_dry_run_proposes_and_writes_no_run(checkpoint, few, tmp_path, capfd):
     assert not (tmp_path / "run" / "adapt.yaml").exists()
 
 
+def test_what_a_later_program_refuses_is_said_before_the_first(checkpoint, few, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(vidssl.zoo.jobs, "start", lambda *_: pytest.fail("started"))
+    wrong = ["configs/probe/linear.yaml", "data.frames=0"]
+    monkeypatch.setattr("vidssl.adaptation.programs.probe_settings", lambda *_: wrong)
+    assert call(checkpoint, few, tmp_path / "run") == 2
+    assert "error: probe own before: 'data.frames=0'" in capfd.readouterr().err
+    assert not (tmp_path / "run" / "adapt.yaml").exists()
+
+
 def test_an_image_encoder_becomes_one_of_videos(few, tmp_path, capfd):
     """A ViT with other pixel statistics, as timm has them; its start computes the same on a still clip."""
     import timm

@@ -9,7 +9,7 @@ import pytest
 
 from vidssl import config
 from vidssl.config import Spec, load_config, save, to_tree
-from vidssl.config.yaml_text import parse_yaml, plain
+from vidssl.config.yaml_text import list_argument, parse_yaml, plain
 from vidssl.core.errors import UserError
 from vidssl.evaluation.dense.schema import DenseConfig
 from vidssl.evaluation.probe_config import ProbeConfig
@@ -246,3 +246,12 @@ def test_what_is_no_yaml_is_an_error_of_one_line(text):
     with pytest.raises(UserError, match=r"^here: ") as e:
         parse_yaml(text, "here")
     assert "\n" not in str(e.value)
+
+
+def test_a_list_that_a_program_writes_is_read_as_its_items():
+    items = [*NASTY, "a, b", "[x]", "{x}", "x: y", "\x7f", "🚪", "a " * 200, "*a", "null"]
+    files = [a if "=" in a else f"configs/{a}.yaml" for a in PROGRAMS[ProbeConfig]]
+    cfg = load_config([*files, list_argument("data.labels", items)], ProbeConfig)
+    assert cfg.data.labels == items
+    one = load_config([*files, list_argument("data.labels", [Path("null")])], ProbeConfig)
+    assert one.data.labels == ["null"]

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from vidssl.config import from_tree, merge
+from vidssl.data.timing import middle_rate
 from vidssl.model.schema import NATIVE_SIZE_KEYS
 from vidssl.pretrained.infer_config import Checkpoint
 from vidssl.training.schema import TrainConfig
@@ -57,9 +58,7 @@ def continuation_of(checkpoint: Checkpoint, metadata: Mapping[str, Any]) -> Cont
 
 def _of_own_run(checkpoint: Checkpoint, stored: dict[str, Any]) -> Continuation:
     cfg = from_tree(stored, TrainConfig, "--from")
-    stride, fps = cfg.data.stride, cfg.data.fps
-    middle = sum(stride) // 2 if isinstance(stride, tuple) else stride
-    rate = sum(fps) / 2 if isinstance(fps, tuple) else fps
+    stride, rate = middle_rate(cfg.data.stride, cfg.data.fps)
     joint = (cfg.method.predictor.kind, cfg.method.query.kind) == ("joint", "token")
     has_predictor = joint and checkpoint.predictor is not None
     kind = cfg.method.target.kind if cfg.method.predicts else "agreement or pretext"
@@ -71,7 +70,7 @@ def _of_own_run(checkpoint: Checkpoint, stored: dict[str, Any]) -> Continuation:
         stored["augment"],
         cfg.optim.scaled(cfg.run.batch).lr,
         cfg.run.batch,
-        middle,
+        stride,
         None if rate is None else 1 / rate,
         checkpoint.model["tubelet"] == 1,
         has_predictor,

@@ -20,6 +20,7 @@ from vidssl.adaptation.plan import (
 from vidssl.adaptation.programs import (
     TRIAL_STEPS,
     adapted_job,
+    check_programs,
     measured_steps,
     pack_job,
     probe_folder,
@@ -61,6 +62,7 @@ def adapt(request: Request, dry_run: bool) -> bool:
         tree = config_tree(request, corpus, proposal)
         if not request.config_file.exists():
             print_proposal(request, corpus, proposal)
+        check_programs(request, corpus, tree, start)
         if dry_run:
             return True
         keep_request(request)
@@ -68,7 +70,7 @@ def adapt(request: Request, dry_run: bool) -> bool:
         cfg = load_config([str(request.config_file)], TrainConfig)
         outcomes |= run_once(request, [adapted_job(request)])
         if corpus.labels:
-            outcomes |= run_once(request, [scratch_job(request, cfg, start)])
+            outcomes |= run_once(request, [scratch_job(request, cfg, start, request.config_file)])
         names = ["before", "untrained"]
         if outcomes["adapted"].status == "done":
             names.append("after")

@@ -3,14 +3,20 @@ earlier one was cut off."""
 
 import json
 import statistics
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from vidssl.adaptation.plan import OwnVideos
 from vidssl.adaptation.proposal import EVALUATIONS, scratch_rate
 from vidssl.adaptation.request import Request
 from vidssl.adaptation.start import Start
+from vidssl.config import load_config, save
+from vidssl.config.yaml_text import list_argument
+from vidssl.core.errors import UserError
 from vidssl.core.io import atomic_write_text
+from vidssl.data.timing import middle_rate
+from vidssl.evaluation.probe_config import ProbeConfig
 from vidssl.training.schema import TrainConfig
 from vidssl.zoo.jobs import PYTHON, Job, Outcome, run_jobs
 
@@ -44,12 +50,12 @@ def adapted_job(request: Request) -> Job:
     return job_of(request, "adapted", "vidssl.train", [str(request.config_file)], None)
 
 
-def scratch_job(request: Request, cfg: TrainConfig, start: Start) -> Job:
-    """The same run from fresh weights, at the rate of a run from fresh weights."""
+def scratch_job(request: Request, cfg: TrainConfig, start: Start, config: Path) -> Job:
+    """The same run from fresh weights, at the rate of a run from fresh weights. config: the file of cfg."""
     rate = scratch_rate(start.source.rate, start.source.batch, cfg.run.batch)
     keys = ["run.init=null", "run.patience=null", "run.stop_on_collapse=false", "run.validate_every=null"]
     keys += ["data.val=null", f"optim.lr={rate:.3g}", "optim.layer_lr_decay=1"]
-    arguments = [str(request.config_file), f"run.out={request.run('scratch')}", *keys]
+    arguments = [str(config), f"run.out={request.run('scratch')}", *keys]
     return job_of(request, "scratch", "vidssl.train", arguments, None)
 
 
@@ -85,13 +91,14 @@ def probed_data(request: Request, corpus: OwnVideos) -> dict[str, list[str]]:
     """own and control -> arguments of a probe that name the data."""
     found = {}
     if corpus.labels:
-        train = f"{request.part('train')},{request.part('val')}"
-        test = corpus.test or request.part("test")
-        labels = ",".join(corpus.labels)
-        found["own"] = [f"data.train=[{train}]", f"data.test=[{test}]", f"data.labels=[{labels}]"]
+        found["own"] = [
+            list_argument("data.train", [request.part("train"), request.part("val")]),
+            list_argument("data.test", [corpus.test or request.part("test")]),
+            list_argument("data.labels", corpus.labels),
+        ]
     if request.control:
         folder = Path(request.control)
-        found["control"] = [f"data.train=[{folder / 'train'}]", f"data.test=[{folder / 'test'}]"]
+        found["control"] = [list_argument(f"data.{part}", [folder / part]) for part in ("train", "test")]
     return found
 
 
@@ -99,13 +106,32 @@ def probe_settings(request: Request, cfg: TrainConfig) -> list[str]:
     """Clips as they are trained on, for all encoders alike."""
     frames = cfg.data.frames
     size = cfg.augment.arguments["size"]
-    rate = f"data.stride={cfg.data.stride}" if cfg.data.stride else f"data.fps={cfg.data.fps}"
+    stride, fps = middle_rate(cfg.data.stride, cfg.data.fps)
+    rate = f"data.stride={stride}" if stride else f"data.fps={fps}"
     found = [f"configs/probe/{request.probe}.yaml", f"data.frames={frames}", f"data.size={size}", rate]
     if request.probe == "linear":
         slices = frames // int(cfg.model.arguments["tubelet"])
         bins = next(n for n in range(min(MAX_BINS, slices), 0, -1) if slices % n == 0)
         found.append(f"probe.temporal_bins={bins}")
     return [*found, "probe.controls=[none]"]
+
+
+def check_programs(request: Request, corpus: OwnVideos, tree: Mapping, start: Start) -> None:
+    """Raises UserError if a program after the first would refuse its configuration. tree: the configuration
+    of the first."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "adapt.yaml"
+        save(dict(tree), file)
+        cfg = load_config([str(file)], TrainConfig)
+        jobs = [scratch_job(request, cfg, start, file)] if corpus.labels else []
+        jobs += probe_jobs(request, corpus, cfg, list(encoders_of(request)))
+        for job in jobs:
+            module, *arguments = job.command[len(PYTHON) :]
+            cls: type = TrainConfig if module == "vidssl.train" else ProbeConfig
+            try:
+                load_config(arguments, cls)
+            except UserError as e:
+                raise UserError(f"{job.name}: {e}") from None
 
 
 def run_once(request: Request, jobs: Sequence[Job]) -> dict[str, Outcome]:

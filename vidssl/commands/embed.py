@@ -12,6 +12,7 @@ status 75), Ctrl-C (130) or a kill. `vidssl search DIR QUERY` finds what is alik
 import argparse
 import json
 import os
+import shlex
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -206,7 +207,7 @@ def run_embedding(
     processes.run_on_main(finish)
     counts = f"{len(embedding.kept)} rows of {list(embedding.features.shape[1:])} {a.dtype}"
     accelerator.print(f"{a.out}: {counts}; {len(rejected)} rejected (rejected.jsonl)")
-    accelerator.print(f"next: vidssl search {a.out} KEY_OR_VIDEO --montage hits.png")
+    accelerator.print(f"next: vidssl search {shlex.quote(str(a.out))} KEY_OR_VIDEO --montage hits.png")
 
 
 def compute_rows(

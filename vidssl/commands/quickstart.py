@@ -12,6 +12,7 @@ on where it was cut off.
 import argparse
 import contextlib
 import os
+import shlex
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -170,7 +171,7 @@ def show_results(quick: Quickstart, has_news: bool) -> None:
 
 
 def next_steps(quick: Quickstart) -> str:
-    encoder = os.path.relpath(quick.run(METHODS[0]))
+    encoder = shlex.quote(os.path.relpath(quick.run(METHODS[0])))
     return f"""the report, for any browser: {quick.out / "report.html"}
 
 Next, with your own videos (FOLDER/<class>/<file>, or a folder with labels.csv):

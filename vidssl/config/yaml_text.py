@@ -5,7 +5,9 @@ with both readings, so that the caller can take the text where it wants a string
 exist: `${x}` is text.
 """
 
+import math
 import re
+from collections.abc import Iterable
 from typing import Any, ClassVar, NamedTuple
 
 import yaml
@@ -99,6 +101,13 @@ def _convert_scalar(node: yaml.ScalarNode) -> str | Scalar:
     if node.tag == FLOAT:
         return Scalar(float(re.sub(r"\.(?=inf|nan)", "", digits.lower())), text)
     raise yaml.YAMLError(f"no tag {node.tag} is known, line {node.start_mark.line + 1}")
+
+
+def list_argument(key: str, items: Iterable[object]) -> str:
+    """key=[...] that is read as the texts of the items: paths and names may contain what YAML has a use for,
+    such as a comma or '#'."""
+    quoted = {"default_style": '"', "default_flow_style": True, "allow_unicode": True, "width": math.inf}
+    return f"{key}={yaml.safe_dump([*map(str, items)], **quoted).strip()}"
 
 
 def plain(node: Any) -> Any:

@@ -10,6 +10,7 @@ A sample is one media file `KEY.mp4` (or another extension) followed by `KEY.jso
 import hashlib
 import json
 import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -174,7 +175,7 @@ def _what_it_is(folder: Path) -> str:
     if tars:
         return (
             f"no index.json, but {_count(tars, '.tar file')}; "
-            f"make the index with vidssl scan {folder}, or use data.reader=stream"
+            f"make the index with vidssl scan {shlex.quote(str(folder))}, or use data.reader=stream"
         )
     found = sorted(p.name for p in folder.iterdir())
     contents = f"it holds {_first(found)}" if found else "it is empty"

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vidssl import config
+from vidssl.config.yaml_text import list_argument
 from vidssl.zoo.jobs import PYTHON, Job
 
 METHOD_FILES = {"videomae": "videomae_tiny", "vjepa": "vjepa_layers_tiny"}
@@ -98,6 +99,6 @@ def snapshot_probes(quick: Quickstart, method: str, label: str) -> list[Job]:
     jobs = []
     for step in range(run["save_every"], run["steps"], run["save_every"]):
         snapshot = quick.run(method) / "snapshots" / f"step-{step:08d}.safetensors"
-        only = ("probe.controls=[none]", f"data.labels={label}")
+        only = ("probe.controls=[none]", list_argument("data.labels", [label]))
         jobs.append(quick_probe(quick, f"{method}@{step}", method, snapshot, *only))
     return jobs

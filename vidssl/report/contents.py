@@ -130,7 +130,9 @@ def run_contents(
     if not evaluations and not run.is_fine_tuning:
         run.missing.append(
             "No probe of this run was found: vidssl probe configs/probe/attentive.yaml "
-            f"encoder={run.folder} data.train=... data.test=... out={run.folder / 'probe'}"
+            + shlex.join(
+                [f"encoder={run.folder}", "data.train=...", "data.test=...", f"out={run.folder / 'probe'}"]
+            )
         )
     return {**found, "missing": list(dict.fromkeys(run.missing))}
 

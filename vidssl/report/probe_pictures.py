@@ -1,5 +1,6 @@
 """Pictures of a run's page that need more than the run: attention of its probes, decoded predictions."""
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path, PurePath
 from typing import Any
@@ -76,7 +77,8 @@ def add_decoded(run: RunFiles, decoded: Group) -> None:
         report = read_json(path)
         drawn = read_json(path.with_name(CLIPS_FILE))
         if report is None or drawn is None:
-            again = f"vidssl decode {run.folder} --out {path.parent} writes it"
+            command = shlex.join(["vidssl", "decode", str(run.folder), "--out", str(path.parent)])
+            again = f"{command} writes it"
             decoded["missing"].append(f"{run.name}: {path.parent} has no {CLIPS_FILE}; {again}.")
             continue
         lines = decoder_verdict(report)

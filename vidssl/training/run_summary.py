@@ -1,6 +1,7 @@
 """What a program says when it starts and when it has ended: a few lines, of the first process."""
 
 import logging
+import shlex
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -191,7 +192,6 @@ def probe_command(out: Path, train: Sequence[str]) -> str:
     if first.name == "train" and (first.with_name("test") / "index.json").is_file():
         labelled = first
         test = first.with_name("test")
-    files = "configs/probe/attentive.yaml"
-    return (
-        f"next: vidssl probe {files} encoder={out} data.train={labelled} data.test={test} out={out / 'probe'}"
-    )
+    words = ["vidssl", "probe", "configs/probe/attentive.yaml", f"encoder={out}"]
+    words += [f"data.train={labelled}", f"data.test={test}", f"out={out / 'probe'}"]
+    return f"next: {shlex.join(words)}"

@@ -1,10 +1,14 @@
 """training/run_summary.py: what a run says when it starts and when it has ended."""
 
 import json
+import shlex
 
+import pytest
 import torch
 from torch import nn
 
+from vidssl.config import load_config
+from vidssl.evaluation.probe_config import ProbeConfig
 from vidssl.training.run_summary import RunEnd, machine_line, model_line, probe_command
 
 
@@ -32,3 +36,14 @@ def test_the_next_command_probes_test_beside_train(tmp_path):
     command = probe_command(tmp_path / "run", [str(tmp_path / "train")])
     assert f"data.train={tmp_path / 'train'} data.test={tmp_path / 'test'} " in command
     assert command.endswith(f"out={tmp_path / 'run' / 'probe'}")
+
+
+@pytest.mark.parametrize("name", ["my videos, 2024", "a #1", "it's", "$HOME"])
+def test_the_next_command_can_be_pasted(name, tmp_path):
+    run = tmp_path / name
+    (run / "test").mkdir(parents=True)
+    (run / "test" / "index.json").write_text("{}")
+    _, *words = shlex.split(probe_command(run, [str(run / "train")]))
+    cfg = load_config(words[2:], ProbeConfig)
+    assert words[:2] == ["vidssl", "probe"] and cfg.encoder == str(run) and cfg.out == str(run / "probe")
+    assert cfg.data.train == [str(run / "train")] and cfg.data.test == [str(run / "test")]
