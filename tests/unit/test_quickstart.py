@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from vidssl.commands.quickstart import next_steps, parse_quickstart
+from vidssl.commands.quickstart import next_steps, parse_quickstart, prepare_data
 from vidssl.config import load_config
 from vidssl.core.errors import UserError
 from vidssl.evaluation.probe_config import ProbeConfig
@@ -111,7 +111,101 @@ def test_a_folder_has_its_own_output_and_configuration(tmp_path, monkeypatch):
         parse_quickstart(["films", "--out", "films/out"])
 
 
-def test_a_wrong_setting_names_its_option(tmp_path):
-    with pytest.raises(UserError, match=r"^--set: .*run\.stepz"):
-        parse_quickstart(["--out", str(tmp_path / "out"), "--set", "run.stepz=1"])
+@pytest.mark.parametrize(
+    "option, setting, line",
+    [
+        ("--set", "run.stepz=1", r"^--set: videomae: .*run\.stepz"),
+        # what one of the two methods alone would refuse
+        ("--set", "method.target.norm=patch", r"^--set: vjepa: .*method\.target\.norm"),
+        ("--set", "method.target.layers=2", r"^--set: videomae: .*method\.target\.layers"),
+        ("--set", "run.batch=7", r"^--set: videomae: .*run\.batch"),
+        ("--set", "data.val=no/such", r"^--set: videomae: data\.val: no/such: no such folder"),
+        # after which probes would not find what they read
+        ("--set", "run.snapshots=false", r"^--set: videomae: run\.snapshots: the snapshots are probed"),
+        ("--set", "run.out=x", r"^--set: videomae: run\.out: is decided by --out"),
+        ("--probe", "probe.epoch=1", r"^--probe: .*probe\.epoch"),
+        ("--probe", "out=x", r"^--probe: encoder and out: each probe has its own"),
+        ("--probe", "encoder=tests", r"^--probe: encoder and out: each probe has its own"),
+    ],
+)
+def test_a_wrong_setting_names_its_option(option, setting, line, tmp_path):
+    with pytest.raises(UserError, match=line):
+        parse_quickstart(["--out", str(tmp_path / "out"), option, setting])
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("save_every, validate_every", [(100, 100), (101, 202), (7, 700)])
+def test_both_trainings_can_measure_a_held_out_error(save_every, validate_every, tmp_path):
+    lengths = [f"run.save_every={save_every}", f"run.validate_every={validate_every}", "data.val=tests"]
+    quick = parse_quickstart(["--out", str(tmp_path / "out"), *(f"--set={item}" for item in lengths)])
+    for job in quickstart_jobs(quick, "motion", 1)[:2]:
+        run = load_config(job.command[4:], TrainConfig).run
+        assert run.validate_every / run.save_every == validate_every / save_every
+
+
+def folder_of(root: Path, *files: str) -> Path:
+    for file in files:
+        (root / file).parent.mkdir(parents=True, exist_ok=True)
+        (root / file).touch()
+    return root
+
+
+def packed_by(monkeypatch, *names: str) -> list[list[str]]:
+    """Lets pack write an empty index for each name. Returns its calls."""
+    calls: list[list[str]] = []
+
+    def pack(argv: list[str]) -> None:
+        calls.append(argv)
+        folder_of(Path(argv[1]), *(f"{name}/index.json" for name in names))
+
+    monkeypatch.setattr("data_prep.pack.main", pack)
+    return calls
+
+
+@pytest.mark.parametrize(
+    "splits, tested",
+    [(("train", "val"), "val"), (("train", "val", "test"), "test"), (("training", "validation"), "val")],
+)
+def test_val_is_tested_on_where_there_is_no_test(splits, tested, tmp_path, monkeypatch):
+    videos = folder_of(tmp_path / "v", *(f"{split}/{c}/1{c}.mp4" for split in splits for c in "ab"))
+    quick = parse_quickstart([str(videos), "--out", str(tmp_path / "out")])
+    packed_by(monkeypatch, "train", *{"val", tested})
+    assert prepare_data(quick) == "label" and quick.test_shards == tmp_path / "out/shards" / tested
+    probes = [job for job in quickstart_jobs(quick, "label", 1) if job.name.startswith("probe")]
+    assert all(f"data.test={quick.test_shards}" in job.command for job in probes)
+
+
+@pytest.mark.parametrize(
+    "files, line",
+    [
+        (["train/a/1.mp4", "train/b/2.mp4"], "its splits are train; expected train and test"),
+        (["val/a/1.mp4", "test/b/2.mp4"], "its splits are test, val; expected train and test"),
+        (["train/1.mp4", "test/2.mp4"], "no labels, so nothing to probe"),
+        (["1.mp4", "2.mp4"], "no labels, so nothing to probe"),
+    ],
+)
+def test_what_cannot_be_tested_is_said_before_it_is_packed(files, line, tmp_path, monkeypatch):
+    videos = folder_of(tmp_path / "v", *files)
+    calls = packed_by(monkeypatch)
+    with pytest.raises(UserError, match=line):
+        prepare_data(parse_quickstart([str(videos), "--out", str(tmp_path / "out")]))
+    assert not calls
+
+
+def test_the_label_on_the_way_is_one_of_train_and_test(tmp_path, monkeypatch):
+    videos = folder_of(tmp_path / "v", "1.mp4", "2.mp4")
+    rows = ["path,label_verb,label_noun,split", "1.mp4,a,x,train", "2.mp4,,x,test"]
+    (videos / "labels.csv").write_text("\n".join(rows))
+    calls = packed_by(monkeypatch, "train", "test")
+    assert prepare_data(parse_quickstart([str(videos), "--out", str(tmp_path / "out")])) == "noun"
+    (videos / "labels.csv").write_text("\n".join([*rows[:2], "2.mp4,,,test"]))
+    with pytest.raises(UserError, match="no label in both train and test, so nothing to probe"):
+        prepare_data(parse_quickstart([str(videos), "--out", str(tmp_path / "other")]))
+    assert len(calls) == 1
+
+
+def test_a_pack_that_was_cut_off_between_its_splits_goes_on(tmp_path, monkeypatch):
+    videos = folder_of(tmp_path / "v", "a/1.mp4", "b/2.mp4")
+    quick = parse_quickstart([str(videos), "--out", str(tmp_path / "out")])
+    folder_of(quick.shards("train"), "index.json")
+    assert packed_by(monkeypatch, "test") == [] and prepare_data(quick) == "label"

@@ -18,18 +18,26 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data_prep.sources import read_source
+from data_prep.sources import SourceListing, read_source
 from vidssl.config import load_config
 from vidssl.core.cpus import available_cpus
 from vidssl.core.errors import UserError, run_cli
 from vidssl.core.io import check_writable, claim_folder
 from vidssl.core.launch import check_one_process
+from vidssl.core.log import logger
 from vidssl.evaluation.probe_config import ProbeConfig
-from vidssl.quickstart.programs import METHODS, Quickstart, probe_file, quickstart_jobs, training_files
+from vidssl.quickstart.programs import (
+    METHODS,
+    Quickstart,
+    probe_file,
+    quick_training,
+    quickstart_jobs,
+    training_files,
+)
 from vidssl.quickstart.progress import TrainingProgress
 from vidssl.quickstart.results import add_times, result_table, summary, write_results_json
 from vidssl.training.schema import TrainConfig
-from vidssl.zoo.jobs import exit_at_sigterm, run_jobs
+from vidssl.zoo.jobs import PYTHON, exit_at_sigterm, run_jobs
 
 MASKED_CLIPS = 3  # in masks.png
 TRAIN = 3000
@@ -68,13 +76,27 @@ def parse_quickstart(argv: list[str]) -> Quickstart:
 
 
 def check_settings(quick: Quickstart) -> None:
-    """Raises UserError for a setting that a program would refuse."""
-    files = training_files(quick, METHODS[0])
-    with under_option("--set"):
-        load_config([*files, "run.out=x", "data.train=x", *quick.settings], TrainConfig)
-    given = ["encoder=x", "out=x", "data.train=x", "data.test=x"]
+    """Raises UserError for a setting that a program would refuse, or after which another would not find what
+    it reads."""
+    there = "/"  # in place of folders that are made later
+    for method in METHODS:
+        with under_option(f"--set: {method}"):
+            given = [f"run.out={quick.run(method)}", f"data.train={there}"]
+            files = training_files(quick, method)
+            load_config([*files, *given, *quick.settings], TrainConfig).check_before_work()
+            # of other lengths than those that are given
+            cfg = load_config(quick_training(quick, method, 1).command[len(PYTHON) + 1 :], TrainConfig)
+            if cfg.run.out != str(quick.run(method)):
+                raise UserError("run.out: is decided by --out")
+            if not cfg.run.snapshots:
+                raise UserError("run.snapshots: the snapshots are probed; leave it out")
     with under_option("--probe"):
-        load_config([probe_file(quick), *given, *quick.probe_settings], ProbeConfig)
+        out = str(quick.probe("x"))
+        given = [f"encoder={there}", f"out={out}", f"data.train={there}", f"data.test={there}"]
+        probe = load_config([probe_file(quick), *given, *quick.probe_settings], ProbeConfig)
+        probe.check_before_work()
+        if (probe.encoder, probe.out) != (there, out):
+            raise UserError("encoder and out: each probe has its own; leave them out")
 
 
 @contextlib.contextmanager
@@ -111,22 +133,53 @@ def prepare_data(quick: Quickstart) -> str:
         make_corpus(quick.source, quick.train, quick.test, quick.labelled, workers=workers)
         took_s["render"] = time.monotonic() - began_s
     found = read_source(quick.source)
-    if not found.label_sets:
-        raise UserError(
-            f"{quick.source}: no labels, so nothing to probe; expected FOLDER/<class>/<file>, or labels.csv"
-        )
-    if not (quick.shards("train") / "index.json").exists():
+    test = test_split(found, quick.source)
+    label = common_label(found, test, quick.source)
+    parts = [quick.shards(name) for name in ("train", test)]
+    if not all((folder / "index.json").exists() for folder in parts):
         began_s = time.monotonic()
         split = [] if any(item.split for item in found.items) else ["--test-fraction", "0.3"]
         # What was rendered a moment ago need not be compared with a second decoder
         decoder = [] if quick.videos else ["--decoder", "pyav"]
         pack.main([str(quick.source), str(quick.out / "shards"), *split, *decoder])
         took_s["pack"] = time.monotonic() - began_s
-    for name in ("train", "test"):
-        if not (quick.shards(name) / "index.json").exists():
-            raise UserError(f"{quick.source}: its splits must be called train and test")
+    for folder in parts:
+        if not (folder / "index.json").exists():
+            raise UserError(f"{quick.source}: no file of {folder.name} could be packed; see {folder.parent}")
     add_times(quick.out / "times.json", took_s)
-    return found.label_sets[0]
+    return label
+
+
+def test_split(found: SourceListing, source: Path) -> str:
+    """The split that probes are tested on: test, or val where there is none. Raises UserError if the source
+    names its splits, but has nothing to train or test on."""
+    splits = {item.split for item in found.items if item.split}
+    if not splits or {"train", "test"} <= splits:
+        return "test"
+    if not {"train", "val"} <= splits:
+        raise UserError(
+            f"{source}: its splits are {', '.join(sorted(splits))}; expected train and test (or val), "
+            "or none: a part is held out then"
+        )
+    logger.info(f"{source}: there is no test, so the probes are tested on val")
+    return "val"
+
+
+def common_label(found: SourceListing, test: str, source: Path) -> str:
+    """The first label set of which train and test have labels. Raises UserError if there is none."""
+    if not found.label_sets:
+        raise UserError(
+            f"{source}: no labels, so nothing to probe; expected FOLDER/<class>/<file>, or labels.csv"
+        )
+    labelled = {(name, item.split) for item in found.items for name in item.labels}
+    splits = ("train", test) if any(item.split for item in found.items) else (None,)
+    for name in found.label_sets:
+        if all((name, split) in labelled for split in splits):
+            return name
+    raise UserError(
+        f"{source}: no label in both train and {test}, so nothing to probe; there is "
+        f"{', '.join(found.label_sets)}"
+    )
 
 
 def run_programs(quick: Quickstart, label: str) -> bool:

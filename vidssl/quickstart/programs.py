@@ -37,6 +37,12 @@ class Quickstart(NamedTuple):
     def shards(self, split: str) -> Path:
         return self.out / "shards" / split
 
+    @property
+    def test_shards(self) -> Path:
+        """The packed folder that probes are tested on: val where the videos have no test."""
+        test, val = self.shards("test"), self.shards("val")
+        return val if val.exists() and not test.exists() else test
+
     def run(self, method: str) -> Path:
         return self.out / method
 
@@ -44,10 +50,15 @@ class Quickstart(NamedTuple):
         return self.out / "probes" / name
 
     def lengths(self, method: str) -> dict[str, int]:
-        """Steps of a training and between its checkpoints, by their keys in the section `run`."""
+        """Steps of a training, between its checkpoints, and between measurements of the held-out error where
+        they are given, by their keys in the section `run`."""
         files = [f"configs/run/{self.kind}.yaml", *self.settings]
         run = config.merge(files)[0]["run"]
-        return {key: max(1, round(SHARE_OF_STEPS[method] * run[key])) for key in ("steps", "save_every")}
+        found = {key: max(1, round(SHARE_OF_STEPS[method] * run[key])) for key in ("steps", "save_every")}
+        if run.get("validate_every"):
+            # a multiple of save_every, as it was given
+            found["validate_every"] = run["validate_every"] // run["save_every"] * found["save_every"]
+        return found
 
 
 def training_files(quick: Quickstart, method: str) -> list[str]:
@@ -72,7 +83,7 @@ def quick_training(quick: Quickstart, method: str, threads: int) -> Job:
 def quick_probe(quick: Quickstart, name: str, method: str, encoder: Path, *more: str) -> Job:
     """A probe of an encoder that the training of `method` leaves."""
     arguments = [probe_file(quick), f"encoder={encoder}", f"out={quick.probe(name)}"]
-    arguments += [f"data.{split}={quick.shards(split)}" for split in ("train", "test")]
+    arguments += [f"data.train={quick.shards('train')}", f"data.test={quick.test_shards}"]
     command = [*PYTHON, "vidssl.probe", *arguments, *more, *quick.probe_settings]
     log = quick.out / "logs" / f"probe_{name}.txt"
     return Job(f"probe {name}", command, quick.probe(name), log, quick.probe(name) / "probe.json", method)
