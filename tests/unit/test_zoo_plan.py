@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from vidssl.commands import zoo_run
 from vidssl.config import load_config
 from vidssl.core.errors import UserError
 from vidssl.zoo.config import ZooConfig
-from vidssl.zoo.measure import known_facts, with_flops
-from vidssl.zoo.plan import RunFacts, TimedJob, equal_steps, longest_factor, makespan, planned_run
+from vidssl.zoo.measure import TRIAL, TRIAL_STEPS, full_plan, known_facts, with_flops
+from vidssl.zoo.plan import PlannedRun, RunFacts, TimedJob, equal_steps, longest_factor, makespan, planned_run
 from vidssl.zoo.programs import run_jobs_of, timed_jobs
 
 ROOT = Path(__file__).parents[2]
@@ -39,6 +40,45 @@ def test_a_run_is_a_multiple_of_its_snapshots_and_keeps_its_share_of_warm_up():
     # as configured where nothing changes, and never without a step
     assert planned_run(FACTS["a"], 100, 1.0, 1).warmup == 10
     assert planned_run(FACTS["a"], 100, 0.0, 4).steps == 4
+
+
+@pytest.mark.parametrize(
+    "steps, save_every, validate_every, snapshots",
+    [(400, 100, 100, 3), (400, 100, 200, 3), (400, 100, 400, 1), (401, 7, 70, 4), (400, 100, None, 3)],
+)
+def test_a_planned_run_that_validates_is_one_that_train_takes(
+    steps, save_every, validate_every, snapshots, monkeypatch
+):
+    """Of both runs, one of them shortened to half of its steps, and its few steps of trial."""
+    monkeypatch.chdir(ROOT)
+    every = "null" if validate_every is None else validate_every
+    lengths = f"run.steps={steps},run.save_every={save_every},run.validate_every={every},data.val=tests"
+    runs = ["runs.b=[configs/method/videomae_tiny.yaml,run.batch=16]"]
+    runs.append("runs.a=[configs/method/vjepa_tiny.yaml,run.batch=8]")
+    base = f"configs/model/vit_micro.yaml,configs/data/quickstart.yaml,configs/run/smoke.yaml,{lengths}"
+    zoo = load_config([*runs, f"shared=[{base}]", f"snapshots={snapshots}", "out=x"], ZooConfig)
+    facts = known_facts(zoo)
+    for factor in (1.0, 0.61):
+        for name, run in full_plan(zoo, facts, factor).items():
+            cfg = zoo.train_config(name, *run.arguments())
+            assert cfg.validate_every in run.snapshot_steps
+    for name in facts:
+        assert zoo.train_config(name, *TRIAL).validate_every == TRIAL_STEPS
+
+
+def test_no_program_starts_if_a_planned_one_would_be_refused(monkeypatch, tmp_path):
+    """Here as if planned runs did not validate at their snapshots."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("vidssl.commands.zoo_run.run_jobs", lambda *_: pytest.fail("started"))
+    monkeypatch.setattr("vidssl.zoo.measure.run_jobs", lambda *_: pytest.fail("started"))
+    arguments = PlannedRun.arguments
+    monkeypatch.setattr(PlannedRun, "arguments", lambda run: [*arguments(run), "run.validate_every=7"])
+    given = ["runs.a=[configs/method/vjepa_tiny.yaml]", f"out={tmp_path / 'zoo'}", "probes={}"]
+    files = ",".join(f"configs/{name}.yaml" for name in ("model/vit_micro", "data/quickstart", "run/smoke"))
+    given.append(f"shared=[{files},data.train=tests,data.val=tests]")
+    for more in ([], ["minutes=5"], ["--dry-run"]):
+        with pytest.raises(UserError, match=r"^runs\.a: run\.validate_every 7 is not a multiple"):
+            zoo_run.main([*given, *more])
 
 
 def test_the_makespan_is_that_of_the_order_of_the_jobs():

@@ -25,7 +25,7 @@ from vidssl.core.io import claim_folder
 from vidssl.core.launch import check_one_process
 from vidssl.zoo.config import ZooConfig
 from vidssl.zoo.jobs import Outcome, exit_at_sigterm, run_jobs
-from vidssl.zoo.measure import full_plan, known_facts, measured_plan, read_plan, with_flops
+from vidssl.zoo.measure import check_plan, full_plan, known_facts, measured_plan, read_plan, with_flops
 from vidssl.zoo.plan import PlannedRun, plan_lines
 from vidssl.zoo.plots import draw_accuracy, draw_rankme
 from vidssl.zoo.programs import check_finished, run_jobs_of, untrained_jobs
@@ -41,7 +41,9 @@ def main(argv: list[str]) -> None:
     zoo = load_config(argv, ZooConfig)
     zoo.check_before_work()
     if dry_run:
-        print_plan(zoo, read_plan(zoo) or full_plan(zoo, with_flops(zoo, known_facts(zoo))))
+        runs = read_plan(zoo) or full_plan(zoo, with_flops(zoo, known_facts(zoo)))
+        check_plan(zoo, runs)
+        print_plan(zoo, runs)
         if zoo.minutes is not None and not (zoo.folder / "plan.json").exists():
             print(
                 f"in {zoo.minutes:g} minutes: steps are measured at the start, and all runs shortened alike"
@@ -61,6 +63,7 @@ def print_plan(zoo: ZooConfig, runs: Mapping[str, PlannedRun]) -> None:
 def run_zoo(zoo: ZooConfig, began_s: float) -> dict[str, Outcome]:
     """Plans, trains, probes, and writes the results. Returns what came of each program."""
     runs = plan_zoo(zoo, began_s)
+    check_plan(zoo, runs)
     print_plan(zoo, runs)
     jobs = run_jobs_of(zoo, runs)
     check_finished(jobs)

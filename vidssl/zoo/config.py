@@ -70,9 +70,10 @@ class ZooConfig:
         """Arguments of probe.py."""
         return [*self.probes[probe], f"encoder={encoder}", f"out={out}", *more]
 
-    def train_config(self, name: str) -> TrainConfig:
-        """The configuration of a run as its arguments give it. Raises UserError with the run's name."""
-        arguments = self.train_arguments(name, self.run_folder(name, self.seeds[0]))
+    def train_config(self, name: str, *more: str) -> TrainConfig:
+        """The configuration of a run as its arguments give it, and `more`. Raises UserError with the run's
+        name."""
+        arguments = self.train_arguments(name, self.run_folder(name, self.seeds[0]), *more)
         return _loaded(f"runs.{name}", arguments, TrainConfig)
 
     def probe_config(self, probe: str) -> ProbeConfig:

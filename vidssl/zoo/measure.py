@@ -17,6 +17,10 @@ from vidssl.zoo.plan import PlannedRun, RunFacts, equal_steps, longest_factor, p
 from vidssl.zoo.programs import timed_jobs, train_job, untrained_jobs
 
 TRIAL_STEPS = 8
+TRIAL = [
+    *(f"run.{key}={TRIAL_STEPS}" for key in ("steps", "save_every", "validate_every")),
+    "run.log_every=1",
+]
 WARM_STEPS = 2  # whose times are not counted
 KEPT_FREE = 0.1  # of the time, for what is not measured
 TABLES_S = 5.0  # seconds for tables and plots
@@ -26,7 +30,10 @@ FREE_TO_CHANGE = ("out", "at_once")
 def known_facts(zoo: ZooConfig) -> dict[str, RunFacts]:
     """Of each run, by its configuration alone."""
     configs = {name: zoo.train_config(name) for name in zoo.runs}
-    return {name: RunFacts(c.run.steps, c.run.batch, c.optim.warmup) for name, c in configs.items()}
+    return {
+        name: RunFacts(c.run.steps, c.run.batch, c.optim.warmup, validate_every=c.run.validate_every)
+        for name, c in configs.items()
+    }
 
 
 def with_flops(zoo: ZooConfig, facts: Mapping[str, RunFacts]) -> dict[str, RunFacts]:
@@ -46,6 +53,12 @@ def full_plan(zoo: ZooConfig, facts: Mapping[str, RunFacts], factor: float = 1.0
     """All runs, `factor` times as long as they are with equal clips or FLOPs."""
     steps = equal_steps(facts, zoo.equal, zoo.budget)
     return {name: planned_run(facts[name], steps[name], factor, zoo.snapshots) for name in facts}
+
+
+def check_plan(zoo: ZooConfig, runs: Mapping[str, PlannedRun]) -> None:
+    """Raises UserError if a run would refuse the length that is planned for it."""
+    for name, run in runs.items():
+        zoo.train_config(name, *run.arguments())
 
 
 def read_plan(zoo: ZooConfig) -> dict[str, PlannedRun] | None:
@@ -71,6 +84,10 @@ def measured_plan(zoo: ZooConfig, facts: Mapping[str, RunFacts], began_s: float)
     """The longest runs that end in time, all shortened alike. Measures a few steps of each run and a probe of
     an untrained encoder, as many at once as later. began_s: of time.monotonic(), when the time began."""
     assert zoo.minutes is not None
+    for name in facts:
+        zoo.train_config(name, *TRIAL)
+    if zoo.equal == "clips":
+        check_plan(zoo, full_plan(zoo, facts))
     print(f"measuring {TRIAL_STEPS} steps of each run", flush=True)
     for folder in (zoo.folder / "trial", *map(zoo.untrained_folder, zoo.probes)):
         shutil.rmtree(folder, ignore_errors=True)
@@ -100,9 +117,8 @@ def measure_steps(zoo: ZooConfig, facts: Mapping[str, RunFacts]) -> tuple[dict[s
     """The facts with measured times and FLOPs, and an encoder that the first run has left. A run that fails
     has no times: it fails again."""
     folders = {name: zoo.folder / "trial" / name for name in facts}
-    more = [f"run.steps={TRIAL_STEPS}", f"run.save_every={TRIAL_STEPS}", "run.log_every=1"]
     jobs = [
-        train_job(zoo, name, f"trial {name}", folder, folder / "encoder.safetensors", *more)
+        train_job(zoo, name, f"trial {name}", folder, folder / "encoder.safetensors", *TRIAL)
         for name, folder in folders.items()
     ]
     outcomes = run_jobs(jobs, zoo.at_once)

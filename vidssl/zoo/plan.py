@@ -18,6 +18,7 @@ class RunFacts(NamedTuple):
     flops: float | None = None  # of a step; None: not counted
     step_s: float = 0.0  # seconds of a step, measured
     start_s: float = 0.0  # seconds beside the steps, measured
+    validate_every: int | None = None  # steps, as configured; None: save_every
 
 
 class PlannedRun(NamedTuple):
@@ -29,6 +30,7 @@ class PlannedRun(NamedTuple):
     warmup: int
     flops: float | None  # of a step
     seconds: float  # 0: not measured
+    validate_every: int | None = None  # steps, a multiple of save_every; None: save_every
 
     @property
     def snapshot_steps(self) -> list[int]:
@@ -41,6 +43,8 @@ class PlannedRun(NamedTuple):
             f"run.save_every={self.save_every}",
             f"optim.warmup={self.warmup}",
         ]
+        if self.validate_every is not None:
+            length.append(f"run.validate_every={self.validate_every}")
         return [*length, "run.snapshots=true"]
 
 
@@ -68,12 +72,16 @@ def flops_of(facts: RunFacts) -> float:
 
 
 def planned_run(facts: RunFacts, steps: float, factor: float, snapshots: int) -> PlannedRun:
-    """A run of factor x steps, rounded to a multiple of the snapshots; its warm-up keeps its share."""
+    """A run of factor x steps, rounded to a multiple of the snapshots; its warm-up keeps its share, and it
+    validates at those of its snapshots that are nearest to what is configured."""
     every = max(1, round(factor * steps) // snapshots)
     length = every * snapshots
     warmup = facts.warmup if length == facts.steps else round(facts.warmup * length / facts.steps)
     seconds = facts.start_s + length * facts.step_s if facts.step_s else 0.0
-    return PlannedRun(length, every, facts.batch, warmup, facts.flops, seconds)
+    validate_every = facts.validate_every
+    if validate_every is not None:
+        validate_every = every * min(snapshots, max(1, round(validate_every / every)))
+    return PlannedRun(length, every, facts.batch, warmup, facts.flops, seconds, validate_every)
 
 
 def makespan(jobs: Sequence[TimedJob], at_once: int) -> float:
