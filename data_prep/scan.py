@@ -30,6 +30,7 @@ from vidssl.core.suggestions import counted
 from vidssl.data.format import dumps, dumps_index, read_index, sample_record, select_media, shard_entry
 from vidssl.data.metadata import (
     LABEL_EXTENSIONS,
+    LABEL_FIELDS,
     LABEL_KEYS,
     MAX_JSON_BYTES,
     json_extension,
@@ -101,7 +102,7 @@ def read_meta(
     if len(dumps(meta)) <= MAX_META_BYTES:
         return meta
     findings.left_out.note("metadata beyond 64 KiB", where)
-    return {key: meta[key] for key in ("label", "class", "group") if key in meta}
+    return {key: meta[key] for key in (*LABEL_FIELDS, "group") if key in meta}
 
 
 def is_utf8(name: str) -> bool:
@@ -112,10 +113,12 @@ def is_utf8(name: str) -> bool:
 def name_classes(records: list[dict], findings: Findings) -> dict[str, list[str]]:
     """Completes "label", "class" and "labels" of every meta in place; returns label set -> class names.
 
-    Names that samples give beside numbers name the classes, unless they contradict each other.
+    Names that samples give beside numbers name the classes of the main label set, unless they contradict each
+    other. The classes of other label sets have no names in shards: they get their numbers.
     """
     metas = [record["meta"] for record in records]
-    numbers, names = numbered_classes(metas, findings)
+    main = main_label_set(metas)
+    numbers, names = numbered_classes(metas, main, findings)
     number_of = {name: number for number, name in numbers.items()}
     unnumbered = names - set(number_of)
     if unnumbered and numbers:
@@ -132,19 +135,43 @@ def name_classes(records: list[dict], findings: Findings) -> dict[str, list[str]
         label = number_of.get(meta.get("class"), -1) if label < 0 else label
         meta["label"] = label
         meta["class"] = classes[label] if label >= 0 else None
-        if "labels" not in meta:
-            meta["labels"] = {"label": label} if label >= 0 else {}
-    return {"label": classes} if classes else {}
+        labels = meta.setdefault("labels", {})
+        if label >= 0:
+            labels.setdefault(main, label)
+    found = {main: classes} if classes else {}
+    for label_set in sorted({name for meta in metas for name in meta["labels"]} - {main}):
+        if in_set := numbers_in_set(metas, label_set):
+            found[label_set] = [str(i) for i in range(max(in_set) + 1)]
+            findings.warnings.append(f"{label_set}: no sample names its classes; they get their numbers")
+    return found
 
 
-def numbered_classes(metas: list[dict], findings: Findings) -> tuple[dict[int, str], set[str]]:
-    """Returns number -> class name of the samples that have a number, and the names of the others."""
+def main_label_set(metas: list[dict]) -> str:
+    """The label set that "label" and "class" are of: the only one with the same number in every sample; else
+    "label", which then is a set beside the others."""
+    pairs = [(meta.get("label", -1), labels) for meta in metas if (labels := meta.get("labels"))]
+    names = {name for _, labels in pairs for name in labels}
+    if "label" in names or not any(number >= 0 for number, _ in pairs):
+        return "label"
+    same = [name for name in names if all(labels.get(name, -1) == number for number, labels in pairs)]
+    return same[0] if len(same) == 1 else "label"
+
+
+def numbers_in_set(metas: list[dict], label_set: str) -> set[int]:
+    """The numbers of the classes of a label set that samples have, also of several a sample."""
+    found = [labels[label_set] for meta in metas if label_set in (labels := meta.get("labels") or {})]
+    return {n for value in found for n in (value if isinstance(value, list) else [value]) if n >= 0}
+
+
+def numbered_classes(
+    metas: list[dict], label_set: str, findings: Findings
+) -> tuple[dict[int, str], set[str]]:
+    """Returns number -> class name of the samples that have a number, and the names of the others. label_set:
+    that of "label"."""
     labels = {(m.get("label", -1), m.get("class")) for m in metas}
     pairs = {(number, name) for number, name in labels if number >= 0 and name is not None}
-    of_several = {
-        n for m in metas if isinstance(tags := m.get("labels", {}).get("label"), list) for n in tags
-    }
-    numbers = {n: str(n) for n in sorted({number for number, _ in labels} | of_several) if n >= 0}
+    with_number = {number for number, _ in labels if number >= 0} | numbers_in_set(metas, label_set)
+    numbers = {n: str(n) for n in sorted(with_number)}
     names = {name for number, name in labels if number < 0 and name is not None}
     if len(pairs) == len({number for number, _ in pairs}) == len({name for _, name in pairs}):
         numbers |= dict(pairs)
@@ -157,9 +184,9 @@ def numbered_classes(metas: list[dict], findings: Findings) -> tuple[dict[int, s
     return numbers, names
 
 
-def label_warning(records: list[dict], findings: Findings) -> str:
+def label_warning(records: list[dict], classes: Mapping[str, list[str]], findings: Findings) -> str:
     """Says that samples have metadata but no label was understood, if so."""
-    if not findings.described or any(record["meta"]["labels"] for record in records):
+    if not findings.described or classes:
         return ""
     keys = Counter(key for r in records for key in (*r["meta"], *r["meta"].get("claimed", ())))
     known = ", ".join(key for key, _ in keys.most_common() if key not in OWN_KEYS) or "no other keys"
@@ -214,7 +241,7 @@ def scan_shards(folder: Path, tars: list[Path]) -> None:
     summary = make_summary(records, classes, findings.left_out)
     write_summary(folder, summary)
     print(*summary_lines(summary), sep="\n")
-    for warning in filter(None, (label_warning(records, findings), *findings.warnings)):
+    for warning in filter(None, (label_warning(records, classes, findings), *findings.warnings)):
         print(f"warning: {warning}")
 
 

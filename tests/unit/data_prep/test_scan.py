@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from packed_files import read_records
 
-from data_prep import scan, verify
+from data_prep import pack, scan, verify
 from vidssl.core.errors import UserError
 from vidssl.data.augment import RandomCrop
 from vidssl.data.decoding import open_video
@@ -189,6 +189,23 @@ def test_folders_without_shards(tmp_path):
 # --- labels ---
 
 
+@pytest.fixture
+def packed_sets(tmp_path_factory, make_image) -> Path:
+    """A folder that pack wrote, with two label sets."""
+    root = tmp_path_factory.mktemp("sets")
+    (root / "in").mkdir()
+    names = {"motion": ("up", "down"), "appearance": ("red", "green", "blue")}
+    lines = []
+    for i in range(6):
+        (root / "in" / f"{i}.png").write_bytes(make_image("png"))
+        labels = {label_set: values[i % len(values)] for label_set, values in names.items()}
+        lines.append(json.dumps({"path": f"{i}.png", "labels": labels}) + "\n")
+    (root / "list.jsonl").write_text("".join(lines))
+    options = ["--source", "jsonl", "--annotations", str(root / "list.jsonl"), "--workers", "1"]
+    pack.main([str(root / "in"), str(root / "out"), *options])
+    return root / "out"
+
+
 def pictures_with(make_image, metas: list[bytes | None], ext: str = "json") -> bytes:
     image = make_image("png")
     members = []
@@ -213,6 +230,57 @@ def pictures_with(make_image, metas: list[bytes | None], ext: str = "json") -> b
 def test_classes(metas, ext, classes, labels, make_image, scanned, tmp_path):
     got, _ = scanned(pictures_with(make_image, metas, ext))
     assert list(got.values()) == labels and Shards([str(tmp_path)]).classes == {"label": classes}
+
+
+SETS = {
+    "pack's": (
+        [{"motion": 1, "appearance": 0}, {"motion": 0, "appearance": 2}, {"appearance": 1}],
+        [(1, "up"), (0, "down"), (-1, None)],
+        {"motion": ["down", "up"], "appearance": ["0", "1", "2"]},
+    ),
+    "no label": ([{"verb": 0, "noun": 1}, {"verb": 2}], None, {"noun": ["0", "1"], "verb": ["0", "1", "2"]}),
+    "of several": ([{"verb": [0, 3], "noun": -1}], None, {"verb": ["0", "1", "2", "3"]}),
+    "a label of its own": (
+        [{"verb": 1}, {"verb": 1}, {}],
+        [(0, "a"), (1, "b"), (1, "b")],
+        {"label": ["a", "b"], "verb": ["0", "1"]},
+    ),
+    "two equal sets": ([{"a": 0, "b": 0}], [(0, "x")], {"label": ["x"], "a": ["0"], "b": ["0"]}),
+    "called label": ([{"label": 0, "verb": 0}], [(0, "x")], {"label": ["x"], "verb": ["0"]}),
+}
+
+
+@pytest.mark.parametrize("case", SETS)
+def test_all_label_sets_have_classes(case, make_image, scanned, tmp_path):
+    stored, main, classes = SETS[case]
+    metas = [{"labels": labels, "captions": "x" * (70_000 * (i == 0))} for i, labels in enumerate(stored)]
+    if main:
+        metas = [meta | {"label": n, "class": name} for meta, (n, name) in zip(metas, main, strict=True)]
+    _, said = scanned(pictures_with(make_image, [json.dumps(meta).encode() for meta in metas]))
+    shards = Shards([str(tmp_path)])
+    assert shards.classes == classes
+    own = {"label"} & (classes.keys() - {name for labels in stored for name in labels})
+    for sample, labels, (number, _) in zip(
+        shards.list_samples(), stored, main or [(-1, None)] * len(stored), strict=True
+    ):
+        assert sample.meta["labels"] == labels | dict.fromkeys(own, number)
+    unnamed = [name for name, names in classes.items() if names[0] == "0"]
+    assert [
+        line.split(":")[1].strip() for line in said.splitlines() if "names its classes" in line
+    ] == unnamed
+    assert "none with a sample" not in said and "no label was understood" not in said
+
+
+def test_packed_shards_keep_their_label_sets(tmp_path, packed_sets):
+    index = json.loads((packed_sets / "index.json").read_text())
+    for tar in packed_sets.glob("*.tar"):
+        (tmp_path / tar.name).symlink_to(tar)
+    scan.main([str(tmp_path)])
+    found = Shards([str(tmp_path)])
+    assert {name: len(names) for name, names in found.classes.items()} == {"motion": 2, "appearance": 3}
+    assert found.classes["motion"] == index["classes"]["motion"]
+    before = [s.meta["labels"] for s in Shards([str(packed_sets)]).list_samples()]
+    assert [s.meta["labels"] for s in found.list_samples()] == before
 
 
 def test_numbers_beside_names_without_a_number(make_image, scanned):
