@@ -34,7 +34,7 @@ from vidssl.evaluation.dense.isolated_samples import Splits, isolated
 from vidssl.evaluation.dense.splits import read_sequences, split_hashes
 from vidssl.evaluation.extractor import OpenEncoder
 from vidssl.evaluation.finished_rows import FinishedRows, keeps
-from vidssl.evaluation.report import code_hash, new_report_folder, weights_hash, write_csv, write_json_report
+from vidssl.evaluation.report import code_hash, encoder_facts, new_report_folder, write_csv, write_json_report
 from vidssl.pretrained.external import open_encoder
 from vidssl.pretrained.load import LoadedEncoder
 from vidssl.training.malloc import tune_malloc
@@ -136,7 +136,7 @@ def dense_fingerprint(cfg: DenseConfig, data: dict[str, str], loaded: LoadedEnco
     tree.pop("out")
     for name in ("decode_timeout_s", "decode_memory_mb"):
         tree["data"].pop(name)
-    facts = [tree, data, weights_hash(loaded.encoder), code_hash()]
+    facts = [tree, data, encoder_facts(loaded.encoder, loaded.metadata), code_hash()]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 

@@ -15,6 +15,7 @@ if __name__ == "__main__":
     check_command_line(FinetuneConfig, __doc__, ("finetune",))
 
 import hashlib
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from vidssl.core.errors import run_cli
 from vidssl.core.io import check_no_shards, os_errors_as_user_errors
 from vidssl.core.log import set_log_level
 from vidssl.evaluation.probe_data import encoder_view
-from vidssl.evaluation.report import new_report_folder, weights_hash
+from vidssl.evaluation.report import encoder_facts, new_report_folder
 from vidssl.pretrained.load import load_encoder
 from vidssl.training.checkpoint import provenance
 from vidssl.training.config_checks import check_trackers
@@ -64,8 +65,12 @@ def finetune(cfg: FinetuneConfig, dry_run: bool = False) -> None:
     data = replace(cfg.data, stride=view.stride, fps=view.fps)
     cfg = replace(cfg, data=data, efficiency=cfg.efficiency.resolved())
     hashes = [shards.hash for shards in splits.shards.values()]
-    hashes.append(weights_hash(loaded.encoder))
+    facts = encoder_facts(loaded.encoder, loaded.metadata)
+    hashes.append(facts.pop("sha256"))
     run_provenance = provenance(to_tree(cfg), hashlib.sha256(" ".join(hashes).encode()).hexdigest())
+    # beside "data", so that fine-tunings that were started before this was stored go on
+    model = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    run_provenance["networks"] = {cfg.encoder: model}
 
     strategy = Strategy.from_env(
         cfg.efficiency,

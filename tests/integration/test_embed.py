@@ -26,6 +26,7 @@ from vidssl.evaluation.extractor import make_extractor
 from vidssl.evaluation.feature_cache import FeatureStore
 from vidssl.evaluation.features import FeatureLoader, FeatureStorage, compute_features
 from vidssl.evaluation.probe_data import encoder_view
+from vidssl.pretrained.files import load_weights, save_weights
 from vidssl.pretrained.load import load_encoder
 
 WINDOWS = ("--window", "0.4", "--hop", "0.1", "--stride", "1")  # 4 frames of 10 a second: a clip
@@ -195,6 +196,51 @@ def test_search_finds_what_is_alike(embedded, tiny_corpus, tmp_path, capsys):
     shutil.copy(key, copy)
     search.main([str(embedded), str(copy), "--top", "2", "--centre"])
     assert len(capsys.readouterr().out.splitlines()) == 2
+
+
+def change_header(run: Path, out: Path, **changes) -> Path:
+    """The encoder of a run with other entries in its header, and the same weights."""
+    weights, header = load_weights(run / "encoder.safetensors")
+    out.mkdir(exist_ok=True)
+    parts = {part: {**header[part], **changes.get(part, {})} for part in ("model", "pixels")}
+    save_weights(out / "encoder.safetensors", weights, {**header, **parts})
+    return out
+
+
+OTHER_MODELS = {
+    "heads": {"model": {"heads": 1}},
+    "mean": {"pixels": {"mean": [0.1, 0.1, 0.1]}},
+    "std": {"pixels": {"std": [0.5, 0.5, 0.5]}},
+}
+
+
+@pytest.mark.parametrize("other", OTHER_MODELS)
+def test_the_same_weights_in_another_model_are_another_encoder(other, run, tmp_path, capsys):
+    """In DIR, with the query of a search, and in the key of what is already complete."""
+    encoder = change_header(run, tmp_path / "encoder")
+    images = tmp_path / "images"
+    images.mkdir()
+    Image.new("RGB", (20, 20), "red").save(images / "a.png")
+    query = tmp_path / "query.png"
+    shutil.copy(images / "a.png", query)
+    out = tmp_path / "out"
+    embed.main(call(encoder, out, images))
+    search.main([str(out), str(query)])
+    earlier = json.loads((out / "plan.json").read_text())
+    (out / "plan.json").write_text(json.dumps({**earlier, "encoder": earlier["encoder"]["sha256"]}))
+    facts = json.loads((out / "embedding.json").read_text())
+    embed.main(call(encoder, out, images))
+    assert "already complete" in capsys.readouterr().out
+    (out / "plan.json").write_text(json.dumps(earlier))
+    change_header(run, encoder, **OTHER_MODELS[other])
+    with pytest.raises(vidssl.UserError, match="another encoder or other options"):
+        embed.main(call(encoder, out, images))
+    with pytest.raises(vidssl.UserError, match="is another encoder now than that of"):
+        search.main([str(out), str(query)])
+    # an embedding of an earlier version holds only the hash of the weights
+    del facts["encoder"]["model"], facts["encoder"]["pixels"]
+    (out / "embedding.json").write_text(json.dumps(facts))
+    search.main([str(out), str(query)])
 
 
 def test_mistakes_are_one_line(run, tiny_corpus, tiny_shards, embedded, tmp_path):

@@ -28,6 +28,7 @@ from vidssl.evaluation.evaluate import LabelledFeatures
 from vidssl.evaluation.features import StoredFeatures
 from vidssl.evaluation.report import weights_hash
 from vidssl.model.heads import MeanHead
+from vidssl.pretrained.files import load_weights, save_weights
 from vidssl.pretrained.init import save_run_encoder, to_checkpoint
 from vidssl.pretrained.load import load_encoder, read_checkpoint_file
 from vidssl.training.distributed import Strategy
@@ -250,6 +251,22 @@ def test_resume_after_a_kill_is_bitwise(tuned, encoder, shards, tmp_path, monkey
     check_same_results(tuned, tmp_path / "run")
     with pytest.raises(UserError, match="a test set is evaluated once"):
         finetune.main(again)
+
+
+def test_the_same_weights_in_another_model_do_not_go_on(encoder, shards, tmp_path, monkeypatch):
+    weights, header = load_weights(encoder / "encoder.safetensors")
+    file = tmp_path / "encoder.safetensors"
+    save_weights(file, weights, header)
+    again = call(file, shards, tmp_path / "run", "tune.epochs=2")
+    interrupt_at(monkeypatch, 3, raise_interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        finetune.main(again)
+    save_weights(file, weights, {**header, "model": {**header["model"], "heads": 1}})
+    with pytest.raises(UserError, match="which this run reads, has changed since"):
+        finetune.main(again)
+    save_weights(file, weights, header)
+    finetune.main(again)
+    assert report(tmp_path / "run")["encoder"]["model"] == header["model"]
 
 
 def test_ctrl_c_in_the_last_step_leaves_the_evaluation_to_the_same_command(

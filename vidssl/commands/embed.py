@@ -242,11 +242,11 @@ def make_request(
     a: argparse.Namespace, source: "IdentifiedSource", encoder: "FrozenEncoder"
 ) -> dict[str, Any]:
     """What decides the rows, to tell one call from another."""
-    from vidssl.evaluation.report import weights_hash
+    from vidssl.evaluation.report import encoder_facts
 
     names = ("inputs", "tokens", "window", "hop", "segments", "crops", "frames", "size", "stride", "fps")
     options = {name: getattr(a, name) for name in (*names, "format", "dtype", "precision")}
-    return {**options, "data": source.hash, "encoder": weights_hash(encoder.net)}
+    return {**options, "data": source.hash, "encoder": encoder_facts(encoder.net, encoder.metadata)}
 
 
 def embedding_facts(
@@ -261,7 +261,7 @@ def embedding_facts(
         "kind": "shards" if is_packed_folder(a.inputs[0]) else "files",
         "root": os.getcwd(),
         "data": request["data"],
-        "encoder": {"source": a.encoder, "file": a.encoder_file, "sha256": request["encoder"]},
+        "encoder": {"source": a.encoder, "file": a.encoder_file, **request["encoder"]},
         "tokens": a.tokens,
         "view": plan.view._asdict(),
         "window": a.window,

@@ -69,7 +69,7 @@ def features_of_file(stored: StoredRows, folder: Path, query: str) -> np.ndarray
         raise UserError(f"{query}: no key of {folder} (keys: {keys}), and no such file")
     # Importing torch takes seconds: mistakes are answered before.
     from vidssl.evaluation.frozen_encoder import Output, load_frozen_encoder
-    from vidssl.evaluation.report import weights_hash
+    from vidssl.evaluation.report import encoder_facts, is_same_encoder
 
     facts = stored.facts
     view = facts["view"]
@@ -82,7 +82,7 @@ def features_of_file(stored: StoredRows, folder: Path, query: str) -> np.ndarray
         size=view["size"],
         precision=facts["precision"],
     )
-    if weights_hash(encoder.net) != facts["encoder"]["sha256"]:
+    if not is_same_encoder(facts["encoder"], encoder_facts(encoder.net, encoder.metadata)):
         raise UserError(
             f"{source}: is another encoder now than that of {folder}: embed again, or ask for a key"
         )

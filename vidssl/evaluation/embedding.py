@@ -26,7 +26,7 @@ from vidssl.evaluation.feature_cache import ROWS_PER_BLOCK, FeatureShape, Featur
 from vidssl.evaluation.features import FeatureLoader, FeatureStorage, fill_store, videos_per_batch
 from vidssl.evaluation.frozen_encoder import FrozenEncoder, Output, join_clips, row_shape
 from vidssl.evaluation.processes import Processes
-from vidssl.evaluation.report import weights_hash
+from vidssl.evaluation.report import is_same_encoder, weights_hash
 from vidssl.evaluation.views import MediaSource, View
 
 PARTS = "parts"  # folder of OUT with what only an unfinished embedding needs
@@ -242,14 +242,19 @@ def open_embedding_folder(out: Path, request: dict[str, Any]) -> bool:
     by the process that has claimed the folder."""
     file = out / PLAN
     if file.exists():
-        if json.loads(file.read_text()) != json.loads(json.dumps(request)):
+        stored = json.loads(file.read_text())
+        encoder = stored.pop("encoder", None)
+        if isinstance(encoder, str):  # written before the model was stored beside the hash of its weights
+            encoder = {"sha256": encoder}
+        others = {key: value for key, value in request.items() if key != "encoder"}
+        if stored != json.loads(json.dumps(others)) or not is_same_encoder(encoder, request["encoder"]):
             raise UserError(
                 f"{out}: holds features of other videos, another encoder or other options; "
                 "choose another --out"
             )
         return (out / "embedding.json").exists()
-    if others := [p.name for p in out.iterdir() if not p.name.startswith((".", PLAN))]:
-        raise UserError(f"{out}: holds something else already ({others[0]}); choose a new folder")
+    if names := [p.name for p in out.iterdir() if not p.name.startswith((".", PLAN))]:
+        raise UserError(f"{out}: holds something else already ({names[0]}); choose a new folder")
     text = json.dumps(request, indent=1)
     atomic_write_text(file, text)
     return False

@@ -10,7 +10,7 @@ import yaml
 import vidssl
 from vidssl.core.errors import UserError
 from vidssl.evaluation.controls import control_name
-from vidssl.evaluation.report import weights_hash
+from vidssl.evaluation.report import encoder_facts, is_same_encoder
 from vidssl.pretrained.infer_config import Checkpoint
 
 SNIPPET = """\
@@ -75,19 +75,20 @@ def read_probes(source: Path, given: Sequence[Path], checkpoint: Checkpoint) -> 
 
     Raises UserError for a given file that is none, or is of another encoder.
     """
-    sha256 = weights_hash(checkpoint.build_encoder())
+    metadata = {"model": checkpoint.model, "pixels": checkpoint.pixels}
+    facts = encoder_facts(checkpoint.build_encoder(), metadata)
     if not given:
         found = sorted(source.rglob("probe.json")) if source.is_dir() else []
         reports = [_read_probe_file(path) for path in found]
-        return [report for report in reports if report["encoder"]["sha256"] == sha256]
+        return [report for report in reports if is_same_encoder(report["encoder"], facts)]
     reports = []
     for path in given:
         file = path / "probe.json" if path.is_dir() else path
         report = _read_probe_file(file)
-        if report["encoder"]["sha256"] != sha256:
+        if not is_same_encoder(report["encoder"], facts):
             raise UserError(
-                f"--probe {file}: evaluates other weights, those of {report['encoder']['path']}; give a "
-                f"probe of {source}"
+                f"--probe {file}: evaluates another encoder, {report['encoder']['path']}; give a probe of "
+                f"{source}"
             )
         reports.append(report)
     return reports

@@ -22,8 +22,8 @@ from vidssl.evaluation.protocol import ProbeProtocol
 from vidssl.evaluation.report import (
     PredictionRow,
     code_hash,
+    encoder_facts,
     low_shot_summary,
-    weights_hash,
     write_json_report,
     write_lists,
     write_tables,
@@ -103,7 +103,7 @@ def probe_fingerprint(cfg: ProbeConfig, splits: ProbeSplits, loaded: LoadedEncod
         tree["data"].pop(name)
     tree["probe"] = {name: value for name, value in tree["probe"].items() if name not in RESUME_MUTABLE}
     hashes = [split.shards.hash for split in splits.splits.values()]
-    facts = [tree, precision, hashes, weights_hash(loaded.encoder), code_hash()]
+    facts = [tree, precision, hashes, encoder_facts(loaded.encoder, loaded.metadata), code_hash()]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 

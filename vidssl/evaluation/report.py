@@ -5,7 +5,7 @@ import csv
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -112,6 +112,21 @@ def weights_hash(encoder: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def encoder_facts(encoder: nn.Module, metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides the features of an encoder: hash of its weights, arguments of its model, mean and std of
+    its pixels. Heads, epsilons and fixed positions leave no trace in the weights. metadata: of LoadedEncoder;
+    where a model of another library is from decides nothing."""
+    model = {name: value for name, value in metadata["model"].items() if name not in ("name", "library")}
+    return {"sha256": weights_hash(encoder), "model": model, "pixels": metadata["pixels"]}
+
+
+def is_same_encoder(stored: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether the encoder of a file is that of `now`, its encoder_facts. Files of earlier versions have only
+    the hash of the weights; what a file lacks is not compared."""
+    known = json.loads(json.dumps(now))  # tuples are lists in a file
+    return all(stored[key] == value for key, value in known.items() if key == "sha256" or key in stored)
+
+
 def code_hash(*prefixes: str) -> str:
     """SHA-256 over the names and text of vidssl's modules (only those whose path starts with one of
     `prefixes`)."""
@@ -135,7 +150,7 @@ def write_json_report(
     options = {k: config[k] for k in ("random_init", "encoder_file") if k in config}
     report: dict[str, Any] = {
         **contents,
-        "encoder": {"path": config["encoder"], **options, "sha256": weights_hash(loaded.encoder)},
+        "encoder": {"path": config["encoder"], **options, **encoder_facts(loaded.encoder, loaded.metadata)},
         "trained": {k: loaded.metadata.get(k) for k in ("step", "data", "source")},
         "versions": {"vidssl": vidssl.__version__, "torch": str(torch.__version__), "code": code_hash()},
         "config_sha256": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest(),

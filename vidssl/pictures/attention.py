@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vidssl.core.errors import UserError
 from vidssl.evaluation.probe_data import encoder_view
-from vidssl.evaluation.report import weights_hash
+from vidssl.evaluation.report import encoder_facts, is_same_encoder
 from vidssl.evaluation.saved_heads import SavedHead, load_saved_head
 from vidssl.evaluation.views import View
 from vidssl.pictures.features import heat_over
@@ -42,7 +42,7 @@ def open_probe(probe: Path, label: str | None = None, encoder: str | None = None
         frames=data.get("frames"),
         size=data.get("size"),
     )
-    if weights_hash(loaded.encoder) != report["encoder"]["sha256"]:
+    if not is_same_encoder(report["encoder"], encoder_facts(loaded.encoder, loaded.metadata)):
         raise UserError(f"{source}: is not the encoder that {probe / 'probe.json'} evaluated")
     if settings["probe"].get("tokens", "patches") != "patches":
         raise UserError(f"{probe}: its head sees the class token, which has no place in a clip")

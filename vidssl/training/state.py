@@ -437,7 +437,7 @@ def check_same_networks(before: dict[str, str], now: dict[str, str], out: Path) 
     for path, digest in now.items():
         if before.get(path, digest) != digest:
             raise UserError(
-                f"{out}: {path}, which the method reads, has changed since this run was started (its hash "
+                f"{out}: {path}, which this run reads, has changed since this run was started (its hash "
                 "differs): put the old file back, or give another output folder"
             )
 

@@ -148,7 +148,7 @@ def test_a_card_without_licence_and_figures_says_so(tmp_path, capsys):
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["--to", "hf", "--probe", "PROBE"], "evaluates other weights, those of runs/other"),
+        (["--to", "hf", "--probe", "PROBE"], "evaluates another encoder, runs/other"),
         (["--to", "hf", "--probe", "run/encoder.safetensors"], "is no report of vidssl probe"),
         (["--to", "hf", "--probe", "nowhere"], "nowhere: no such file"),
         (["--to", "onnx"], "--to onnx needs onnx, onnxscript, onnxruntime: pip install 'vidssl"),

@@ -32,7 +32,7 @@ def test_a_run_is_not_continued_with_another_teacher():
     state = {"step": 1, "provenance": {"data": "hash", "config": tree, "networks": {"t": "1", "moved": "2"}}}
     for digest, refused in (("1", False), ("3", True)):
         now = {"data": "hash", "config": tree, "networks": {"t": digest, "here": "2"}}
-        context = pytest.raises(UserError, match="x: t, which the method reads, has changed since")
+        context = pytest.raises(UserError, match="x: t, which this run reads, has changed since")
         with context if refused else contextlib.nullcontext():
             check_same_run(state, now, CONFIG.run.steps, (), Path("x"), TrainConfig)
 
