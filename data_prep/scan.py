@@ -184,6 +184,19 @@ def numbered_classes(
     return numbers, names
 
 
+def repeated_keys_warning(records: list[dict]) -> str:
+    """Says that several shards have samples of the same key, if so."""
+    counts = Counter(record["key"] for record in records)
+    repeated = [key for key, n in counts.items() if n > 1]
+    if not repeated:
+        return ""
+    keys = "key occurs" if len(repeated) == 1 else "keys occur"
+    return (
+        f"{len(repeated)} {keys} in several shards, such as {shortened(repeated[0])}; vidssl embed calls "
+        "these samples SHARD/KEY"
+    )
+
+
 def label_warning(records: list[dict], classes: Mapping[str, list[str]], findings: Findings) -> str:
     """Says that samples have metadata but no label was understood, if so."""
     if not findings.described or classes:
@@ -241,7 +254,8 @@ def scan_shards(folder: Path, tars: list[Path]) -> None:
     summary = make_summary(records, classes, findings.left_out)
     write_summary(folder, summary)
     print(*summary_lines(summary), sep="\n")
-    for warning in filter(None, (label_warning(records, classes, findings), *findings.warnings)):
+    own = (label_warning(records, classes, findings), repeated_keys_warning(records))
+    for warning in filter(None, (*own, *findings.warnings)):
         print(f"warning: {warning}")
 
 

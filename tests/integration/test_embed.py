@@ -2,8 +2,11 @@
 processes and after an early end."""
 
 import csv
+import io
 import json
 import shutil
+import tarfile
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +15,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from forked_world import fork_world, set_rank
-from PIL import Image
+from PIL import Image, ImageColor
 from program_ends import sigterm
 
 import vidssl
+from data_prep import scan
 from vidssl.commands import embed, search
 from vidssl.core.errors import Preempted
 from vidssl.data.decoding import open_video
@@ -26,6 +30,7 @@ from vidssl.evaluation.extractor import make_extractor
 from vidssl.evaluation.feature_cache import FeatureStore
 from vidssl.evaluation.features import FeatureLoader, FeatureStorage, compute_features
 from vidssl.evaluation.probe_data import encoder_view
+from vidssl.pictures import montage
 from vidssl.pretrained.files import load_weights, save_weights
 from vidssl.pretrained.load import load_encoder
 
@@ -205,6 +210,59 @@ def change_header(run: Path, out: Path, **changes) -> Path:
     parts = {part: {**header[part], **changes.get(part, {})} for part in ("model", "pixels")}
     save_weights(out / "encoder.safetensors", weights, {**header, **parts})
     return out
+
+
+COLOURS = {"a": "red", "b": "green", "c": "blue"}
+
+
+@pytest.fixture(scope="module")
+def repeated(tmp_path_factory) -> tuple[Path, str]:
+    """A folder of shards of others whose keys are 0 and 1 in each shard, of a colour each, and what scan
+    says; 2 is in one of them."""
+    folder = tmp_path_factory.mktemp("repeated")
+    for shard, colour in COLOURS.items():
+        with tarfile.open(folder / f"{shard}.tar", "w") as tar:
+            for key in ("0", "1", "2") if shard == "a" else ("0", "1"):
+                file = folder / "x.png"
+                Image.new("RGB", (20, 20 + ord(shard) % 7), colour).save(file)
+                tar.add(file, f"{key}.png")
+                file.unlink()
+    with redirect_stdout(io.StringIO()) as said:
+        scan.main([str(folder)])
+    return folder, said.getvalue()
+
+
+def test_samples_whose_keys_repeat_are_told_apart(run, repeated, tmp_path, capsys, monkeypatch):
+    folder, said = repeated
+    assert "warning: 2 keys occur in several shards, such as 0;" in said
+    out = tmp_path / "out"
+    embed.main(call(run, out, folder))
+    keys = [key for key, _, _ in rows(out)]
+    assert keys == ["a/0", "a/1", "2", "b/0", "b/1", "c/0", "c/1"]
+    strips = []
+    monkeypatch.setattr(montage, "draw_montage", lambda drawn, path: strips.extend(drawn))
+    capsys.readouterr()
+    search.main([str(out), "b/0", "--top", "6", "--montage", str(tmp_path / "hits.png"), "--json"])
+    hits = [json.loads(line)["key"] for line in capsys.readouterr().out.splitlines()[:6]]
+    assert sorted(hits) == sorted(set(keys) - {"b/0"})
+    for key, strip in zip(["b/0", *hits], strips, strict=True):
+        expected = ImageColor.getrgb(COLOURS[key[0] if "/" in key else "a"])
+        assert strip.frames is not None and np.abs(strip.frames[0].mean((0, 1)) - expected).max() < 3
+    with pytest.raises(vidssl.UserError, match=r"0: no key of .* \(keys: a/0, b/0, c/0\)"):
+        search.main([str(out), "0"])
+    # an embedding of an earlier version, which cannot say of which shard a row is
+    (out / "rows.csv").write_text((out / "rows.csv").read_text().replace("b/0", "0"))
+    with pytest.raises(vidssl.UserError, match="has no sample 0, or several in its shards: embed again"):
+        search.main([str(out), "0", "--montage", str(tmp_path / "hits.png")])
+
+
+def test_keys_that_repeat_in_shards_of_the_same_name(repeated, tiny_shards, tmp_path):
+    shutil.copytree(repeated[0], tmp_path / "more")
+    shards = Shards([str(repeated[0]), str(tmp_path / "more")])
+    keys = [s.key for s in shards.list_named_samples()]
+    assert len(set(keys)) == 14 and {"1/a/2", "2/a/2", "2/c/1"} < set(keys)
+    own = Shards([str(tiny_shards)])
+    assert own.list_named_samples() == own.list_samples()
 
 
 OTHER_MODELS = {

@@ -9,7 +9,7 @@ import numpy as np
 from vidssl.core.errors import UserError
 from vidssl.data.extensions import IMAGE_EXTENSIONS
 from vidssl.data.format import Sample
-from vidssl.data.parts import group_of
+from vidssl.data.parts import groups_of
 from vidssl.evaluation.tasks import class_of
 
 SHORT_QUANTILE = 0.25  # of the videos may be shorter than a clip
@@ -62,7 +62,7 @@ def corpus_facts(samples: Sequence[Sample], classes: dict[str, list[str]]) -> Co
         short_side=int(np.median(sizes.min(1))),
         area=float(sizes.prod(1).mean()),
         all_frames=int(counts.sum()),
-        groups=len({group_of(s) for s in samples}),
+        groups=len(set(groups_of(samples))),
         labels=labels,
     )
 

@@ -3,10 +3,11 @@
 vidssl embed VIDEOS|SHARDS ... --encoder X --out DIR [--window SECONDS --hop SECONDS] [--tokens pooled]
 
 VIDEOS: files and folders of videos or images; SHARDS: packed folders or their URLs. Writes DIR/features.npy
-(or .parquet, .zarr), rows.csv (key, start and end in seconds of each row), rejected.jsonl (what could not be
-decoded, with reasons) and embedding.json. --processes N shares the work, --engine ray on the cluster at
-RAY_ADDRESS (default: this machine); the result is the same. The same command goes on after SIGTERM (exit
-status 75), Ctrl-C (130) or a kill. `vidssl search DIR QUERY` finds what is alike.
+(or .parquet, .zarr), rows.csv (key, start and end in seconds of each row; SHARD/KEY where shards repeat a
+key), rejected.jsonl (what could not be decoded, with reasons) and embedding.json. --processes N shares the
+work, --engine ray on the cluster at RAY_ADDRESS (default: this machine); the result is the same. The same
+command goes on after SIGTERM (exit status 75), Ctrl-C (130) or a kill. `vidssl search DIR QUERY` finds what
+is alike.
 """
 
 import argparse
@@ -277,7 +278,7 @@ def open_inputs(inputs: list[str], absolute: bool) -> tuple["IdentifiedSource", 
         from vidssl.data.shards import Shards
 
         shards = Shards([item if is_url(item) else os.path.join(root, item) for item in inputs])
-        return shards, shards.list_samples()
+        return shards, shards.list_named_samples()
     from vidssl.evaluation.media_files import MediaFiles, list_media
 
     paths = list_media([Path(item) for item in inputs])

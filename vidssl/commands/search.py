@@ -66,6 +66,8 @@ def features_of_file(stored: StoredRows, folder: Path, query: str) -> np.ndarray
     """The features f32 [1, D] of a file, by the encoder of the embedding."""
     if not Path(query).is_file():
         keys = f"{stored.keys[0]}, ..." if stored.keys else "none"
+        if of_shards := [key for key in dict.fromkeys(stored.keys) if key.endswith(f"/{query}")]:
+            keys = ", ".join(of_shards[:4]) + (", ..." if len(of_shards) > 4 else "")
         raise UserError(f"{query}: no key of {folder} (keys: {keys}), and no such file")
     # Importing torch takes seconds: mistakes are answered before.
     from vidssl.evaluation.frozen_encoder import Output, load_frozen_encoder

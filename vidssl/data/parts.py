@@ -24,10 +24,23 @@ def group_of(sample: Sample) -> str:
     return group_in(sample.meta) or f"sample {sample.key}"
 
 
+def groups_of(samples: Sequence[Sample]) -> list[str]:
+    """The groups of samples. Shards of other tools may repeat keys: samples of one key that differ in size
+    are not the same, and each is alone."""
+    sizes: dict[str, set[int]] = {}
+    for sample in samples:
+        sizes.setdefault(sample.key, set()).add(sample.size)
+    groups = [group_of(sample) for sample in samples]
+    return [
+        f"{group} of {s.size} bytes" if len(sizes[s.key]) > 1 and group == f"sample {s.key}" else group
+        for s, group in zip(samples, groups, strict=True)
+    ]
+
+
 def hold_out(samples: Sequence[Sample], fraction: float, seed: int) -> GroupSplit:
     """Holds out whole groups, balanced over the classes of all label sets."""
     classes = [list(_labels(sample.meta).items()) for sample in samples]
-    return split_by_group([group_of(s) for s in samples], classes, fraction, seed)
+    return split_by_group(groups_of(samples), classes, fraction, seed)
 
 
 def _labels(meta: Mapping[str, Any]) -> dict[str, Any]:

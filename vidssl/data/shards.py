@@ -6,7 +6,7 @@ a shard is read at its first use. Local shards are read in place, remote ones fr
 
 import hashlib
 import os
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
@@ -207,6 +207,23 @@ class Shards:
     def list_samples(self) -> list[Sample]:
         """Returns every sample in stored order (for evaluation; training accesses samples by number)."""
         return [self.sample(shard, i) for shard, n in enumerate(self.counts.tolist()) for i in range(n)]
+
+    def list_named_samples(self) -> list[Sample]:
+        """Returns what list_samples does, with keys that tell samples apart where shards of other tools
+        repeat them: SHARD/KEY, or N/SHARD/KEY in the Nth folder where folders repeat the names of shards."""
+        samples = self.list_samples()
+        keys = [s.key for s in samples]
+        for with_folder in (False, True):
+            counts = Counter(keys)
+            keys = [
+                self._long_key(s, with_folder) if counts[key] > 1 else key
+                for s, key in zip(samples, keys, strict=True)
+            ]
+        return [s if s.key == key else s._replace(key=key) for s, key in zip(samples, keys, strict=True)]
+
+    def _long_key(self, sample: Sample, with_folder: bool) -> str:
+        key = f"{self.table.names[sample.shard].decode().removesuffix('.tar')}/{sample.key}"
+        return f"{self.folder_of[sample.shard] + 1}/{key}" if with_folder else key
 
     def read(self, sample: Sample) -> bytes:
         """Returns the media bytes as they were packed. Raises DecodeError if the shard is skipped."""

@@ -88,10 +88,10 @@ def hits_of(predictions: Iterable[Row]) -> Hits:
     hits: Hits = {}
     occurrences: Counter[str] = Counter()
     for p in predictions:
-        hits[p["key"], occurrences[p["key"]]] = (
-            p["truth"] == p["predicted"],
-            p["group"] or f"sample {p['key']}",
-        )
+        number = occurrences[p["key"]]
+        # shards of other tools may repeat the key of another sample
+        alone = f"sample {p['key']}" + (f" {number}" if number else "")
+        hits[p["key"], number] = (p["truth"] == p["predicted"], p["group"] or alone)
         occurrences[p["key"]] += 1
     return hits
 

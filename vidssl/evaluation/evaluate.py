@@ -9,7 +9,7 @@ import torch
 
 from vidssl.core.errors import UserError
 from vidssl.data.metadata import group_in
-from vidssl.data.parts import group_of
+from vidssl.data.parts import groups_of
 from vidssl.data.shards import Sample
 from vidssl.evaluation.features import TokenSource
 from vidssl.evaluation.protocol import ProbeProtocol, TrainedProbe, TrainingSet, select_and_train
@@ -104,7 +104,7 @@ def evaluate(
             raise UserError(f"no usable sample of {name}: none is both labelled '{task.label}' and readable")
     labels = [train.labels[index] for index in indices]
     data = TrainingSet(train.source, indices, labels, task.label_tensor(labels, device))
-    groups = [group_of(train.samples[index]) for index in indices]
+    groups = groups_of([train.samples[index] for index in indices])
     probe = select_and_train(protocol, task, data, groups)
     task = probe.task
 
@@ -134,7 +134,7 @@ def score_predictions(
     unreadable = {
         s.key: test.unreadable[i] for i, s in zip(indices, samples, strict=True) if i in test.unreadable
     }
-    metrics = task.test_metrics(outputs, labels, [group_of(sample) for sample in samples], seed)
+    metrics = task.test_metrics(outputs, labels, groups_of(samples), seed)
     row = {"label": task.label, **metrics, "n_test": len(samples), "unreadable": unreadable}
     predictions = []
     for sample, label, output in zip(samples, labels, outputs, strict=True):

@@ -4,7 +4,7 @@ from typing import Any
 
 from vidssl.core.errors import UserError
 from vidssl.core.splits import split_by_group
-from vidssl.data.parts import group_of
+from vidssl.data.parts import groups_of
 from vidssl.evaluation.probe_data import LabelSet, ProbeData, ProbeSplits
 from vidssl.evaluation.protocol import ProbeProtocol
 from vidssl.evaluation.splits import low_shot, strata_of
@@ -50,7 +50,7 @@ def _check_held_out(data: ProbeData, protocol: ProbeProtocol, splits: ProbeSplit
     label_set = splits.label_sets[name]
     samples = splits.splits["train"].samples
     labels = label_set.labels["train"]
-    groups = [group_of(sample) for sample in samples]
+    groups = groups_of(samples)
     subsets: list[tuple[str, list[int]]] = [("", [i for i, label in enumerate(labels) if label is not None])]
     if data.train_fractions:
         keys = [sample.key for sample in samples]

@@ -10,6 +10,7 @@ import numpy as np
 from einops import rearrange
 from PIL import Image, ImageDraw
 
+from vidssl.core.errors import UserError
 from vidssl.core.io import atomic_write
 from vidssl.data.shards import Shards
 from vidssl.evaluation.isolated_clips import IsolatedEvalClips
@@ -43,7 +44,11 @@ def strips_of(
     else:
         root = Path(facts["root"])
         source = Shards([str(root / item) if (root / item).exists() else item for item in facts["inputs"]])
-        by_key = {sample.key: sample for sample in source.list_samples()}
+        by_key = {sample.key: sample for sample in source.list_named_samples()}
+        if missing := [key for key, _, _ in rows if key not in by_key]:
+            raise UserError(
+                f"{facts['inputs'][0]}: has no sample {missing[0]}, or several in its shards: embed again"
+            )
         samples = [by_key[key] for key, _, _ in rows]
     view = View(frames=1, stride=1, fps=None, segments=FRAMES, crops=1, size=SIZE)
     spans = [(start, end) if end > 0 else (0.0, np.inf) for _, start, end in rows]

@@ -13,7 +13,7 @@ from vidssl.core.log import logger
 from vidssl.data.augment import CenterCrop, downscale
 from vidssl.data.dataset import ClipReader
 from vidssl.data.extensions import IMAGE_EXTENSIONS
-from vidssl.data.parts import group_of
+from vidssl.data.parts import group_of, groups_of
 from vidssl.data.shards import Sample, Shards
 from vidssl.data.timing import Timing, choose_frames, draw_timing
 from vidssl.pictures.clips import playing_rate
@@ -55,11 +55,12 @@ class RunClips:
         """Takes whole groups with about `count` samples (at most a quarter of all) out of `train`, and
         returns that many of them."""
         wanted = min(count, max(1, int(MAX_HELD_OUT * len(self.samples))))
-        groups = sorted({group_of(sample) for sample in self.samples})
+        group_names = groups_of(self.samples)
+        groups = sorted(set(group_names))
         order = np.random.default_rng((self.seed, 11)).permutation(len(groups))
         by_group: dict[str, list[Sample]] = {}
-        for sample in self.samples:
-            by_group.setdefault(group_of(sample), []).append(sample)
+        for sample, group in zip(self.samples, group_names, strict=True):
+            by_group.setdefault(group, []).append(sample)
         held: list[Sample] = []
         names: set[str] = set()
         for number in order:
@@ -67,7 +68,8 @@ class RunClips:
                 break
             names.add(groups[number])
             held += by_group[groups[number]]
-        self.train = [sample for sample in self.samples if group_of(sample) not in names]
+        pairs = zip(self.samples, group_names, strict=True)
+        self.train = [sample for sample, group in pairs if group not in names]
         return held[:wanted]
 
     def spread(self, count: int) -> list[Sample]:

@@ -16,7 +16,7 @@ from vidssl.core.splits import split_by_group
 from vidssl.data.dataset import TrainClips
 from vidssl.data.loader import Batch
 from vidssl.data.order import Order
-from vidssl.data.parts import group_of
+from vidssl.data.parts import groups_of
 from vidssl.data.shards import Sample, Shards
 from vidssl.evaluation.evaluate import check_disjoint
 from vidssl.evaluation.splits import label_sets, labelled, strata_of
@@ -170,7 +170,7 @@ def open_splits(data: FinetuneDataConfig, tune: TuneConfig) -> FinetuneSplits:
         raise UserError(f"no sample of {'test' if train else 'train'} has a label of '{label_set}'")
     held_out = np.zeros(len(train), bool)
     if tune.val_fraction:
-        groups = [group_of(sample) for sample in train]
+        groups = groups_of(train)
         strata = strata_of(task, train_labels)
         split = split_by_group(groups, strata, tune.val_fraction, tune.seed)
         held_out = split.held_out

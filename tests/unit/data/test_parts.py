@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from vidssl.core.errors import UserError
-from vidssl.data.parts import group_of, hold_out, write_part
+from vidssl.data.format import Sample
+from vidssl.data.parts import group_of, groups_of, hold_out, write_part
 from vidssl.data.shards import Shards
 
 
@@ -28,6 +29,18 @@ def test_parts_hold_their_samples_and_no_others(synthetic_shards, tmp_path):
     before = parts["val"].hash
     write_part(source, held_out, tmp_path / "val")
     assert Shards([str(tmp_path / "val")]).hash == before
+
+
+def test_unrelated_samples_of_one_key_are_no_group():
+    """Shards of other tools count their keys anew. The same sample in two folders is one, and groups stay."""
+    samples = [Sample(f"{i}", "mp4", shard, 0, 100 * shard + i, {}) for shard in range(4) for i in range(4)]
+    groups = groups_of(samples)
+    assert len(set(groups)) == 16
+    assert hold_out(samples, 0.1, seed=0).held_out.sum() == 2
+    assert groups_of([*samples, *samples]) == groups * 2
+    grouped = [s._replace(meta={"group": s.key}) for s in samples]
+    assert groups_of(grouped) == [group_of(s) for s in grouped]
+    assert groups_of(samples[:4]) == [group_of(s) for s in samples[:4]]
 
 
 def test_an_empty_part_and_a_remote_one_are_refused(synthetic_shards, tmp_path):

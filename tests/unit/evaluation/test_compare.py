@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 
 from vidssl.commands import compare
 from vidssl.core.errors import UserError
-from vidssl.evaluation.comparison import common_lists, read_probe, short_names
+from vidssl.evaluation.comparison import common_lists, hits_of, read_probe, short_names
 
 LISTS = (0, 1)  # seeds of the low-shot lists
 
@@ -131,3 +131,12 @@ def test_a_place_that_cannot_be_written_is_said_in_one_line(tmp_path, option):
 def test_an_unknown_kind_of_picture_is_said(tmp_path):
     with pytest.raises(UserError, match=r"ends in \.png"):
         compare.main([str(write_probe(tmp_path / "A", 20)), f"--plot={tmp_path / 'x.nope'}"])
+
+
+ROWS_OF_KEYS = (("0", ""), ("1", ""), ("0", ""), ("2", "g"), ("2", "g"), ("0", ""))
+
+
+def test_rows_of_one_key_without_a_group_are_alone():
+    rows = [{"key": key, "group": group, "truth": "a", "predicted": "a"} for key, group in ROWS_OF_KEYS]
+    groups = [group for _, group in hits_of(rows).values()]
+    assert groups == ["sample 0", "sample 1", "sample 0 1", "g", "g", "sample 0 2"]
