@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from data_prep.sources.names import UNFINISHED, media_stem, parse_split
 from data_prep.summary import Tally, printable
 from vidssl.core.errors import UserError
+from vidssl.core.tables import read_table
 from vidssl.data.extensions import MEDIA_EXTENSIONS, VIDEO_EXTENSIONS
 from vidssl.data.metadata import is_no_label
 from vidssl.data.tar_files import SYSTEM_FOLDERS
@@ -335,7 +336,7 @@ def csv_rows(file: Path, required: Sequence[str]) -> Iterator[tuple[str, dict[st
     text_lines(file)  # raises UserError if the file is not text
     try:
         with open(file, encoding="utf-8-sig", newline="") as f:
-            rows = csv.DictReader(f, strict=True)
+            rows = read_table(f, strict=True)
             rows.fieldnames = [name.strip() for name in rows.fieldnames or []]
             _check_header(file, list(rows.fieldnames or []), required)
             empty = True

@@ -13,6 +13,7 @@ import numpy as np
 
 from vidssl.config.signatures import fields_in_source
 from vidssl.core.errors import UserError
+from vidssl.core.tables import read_table
 from vidssl.evaluation.controls import CONTROLS, control_name
 from vidssl.evaluation.metrics import bootstrap_ci
 
@@ -42,13 +43,15 @@ def read_probe(path: Path, name: str) -> tuple[str, list[Row], Row]:
     try:
         report = json.loads(path.read_text())
         with open(path.with_name("predictions.csv"), newline="") as f:
-            predictions = list(csv.DictReader(f))
+            predictions = list(read_table(f))
         rows = [make_row(name, result, predictions) for result in report["results"]]
         scores = report.get("label_free", {})
         rows = [row | scores.get(row["control"], {}) for row in rows]
         return report["data"]["test"], rows, conditions_of(report)
     except OSError as e:
         raise UserError(f"{e.filename}: {e.strerror}; give the probe.json of a probe's folder") from None
+    except csv.Error as e:
+        raise UserError(f"{path.with_name('predictions.csv')}: damaged ({e}); run the probe again") from None
     except (ValueError, KeyError) as e:
         raise UserError(f"{path}: not a probe.json of this version ({e})") from None
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from vidssl.core.errors import UserError
 from vidssl.core.io import atomic_write, atomic_write_text
+from vidssl.core.tables import read_table
 
 Format = Literal["npy", "parquet", "zarr"]
 PACKAGES = {"parquet": "pyarrow", "zarr": "zarr"}
@@ -161,12 +162,12 @@ def read_embedding(out: Path) -> StoredRows:
     try:
         facts = json.loads((out / "embedding.json").read_text())
         with open(out / "rows.csv", newline="", encoding="utf-8", errors="surrogateescape") as f:
-            rows = list(csv.DictReader(f))
+            rows = list(read_table(f))
         features = read_features(out, facts["format"], tuple(facts["shape"]), facts["dtype"])
     except FileNotFoundError as e:
         missing = Path(str(e.filename)).name
         raise UserError(f"{out}: no {missing}: no finished output of vidssl embed") from None
-    except (ValueError, KeyError) as e:
+    except (ValueError, KeyError, csv.Error) as e:
         raise UserError(f"{out}: damaged ({e}); run vidssl embed again into a new folder") from None
     if len(rows) != len(features):
         raise UserError(f"{out}: rows.csv has {len(rows)} rows, the features {len(features)}")

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any
 
+from vidssl.core.tables import read_table
 from vidssl.evaluation.controls import CONTROLS
 from vidssl.report.run_files import Row, number, read_json
 
@@ -166,7 +167,7 @@ def read_predictions(evaluation: Evaluation, missing: list[str]) -> dict[RowKey,
         return evaluation.predictions
     try:
         with open(path, newline="") as file:
-            for row in csv.DictReader(file):
+            for row in read_table(file):
                 key = (row["label"], row["control"], row["train_fraction"], row["seed"])
                 evaluation.predictions.setdefault(key, []).append(row)
     except FileNotFoundError:

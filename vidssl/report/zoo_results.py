@@ -4,6 +4,8 @@ import csv
 from pathlib import Path
 from typing import Any
 
+from vidssl.core.tables import read_table
+
 NUMBERS = ("step", "clips", "flops", "accuracy", "low", "high", "chance", "n_test", "rankme", "alpha")
 
 
@@ -23,7 +25,7 @@ def read_rows(path: Path, missing: list[str]) -> list[dict[str, Any]]:
     """The rows of results.csv with numbers as such."""
     try:
         with open(path, newline="") as file:
-            rows = list(csv.DictReader(file))
+            rows = list(read_table(file))
     except FileNotFoundError:
         missing.append("There is no results.csv yet; it is written when the zoo ends.")
         return []

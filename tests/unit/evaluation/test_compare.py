@@ -9,8 +9,12 @@ import pytest
 from matplotlib.axes import Axes
 
 from vidssl.commands import compare
+from vidssl.core import tables
 from vidssl.core.errors import UserError
 from vidssl.evaluation.comparison import common_lists, hits_of, read_probe, short_names
+from vidssl.evaluation.dense import datasets
+from vidssl.evaluation.embedding_files import read_embedding
+from vidssl.report.evaluations import Evaluation, read_predictions
 
 LISTS = (0, 1)  # seeds of the low-shot lists
 
@@ -140,3 +144,50 @@ def test_rows_of_one_key_without_a_group_are_alone():
     rows = [{"key": key, "group": group, "truth": "a", "predicted": "a"} for key, group in ROWS_OF_KEYS]
     groups = [group for _, group in hits_of(rows).values()]
     assert groups == ["sample 0", "sample 1", "sample 0 1", "g", "g", "sample 0 2"]
+
+
+@pytest.fixture
+def cell_limit(monkeypatch):
+    """Sets the characters of a cell that read_table takes, so that a short file is damaged to it."""
+    before = csv.field_size_limit()
+    yield lambda number: monkeypatch.setattr(tables, "MAX_CELL", number)
+    csv.field_size_limit(before)
+
+
+def write_outputs(folder: Path, classes: int) -> Path:
+    """A probe whose `outputs` have so many numbers."""
+    probe = write_probe(folder, 20, fractions=(None,))
+    text = probe.with_name("predictions.csv").read_text()
+    rows = [f"{line.rstrip(',')},{' '.join(['-1.234'] * classes)}" for line in text.splitlines()[1:]]
+    probe.with_name("predictions.csv").write_text("\n".join([text.splitlines()[0], *rows]) + "\n")
+    return probe
+
+
+@pytest.mark.parametrize("classes", [3, 21_000, 40_000])
+def test_outputs_of_many_classes_are_read(classes, tmp_path, cell_limit, capsys):
+    csv.field_size_limit(131_072)
+    probe = write_outputs(tmp_path / "A", classes)
+    compare.main([str(probe), str(write_outputs(tmp_path / "B", classes))])
+    assert "+0.00" in capsys.readouterr().out
+    missing: list[str] = []
+    csv.field_size_limit(131_072)
+    evaluation = Evaluation("A", probe, {}, None, False)
+    (found,) = read_predictions(evaluation, missing).values()
+    assert [len(row["outputs"].split()) for row in found] == [classes] * 2 and not missing
+
+
+def test_a_damaged_table_is_one_line(tmp_path, cell_limit):
+    probe = write_outputs(tmp_path / "A", 100)
+    cell_limit(50)
+    with pytest.raises(UserError, match=r"predictions\.csv: damaged \(field larger .*run the probe again$"):
+        compare.main([str(probe)])
+    (tmp_path / "labels.csv").write_text("path,split\n" + "x" * 99 + ",train\n")
+    with pytest.raises(UserError, match=r"labels\.csv: not a csv file \(field larger"):
+        datasets.synthetic("masks", tmp_path, "train")
+    (tmp_path / "nyu2_train.csv").write_bytes(b"\xff\xfe,b\n")
+    with pytest.raises(UserError, match=r"nyu2_train\.csv: not a csv file \("):
+        datasets.nyu(tmp_path, "train")
+    (tmp_path / "embedding.json").write_text(json.dumps({"format": "npy", "shape": [1], "dtype": "float32"}))
+    (tmp_path / "rows.csv").write_text("key,start,end\n" + "x" * 99 + ",0,1\n")
+    with pytest.raises(UserError, match=r"damaged \(field larger .*run vidssl embed again"):
+        read_embedding(tmp_path)

@@ -5,17 +5,19 @@ is loaded."""
 
 import csv
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TextIO
 
 import numpy as np
 from einops import rearrange
 
 from vidssl.core.errors import DecodeError, UserError
 from vidssl.core.io import file_sha256
+from vidssl.core.tables import read_table
 from vidssl.data.decoding import open_video
 from vidssl.data.decoding.image import open_image
 
@@ -158,6 +160,16 @@ def _read_jhmdb(images: list[Path], joints: Path) -> tuple[np.ndarray, KeypointL
     return frames, KeypointLabels(xy, visible, np.repeat(scale[:, None], xy.shape[1], 1))
 
 
+@contextmanager
+def _open_table(path: Path) -> Iterator[TextIO]:
+    """Opens a csv file. Raises UserError for lines that are no table."""
+    try:
+        with open(path, newline="") as f:
+            yield f
+    except (csv.Error, UnicodeDecodeError) as e:
+        raise UserError(f"{path}: not a csv file ({e})") from None
+
+
 def nyu(folder: Path, split: str) -> list[DenseSample]:
     """NYUv2 as images: nyu2_train.csv and nyu2_test.csv (in the folder or its data/), with lines IMAGE,DEPTH
     relative to the folder; depth is 16-bit in millimetres, or 8-bit with 255 for 10 m. Test images of 480 x
@@ -167,7 +179,7 @@ def nyu(folder: Path, split: str) -> list[DenseSample]:
     if table is None:
         raise UserError(f"{folder}: no nyu2_{split}.csv, there or in data/")
     samples = []
-    with open(table, newline="") as f:
+    with _open_table(table) as f:
         for number, row in enumerate(csv.reader(f), 1):
             if len(row) != 2:
                 raise UserError(f"{table}:{number}: expected IMAGE,DEPTH")
@@ -199,8 +211,8 @@ def synthetic(label: LabelKind, folder: Path, split: str) -> list[DenseSample]:
     table = folder / "labels.csv"
     if not table.is_file():
         raise UserError(f"{table}: no such file")
-    with open(table, newline="") as f:
-        videos = [folder / row["path"] for row in csv.DictReader(f) if row["split"] == split]
+    with _open_table(table) as f:
+        videos = [folder / row["path"] for row in read_table(f) if row["split"] == split]
     samples = []
     for video in videos:
         truth = check_exists(folder / "truth" / f"{video.stem}.npz")
