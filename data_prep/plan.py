@@ -76,19 +76,14 @@ class Duplicate(NamedTuple):
 
 
 def split_train_test(
-    items: list[SourceItem],
-    label_sets: list[str],
-    fraction: float,
-    seed: int,
-    duplicates: Mapping[str, Duplicate] = {},
+    items: list[SourceItem], label_sets: list[str], fraction: float, seed: int
 ) -> dict[str, list[SourceItem]]:
     """Splits items by whole groups, `fraction` of them to test; a file without a group is a group of its own.
-    duplicates: path -> a file that stays on the same side, with its group.
 
     The classes of all label sets are balanced (core/splits.py); of the first alone if all together do not
     allow the fraction.
     """
-    group_of = joined_groups(items, duplicates)
+    group_of = joined_groups(items, {})
     split = split_by_group(group_of, item_classes(items, label_sets), fraction, seed)
     if split.is_far and len(label_sets) > 1:
         first = split_by_group(group_of, item_classes(items, label_sets[:1]), fraction, seed)
@@ -125,6 +120,23 @@ def joined_groups(items: list[SourceItem], duplicates: Mapping[str, Duplicate]) 
     return [find(f"file {item.path}") for item in items]
 
 
+def shared_groups(
+    kept: list[SourceItem], items: list[SourceItem], duplicates: Mapping[str, Duplicate]
+) -> dict[str, str]:
+    """Returns path -> group, of kept items of different groups that duplicates join: no split divides them.
+
+    items: the dropped ones too, since a group is of the recording that its dropped files show.
+    """
+    joined = joined_groups(items, duplicates)
+    group_of = {item.path: group for item, group in zip(items, joined, strict=True)}
+    members: dict[str, set[str]] = defaultdict(set)
+    for item in kept:
+        members[group_of[item.path]].add(f"group {item.group}" if item.group else f"file {item.path}")
+    joins = {group_of[path] for path in duplicates}
+    divided = {group for group in joins if len(members[group]) > 1}
+    return {path: group.partition(" ")[2] for path, group in group_of.items() if group in divided}
+
+
 def item_classes(items: list[SourceItem], label_sets: list[str]) -> list[set[tuple[str, str]]]:
     """The classes of each item: (label set, name), and of joined tags ("a|b") each tag. Numbers that mostly
     occur once are no classes."""
@@ -156,24 +168,38 @@ def make_plan(source: SourceListing, root: Path, out: Path, args: argparse.Names
     recipe = choose_recipe(source.items, root, args)
     sizes = {item.path: item_bytes(root, item) for item in source.items}
     options = bytes_options(args, recipe)
-    digest = hashlib.sha256(dumps({"version": 5, **options}).encode())
+    digest = hashlib.sha256(dumps({"version": 6, **options}).encode())
     for item in source.items:
         digest.update(dumps([*item, sizes[item.path]]).encode())
     digest.update(dumps(source.rejected).encode())
     # Duplicates are dropped before --test-fraction, so that none is on the other side.
     dropped: dict[Path, list[dict]] = defaultdict(list)
+    duplicates: dict[str, Duplicate] = {}
     for folder, items in named.items():
         if args.drop_duplicates:
-            items, dropped[folder] = drop_duplicates(items, identical_files(items, root))
+            identical = identical_files(items, root)
+            duplicates |= identical
+            items, dropped[folder] = drop_duplicates(items, identical)
         if args.drop_duplicates == "near":
             near = near_duplicates(items, root, out / f"{NEAR_PREFIX}{folder.name}.jsonl", args)
+            duplicates |= near
             digest.update(dumps(near).encode())
             items, records = drop_duplicates(items, near)
             dropped[folder] += records
         named[folder] = items
-    if args.drop_duplicates and len(named) > 1:
-        warn_of_shared_files(named, root)
-    datasets = split_by_fraction(named, source.label_sets, root, out, args) if args.test_fraction else named
+    if args.test_fraction:
+        duplicates |= note_kept_copies(named[out], root)
+    elif args.drop_duplicates and len(named) > 1:
+        duplicates |= warn_of_shared_files(named, root)
+    kept = [item for items in named.values() for item in items]
+    groups = shared_groups(kept, source.items, duplicates)
+    datasets = {
+        folder: [item._replace(group=groups.get(item.path, item.group)) for item in items]
+        for folder, items in named.items()
+    }
+    if args.test_fraction:
+        splits = split_train_test(datasets[out], source.label_sets, args.test_fraction, args.seed)
+        datasets = {out / split: items for split, items in splits.items() if items}
     rejected: dict[Path, list[dict]] = defaultdict(list)
     # A file of which no split is known, or of a split without any file, is listed in the first data set.
     for path, reason in source.rejected.items():
@@ -222,27 +248,20 @@ def named_splits(
     return splits
 
 
-def split_by_fraction(
-    named: Mapping[Path, list[SourceItem]],
-    label_sets: list[str],
-    root: Path,
-    out: Path,
-    args: argparse.Namespace,
-) -> dict[Path, list[SourceItem]]:
-    """Splits the one data set by --test-fraction. Copies of a file stay together."""
-    (items,) = named.values()
+def note_kept_copies(items: list[SourceItem], root: Path) -> dict[str, Duplicate]:
+    """Finds the copies among the items of --test-fraction, and says that they stay together."""
     copies = identical_files([item for item in items if item.frame_rate is None], root)
     if copies:
         logger.info(
             f"{len(copies)} files have the bytes of another one, such as {min(copies)}: they stay together "
             "in train or test; --drop-duplicates keeps one of them"
         )
-    splits = split_train_test(items, label_sets, args.test_fraction, args.seed, copies)
-    return {out / split: members for split, members in splits.items() if members}
+    return copies
 
 
-def warn_of_shared_files(named: Mapping[Path, list[SourceItem]], root: Path) -> None:
-    """Warns of files whose bytes are in two of the source's own splits, which are left as they are."""
+def warn_of_shared_files(named: Mapping[Path, list[SourceItem]], root: Path) -> dict[str, Duplicate]:
+    """Finds the copies among all splits, and warns of files whose bytes are in two of the source's own
+    splits, which are left as they are."""
     splits = {item.path: folder.name for folder, items in named.items() for item in items}
     copies = identical_files([item for items in named.values() for item in items], root)
     shared = {path: copy.of for path, copy in copies.items() if splits[path] != splits[copy.of]}
@@ -252,6 +271,7 @@ def warn_of_shared_files(named: Mapping[Path, list[SourceItem]], root: Path) -> 
             f"{len(shared)} files have the bytes of one in another split, such as {path} ({splits[path]}) of "
             f"{of} ({splits[of]}): both are kept, since the source names its splits"
         )
+    return copies
 
 
 def choose_recipe(items: list[SourceItem], root: Path, args: argparse.Namespace) -> Recipe | None:

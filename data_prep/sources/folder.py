@@ -125,7 +125,9 @@ def place(root: Path, items: list[SourceItem], options: FolderOptions, notes: li
         folders = folders[1:] if is_wrapped and len(folders) > 1 else folders
         # Never unlabelled: a folder may well be called "nan"
         labels = {"label": unicodedata.normalize("NFC", folders[0])} if folders else {}
-        placed.append(item._replace(labels=labels, split=split))
+        # The folder of a class is no recording
+        group = None if len(folders) < 2 and item.group == item.path.rpartition("/")[0] else item.group
+        placed.append(item._replace(labels=labels, split=split, group=group))
     if depth is None:
         notes += note_single_folder(list(levels.values()))
     return placed

@@ -7,7 +7,7 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from data_prep.sources.common import FolderOptions
-from data_prep.sources.names import are_frames, frame_number, is_frame_prefix
+from data_prep.sources.names import VIEWS, are_frames, frame_number, is_frame_prefix, recording
 from vidssl.core.errors import UserError
 from vidssl.data.extensions import IMAGE_EXTENSIONS
 
@@ -39,7 +39,7 @@ def find_frames(root: Path, paths: list[str], options: FolderOptions) -> Frames:
         return Frames(sorted(videos), members, grouped_by_folder(others), notes)
     candidates = frame_folders(paths)
     if options.frames == "images":
-        return Frames([], set(), grouped_by_folder(candidates))
+        return Frames([], set(), grouped_by_folder(frames_beside_others(paths) | candidates))
     for folder, names in islice(candidates.items(), FOLDERS_READ):
         if have_one_size(root, names):
             raise UserError(
@@ -47,23 +47,35 @@ def find_frames(root: Path, paths: list[str], options: FolderOptions) -> Frames:
                 "frames of a video, or images? answer with --frame-rate RATE (frames a second; each such "
                 "folder becomes one video) or --frames images"
             )
-    return Frames([], set(), {})
+    return Frames([], set(), grouped_by_folder(frames_beside_others(paths)))
 
 
 def grouped_by_folder(folders: Mapping[str, list[str]]) -> dict[str, str]:
-    """Returns path -> folder of the images in folders below those of classes."""
-    return {path: folder for folder, names in folders.items() if "/" in folder for path in names}
+    """Returns path -> group of the images in folders below others: the folder, or the recording that it is
+    named after."""
+    groups = {folder: recording(PurePosixPath(folder).name) or folder for folder in folders if "/" in folder}
+    return {path: group for folder, group in groups.items() for path in folders[folder]}
+
+
+def frames_beside_others(paths: Iterable[str]) -> dict[str, list[str]]:
+    """Returns folder -> images, of folders of which two or more images are called frames, such as
+    img_00001.jpg. They are of one recording, whatever else is there (a cover) or missing."""
+    return {
+        folder: names
+        for folder, names in numbered_folders(paths).items()
+        if sum(is_frame_prefix((frame_number(PurePosixPath(n).name) or ("", 0))[0]) for n in names) > 1
+    }
 
 
 def numbered_folders(paths: Iterable[str]) -> dict[str, list[str]]:
-    """Returns folder -> paths of folders of two or more images, of which each has a number."""
+    """Returns folder -> paths of the images of folders in which two or more have a number."""
     members: dict[str, list[str]] = defaultdict(list)
     for path in filter(is_image, paths):
         members[path.rpartition("/")[0]].append(path)
     return {
         folder: names
         for folder, names in members.items()
-        if folder and len(names) > 1 and all(frame_number(PurePosixPath(name).name) for name in names)
+        if folder and sum(frame_number(PurePosixPath(name).name) is not None for name in names) > 1
     }
 
 
@@ -104,6 +116,7 @@ def numbered_recordings(paths: Iterable[str]) -> dict[str, str]:
     """Returns path -> group of the images whose names are those of a recording and a number.
 
     That is where a folder holds several series such as v_Run_g01_c01_0001.jpg, each of two or more images.
+    Series such as left_0001.jpg and right_0001.jpg are views of one recording.
     """
     series: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for path in filter(is_image, paths):
@@ -111,8 +124,14 @@ def numbered_recordings(paths: Iterable[str]) -> dict[str, str]:
         found = frame_number(name)
         if found and found[0].strip("-_ .") and not is_frame_prefix(found[0]):
             series[folder][found[0]].append(path)
+
+    def group(folder: str, prefix: str, prefixes: Iterable[str]) -> str:
+        if all(map(VIEWS.fullmatch, prefixes)):
+            prefix = min(prefixes)
+        return recording(prefix.rstrip("-_. ")) or (f"{folder}/{prefix}" if folder else prefix)
+
     return {
-        path: f"{folder}/{prefix}" if folder else prefix
+        path: group(folder, prefix, by_prefix)
         for folder, by_prefix in series.items()
         if len(by_prefix) > 1
         for prefix, names in by_prefix.items()

@@ -21,7 +21,13 @@ GENERIC = {
 SUFFIX = r"(set|list|data|split|videos|clips|frames|images)?"
 FRAME_WORDS = ("img", "image", "frame", "frm", "f", "rgb", "im", "pic", "thumb")
 MIN_DENSITY = 0.8  # part of the frames of a video that is there
+MIN_NAMED_DENSITY = 0.5  # the same, where images are called frames (FRAME_WORDS)
 UNFINISHED = re.compile(r"\.(part|ytdl|crdownload|download|temp|tmp|partial|aria2)(-frag\d+)?(\.|$)", re.I)
+RECORDING = (  # of clips, and of their numbered frames
+    r"(.+_g\d+)_c\d+(?:_\d+)?|([\w-]{11})_\d{6}_\d{6}(?:_\d+)?"
+    r"|(.+)_[fhlu]_[cn]m_np\d_(?:ba|fr|le|ri)_(?:bad|med|goo)_\d+"
+)
+VIEWS = re.compile(r"(left|right|l|r|cam|camera|view)[-_. ]*\d*[-_. ]*", re.I)  # prefixes of frames
 THUMBNAIL = re.compile(r"[-_. ](thumb|thumbnail|poster|cover|preview|fanart|\d{2,4}x\d{2,4})s?$", re.I)
 THUMBNAILS = {"thumb", "thumbnail", "poster", "cover", "preview", "fanart", "folder"}
 FLOW = re.compile(r"flow[-_]?[xyuv]?[-_]?\d+", re.I)
@@ -114,12 +120,15 @@ def are_frames(names: Iterable[str], any_gaps: bool = False) -> bool:
     step = min(b - a for a, b in pairwise(numbers))
     if len(prefixes) > 1 or step == 0:
         return False
-    is_dense = len(numbers) >= MIN_DENSITY * ((numbers[-1] - numbers[0]) / step + 1)
-    return (is_dense or any_gaps) and (len(numbers) > 2 or is_frame_prefix(prefixes.pop()))
+    is_named = is_frame_prefix(prefixes.pop())
+    min_density = MIN_NAMED_DENSITY if is_named else MIN_DENSITY
+    is_dense = len(numbers) >= min_density * ((numbers[-1] - numbers[0]) / step + 1)
+    return (is_dense or any_gaps) and (len(numbers) > 2 or is_named)
 
 
 def recording(name: str) -> str | None:
-    """Returns what the names of the clips of one recording share, as UCF101 (v_Run_g01_c02.avi) and Kinetics
-    (an ID of 11 characters, start and end: dQw4w9WgXcQ_000010_000020.mp4) name them; None of other names."""
-    match = re.fullmatch(r"(.+_g\d+)_c\d+|([\w-]{11})_\d{6}_\d{6}", media_stem(name), re.IGNORECASE)
-    return (match[1] or match[2]) if match else None
+    """Returns what the names of the clips of one recording share, as UCF101 (v_Run_g01_c02.avi), Kinetics
+    (an ID of 11 characters, start and end: dQw4w9WgXcQ_000010_000020.mp4) and HMDB51
+    (April_09_brush_hair_u_nm_np1_ba_goo_0.avi) name them; None of other names."""
+    match = re.fullmatch(RECORDING, media_stem(name), re.IGNORECASE)
+    return (match[1] or match[2] or match[3]) if match else None

@@ -102,7 +102,9 @@ def parse_meta(where: str, members: Mapping[str, bytes], size: int) -> dict[str,
 def group_in(meta: Mapping[str, Any]) -> str | None:
     """Returns the group that a sample's metadata name, whose samples stay together: `group`, else of a clip
     the file that it is cut from; None of a sample that is alone."""
-    file = meta.get("source") if "start" in meta or "end" in meta else None
+    # pack always writes a group, if only null; `source` of others is often the name of a site or a data set
+    is_clip = "group" in meta and ("start" in meta or "end" in meta)
+    file = meta.get("source") if is_clip else None
     group = meta.get("group") or file
     return None if group is None else str(group)
 

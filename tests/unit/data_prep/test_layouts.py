@@ -335,7 +335,7 @@ def test_numbered_images_of_several_recordings_in_a_folder_are_grouped(tmp_path)
     names = [f"run/v_Run_g0{g}_c01_{i:04d}.jpg" for g in (1, 2) for i in range(1, 4)]
     fill(tmp_path, *names, "run/other.jpg")
     groups = {item.path: item.group for item in read_source(tmp_path).items}
-    assert groups == {name: name[: -len("0001.jpg")] for name in names} | {"run/other.jpg": None}
+    assert groups == {name: name[4 : -len("_c01_0001.jpg")] for name in names} | {"run/other.jpg": None}
 
 
 def test_frame_names():

@@ -64,12 +64,59 @@ def test_copies_are_on_one_side(tmp_path, drop, grouped):
     assert list(splits.values()).count("test") == pytest.approx(0.3 * len(splits), abs=1)
 
 
+def groups_of(plan: Plan) -> dict[str, str | None]:
+    shards = [shard for shards in plan.datasets.values() for shard in shards]
+    return {item.path: item.group for shard in shards for item in shard.items}
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("search", ["bytes", "near"])
+def test_groups_that_a_dropped_file_joins_are_on_one_side(tmp_path, monkeypatch, search, seed):
+    """Of a pair one file is dropped; the rest of its group is of the recording of the other."""
+    texts = {f"{g}{v}.mp4": f"{g} {v}" for g in "pqrs" for v in range(3)}
+    copies = {"q0.mp4": "p0.mp4", "s0.mp4": "r2.mp4"}
+    if search == "bytes":
+        texts |= {copy: texts[of] for copy, of in copies.items()}
+    found = {copy: {"duplicate_of": of} for copy, of in copies.items()}
+    monkeypatch.setattr("data_prep.plan.find_near_duplicates", lambda *_: found)
+    source = fill(tmp_path / "src", *texts)
+    for name, text in texts.items():
+        (source / name).write_text(text)
+    rows = [f"{name},{name[0]},x" for name in texts]
+    (source / "labels.csv").write_text("\n".join(["path,group,label", *rows]) + "\n")
+    plan = plan_of(source, tmp_path / "out", test_fraction=0.5, drop_duplicates=search, seed=seed)
+    sides = {(path[0] in "pq", split) for path, split in split_of(plan).items()}
+    assert len(sides) == 2 and not copies.keys() & split_of(plan).keys()
+    assert all(group == ("p" if path[0] in "pq" else "r") for path, group in groups_of(plan).items())
+
+
+@pytest.mark.parametrize("drop", [None, "bytes"])
+def test_kept_copies_have_a_group_for_later_splits(tmp_path, drop):
+    """Other segments of a copy are no duplicates; without --drop-duplicates whole copies are kept."""
+    names = [f"{copy}{v}.mp4" for copy in "ab" for v in range(6)]
+    source = fill(tmp_path / "src", *names)
+    for name in names:
+        (source / name).write_text(name[1:])
+    rows = [
+        f"{name},{start},{start + 1},x" for name in names for start in ((0, 2) if name[0] == "b" else (0,))
+    ]
+    if drop:
+        (source / "labels.csv").write_text("\n".join(["path,start,end,label", *rows]) + "\n")
+    plan = plan_of(source, tmp_path / "out", drop_duplicates=drop)
+    groups, sides = groups_of(plan), split_of(plan)
+    for v in range(6):
+        assert groups[f"a{v}.mp4"] == groups[f"b{v}.mp4"] == f"a{v}.mp4"
+        assert sides[f"a{v}.mp4"] == sides[f"b{v}.mp4"]
+
+
 def test_copies_in_splits_of_the_source_are_said(tmp_path, caplog):
     source = fill(tmp_path / "src", "train/a/1.mp4", "train/a/2.mp4", "test/a/3.mp4")
     (source / "test/a/3.mp4").write_bytes((source / "train/a/1.mp4").read_bytes())
     with caplog.at_level("WARNING", "vidssl"):
         plan = plan_of(source, tmp_path / "out", test_fraction=0.0, drop_duplicates="exact")
     assert len(split_of(plan)) == 3
+    groups = groups_of(plan)
+    assert groups["train/a/1.mp4"] == groups["test/a/3.mp4"] is not None and groups["train/a/2.mp4"] is None
     assert "1 files have the bytes of one in another split, such as train/a/1.mp4 (train) of" in caplog.text
 
 
@@ -82,8 +129,9 @@ def test_copies_in_splits_of_the_source_are_said(tmp_path, caplog):
             for i in range(8)
             for k in (0, 20)
         ],
+        [f"{film}_run_{v}_nm_np1_ri_med_{k}.avi" for film in "ABCDEFGH" for v, k in (("f", 0), ("f", 1))],
     ],
-    ids=["UCF101", "Kinetics"],
+    ids=["UCF101", "Kinetics", "HMDB51"],
 )
 def test_clips_of_a_recording_are_on_one_side(tmp_path, names):
     source = fill(tmp_path / "src", *(f"{'ab'[i % 2]}/{name}" for i, name in enumerate(names)))
@@ -130,6 +178,8 @@ def test_clips_that_were_packed_without_a_group_have_that_of_their_file():
     assert group_of(sample("x", source="a.mp4", start=0.0, group="film 1")) == "film 1"
     assert group_of(sample("x", source="a.mp4", group=None)) == "sample x"
     assert group_of(sample("x", start=1.0)) == "sample x"
+    # others name the site that a clip is from
+    assert group_of(sample("x", source="youtube", start=1.0)) == "sample x"
 
 
 # Folders of frames
@@ -159,6 +209,71 @@ def test_how_many_numbers_may_be_missing():
     assert are_frames(named(1, 2, 3, 5)) and are_frames(named(*range(1, 60, 2), 70))
     assert not are_frames(named(1, 2, 9)) and are_frames(named(1, 2, 9), any_gaps=True)
     assert not are_frames([*named(1, 2), "img_01.jpg"], any_gaps=True)
+
+
+def images(root: Path, *names: str) -> Path:
+    from PIL import Image
+
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16)).save(root / name)
+    return root
+
+
+@pytest.mark.parametrize("word", ["img", "frame", "image"])
+@pytest.mark.parametrize("numbers", [(1, 2, 4), (1, 3, 4, 7), (2, 4, 10)])
+def test_few_frames_with_gaps_are_asked_about(tmp_path, word, numbers):
+    images(tmp_path, *(f"run/v{v}/{word}_{k:05d}.jpg" for v in range(3) for k in numbers))
+    with pytest.raises(UserError, match=r"--frame-rate RATE .* or --frames images"):
+        read_source(tmp_path)
+
+
+@pytest.mark.parametrize("options", [{}, {"frames": "images"}, {"frame_rate": "12"}], ids=str)
+@pytest.mark.parametrize("other", ["cover.jpg", "img_a.png", "sound.mp4"])
+def test_frames_beside_another_file_are_one_group(tmp_path, options, other):
+    names = [f"run/v{v}/img_{k:05d}.jpg" for v in range(2) for k in range(4)]
+    images(tmp_path, *names, *([f"run/v{v}/{other}" for v in range(2)] if other != "sound.mp4" else ()))
+    if other == "sound.mp4":
+        fill(tmp_path, "run/v0/sound.mp4", "run/v1/sound.mp4")
+    source = read_source(tmp_path, options=FolderOptions(**options))
+    groups = {item.path: item.group for item in source.items}
+    assert all(groups[name] == name.rpartition("/")[0] for name in names)
+    assert ("frame_rate" in options) == any("not one series each" in note for note in source.notes)
+
+
+@pytest.mark.parametrize("options", [{}, {"frames": "images"}, {"frame_rate": "12"}], ids=str)
+@pytest.mark.parametrize("views", [("left", "right"), ("cam0", "cam1", "cam2")], ids=str)
+def test_views_of_a_recording_are_one_group(tmp_path, views, options):
+    names = [f"run/v{v}/{view}_{k:03d}.jpg" for v in range(2) for view in views for k in range(3)]
+    source = read_source(images(tmp_path, *names), options=FolderOptions(**options))
+    if options != {"frames": "images"}:
+        groups = {(item.path.rpartition("/")[0], item.group) for item in source.items}
+        assert len(groups) == 2 and None not in dict(groups).values()
+
+
+@pytest.mark.parametrize("name", ["{:04d}.png", "img_{:d}.jpg", "n0144_{:d}.jpg"])
+def test_images_of_a_class_below_a_split_are_no_recording(tmp_path, name):
+    """Else a class would be one group, of which nothing can be held out."""
+    images(tmp_path, *(f"{s}/{c}/{name.format(k)}" for s in ("train", "val") for c in "xy" for k in range(5)))
+    source = read_source(tmp_path, "imagefolder")
+    assert [item.group for item in source.items] == [None] * 20
+
+
+@pytest.mark.parametrize("name", ["v_Run_g{g}_c0{c}_{k:04d}.jpg", "v_Run_g{g}_c0{c}/img_{k:04d}.jpg"])
+def test_frames_of_clips_of_one_recording_are_one_group(tmp_path, name):
+    paths = [f"Run/{name.format(g=g, c=c, k=k)}" for g in "12" for c in (1, 2) for k in range(1, 4)]
+    options = FolderOptions(frames="images" if "/" in name else None)
+    source = read_source(images(tmp_path, *paths), options=options)
+    assert {item.path: item.group for item in source.items} == {
+        path: f"v_Run_g{path.split('_g')[1][0]}" for path in paths
+    }
+
+
+def test_frames_named_by_clip_are_grouped_where_images_are_asked_for(tmp_path):
+    names = [f"run/v_Run_g0{g}_c0{c}_{k:04d}.jpg" for g in (1, 2) for c in (1, 2) for k in range(1, 4)]
+    groups = {item.path: item.group for item in read_source(images(tmp_path, *names), "imagefolder").items}
+    assert len(set(groups.values())) == 2 and None not in groups.values()
+    assert all(groups[name] == groups[f"{name[:13]}_c01_0001.jpg"] for name in names)
 
 
 def test_two_series_in_a_folder_are_named(tmp_path):
