@@ -364,17 +364,32 @@ def _check_header(file: Path, columns: list[str], required: Sequence[str]) -> No
             raise UserError(f"{file}:1: two columns {name!r}; expected each name once")
 
 
+HALF_PAIR = re.compile(
+    r"\\ud[89ab][0-9a-f]{2}(?!\\ud[c-f])|(?<!\\ud[89ab][0-9a-f]{2})\\ud[c-f][0-9a-f]{2}", re.I
+)
+
+
 def is_unicode(text: str) -> bool:
     """Whether a text can be written as UTF-8; an escape of JSON may give half of a surrogate pair."""
     return text.encode("utf-8", "ignore").decode() == text
 
 
+def check_unicode(where: str, value: Any) -> None:
+    """Raises UserError if a value of JSON, or the name of one, holds half of a surrogate pair."""
+    if not is_unicode(json.dumps(value, ensure_ascii=False)):
+        raise UserError(f"{where}: half of a surrogate pair (such as \\ud800), which is no character")
+
+
 def read_json_file(file: Path) -> Any:
     """Returns the value of a JSON file."""
+    lines = text_lines(file)
     try:
-        return json.loads("\n".join(text_lines(file)))
+        value = json.loads("\n".join(lines))
     except (ValueError, RecursionError) as e:
         raise UserError(f"{file}:{getattr(e, 'lineno', 1)}: not JSON: {e}") from e
+    line = next((n for n, text in enumerate(lines, 1) if HALF_PAIR.search(text)), 1)
+    check_unicode(f"{file}:{line}", value)
+    return value
 
 
 def json_objects(file: Path, required: Sequence[str]) -> Iterator[tuple[str, dict]]:

@@ -14,8 +14,8 @@ from data_prep.sources.common import (
     SourceItem,
     SourceListing,
     check_splits_of_lists,
+    check_unicode,
     class_name,
-    is_unicode,
     listed_item,
     parse_path,
     parse_span,
@@ -64,6 +64,7 @@ def _parse_entry(where: str, line: str) -> dict[str, Any]:
         entry = json.loads(line)
     except (ValueError, RecursionError) as e:
         raise UserError(f"{where}: not JSON: {e}") from e
+    check_unicode(where, entry)
     if not isinstance(entry, dict) or not set(entry) <= set(KEYS):
         expected = f"expected an object with no other keys than {', '.join(KEYS)}"
         raise UserError(f"{where}: {line.strip()[:80]}: {expected}")
@@ -86,6 +87,4 @@ def _name(where: str, key: str, value: Any) -> str | None:
     """Returns a name or a whole number as a string; None if it is absent or blank."""
     if isinstance(value, bool) or not isinstance(value, str | int | None):
         raise UserError(f"{where}: {key} {value!r}: expected a name or a whole number")
-    if isinstance(value, str) and not is_unicode(value):
-        raise UserError(f"{where}: {key} {value!r}: half of a surrogate pair, which is no character")
     return None if value is None else str(value).strip() or None

@@ -326,6 +326,8 @@ def test_splits_in_two_spellings_are_refused(tmp_path, one, other):
     [
         (json.dumps({"path": "a.mp4", "label": "\ud800"}), "half of a surrogate pair"),
         (json.dumps({"path": "a.mp4", "group": "x\udfff"}), "half of a surrogate pair"),
+        ('{"path": "a.mp4", "labels": {"\\ud800": "x"}}', "half of a surrogate pair"),
+        ('{"path": "\\udc80.mp4", "label": "x"}', "half of a surrogate pair"),
         ("[" * 100_000, "not JSON"),
         ('{"path": ' + '{"a":' * 100_000, "not JSON"),
     ],
@@ -336,6 +338,23 @@ def test_a_line_that_cannot_be_read_is_named(tmp_path, line, says):
     file.write_text('{"path": "a.mp4"}\n' + line + "\n")
     with pytest.raises(UserError, match=rf"list\.jsonl:2: .*{says}"):
         read_source(source, "jsonl", [file])
+
+
+@pytest.mark.parametrize(
+    "kind, first, second",
+    [
+        ("ssv2", {"id": "a", "template": "x"}, {"id": "b", "template": "\ud83d"}),
+        ("ssv2", {"id": "a", "template": "x"}, {"id": "\udc80", "template": "x"}),
+        ("diving48", {"vid_name": "a_1", "label": 1}, {"vid_name": "x\udfff", "label": 1}),
+    ],
+)
+def test_an_entry_with_half_a_character_is_named(tmp_path, kind, first, second):
+    source = fill(tmp_path / "src", "a.mp4", "a_1.mp4")
+    file = tmp_path / "train.json"
+    whole = {**first, "note": "\U0001f600"}  # a whole pair
+    file.write_text(f"[{json.dumps(whole)},\n{json.dumps(second)}]")
+    with pytest.raises(UserError, match=r"train\.json:2: half of a surrogate pair"):
+        read_source(source, kind, [file])
 
 
 @pytest.mark.parametrize("vocabulary", ["7", '{"a": 1}', "[" * 100_000])
