@@ -67,7 +67,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--decoder",
         choices=("auto", "pyav"),
         default="auto",
-        help="auto: decord for files that it decodes right",
+        help="auto: PyAV, and decord where it alone decodes a file right",
     )
     add_encoding_options(parser)
     add_filter_options(parser)

@@ -1,6 +1,6 @@
 """Embeds the videos of a folder and prints the two that are nearest to each.
 
-python examples/embed_and_search.py FOLDER ENCODER     ENCODER: a run folder, checkpoint, timm:NAME or hf:NAME
+python examples/embed_and_search.py FOLDER ENCODER     ENCODER: a run folder or an encoder of vidssl
 
 With VIDSSL_TOY=1 it renders six small videos and takes an untrained encoder. For many videos use
 `vidssl embed` and `vidssl search`: they resume, take windows of long videos and share the work.

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The tests, from a fresh clone on a machine that has only Python and pip.
 #   tools/test.sh             lint, types and all tests (this is CI)
-#   tools/test.sh --fast      the unit tests alone, one process a core
+#   tools/test.sh --fast      the unit tests without slow ones, one process a core
 #   tools/test.sh ARGUMENTS   lint and types, then pytest with these arguments
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -4,7 +4,7 @@
     features = encoder.embed("video.mp4")             # f32 [D], as a probe sees the video
 
     dataset = vidssl.open_dataset("runs/shards/train", batch=8, frames=16, size=224)
-    objective = vidssl.make_objective("configs/method/vjepa.yaml", "configs/model/vit_small.yaml")
+    objective = vidssl.make_objective("configs/method/vjepa.yaml", "model.kind=vit_small")
     losses = objective(next(iter(dataset)).video)     # for one's own loop
 
 docs/python.md has all of it.

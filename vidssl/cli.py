@@ -59,7 +59,7 @@ def usage() -> str:
         lines += [f"  {name:12s} {COMMANDS[name][1]}" for name in names]
     lines += [
         "",
-        "--quiet, of every command: warnings, errors and results alone. --version: which one this is.",
+        "--quiet, of every command: warnings, errors and the last line alone. --version: which one this is.",
     ]
     lines += ["On N GPUs: vidssl train ... --processes N (also probe, finetune, embed)."]
     return "\n".join(lines)

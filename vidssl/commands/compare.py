@@ -9,9 +9,10 @@ together, so that what is hard for both does not widen the interval. Rows of num
 get no difference. What else than the encoder differs between the probes is listed below the table and the
 plot; rows of different conditions share no bar.
 
---rank: Spearman's correlation, over the probes, of each label-free score (RankMe, alpha-ReQ of the mean
-tokens of train) with the metric on test; p: two-sided, by all permutations of up to 7 probes, of more by
-9,999 random ones. """
+--rank: Spearman's correlation, over three probes or more, of each label-free score of the mean tokens of
+train (RankMe, alpha-ReQ, cluster learnability, dimension) with the metric on test; p: two-sided, by all
+permutations of up to 7 probes, of more by 9,999 random ones.
+"""
 
 import argparse
 import csv

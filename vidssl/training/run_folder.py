@@ -101,7 +101,8 @@ class RunFolder:
             )
         is_cut_off = step < self.steps and end != "over"
         if is_cut_off or (work_follows and signal_number is not None):
-            ended = f"ended after step {step}, which is saved; the same command continues the run"
+            saved = f"ended after step {step}, which is saved" if step else "ended before the first step"
+            ended = f"{saved}; the same command continues the run"
             if signal_number == signal.SIGINT:
                 raise Interrupted(f"{self.out}: Ctrl-C: {ended}")
             raise Preempted(f"{self.out}: SIGTERM: {ended}")
