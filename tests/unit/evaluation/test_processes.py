@@ -85,7 +85,7 @@ def test_an_unfinished_probe_goes_on_if_its_rows_would_be_the_same():
     def fingerprint(*more: str) -> str:
         path = str(ROOT / "configs/probe/knn.yaml")
         cfg = load_config([path, "encoder=x", "data.train=x", "data.test=x", "out=x", *more], ProbeConfig)
-        loaded = LoadedEncoder(torch.nn.Identity(), {})
+        loaded = LoadedEncoder(torch.nn.Identity(), {"model": {}, "pixels": {}})
         return probe_fingerprint(cfg, SimpleNamespace(splits={}), loaded, "fp32")
 
     assert fingerprint("out=y") == fingerprint() != fingerprint("probe.k=3")
