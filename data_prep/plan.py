@@ -176,9 +176,10 @@ def make_plan(source: SourceListing, root: Path, out: Path, args: argparse.Names
     dropped: dict[Path, list[dict]] = defaultdict(list)
     duplicates: dict[str, Duplicate] = {}
     for folder, items in named.items():
-        if args.drop_duplicates:
+        if args.drop_duplicates or args.test_fraction:
             identical = identical_files(items, root)
             duplicates |= identical
+        if args.drop_duplicates:
             items, dropped[folder] = drop_duplicates(items, identical)
         if args.drop_duplicates == "near":
             near = near_duplicates(items, root, out / f"{NEAR_PREFIX}{folder.name}.jsonl", args)
@@ -188,7 +189,7 @@ def make_plan(source: SourceListing, root: Path, out: Path, args: argparse.Names
             dropped[folder] += records
         named[folder] = items
     if args.test_fraction:
-        duplicates |= note_kept_copies(named[out], root)
+        note_kept_copies(named[out], identical)
     elif args.drop_duplicates and len(named) > 1:
         duplicates |= warn_of_shared_files(named, root)
     kept = [item for items in named.values() for item in items]
@@ -248,15 +249,14 @@ def named_splits(
     return splits
 
 
-def note_kept_copies(items: list[SourceItem], root: Path) -> dict[str, Duplicate]:
-    """Finds the copies among the items of --test-fraction, and says that they stay together."""
-    copies = identical_files([item for item in items if item.frame_rate is None], root)
+def note_kept_copies(items: list[SourceItem], identical: Mapping[str, Duplicate]) -> None:
+    """Says that the copies among the items of --test-fraction stay together."""
+    copies = {item.path for item in items} & identical.keys()
     if copies:
         logger.info(
             f"{len(copies)} files have the bytes of another one, such as {min(copies)}: they stay together "
             "in train or test; --drop-duplicates keeps one of them"
         )
-    return copies
 
 
 def warn_of_shared_files(named: Mapping[Path, list[SourceItem]], root: Path) -> dict[str, Duplicate]:
@@ -321,8 +321,10 @@ def class_names(items: list[SourceItem]) -> dict[str, list[str]]:
 
 
 def identical_files(items: list[SourceItem], root: Path) -> dict[str, Duplicate]:
-    """Returns path -> the first path, in alphabetical order, with the same bytes."""
-    identical = find_identical_files(root / path for path in sorted({item.path for item in items}))
+    """Returns path -> the first path, in alphabetical order, with the same bytes; of files, not of folders of
+    frames."""
+    files = sorted({item.path for item in items if item.frame_rate is None})
+    identical = find_identical_files(root / path for path in files)
     paths = {str(file.relative_to(root)): str(first.relative_to(root)) for file, first in identical.items()}
     return {
         path: Duplicate(first, {"detail": f"the same bytes as {first}", "value": 0})
