@@ -69,12 +69,9 @@ def frames_beside_others(paths: Iterable[str]) -> dict[str, list[str]]:
 
 def numbered_folders(paths: Iterable[str]) -> dict[str, list[str]]:
     """Returns folder -> paths of the images of folders in which two or more have a number."""
-    members: dict[str, list[str]] = defaultdict(list)
-    for path in filter(is_image, paths):
-        members[path.rpartition("/")[0]].append(path)
     return {
         folder: names
-        for folder, names in members.items()
+        for folder, names in by_folder(filter(is_image, paths)).items()
         if folder and sum(frame_number(PurePosixPath(name).name) is not None for name in names) > 1
     }
 
@@ -82,16 +79,21 @@ def numbered_folders(paths: Iterable[str]) -> dict[str, list[str]]:
 def frame_folders(paths: Iterable[str], any_gaps: bool = False) -> dict[str, list[str]]:
     """Returns folder -> the paths of its images, of folders that may hold the frames of a video and nothing
     else (see are_frames)."""
-    members: dict[str, list[str]] = defaultdict(list)
-    for path in paths:
-        members[path.rpartition("/")[0]].append(path)
     return {
         folder: sorted(names, key=lambda path: (frame_number(PurePosixPath(path).name) or ("", 0))[1])
-        for folder, names in sorted(members.items())
+        for folder, names in sorted(by_folder(paths).items())
         if folder
         and all(is_image(path) for path in names)
         and are_frames((PurePosixPath(p).name for p in names), any_gaps)
     }
+
+
+def by_folder(paths: Iterable[str]) -> dict[str, list[str]]:
+    """Returns folder -> paths in it."""
+    members: dict[str, list[str]] = defaultdict(list)
+    for path in paths:
+        members[path.rpartition("/")[0]].append(path)
+    return members
 
 
 def is_image(path: str) -> bool:
