@@ -1,6 +1,6 @@
 """Metrics by counting, and their bootstrap confidence intervals. In percent, except R2."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -23,13 +23,22 @@ def bootstrap_ci(
     _, group = np.unique(groups, return_inverse=True)
     sums = np.bincount(group, values.astype(float))
     sizes = np.bincount(group)
+    means = [
+        sums[drawn].sum(1) / sizes[drawn].sum(1) for drawn in resampled_groups(len(sizes), seed, resamples)
+    ]
+    return percent_interval(np.concatenate(means))
+
+
+def resampled_groups(groups: int, seed: int, resamples: int) -> Iterator[np.ndarray]:
+    """Yields i64 [n, groups]: the groups of n resamples, together of all."""
     rng = np.random.default_rng((seed, 5))
-    means = []
     for start in range(0, resamples, RESAMPLES_AT_ONCE):
-        count = min(RESAMPLES_AT_ONCE, resamples - start)
-        drawn = rng.integers(len(sizes), size=(count, len(sizes)))
-        means.append(sums[drawn].sum(1) / sizes[drawn].sum(1))
-    return [round(100 * float(q), 2) for q in np.quantile(np.concatenate(means), [0.025, 0.975])]
+        yield rng.integers(groups, size=(min(RESAMPLES_AT_ONCE, resamples - start), groups))
+
+
+def percent_interval(values: np.ndarray) -> list[float]:
+    """95 % percentile interval of fractions [n], in percent."""
+    return [round(100 * float(q), 2) for q in np.quantile(values, [0.025, 0.975])]
 
 
 def bootstrap_seeds_ci(
@@ -46,19 +55,16 @@ def bootstrap_seeds_ci(
         np.stack([np.bincount(group, hits, len(names)) for hits in method.astype(float)])
         for method in (first, base)
     ]
-    rng = np.random.default_rng((seed, 5))
     seed_rngs = [np.random.default_rng((seed, 6, i)) for i in range(2)]
     differences = []
-    for start in range(0, resamples, RESAMPLES_AT_ONCE):
-        count = min(RESAMPLES_AT_ONCE, resamples - start)
-        drawn = rng.integers(len(sizes), size=(count, len(sizes)))
+    for drawn in resampled_groups(len(sizes), seed, resamples):
         hits = []
         for method, seed_rng in zip(sums, seed_rngs, strict=True):
             of_seed = method[:, drawn].sum(2)  # [S, count]
-            chosen = seed_rng.integers(len(method), size=(len(method), count))
+            chosen = seed_rng.integers(len(method), size=(len(method), len(drawn)))
             hits.append(np.take_along_axis(of_seed, chosen, 0).mean(0))
         differences.append((hits[0] - hits[1]) / sizes[drawn].sum(1))
-    return [round(100 * float(q), 2) for q in np.quantile(np.concatenate(differences), [0.025, 0.975])]
+    return percent_interval(np.concatenate(differences))
 
 
 def bootstrap_metric_ci(
