@@ -36,6 +36,7 @@ from vidssl.data.metadata import (
     json_extension,
     parse_meta,
 )
+from vidssl.data.split_names import name_splits, parse_split
 from vidssl.data.tar_files import is_system_file
 
 MAX_META_BYTES = 64 << 10  # of the metadata of a sample that its index record holds
@@ -223,14 +224,40 @@ def find_tars(folder: Path) -> list[Path]:
     return tars
 
 
+def check_one_split(folder: Path, tars: list[Path]) -> None:
+    """Raises UserError for shards whose names are those of several splits: one index makes one data set of
+    them."""
+    if splits := name_splits(tar.stem for tar in tars):
+        raise UserError(
+            f"{folder}: shards of several splits: {splits}; move those of each split to a folder of its own "
+            "and scan that, or answer with --splits none if they are one data set"
+        )
+
+
+def split_warning(records: list[dict]) -> str:
+    """Says that the metadata of samples name several splits, if so: they are in one data set."""
+    named = (record["meta"].get("split") for record in records)
+    found = [parse_split(name) for name in named if isinstance(name, str)]
+    splits = Counter(name.split for name in found if name)
+    if len(splits) < 2:
+        return ""
+    counts = ", ".join(f"{split} ({n})" for split, n in sorted(splits.items()))
+    return f'samples name splits, "split" of .json: {counts}; they are one data set here'
+
+
 def main(argv: list[str]) -> None:
     check_one_process(argv)
     parser = argparse.ArgumentParser(
         prog="vidssl scan", description="Index shards that were not written by pack."
     )
     parser.add_argument("dir", type=Path, help="a folder of .tar shards; the index is written beside them")
-    folder = parser.parse_args(argv).dir
+    splits = "shards called train, val, test are one data set (none); default: they are refused"
+    parser.add_argument("--splits", choices=("auto", "none"), default="auto", help=splits)
+    args = parser.parse_args(argv)
+    folder = args.dir
     tars = find_tars(folder)
+    if args.splits == "auto":
+        check_one_split(folder, tars)
     if (folder / "index.json").exists() and read_index(folder).get("pack") != {"scan": True}:
         raise UserError(f"{folder}: has an index already, written by pack")
     with claim_folder(folder, "scan"):
@@ -254,7 +281,7 @@ def scan_shards(folder: Path, tars: list[Path]) -> None:
     summary = make_summary(records, classes, findings.left_out)
     write_summary(folder, summary)
     print(*summary_lines(summary), sep="\n")
-    own = (label_warning(records, classes, findings), repeated_keys_warning(records))
+    own = (label_warning(records, classes, findings), repeated_keys_warning(records), split_warning(records))
     for warning in filter(None, (*own, *findings.warnings)):
         print(f"warning: {warning}")
 

@@ -14,12 +14,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from data_prep.sources.names import UNFINISHED, media_stem, parse_split
+from data_prep.sources.names import UNFINISHED, media_stem
 from data_prep.summary import Tally, printable
 from vidssl.core.errors import UserError
 from vidssl.core.tables import read_table
 from vidssl.data.extensions import MEDIA_EXTENSIONS, VIDEO_EXTENSIONS
 from vidssl.data.metadata import is_no_label
+from vidssl.data.split_names import parse_split
 from vidssl.data.tar_files import SYSTEM_FOLDERS
 
 EXTENSIONS = MEDIA_EXTENSIONS

@@ -26,12 +26,12 @@ from data_prep.sources.names import (
     is_flow,
     is_thumbnail,
     media_stem,
-    parse_split,
     split_folder,
 )
 from data_prep.summary import Tally, printable
 from vidssl.core.errors import UserError
 from vidssl.data.extensions import IMAGE_EXTENSIONS
+from vidssl.data.split_names import parse_split
 
 ASK_SPLITS = "answer with --splits folders or --splits none"
 THUMBNAIL_FOLDERS = ("thumbs", "thumbnails", "thumb", "previews", "covers", "posters")

@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data_prep.sources.common import FileFinder, ListingBuilder, SourceItem, SourceListing, text_lines
-from data_prep.sources.names import parse_split
 from vidssl.core.errors import UserError
 from vidssl.data.extensions import IMAGE_EXTENSIONS
+from vidssl.data.split_names import parse_split
 
 SYNSET = r"n\d{8}"
 

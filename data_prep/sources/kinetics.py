@@ -19,8 +19,8 @@ from data_prep.sources.common import (
     require_annotations,
     split_from_name,
 )
-from data_prep.sources.names import SPLITS
 from vidssl.core.errors import UserError
+from vidssl.data.split_names import SPLITS
 
 
 def read_kinetics(root: Path, annotations: Sequence[Path]) -> SourceListing:

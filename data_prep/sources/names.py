@@ -3,22 +3,10 @@
 import re
 from collections.abc import Iterable
 from itertools import pairwise
-from typing import NamedTuple
 
 from vidssl.data.extensions import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
+from vidssl.data.split_names import parse_split
 
-SPLITS = {
-    **dict.fromkeys(("train", "training", "trn", "tr", "trainval"), "train"),
-    **dict.fromkeys(("val", "valid", "validate", "validation", "dev"), "val"),
-    **dict.fromkeys(("test", "testing", "tst", "eval", "evaluation"), "test"),
-}
-# Words beside the one of the split that say nothing about a class
-GENERIC = {
-    "video", "videos", "clip", "clips", "frame", "frames", "rawframes", "image", "images", "img", "imgs",
-    "jpg", "jpgs", "jpeg", "data", "dataset", "set", "split", "list", "part", "raw", "mini", "tiny", "full",
-    "files",
-}  # fmt: skip
-SUFFIX = r"(set|list|data|split|videos|clips|frames|images)?"
 FRAME_WORDS = ("img", "image", "frame", "frm", "f", "rgb", "im", "pic", "thumb")
 MIN_DENSITY = 0.8  # part of the frames of a video that is there
 MIN_NAMED_DENSITY = 0.5  # the same, where images are called frames (FRAME_WORDS)
@@ -32,33 +20,6 @@ THUMBNAIL = re.compile(r"[-_. ](thumb|thumbnail|poster|cover|preview|fanart|\d{2
 THUMBNAILS = {"thumb", "thumbnail", "poster", "cover", "preview", "fanart", "folder"}
 FLOW = re.compile(r"flow[-_]?[xyuv]?[-_]?\d+", re.I)
 FLOW_FOLDERS = {"flow", "flow_x", "flow_y", "flow_u", "flow_v", "optical_flow", "opticalflow", "tvl1_flow"}
-
-
-class SplitName(NamedTuple):
-    """A name with a word for a split, and its other words."""
-
-    split: str  # train, val or test
-    others: tuple[str, ...]
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether nothing else in the name could be the name of a class."""
-        return all(word in GENERIC or any(c.isdigit() for c in word) for word in self.others)
-
-
-def parse_split(name: str) -> SplitName | None:
-    """Returns the split of a name such as Train, videos_val or k400_test_256; None if it names none or
-    two."""
-    words = [word for word in re.split(r"[\W_]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name)) if word]
-    splits = {}
-    for i, word in enumerate(words):
-        match = re.fullmatch(rf"({'|'.join(SPLITS)}){SUFFIX}\d*", word.lower())
-        if match:
-            splits[i] = SPLITS[match[1]]
-    if len(set(splits.values())) != 1:
-        return None
-    others = tuple(word.lower() for i, word in enumerate(words) if i not in splits)
-    return SplitName(next(iter(splits.values())), others)
 
 
 def are_splits(names: Iterable[str]) -> bool | None:

@@ -45,6 +45,7 @@ from vidssl.data.metadata import MAX_JSON_BYTES, parse_meta
 from vidssl.data.order import positions_per_step
 from vidssl.data.remote import filesystem, network_errors
 from vidssl.data.schema import DataConfig, Decoder
+from vidssl.data.split_names import name_splits
 from vidssl.data.tar_files import TarFiles, is_system_file, split_name
 from vidssl.data.timing import choose_frames, draw_timing
 
@@ -73,6 +74,11 @@ def expand_entry(entry: str) -> list[str]:
         tars = sorted(str(path) for path in Path(entry).glob("*.tar") if not is_system_file(path.name))
         if not tars:
             raise UserError(f"{entry}: no .tar file in it")
+        if splits := name_splits(Path(tar).stem for tar in tars):
+            raise UserError(
+                f"{entry}: shards of several splits: {splits}; name those of one, by a pattern such as "
+                "train-{000000..000099}.tar"
+            )
         return tars
     return expand_urls(entry)
 

@@ -14,8 +14,9 @@ from data_prep.frame_folder import folder_as_video, folder_bytes
 from data_prep.plan import make_plan
 from data_prep.recipe import Recipe
 from data_prep.sources import FolderOptions, SourceItem, SourceListing, read_source
-from data_prep.sources.names import are_frames, media_stem, parse_split
+from data_prep.sources.names import are_frames, media_stem
 from vidssl.core.errors import DecodeError, UserError
+from vidssl.data.split_names import parse_split
 
 
 def fill(root: Path, *names: str) -> Path:

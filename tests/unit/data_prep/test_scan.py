@@ -174,6 +174,48 @@ def test_links_devices_and_holes_are_ignored(labelled, scanned, tmp_path):
     assert dict(streamed(tmp_path)) == LABELS
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("imagenet1k-train-0000", "imagenet1k-train-0001", "imagenet1k-validation-0000"),
+        ("train_000", "test_000"),
+        ("k400_Val", "k400_Test-1", "extra"),
+    ],
+)
+def test_shards_of_several_splits_are_no_one_set(names, labelled, tmp_path, capsys):
+    for i, name in enumerate(names):
+        own = [(f"{i}-{member}", data) for member, data in labelled]
+        (tmp_path / f"{name}.tar").write_bytes(tar_bytes(own))
+    with pytest.raises(UserError, match=r"shards of several splits: .*\(val|test\)"):
+        scan.main([str(tmp_path)])
+    with pytest.raises(UserError, match="shards of several splits"):
+        streamed(tmp_path)
+    scan.main([str(tmp_path), "--splits", "none"])
+    assert f"{4 * len(names)} samples" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "names", [("train-0", "train-1"), ("0", "1"), ("test-0", "0"), ("train_val-0", "train-1")]
+)
+def test_shards_of_one_split(names, labelled, tmp_path, capsys):
+    for i, name in enumerate(names):
+        own = [(f"{i}-{member}", data) for member, data in labelled]
+        (tmp_path / f"{name}.tar").write_bytes(tar_bytes(own))
+    scan.main([str(tmp_path)])
+    assert "8 samples in 2 shards" in capsys.readouterr().out
+
+
+def test_splits_that_samples_name_are_said(make_image, scanned):
+    splits = ("train", "training", "validation", "test", 3, None)
+    members = [
+        member
+        for i, split in enumerate(splits)
+        for member in ((f"{i}.png", make_image("png")), (f"{i}.json", json.dumps({"split": split}).encode()))
+    ]
+    assert '"split" of .json: test (1), train (2), val (1)' in scanned(tar_bytes(members))[1]
+    assert "name splits" not in scanned(tar_bytes(members[:4]))[1]
+
+
 def test_folders_without_shards(tmp_path):
     with pytest.raises(UserError, match=r"none: no such folder$"):
         scan.main([str(tmp_path / "none")])
