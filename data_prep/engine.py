@@ -98,6 +98,8 @@ def sample_meta(item: SourceItem, encoded: EncodedSample, plan: Plan) -> dict:
         "label": labels.get(first, -1),
         "class": item.labels.get(first),
         "labels": labels,
+        # So that the shards alone say the names of all label sets
+        **({"class_names": item.labels} if item.labels and len(plan.classes) > 1 else {}),
         "group": item.group or (item.path if is_clip else None),
         "source": item.path,
     }

@@ -168,7 +168,7 @@ def make_plan(source: SourceListing, root: Path, out: Path, args: argparse.Names
     recipe = choose_recipe(source.items, root, args)
     sizes = {item.path: item_bytes(root, item) for item in source.items}
     options = bytes_options(args, recipe)
-    digest = hashlib.sha256(dumps({"version": 6, **options}).encode())
+    digest = hashlib.sha256(dumps({"version": 7, **options}).encode())
     for item in source.items:
         digest.update(dumps([*item, sizes[item.path]]).encode())
     digest.update(dumps(source.rejected).encode())

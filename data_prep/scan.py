@@ -7,7 +7,7 @@ by saying what was understood.
 """
 
 import argparse
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -103,7 +103,7 @@ def read_meta(
     if len(dumps(meta)) <= MAX_META_BYTES:
         return meta
     findings.left_out.note("metadata beyond 64 KiB", where)
-    return {key: meta[key] for key in (*LABEL_FIELDS, "group") if key in meta}
+    return {key: meta[key] for key in (*LABEL_FIELDS, "class_names", "group") if key in meta}
 
 
 def is_utf8(name: str) -> bool:
@@ -115,10 +115,11 @@ def name_classes(records: list[dict], findings: Findings) -> dict[str, list[str]
     """Completes "label", "class" and "labels" of every meta in place; returns label set -> class names.
 
     Names that samples give beside numbers name the classes of the main label set, unless they contradict each
-    other. The classes of other label sets have no names in shards: they get their numbers.
+    other. The classes of other label sets have names where pack wrote them; else they get their numbers.
     """
     metas = [record["meta"] for record in records]
     main = main_label_set(metas)
+    named = names_in_sets(metas)
     numbers, names = numbered_classes(metas, main, findings)
     number_of = {name: number for number, name in numbers.items()}
     unnumbered = names - set(number_of)
@@ -142,9 +143,28 @@ def name_classes(records: list[dict], findings: Findings) -> dict[str, list[str]
     found = {main: classes} if classes else {}
     for label_set in sorted({name for meta in metas for name in meta["labels"]} - {main}):
         if in_set := numbers_in_set(metas, label_set):
-            found[label_set] = [str(i) for i in range(max(in_set) + 1)]
-            findings.warnings.append(f"{label_set}: no sample names its classes; they get their numbers")
+            names_of = named.get(label_set, {})
+            found[label_set] = [names_of.get(i, str(i)) for i in range(max(in_set) + 1)]
+            if not names_of:
+                findings.warnings.append(f"{label_set}: no sample names its classes; they get their numbers")
     return found
+
+
+def names_in_sets(metas: list[dict]) -> dict[str, dict[int, str]]:
+    """Label set -> number -> class name, where samples name the numbers of their "labels" ("class_names", as
+    pack writes them) one to one."""
+    pairs: dict[str, set[tuple[int, str]]] = defaultdict(set)
+    for meta in metas:
+        names = meta.get("class_names")
+        for label_set, name in names.items() if isinstance(names, dict) else ():
+            number = (meta.get("labels") or {}).get(label_set)
+            if isinstance(number, int) and number >= 0 and isinstance(name, str):
+                pairs[label_set].add((number, name))
+    return {
+        label_set: dict(found)
+        for label_set, found in pairs.items()
+        if len(found) == len({number for number, _ in found}) == len({name for _, name in found})
+    }
 
 
 def main_label_set(metas: list[dict]) -> str:
@@ -203,6 +223,10 @@ def label_warning(records: list[dict], classes: Mapping[str, list[str]], finding
     if not findings.described or classes:
         return ""
     keys = Counter(key for r in records for key in (*r["meta"], *r["meta"].get("claimed", ())))
+    claimed = (c for r in records if isinstance(c := r["meta"].get("claimed"), dict))
+    values = [f"{key} = {shortened(dumps(c[key]))}" for c in claimed for key in LABEL_FIELDS if key in c]
+    if values:
+        return f"no label was understood: {values[0]}; expected the number or the name of one class"
     known = ", ".join(key for key, _ in keys.most_common() if key not in OWN_KEYS) or "no other keys"
     return (
         f"{findings.described} samples have metadata ({shortened(known)}), but no label was understood; "
@@ -222,6 +246,20 @@ def find_tars(folder: Path) -> list[Path]:
         hint = hint or (f"; scan each of the folders in it that do: {', '.join(below[:9])}" if below else "")
         raise UserError(f"{folder}: no .tar file in it{hint}")
     return tars
+
+
+def unscanned_warning(folder: Path) -> str:
+    """Says which archives in a folder and below it are not read, if there are any."""
+    others = [p.name for p in sorted(folder.iterdir()) if p.name.endswith(COMPRESSED_TARS)]
+    others += [
+        f"{p.parent.name}/{p.name}" for p in sorted(folder.glob("*/*.tar")) if not is_system_file(p.name)
+    ]
+    if not others:
+        return ""
+    return (
+        f"{counted(len(others), 'archive')} not read, such as {shortened(others[0])}: unpack compressed ones "
+        "to .tar, and scan each folder by itself"
+    )
 
 
 def check_one_split(folder: Path, tars: list[Path]) -> None:
@@ -281,7 +319,12 @@ def scan_shards(folder: Path, tars: list[Path]) -> None:
     summary = make_summary(records, classes, findings.left_out)
     write_summary(folder, summary)
     print(*summary_lines(summary), sep="\n")
-    own = (label_warning(records, classes, findings), repeated_keys_warning(records), split_warning(records))
+    own = (
+        label_warning(records, classes, findings),
+        repeated_keys_warning(records),
+        split_warning(records),
+        unscanned_warning(folder),
+    )
     for warning in filter(None, (*own, *findings.warnings)):
         print(f"warning: {warning}")
 

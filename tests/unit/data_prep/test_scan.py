@@ -205,6 +205,16 @@ def test_shards_of_one_split(names, labelled, tmp_path, capsys):
     assert "8 samples in 2 shards" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("other", ["b.tar.gz", "b.tgz", "b.tar.zst", "below/b.tar", None, "._b.tar", "b.txt"])
+def test_archives_that_are_not_read_are_said(other, labelled, scanned, tmp_path):
+    if other:
+        (tmp_path / other).parent.mkdir(exist_ok=True)
+        (tmp_path / other).write_bytes(b"x")
+    said = scanned(tar_bytes(labelled))[1]
+    expected = other is not None and "b.t" in other and other not in ("._b.tar", "b.txt")
+    assert (f"1 archive not read, such as {other}" in said) is expected
+
+
 def test_splits_that_samples_name_are_said(make_image, scanned):
     splits = ("train", "training", "validation", "test", 3, None)
     members = [
@@ -320,9 +330,30 @@ def test_packed_shards_keep_their_label_sets(tmp_path, packed_sets):
     scan.main([str(tmp_path)])
     found = Shards([str(tmp_path)])
     assert {name: len(names) for name, names in found.classes.items()} == {"motion": 2, "appearance": 3}
-    assert found.classes["motion"] == index["classes"]["motion"]
+    assert found.classes == index["classes"]
     before = [s.meta["labels"] for s in Shards([str(packed_sets)]).list_samples()]
     assert [s.meta["labels"] for s in found.list_samples()] == before
+
+
+@pytest.mark.parametrize(
+    "names, classes",
+    [
+        ([{"verb": "cut", "noun": "egg"}, {"verb": "wash"}], {"noun": ["0", "egg"], "verb": ["cut", "wash"]}),
+        ([{"verb": "cut"}, {"verb": "cut"}], {"noun": ["0", "1"], "verb": ["0", "1"]}),  # not one to one
+        ([["cut"], {"verb": 3}], {"noun": ["0", "1"], "verb": ["0", "1"]}),
+    ],
+)
+def test_names_of_label_sets_are_those_that_samples_say(names, classes, make_image, scanned, tmp_path):
+    labels = [{"verb": 0, "noun": 1}, {"verb": 1}]
+    metas = [{"labels": numbers, "class_names": n} for numbers, n in zip(labels, names, strict=True)]
+    scanned(pictures_with(make_image, [json.dumps(meta).encode() for meta in metas]))
+    assert Shards([str(tmp_path)]).classes == classes
+
+
+@pytest.mark.parametrize("key, value", [("label", ["a", "b"]), ("labels", ["a", "b"]), ("class", {"x": [1]})])
+def test_labels_that_are_not_one_class_are_shown(key, value, make_image, scanned):
+    _, said = scanned(pictures_with(make_image, [json.dumps({key: value, "caption": "c"}).encode()]))
+    assert f"no label was understood: {key} = {json.dumps(value)}; expected the number or the name" in said
 
 
 def test_numbers_beside_names_without_a_number(make_image, scanned):
