@@ -87,6 +87,18 @@ def find_media(root: Path, ignored: Tally, rejected: dict[str, str], notes: list
     return found
 
 
+def media_below(root: Path) -> tuple[list[str], Tally]:
+    """Returns the videos and images below a folder that pack would take, sorted and with the folder, and
+    counts the other files."""
+    left_out = Tally()
+    rejected: dict[str, str] = {}
+    paths = find_media(root, left_out, rejected, [])
+    paths = leave_out_images(paths, FolderOptions(), left_out)
+    for path, reason in rejected.items():
+        left_out.note(reason, path)
+    return [str(root / path) for path in sorted(paths)], left_out
+
+
 def leave_out_images(paths: list[str], options: FolderOptions, ignored: Tally) -> list[str]:
     """Returns the paths without optical flow and, unless they are kept, thumbnails of videos."""
     videos: dict[str, set[str]] = defaultdict(set)  # folder -> stems of its videos

@@ -29,6 +29,7 @@ from vidssl.core.io import atomic_write_text, check_writable, make_folder
 from vidssl.core.launch import check_gpus, parse_processes, relaunch
 from vidssl.core.log import logger, set_log_level
 from vidssl.core.progress import Progress, track
+from vidssl.core.suggestions import counted
 from vidssl.data.addresses import is_url
 from vidssl.evaluation.embedding_files import PACKAGES, check_format, write_embedding_files
 from vidssl.pretrained.sources import check_source
@@ -279,13 +280,38 @@ def open_inputs(inputs: list[str], absolute: bool) -> tuple["IdentifiedSource", 
 
         shards = Shards([item if is_url(item) else os.path.join(root, item) for item in inputs])
         return shards, shards.list_named_samples()
-    from vidssl.evaluation.media_files import MediaFiles, list_media
+    from vidssl.evaluation.media_files import MediaFiles
 
-    paths = list_media([Path(item) for item in inputs])
-    if not paths:
-        raise UserError(f"{inputs[0]}: no video or image in it")
+    paths = list_media(inputs)
     files = MediaFiles(paths, root)
     return files, files.samples
+
+
+def list_media(inputs: list[str]) -> list[str]:
+    """The files that are given, and those in folders that pack would take, each once. Says what else is
+    there."""
+    from data_prep.sources.folder import media_below
+    from data_prep.sources.frames import frame_folders
+    from data_prep.summary import Tally, left_out_lines
+
+    found: dict[str, None] = {}
+    left_out = Tally()
+    for item in inputs:
+        below, others = media_below(Path(item)) if os.path.isdir(item) else ([str(Path(item))], Tally())
+        found |= dict.fromkeys(below)
+        left_out.merge(others)
+    packed = [str(p.parent) for item in inputs for p in sorted(Path(item).glob("*/index.json"))]
+    if not found:
+        hint = f"; packed folders in it: {', '.join(packed)}" if packed else ""
+        raise UserError(f"{inputs[0]}: no video or image in it{hint}")
+    for line in left_out_lines(left_out.entries()):
+        logger.info(line.strip())
+    if frames := frame_folders(found):
+        logger.warning(
+            f"{counted(len(frames), 'folder')} of numbered images, such as {min(frames)}: each image is a "
+            "row; vidssl pack --frame-rate RATE makes them videos"
+        )
+    return list(found)
 
 
 def measure_files(

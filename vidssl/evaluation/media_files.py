@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vidssl.core.errors import DecodeError
-from vidssl.data.extensions import MEDIA_EXTENSIONS
 from vidssl.data.shards import Sample
 
 
@@ -40,15 +39,3 @@ class MediaFiles:
             return (self.root / sample.key).read_bytes()
         except OSError as e:
             raise DecodeError("unreadable", e.strerror or str(e)) from e
-
-
-def list_media(paths: Sequence[Path]) -> list[str]:
-    """The videos and images among files and below folders, sorted within each folder; each file once."""
-    found: dict[str, None] = {}
-    for path in paths:
-        below = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-        names = (str(p) for p in below)
-        found |= dict.fromkeys(
-            name for name in names if not path.is_dir() or media_extension(name) in MEDIA_EXTENSIONS
-        )
-    return list(found)
