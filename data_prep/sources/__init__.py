@@ -4,6 +4,7 @@ WebDataset shards need no source: `vidssl scan DIR` makes their index.
 """
 
 import os
+import re
 import shlex
 from collections import defaultdict
 from collections.abc import Sequence
@@ -75,10 +76,21 @@ def read_source(
         first = next(iter(listing.rejected))
         raise UserError(
             f"{root}: none of its {len(listing.rejected)} files is there, of a known kind, named in UTF-8 "
-            f"(the first: {first[:80]})"
+            f"(the first: {first[:80]}){path_hint(root, first)}"
         )
     others = ", ".join(f"{n} {ext}" for ext, n in listing.ignored.most_common(5))
     raise UserError(f"{root}: no video or image in it" + (f" (other files: {others})" if others else ""))
+
+
+def path_hint(root: Path, path: str) -> str:
+    """Says why a listed path may not be found, if it seems to be known."""
+    if "\\" in path:
+        return "; folders are separated by /, not by \\"
+    if any((root / word).is_file() for word in re.split(r"[,;\s]+", path)[:1] if word != path):
+        return (
+            "; a line holds more than a path: for labels, give --source csv a file with a header (path,label)"
+        )
+    return ""
 
 
 def note_alike_classes(items: Sequence[SourceItem]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Parts of every source format: items and listings, files by name, and readers of annotation files.
+"""Parts of every source format: items and listings, and readers of annotation files.
 
 Readers yield (FILE:LINE, entry), so that every error names its line.
 """
@@ -14,11 +14,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from data_prep.sources.names import UNFINISHED, media_stem
 from data_prep.summary import Tally, printable
 from vidssl.core.errors import UserError
 from vidssl.core.tables import read_table
-from vidssl.data.extensions import MEDIA_EXTENSIONS, VIDEO_EXTENSIONS
+from vidssl.data.extensions import MEDIA_EXTENSIONS
 from vidssl.data.metadata import is_no_label
 from vidssl.data.split_names import parse_split
 from vidssl.data.tar_files import SYSTEM_FOLDERS
@@ -77,52 +76,6 @@ class FolderOptions(NamedTuple):
     thumbnails: str = "leave-out"  # leave-out or keep: images beside the videos that they show
     frames: str | None = None  # images: numbered images are not the frames of a video
     frame_rate: str | None = None  # frames per second of folders of numbered images
-
-
-class FileFinder:
-    """Finds files by name, without folder and extension: annotations name them so, and folders differ by
-    mirror."""
-
-    def __init__(self, root: Path, extensions: Sequence[str] = VIDEO_EXTENSIONS):
-        self.root = root
-        self.paths: dict[str, list[str]] = {}  # name -> sorted paths
-        self._ignored = Tally()
-        self._used: set[str] = set()
-        self.notes: list[str] = []
-        for path in sorted(list_files(root, self._ignored, self.notes)):
-            name = path.rpartition("/")[2]
-            ext = os.path.splitext(name)[1]
-            if os.fsencode(path).decode("utf-8", "replace") != path:
-                self._ignored.note("(not named in UTF-8)", path)
-            elif UNFINISHED.search(name):
-                self._ignored.note("(unfinished download)", path)
-            elif name.startswith("."):
-                self._ignored.note("(hidden)", path)
-            elif ext[1:].lower() not in extensions:
-                self._ignored.note(ext.lower() or "(no extension)", path)
-            elif not os.path.isfile(root / path):
-                self._ignored.note("(broken link)", path)
-            else:
-                self.paths.setdefault(media_stem(name), []).append(path)
-
-    def find(self, name: str, folder: str | None = None) -> str | None:
-        """Returns the path of `name`, or None. Prefers one inside a folder called `folder`, then the first by
-        path."""
-        paths = self.paths.get(name, [])
-        if not paths:
-            return None
-        in_folder = [path for path in paths if folder in path.split("/")[:-1]]
-        found = (in_folder or paths)[0]
-        self._used.add(found)
-        return found
-
-    def ignored_files(self) -> Tally:
-        """Counts the files of other kinds and those that were never found by name."""
-        ignored = Tally()
-        ignored.merge(self._ignored)
-        for path in (path for paths in self.paths.values() for path in paths if path not in self._used):
-            ignored.note("(not in the annotations)", path)
-        return ignored
 
 
 class ListingBuilder:
@@ -359,10 +312,21 @@ def _check_header(file: Path, columns: list[str], required: Sequence[str]) -> No
         raise UserError(f"{file}: empty; expected a header line with the columns {', '.join(required)}")
     for name in required:
         if name not in columns:
-            raise UserError(f"{file}:1: no column `{name}` (found: {', '.join(columns)})")
+            found = f"(found: {', '.join(columns)})"
+            raise UserError(f"{file}:1: no column `{name}` {found}{_header_hint(columns, required)}")
     for i, name in enumerate(columns):
         if name and name in columns[:i]:
             raise UserError(f"{file}:1: two columns {name!r}; expected each name once")
+
+
+def _header_hint(columns: Sequence[str], required: Sequence[str]) -> str:
+    """Says what a header line without the required columns seems to be."""
+    words = [word for name in columns for word in re.split(r"[;\t ]+", name)]
+    if any(word.rpartition(".")[2].lower() in EXTENSIONS for word in words):
+        return f"; its first line is no header: put one above it, with commas ({', '.join(required)}, ...)"
+    if len(words) > len(columns) and set(required) <= set(words):
+        return "; separate columns by commas"
+    return ""
 
 
 HALF_PAIR = re.compile(
@@ -480,8 +444,17 @@ def parse_path(where: str, text: Any, root: Path) -> str:
     for base in (root.absolute(), root.resolve()) if os.path.isabs(normal) else ():
         for place in (Path(normal), Path(normal).parent.resolve() / Path(normal).name):
             if place.is_relative_to(base) and place != base:
-                return place.relative_to(base).as_posix()
+                return _stored_form(root, place.relative_to(base).as_posix())
     path = PurePosixPath(normal)
     if not path.parts or path.is_absolute() or ".." in path.parts or str(path) == "." or "\0" in text:
         raise UserError(f"{where}: path {given!r}: expected a path inside {root.absolute()}")
-    return str(path)
+    return _stored_form(root, str(path))
+
+
+def _stored_form(root: Path, path: str) -> str:
+    """Returns a path with accents as the file system stores them, in one character or in two, if it is
+    there."""
+    if path.isascii() or os.path.lexists(root / path):
+        return path
+    forms = (unicodedata.normalize(form, path) for form in ("NFC", "NFD"))
+    return next((form for form in forms if os.path.lexists(root / form)), path)

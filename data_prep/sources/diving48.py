@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data_prep.sources.common import (
-    FileFinder,
     ListingBuilder,
     SourceListing,
     json_objects,
@@ -18,6 +17,7 @@ from data_prep.sources.common import (
     require_annotations,
     split_from_name,
 )
+from data_prep.sources.file_finder import FileFinder
 from vidssl.core.errors import UserError
 
 CLASSES = 48
@@ -37,7 +37,7 @@ def read_diving48(root: Path, annotations: Sequence[Path]) -> SourceListing:
                 " ".join(map(str, attributes)) if isinstance(attributes, list) else str(attributes)
                 for attributes in listed
             ]
-    files = FileFinder(root)
+    files = FileFinder(root, annotations=annotations)
     listing = ListingBuilder()
     classes = len(vocabulary) if vocabulary else CLASSES
     for file in annotations:
@@ -51,5 +51,5 @@ def read_diving48(root: Path, annotations: Sequence[Path]) -> SourceListing:
                 raise UserError(f"{where}: label {label!r}: expected a number from 0 to {classes - 1}")
             labels = {"label": vocabulary[label] if vocabulary else str(label)}
             group = name.rpartition("_")[0] or None
-            listing.add_named(where, name, files.find(name), labels, group, split)
+            listing.add_named(where, name, files.find(name, split=split), labels, group, split)
     return listing.build(["label"], files.ignored_files(), files.notes)

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data_prep.sources.common import (
-    FileFinder,
     ListingBuilder,
     SourceItem,
     SourceListing,
@@ -20,6 +19,7 @@ from data_prep.sources.common import (
     require_annotations,
     split_from_name,
 )
+from data_prep.sources.file_finder import FileFinder
 from vidssl.core.errors import UserError
 
 COLUMNS = ["participant_id", "video_id", "start_timestamp", "stop_timestamp"]
@@ -34,7 +34,7 @@ def read_epic_kitchens(root: Path, annotations: Sequence[Path]) -> SourceListing
         label_set: _class_keys([file for file in annotations if f"{label_set}_classes" in file.stem])
         for label_set in CLASS_COLUMNS
     }
-    files = FileFinder(root)
+    files = FileFinder(root, annotations=annotations)
     listing = ListingBuilder()
     known: set[tuple] = set()
     second_narrations = 0
@@ -50,7 +50,7 @@ def read_epic_kitchens(root: Path, annotations: Sequence[Path]) -> SourceListing
             }
             if labels:
                 labels["action"] = f"{labels['verb']},{labels['noun']}"
-            path = files.find(row["video_id"])
+            path = files.find(row["video_id"], split=split)
             name = path or f"{row['participant_id']}/videos/{row['video_id']}.MP4"
             item = SourceItem(name, labels, row["participant_id"], split, *_segment(where, row))
             if item.sort_key in known:

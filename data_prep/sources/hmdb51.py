@@ -8,19 +8,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data_prep.sources.common import (
-    FileFinder,
     ListingBuilder,
     SourceListing,
     require_annotations,
     split_lines,
 )
+from data_prep.sources.file_finder import FileFinder
 from vidssl.core.errors import UserError
 
 
 def read_hmdb51(root: Path, annotations: Sequence[Path]) -> SourceListing:
     """Group: the film or video from which the clip was taken, which is the file name up to the class."""
     require_annotations(annotations, "hmdb51", "all CLASS_test_split1.txt, or all of another split")
-    files = FileFinder(root)
+    files = FileFinder(root, annotations=annotations)
     listing = ListingBuilder()
     split_numbers = set()
     unused = 0
@@ -37,12 +37,12 @@ def read_hmdb51(root: Path, annotations: Sequence[Path]) -> SourceListing:
         for where, (name, number) in split_lines(file, "FILE.avi NUMBER"):
             if number not in ("0", "1", "2"):
                 raise UserError(f"{where}: {number}: expected 0 (neither), 1 (train) or 2 (test)")
-            path = files.find(Path(name).stem, label)
-            if number == "0":
+            split = {"1": "train", "2": "test"}.get(number)
+            path = files.find(Path(name).stem, label, split)
+            if split is None:
                 unused += path is not None
                 continue
             group = name.split(f"_{label}_")[0] if f"_{label}_" in name else None
-            split = "train" if number == "1" else "test"
             listing.add_named(where, f"{label}/{name}", path, {"label": label}, group, split)
     ignored = files.ignored_files()
     ignored["(in neither part of the split)"] = unused

@@ -13,7 +13,8 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from data_prep.sources.common import FileFinder, ListingBuilder, SourceItem, SourceListing, text_lines
+from data_prep.sources.common import ListingBuilder, SourceItem, SourceListing, text_lines
+from data_prep.sources.file_finder import FileFinder
 from vidssl.core.errors import UserError
 from vidssl.data.extensions import IMAGE_EXTENSIONS
 from vidssl.data.split_names import parse_split
@@ -30,7 +31,7 @@ def read_imagenet(root: Path, annotations: Sequence[Path]) -> SourceListing:
             "--source imagenet: expected both ILSVRC2012_validation_ground_truth.txt and meta.mat, or none"
         )
     val_labels = _val_labels(ground_truth[0], metas[0]) if ground_truth else {}
-    files = FileFinder(root, IMAGE_EXTENSIONS)
+    files = FileFinder(root, IMAGE_EXTENSIONS, annotations)
     listing = ListingBuilder()
     moved = Counter[str]()
     for name in sorted(files.paths):
@@ -56,7 +57,7 @@ def read_imagenet(root: Path, annotations: Sequence[Path]) -> SourceListing:
         if name not in files.paths:
             listing.add(str(ground_truth[0]), SourceItem(f"{name}.JPEG", {}, None, "val"), "missing")
     notes = [f"{n} images are named as {what}: the folder decides" for what, n in sorted(moved.items())]
-    return listing.build(["label"], files.ignored_files(), [*files.notes, *notes])
+    return listing.build(["label"], files.ignored_files("(not named as in ImageNet)"), [*files.notes, *notes])
 
 
 def _val_labels(ground_truth: Path, meta: Path) -> dict[str, str]:

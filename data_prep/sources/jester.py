@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data_prep.sources.common import (
-    FileFinder,
     ListingBuilder,
     SourceListing,
     require_annotations,
     split_from_name,
     text_lines,
 )
+from data_prep.sources.file_finder import FileFinder
 from vidssl.core.errors import UserError
 
 
@@ -25,7 +25,7 @@ def read_jester(root: Path, annotations: Sequence[Path]) -> SourceListing:
     require_annotations(annotations, "jester", names)
     label_files = [file for file in annotations if file.stem.endswith("labels")]
     classes = {line.strip() for file in label_files for line in text_lines(file) if line.strip()}
-    files = FileFinder(root)
+    files = FileFinder(root, annotations=annotations)
     listing = ListingBuilder()
     for file in annotations:
         if file in label_files:
@@ -41,7 +41,7 @@ def read_jester(root: Path, annotations: Sequence[Path]) -> SourceListing:
                 raise UserError(f"{where}: {line.strip()!r}: {expected}")
             if label and classes and label not in classes:
                 raise UserError(f"{where}: class {label!r}: expected one of the {len(classes)} in the labels")
-            path = files.find(name)
+            path = files.find(name, split=split)
             if path is None:
                 _check_no_frame_folder(root, name)
             listing.add_named(where, name, path, {"label": label} if label else {}, None, split)

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data_prep.sources.common import (
-    FileFinder,
     ListingBuilder,
     SourceItem,
     SourceListing,
@@ -19,14 +18,17 @@ from data_prep.sources.common import (
     require_annotations,
     split_from_name,
 )
+from data_prep.sources.file_finder import FileFinder
 from vidssl.core.errors import UserError
 from vidssl.data.split_names import SPLITS
+
+REPLACEMENTS = "replacement_for_corrupted_k400"  # folder of CVDF's, which count before the files of a split
 
 
 def read_kinetics(root: Path, annotations: Sequence[Path]) -> SourceListing:
     """Group: the YouTube video. The split is a column of the row, or else taken from the file's name."""
     require_annotations(annotations, "kinetics", "train.csv, val.csv or validate.csv, test.csv")
-    files = FileFinder(root)
+    files = FileFinder(root, annotations=annotations)
     listing = ListingBuilder()
     for file in annotations:
         for where, row in csv_rows(file, ["youtube_id", "time_start", "time_end"]):
@@ -41,8 +43,8 @@ def read_kinetics(root: Path, annotations: Sequence[Path]) -> SourceListing:
                 )
             labels = {"label": row["label"]} if row.get("label") else {}
             trimmed_name = f"{youtube_id}_{int(start):06d}_{int(end):06d}"
-            trimmed = files.find(trimmed_name)
-            whole = None if trimmed else files.find(youtube_id)
+            trimmed = files.find(trimmed_name, REPLACEMENTS, split)
+            whole = None if trimmed else files.find(youtube_id, split=split)
             if whole:
                 listing.add(where, SourceItem(whole, labels, youtube_id, split, start, end))
             else:

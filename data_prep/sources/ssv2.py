@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data_prep.sources.common import (
-    FileFinder,
     ListingBuilder,
     SourceListing,
     json_objects,
@@ -17,6 +16,7 @@ from data_prep.sources.common import (
     require_annotations,
     split_from_name,
 )
+from data_prep.sources.file_finder import FileFinder
 from vidssl.core.errors import UserError
 
 
@@ -29,7 +29,7 @@ def read_ssv2(root: Path, annotations: Sequence[Path]) -> SourceListing:
             classes = read_json_file(file)
             if not isinstance(classes, dict) or not classes:
                 raise UserError(f"{file}:1: expected an object, class -> number")
-    files = FileFinder(root)
+    files = FileFinder(root, annotations=annotations)
     listing = ListingBuilder()
     for file in annotations:
         if file.stem.endswith("labels"):
@@ -45,5 +45,5 @@ def read_ssv2(root: Path, annotations: Sequence[Path]) -> SourceListing:
                         f"{where}: class {label!r}: expected one of the {len(classes)} in the labels"
                     )
                 labels["label"] = label
-            listing.add_named(where, name, files.find(name), labels, None, split)
+            listing.add_named(where, name, files.find(name, split=split), labels, None, split)
     return listing.build(["label"], files.ignored_files(), files.notes)

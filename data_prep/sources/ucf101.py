@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data_prep.sources.common import (
-    FileFinder,
     ListingBuilder,
     SourceListing,
     require_annotations,
     split_from_name,
     split_lines,
 )
+from data_prep.sources.file_finder import FileFinder
 from vidssl.core.errors import UserError
 
 
@@ -28,7 +28,7 @@ def read_ucf101(root: Path, annotations: Sequence[Path]) -> SourceListing:
             f"--source ucf101: {len(class_files)} classInd.txt among the annotations; expected one"
         )
     classes = _read_classes(class_files[0])
-    files = FileFinder(root)
+    files = FileFinder(root, annotations=annotations)
     listing = ListingBuilder()
     for file in annotations:
         if file == class_files[0]:
@@ -46,7 +46,7 @@ def read_ucf101(root: Path, annotations: Sequence[Path]) -> SourceListing:
                 raise UserError(
                     f"{where}: class number {words[1]} of {label}: expected {number}, as in {class_files[0]}"
                 )
-            path = files.find(Path(name).stem, folder)
+            path = files.find(Path(name).stem, folder, split)
             listing.add_named(where, words[0], path, {"label": label}, match[1], split)
     return listing.build(["label"], files.ignored_files(), files.notes)
 

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data_prep.sources.common import (
-    FileFinder,
     FolderOptions,
     ListingBuilder,
     SourceItem,
@@ -23,6 +22,7 @@ from data_prep.sources.common import (
     splits_of_lists,
     text_lines,
 )
+from data_prep.sources.file_finder import FileFinder
 from vidssl.core.errors import UserError
 
 COLUMNS = ("video_id", "group", "split", "start", "end")
@@ -39,16 +39,17 @@ def read_unlabelled(
     splits = splits_of_lists(annotations, options)
     for file in splits:
         if file.suffix == ".csv":
-            files = files or FileFinder(root)
+            files = files or FileFinder(root, annotations=annotations)
             for where, row in csv_rows(file, ["video_id"]):
                 unread |= dict.fromkeys(name for name in row if name not in COLUMNS)
                 video_id = row["video_id"]
                 if not video_id:
                     raise UserError(f"{where}: no video_id")
-                path = files.find(video_id)
+                split = row.get("split") or splits[file]
+                path = files.find(video_id, split=split)
                 span = parse_span(where, row.get("start"), row.get("end"))
                 group = row.get("group") or video_id
-                item = SourceItem(path or video_id, {}, group, row.get("split") or splits[file], *span)
+                item = SourceItem(path or video_id, {}, group, split, *span)
                 listing.add(where, item, None if path else "missing")
         elif file.suffix == ".txt":
             for number, line in enumerate(text_lines(file), 1):
