@@ -3,12 +3,13 @@
 import argparse
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from data_prep import engine
 from data_prep.index import Contents, read_contents, read_lines, write_lines
-from data_prep.plan import Plan, make_plan
+from data_prep.plan import Plan, is_number, make_plan
 from data_prep.report import write_dataset_report
 from data_prep.sources import SourceListing
 from data_prep.summary import (
@@ -16,6 +17,7 @@ from data_prep.summary import (
     count_rejected,
     left_out_lines,
     make_summary,
+    shortened,
     summary_lines,
     write_summary,
 )
@@ -23,6 +25,7 @@ from vidssl.core.errors import UserError
 from vidssl.core.io import make_folder
 from vidssl.core.log import logger
 from vidssl.core.progress import Progress
+from vidssl.core.suggestions import counted
 from vidssl.data.format import dumps, dumps_index, shard_entry
 
 
@@ -95,10 +98,12 @@ def summarise(plan: Plan, source: SourceListing, contents: Mapping[Path, Content
     """Writes summary.json of each data set, and prints what the source and each data set hold."""
     ignored = Tally()
     ignored.merge(source.ignored)
-    print(f"{plan.source}: {len(source.items)} items in {len(plan.datasets)} data sets")
+    sets = counted(len(plan.datasets), "data set")
+    print(f"{plan.source}: {counted(len(source.items), 'item')} in {sets}")
     for note in source.notes:
         print(f"  {note}")
     print(*left_out_lines(ignored.entries()), sep="\n", end="\n" if ignored else "")
+    summaries = {}
     for folder, (index, records, rejections) in contents.items():
         left_out = count_rejected(rejections)
         summary = make_summary(records, index["classes"], left_out)
@@ -108,9 +113,39 @@ def summarise(plan: Plan, source: SourceListing, contents: Mapping[Path, Content
         rejected = (
             f"{left_out.total()} rejected ({counts}): see rejected.jsonl" if counts else "none rejected"
         )
-        shards_line = f"{index['samples']} samples in {len(index['shards'])} shards, {megabytes:.1f} MB"
+        shards = counted(len(index["shards"]), "shard")
+        shards_line = f"{counted(index['samples'], 'sample')} in {shards}, {megabytes:.1f} MB"
         print(f"{folder}: {shards_line}; {rejected}")
         print(*summary_lines(summary), sep="\n")
+        summaries[folder.name] = summary
+    for line in classes_without_train(summaries):
+        logger.warning(line)
+
+
+def classes_without_train(summaries: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """Yields a line for each data set beside train whose samples have classes of which train has no sample.
+
+    summaries: name of a data set -> contents of its summary.json. Numbers that mostly occur once are no
+    classes; of joined tags ("a|b") each counts.
+    """
+    in_train = summaries.get("train", {"classes": {}})["classes"]
+    for name, summary in summaries.items():
+        for label_set, sizes in summary["classes"].items():
+            trained = [class_name for class_name, n in in_train.get(label_set, {}).items() if n]
+            tested = {class_name: n for class_name, n in sizes.items() if n}
+            are_numbers = all(map(is_number, tested)) and 2 * len(tested) > sum(tested.values())
+            if name == "train" or not trained or are_numbers:
+                continue
+            tags = {tag for class_name in trained for tag in class_name.split("|")}
+            unseen = {c: n for c, n in tested.items() if not tags.issuperset(c.split("|"))}
+            if unseen:
+                first = max(unseen, key=lambda c: unseen[c])
+                samples = counted(sum(unseen.values()), "sample")
+                classes = counted(len(unseen), "class", "es")
+                yield (
+                    f"{name}: {samples} of {classes} of {label_set} without a sample in train, such as "
+                    f"{shortened(first)}"
+                )
 
 
 def check_not_empty(plan: Plan, out: Path, contents: Mapping[Path, Contents]) -> None:

@@ -22,6 +22,7 @@ from data_prep.frame_folder import folder_bytes
 from data_prep.index import class_lists, sample_key
 from data_prep.recipe import Recipe
 from data_prep.sources import SourceItem, SourceListing
+from data_prep.sources.names import numbered_series
 from vidssl.core.errors import UserError
 from vidssl.core.log import logger
 from vidssl.core.splits import shuffle_key, split_by_group
@@ -94,6 +95,20 @@ def split_train_test(
     for item, is_test in zip(items, split.held_out, strict=True):
         splits["test" if is_test else "train"].append(item)
     return {name: sorted(members, key=lambda item: item.sort_key) for name, members in splits.items()}
+
+
+def warn_of_divided_series(splits: Mapping[str, list[SourceItem]]) -> None:
+    """Says that files without a group, named as numbered parts of one, are in train and in test."""
+    split_of = {item.path: name for name, items in splits.items() for item in items if item.group is None}
+    divided = [paths for paths in numbered_series(split_of) if len({split_of[path] for path in paths}) > 1]
+    if divided:
+        one = divided[0][0]
+        other = next(path for path in divided[0] if split_of[path] != split_of[one])
+        logger.warning(
+            f"--test-fraction: {len(divided)} series of numbered files are divided, such as {one} "
+            f"({split_of[one]}) and {other} ({split_of[other]}); if these are of one recording, give it as "
+            "the group of both in a list"
+        )
 
 
 def joined_groups(items: list[SourceItem], duplicates: Mapping[str, Duplicate]) -> list[str]:
@@ -201,6 +216,7 @@ def make_plan(source: SourceListing, root: Path, out: Path, args: argparse.Names
     if args.test_fraction:
         splits = split_train_test(datasets[out], source.label_sets, args.test_fraction, args.seed)
         datasets = {out / split: items for split, items in splits.items() if items}
+        warn_of_divided_series(splits)
     rejected: dict[Path, list[dict]] = defaultdict(list)
     # A file of which no split is known, or of a split without any file, is listed in the first data set.
     for path, reason in source.rejected.items():
@@ -210,10 +226,16 @@ def make_plan(source: SourceListing, root: Path, out: Path, args: argparse.Names
             {"path": path, "reason": reason, "detail": detail}
         )
     read = {folder: {item.path for item in items} for folder, items in datasets.items()}
+    folder_of = {path: folder for folder, paths in read.items() for path in paths}
     for folder, records in dropped.items():
-        listed_in = folder if folder in datasets else min(datasets)
-        rejected[listed_in] += records
-        read[listed_in] |= {record["path"] for record in records}
+        for record in records:
+            # With --test-fraction a dropped copy is of the split of the file that is kept
+            kept_copy = record["path"]
+            while kept_copy in duplicates and kept_copy not in folder_of:
+                kept_copy = duplicates[kept_copy].of
+            listed_in = folder if folder in datasets else folder_of.get(kept_copy, min(datasets))
+            rejected[listed_in].append(record)
+            read[listed_in].add(record["path"])
     bytes_in = {folder: sum(sizes[path] for path in paths) for folder, paths in read.items()}
     return Plan(
         source=root,

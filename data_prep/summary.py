@@ -136,9 +136,19 @@ def time_repairs(meta: Mapping[str, Any]) -> dict[str, int]:
 def display_notes(meta: Mapping[str, Any]) -> Iterator[str]:
     """Yields what a sample's file asks players to do beside turning and mirroring."""
     facts = meta.get("original") or meta
+    if is_cut_short(meta):
+        yield "segments that end beyond their file and are shorter for that"
     if facts.get("crop"):
         yield "cropped, as the file says"
     yield from facts.get("not_applied") or {}
+
+
+def is_cut_short(meta: Mapping[str, Any]) -> bool:
+    """Whether a clip is shorter than its start and end say, by more than half a second and two frames."""
+    if "packed" not in meta or meta.get("end") is None or not meta["fps"]:  # pack measured them
+        return False
+    missing = meta["end"] - (meta.get("start") or 0.0) - meta["duration"]
+    return bool(missing > max(0.5, 2 / meta["fps"]))
 
 
 def write_summary(folder: Path, summary: dict[str, Any]) -> None:
@@ -157,8 +167,11 @@ def summary_lines(summary: Mapping[str, Any]) -> Iterator[str]:
     for label_set, entry in summary["unlabelled"].items():
         yield f"  without {label_set}: {counted(entry['files'], 'sample')}{_examples(entry)}"
     if summary["groups"]:
-        without = f"; {summary['without_group']} samples in none" if summary["without_group"] else ""
-        yield f"  groups: {summary['groups']}, the largest of {summary['largest_group']} samples{without}"
+        without = (
+            f"; {counted(summary['without_group'], 'sample')} in none" if summary["without_group"] else ""
+        )
+        largest = counted(summary["largest_group"], "sample")
+        yield f"  groups: {summary['groups']}, the largest of {largest}{without}"
     for reason, entry in summary["time_repairs"].items():
         yield f"  time stamps {reason}: {entry['files']}{_examples(entry)}"
     for fact, entry in summary["display"].items():
@@ -190,7 +203,7 @@ def _class_line(sizes: Mapping[str, int]) -> str:
     present = {name: n for name, n in sizes.items() if n}
     empty = [name for name, n in sizes.items() if not n]
     if not present:
-        return f"{len(sizes)} classes, none with a sample"
+        return f"{counted(len(sizes), 'class', 'es')}, none with a sample"
     largest = max(present, key=lambda name: present[name])
     smallest = min(present, key=lambda name: present[name])
     line = f"{len(sizes)} classes" if len(sizes) > 1 else "1 class"

@@ -31,7 +31,7 @@ from data_prep.sources.names import (
 from data_prep.summary import Tally, printable
 from vidssl.core.errors import UserError
 from vidssl.data.extensions import IMAGE_EXTENSIONS
-from vidssl.data.split_names import parse_split
+from vidssl.data.split_names import GENERIC, parse_split
 
 ASK_SPLITS = "answer with --splits folders or --splits none"
 THUMBNAIL_FOLDERS = ("thumbs", "thumbnails", "thumb", "previews", "covers", "posters")
@@ -142,7 +142,27 @@ def place(root: Path, items: list[SourceItem], options: FolderOptions, notes: li
         placed.append(item._replace(labels=labels, split=split, group=group))
     if depth is None:
         notes += note_single_folder(list(levels.values()))
-    return placed
+    return without_class_of_container(placed, notes)
+
+
+def without_class_of_container(items: list[SourceItem], notes: list[str]) -> list[SourceItem]:
+    """Returns the items without the class of a folder such as val/images, the only one of its split, if
+    another split has two or more classes and not this one: it holds the files and is no class."""
+    classes: dict[str | None, set[str]] = defaultdict(set)
+    for item in items:
+        classes[item.split] |= set(item.labels.values())
+    containers = {
+        split: min(names)
+        for split, names in classes.items()
+        if len(names) == 1
+        and names <= GENERIC
+        and any(len(others) > 1 and not others & names for others in classes.values())
+    }
+    notes += [
+        f"{split}: its only folder, {name}, is taken for no class, since other splits have other classes"
+        for split, name in sorted(containers.items(), key=str)
+    ]
+    return [item._replace(labels={}) if item.split in containers else item for item in items]
 
 
 def note_single_folder(folders: list[list[str]]) -> list[str]:

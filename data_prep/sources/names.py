@@ -1,6 +1,7 @@
 """What names of files and folders say: splits, numbered frames, thumbnails, unfinished downloads."""
 
 import re
+from collections import defaultdict
 from collections.abc import Iterable
 from itertools import pairwise
 
@@ -18,6 +19,7 @@ RECORDING = (  # of clips, and of their numbered frames
 VIEWS = re.compile(r"(left|right|l|r|cam|camera|view)[-_. ]*\d*[-_. ]*", re.I)  # prefixes of frames
 THUMBNAIL = re.compile(r"[-_. ](thumb|thumbnail|poster|cover|preview|fanart|\d{2,4}x\d{2,4})s?$", re.I)
 THUMBNAILS = {"thumb", "thumbnail", "poster", "cover", "preview", "fanart", "folder"}
+PART = re.compile(r"(clip|part|seg|segment|scene|shot)$", re.I)
 FLOW = re.compile(r"flow[-_]?[xyuv]?[-_]?\d+", re.I)
 FLOW_FOLDERS = {"flow", "flow_x", "flow_y", "flow_u", "flow_v", "optical_flow", "opticalflow", "tvl1_flow"}
 
@@ -85,6 +87,20 @@ def are_frames(names: Iterable[str], any_gaps: bool = False) -> bool:
     min_density = MIN_NAMED_DENSITY if is_named else MIN_DENSITY
     is_dense = len(numbers) >= min_density * ((numbers[-1] - numbers[0]) / step + 1)
     return (is_dense or any_gaps) and (len(numbers) > 2 or is_named)
+
+
+def numbered_series(paths: Iterable[str]) -> list[list[str]]:
+    """Returns lists of paths that are named as numbered parts of one, such as A_clip1.mp4 and A_clip2.mp4,
+    of folders that hold three or more of these."""
+    folders: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for path in paths:
+        folder, _, name = path.rpartition("/")
+        stem = media_stem(name)
+        whole = PART.sub("", stem.rstrip("0123456789").rstrip("-_. ")).rstrip("-_. ")
+        if stem[-1:].isdecimal() and any(map(str.isalpha, whole)):
+            folders[folder][whole].append(path)
+    several = ([p for p in series.values() if len(p) > 1] for series in folders.values())
+    return [paths for found in several if len(found) > 2 for paths in found]
 
 
 def recording(name: str) -> str | None:

@@ -181,6 +181,7 @@ def test_val_is_tested_on_where_there_is_no_test(splits, tested, tmp_path, monke
         (["train/a/1.mp4", "train/b/2.mp4"], "its splits are train; expected train and test"),
         (["val/a/1.mp4", "test/b/2.mp4"], "its splits are test, val; expected train and test"),
         (["train/1.mp4", "test/2.mp4"], "no labels, so nothing to probe"),
+        (["train/a/1.mp4", "test/b/2.mp4"], "no class of 'label' is in both train and test"),
         (["1.mp4", "2.mp4"], "no labels, so nothing to probe"),
     ],
 )

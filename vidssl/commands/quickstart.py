@@ -14,6 +14,7 @@ import contextlib
 import os
 import shlex
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -166,16 +167,25 @@ def test_split(found: SourceListing, source: Path) -> str:
 
 
 def common_label(found: SourceListing, test: str, source: Path) -> str:
-    """The first label set of which train and test have labels. Raises UserError if there is none."""
+    """The first label set of which train and test share a class. Raises UserError if there is none."""
     if not found.label_sets:
         raise UserError(
             f"{source}: no labels, so nothing to probe; expected FOLDER/<class>/<file>, or labels.csv"
         )
-    labelled = {(name, item.split) for item in found.items for name in item.labels}
-    splits = ("train", test) if any(item.split for item in found.items) else (None,)
+    classes: dict[tuple[str, str | None], set[str]] = defaultdict(set)
+    for item in found.items:
+        for name, label in item.labels.items():
+            classes[name, item.split].add(label)
+    train, tested = ("train", test) if any(item.split for item in found.items) else (None, None)
     for name in found.label_sets:
-        if all((name, split) in labelled for split in splits):
+        if classes[name, train] & classes[name, tested]:
             return name
+    both = [name for name in found.label_sets if classes[name, train] and classes[name, tested]]
+    if both:
+        raise UserError(
+            f"{source}: no class of '{both[0]}' is in both train and {test}, so nothing to probe; train has "
+            f"{min(classes[both[0], train])!r}, {test} has {min(classes[both[0], tested])!r}"
+        )
     raise UserError(
         f"{source}: no label in both train and {test}, so nothing to probe; there is "
         f"{', '.join(found.label_sets)}"

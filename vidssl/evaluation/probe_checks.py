@@ -1,9 +1,12 @@
 """Checks of a probe before any feature is computed: do labels, subsets and held-out parts suffice?"""
 
+from collections import Counter
 from typing import Any
 
 from vidssl.core.errors import UserError
+from vidssl.core.log import logger
 from vidssl.core.splits import split_by_group
+from vidssl.core.suggestions import counted
 from vidssl.data.parts import groups_of
 from vidssl.evaluation.probe_data import LabelSet, ProbeData, ProbeSplits
 from vidssl.evaluation.protocol import ProbeProtocol
@@ -25,9 +28,25 @@ def check_label_sets(data: ProbeData, protocol: ProbeProtocol, probe_splits: Pro
                     f"data.{split}: no sample has a label of '{name}' "
                     f"({len(label_set.labels[split])} have one of another label set)"
                 )
+        _warn_of_classes_without_train(name, label_set)
         for fraction in data.train_fractions:
             _check_fraction(fraction, name, label_set)
         _check_held_out(data, protocol, probe_splits, name)
+
+
+def _warn_of_classes_without_train(name: str, label_set: LabelSet) -> None:
+    """Says that test has classes of which train has no sample: they count as errors."""
+    if label_set.task.kind != "class":
+        return
+    trained = set(label_set.labels["train"])
+    unseen = Counter(c for c in label_set.labels["test"] if c is not None and c not in trained)
+    if unseen:
+        first = label_set.task.names[unseen.most_common(1)[0][0]]
+        classes = counted(len(unseen), "class", "es")
+        logger.warning(
+            f"label '{name}': {counted(unseen.total(), 'test sample')} of {classes} without a sample in "
+            f"train, such as '{first}': they count as errors"
+        )
 
 
 def _check_fraction(fraction: float, name: str, label_set: LabelSet) -> None:

@@ -61,7 +61,23 @@ def test_copies_are_on_one_side(tmp_path, drop, grouped):
         assert sorted(splits) == sorted(names)
         dropped = [record["path"] for records in plan.rejected.values() for record in records]
         assert sorted(dropped) == sorted(name.replace(".mp4", "copy.mp4") for name in names)
+        for folder, records in plan.rejected.items():  # where the copy is that is kept
+            assert {splits[r["path"].replace("copy.mp4", ".mp4")] for r in records} == {folder.name}
     assert list(splits.values()).count("test") == pytest.approx(0.3 * len(splits), abs=1)
+
+
+@pytest.mark.parametrize("form", ["dive/{}_{:05d}.mp4", "{} clip{}.mp4"])
+def test_numbered_clips_that_are_divided_are_said(form, tmp_path, capsys):
+    paths = [form.format(recording, n) for recording in ("-mnyYMNhZLE", "x", "y") for n in range(1, 5)]
+    source = fill(tmp_path / "src", *paths)
+    splits = split_of(plan_of(source, tmp_path / "out", test_fraction=0.5))
+    said = capsys.readouterr()
+    assert "series of numbered files are divided, such as" in said.out + said.err
+    rows = [f"{path},{path.split('/')[-1][:2]},x\n" for path in splits]
+    (source / "labels.csv").write_text("path,group,label\n" + "".join(rows))
+    plan_of(source, tmp_path / "other")
+    said = capsys.readouterr()
+    assert "numbered files" not in said.out + said.err
 
 
 def groups_of(plan: Plan) -> dict[str, str | None]:

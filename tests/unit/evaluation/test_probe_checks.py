@@ -78,6 +78,25 @@ def test_labels_that_suffice(data, protocol, probe_splits):
     check_label_sets(ProbeData(train=["a"], test=["b"], **data), protocol, probe_splits)
 
 
+@pytest.mark.parametrize(
+    ("test", "line"),
+    [
+        ([0, 1, None], ""),
+        (
+            [0, 2, 2],
+            "'x': 2 test samples of 1 class without a sample in train, such as 'c': they count as errors",
+        ),
+        ([1, 2, 3, 3], "'x': 3 test samples of 2 classes without a sample in train, such as 'd'"),
+    ],
+)
+def test_classes_of_which_train_has_no_sample_are_said(test, line, capsys):
+    found = splits([n % 2 for n in range(30)], test)
+    found.label_sets["x"] = found.label_sets["x"]._replace(task=Task("x", "class", ["a", "b", "c", "d"]))
+    check_label_sets(ProbeData(train=["a"], test=["b"]), Knn(), found)
+    said = capsys.readouterr()
+    assert line in said.out + said.err and ("without a sample" in said.out + said.err) is bool(line)
+
+
 def test_features_that_do_not_fit_the_disk(tmp_path, monkeypatch):
     shape = FeatureShape(10**6, 2, 500, 1000)  # 4 TB
     stores = [FeatureStore(tmp_path / "cache", {}, shape, torch.float32)]
