@@ -3,7 +3,7 @@
 import argparse
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from vidssl.core.log import logger
 from vidssl.core.progress import Progress
 from vidssl.core.suggestions import counted
 from vidssl.data.format import dumps, dumps_index, shard_entry
+from vidssl.data.metadata import group_in
 
 
 def pack_source(source: SourceListing, args: argparse.Namespace) -> None:
@@ -118,8 +119,25 @@ def summarise(plan: Plan, source: SourceListing, contents: Mapping[Path, Content
         print(f"{folder}: {shards_line}; {rejected}")
         print(*summary_lines(summary), sep="\n")
         summaries[folder.name] = summary
-    for line in classes_without_train(summaries):
+    groups = {folder.name: [group_in(r["meta"]) for r in found.records] for folder, found in contents.items()}
+    for line in (*classes_without_train(summaries), *groups_of_train(groups)):
         logger.warning(line)
+
+
+def groups_of_train(groups: Mapping[str, Sequence[str | None]]) -> Iterator[str]:
+    """Yields a line for each data set beside train with samples of groups that train has, too.
+
+    groups: name of a data set -> group of each sample, or None.
+    """
+    in_train = set(groups.get("train", ())) - {None}
+    for name, found in groups.items():
+        shared = [group for group in found if group in in_train]
+        if shared and name != "train":
+            example = shortened(min(map(str, shared)))
+            yield (
+                f"{name}: {counted(len(shared), 'sample')} of {counted(len(set(shared)), 'group')} "
+                f"(a recording, a person) that train has, too, such as {example}"
+            )
 
 
 def classes_without_train(summaries: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:

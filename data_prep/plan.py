@@ -205,7 +205,7 @@ def make_plan(source: SourceListing, root: Path, out: Path, args: argparse.Names
         named[folder] = items
     if args.test_fraction:
         note_kept_copies(named[out], identical)
-    elif args.drop_duplicates and len(named) > 1:
+    elif len(named) > 1:
         duplicates |= warn_of_shared_files(named, root)
     kept = [item for items in named.values() for item in items]
     groups = shared_groups(kept, source.items, duplicates)

@@ -253,7 +253,7 @@ def test_labels_csv(tmp_path, make_video, make_image):
     )
     (src / "a.doc").write_text("x")
     for i in range(5):
-        (src / f"v{i}.mp4").write_bytes(make_video(3))
+        (src / f"v{i}.mp4").write_bytes(make_video(3 + i))
     pack.main([str(src), str(out), "--workers", "1"])
     want = {"noun": ["7", "8", "9", "10", "11"], "verb": ["close", "open"]}
     for split, n in (("train", 3), ("val", 2)):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.packing import classes_without_train
+from data_prep.packing import classes_without_train, groups_of_train
 from data_prep.sources import FolderOptions, SourceListing, read_source
 from data_prep.sources.names import numbered_series
 from data_prep.summary import is_cut_short
@@ -164,6 +164,14 @@ def test_classes_of_which_train_has_no_sample_are_said():
     ]
     assert not list(classes_without_train({"a": train, "b": test}))
     assert not list(classes_without_train({"train": summary(label={"run": 0}), "test": test}))
+
+
+def test_groups_that_train_has_too_are_said():
+    groups = {"test": ["a", "a", "b", None], "train": ["a", None, "c"], "val": ["d", None]}
+    assert list(groups_of_train(groups)) == [
+        "test: 2 samples of 1 group (a recording, a person) that train has, too, such as a"
+    ]
+    assert not list(groups_of_train({"a": ["x"], "b": ["x"]}))
 
 
 # Clips of recordings

@@ -125,11 +125,12 @@ def test_kept_copies_have_a_group_for_later_splits(tmp_path, drop):
         assert sides[f"a{v}.mp4"] == sides[f"b{v}.mp4"]
 
 
-def test_copies_in_splits_of_the_source_are_said(tmp_path, caplog):
+@pytest.mark.parametrize("drop", [None, "bytes"])
+def test_copies_in_splits_of_the_source_are_said(drop, tmp_path, caplog):
     source = fill(tmp_path / "src", "train/a/1.mp4", "train/a/2.mp4", "test/a/3.mp4")
     (source / "test/a/3.mp4").write_bytes((source / "train/a/1.mp4").read_bytes())
     with caplog.at_level("WARNING", "vidssl"):
-        plan = plan_of(source, tmp_path / "out", test_fraction=0.0, drop_duplicates="exact")
+        plan = plan_of(source, tmp_path / "out", test_fraction=0.0, drop_duplicates=drop)
     assert len(split_of(plan)) == 3
     groups = groups_of(plan)
     assert groups["train/a/1.mp4"] == groups["test/a/3.mp4"] is not None and groups["train/a/2.mp4"] is None
