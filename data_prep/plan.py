@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 import av
 
-from data_prep.dedup import cached_near_duplicates, find_near_duplicates
-from data_prep.filters import NEAR_PREFIX, Filters, find_identical_files
+from data_prep.copies import Deduplicated, Duplicate, drop_all_duplicates
+from data_prep.filters import Filters
 from data_prep.frame_folder import folder_bytes
 from data_prep.index import class_lists, sample_key
 from data_prep.recipe import Recipe
@@ -67,13 +67,6 @@ class Plan(NamedTuple):
 
     def shards(self) -> list[ShardPlan]:
         return [shard for shards in self.datasets.values() for shard in shards]
-
-
-class Duplicate(NamedTuple):
-    """A file that is dropped because another one is kept."""
-
-    of: str  # path of the file that is kept
-    record: dict  # entries of rejected.jsonl
 
 
 def split_train_test(
@@ -188,54 +181,24 @@ def make_plan(source: SourceListing, root: Path, out: Path, args: argparse.Names
         digest.update(dumps([*item, sizes[item.path]]).encode())
     digest.update(dumps(source.rejected).encode())
     # Duplicates are dropped before --test-fraction, so that none is on the other side.
-    dropped: dict[Path, list[dict]] = defaultdict(list)
-    duplicates: dict[str, Duplicate] = {}
-    for folder, items in named.items():
-        if args.drop_duplicates or args.test_fraction:
-            identical = identical_files(items, root)
-            duplicates |= identical
-        if args.drop_duplicates:
-            items, dropped[folder] = drop_duplicates(items, identical)
-        if args.drop_duplicates == "near":
-            near = near_duplicates(items, root, out / f"{NEAR_PREFIX}{folder.name}.jsonl", args)
-            duplicates |= near
-            digest.update(dumps(near).encode())
-            items, records = drop_duplicates(items, near)
-            dropped[folder] += records
-        named[folder] = items
-    if args.test_fraction:
-        note_kept_copies(named[out], identical)
-    elif len(named) > 1:
-        duplicates |= warn_of_shared_files(named, root)
-    kept = [item for items in named.values() for item in items]
-    groups = shared_groups(kept, source.items, duplicates)
+    found = drop_all_duplicates(named, root, out, args)
+    digest.update(dumps(found.near).encode())
+    kept = [item for items in found.kept.values() for item in items]
+    groups = shared_groups(kept, source.items, found.duplicates)
     datasets = {
         folder: [item._replace(group=groups.get(item.path, item.group)) for item in items]
-        for folder, items in named.items()
+        for folder, items in found.kept.items()
     }
     if args.test_fraction:
         splits = split_train_test(datasets[out], source.label_sets, args.test_fraction, args.seed)
         datasets = {out / split: items for split, items in splits.items() if items}
         warn_of_divided_series(splits)
-    rejected: dict[Path, list[dict]] = defaultdict(list)
-    # A file of which no split is known, or of a split without any file, is listed in the first data set.
-    for path, reason in source.rejected.items():
-        folder = out / source.rejected_splits.get(path, "")
-        detail = "" if folder in datasets or folder == out else f"of the split {folder.name}"
-        rejected[folder if folder in datasets else min(datasets)].append(
-            {"path": path, "reason": reason, "detail": detail}
-        )
+    dropped = dropped_by_dataset(found, datasets)
+    rejected = rejected_by_dataset(source, datasets, out)
     read = {folder: {item.path for item in items} for folder, items in datasets.items()}
-    folder_of = {path: folder for folder, paths in read.items() for path in paths}
     for folder, records in dropped.items():
-        for record in records:
-            # With --test-fraction a dropped copy is of the split of the file that is kept
-            kept_copy = record["path"]
-            while kept_copy in duplicates and kept_copy not in folder_of:
-                kept_copy = duplicates[kept_copy].of
-            listed_in = folder if folder in datasets else folder_of.get(kept_copy, min(datasets))
-            rejected[listed_in].append(record)
-            read[listed_in].add(record["path"])
+        rejected[folder] += records
+        read[folder] |= {record["path"] for record in records}
     bytes_in = {folder: sum(sizes[path] for path in paths) for folder, paths in read.items()}
     return Plan(
         source=root,
@@ -249,6 +212,38 @@ def make_plan(source: SourceListing, root: Path, out: Path, args: argparse.Names
         options=options,
         digest=digest.hexdigest(),
     )
+
+
+def dropped_by_dataset(
+    found: Deduplicated, datasets: Mapping[Path, list[SourceItem]]
+) -> dict[Path, list[dict]]:
+    """Returns the records of dropped copies by data set: with --test-fraction a copy is of that of the file
+    that is kept."""
+    folder_of = {item.path: folder for folder, items in datasets.items() for item in items}
+    by_dataset: dict[Path, list[dict]] = defaultdict(list)
+    for folder, records in found.dropped.items():
+        for record in records:
+            path = record["path"]
+            while path in found.duplicates and path not in folder_of:
+                path = found.duplicates[path].of
+            listed_in = folder if folder in datasets else folder_of.get(path, min(datasets))
+            by_dataset[listed_in].append(record)
+    return by_dataset
+
+
+def rejected_by_dataset(
+    source: SourceListing, datasets: Mapping[Path, list[SourceItem]], out: Path
+) -> dict[Path, list[dict]]:
+    """Returns the records of files that the source refuses, by data set. A file of no known split, or
+    of a split without any file, is listed in the first one."""
+    by_dataset: dict[Path, list[dict]] = defaultdict(list)
+    for path, reason in source.rejected.items():
+        folder = out / source.rejected_splits.get(path, "")
+        detail = "" if folder in datasets or folder == out else f"of the split {folder.name}"
+        by_dataset[folder if folder in datasets else min(datasets)].append(
+            {"path": path, "reason": reason, "detail": detail}
+        )
+    return by_dataset
 
 
 def item_bytes(root: Path, item: SourceItem) -> int:
@@ -269,31 +264,6 @@ def named_splits(
     for item in source.items:
         splits[out / str(item.split)].append(item)
     return splits
-
-
-def note_kept_copies(items: list[SourceItem], identical: Mapping[str, Duplicate]) -> None:
-    """Says that the copies among the items of --test-fraction stay together."""
-    copies = {item.path for item in items} & identical.keys()
-    if copies:
-        logger.info(
-            f"{len(copies)} files have the bytes of another one, such as {min(copies)}: they stay together "
-            "in train or test; --drop-duplicates keeps one of them"
-        )
-
-
-def warn_of_shared_files(named: Mapping[Path, list[SourceItem]], root: Path) -> dict[str, Duplicate]:
-    """Finds the copies among all splits, and warns of files whose bytes are in two of the source's own
-    splits, which are left as they are."""
-    splits = {item.path: folder.name for folder, items in named.items() for item in items}
-    copies = identical_files([item for items in named.values() for item in items], root)
-    shared = {path: copy.of for path, copy in copies.items() if splits[path] != splits[copy.of]}
-    if shared:
-        path, of = min(shared.items())
-        logger.warning(
-            f"{len(shared)} files have the bytes of one in another split, such as {path} ({splits[path]}) of "
-            f"{of} ({splits[of]}): both are kept, since the source names its splits"
-        )
-    return copies
 
 
 def choose_recipe(items: list[SourceItem], root: Path, args: argparse.Namespace) -> Recipe | None:
@@ -340,54 +310,6 @@ def class_names(items: list[SourceItem]) -> dict[str, list[str]]:
         for label_set, name in item.labels.items():
             names[label_set].add(name)
     return class_lists(names)
-
-
-def identical_files(items: list[SourceItem], root: Path) -> dict[str, Duplicate]:
-    """Returns path -> the first path, in alphabetical order, with the same bytes; of files, not of folders of
-    frames."""
-    files = sorted({item.path for item in items if item.frame_rate is None})
-    identical = find_identical_files(root / path for path in files)
-    paths = {str(file.relative_to(root)): str(first.relative_to(root)) for file, first in identical.items()}
-    return {
-        path: Duplicate(first, {"detail": f"the same bytes as {first}", "value": 0})
-        for path, first in paths.items()
-    }
-
-
-def near_duplicates(
-    items: list[SourceItem], root: Path, cache: Path, args: argparse.Namespace
-) -> dict[str, Duplicate]:
-    """Returns path -> the file that contains its pictures. The result is kept in `cache`."""
-    found = cached_near_duplicates(
-        cache, root, items, lambda: find_near_duplicates(root, items, args.workers, args.timeout)
-    )
-    return {
-        path: Duplicate(
-            record["duplicate_of"], {"detail": f"its pictures are in {record['duplicate_of']}", **record}
-        )
-        for path, record in found.items()
-        if "duplicate_of" in record
-    }
-
-
-def drop_duplicates(
-    items: list[SourceItem], duplicates: dict[str, Duplicate]
-) -> tuple[list[SourceItem], list[dict]]:
-    """Returns the items that are kept and the records of rejected.jsonl of the others.
-
-    An item is dropped if the same segment of the file that it duplicates is an item too.
-    """
-    segments = {(item.path, *item.span) for item in items}
-    kept, rejected = [], []
-    for item in items:
-        duplicate = duplicates.get(item.path)
-        if duplicate is None or (duplicate.of, *item.span) not in segments:
-            kept.append(item)
-            continue
-        times = {"start": item.start, "end": item.end}
-        record = {"path": item.path, "reason": "duplicate", **duplicate.record}
-        rejected.append(record | {name: t for name, t in times.items() if t is not None})
-    return kept, rejected
 
 
 def plan_shards(

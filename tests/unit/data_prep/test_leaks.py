@@ -244,7 +244,7 @@ def test_pack_drops_near_duplicates_and_caches_them(tmp_path, monkeypatch):
     with monkeypatch.context() as cut_off, pytest.raises(KeyboardInterrupt):
         cut_off.setattr("data_prep.engine.make", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         pack.main(command)
-    monkeypatch.setattr("data_prep.plan.find_near_duplicates", lambda *_: pytest.fail("searched again"))
+    monkeypatch.setattr("data_prep.copies.find_near_duplicates", lambda *_: pytest.fail("searched again"))
     pack.main(command)
     rejected = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
     why = {r["path"]: r.get("duplicate_of", r["detail"]) for r in rejected if r["reason"] == "duplicate"}

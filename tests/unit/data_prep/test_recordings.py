@@ -94,7 +94,7 @@ def test_groups_that_a_dropped_file_joins_are_on_one_side(tmp_path, monkeypatch,
     if search == "bytes":
         texts |= {copy: texts[of] for copy, of in copies.items()}
     found = {copy: {"duplicate_of": of} for copy, of in copies.items()}
-    monkeypatch.setattr("data_prep.plan.find_near_duplicates", lambda *_: found)
+    monkeypatch.setattr("data_prep.copies.find_near_duplicates", lambda *_: found)
     source = fill(tmp_path / "src", *texts)
     for name, text in texts.items():
         (source / name).write_text(text)
