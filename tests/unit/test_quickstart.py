@@ -210,3 +210,35 @@ def test_a_pack_that_was_cut_off_between_its_splits_goes_on(tmp_path, monkeypatc
     quick = parse_quickstart([str(videos), "--out", str(tmp_path / "out")])
     folder_of(quick.shards("train"), "index.json")
     assert packed_by(monkeypatch, "test") == [] and prepare_data(quick) == "label"
+
+
+def test_results_of_other_videos_are_not_taken_for_those_of_the_folder(make_video, tmp_path):
+    """Another file, another label, another content, and another folder of the same name."""
+    videos = folder_of(tmp_path / "v", "a/1.mp4", "a/2.mp4", "b/1.mp4", "b/2.mp4")
+    elsewhere = folder_of(tmp_path / "elsewhere" / "v", "a/1.mp4", "c/1.mp4")
+    for frames, file in enumerate(sorted(videos.glob("*/*.mp4")), 3):
+        file.write_bytes(make_video(frames=frames))
+
+    def call(folder: Path = videos) -> str:
+        return prepare_data(parse_quickstart([str(folder), "--out", str(tmp_path / "out")]))
+
+    assert call() == call() == "label"
+    file = videos / "b" / "2.mp4"
+    for place in ("a/3.mp4", "a/1.mp4"):
+        file = file.rename(videos / place)
+        with pytest.raises(UserError, match="holds a pack of other files"):
+            call()
+    with pytest.raises(UserError, match="holds a pack of other files"):
+        call(elsewhere)
+
+
+@pytest.mark.parametrize("options", [["--train", "7"], ["--labelled", "1"], ["--test", "2"]])
+def test_a_rendered_corpus_is_of_the_numbers_that_were_given(options, tmp_path, monkeypatch):
+    rows = ["path,label_motion,split", "1.mp4,a,train", "2.mp4,b,train", "3.mp4,,train", "4.mp4,b,test"]
+    packed_by(monkeypatch, "train", "test")
+    folder_of(tmp_path / "corpus", *(f"{i}.mp4" for i in range(1, 5)))
+    (tmp_path / "corpus" / "labels.csv").write_text("\n".join(rows))
+    same = ["--out", str(tmp_path), "--train", "3", "--test", "1", "--labelled", "2"]
+    assert prepare_data(parse_quickstart(same)) == "motion"
+    with pytest.raises(UserError, match=rf"^{options[0]} {options[1]}: .* was rendered with \d"):
+        prepare_data(parse_quickstart([*same, *options]))

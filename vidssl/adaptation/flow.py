@@ -31,12 +31,13 @@ from vidssl.adaptation.programs import (
     trial_job,
 )
 from vidssl.adaptation.proposal import MIN_STEPS, Proposal
-from vidssl.adaptation.request import Request, check_request, keep_request
+from vidssl.adaptation.request import Request, check_data, check_request, keep_request
 from vidssl.adaptation.start import Start, read_start, save_start
 from vidssl.adaptation.table import compared_rows, held_out_lines, label_tables
 from vidssl.config import load_config, merge
 from vidssl.core.errors import UserError
 from vidssl.core.io import atomic_write_text, claim_folder
+from vidssl.data.shards import Shards
 from vidssl.training.schema import TrainConfig
 from vidssl.zoo.jobs import Outcome, run_jobs
 
@@ -57,6 +58,8 @@ def adapt(request: Request, dry_run: bool) -> bool:
     with claim_folder(request.folder, "adapt"):
         check_request(request)
         corpus = open_corpus(request, packed(request))
+        hashes = data_hashes(request, corpus.folders)
+        check_data(request, hashes)
         print("\n".join(corpus.facts.lines()), flush=True)
         proposal = make_proposal(request, corpus, start)
         tree = config_tree(request, corpus, proposal)
@@ -65,7 +68,7 @@ def adapt(request: Request, dry_run: bool) -> bool:
         check_programs(request, corpus, tree, start)
         if dry_run:
             return True
-        keep_request(request)
+        keep_request(request, hashes)
         outcomes = prepare(request, corpus, start, tree, proposal, began_s)
         cfg = load_config([str(request.config_file)], TrainConfig)
         outcomes |= run_once(request, [adapted_job(request)])
@@ -82,16 +85,25 @@ def adapt(request: Request, dry_run: bool) -> bool:
 
 
 def packed(request: Request) -> Folders:
-    """The packed folders of the videos, which are packed here if they are not yet."""
-    if found := find_folders(request):
-        is_own = Path(found.train).is_relative_to(request.folder)
-        if not is_own or request.config_file.exists():
-            return found
+    """The packed folders of the videos, which are packed here if they are not yet. Raises UserError if they
+    were packed from other files than there are now."""
+    found = find_folders(request)
+    if found and not Path(found.train).is_relative_to(request.folder):
+        return found
     outcome = run_jobs([pack_job(request)], 1)["shards"]
     if outcome.status != "done":
         raise UserError(f"--videos {request.videos}: cannot be packed: {outcome.text}")
     found = find_folders(request)
     assert found is not None
+    return found
+
+
+def data_hashes(request: Request, folders: Folders) -> dict[str, str]:
+    """Option that names data -> hash of its shards."""
+    found = {"--videos": Shards([folders.train, *([folders.test] if folders.test else [])]).hash}
+    if request.control:
+        parts = [str(Path(request.control) / part) for part in ("train", "test")]
+        found["--control"] = Shards(parts).hash
     return found
 
 

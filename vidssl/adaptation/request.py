@@ -1,6 +1,7 @@
 """What a call of `vidssl adapt` asks for, and the files of its output folder."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -73,14 +74,8 @@ def split_settings(items: list[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 def check_request(request: Request) -> None:
     """Raises UserError if the folder is of another request."""
-    path = request.folder / "adapt.json"
-    if not path.exists():
-        return
-    try:
-        stored = json.loads(path.read_text())
-    except ValueError:
-        raise UserError(f"{path}: damaged; remove {request.out} and start again") from None
-    for key, value in _asked(request).items():
+    stored = _stored(request)
+    for key, value in _asked(request).items() if stored else ():
         if stored.get(key) != value:
             raise UserError(
                 f"{request.out} holds another adaptation: {OPTIONS.get(key, f'--{key}')} was "
@@ -88,10 +83,31 @@ def check_request(request: Request) -> None:
             )
 
 
-def keep_request(request: Request) -> None:
-    """Writes the request beside its results, for check_request."""
-    text = json.dumps(_asked(request), indent=1) + "\n"
+def check_data(request: Request, hashes: Mapping[str, str]) -> None:
+    """Raises UserError if the folder is of other data. hashes: option that names data -> their hash."""
+    for option, before in _stored(request).get("data", {}).items():
+        if before != hashes.get(option):
+            raise UserError(
+                f"{request.out} holds an adaptation to other data: those of {option} have changed since "
+                "(their hash differs); give another --out"
+            )
+
+
+def keep_request(request: Request, hashes: Mapping[str, str]) -> None:
+    """Writes the request beside its results, for check_request and check_data."""
+    text = json.dumps({**_asked(request), "data": hashes}, indent=1) + "\n"
     atomic_write_text(request.folder / "adapt.json", text)
+
+
+def _stored(request: Request) -> dict[str, Any]:
+    """What an earlier call has kept; {} if there is none."""
+    path = request.folder / "adapt.json"
+    if not path.exists():
+        return {}
+    try:
+        return json.loads(path.read_text())
+    except ValueError:
+        raise UserError(f"{path}: damaged; remove {request.out} and start again") from None
 
 
 def _asked(request: Request) -> dict[str, Any]:

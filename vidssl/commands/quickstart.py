@@ -39,6 +39,7 @@ from vidssl.quickstart.progress import TrainingProgress
 from vidssl.quickstart.results import add_times, result_table, summary, write_results_json
 from vidssl.training.schema import TrainConfig
 from vidssl.zoo.jobs import PYTHON, exit_at_sigterm, run_jobs
+from vidssl.zoo.programs import check_finished
 
 MASKED_CLIPS = 3  # in masks.png
 TRAIN = 3000
@@ -136,19 +137,39 @@ def prepare_data(quick: Quickstart) -> str:
     found = read_source(quick.source)
     test = test_split(found, quick.source)
     label = common_label(found, test, quick.source)
+    check_rendered(quick, found)
     parts = [quick.shards(name) for name in ("train", test)]
-    if not all((folder / "index.json").exists() for folder in parts):
-        began_s = time.monotonic()
-        split = [] if any(item.split for item in found.items) else ["--test-fraction", "0.3"]
-        # What was rendered a moment ago need not be compared with a second decoder
-        decoder = [] if quick.videos else ["--decoder", "pyav"]
-        pack.main([str(quick.source), str(quick.out / "shards"), *split, *decoder])
+    is_packed = all((folder / "index.json").exists() for folder in parts)
+    began_s = time.monotonic()
+    split = [] if any(item.split for item in found.items) else ["--test-fraction", "0.3"]
+    # What was rendered a moment ago need not be compared with a second decoder
+    decoder = [] if quick.videos else ["--decoder", "pyav"]
+    # Also where the shards are there: they may be of other files
+    pack.main([str(quick.source), str(quick.out / "shards"), *split, *decoder])
+    if not is_packed:
         took_s["pack"] = time.monotonic() - began_s
     for folder in parts:
         if not (folder / "index.json").exists():
             raise UserError(f"{quick.source}: no file of {folder.name} could be packed; see {folder.parent}")
     add_times(quick.out / "times.json", took_s)
     return label
+
+
+def check_rendered(quick: Quickstart, found: SourceListing) -> None:
+    """Raises UserError if an earlier call has rendered other numbers of videos."""
+    if quick.videos is not None:
+        return
+    train = [item for item in found.items if item.split == "train"]
+    labelled = sum(bool(item.labels) for item in train)
+    for option, given, there in (
+        ("--train", quick.train, len(train)),
+        ("--test", quick.test, len(found.items) - len(train)),
+        ("--labelled", min(quick.labelled, quick.train), labelled),
+    ):
+        if given != there:
+            raise UserError(
+                f"{option} {given}: {quick.source} was rendered with {there}; give the same, or another --out"
+            )
 
 
 def test_split(found: SourceListing, source: Path) -> str:
@@ -202,6 +223,7 @@ def run_programs(quick: Quickstart, label: str) -> bool:
     at_once = 1 if torch.cuda.is_available() else min(len(METHODS), cores)
     with TrainingProgress(quick) as progress:
         jobs = quickstart_jobs(quick, label, max(1, cores // at_once))
+        check_finished(jobs)
         outcomes = run_jobs(jobs, at_once, look=progress.look)
     done = {name: o.seconds for name, o in outcomes.items() if o.status == "done" and o.seconds}
     add_times(quick.out / "times.json", done)

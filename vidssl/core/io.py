@@ -23,6 +23,7 @@ from vidssl.core.errors import UserError
 LOCK_FILE = ".lock"
 LEFTOVER = re.compile(r".*\.[0-9a-f]{8}\.tmp")  # names of atomic_write's temporary files
 MAX_ROW_BYTES = 1 << 16  # of a log
+MAX_HEADER_BYTES = 1 << 24  # of a safetensors file
 LEFTOVER_AGE_S = 3600  # seconds since the last write, after which a temporary file has no writer any more
 
 
@@ -214,6 +215,18 @@ def last_json_row(path: Path) -> dict[str, Any]:
         file.seek(max(0, file.seek(0, os.SEEK_END) - MAX_ROW_BYTES))
         *rows, _ = file.read().split(b"\n")
     return json.loads(rows[-1]) if rows else {}
+
+
+def native_description(path: Path) -> dict[str, Any]:
+    """Our description in the header of a safetensors file, without torch; {} if there is none."""
+    try:
+        with open(path, "rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(min(size, MAX_HEADER_BYTES)))
+        found = json.loads(header["__metadata__"]["vidssl"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def make_folder(folder: Path) -> None:

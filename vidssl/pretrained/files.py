@@ -14,12 +14,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vidssl.core.errors import UserError
-from vidssl.core.io import atomic_write
+from vidssl.core.io import MAX_HEADER_BYTES, atomic_write
 from vidssl.pretrained.content import HASH_KEY, check_content, check_matrices, content_hash
 from vidssl.pretrained.infer_config import Checkpoint
 
 HEADER_KEY = "vidssl"  # of the safetensors metadata entry that holds our header
-MAX_HEADER_BYTES = 1 << 24
 
 
 def save_native(folder: Path, checkpoint: Checkpoint, metadata: dict[str, Any]) -> None:

@@ -10,9 +10,9 @@ from typing import Any
 
 import yaml
 
+from vidssl.core.io import native_description
 from vidssl.core.suggestions import counted
 
-MAX_HEADER_BYTES = 1 << 24
 Row = dict[str, Any]
 
 
@@ -66,7 +66,9 @@ def read_run(folder: Path, name: str) -> RunFiles:
         run.missing.append("There is no log.jsonl, so there are no curves.")
     encoder = folder / "encoder.safetensors"
     if encoder.is_file():
-        run.header = read_header(encoder, run.missing)
+        run.header = native_description(encoder)
+        if not run.header:
+            run.missing.append(f"{encoder.name} has no description of ours in its header.")
     else:
         when = "after the last epoch" if run.is_fine_tuning else "when the run saves (run.save_every)"
         run.missing.append(f"There is no encoder.safetensors yet; it is written {when}.")
@@ -122,19 +124,6 @@ def row_of(line: bytes) -> Row | None:
     if not isinstance(row, dict) or not isinstance(row.get("step"), int):
         return None
     return row
-
-
-def read_header(path: Path, missing: list[str]) -> Row:
-    """Our description in the header of a safetensors file; {} if there is none."""
-    try:
-        with open(path, "rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(min(size, MAX_HEADER_BYTES)))
-        found = json.loads(header["__metadata__"]["vidssl"])
-    except (OSError, ValueError, KeyError, TypeError):
-        missing.append(f"{path.name} has no description of ours in its header.")
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def read_json(path: Path) -> Row | None:

@@ -7,6 +7,8 @@ from typing import Any
 
 from vidssl.config import from_tree, load_config, to_tree
 from vidssl.core.errors import UserError
+from vidssl.core.io import native_description
+from vidssl.data.shards import Shards
 from vidssl.evaluation.comparison import NO_CONDITIONS
 from vidssl.evaluation.probe_config import ProbeConfig
 from vidssl.training.schema import TrainConfig, resume_mutable
@@ -86,22 +88,25 @@ def timed_jobs(
 
 
 def check_finished(jobs: Sequence[Job]) -> None:
-    """Raises UserError if a result is there already that was made with other arguments: it would be taken for
-    one of this zoo."""
+    """Raises UserError if a result is there already that was made with other arguments or on other data: it
+    would be taken for one of this call."""
     for job in jobs:
         if job.result is None or not job.result.exists():
             continue
         arguments = job.command[len(PYTHON) + 1 :]
+        cfg: Any
+        stored: Any
         if job.result.name == "probe.json":
-            cfg: Any = load_config(arguments, ProbeConfig)
-            stored: Any = from_tree(
-                json.loads(job.result.read_text())["config"], ProbeConfig, str(job.result)
-            )
+            report = json.loads(job.result.read_text())
+            cfg = load_config(arguments, ProbeConfig)
+            stored = from_tree(report["config"], ProbeConfig, str(job.result))
             mutable = MUTABLE
+            hashes = report.get("data", {})
         else:
             cfg = load_config(arguments, TrainConfig)
             stored = load_config([str(job.folder / "config.yaml")], TrainConfig)
             mutable = set(resume_mutable(cfg)) - {"run.steps"}
+            hashes = {"train": native_description(job.result).get("data")}
         there = flat(to_tree(stored))
         here = flat(to_tree(cfg))
         differing = [key for key in here if not is_mutable(key, mutable) and there.get(key) != here[key]]
@@ -111,6 +116,32 @@ def check_finished(jobs: Sequence[Job]) -> None:
                 f"{job.folder}: {key} is {there.get(key)} there, {here[key]} here; choose another out, or "
                 "remove that folder"
             )
+        check_same_data(job.folder, cfg, hashes)
+
+
+def check_same_data(folder: Path, cfg: ProbeConfig | TrainConfig, hashes: Mapping[str, str | None]) -> None:
+    """Raises UserError if the data of a finished program are not those that it was run on. hashes: of train
+    and test then; data that cannot be opened any more are not compared."""
+    for part, before in hashes.items():
+        try:
+            now = data_hash_of(cfg, part)
+        except UserError:
+            continue
+        if before is not None and before != now:
+            raise UserError(
+                f"{folder}: data.{part} has changed since it was made (its hash differs); choose another "
+                "out, or remove that folder"
+            )
+
+
+def data_hash_of(cfg: ProbeConfig | TrainConfig, part: str) -> str:
+    """The hash of train or test, as the program writes it."""
+    if isinstance(cfg, TrainConfig):
+        from vidssl.data.loader import open_shards  # imported late: it imports torch
+
+        return open_shards(cfg.data)[1]
+    folders = cfg.data.train if part == "train" else cfg.data.test
+    return Shards(folders, cfg.data.cache_dir, cfg.data.cache_gb).hash
 
 
 def is_mutable(key: str, mutable: set[str]) -> bool:

@@ -1,15 +1,19 @@
 """adaptation/programs.py: the arguments of its programs say what is meant, whatever the paths and rates."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from shards_by_hand import write_shards
 
 from vidssl.adaptation.corpus import Folders
+from vidssl.adaptation.flow import data_hashes
 from vidssl.adaptation.plan import OwnVideos
 from vidssl.adaptation.programs import encoders_of, probe_jobs
-from vidssl.adaptation.request import Request
+from vidssl.adaptation.request import Request, check_data, keep_request
 from vidssl.config import load_config
+from vidssl.core.errors import UserError
 from vidssl.evaluation.probe_config import ProbeConfig
 from vidssl.training.schema import TrainConfig
 from vidssl.zoo.jobs import PYTHON
@@ -62,3 +66,20 @@ def test_a_probe_has_the_middle_of_a_range(given, stride, fps):
     settings = [given, *["data.stride=null"] * (fps is not None)]
     for probe in probes_of(Request("x", "x", "run", control="c"), ("motion",), *settings):
         assert (probe.data.stride, probe.data.fps) == (stride, fps)
+
+
+@pytest.mark.parametrize("changed", ["--videos", "--control"])
+def test_an_adaptation_to_data_that_were_packed_anew_does_not_go_on(changed, tmp_path):
+    folder = tmp_path / "control"
+    for name in ("videos", "control/train", "control/test"):
+        write_shards(tmp_path / name, {name[-1]: (b"x", {})}, {})
+    request = Request("x", str(tmp_path / "videos"), str(tmp_path), control=str(folder))
+    folders = Folders(str(tmp_path / "videos"), None)
+    check_data(request, data_hashes(request, folders))
+    keep_request(request, data_hashes(request, folders))
+    check_data(request, data_hashes(request, folders))
+    other = tmp_path / "videos" if changed == "--videos" else folder / "test"
+    shutil.rmtree(other)
+    write_shards(other, {"new": (b"y", {})}, {})
+    with pytest.raises(UserError, match=f"those of {changed} have changed since"):
+        check_data(request, data_hashes(request, folders))
