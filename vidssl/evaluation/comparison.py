@@ -58,12 +58,17 @@ def read_probe(path: Path, name: str) -> tuple[str, list[Row], Row]:
 
 def conditions_of(report: Row) -> Row:
     """Everything beside the encoder that decides the figures of a report, as dotted keys."""
-    found = {"train data": report["data"].get("train", "")[:8]}
+    found = {"train data": report.get("data", {}).get("train", "")[:8]}
     for section in CONDITION_SECTIONS:
         for key, value in report.get("config", {}).get(section, {}).items():
             if f"{section}.{key}" not in NO_CONDITIONS:
                 found[f"{section}.{key}"] = value
     return found
+
+
+def setting_of(report: Row) -> str:
+    """Tells reports apart whose rows may not be compared: those of other data or conditions."""
+    return repr((report.get("data"), conditions_of(report)))
 
 
 def differing_conditions(conditions: dict[str, Row]) -> dict[str, Row]:

@@ -9,6 +9,7 @@ import yaml
 
 import vidssl
 from vidssl.core.errors import UserError
+from vidssl.evaluation.comparison import setting_of
 from vidssl.evaluation.controls import control_name
 from vidssl.evaluation.report import encoder_facts, is_same_encoder
 from vidssl.pretrained.infer_config import Checkpoint
@@ -245,6 +246,7 @@ class ResultRow(NamedTuple):
     row: dict[str, Any]
     train: str
     test: str
+    setting: str  # its data by their hashes, and how it was probed
 
     @property
     def figure(self) -> str:
@@ -253,8 +255,9 @@ class ResultRow(NamedTuple):
         return f"{self.row['value']:.4g} [{low:.4g}, {high:.4g}]"
 
     @property
-    def condition(self) -> tuple[str, str]:
-        return self.row["protocol"], self.row["label"]
+    def condition(self) -> tuple[str, str, str]:
+        """What a control and its reference have in common."""
+        return self.row["protocol"], self.row["label"], self.setting
 
 
 def result_rows(probes: Sequence[dict[str, Any]]) -> list[ResultRow]:
@@ -262,7 +265,7 @@ def result_rows(probes: Sequence[dict[str, Any]]) -> list[ResultRow]:
     rows = []
     for report in probes:
         train, test = (", ".join(map(short_path, report["config"]["data"][key])) for key in ("train", "test"))
-        rows += [ResultRow(row, train, test) for row in report["results"]]
+        rows += [ResultRow(row, train, test, setting_of(report)) for row in report["results"]]
     return rows
 
 
@@ -279,7 +282,7 @@ def _results_section(facts: CardFacts) -> Iterator[str]:
     for result in rows:
         row = result.row
         share = f"{row['train_fraction']:.3g}, list {row['list_seed']}" if "train_fraction" in row else "all"
-        cells = [*result.condition, f"{result.train} ({share})", control_name(row["control"])]
+        cells = [row["protocol"], row["label"], f"{result.train} ({share})", control_name(row["control"])]
         cells += [row["metric"], result.figure, f"{row['chance']:g}", f"{row['n_test']:,}"]
         lines.append(f"| {' | '.join(cells)} |")
     yield "\n".join(lines)
@@ -300,18 +303,21 @@ def _limitations(facts: CardFacts) -> Iterator[str]:
     whole = [row for row in rows if "train_fraction" not in row.row]
     references = {r.condition: r for r in whole if r.row["control"] == "none"}
     controls = [r for r in whole if r.row["control"] != "none" and r.condition in references]
+    has_several = len({result.test for result in rows}) > 1
     for control in controls:
-        yield control_line(references[control.condition], control)
+        test = f" on {control.test}" if has_several else ""
+        yield control_line(references[control.condition], control, test)
     if not any(r.row["control"] in ("shuffled", "still", "single", "reversed") for r in controls):
         yield "No control of time was run: whether its features use more than single frames is not known."
     if not any(r.row["control"] == "random_init" for r in controls):
         yield "No untrained encoder was probed beside it: how much of the figures is training is not known."
 
 
-def control_line(reference: ResultRow, control: ResultRow) -> str:
-    """What a control says, in a sentence. reference: the row of the same labels on unchanged clips."""
+def control_line(reference: ResultRow, control: ResultRow, test: str = "") -> str:
+    """What a control says, in a sentence. reference: the row of the same labels on unchanged clips; test: the
+    data that both were tested on, where there are several."""
     changed, shows = CONTROL_MEANINGS[control.row["control"]]
     differs = control.row["ci95"][1] < reference.row["ci95"][0]
     verdict = f"here {shows}" if differs else f"this does not show that {shows}"
-    protocol, label = reference.condition
-    return f"{label} ({protocol}): {reference.figure}, {changed} {control.figure}: {verdict}."
+    protocol, label, _ = reference.condition
+    return f"{label} ({protocol}){test}: {reference.figure}, {changed} {control.figure}: {verdict}."

@@ -9,6 +9,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from vidssl.core.tables import read_table
+from vidssl.evaluation.comparison import setting_of
 from vidssl.evaluation.controls import CONTROLS
 from vidssl.report.run_files import Row, number, read_json
 
@@ -32,6 +33,14 @@ class Evaluation:
     @property
     def is_dense(self) -> bool:
         return self.path.name == "dense.json"
+
+    @property
+    def setting(self) -> str:
+        """Tells probes apart whose figures may not be compared; see setting_of."""
+        try:
+            return setting_of(self.report)
+        except (AttributeError, KeyError, TypeError):  # damaged, or of an older version
+            return str(self.path)
 
     @property
     def results(self) -> list[Row]:

@@ -200,22 +200,26 @@ class Comparison(NamedTuple):
 def compare_with(
     evaluations: list[Evaluation], control: str, others: list[Evaluation], missing: list[str]
 ) -> list[Comparison]:
-    """For each label of the last probe on unchanged clips, the comparison with a control: of that probe,
-    else, for untrained encoders, of `others`."""
-    latest: dict[tuple[str, str], tuple[Evaluation, Row]] = {}
+    """For each label of the last probe on unchanged clips, on each data set, the comparison with a control:
+    of that probe, else, for untrained encoders, of `others` that were probed alike on the same data."""
+    latest: dict[tuple[str, str, str], tuple[Evaluation, Row]] = {}
     for evaluation in evaluations:
         if evaluation.is_untrained or evaluation.is_dense:
             continue
         for row in evaluation.results:
             if row.get("control", "none") == "none" and "train_fraction" not in row:
-                latest[str(row.get("label")), str(row.get("protocol"))] = (evaluation, row)
+                key = (str(row.get("label")), str(row.get("protocol")), evaluation.setting)
+                latest[key] = (evaluation, row)
     found = []
-    for (label, protocol), (evaluation, row) in latest.items():
-        places = [(evaluation, control), *((other, "none") for other in others)]
-        for place, name in places:
-            other_row = find_row(place, label, protocol, name)
+    for (label, protocol, setting), (evaluation, row) in latest.items():
+        # on the same data, and probed alike
+        alike = (other for other in others if other.setting == setting)
+        name = label if sum(key[0] == label for key in latest) == 1 else f"{label} ({evaluation.name})"
+        for place, other_control in [(evaluation, control), *((other, "none") for other in alike)]:
+            other_row = find_row(place, label, protocol, other_control)
             if other_row is not None:
-                found += one_comparison(evaluation, row, place, other_row, name, missing)
+                comparison = one_comparison(evaluation, row, place, other_row, other_control, missing)
+                found += [one._replace(label=name) for one in comparison]
                 break
     return found
 

@@ -64,6 +64,7 @@ def save_probe(folder: Path, rows: list[tuple[str, str, float, list[float]]], sh
             for label, control, value, interval in rows
         ],
         "encoder": {"path": "runs/other", "sha256": sha256},
+        "data": {},
         "config": {"data": {"train": ["/secret/place/corpus/train"], "test": ["/secret/place/corpus/test"]}},
     }
     (folder / "probe.json").write_text(json.dumps(report))
@@ -133,6 +134,25 @@ def test_the_card_has_data_recipe_figures_and_limitations(tmp_path, capsys):
     )
     assert f"{line} features use the order of frames." in card
     assert "with untrained weights 89 [87, 91]: this does not show that training has helped." in card
+
+
+@pytest.mark.parametrize(
+    "other", [{"data": {"test": "h"}}, {"probe": {"segments": 3}}, {"data": {"train": "h"}}]
+)
+def test_a_control_is_compared_with_the_probe_that_it_belongs_to(other, tmp_path):
+    """Of two probes with the same labels, on other data or by other clips."""
+    run = save_run(tmp_path / "run", **KINDS["videomae"])
+    controls = [("label", "none", 50.0, [48.0, 52.0]), ("label", "random_init", 50.0, [48.0, 52.0])]
+    save_probe(run / "a", controls, hash_of(run))
+    folder = save_probe(run / "b", [("label", "none", 90.0, [88.0, 92.0])], hash_of(run))
+    report = json.loads((folder / "probe.json").read_text())
+    report["config"] |= {key: value for key, value in other.items() if key != "data"}
+    report["data"] = other.get("data", {})
+    (folder / "probe.json").write_text(json.dumps(report))
+    convert.main([str(run), str(tmp_path / "hf"), "--to", "hf"])
+    card = (tmp_path / "hf" / "README.md").read_text()
+    line = "50 [48, 52], with untrained weights 50 [48, 52]: this does not show that training has helped."
+    assert f"- label (attentive): {line}" in card
 
 
 def test_a_card_without_licence_and_figures_says_so(tmp_path, capsys):

@@ -123,6 +123,24 @@ def test_a_run_is_compared_with_its_untrained_self(tmp_path, trained, untrained,
     )
 
 
+@pytest.mark.parametrize(
+    "change", [{"data": {"test": "h"}}, {"data": {"train": "h"}}, {"config": {"probe": {"segments": 3}}}]
+)
+def test_figures_of_other_data_or_clips_are_not_compared(change, tmp_path):
+    """The untrained encoder was probed on one of two data sets whose labels have the same name."""
+    folder = make_run(tmp_path / "runs" / "a")
+    make_probe(tmp_path / "probes" / "first", "runs/a", {"none": 12})
+    easy = make_probe(tmp_path / "probes" / "second", "runs/a", {"none": 29})
+    untrained = make_probe(tmp_path / "probes" / "third", "runs/a", {"none": 15})
+    for path, changed in ((easy, change), (untrained, {})):
+        report = json.loads((path / "probe.json").read_text()) | changed
+        report["encoder"]["random_init"] = path is untrained
+        (path / "probe.json").write_text(json.dumps(report))
+    found = verdict(run_of(folder), "untrained")
+    assert found["answer"] != "Yes" and "motion (first): 40.0 against 50.0" in found["why"]
+    assert "96.7" not in found["why"]
+
+
 def test_a_probe_of_another_run_is_not_taken(tmp_path):
     folder = make_run(tmp_path / "runs" / "a")
     make_probe(tmp_path / "probes" / "b", "runs/b", {"none": 20})
