@@ -23,6 +23,7 @@ from vidssl.config import load_config, to_tree
 from vidssl.core.errors import run_cli
 from vidssl.core.io import check_no_shards, os_errors_as_user_errors
 from vidssl.core.log import set_log_level
+from vidssl.evaluation.evaluate import warn_of_shared_groups
 from vidssl.evaluation.probe_data import encoder_view
 from vidssl.evaluation.report import encoder_facts, new_report_folder
 from vidssl.pretrained.load import load_encoder
@@ -80,6 +81,7 @@ def finetune(cfg: FinetuneConfig, dry_run: bool = False) -> None:
         project_dir=out,
     )
     set_log_level(strategy.is_main)
+    warn_of_shared_groups(splits.shared_groups, len(splits.test[0]), "data.test", "data.train")
     check_divisible(tune, cfg.efficiency, strategy.world)
     finetuner = build_finetuner(cfg, strategy, loaded, splits, view)
     guard = LossGuard(

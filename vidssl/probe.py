@@ -33,6 +33,7 @@ from vidssl.config import load_config
 from vidssl.core.errors import run_cli
 from vidssl.core.log import set_log_level, show
 from vidssl.evaluation.controls import control_name
+from vidssl.evaluation.evaluate import warn_of_shared_groups
 from vidssl.evaluation.extractor import (
     FeaturePlan,
     OpenEncoder,
@@ -83,6 +84,8 @@ def main(argv: list[str]) -> None:
         kwargs_handlers=[InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT)],
     )
     set_log_level(accelerator.is_main_process)
+    tested = len(splits.splits["test"].samples)
+    warn_of_shared_groups(splits.shared_groups, tested, "data.test", "data.train")
     cached = f"computed features in {protocol.cache}"
     also = cached if protocol.cache else "no features (probe.cache=DIR keeps them)"
     with (

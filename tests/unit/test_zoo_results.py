@@ -4,7 +4,9 @@ import json
 
 import pytest
 
+from vidssl.adaptation.table import label_tables
 from vidssl.core.errors import UserError
+from vidssl.evaluation.comparison import format_table
 from vidssl.zoo.results import (
     accuracy_table,
     as_points,
@@ -84,6 +86,21 @@ def test_of_several_seeds_mean_and_deviation_are_shown():
     )
     assert lines[2] == "| a | 75.0 [70.0, 80.0] | 25.0 [20.0, 30.0] | 10.0 | 4.0 | 6 | 48 | 600 |"
     assert lines[3].startswith("| untrained | 25.0 [20.0, 30.0] |  | 10.0 |")
+
+
+def test_tables_tell_an_r2_in_the_third_decimal():
+    """R2 is a part of 1: with the decimals of percent 0.36 and 0.44 would be the same."""
+    facts = {"metric": "R2", "chance": 0.0, "protocol": "linear"}
+    found = [
+        row(name, A, **facts) | {"value": value, "low": value - 0.02, "high": value + 0.02}
+        for name, value in (("after", 0.365), ("before", 0.441))
+    ]
+    assert cell(found[:1]) == "0.365 [0.345, 0.385]" and cell(found) == "0.403 ± 0.054 (2)"
+    lines = [format_table(found), *label_tables("own", found)]
+    assert [any("0.441" in line and "0.461" in line for line in part) for part in (lines[:1], lines[1:])] == [
+        True,
+        True,
+    ]
 
 
 def test_points_of_a_curve_are_merged_over_seeds():

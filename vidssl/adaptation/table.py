@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vidssl.evaluation.comparison import Row, add_differences, read_probe
+from vidssl.evaluation.comparison import Row, add_differences, decimals_of, read_probe
 
 AFTER = "after"
 ENCODERS = (AFTER, "before", "from scratch", "untrained")  # in the order of the table
@@ -41,9 +41,10 @@ def label_tables(title: str, rows: Sequence[Row]) -> list[str]:
         head = f"{unit} of {first['n_test']} test samples, chance {first['chance']:.1f}"
         lines += [f"## {title}: {label}", "", f"{head}.", ""]
         lines += ["| encoder, frozen | value [95 %] | after less this [95 %, paired] |", "|---|---|---|"]
+        n = decimals_of(first["metric"])
         for row in members:
-            interval = f"[{row['low']:.1f}, {row['high']:.1f}]"
-            lines.append(f"| {row['name']} | {row['value']:.1f} {interval} | {difference_text(row)} |")
+            interval = f"[{row['low']:.{n}f}, {row['high']:.{n}f}]"
+            lines.append(f"| {row['name']} | {row['value']:.{n}f} {interval} | {difference_text(row)} |")
         lines += ["", *verdict(members), ""]
     return lines
 

@@ -184,6 +184,7 @@ def run_embedding(
         make_embedding_plan,
         short_windows,
     )
+    from vidssl.evaluation.feature_cache import NOT_FINITE
 
     rejected: list[Any] = []
     if not is_packed_folder(a.inputs[0]):
@@ -196,6 +197,9 @@ def run_embedding(
         logger.warning(line)
     embedding = compute_rows(a, plan, encoder, accelerator, processes)
     rejected += embedding.rejected
+    if overflows := sum(row.reason == NOT_FINITE for row in rejected):
+        advice = "; give --dtype fp32" if a.dtype == "fp16" else ""
+        logger.warning(f"{overflows} rows have features that are not finite in {a.dtype}{advice}")
     if not embedding.kept:
         raise UserError(f"{a.out}: no row could be decoded ({rejected[0].reason}); see {a.inputs[0]}")
 

@@ -124,16 +124,22 @@ def add_differences(rows: list[Row]) -> None:
         row |= {"difference": difference, "difference_low": low, "difference_high": high}
 
 
+def decimals_of(metric: str) -> int:
+    """Decimals with which a table shows a metric: R2 is a part of 1, the others are percent."""
+    return 3 if metric == "R2" else 1
+
+
 def format_table(rows: list[Row]) -> str:
     width = max(len(row["name"]) for row in rows)
     head = f"{'label':12s} {'control':11s} {'train':>6s} {'':5s} {'value':>7s} {'95 %':>17s}"
     lines = [f"{'':{width}s}  {head}   difference to the first"]
     for r in rows:
         train = f"{r['train_fraction']}/{r['seed']}" if r["train_fraction"] else "all"
-        interval = f"[{r['low']:.2f}, {r['high']:.2f}]"
+        digits = decimals_of(r["metric"]) + 1
+        interval = f"[{r['low']:.{digits}f}, {r['high']:.{digits}f}]"
         control = "" if r["control"] == "none" else r["control"]
         run = f"{r['label']:12s} {control:11s} {train:>6s} {r['metric']:5s}"
-        line = f"{r['name']:{width}s}  {run} {r['value']:7.2f} {interval:>17s}"
+        line = f"{r['name']:{width}s}  {run} {r['value']:7.{digits}f} {interval:>17s}"
         if "difference" in r:
             line += f"   {r['difference']:+.2f} [{r['difference_low']:+.2f}, {r['difference_high']:+.2f}]"
         lines.append(line)

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from vidssl.core.errors import UserError
+from vidssl.core.log import logger
 from vidssl.data.metadata import group_in
 from vidssl.data.parts import groups_of
 from vidssl.data.shards import Sample
@@ -16,39 +17,64 @@ from vidssl.evaluation.protocol import ProbeProtocol, TrainedProbe, TrainingSet,
 from vidssl.evaluation.tasks import Task
 
 
+class SharedSamples(NamedTuple):
+    """Numbers of test samples that are not new."""
+
+    same: set[int]  # in train, too
+    of_groups: set[int]  # of a group (a recording, a person) that train has, too; those of `same` included
+
+
 def check_disjoint(train: list[Sample], test: list[Sample], section: str | None = None) -> int:
     """Raises UserError if a sample is in both. Returns the number of test samples whose group (such as a
     source video) is also in train. section: of the configuration, for the message."""
-    shared = shared_keys(train, test)
-    if shared:
+    shared = shared_samples(train, test)
+    if shared.same:
         where = f"{section}: " if section else ""
         raise UserError(
-            f"{where}{len(shared)} sample(s) are in train and in test, {shared[0]} first: "
-            "train and test must be disjoint"
+            f"{where}{len(shared.same)} sample(s) are in train and in test, {test[min(shared.same)].key} "
+            "first: train and test must be disjoint"
         )
-    groups = {group_in(s.meta) for s in train} - {None}
-    return sum(group_in(s.meta) in groups for s in test)
+    return len(shared.of_groups)
 
 
-def shared_keys(train: Iterable[Sample], test: list[Sample]) -> list[str]:
-    """The keys of the test samples that are in train, too."""
+def shared_samples(train: Iterable[Sample], test: list[Sample]) -> SharedSamples:
+    """Which of the test samples, or of their groups, are in train, too."""
     in_test = {(s.key, s.size) for s in test}
-    shared = in_test.intersection((s.key, s.size) for s in train)
-    return [s.key for s in test if (s.key, s.size) in shared]
+    groups_of_test = {group_in(s.meta) for s in test} - {None}
+    keys: set[tuple[str, int]] = set()
+    groups: set[str | None] = set()
+    for s in train:
+        if (s.key, s.size) in in_test:
+            keys.add((s.key, s.size))
+        if (group := group_in(s.meta)) in groups_of_test:
+            groups.add(group)
+    same = {n for n, s in enumerate(test) if (s.key, s.size) in keys}
+    return SharedSamples(same, {n for n, s in enumerate(test) if group_in(s.meta) in groups})
+
+
+def warn_of_shared_groups(shared: int, total: int, test: str, train: str) -> None:
+    """Warns if samples are tested on whose groups are trained on. shared, total: numbers of test samples;
+    test, train: keys of the configuration."""
+    if shared:
+        logger.warning(
+            f"{test}: {shared} of its {total} samples are of groups (recordings, persons) that {train} has, "
+            "too: figures on them are not those of new groups"
+        )
 
 
 def check_readable(
     unreadable: dict[int, str], samples: list[Sample], allowed: bool, name: str, section: str = "probe"
 ) -> None:
-    """Raises UserError for samples that cannot be decoded, unless allowed; unlike training, evaluation
-    never substitutes samples.
+    """Raises UserError for samples without features, unless allowed; unlike training, evaluation never
+    substitutes samples.
 
     unreadable: index of a sample -> reason. section: of the configuration, where `allow_unreadable` is set.
     """
     if unreadable and not allowed:
         examples = [f"{samples[index].key} ({reason})" for index, reason in list(unreadable.items())[:3]]
         raise UserError(
-            f"{len(unreadable)} {name} sample(s) cannot be decoded: {', '.join(examples)}; fix the data, "
+            f"{len(unreadable)} {name} sample(s) cannot be decoded, or their features are not finite: "
+            f"{', '.join(examples)}; fix the data, "
             f"or set {section}.allow_unreadable=true (unreadable test samples then count as wrong and are "
             "listed)"
         )
@@ -112,6 +138,14 @@ def evaluate(
     labelled = test.labelled()
     outputs = np.full((len(labelled), task.num_outputs), np.nan)
     predicted = protocol.predict([probe.model], source, test_indices, task)[0].double().numpy()
+    is_finite = np.isfinite(predicted).all(1)
+    if not is_finite.all():
+        logger.warning(
+            f"'{task.label}': the outputs of the chosen head are not finite for {(~is_finite).sum()} of "
+            f"{len(test_indices)} test samples, which count as wrong: it has diverged; give lower rates, or "
+            "more settings to choose from"
+        )
+        predicted[~is_finite] = np.nan
     outputs[np.isin(labelled, test_indices)] = predicted
     row, predictions = score_predictions(task, test, outputs, protocol.seed)
     row |= {"n_train": len(indices), "chosen": probe.selection}

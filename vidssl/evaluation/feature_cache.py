@@ -25,6 +25,7 @@ from vidssl.core.io import atomic_write_text, check_writable, exclusive_lock, ma
 from vidssl.evaluation.isolated_clips import FAILURES_OF_A_PROCESS
 
 ROWS_PER_BLOCK = 64  # samples
+NOT_FINITE = "not_finite"  # reason why a sample has no features: they are not finite
 
 
 class FeatureShape(NamedTuple):
@@ -114,17 +115,20 @@ class FeatureStore:
         return digest.hexdigest() == expected
 
     def write(self, rows: Iterator[tuple[int, Tensor | str]]) -> None:
-        """Writes (number of a sample, features [C, N, D] or reason why it cannot be decoded) of whole blocks,
-        in order. The row of a sample that cannot be decoded is zeros."""
+        """Writes (number of a sample, features [C, N, D] or reason why it has none) of whole blocks, in
+        order. The row of a sample without features, or whose features the storage type cannot hold, is
+        zeros."""
         digest = hashlib.sha256()
         unreadable: dict[int, str] = {}
         with open(self.file, "rb+") as f:
             for number, value in rows:
-                if isinstance(value, str):
+                if isinstance(value, Tensor):
+                    stored = value.to(self.dtype).contiguous()
+                    data = stored.view(torch.uint8).numpy().tobytes()
+                    value = "" if stored.isfinite().all() else NOT_FINITE
+                if value:
                     unreadable[number] = value
                     data = bytes(self.row_bytes)
-                else:
-                    data = value.to(self.dtype).contiguous().view(torch.uint8).numpy().tobytes()
                 f.seek(number * self.row_bytes)
                 f.write(data)
                 digest.update(data)

@@ -23,7 +23,7 @@ from vidssl.core.errors import UserError
 from vidssl.core.progress import track
 from vidssl.data.dataset import do_nothing
 from vidssl.data.shards import Sample
-from vidssl.evaluation.feature_cache import FeatureShape, FeatureStore, used_gb
+from vidssl.evaluation.feature_cache import NOT_FINITE, FeatureShape, FeatureStore, used_gb
 from vidssl.evaluation.isolated_clips import IsolatedEvalClips
 from vidssl.evaluation.processes import ONE_PROCESS, Processes, processes_of
 from vidssl.evaluation.transfers import downloads, in_order, uploads
@@ -49,7 +49,8 @@ class FeatureStorage:
     memory_gb: PositiveFloat = 8.0  # size limit of features in the memory of each process
     # decode and encode in every pass; auto: if the features are too large to keep
     recompute: Literal["auto", "never", "always"] = "auto"
-    allow_unreadable: bool = False  # count test samples that cannot be decoded as wrong; false: an error
+    # count test samples that cannot be decoded, or whose features are not finite, as wrong; false: an error
+    allow_unreadable: bool = False
     encode_batch: PositiveInt | None = None  # videos; None: 16 on a CPU, what fills the device elsewhere
     # decoding processes; None: 2 on a CPU, elsewhere one for each core of a process but one
     workers: NonNegativeInt | None = None
@@ -236,6 +237,7 @@ class FeatureLoader(NamedTuple):
     # called by every process before it meets the others in a collective, after work of any length
     wait: Callable[[], None] = do_nothing
     spans: Sequence[tuple[float, float]] | None = None  # of each sample, see EvalClips
+    checks_finite: bool = True  # a sample whose features are not finite has none
 
     @property
     def device(self) -> torch.device:
@@ -249,8 +251,9 @@ class FeatureLoader(NamedTuple):
     def examples(
         self, clips_per_example: int, numbers: list[int], to_cpu: bool = True
     ) -> Iterator[tuple[int, Tensor | str]]:
-        """Yields (number of an example, f32 [clips_per_example * N, D] or reason why it cannot be decoded),
-        in order. With to_cpu they are moved to the CPU, and the first process shows a progress bar."""
+        """Yields (number of an example, f32 [clips_per_example * N, D] or reason why there are none), in
+        order. With to_cpu they are moved to the CPU and checked, and the first process shows a progress
+        bar."""
         quiet = not to_cpu or not self.accelerator.is_main_process
         with self._decoded(clips_per_example, numbers) as loader:
             decoded = track(loader, self.name, "batches", quiet=quiet)
@@ -262,8 +265,17 @@ class FeatureLoader(NamedTuple):
             )
             for batch, tokens in batches:
                 rows = iter(tokens)
+                # as cheap as a sum: of what is not finite it is not, either
+                is_finite = iter(
+                    tokens.flatten(1).sum(1).isfinite().tolist() if to_cpu and len(tokens) else []
+                )
                 for number in batch.numbers:
-                    yield number, batch.reasons.get(number) or next(rows)
+                    if number in batch.reasons:
+                        yield number, batch.reasons[number]
+                        continue
+                    row = next(rows)
+                    has_features = next(is_finite, True) or not self.checks_finite
+                    yield number, row if has_features else NOT_FINITE
 
     @contextmanager
     def _decoded(
@@ -388,6 +400,11 @@ def compute_features(
     unreadable = dict(sorted(ChainMap(*found).items()))
     if len(unreadable) == len(loader.samples):
         reason = next(iter(unreadable.values()))
+        if reason == NOT_FINITE:
+            raise UserError(
+                f"the features of all {len(loader.samples)} samples are not finite: the encoder has "
+                "diverged, or they overflow, and probe.precision=fp32 may help"
+            )
         raise UserError(
             f"none of the {len(loader.samples)} samples can be decoded ({reason}): run vidssl verify"
         )

@@ -234,7 +234,8 @@ def select_and_train(
         validation = subset(data, split.held_out)
         source = fitted.apply_standardisation(data.source)
         outputs = protocol.predict(fitted.models, source, validation.indices, fitted.task).double().numpy()
-        scores = [round(fitted.task.score(output, validation.labels), 2) for output in outputs]
+        # in full: R2 is no percentage
+        scores = [fitted.task.score(output, validation.labels) for output in outputs]
     best = settings[int(np.argmax(scores))] if scores else settings[0]
     metric = f"held_out_{'accuracy' if task.kind == 'class' else task.metric}"
     tried = [{**setting, metric: score} for setting, score in zip(settings, scores, strict=False)]

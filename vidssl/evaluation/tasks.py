@@ -1,6 +1,7 @@
 """Prediction tasks of label sets: one class of several, any of several tags, or a number; their losses and
 metrics."""
 
+import math
 from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -204,6 +205,8 @@ def make_task(
             test_labels = [None if c is None else float(test_classes[c]) for c in test_labels]
         except ValueError as e:
             raise UserError(f"data.numbers: label '{label}' is not numeric ({e})") from None
+        if wrong := [n for n in (*train_labels, *test_labels) if n is not None and not math.isfinite(n)]:
+            raise UserError(f"data.numbers: label '{label}' has {wrong[0]} as a value; leave such labels out")
         task = Task(label, "number", [label])
     elif any(isinstance(c, list) for c in (*train_labels, *test_labels)):
         task = Task(label, "tags", classes)

@@ -2,6 +2,7 @@
 
 import contextlib
 import time
+from collections import Counter
 from collections.abc import Generator
 from copy import deepcopy
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ from vidssl.training.finetuning import (
     make_classifier,
 )
 from vidssl.training.metrics_log import count_samples, step_row
+from vidssl.training.online_probe import warn_of_missing_clips
 from vidssl.training.optim import build_optimizer, schedule, set_schedule
 from vidssl.training.perf import Throughput
 from vidssl.training.preemption import PreemptionHandler
@@ -62,15 +64,16 @@ class EpochSelection(nn.Module):
         self.epochs: list[dict[str, Any]] = []
         self.losses: list[float] = []  # of the accepted steps of the current epoch
 
-    def end_epoch(self, epoch: int, step: int, accuracy: float | None) -> dict[str, Any]:
+    def end_epoch(self, epoch: int, step: int, accuracy: float | None, unreadable: int = 0) -> dict[str, Any]:
         """Records epoch 1.. that ended after `step` steps, and returns the record. accuracy: on held-out
-        train."""
+        train, without so many samples that cannot be decoded."""
         mean_loss = float(np.mean(self.losses)) if self.losses else None
         record: dict[str, Any] = {"epoch": epoch, "step": step, "loss": mean_loss}
         if accuracy is not None and self.best is not None:
             if all(accuracy >= earlier["held_out_accuracy"] for earlier in self.epochs):
                 self.best.load_state_dict(self.now.state_dict())
             record["held_out_accuracy"] = accuracy
+            record |= {"held_out_unreadable": unreadable} if unreadable else {}
         self.epochs.append(record)
         self.losses = []
         return record
@@ -81,11 +84,13 @@ class EpochSelection(nn.Module):
         self.losses = []
 
     def select(self, n_held_out: int) -> dict[str, Any]:
-        """Loads the weights of the best epoch into the classifier. Returns the report of the choice."""
+        """Loads the weights of the best epoch into the classifier. Returns the report of the choice.
+        n_held_out: held-out samples, whether they can be decoded or not."""
         if self.best is None:
             return {**self.epochs[-1], "epochs": len(self.epochs), "n_held_out": 0}
         self.now.load_state_dict(self.best.state_dict())
         best = max(reversed(self.epochs), key=lambda record: record["held_out_accuracy"])
+        n_held_out -= best.get("held_out_unreadable", 0)
         return {**best, "epochs": len(self.epochs), "n_held_out": n_held_out, "tried": self.epochs}
 
     def state(self) -> dict[str, Any]:
@@ -257,9 +262,13 @@ class Finetuner:
         start_s = time.perf_counter()
         samples, labels = self.splits.held_out
         accuracy = None
+        missing: Counter[str] = Counter()
         if samples:
             view = self.view._replace(segments=1, crops=1)
             predictions = self.predict(self.splits.shards["train"], samples, labels, view, "held-out train")
+            missing = Counter(predictions.unreadable.values())
+            if self.strategy.is_main:
+                warn_of_missing_clips("held-out train", missing, len(samples))
 
             def score() -> float:
                 decoded = predictions.usable()
@@ -267,7 +276,8 @@ class Finetuner:
                 return self.splits.task.score(outputs, [labels[n] for n in decoded])
 
             accuracy = self.strategy.run_on_main(score)
-        record = self.selection.end_epoch(step // self.steps_per_epoch, step, accuracy)
+        epoch = step // self.steps_per_epoch
+        record = self.selection.end_epoch(epoch, step, accuracy, missing.total())
         logger.info(", ".join(f"{name} {value}" for name, value in record.items()))
         row = {("epoch_loss" if k == "loss" else k): v for k, v in record.items() if k != "step"}
         return row | {"evaluation_s": time.perf_counter() - start_s}
@@ -291,7 +301,8 @@ class Finetuner:
         storage = FeatureStorage(
             encode_batch=max(1, clips_per_pass // view.clips), workers=cfg.efficiency.num_workers
         )
-        loader = FeatureLoader(encode, shards, samples, view, self.strategy.accelerator, storage, name)
+        accelerator = self.strategy.accelerator
+        loader = FeatureLoader(encode, shards, samples, view, accelerator, storage, name, checks_finite=False)
         classifier.eval()
         shape = FeatureShape(len(samples), view.clips, 1, classes)
         found = compute_features(loader, shape, "memory")

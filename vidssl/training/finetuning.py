@@ -183,7 +183,7 @@ def open_splits(data: FinetuneDataConfig, tune: TuneConfig) -> FinetuneSplits:
     rows = np.flatnonzero(held_out).tolist()
     return FinetuneSplits(
         shards,
-        task,
+        task.fitted(train_labels),
         [places[i] for i in np.flatnonzero(~held_out)],
         ([train[i] for i in rows], [train_labels[i] for i in rows]),
         (test, test_labels),

@@ -1,7 +1,9 @@
 """Online probe: k-NN and ridge accuracy of the features on labelled clips, measured during training."""
 
 import contextlib
-from collections.abc import Callable
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,11 +12,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from vidssl.core.errors import UserError
+from vidssl.core.log import logger
 from vidssl.core.pixels import normalise
 from vidssl.data.schema import DataConfig
 from vidssl.data.shards import Sample, Shards
 from vidssl.data.timing import middle_rate
-from vidssl.evaluation.evaluate import check_disjoint
+from vidssl.evaluation.evaluate import check_disjoint, warn_of_shared_groups
 from vidssl.evaluation.isolated_clips import IsolatedEvalClips
 from vidssl.evaluation.neighbours import knn_predict
 from vidssl.evaluation.solvers import ridge_predict
@@ -74,7 +77,10 @@ class OnlineProbe:
         label_set = config.label or next(iter(shards["train"].classes), "")
         classes = {part: classes_of(s, label_set, part) for part, s in shards.items()}
         of_parts = {part: labelled(s, [label_set]) for part, s in shards.items()}
-        check_disjoint(of_parts["train"], of_parts["test"], "online_probe")
+        shared = check_disjoint(of_parts["train"], of_parts["test"], "online_probe")
+        if loads_clips:
+            keys = ("online_probe.test", "online_probe.train")
+            warn_of_shared_groups(shared, len(of_parts["test"]), *keys)
         samples = {part: evenly_spaced(listed, config.samples) for part, listed in of_parts.items()}
         self.task: Task
         self.task, *labels = make_task(
@@ -86,7 +92,8 @@ class OnlineProbe:
             clips: Dataset = eval_clips
             if isolate:
                 clips = IsolatedEvalClips(eval_clips, data.decode_timeout_s, data.memory_mb << 20)
-            decoded = decode_all(clips, part_labels, workers, loads_clips, barrier)
+            key = f"online_probe.{part}"
+            decoded = decode_all(key, clips, part_labels, workers, loads_clips, barrier)
             if loads_clips and not decoded.labels:
                 folders = ", ".join(shards[part].folders)
                 raise UserError(f"online_probe: {folders}: no labelled sample can be decoded")
@@ -110,7 +117,11 @@ class OnlineProbe:
             "linear": ridge_predict(train, targets, test, RIDGE_L2),
         }
         labels = self.parts["test"].labels
-        return {f"online_probe_{k}": self.task.score(p.numpy(), labels) for k, p in predictions.items()}
+        # features that are not finite have no accuracy, not one of 0
+        return {
+            f"online_probe_{k}": self.task.score(p.numpy(), labels) if p.isfinite().all() else math.nan
+            for k, p in predictions.items()
+        }
 
     def _features(self, objective: Objective, clips: Tensor, autocast: Autocast) -> Tensor:
         """Means of `trained_tokens` f32 [n, D] on the CPU, by the encoder that will be evaluated."""
@@ -123,6 +134,17 @@ class OnlineProbe:
             features = [trained_tokens(objective, encoder, b).float().mean(1).cpu() for b in batches]
         encoder.train(was_training)
         return torch.cat(features)
+
+
+def warn_of_missing_clips(key: str, reasons: Mapping[str, int], total: int) -> None:
+    """Warns if clips cannot be decoded and have no part in a figure. key: of the configuration, or what the
+    clips are; reasons: reason -> number of clips."""
+    if reasons:
+        text = ", ".join(f"{reason} {n}" for reason, n in reasons.items())
+        logger.warning(
+            f"{key}: {sum(reasons.values())} of {total} clips cannot be decoded ({text}): left out of its "
+            "figures"
+        )
 
 
 def classes_of(shards: Shards, label_set: str, part: str) -> list[str]:
@@ -140,19 +162,28 @@ def evenly_spaced(samples: list[Sample], count: int) -> list[Sample]:
 
 
 def decode_all(
-    clips: Dataset, labels: list[Any], workers: int, loads_clips: bool, barrier: Callable[[], None]
+    key: str,
+    clips: Dataset,
+    labels: list[Any],
+    workers: int,
+    loads_clips: bool,
+    barrier: Callable[[], None],
 ) -> LabelledClipSet:
     """Decodes the clips (nothing without `loads_clips`) and calls `barrier` after every DECODE_BATCH of them.
-    Clips that cannot be decoded are left out: probe.py counts them, this is a quick measure."""
+    Clips that cannot be decoded are left out, as a line says: probe.py counts them, this is a quick measure.
+    key: of the configuration, for the line."""
     batches = [range(i, min(i + DECODE_BATCH, len(labels))) for i in range(0, len(labels), DECODE_BATCH)]
     loader: Any = batches
     if loads_clips:
         sampler: Any = batches
         loader = DataLoader(clips, batch_sampler=sampler, num_workers=workers, collate_fn=list)
     decoded: list[tuple[int, Tensor]] = []
+    reasons: Counter[str] = Counter()
     for batch in loader:
         if loads_clips:
             decoded += [(i, clip[0]) for i, clip in batch if isinstance(clip, Tensor)]
+            reasons.update(clip for _, clip in batch if isinstance(clip, str))
         barrier()
+    warn_of_missing_clips(key, reasons, len(labels))
     stacked = torch.stack([clip for _, clip in decoded]) if decoded else torch.empty(0, dtype=torch.uint8)
     return LabelledClipSet(stacked, [labels[i] for i, _ in decoded])

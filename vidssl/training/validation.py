@@ -23,7 +23,7 @@ from vidssl.core.rng import GlobalBatch, KeyedRNG
 from vidssl.data.schema import DataConfig
 from vidssl.data.shards import Sample, Shards
 from vidssl.data.timing import middle_rate
-from vidssl.evaluation.evaluate import shared_keys
+from vidssl.evaluation.evaluate import shared_samples, warn_of_shared_groups
 from vidssl.evaluation.isolated_clips import IsolatedEvalClips
 from vidssl.evaluation.views import EvalClips, View
 from vidssl.objective.masked_prediction import MaskedPrediction
@@ -148,7 +148,7 @@ class Validation:
         # The same in all processes, also where no clips are decoded
         self.identity = {"data": shards.hash, "number": len(samples)}
         places = list(range(len(samples)))
-        decoded = decode_all(clips, places, cfg.num_workers, loads_clips, barrier)
+        decoded = decode_all("data.val", clips, places, cfg.num_workers, loads_clips, barrier)
         self.clips = decoded.clips
         if loads_clips and not len(self.clips):
             raise UserError(f"data.val: {', '.join(shards.folders)}: no sample can be decoded")
@@ -210,23 +210,28 @@ class Validation:
 
 
 def warn_of_training_samples(data: DataConfig, val: Shards, listed: list[Sample]) -> None:
-    """Warns if samples of data.val are trained on, as may be meant: to see how well they are learned. listed:
-    the samples of `val`. Without an index (data.reader=stream) it is not known."""
+    """Warns if samples of data.val, or others of their groups, are trained on, as may be meant: to see how
+    well they are learned. listed: the samples of `val`. Without an index (data.reader=stream) it is not
+    known."""
     if data.reader == "stream":
         return
-    shared: set[str] = set()
+    same: set[int] = set()
+    of_groups: set[int] = set()
     for stream in data.streams():
         train = Shards(stream.train, data.cache_dir, data.cache_gb, data.on_missing)
         is_read = np.isin(train.table.sha256, val.table.sha256) | (train.n <= MAX_COMPARED)
         numbers = [
             (shard, i) for shard in np.flatnonzero(is_read).tolist() for i in range(train.counts[shard])
         ]
-        shared.update(shared_keys(starmap(train.sample, numbers), listed))
-    if shared:
+        shared = shared_samples(starmap(train.sample, numbers), listed)
+        same |= shared.same
+        of_groups |= shared.of_groups
+    if same:
         logger.warning(
-            f"data.val: {len(shared)} of its {len(listed)} samples are in data.train, too, {min(shared)} "
-            "first: the error on them is not one on held-out videos"
+            f"data.val: {len(same)} of its {len(listed)} samples are in data.train, too, "
+            f"{listed[min(same)].key} first: the error on them is not one on held-out videos"
         )
+    warn_of_shared_groups(len(of_groups - same), len(listed), "data.val", "data.train")
 
 
 def error_of_mean(objective: Any, video: Tensor, mean: Tensor) -> float:

@@ -12,7 +12,7 @@ import numpy as np
 
 from vidssl.core.errors import UserError
 from vidssl.core.io import atomic_write, atomic_write_text
-from vidssl.evaluation.comparison import SCORES, Row, merge_lists, read_probe
+from vidssl.evaluation.comparison import SCORES, Row, decimals_of, merge_lists, read_probe
 from vidssl.evaluation.controls import CONTROLS, control_name
 from vidssl.evaluation.metrics import bootstrap_seeds_ci
 from vidssl.zoo.config import UNTRAINED, ZooConfig
@@ -119,9 +119,10 @@ def cell(rows: Sequence[Row]) -> str:
     if not rows:
         return ""
     found = merge_lists(list(rows))
+    n = decimals_of(rows[0]["metric"])
     if len(rows) == 1:
-        return f"{found['value']:.1f} [{found['low']:.1f}, {found['high']:.1f}]"
-    return f"{found['value']:.1f} ± {found['high'] - found['value']:.1f} ({len(rows)})"
+        return f"{found['value']:.{n}f} [{found['low']:.{n}f}, {found['high']:.{n}f}]"
+    return f"{found['value']:.{n}f} ± {found['high'] - found['value']:.{n}f} ({len(rows)})"
 
 
 def mean_text(rows: Sequence[Row], key: str, form: str) -> str:
