@@ -3,6 +3,7 @@ copied, so a part costs its index alone."""
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -35,6 +36,17 @@ def groups_of(samples: Sequence[Sample]) -> list[str]:
         f"{group} of {s.size} bytes" if len(sizes[s.key]) > 1 and group == f"sample {s.key}" else group
         for s, group in zip(samples, groups, strict=True)
     ]
+
+
+def distinct_keys(samples: Sequence[Sample]) -> list[str]:
+    """The keys of samples; shards of other tools may repeat them: the second of a key is "KEY (2)"."""
+    seen: Counter[str] = Counter()
+    keys = []
+    for sample in samples:
+        seen[sample.key] += 1
+        number = seen[sample.key]
+        keys.append(sample.key if number == 1 else f"{sample.key} ({number})")
+    return keys
 
 
 def hold_out(samples: Sequence[Sample], fraction: float, seed: int) -> GroupSplit:

@@ -10,7 +10,7 @@ import torch
 from vidssl.core.errors import UserError
 from vidssl.core.log import logger
 from vidssl.data.metadata import group_in
-from vidssl.data.parts import groups_of
+from vidssl.data.parts import distinct_keys, groups_of
 from vidssl.data.shards import Sample
 from vidssl.evaluation.features import TokenSource
 from vidssl.evaluation.protocol import ProbeProtocol, TrainedProbe, TrainingSet, select_and_train
@@ -165,9 +165,8 @@ def score_predictions(
     indices = test.labelled()
     samples = [test.samples[index] for index in indices]
     labels = [test.labels[index] for index in indices]
-    unreadable = {
-        s.key: test.unreadable[i] for i, s in zip(indices, samples, strict=True) if i in test.unreadable
-    }
+    keys = zip(indices, distinct_keys(samples), strict=True)
+    unreadable = {key: test.unreadable[i] for i, key in keys if i in test.unreadable}
     metrics = task.test_metrics(outputs, labels, groups_of(samples), seed)
     row = {"label": task.label, **metrics, "n_test": len(samples), "unreadable": unreadable}
     predictions = []

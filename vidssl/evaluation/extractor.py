@@ -117,7 +117,8 @@ def cache_provenance(
     extractor: FeatureExtractor, view: View, data_hash: str, samples: Sequence[Sample]
 ) -> dict[str, Any]:
     """Everything that decides the features of samples; FeatureStore adds their shape and storage type."""
-    keys = "\n".join(sample.key for sample in samples)
+    # shards of other tools may repeat keys: labels decide which samples of a key are meant
+    keys = "\n".join(f"{s.key} {s.shard} {s.offset}" for s in samples)
     return {
         **extractor.provenance,
         "view": view._asdict(),

@@ -7,7 +7,7 @@ from vidssl.core.errors import UserError
 from vidssl.core.log import logger
 from vidssl.core.splits import split_by_group
 from vidssl.core.suggestions import counted
-from vidssl.data.parts import groups_of
+from vidssl.data.parts import distinct_keys, groups_of
 from vidssl.evaluation.probe_data import LabelSet, ProbeData, ProbeSplits
 from vidssl.evaluation.protocol import ProbeProtocol
 from vidssl.evaluation.splits import low_shot, strata_of
@@ -72,7 +72,7 @@ def _check_held_out(data: ProbeData, protocol: ProbeProtocol, splits: ProbeSplit
     groups = groups_of(samples)
     subsets: list[tuple[str, list[int]]] = [("", [i for i, label in enumerate(labels) if label is not None])]
     if data.train_fractions:
-        keys = [sample.key for sample in samples]
+        keys = distinct_keys(samples)
         subsets = [
             (f" (data.train_fractions {fraction:g}, seed {seed})", subset)
             for fraction in data.train_fractions

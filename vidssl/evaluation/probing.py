@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from vidssl import config
 from vidssl.core.io import make_folder
 from vidssl.core.log import show
+from vidssl.data.parts import distinct_keys
 from vidssl.evaluation.controls import Control
 from vidssl.evaluation.evaluate import LabelledFeatures, evaluate
 from vidssl.evaluation.features import Features
@@ -78,7 +79,7 @@ class ProbeRun(NamedTuple):
 
 def probe_runs(cfg: ProbeConfig, splits: ProbeSplits, controls: Sequence[Control]) -> list[ProbeRun]:
     """The rows of a probe, in the order in which they are computed."""
-    keys = [sample.key for sample in splits.splits["train"].samples]
+    keys = distinct_keys(splits.splits["train"].samples)
     lists = {name: low_shot_lists(cfg, label_set, keys) for name, label_set in splits.label_sets.items()}
     return [
         ProbeRun(name, control, subset, str(cfg.probe.kind))
@@ -108,7 +109,8 @@ def probe_fingerprint(cfg: ProbeConfig, splits: ProbeSplits, loaded: LoadedEncod
 
 
 def low_shot_lists(cfg: ProbeConfig, label_set: LabelSet, keys: list[str]) -> list[LowShotList | None]:
-    """The low-shot lists of a label set, or [None] for all of train. keys: of the train samples."""
+    """The low-shot lists of a label set, or [None] for all of train. keys: distinct ones of the train
+    samples."""
     lists: list[LowShotList | None] = []
     for fraction in cfg.data.train_fractions:
         for seed in cfg.data.seeds:

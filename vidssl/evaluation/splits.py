@@ -29,8 +29,8 @@ def low_shot(task: Task, keys: list[str], labels: list[Any], fraction: float, se
     """Sorted indices of a class-balanced subset: the same number of samples of each class, together
     `fraction` of all (a class with fewer gives all it has); without classes, `fraction` of all.
 
-    Each class is ordered by sha256("SEED KEY"), so the subset depends on the keys and the seed alone, and a
-    smaller subset is part of a larger one."""
+    Each class is ordered by sha256("SEED KEY"), so the subset depends on the keys, which must differ, and the
+    seed alone, and a smaller subset is part of a larger one."""
     classes: dict[Any, list[int]] = {}
     for index, label in enumerate(labels):
         if label is not None:
