@@ -1,4 +1,4 @@
-"""Shards of other tools may repeat keys: a probe tells samples of one key apart in what it draws and lists."""
+"""Shards of other tools may repeat keys: a probe tells samples of one key apart in what it lists."""
 
 from types import SimpleNamespace
 
