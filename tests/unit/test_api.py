@@ -179,6 +179,12 @@ def test_an_objective_of_ones_own_loop_computes_the_losses_of_a_run():
     again.load_state_dict(objective.state_dict())
     assert (again.steps, again.clips) == (1, 4)
     assert again(video)["loss"].equal(objective(video)["loss"])
+    # masks of another seed do not follow
+    other = vidssl.make_objective(*arguments, "run.seed=6")
+    with pytest.raises(vidssl.UserError, match=r"the state has run\.seed 5, this one 6"):
+        other.load_state_dict(objective.state_dict())
+    again.set_extra_state(torch.tensor([7, 28]))  # of an earlier version
+    assert (again.steps, again.clips) == (7, 28)
 
 
 def test_an_encoder_of_ones_own_loop_is_loaded(tmp_path):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vidssl import config
+from vidssl.core.errors import UserError
 from vidssl.core.io import make_folder
 from vidssl.core.pixels import normalise
 from vidssl.data.clip_stream import this_process
@@ -57,10 +58,18 @@ class OwnLoopObjective(nn.Module):
         return self.objective.eval_encoder
 
     def get_extra_state(self) -> Tensor:
-        return torch.tensor([self.steps, self.clips])
+        return torch.tensor([self.steps, self.clips, self.cfg.run.seed])
 
     def set_extra_state(self, state: Tensor) -> None:
-        self.steps, self.clips = state.tolist()
+        """Raises UserError for a state of another seed: its random numbers would not go on. States of earlier
+        versions do not name it."""
+        steps, clips, *seed = state.tolist()
+        if seed not in ([], [self.cfg.run.seed]):
+            raise UserError(
+                f"make_objective: the state has run.seed {seed[0]}, this one {self.cfg.run.seed}: give the "
+                "same, or load the weights alone by objective.objective"
+            )
+        self.steps, self.clips = steps, clips
 
     def forward(
         self, video: Tensor, position: Tensor | None = None, motion: Tensor | None = None
