@@ -112,7 +112,8 @@ def make_locally(
     written.
     """
     inspector = FileInspector(plan.options["decoder"], timeout, plan.recipe, plan.filters)
-    with closing(inspector), ThreadPoolExecutor(workers) as pool:
+    # In this order: where the work ends early, the threads wait for children that are gone
+    with ThreadPoolExecutor(workers) as pool, closing(inspector):
         submitted: list[tuple[ShardPlan, list[tuple[int, Future]]]] = []
 
         def submit(path: str, items: list[SourceItem]) -> tuple[int, Future]:

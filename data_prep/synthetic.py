@@ -25,7 +25,9 @@ import argparse
 import colorsys
 import csv
 import os
+import signal
 from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,6 +39,7 @@ from vidssl.core.errors import UserError, run_cli
 from vidssl.core.io import atomic_write, check_writable, claim_folder, make_folder
 from vidssl.core.launch import check_one_process
 from vidssl.core.progress import track
+from vidssl.data.isolation import detach_from_parent
 
 SIDE = 48  # pixels, of a frame
 FRAMES = 24
@@ -288,10 +291,24 @@ def make_corpus(
             labels = (motion, colour) if has_label else ("", "")
             rows.append((f"videos/{key}.mp4", *labels, split))
             jobs.append((out, key, motion, colour, (seed, split_number, i)))
-    with ProcessPoolExecutor(workers) as pool:
-        list(track(pool.map(write_example, jobs, chunksize=32), "render", "videos", len(jobs)))
+    with ProcessPoolExecutor(workers, get_context("fork"), detach_from_parent, (os.getpid(),)) as pool:
+        start_workers(pool)
+        try:
+            list(track(pool.map(write_example, jobs, chunksize=8), "render", "videos", len(jobs)))
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)  # an interrupt does not wait for queued videos
     # last, and whole or not at all: a folder that has it is complete
     atomic_write(out / "labels.csv", lambda temporary: write_labels(temporary, rows))
+
+
+def start_workers(pool: ProcessPoolExecutor) -> None:
+    """Forks the workers, which leave Ctrl-C and SIGTERM to their parent: both may come to all processes, and
+    one that comes in a fork could be lost in a hook of it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        pool.submit(os.getpid)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def write_labels(path: Path, rows: list[tuple[str, ...]]) -> None:

@@ -27,7 +27,6 @@ from vidssl.core.io import check_no_shards, check_writable
 from vidssl.core.launch import check_one_process
 from vidssl.data.schema import check_local_folders
 from vidssl.pretrained.sources import check_source
-from vidssl.zoo.jobs import exit_at_sigterm
 
 
 def parse_request(argv: list[str]) -> tuple[Request, bool]:
@@ -72,7 +71,6 @@ def parse_request(argv: list[str]) -> tuple[Request, bool]:
 def main(argv: list[str]) -> None:
     check_one_process(argv)
     request, dry_run = parse_request(argv)
-    exit_at_sigterm()
     # Importing torch takes seconds: mistakes are answered before.
     from vidssl.adaptation.flow import adapt
 

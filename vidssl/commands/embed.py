@@ -356,7 +356,8 @@ def measure_pieces(a: argparse.Namespace, pieces: dict[Path, list[str]], quiet: 
     cores = available_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     workers = max(1, cores if a.workers is None else a.workers)
     inspector = FileInspector("auto", a.timeout)
-    with closing(inspector), ThreadPoolExecutor(workers) as pool:
+    # In this order: where the work ends early, the threads wait for children that are gone
+    with ThreadPoolExecutor(workers) as pool, closing(inspector):
         for file, paths in track(pieces.items(), "measure", f"x {FILES_PER_PIECE} files", quiet=quiet):
             text = json.dumps(list(pool.map(partial(measure, inspector), paths)))
             atomic_write_text(file, text)

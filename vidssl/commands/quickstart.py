@@ -38,7 +38,7 @@ from vidssl.quickstart.programs import (
 from vidssl.quickstart.progress import TrainingProgress
 from vidssl.quickstart.results import add_times, result_table, summary, write_results_json
 from vidssl.training.schema import TrainConfig
-from vidssl.zoo.jobs import PYTHON, exit_at_sigterm, run_jobs
+from vidssl.zoo.jobs import PYTHON, run_jobs
 from vidssl.zoo.programs import check_finished
 
 MASKED_CLIPS = 3  # in masks.png
@@ -113,7 +113,6 @@ def under_option(option: str) -> Iterator[None]:
 def main(argv: list[str]) -> None:
     check_one_process(argv)
     quick = parse_quickstart(argv)
-    exit_at_sigterm()
     began_s = time.monotonic()
     with claim_folder(quick.out, "quickstart"):
         label = prepare_data(quick)

@@ -24,7 +24,7 @@ from vidssl.core.errors import run_cli
 from vidssl.core.io import claim_folder
 from vidssl.core.launch import check_one_process
 from vidssl.zoo.config import ZooConfig
-from vidssl.zoo.jobs import Outcome, exit_at_sigterm, run_jobs
+from vidssl.zoo.jobs import Outcome, run_jobs
 from vidssl.zoo.measure import check_plan, full_plan, known_facts, measured_plan, read_plan, with_flops
 from vidssl.zoo.plan import PlannedRun, plan_lines
 from vidssl.zoo.plots import draw_accuracy, draw_rankme
@@ -49,7 +49,6 @@ def main(argv: list[str]) -> None:
                 f"in {zoo.minutes:g} minutes: steps are measured at the start, and all runs shortened alike"
             )
         return
-    exit_at_sigterm()
     with claim_folder(zoo.folder, "zoo_run"):
         outcomes = run_zoo(zoo, began_s)
     if any(outcome.status != "done" for outcome in outcomes.values()):

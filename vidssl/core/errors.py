@@ -1,11 +1,13 @@
 """How a program ends: exit statuses, and errors that are for the user: one line, no traceback."""
 
+import contextlib
 import errno
 import os
 import re
+import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ QUIET = "--quiet"  # warnings, errors and the last line alone
 EXIT_USER_ERROR = 2  # somebody must mend something: the same command would fail again
 EXIT_REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: schedulers start the same command again
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells count it
+EXIT_TERMINATED = 143  # 128 + SIGTERM
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE: the reader of the output has gone, as in `... | head`
 # Environment variable: the file into which a process of several writes why it ends, so that who started them
 # prints it once
@@ -50,8 +53,14 @@ class DecodeError(Exception):
         self.reason = reason
 
 
-class Preempted(Exception):
-    """The process ends early, with its state saved; the same command continues it."""
+class Preempted(BaseException):
+    """The process ends early, with its state saved; the same command continues it.
+
+    Raised by signal handlers, too, so in the middle of libraries: no Exception, which these catch."""
+
+
+class Terminated(BaseException):
+    """SIGTERM, in a program that has no state to save."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -92,11 +101,40 @@ def print_last_line(line: str) -> None:
         print(line, file=sys.stderr)
 
 
+@contextlib.contextmanager
+def raise_at_sigterm(error: BaseException) -> Iterator[None]:
+    """Context in which SIGTERM raises `error`, so that temporary files are removed and child processes end.
+    Launchers repeat the signal: only the first one counts. Forks of this process end as if this were not."""
+    owner = os.getpid()
+
+    def stop(number: int, _: object) -> None:
+        if os.getpid() != owner:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
+        signal.signal(number, signal.SIG_IGN)
+        raise error
+
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        if signal.getsignal(signal.SIGTERM) is stop:
+            signal.signal(signal.SIGTERM, previous)
+
+
+def is_sigterm_free() -> bool:
+    """Whether SIGTERM ends this process at once, and this thread may change that."""
+    is_main = threading.current_thread() is threading.main_thread()
+    return is_main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
 def run_cli(main: Callable[[list[str]], Any], about: str | None = None) -> None:
     """Runs main(argv) and ends the process with the exit status of its outcome.
 
     UserError and errors of the disk: one line on stderr, EXIT_USER_ERROR. Preempted: EXIT_REQUEUE. Ctrl-C:
-    EXIT_INTERRUPTED. Any other exception, in any thread, is a fault of the program: a traceback and 1.
+    EXIT_INTERRUPTED. SIGTERM, where main does not handle it: EXIT_TERMINATED. Any other exception, in any
+    thread, is a fault of the program: a traceback and 1.
     about: printed for --help. --quiet, which every program has, is no part of argv.
     """
     argv = [word for word in sys.argv[1:] if word != QUIET]
@@ -113,8 +151,9 @@ def run_cli(main: Callable[[list[str]], Any], about: str | None = None) -> None:
 
     threading.excepthook = record
     try:
-        main(argv)
-        sys.stdout.flush()
+        with raise_at_sigterm(Terminated()) if is_sigterm_free() else contextlib.nullcontext():
+            main(argv)
+            sys.stdout.flush()
         if failed_threads:
             print(f"error: {failed_threads[0]} has failed: its traceback is above", file=sys.stderr)
             sys.exit(1)
@@ -136,6 +175,9 @@ def run_cli(main: Callable[[list[str]], Any], about: str | None = None) -> None:
             raise
         print_last_line(f"error: {line}")
         sys.exit(EXIT_USER_ERROR)
+    except Terminated:
+        print_last_line("terminated")
+        sys.exit(EXIT_TERMINATED)
     except KeyboardInterrupt as e:
         print_last_line(str(e) or "interrupted")
         sys.exit(EXIT_INTERRUPTED)

@@ -31,6 +31,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, Pipe
 from multiprocessing.process import BaseProcess
 from multiprocessing.util import Finalize
@@ -104,6 +105,7 @@ class Sandbox:
         self.timed_from = timed_from
         self.memory_bytes = memory_bytes
         self._child: Child | None = None
+        self._is_ended = False
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_child": None}
@@ -127,9 +129,14 @@ class Sandbox:
 
     def close(self) -> None:
         """Kills the child."""
-        if self._child is not None:
-            self._child.end()
-            self._child = None
+        child, self._child = self._child, None
+        if child is not None:
+            child.end()
+
+    def end(self) -> None:
+        """Kills the child, also while another thread waits for it, and lets no further one start."""
+        self._is_ended = True
+        self.close()
 
     def _supervise(self, child: "Child", job: tuple, extra_bytes: int) -> Any:
         """Sends a job to the child and waits. Returns the result or a Failure; raises the job's UserError."""
@@ -172,9 +179,14 @@ class Sandbox:
             if not child.conn.poll() and not self._has_grown(child):  # readable while idle: it has died
                 return child
             self.close()
-        child = start_child(self.work, self.start_method)
-        child.wait_until_ready()
-        self._child = child
+        self._child = child = start_child(self.work, self.start_method)
+        try:
+            if self._is_ended:
+                raise UserError("decoding has been ended")
+            child.wait_until_ready()
+        except UserError:
+            self.close()
+            raise
         return child
 
     def _has_grown(self, child: "Child") -> bool:
@@ -190,6 +202,7 @@ class SandboxPool:
         self._make = lambda: Sandbox(work, timeout_s, start_method="spawn", **settings)
         self._sandboxes: list[Sandbox] = []
         self._idle: queue.LifoQueue[Sandbox] = queue.LifoQueue()
+        self._is_closed = False
 
     def run(self, *job: Any) -> Any:
         """Runs a job in an idle sandbox, or in a new one. Returns its result or a Failure."""
@@ -198,6 +211,8 @@ class SandboxPool:
         except queue.Empty:
             sandbox = self._make()
             self._sandboxes.append(sandbox)
+        if self._is_closed:
+            sandbox.end()
         try:
             return sandbox.run(*job)
         finally:
@@ -206,12 +221,17 @@ class SandboxPool:
     def map(self, jobs: Iterable[tuple], workers: int) -> Iterator[Any]:
         """Runs the jobs in `workers` processes; yields the results in the order of the jobs."""
         with ThreadPoolExecutor(workers) as threads:
-            yield from threads.map(lambda job: self.run(*job), jobs)
+            try:
+                yield from threads.map(lambda job: self.run(*job), jobs)
+            except BaseException:
+                self.close()  # the threads, for which this waits, wait for the children
+                raise
 
     def close(self) -> None:
-        """Kills all children."""
-        for sandbox in self._sandboxes:
-            sandbox.close()
+        """Kills all children, also those that work for another thread. No job runs afterwards."""
+        self._is_closed = True
+        for sandbox in list(self._sandboxes):
+            sandbox.end()
 
 
 class Child:
@@ -303,7 +323,13 @@ def start_child(work: Work, start_method: Literal["fork", "spawn"]) -> Child:
     with _spawning:
         ours, theirs = context.Pipe()
         spawned = context.Process(target=serve_spawned, args=(work, theirs), daemon=True)
-        spawned.start()
+        resource_tracker.ensure_running()  # when it starts, it unblocks SIGINT
+        # Ctrl-C goes to all processes of a terminal: `serve` ignores it, but the imports before take seconds
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            spawned.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()
     return Child(spawned, ours, None)
 
@@ -327,7 +353,18 @@ def detach_from_parent(parent: int) -> None:
 
 
 def serve_spawned(work: Work, conn: Connection) -> None:
+    # A stuck job does not notice that the parent is gone, and PR_SET_PDEATHSIG would follow the thread of the
+    # parent that started this process
+    threading.Thread(target=end_after_parent, daemon=True).start()
     serve(work, conn, None)
+
+
+def end_after_parent() -> None:
+    """Ends this process, whatever its other threads do, when the one that spawned it has ended."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def serve(work: Work, conn: Connection, memory: mmap.mmap | None) -> None:

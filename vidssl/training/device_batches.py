@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from vidssl.core.errors import Preempted
 from vidssl.core.rng import KeyedRNG
 from vidssl.data.loader import Batch
 from vidssl.training.micro_batches import MicroBatch
@@ -51,7 +52,7 @@ class DeviceBatches:
         self.make_parts = make_parts
         self.to_device = to_device or copy_video(device)
         self.side = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.ahead: StepInput | Exception | None = None  # of the next step; an error is raised there
+        self.ahead: StepInput | BaseException | None = None  # of the next step; an error is raised there
         if self.side is not None:
             # what `to_device` reads may have been made on the current stream
             self.side.wait_stream(torch.cuda.current_stream(device))
@@ -69,13 +70,13 @@ class DeviceBatches:
                 self.ahead = self._load()
         except StopIteration:
             pass  # __next__ finds the same
-        except Exception as e:  # noqa: BLE001 -- this step is still to end; __next__ raises it unchanged
+        except (Exception, Preempted) as e:  # noqa: BLE001 -- __next__ raises it, when this step has ended
             self.ahead = e
 
     def __next__(self) -> StepInput:
         self.prefetch()
         ready, self.ahead = self.ahead, None
-        if isinstance(ready, Exception):
+        if isinstance(ready, BaseException):
             raise ready
         if self.side is None:
             return self._load()

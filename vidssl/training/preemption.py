@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from vidssl.core.errors import EXIT_INTERRUPTED, Preempted, UserError
+from vidssl.core.errors import EXIT_INTERRUPTED, Preempted, UserError, raise_at_sigterm
 from vidssl.core.io import atomic_write_text
 from vidssl.training.checkpoint import list_checkpoints, step_of
 
@@ -138,17 +138,8 @@ def is_lost_peer(error: RuntimeError) -> bool:
 @contextlib.contextmanager
 def exit_on_sigterm(message: str = "SIGTERM: saved steps stay; the same command goes on") -> Iterator[None]:
     """Raises Preempted on a SIGTERM outside of the training loop (see PreemptionHandler)."""
-
-    def stop(*_: object) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        raise Preempted(message)
-
-    previous = signal.signal(signal.SIGTERM, stop)
-    try:
+    with raise_at_sigterm(Preempted(message)):
         yield
-    finally:
-        if signal.getsignal(signal.SIGTERM) is stop:
-            signal.signal(signal.SIGTERM, previous)
 
 
 @contextlib.contextmanager

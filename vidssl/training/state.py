@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from vidssl import config
-from vidssl.core.errors import UserError
+from vidssl.core.errors import Preempted, UserError
 from vidssl.core.io import check_free_space
 from vidssl.core.log import logger
 from vidssl.objective.objective import Objective
@@ -184,7 +184,7 @@ class RunState:
         """
         try:
             yield
-        except Exception:
+        except (Exception, Preempted):
             if self._has_unsaved_step:
                 step = self.whole_step
                 try:

@@ -83,11 +83,6 @@ def run_jobs(
     return outcomes
 
 
-def exit_at_sigterm() -> None:
-    """Lets SIGTERM end this process by SystemExit, so that `run_jobs` ends the programs, too."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-
-
 def say(line: str) -> None:
     """Prints a line, above the bars if there are any."""
     tqdm.write(line)
