@@ -4,6 +4,7 @@ processes and after an early end."""
 import csv
 import io
 import json
+import os
 import shutil
 import tarfile
 from contextlib import redirect_stdout
@@ -163,6 +164,14 @@ def test_broken_files_are_listed_and_end_nothing(run, odd_corpus, tmp_path):
     assert whole["picture.png"] == 0.0 and whole["short.mp4"] == 0.2 and whole["vfr.mp4"] == 0.4
     with pytest.raises(vidssl.UserError, match="none of 3 files can be decoded"):
         embed.main(call(run, tmp_path / "none", odd_corpus / "bad"))
+
+
+def test_names_that_are_not_utf_8(run, tiny_corpus, tmp_path, capsys):
+    name = tmp_path / os.fsdecode(b"caf\xe9.mp4")
+    shutil.copy(next(tiny_corpus.glob("*/*.mp4")), name)
+    embed.main(call(run, tmp_path / "out", name))
+    search.main([str(tmp_path / "out"), str(name), "--json"])
+    assert read_embedding(tmp_path / "out").keys == [str(name)]
 
 
 @pytest.mark.parametrize("fmt, package", [("parquet", "pyarrow"), ("zarr", "zarr")])

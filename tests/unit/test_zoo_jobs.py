@@ -11,7 +11,7 @@ import pytest
 
 from vidssl.core.io import LOCK_FILE
 from vidssl.zoo import jobs as zoo_jobs
-from vidssl.zoo.jobs import Job, Outcome, run_jobs
+from vidssl.zoo.jobs import Job, Outcome, error_of, run_jobs
 
 FOREVER = "while :; do sleep 0.1; done"
 
@@ -103,3 +103,9 @@ def test_programs_end_with_a_runner_that_is_killed(tmp_path):
     os.kill(runner, signal.SIGKILL)
     os.waitpid(runner, 0)
     assert fifo.read_text() == "saved\n"
+
+
+def test_the_output_of_a_failed_program_need_not_be_utf_8(tmp_path):
+    log = tmp_path / "log.txt"
+    log.write_bytes(b"error: caf\xe9.mp4: gone\n")
+    assert "mp4: gone" in error_of(log)

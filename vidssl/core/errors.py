@@ -1,7 +1,9 @@
 """How a program ends: exit statuses, and errors that are for the user: one line, no traceback."""
 
+import codecs
 import contextlib
 import errno
+import io
 import os
 import re
 import signal
@@ -96,9 +98,16 @@ def asks_for_help(argv: Sequence[str]) -> bool:
 def print_last_line(line: str) -> None:
     """Prints why a program ends on stderr, or leaves that to who has started this process."""
     try:
-        Path(os.environ[ERROR_FILE]).write_text(line)
+        Path(os.environ[ERROR_FILE]).write_text(line, errors="backslashreplace")  # as stderr does
     except (KeyError, OSError):
         print(line, file=sys.stderr)
+
+
+def let_stdout_take_any_name() -> None:
+    """Lets stdout take names of files that are not UTF-8, and what its encoding does not have."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        is_utf8 = codecs.lookup(sys.stdout.encoding).name == "utf-8"
+        sys.stdout.reconfigure(errors="surrogateescape" if is_utf8 else "backslashreplace")
 
 
 @contextlib.contextmanager
@@ -142,6 +151,7 @@ def run_cli(main: Callable[[list[str]], Any], about: str | None = None) -> None:
         print(about)
         return
     configure_logging(quiet=QUIET in sys.argv[1:])
+    let_stdout_take_any_name()
     failed_threads: list[str] = []
     report = threading.excepthook
 

@@ -123,7 +123,7 @@ def cache_provenance(
         **extractor.provenance,
         "view": view._asdict(),
         "data": data_hash,
-        "samples": hashlib.sha256(keys.encode()).hexdigest(),
+        "samples": hashlib.sha256(keys.encode(errors="surrogateescape")).hexdigest(),
         "code": code_hash(*FEATURE_CODE),
         "libraries": {name: version_of(name) for name in FEATURE_LIBRARIES},
         # the FFmpeg that PyAV was built with or finds on this machine

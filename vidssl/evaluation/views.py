@@ -73,7 +73,7 @@ def cut_segments(video: Video, view: View, segments: Sequence[int], key: str = "
     starts = segment_starts(view.segments)
     indices = [sample_indices(video.times, view.frames, view.stride, view.fps, starts[s]) for s in segments]
     frames = video.get(np.concatenate(indices))
-    seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big")
+    seed = int.from_bytes(hashlib.sha256(key.encode(errors="surrogateescape")).digest()[:8], "big")
     rng = np.random.default_rng(seed)
     permutations = [rng.permutation(view.frames) for _ in range(view.segments)]
     return {

@@ -106,7 +106,7 @@ def _next_job(waiting: Sequence[Job], outcomes: Mapping[str, Outcome]) -> Job | 
 
 def error_of(log: Path) -> str:
     """Returns the error line of a job's output, or its last line, and the path of the output."""
-    lines = [line for line in log.read_text().splitlines() if line.strip()] or ["no output"]
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()] or ["no output"]
     line = next((s for s in reversed(lines) if s.startswith("error: ")), lines[-1])
     return f"{line.removeprefix('error: ')} (full output: {log})"
 

@@ -2,6 +2,7 @@
 
 import errno
 import inspect
+import io
 import os
 import re
 import resource
@@ -178,3 +179,12 @@ def test_every_program_ends_through_run_cli(path):
     text = path.read_text()
     if "__name__ ==" in text and path.stem != "check_architecture":
         assert re.search(r"run_cli\(main", text), f"{path.name}: its errors are not one line"
+
+
+@pytest.mark.parametrize("encoding, printed", [("utf-8", b"caf\xe9\n"), ("ascii", b"caf\\udce9\n")])
+def test_stdout_takes_names_that_are_not_utf_8(encoding, printed, monkeypatch):
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding=encoding, errors="strict"))
+    monkeypatch.setattr(sys, "argv", ["program"])
+    run_cli(lambda _: print("caf\udce9"))
+    assert raw.getvalue() == printed

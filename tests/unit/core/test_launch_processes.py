@@ -178,3 +178,9 @@ def test_the_usage_names_the_programs_that_share_their_work():
     assert named == [
         name for name, program in PROGRAMS.items() if program.shares_work and name != "train"
     ] + ["embed"]
+
+
+def test_an_error_line_takes_names_that_are_not_utf_8(capfd):
+    code = "from vidssl.core.errors import print_last_line; print_last_line('error: caf\\udce9.mp4')"
+    run(code)
+    assert capfd.readouterr().err == "error: caf\\udce9.mp4\n"
