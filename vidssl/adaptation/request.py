@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from vidssl.config import merge
 from vidssl.core.errors import UserError
-from vidssl.core.io import atomic_write_text
+from vidssl.core.io import atomic_write_text, read_json_object
 
 OPTIONS = {"source": "--from", "settings": "key=value", "facts": "key=value"}  # how they are given
 DECIDED = {  # keys of the configuration that an option decides
@@ -102,12 +102,7 @@ def keep_request(request: Request, hashes: Mapping[str, str]) -> None:
 def _stored(request: Request) -> dict[str, Any]:
     """What an earlier call has kept; {} if there is none."""
     path = request.folder / "adapt.json"
-    if not path.exists():
-        return {}
-    try:
-        return json.loads(path.read_text())
-    except ValueError:
-        raise UserError(f"{path}: damaged; remove {request.out} and start again") from None
+    return read_json_object(path, f"remove {request.out} and start again") if path.exists() else {}
 
 
 def _asked(request: Request) -> dict[str, Any]:

@@ -229,6 +229,18 @@ def native_description(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def read_json_object(path: Path, correction: str) -> dict[str, Any]:
+    """The JSON object that a file holds. Raises UserError, with the correction, if it holds anything else: a
+    power cut may leave it empty."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"{path}: damaged ({e}); {correction}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: damaged (no JSON object); {correction}")
+    return found
+
+
 def make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)

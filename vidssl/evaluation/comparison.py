@@ -52,7 +52,7 @@ def read_probe(path: Path, name: str) -> tuple[str, list[Row], Row]:
         raise UserError(f"{e.filename}: {e.strerror}; give the probe.json of a probe's folder") from None
     except csv.Error as e:
         raise UserError(f"{path.with_name('predictions.csv')}: damaged ({e}); run the probe again") from None
-    except (ValueError, KeyError) as e:
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise UserError(f"{path}: not a probe.json of this version ({e})") from None
 
 

@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from vidssl.core.errors import UserError
-from vidssl.core.io import atomic_write_text, check_free_space
+from vidssl.core.io import atomic_write_text, check_free_space, read_json_object
 from vidssl.data.dataset import do_nothing
 from vidssl.data.shards import Sample
 from vidssl.evaluation.extractor import FeatureExtractor, cache_provenance
@@ -242,7 +242,7 @@ def open_embedding_folder(out: Path, request: dict[str, Any]) -> bool:
     by the process that has claimed the folder."""
     file = out / PLAN
     if file.exists():
-        stored = json.loads(file.read_text())
+        stored = read_json_object(file, f"remove {out}, or choose another --out")
         encoder = stored.pop("encoder", None)
         if isinstance(encoder, str):  # written before the model was stored beside the hash of its weights
             encoder = {"sha256": encoder}

@@ -14,12 +14,13 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from vidssl.core.errors import UserError
-from vidssl.core.io import atomic_write, atomic_write_text
+from vidssl.core.io import atomic_write, atomic_write_text, read_json_object
 from vidssl.core.tables import read_table
 
 Format = Literal["npy", "parquet", "zarr"]
 PACKAGES = {"parquet": "pyarrow", "zarr": "zarr"}
 ROWS_AT_ONCE = 1024
+AGAIN = "run vidssl embed again into a new folder"
 
 
 class StoredRows(NamedTuple):
@@ -160,16 +161,20 @@ def read_features(out: Path, fmt: str, shape: tuple[int, ...], dtype: str) -> np
 def read_embedding(out: Path) -> StoredRows:
     """Reads what `vidssl embed` wrote. Raises UserError for a folder without a finished embedding."""
     try:
-        facts = json.loads((out / "embedding.json").read_text())
+        facts = read_json_object(out / "embedding.json", AGAIN)
         with open(out / "rows.csv", newline="", encoding="utf-8", errors="surrogateescape") as f:
             rows = list(read_table(f))
         features = read_features(out, facts["format"], tuple(facts["shape"]), facts["dtype"])
     except FileNotFoundError as e:
         missing = Path(str(e.filename)).name
         raise UserError(f"{out}: no {missing}: no finished output of vidssl embed") from None
-    except (ValueError, KeyError, csv.Error) as e:
-        raise UserError(f"{out}: damaged ({e}); run vidssl embed again into a new folder") from None
+    except (ValueError, KeyError, TypeError, EOFError, csv.Error) as e:
+        raise UserError(f"{out}: damaged ({e}); {AGAIN}") from None
     if len(rows) != len(features):
         raise UserError(f"{out}: rows.csv has {len(rows)} rows, the features {len(features)}")
-    start, end = (np.array([float(row[name]) for row in rows]) for name in ("start", "end"))
-    return StoredRows(facts, [row["key"] for row in rows], start, end, features)
+    try:
+        start, end = (np.array([float(row[name]) for row in rows]) for name in ("start", "end"))
+        keys = [row["key"] for row in rows]
+    except (ValueError, KeyError, TypeError) as e:
+        raise UserError(f"{out / 'rows.csv'}: damaged ({e}); {AGAIN}") from None
+    return StoredRows(facts, keys, start, end, features)

@@ -39,7 +39,10 @@ class FinishedRows:
         data = self.path.read_bytes()
         *lines, rest = data.split(b"\n")
         self._length = len(data) - len(rest)
-        entries = [json.loads(line) for line in lines]
+        try:
+            entries = [dict(json.loads(line)) for line in lines]
+        except (ValueError, TypeError) as e:
+            raise UserError(f"{self.path}: damaged ({e}); remove it: its rows are computed again") from None
         if entries and entries[0].get("fingerprint") != self.fingerprint:
             rows = sum("run" in entry for entry in entries)
             raise UserError(

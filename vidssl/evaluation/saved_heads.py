@@ -1,14 +1,13 @@
 """The chosen heads of a probe, kept beside its report: OUT/heads/LABEL.safetensors, with the statistics of
 train that its tokens are standardised with."""
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from vidssl.core.errors import UserError
-from vidssl.core.io import make_folder
+from vidssl.core.io import make_folder, read_json_object
 from vidssl.evaluation.protocol import Standardisation, TrainedProbe
 from vidssl.model.heads import AttentiveHead
 from vidssl.pretrained.content import content_hash
@@ -60,8 +59,8 @@ def save_head(out: Path, probe: TrainedProbe) -> dict[str, Any]:
 def load_saved_head(probe: Path, label: str | None = None) -> tuple[SavedHead, dict[str, Any]]:
     """Reads the head of a label set (None: the first that has one) of a probe's folder, and its probe.json.
     Raises UserError if it has none, or one with another hash than the report says."""
-    report = json.loads((probe / "probe.json").read_text())
-    entries = {row["label"]: row["head"] for row in report["results"] if "head" in row}
+    report = read_json_object(probe / "probe.json", "run the probe again")
+    entries = {row["label"]: row["head"] for row in report.get("results", []) if "head" in row}
     if not entries:
         raise UserError(
             f"{probe}: has no saved head: attentive probes save them, of control none and of all of train"

@@ -10,7 +10,7 @@ from typing import Any
 
 from vidssl.config import to_tree
 from vidssl.core.errors import UserError
-from vidssl.core.io import atomic_write_text
+from vidssl.core.io import atomic_write_text, read_json_object
 from vidssl.zoo.config import ZooConfig
 from vidssl.zoo.jobs import Outcome, run_jobs
 from vidssl.zoo.plan import PlannedRun, RunFacts, equal_steps, longest_factor, planned_run
@@ -67,9 +67,9 @@ def read_plan(zoo: ZooConfig) -> dict[str, PlannedRun] | None:
     path = zoo.folder / "plan.json"
     if not path.exists():
         return None
-    stored = json.loads(path.read_text())
+    stored = read_json_object(path, "remove it: the runs are measured and planned again")
     settings = settings_of(zoo)
-    if differing := [key for key, value in settings.items() if stored["settings"].get(key) != value]:
+    if differing := [key for key, value in settings.items() if stored.get("settings", {}).get(key) != value]:
         raise UserError(
             f"{path}: was measured and planned for another value of {differing[0]}; choose another out"
         )
