@@ -9,7 +9,6 @@ with a deadline; those that cannot be decoded are kept, counted and listed.
 """
 
 import hashlib
-import json
 from collections.abc import Callable
 from contextlib import closing
 from functools import partial
@@ -17,13 +16,13 @@ from pathlib import Path
 
 from data_prep.filters import Rejected
 from data_prep.fingerprint import Candidate, Fingerprint, HashTable, MediaFile
-from data_prep.index import read_lines, write_lines
+from data_prep.index import write_lines
 from data_prep.matching import matching_job
 from data_prep.sources.common import SourceItem
 from data_prep.summary import Tally, left_out_lines
 from data_prep.workers import WorkerPool
 from vidssl.core.errors import UserError
-from vidssl.core.io import make_folder
+from vidssl.core.io import make_folder, read_json_rows
 from vidssl.data.format import dumps
 
 MIN_DUPLICATE_CORRELATION = 0.985  # re-encoded copies of UCF101 have 0.989 to 1
@@ -92,7 +91,7 @@ def cached_near_duplicates(
     listing = "\n".join(f"{path} {(root / path).stat().st_size}" for path in paths)
     header = {"files": hashlib.sha256(listing.encode()).hexdigest()}
     if file.exists():
-        cached_header, *records = map(json.loads, read_lines(file))
+        cached_header, *records = read_json_rows(file) or [{}]
         if cached_header != header:
             raise UserError(f"{file}: is of other files; choose another folder, or remove it")
         return {record.pop("path"): record for record in records}

@@ -5,7 +5,6 @@ The format itself is defined in vidssl/data/format.py.
 """
 
 import hashlib
-import json
 import os
 import re
 import tarfile
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from vidssl.core.errors import UserError
-from vidssl.core.io import atomic_write_text
+from vidssl.core.io import atomic_write_text, read_json_rows
 from vidssl.data.format import read_index
 from vidssl.data.tar_files import TarFiles, split_name
 
@@ -70,8 +69,8 @@ def read_contents(folder: Path) -> Contents:
     rejected = folder / "rejected.jsonl"
     return Contents(
         index,
-        [json.loads(line) for shard in shards for line in read_lines(shard)],
-        [json.loads(line) for line in read_lines(rejected)] if rejected.exists() else [],
+        [row for shard in shards for row in read_json_rows(shard)],
+        read_json_rows(rejected) if rejected.exists() else [],
     )
 
 

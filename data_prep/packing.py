@@ -22,7 +22,7 @@ from data_prep.summary import (
     write_summary,
 )
 from vidssl.core.errors import UserError
-from vidssl.core.io import make_folder
+from vidssl.core.io import make_folder, read_json_rows
 from vidssl.core.log import logger
 from vidssl.core.progress import Progress
 from vidssl.core.suggestions import counted
@@ -76,7 +76,7 @@ def write_indexes(plan: Plan) -> None:
     for folder, shards in plan.datasets.items():
         rejected = list(plan.rejected.get(folder, []))
         for shard in shards:
-            rejected += [json.loads(line) for line in read_lines(shard.rejections)]
+            rejected += read_json_rows(shard.rejections)
         rejected.sort(key=lambda record: (record["path"], record.get("start", 0.0), record.get("end", 0.0)))
         write_lines(folder / "rejected.jsonl", map(dumps, rejected))
         samples = {shard.tar: len(read_lines(shard.tar.with_suffix(".jsonl"))) for shard in shards}

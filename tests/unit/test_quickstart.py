@@ -111,6 +111,17 @@ def test_a_folder_has_its_own_output_and_configuration(tmp_path, monkeypatch):
         parse_quickstart(["films", "--out", "films/out"])
 
 
+@pytest.mark.parametrize("option", ["--train", "--test", "--labelled"])
+def test_numbers_of_rendered_videos(option, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "films").mkdir()
+    for number in ("0", "-3"):
+        with pytest.raises(UserError, match=rf"^{option} {number}: must be 1 or more$"):
+            parse_quickstart([option, number])
+    with pytest.raises(UserError, match=rf"^{option}: is of rendered videos; films is taken whole$"):
+        parse_quickstart(["films", option, "5"])
+
+
 @pytest.mark.parametrize(
     "option, setting, line",
     [

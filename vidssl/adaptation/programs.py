@@ -1,7 +1,6 @@
 """The programs of an adaptation, each with a file that says that it is done, so that a call goes on where an
 earlier one was cut off."""
 
-import json
 import statistics
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -14,7 +13,7 @@ from vidssl.adaptation.start import Start
 from vidssl.config import load_config, save
 from vidssl.config.yaml_text import list_argument
 from vidssl.core.errors import UserError
-from vidssl.core.io import atomic_write_text
+from vidssl.core.io import atomic_write_text, read_json_rows
 from vidssl.data.timing import middle_rate
 from vidssl.evaluation.probe_config import ProbeConfig
 from vidssl.training.schema import TrainConfig
@@ -153,7 +152,7 @@ def run_once(request: Request, jobs: Sequence[Job]) -> dict[str, Outcome]:
 def measured_steps(request: Request, batch: int, trial_s: float, left_s: float, runs: int) -> int:
     """Steps of each of `runs` runs that fit into `left_s` seconds. batch: clips a step; trial_s: seconds that
     the trial took."""
-    rows = [json.loads(line) for line in (request.run("trial") / "log.jsonl").read_text().splitlines()]
+    rows = read_json_rows(request.run("trial") / "log.jsonl")
     step_s = statistics.median(batch / row["clips_per_s"] for row in rows[WARM_STEPS:])
     measuring_s = EVALUATIONS * rows[-1].get("diagnostics_s", 0.0)
     start_s = max(0.0, trial_s - len(rows) * step_s)

@@ -1,11 +1,11 @@
 """The outcome of an adaptation: accuracies with intervals and paired differences, and the held-out error."""
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vidssl.core.io import read_json_rows
 from vidssl.evaluation.comparison import Row, add_differences, decimals_of, read_probe
 
 AFTER = "after"
@@ -76,7 +76,7 @@ def verdict(rows: Sequence[Row]) -> list[str]:
 
 def held_out_lines(log: Path, steps: int) -> list[str]:
     """How held-out error and spread of the features went, by the rows of a log.jsonl. steps: as planned."""
-    rows = [json.loads(line) for line in log.read_text().split("\n")[:-1]]
+    rows = read_json_rows(log)
     measured = [row for row in rows if "val_loss" in row]
     if not measured:
         return []

@@ -16,10 +16,11 @@ permutations of up to 7 probes, of more by 9,999 random ones.
 
 import argparse
 import csv
+import io
 from pathlib import Path
 
 from vidssl.core.errors import UserError, run_cli
-from vidssl.core.io import check_writable, make_folder
+from vidssl.core.io import atomic_write_text, check_writable, make_folder
 from vidssl.evaluation.comparison import (
     CLIP_KEYS,
     COLUMNS,
@@ -49,12 +50,12 @@ def main(argv: list[str]) -> None:
     names = a.names or short_names(paths)
     if len(names) != len(paths) or len(set(names)) < len(names):
         raise UserError(f"{len(paths)} probes need as many different --names, not {names}")
+    if a.plot and a.plot.suffix not in PLOT_SUFFIXES:
+        raise UserError(f"--plot {a.plot}: give a file name that ends in .png, .pdf or .svg")
     for file in (a.csv, a.plot):
         if file:
             check_writable(file.parent)
             make_folder(file.parent)
-    if a.plot and a.plot.suffix not in PLOT_SUFFIXES:
-        raise UserError(f"--plot {a.plot}: give a file name that ends in .png, .pdf or .svg")
     probes = [read_probe(path, name) for path, name in zip(paths, names, strict=True)]
     if len({data for data, *_ in probes}) > 1:
         raise UserError("these probes were tested on different data (data.test differs): nothing to compare")
@@ -73,10 +74,11 @@ def main(argv: list[str]) -> None:
         conditions = f"These probes differ in more than the encoder: {conditions}"
         print("\n" + conditions)
     if a.csv:
-        with open(a.csv, "w", newline="") as f:
-            writer = csv.DictWriter(f, COLUMNS, extrasaction="ignore")
-            writer.writeheader()
-            writer.writerows(rows)
+        table = io.StringIO(newline="")
+        writer = csv.DictWriter(table, COLUMNS, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+        atomic_write_text(a.csv, table.getvalue())
     if a.plot:
         draw_comparison(rows, a.plot, conditions)
     if a.rank:

@@ -66,6 +66,12 @@ def parse_quickstart(argv: list[str]) -> Quickstart:
     a = p.parse_args(argv)
     if a.folder is not None and not a.folder.is_dir():
         raise UserError(f"{a.folder}: no such folder")
+    for option, default in (("train", TRAIN), ("test", TEST), ("labelled", LABELLED)):
+        number = getattr(a, option)
+        if a.folder is not None and number != default:
+            raise UserError(f"--{option}: is of rendered videos; {a.folder} is taken whole")
+        if number < 1:
+            raise UserError(f"--{option} {number}: must be 1 or more")
     name = f"quickstart_{a.folder.resolve().name}" if a.folder else "quickstart"
     out = (a.out or Path("runs") / name).absolute()
     videos = a.folder.absolute() if a.folder else None

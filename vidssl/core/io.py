@@ -217,6 +217,21 @@ def last_json_row(path: Path) -> dict[str, Any]:
     return json.loads(rows[-1]) if rows else {}
 
 
+def read_json_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file of JSON lines, without a last one that is cut short. Raises UserError for a line
+    that is damaged."""
+    rows = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as e:
+            raise UserError(f"{path}: line {number} is damaged ({e}); run again in a new folder") from None
+        if not isinstance(row, dict):
+            raise UserError(f"{path}: line {number} is damaged (no JSON object); run again in a new folder")
+        rows.append(row)
+    return rows
+
+
 def native_description(path: Path) -> dict[str, Any]:
     """Our description in the header of a safetensors file, without torch; {} if there is none."""
     try:

@@ -13,6 +13,7 @@ import numpy as np
 
 from vidssl.config.signatures import fields_in_source
 from vidssl.core.errors import UserError
+from vidssl.core.io import atomic_write
 from vidssl.core.tables import read_table
 from vidssl.evaluation.controls import CONTROLS, control_name
 from vidssl.evaluation.metrics import bootstrap_ci
@@ -280,7 +281,7 @@ def draw_comparison(rows: list[Row], path: Path, conditions: str) -> None:
     figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=4, frameon=False)
     if conditions:
         figure.supxlabel("\n".join(textwrap.wrap(conditions, int(16 * width * columns))), fontsize=7)
-    figure.savefig(path, dpi=120)
+    atomic_write(path, lambda beside: figure.savefig(beside, dpi=120, format=path.suffix[1:]))
 
 
 def short_names(paths: list[Path]) -> list[str]:

@@ -336,9 +336,12 @@ def read_hf_folder(path: Path, overrides: dict[str, Any]) -> Checkpoint:
 
 def load_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
-    except ValueError as e:
+        found = json.loads(path.read_text())
+    except (ValueError, RecursionError) as e:
         raise UserError(f"{path}: not JSON ({e})") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: holds no JSON object")
+    return found
 
 
 def weight_files(path: Path) -> list[Path]:

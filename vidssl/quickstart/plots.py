@@ -1,12 +1,11 @@
 """The plots of a quickstart: curves of both runs, and the table as bars."""
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
 
-from vidssl.core.io import atomic_write
+from vidssl.core.io import atomic_write, read_json_rows
 from vidssl.quickstart.programs import METHODS, Quickstart
 from vidssl.quickstart.results import Result, accuracy_over_steps
 
@@ -24,8 +23,7 @@ def draw_curves(quick: Quickstart) -> None:
     figure = Figure(figsize=(13, 7), layout="constrained")
     axes = list(figure.subplots(2, 3).flat)
     for i, method in enumerate(METHODS):
-        lines = (quick.run(method) / "log.jsonl").read_text().splitlines()
-        log = [json.loads(line) for line in lines]
+        log = read_json_rows(quick.run(method) / "log.jsonl")
         axes[i].plot([row["step"] for row in log], [row["loss"] for row in log], lw=0.7, color=f"C{i}")
         axes[i].set_yscale("log")
         measured = [row for row in log if "feature_std_time" in row]

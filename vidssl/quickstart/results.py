@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vidssl.core.io import atomic_write_text
+from vidssl.core.io import atomic_write_text, read_json_object
 from vidssl.quickstart.programs import METHODS, NOT_TRAINED, Quickstart
 
 KEPT = ("label", "protocol", "control", "accuracy", "ci95", "n_test", "chance")
@@ -13,7 +13,7 @@ Result = dict[str, Any]
 
 
 def probe_results(folder: Path) -> list[Result]:
-    return json.loads((folder / "probe.json").read_text())["results"]
+    return read_json_object(folder / "probe.json", f"remove {folder}")["results"]
 
 
 def summary(quick: Quickstart) -> list[Result]:
@@ -32,7 +32,7 @@ def write_results_json(path: Path, content: Any) -> None:
 
 def add_times(path: Path, seconds: Mapping[str, float]) -> None:
     """Adds the seconds of what this call has done to those of earlier ones."""
-    known = json.loads(path.read_text()) if path.exists() else {}
+    known = read_json_object(path, "remove it") if path.exists() else {}
     write_results_json(path, {**known, **{name: round(took, 1) for name, took in seconds.items()}})
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from vidssl.config import to_tree
 from vidssl.core.errors import UserError
-from vidssl.core.io import atomic_write_text, read_json_object
+from vidssl.core.io import atomic_write_text, read_json_object, read_json_rows
 from vidssl.zoo.config import ZooConfig
 from vidssl.zoo.jobs import Outcome, run_jobs
 from vidssl.zoo.plan import PlannedRun, RunFacts, equal_steps, longest_factor, planned_run
@@ -133,7 +133,7 @@ def measure_steps(zoo: ZooConfig, facts: Mapping[str, RunFacts]) -> tuple[dict[s
 def with_times(facts: RunFacts, log: Path, outcome: Outcome) -> RunFacts:
     if outcome.status != "done":
         return facts
-    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    rows = read_json_rows(log)
     step_s = statistics.median(facts.batch / row["clips_per_s"] for row in rows[WARM_STEPS:])
     flops = facts.flops or statistics.mean(row["flops"] for row in rows)
     start_s = max(0.0, outcome.seconds - len(rows) * step_s)

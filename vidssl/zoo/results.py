@@ -1,7 +1,6 @@
 """The results of a zoo, read from the files that its programs wrote: results.csv and table.md."""
 
 import csv
-import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
@@ -11,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vidssl.core.errors import UserError
-from vidssl.core.io import atomic_write, atomic_write_text
+from vidssl.core.io import atomic_write, atomic_write_text, read_json_rows
 from vidssl.evaluation.comparison import SCORES, Row, decimals_of, merge_lists, read_probe
 from vidssl.evaluation.controls import CONTROLS, control_name
 from vidssl.evaluation.metrics import bootstrap_seeds_ci
@@ -75,9 +74,7 @@ def flops_by_step(log: Path) -> dict[int, int]:
         return {}
     spent: dict[int, int] = {}
     total = 0
-    # the last line of a killed run may be cut short
-    for line in log.read_text().split("\n")[:-1]:
-        row = json.loads(line)
+    for row in read_json_rows(log):
         # of a step, on average over those of the row
         total += row.get("steps", 1) * row["flops"]
         spent[row["step"]] = total

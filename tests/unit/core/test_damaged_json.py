@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data_prep.dedup import cached_near_duplicates
 from vidssl.adaptation.request import check_request
 from vidssl.core.errors import UserError
 from vidssl.evaluation.comparison import read_probe
@@ -13,7 +14,10 @@ from vidssl.evaluation.embedding import open_embedding_folder
 from vidssl.evaluation.embedding_files import read_embedding
 from vidssl.evaluation.finished_rows import FinishedRows
 from vidssl.evaluation.saved_heads import load_saved_head
+from vidssl.pretrained.public import load_json
+from vidssl.quickstart.results import add_times
 from vidssl.zoo.measure import read_plan
+from vidssl.zoo.results import flops_by_step
 
 READERS = {
     "plan.json": lambda out: open_embedding_folder(out, {}),
@@ -23,6 +27,10 @@ READERS = {
     "adapt.json": lambda out: check_request(Namespace(folder=out, out=str(out))),
     "plan.json of a zoo": lambda out: read_plan(Namespace(folder=out)),
     "probe.json with heads": load_saved_head,
+    "times.json": lambda out: add_times(out / "times.json", {}),
+    "config.json": lambda out: load_json(out / "config.json"),
+    "log.jsonl": lambda out: flops_by_step(out / "log.jsonl"),
+    "near.jsonl": lambda out: cached_near_duplicates(out / "near.jsonl", out, [], dict),
 }
 DAMAGED = {
     "empty": b"\n",

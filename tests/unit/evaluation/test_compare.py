@@ -1,6 +1,7 @@
 """vidssl compare on written reports: names, conditions that differ, bars and files."""
 
 import csv
+import errno
 import json
 from pathlib import Path
 
@@ -134,7 +135,23 @@ def test_a_place_that_cannot_be_written_is_said_in_one_line(tmp_path, option):
 
 def test_an_unknown_kind_of_picture_is_said(tmp_path):
     with pytest.raises(UserError, match=r"ends in \.png"):
-        compare.main([str(write_probe(tmp_path / "A", 20)), f"--plot={tmp_path / 'x.nope'}"])
+        compare.main([str(write_probe(tmp_path / "A", 20)), f"--plot={tmp_path / 'new' / 'x.nope'}"])
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("option, name", [("--csv", "x.csv"), ("--plot", "x.png")])
+def test_what_cannot_be_written_leaves_the_file_of_before(tmp_path, monkeypatch, option, name):
+    probe = write_probe(tmp_path / "A", 20)
+    (tmp_path / name).write_text("before")
+    monkeypatch.setattr("vidssl.core.io.fsync_path", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        compare.main([str(probe), option, str(tmp_path / name)])
+    assert (tmp_path / name).read_text() == "before"
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def full_disk(_):
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 ROWS_OF_KEYS = (("0", ""), ("1", ""), ("0", ""), ("2", "g"), ("2", "g"), ("0", ""))
