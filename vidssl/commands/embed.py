@@ -157,7 +157,7 @@ def embed(a: argparse.Namespace) -> None:
     with claim_for_all(a.out, "embed", processes_of(accelerator)), Peers(accelerator) as peers:
         processes = processes_of(accelerator, peers.wait)
         source, samples = open_inputs(a.inputs, absolute=a.engine == "ray")
-        request = make_request(a, source, encoder)
+        request = make_request(a, source, encoder, view)
         if processes.run_on_main(partial(open_embedding_folder, a.out, request)):
             accelerator.print(f"{a.out}: already complete")
         else:
@@ -245,13 +245,14 @@ def remove_parts(out: Path) -> None:
 
 
 def make_request(
-    a: argparse.Namespace, source: "IdentifiedSource", encoder: "FrozenEncoder"
+    a: argparse.Namespace, source: "IdentifiedSource", encoder: "FrozenEncoder", view: Any
 ) -> dict[str, Any]:
     """What decides the rows, to tell one call from another."""
     from vidssl.evaluation.report import encoder_facts
 
     names = ("inputs", "tokens", "window", "hop", "segments", "crops", "frames", "size", "stride", "fps")
     options = {name: getattr(a, name) for name in (*names, "format", "dtype", "precision")}
+    options["view"] = view._asdict()  # what an encoder was trained with stands for options that are not given
     return {**options, "data": source.hash, "encoder": encoder_facts(encoder.net, encoder.metadata)}
 
 

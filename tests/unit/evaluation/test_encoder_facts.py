@@ -11,6 +11,7 @@ from vidssl.config import load_config
 from vidssl.core.errors import UserError
 from vidssl.dense import dense_fingerprint
 from vidssl.evaluation.dense.schema import DenseConfig
+from vidssl.evaluation.embedding import open_embedding_folder
 from vidssl.evaluation.model_card import read_probes
 from vidssl.evaluation.probe_config import ProbeConfig
 from vidssl.evaluation.probing import probe_fingerprint
@@ -92,3 +93,19 @@ def test_a_card_has_no_figures_of_another_model(other, encoder, tmp_path):
     report["encoder"] |= {"model": MODEL, "pixels": PIXELS}
     (tmp_path / "probe.json").write_text(json.dumps(report))
     assert read_probes(tmp_path, [], checkpoint) == read_probes(tmp_path, [tmp_path], checkpoint) == [report]
+
+
+def test_an_embedding_knows_its_clips(tmp_path):
+    """Encoders of equal weights that were trained at other rates see other clips of the same options."""
+    encoder = {"sha256": "0", "model": {}, "pixels": {}}
+    request = {"stride": None, "fps": None, "view": {"stride": 2, "fps": None}, "encoder": encoder}
+    assert not open_embedding_folder(tmp_path, request)
+    (tmp_path / "embedding.json").touch()
+    assert open_embedding_folder(tmp_path, request)
+    for view in ({"stride": 4, "fps": None}, {"stride": None, "fps": 8.0}):
+        with pytest.raises(UserError, match="other options"):
+            open_embedding_folder(tmp_path, {**request, "view": view})
+    stored = json.loads((tmp_path / "plan.json").read_text())
+    del stored["view"]  # as earlier versions wrote it
+    (tmp_path / "plan.json").write_text(json.dumps(stored))
+    assert open_embedding_folder(tmp_path, request)
