@@ -923,7 +923,7 @@ def test_folders_of_hugging_face(tmp_path):
     with pytest.raises(UserError, match=r"config.json: 'num_attention_heads' is missing"):
         public.read_public(str(tmp_path))
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(UserError, match=r"config.json: not JSON"):
+    with pytest.raises(UserError, match=r"config.json: damaged"):
         public.read_public(str(tmp_path))
     with pytest.raises(UserError, match="no such file"):
         public.read_public(str(tmp_path / "nowhere"))

@@ -1,7 +1,6 @@
 """Reads published checkpoints: detects the format of a file and accounts for every key."""
 
 import argparse
-import json
 import re
 import sys
 import zipfile
@@ -17,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vidssl.core.errors import UserError
+from vidssl.core.io import read_json_object
 from vidssl.model.heads import HEAD_EPS, AttentiveHead
 from vidssl.pretrained.content import check_content
 from vidssl.pretrained.infer_config import (
@@ -335,13 +335,7 @@ def read_hf_folder(path: Path, overrides: dict[str, Any]) -> Checkpoint:
 
 
 def load_json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text())
-    except (ValueError, RecursionError) as e:
-        raise UserError(f"{path}: not JSON ({e})") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: holds no JSON object")
-    return found
+    return read_json_object(path, "download or write it again")
 
 
 def weight_files(path: Path) -> list[Path]:
