@@ -11,6 +11,7 @@ from vidssl.core.errors import UserError
 from vidssl.core.rng import KeyedRNG
 from vidssl.model.vit import Encoder
 from vidssl.objective.corruptions import Corruption
+from vidssl.objective.feature_losses import OF_TARGET
 from vidssl.objective.masked_prediction import MaskedPrediction
 from vidssl.objective.masks import needs_video
 from vidssl.objective.objective import Objective
@@ -86,10 +87,10 @@ def build_masked_prediction(
     aux = [supply(spec, encoder=encoder, target_width=target.width) for spec in method.aux]
     for module, spec in zip(aux, method.aux, strict=True):
         module.kind = spec.kind
-        if getattr(module, "tokens", None) == "target" and not target.has_gradients:
+        if getattr(module, "tokens", None) in OF_TARGET and not target.has_gradients:
             raise UserError(
-                f"method.aux: {spec.kind} of the target moves nothing, as target {method.target.kind} has no "
-                "gradients; give tokens: prediction or tokens: context"
+                f"method.aux: {spec.kind} of tokens {module.tokens} moves nothing, as target "
+                f"{method.target.kind} has no gradients; give tokens: prediction or tokens: context"
             )
     return MaskedPrediction(
         encoder,

@@ -14,13 +14,19 @@ from vidssl.objective.auxiliary_base import Auxiliary
 from vidssl.objective.embedding_losses import covariance, random_directions, sigreg, variance_hinge
 from vidssl.objective.global_batch import mean_over_processes
 
-Features = Literal["target", "prediction", "context"]
+Features = Literal["target", "prediction", "context", "changes"]
+OF_TARGET = ("target", "changes")  # which move nothing where the target has no gradients
 
 
 def features_of(predicted: Predicted, tokens: Features) -> Tensor:
-    """The hidden tokens' targets or predictions, or the tokens that the encoder saw, [B, n, D] each."""
+    """The hidden tokens' targets or predictions, the tokens that the encoder saw, or how the targets of all
+    tokens change within a clip: less their mean over time at each place; [B, n, D] each."""
     if tokens == "context":
         return predicted.encoded.z
+    if tokens == "changes":
+        assert predicted.features is not None
+        slices = predicted.features.unflatten(1, (predicted.encoded.grid.t, -1))
+        return (slices - slices.mean(1, keepdim=True)).flatten(1, 2)
     return (predicted.target if tokens == "target" else predicted.prediction.target).flatten(1, 2)
 
 
@@ -33,7 +39,8 @@ class FeatureSigreg(Auxiliary):
     couples_clips = True
 
     def __init__(self, weight: NonNegativeFloat, tokens: Features = "target", directions: PositiveInt = 256):
-        """tokens: of which it is; directions: on which they are projected, new ones in each step."""
+        """tokens: of which it is (changes: over time at each place, of the targets); directions: on which
+        they are projected, new ones in each step."""
         super().__init__(weight)
         self.tokens = tokens
         self.reads_class = tokens == "context"
@@ -57,7 +64,8 @@ class FeatureVarianceCovariance(Auxiliary):
         variance: NonNegativeFloat = 25.0,
         covariance: NonNegativeFloat = 1.0,
     ):
-        """tokens: of which it is; variance, covariance: weights of the two terms, those of VICReg."""
+        """tokens: of which it is (changes: over time at each place, of the targets); variance, covariance:
+        weights of the two terms, those of VICReg."""
         super().__init__(weight)
         self.tokens = tokens
         self.reads_class = tokens == "context"

@@ -256,8 +256,35 @@ def test_jepa_without_a_teacher(method):
     assert objective.couples_clips
 
 
+@pytest.mark.parametrize("kind", ["sigreg", "variance_covariance"])
+def test_a_regulariser_of_changes(kind):
+    """Of the features less their mean over the time slices of each clip, at each place."""
+    aux = f"method.aux=[{{kind: {kind}, weight: 0.5, tokens: changes}}]"
+    objective, video = method_and_clips("jepa_vicreg", aux)
+    masks = masks_of(objective, video)
+    found = objective(video, fresh(), masks)
+    grid = objective.encoder.grid_of(video)
+    assert grid.t > 1
+    features = objective.encoder(video)
+    changes = torch.empty_like(features)
+    for place in range(grid.h * grid.w):
+        slices = [place + t * grid.h * grid.w for t in range(grid.t)]
+        changes[:, slices] = features[:, slices] - features[:, slices].mean(1, keepdim=True)
+    rng = fresh()
+    for i in range(len(masks)):
+        if kind == "sigreg":
+            want = sigreg_of(changes.flatten(0, 1), random_directions(rng, features.shape[-1], 256), B)
+        else:
+            want = vicreg_of(changes.flatten(0, 1))
+        torch.testing.assert_close(found[f"aux_{kind}_{i}"], 0.5 * want)
+
+
 def test_a_regulariser_without_gradients_is_refused():
-    for aux in ("{kind: sigreg, weight: 1.0}", "{kind: variance_covariance, weight: 1.0, tokens: target}"):
+    for aux in (
+        "{kind: sigreg, weight: 1.0}",
+        "{kind: variance_covariance, weight: 1.0, tokens: target}",
+        "{kind: sigreg, weight: 1.0, tokens: changes}",
+    ):
         with pytest.raises(UserError, match="moves nothing"):
             method_and_clips("vjepa", f"method.aux=[{aux}]")
     method_and_clips("vjepa", "method.aux=[{kind: sigreg, weight: 1.0, tokens: prediction}]")
