@@ -28,13 +28,14 @@ from vidssl.core.errors import run_cli
 from vidssl.core.io import check_no_shards, claim_folder
 from vidssl.core.log import logger, show
 from vidssl.core.progress import track
+from vidssl.core.tables import write_csv
 from vidssl.evaluation.controls import control_name
 from vidssl.evaluation.dense.frames import check_fits, make_frame_encoder
 from vidssl.evaluation.dense.isolated_samples import Splits, isolated
 from vidssl.evaluation.dense.splits import read_sequences, split_hashes
 from vidssl.evaluation.extractor import OpenEncoder
 from vidssl.evaluation.finished_rows import FinishedRows, keeps
-from vidssl.evaluation.report import code_hash, encoder_facts, new_report_folder, write_csv, write_json_report
+from vidssl.evaluation.report import code_hash, encoder_facts, new_report_folder, write_json_report
 from vidssl.pretrained.external import open_encoder
 from vidssl.pretrained.load import LoadedEncoder
 from vidssl.training.malloc import tune_malloc

@@ -15,12 +15,11 @@ permutations of up to 7 probes, of more by 9,999 random ones.
 """
 
 import argparse
-import csv
-import io
 from pathlib import Path
 
 from vidssl.core.errors import UserError, run_cli
-from vidssl.core.io import atomic_write_text, check_writable, make_folder
+from vidssl.core.io import check_writable, make_folder
+from vidssl.core.tables import write_csv
 from vidssl.evaluation.comparison import (
     CLIP_KEYS,
     COLUMNS,
@@ -74,11 +73,7 @@ def main(argv: list[str]) -> None:
         conditions = f"These probes differ in more than the encoder: {conditions}"
         print("\n" + conditions)
     if a.csv:
-        table = io.StringIO(newline="")
-        writer = csv.DictWriter(table, COLUMNS, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows)
-        atomic_write_text(a.csv, table.getvalue())
+        write_csv(a.csv, COLUMNS, ([row.get(name) for name in COLUMNS] for row in rows))
     if a.plot:
         draw_comparison(rows, a.plot, conditions)
     if a.rank:

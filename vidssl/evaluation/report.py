@@ -1,11 +1,10 @@
 """Files of a finished evaluation: the JSON report, predictions, tables of classes, low-shot lists; and
 hashes."""
 
-import csv
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +14,8 @@ from torch import nn
 
 import vidssl
 from vidssl.core.errors import UserError
-from vidssl.core.io import atomic_write, atomic_write_text, check_writable, make_folder
+from vidssl.core.io import atomic_write_text, check_writable, make_folder
+from vidssl.core.tables import write_csv
 from vidssl.pretrained.load import LoadedEncoder
 
 
@@ -45,14 +45,6 @@ def new_report_folder(out: Path, name: str) -> Path:
         )
     check_writable(out)
     return out
-
-
-def write_csv(path: Path, header: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
-    def write(temporary: Path) -> None:
-        with open(temporary, "w", newline="") as f:
-            csv.writer(f).writerows([header, *rows])
-
-    atomic_write(path, write)
 
 
 def write_tables(out: Path, predictions: list[PredictionRow], class_labels: set[str]) -> None:

@@ -1,6 +1,5 @@
 """The results of a zoo, read from the files that its programs wrote: results.csv and table.md."""
 
-import csv
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
@@ -10,7 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vidssl.core.errors import UserError
-from vidssl.core.io import atomic_write, atomic_write_text, read_json_rows
+from vidssl.core.io import atomic_write_text, read_json_rows
+from vidssl.core.tables import write_csv
 from vidssl.evaluation.comparison import SCORES, Row, decimals_of, merge_lists, read_probe
 from vidssl.evaluation.controls import CONTROLS, control_name
 from vidssl.evaluation.metrics import bootstrap_seeds_ci
@@ -83,16 +83,10 @@ def flops_by_step(log: Path) -> dict[int, int]:
 
 def write_results(path: Path, rows: Iterable[Row]) -> None:
     """Writes results.csv."""
-
-    def write(beside: Path) -> None:
-        with open(beside, "w", newline="") as f:
-            writer = csv.DictWriter(f, COLUMNS, extrasaction="ignore")
-            writer.writeheader()
-            for row in rows:
-                named = {"seed": row["run_seed"], "list_seed": row["seed"], "accuracy": row["value"]}
-                writer.writerow(row | named)
-
-    atomic_write(path, write)
+    named = (
+        row | {"seed": row["run_seed"], "list_seed": row["seed"], "accuracy": row["value"]} for row in rows
+    )
+    write_csv(path, COLUMNS, ([row.get(name) for name in COLUMNS] for row in named))
 
 
 def panels_of(rows: Iterable[Row]) -> dict[Panel, list[Row]]:
