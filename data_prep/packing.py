@@ -9,7 +9,7 @@ from typing import Any
 
 from data_prep import engine
 from data_prep.index import Contents, read_contents, read_lines, write_lines
-from data_prep.plan import Plan, is_number, make_plan
+from data_prep.plan import Plan, are_numbers, make_plan
 from data_prep.report import write_dataset_report
 from data_prep.sources import SourceListing
 from data_prep.summary import (
@@ -151,8 +151,7 @@ def classes_without_train(summaries: Mapping[str, Mapping[str, Any]]) -> Iterato
         for label_set, sizes in summary["classes"].items():
             trained = [class_name for class_name, n in in_train.get(label_set, {}).items() if n]
             tested = {class_name: n for class_name, n in sizes.items() if n}
-            are_numbers = all(map(is_number, tested)) and 2 * len(tested) > sum(tested.values())
-            if name == "train" or not trained or are_numbers:
+            if name == "train" or not trained or are_numbers(tested):
                 continue
             tags = {tag for class_name in trained for tag in class_name.split("|")}
             unseen = {c: n for c, n in tested.items() if not tags.issuperset(c.split("|"))}

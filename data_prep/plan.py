@@ -152,7 +152,7 @@ def item_classes(items: list[SourceItem], label_sets: list[str]) -> list[set[tup
     for label_set in label_sets:
         names = Counter(item.labels.get(label_set, "") for item in items)
         del names[""]
-        if 2 * len(names) > sum(names.values()) and all(map(is_number, names)):
+        if are_numbers(names):
             continue
         for item, classes in zip(items, strata, strict=True):
             if name := item.labels.get(label_set):
@@ -160,7 +160,12 @@ def item_classes(items: list[SourceItem], label_sets: list[str]) -> list[set[tup
     return strata
 
 
-def is_number(text: str) -> bool:
+def are_numbers(sizes: Mapping[str, int]) -> bool:
+    """Whether names, with how often they occur, are numbers that mostly occur once: no classes."""
+    return 2 * len(sizes) > sum(sizes.values()) and all(map(_is_number, sizes))
+
+
+def _is_number(text: str) -> bool:
     try:
         float(text)
     except ValueError:

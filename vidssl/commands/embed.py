@@ -305,8 +305,8 @@ def list_media(inputs: list[str]) -> list[str]:
         below, others = media_below(Path(item)) if os.path.isdir(item) else ([str(Path(item))], Tally())
         found |= dict.fromkeys(below)
         left_out.merge(others)
-    packed = [str(p.parent) for item in inputs for p in sorted(Path(item).glob("*/index.json"))]
     if not found:
+        packed = [str(p.parent) for item in inputs for p in sorted(Path(item).glob("*/index.json"))]
         hint = f"; packed folders in it: {', '.join(packed)}" if packed else ""
         raise UserError(f"{inputs[0]}: no video or image in it{hint}")
     for line in left_out_lines(left_out.entries()):

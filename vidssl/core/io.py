@@ -220,16 +220,9 @@ def last_json_row(path: Path) -> dict[str, Any]:
 def read_json_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a file of JSON lines, without a last one that is cut short. Raises UserError for a line
     that is damaged."""
-    rows = []
-    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as e:
-            raise UserError(f"{path}: line {number} is damaged ({e}); run again in a new folder") from None
-        if not isinstance(row, dict):
-            raise UserError(f"{path}: line {number} is damaged (no JSON object); run again in a new folder")
-        rows.append(row)
-    return rows
+    lines = path.read_bytes().split(b"\n")[:-1]
+    again = "run again in a new folder"
+    return [_json_object(line, f"{path}: line {n} is", again) for n, line in enumerate(lines, 1)]
 
 
 def native_description(path: Path) -> dict[str, Any]:
@@ -247,12 +240,16 @@ def native_description(path: Path) -> dict[str, Any]:
 def read_json_object(path: Path, correction: str) -> dict[str, Any]:
     """The JSON object that a file holds. Raises UserError, with the correction, if it holds anything else: a
     power cut may leave it empty."""
+    return _json_object(path.read_bytes(), f"{path}:", correction)
+
+
+def _json_object(text: bytes, what: str, correction: str) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_bytes())
+        found = json.loads(text)
     except (ValueError, RecursionError) as e:
-        raise UserError(f"{path}: damaged ({e}); {correction}") from None
+        raise UserError(f"{what} damaged ({e}); {correction}") from None
     if not isinstance(found, dict):
-        raise UserError(f"{path}: damaged (no JSON object); {correction}")
+        raise UserError(f"{what} damaged (no JSON object); {correction}")
     return found
 
 

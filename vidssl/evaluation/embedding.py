@@ -247,8 +247,7 @@ def open_embedding_folder(out: Path, request: dict[str, Any]) -> bool:
         if isinstance(encoder, str):  # written before the model was stored beside the hash of its weights
             encoder = {"sha256": encoder}
         others = {key: value for key, value in request.items() if key != "encoder"}
-        if "view" in others:  # files of earlier versions lack it
-            stored.setdefault("view", others["view"])
+        stored.setdefault("view", request["view"])  # files of earlier versions lack it
         if stored != json.loads(json.dumps(others)) or not is_same_encoder(encoder, request["encoder"]):
             raise UserError(
                 f"{out}: holds features of other videos, another encoder or other options; "

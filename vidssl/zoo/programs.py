@@ -1,13 +1,12 @@
 """The programs of a zoo: its training runs, the probes of their snapshots, and of an untrained encoder."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from vidssl.config import from_tree, load_config, to_tree
 from vidssl.core.errors import UserError
-from vidssl.core.io import native_description
+from vidssl.core.io import native_description, read_json_object
 from vidssl.data.shards import Shards
 from vidssl.evaluation.comparison import NO_CONDITIONS
 from vidssl.evaluation.probe_config import ProbeConfig
@@ -97,7 +96,7 @@ def check_finished(jobs: Sequence[Job]) -> None:
         cfg: Any
         stored: Any
         if job.result.name == "probe.json":
-            report = json.loads(job.result.read_text())
+            report = read_json_object(job.result, f"remove {job.folder}")
             cfg = load_config(arguments, ProbeConfig)
             stored = from_tree(report["config"], ProbeConfig, str(job.result))
             mutable = MUTABLE
